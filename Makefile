@@ -1,0 +1,59 @@
+# Everything below works from a clean clone with nothing but Python >= 3.11 and make.
+#
+#   make demo     operate on the small model in demo/ and write an HTML report to out/demo
+#   make test     make check, then the tests (those that need a GPU are skipped without one)
+#   make check    formatting, lint and types
+#   make clean    delete what the other targets wrote, except .venv
+#
+# PyTorch is installed first, so that its build can be chosen. TORCH is passed to `pip install` as
+# it stands: where the default build carries GPU libraries that you do not want, add the options
+# that PyTorch's installation page gives for its CPU build, as in
+#   make demo TORCH="torch==2.13.0 <options>"
+# PIP_INSTALL holds options for every `pip install`. A .venv that is already there is used as it is.
+
+PYTHON ?= $(shell if python3.11 -c '' >/dev/null 2>&1; then echo python3.11; else echo python3; fi)
+TORCH ?= torch==2.13.0
+PIP_INSTALL ?= --disable-pip-version-check
+PYTEST_ARGS ?=
+
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install $(PIP_INSTALL)
+PACKAGE_STAMP := $(VENV)/.stamp-package
+DEV_STAMP := $(VENV)/.stamp-dev
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test check clean
+
+help:
+	@sed -n '3,6s/^#   //p' Makefile
+
+# pip is asked for, not only the interpreter: a venv whose creation was interrupted lacks it.
+$(PACKAGE_STAMP): pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+		echo "$(PYTHON) is missing or older than Python 3.11; name another: make PYTHON=..." >&2; \
+		exit 1; }
+	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv $(VENV)
+	$(PIP) $(TORCH)
+	$(PIP) --editable .
+	@touch $@
+
+$(DEV_STAMP): $(PACKAGE_STAMP)
+	$(PIP) --editable '.[dev]'
+	@touch $@
+
+demo: $(PACKAGE_STAMP)
+	$(BIN)/llama-surgery demo --out out/demo
+
+check: $(DEV_STAMP)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+# Two processes of one thread each: more threads than cores make the small tests slower, not faster.
+test: check
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 $(PYTEST_ARGS)
+
+clean:
+	rm -rf out dist .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	find src tests benchmarks examples -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,75 @@
+"""Learned block-sparse attention for pre-trained decoders, after the fact and without weight changes."""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from llama_surgery.config import SurgeryConfig
+from llama_surgery.errors import AdapterError, SurgeryError, TextError, UnsupportedModelError
+
+if TYPE_CHECKING:
+    from llama_surgery.surgery.adapter import load_adapter, save_adapter
+    from llama_surgery.surgery.cache import PagedCache
+    from llama_surgery.surgery.operate import (
+        config_of,
+        eject,
+        is_operated,
+        operate,
+        operated,
+        paged_cache,
+        reset_statistics,
+        statistics,
+    )
+    from llama_surgery.surgery.statistics import Statistics
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "AdapterError",
+    "PagedCache",
+    "Statistics",
+    "SurgeryConfig",
+    "SurgeryError",
+    "TextError",
+    "UnsupportedModelError",
+    "config_of",
+    "eject",
+    "is_operated",
+    "load_adapter",
+    "operate",
+    "operated",
+    "paged_cache",
+    "reset_statistics",
+    "save_adapter",
+    "statistics",
+]
+
+#: Names loaded on first use, so that importing the package stays light.
+_LAZY = {
+    "PagedCache": "surgery.cache",
+    "Statistics": "surgery.statistics",
+    "load_adapter": "surgery.adapter",
+    "save_adapter": "surgery.adapter",
+    **dict.fromkeys(
+        (
+            "config_of",
+            "eject",
+            "is_operated",
+            "operate",
+            "operated",
+            "paged_cache",
+            "reset_statistics",
+            "statistics",
+        ),
+        "surgery.operate",
+    ),
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_LAZY[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -1,0 +1,195 @@
+"""Executing a topology on the queries of one layer: near field, selection, far field.
+
+A *stream* is one KV head of one sequence; queries come grouped, all query heads of a KV head together.
+"""
+
+import dataclasses
+from types import ModuleType
+
+import torch
+
+from llama_surgery.attention.impl import gather, reference
+from llama_surgery.config import SurgeryConfig
+from llama_surgery.errors import SurgeryError
+from llama_surgery.topology.geometry import closed_chunks, query_blocks
+from llama_surgery.topology.layout import Layout
+from llama_surgery.topology.plan import Plan
+from llama_surgery.topology.selection import Scorer, ShareListener, select
+
+BACKENDS: dict[str, ModuleType] = {"reference": reference, "gather": gather}
+
+
+@dataclasses.dataclass(frozen=True)
+class AttentionResult:
+    """What :func:`attend` returns.
+
+    Attributes:
+        out: (streams, heads, rows, value_dim), the queries' dtype.
+        lse: (streams, heads, rows) log-sum-exp of the visible logits, float32 or float64.
+        plans: One plan for every block of rows that had closed chunks.
+        near_pairs: (query, key) pairs of the near field, for one query head.
+        causal_pairs: Pairs that dense attention would read, for one query head.
+    """
+
+    out: torch.Tensor
+    lse: torch.Tensor
+    plans: list[Plan]
+    near_pairs: int
+    causal_pairs: int
+
+
+def attend(
+    queries: torch.Tensor,
+    near_keys: torch.Tensor,
+    near_values: torch.Tensor,
+    layout: Layout | None,
+    *,
+    config: SurgeryConfig,
+    start: int,
+    tile: int | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+    sink_logit: torch.Tensor | None = None,
+    listener: ShareListener | None = None,
+) -> AttentionResult:
+    """Attention of consecutive rows through the configured topology.
+
+    Args:
+        queries: (streams, heads, rows, head_dim), rotary embedding applied, rows at positions
+            ``start … start + rows - 1``.
+        near_keys: (streams, n, head_dim), the last n keys in order of position, ending with the last
+            row's own; n reaches back at least to the start of the first row's near field.
+        near_values: (streams, n, value_dim).
+        layout: Full chunks, at least those closed for the last row; None where none is.
+        config: The topology.
+        start: Position of the first row.
+        tile: Queries of a tile: ``config.tile`` (default) or 1 for a decode step.
+        scale: Scaling of q·k, default ``head_dim**-0.5``.
+        softcap: Cap of the logits, or None.
+        sink_logit: (streams, heads) attention-sink parameters, or None.
+        listener: Hears the log shares of every block (calibration).
+
+    Raises:
+        SurgeryError: Shapes, dtypes or devices that do not fit together.
+    """
+    tile = config.tile if tile is None else tile
+    scale = queries.shape[-1] ** -0.5 if scale is None else scale
+    rows = queries.shape[2] if queries.dim() == 4 else 0
+    stop = start + rows
+    _check(queries, near_keys, near_values, layout, config, start, tile, sink_logit)
+    backend = backend_of(config, queries)
+    scorer = Scorer(scale, config.alpha, softcap)
+    near_start = stop - near_keys.shape[1]  # position of near_keys[:, 0]
+    outs, lses, plans, near_pairs = [], [], [], 0
+    for block in query_blocks(start, stop, config, tile):
+        q = queries[:, :, block.start - start : block.stop - start]
+        first = block.closed * config.chunk_size
+        span = slice(first - near_start, block.stop - near_start)
+        near = backend.near_field(
+            q, near_keys[:, span], near_values[:, span], scale=scale, softcap=softcap
+        )
+        if block.closed and layout is not None:
+            plan = select(
+                q.detach(),
+                layout,
+                near[1].detach(),
+                block,
+                config=config,
+                tile=tile,
+                scorer=scorer,
+                sink_logit=sink_logit,
+                listener=listener,
+            )
+            plans.append(plan)
+            far = slice(0, first)
+            near = backend.far_field(
+                q,
+                layout.keys[:, far],
+                layout.values[:, far],
+                config.page_size,
+                plan,
+                near,
+                scale=scale,
+                softcap=softcap,
+            )
+        out, lse = near
+        if sink_logit is not None:
+            # The sink takes its share of the softmax and contributes no value.
+            total = torch.logaddexp(lse, sink_logit.to(lse.dtype)[..., None])
+            out, lse = out * (lse - total).exp().unsqueeze(-1), total
+        outs.append(out.to(queries.dtype))
+        lses.append(lse)
+        near_pairs += _triangle(block.stop - first) - _triangle(block.start - first)
+    return AttentionResult(
+        torch.cat(outs, 2),
+        torch.cat(lses, 2),
+        plans,
+        near_pairs,
+        _triangle(stop) - _triangle(start),
+    )
+
+
+def backend_of(config: SurgeryConfig, queries: torch.Tensor) -> ModuleType:
+    """The backend that executes plans for these queries.
+
+    Raises:
+        SurgeryError: The backend asked for by name cannot run here.
+    """
+    name = "gather" if config.backend == "auto" else config.backend
+    if name not in BACKENDS:
+        raise SurgeryError(f"backend={name!r} is not one of {', '.join(sorted(BACKENDS))}.")
+    return BACKENDS[name]
+
+
+def _triangle(n: int) -> int:
+    return n * (n + 1) // 2
+
+
+def _check(
+    queries: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    layout: Layout | None,
+    config: SurgeryConfig,
+    start: int,
+    tile: int,
+    sink_logit: torch.Tensor | None,
+) -> None:
+    if queries.dim() != 4 or keys.dim() != 3 or values.dim() != 3:
+        raise SurgeryError(
+            f"queries {tuple(queries.shape)}, keys {tuple(keys.shape)}, values {tuple(values.shape)}: "
+            "expected (streams, heads, rows, head_dim), (streams, keys, head_dim) and "
+            "(streams, keys, value_dim)."
+        )
+    streams, heads, rows, dim = queries.shape
+    if rows == 0:
+        raise SurgeryError("queries have no rows: nothing to attend from.")
+    if keys.shape[0] != streams or keys.shape[2] != dim or values.shape[:2] != keys.shape[:2]:
+        raise SurgeryError(
+            f"queries {tuple(queries.shape)} do not fit keys {tuple(keys.shape)} and values "
+            f"{tuple(values.shape)}: streams, keys and head_dim must agree."
+        )
+    if not queries.dtype == keys.dtype == values.dtype or not queries.is_floating_point():
+        raise SurgeryError(
+            f"dtypes {queries.dtype}, {keys.dtype}, {values.dtype}: queries, keys and values must "
+            "share one floating dtype."
+        )
+    if not queries.device == keys.device == values.device:
+        raise SurgeryError(
+            f"devices {queries.device}, {keys.device}, {values.device}: move them to one device."
+        )
+    if tile not in (1, config.tile):
+        raise SurgeryError(f"tile={tile}: must be 1 or the configured tile, {config.tile}.")
+    if sink_logit is not None and sink_logit.shape != (streams, heads):
+        raise SurgeryError(
+            f"sink_logit {tuple(sink_logit.shape)}: expected (streams, heads) = {(streams, heads)}."
+        )
+    near = start + rows - closed_chunks(start, config, tile) * config.chunk_size
+    if keys.shape[1] < near:
+        raise SurgeryError(
+            f"{keys.shape[1]} near keys: rows from position {start} need the last {near} keys."
+        )
+    closed = closed_chunks(start + rows - 1, config, tile)
+    if closed and (layout is None or layout.chunks < closed):
+        have = 0 if layout is None else layout.chunks
+        raise SurgeryError(f"the layout holds {have} chunks: the last row needs {closed}.")

@@ -1,0 +1,33 @@
+"""Small things that the ways of executing a plan share."""
+
+import torch
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Half precision is computed in float32, everything else as it comes."""
+    return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
+
+
+def cap(logits: torch.Tensor, softcap: float | None) -> torch.Tensor:
+    """``c·tanh(logits / c)``, in place; unchanged without a cap."""
+    if softcap is None:
+        return logits
+    return logits.div_(softcap).tanh_().mul_(softcap)
+
+
+def merge(
+    out: torch.Tensor, lse: torch.Tensor, more_out: torch.Tensor, more_lse: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Merge two attention results over disjoint keys by their log-sum-exp.
+
+    Args:
+        out, more_out: (..., rows, value_dim), each normalised over its own keys.
+        lse, more_lse: (..., rows).
+
+    Returns:
+        Output and log-sum-exp over the union of the keys.
+    """
+    total = torch.logaddexp(lse, more_lse)
+    share = (lse - total).exp().unsqueeze(-1)
+    more_share = (more_lse - total).exp().unsqueeze(-1)
+    return out * share + more_out * more_share, total

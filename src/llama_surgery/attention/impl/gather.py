@@ -1,0 +1,131 @@
+"""Plain PyTorch on any device: gathers the pages of each tile and multiplies only those.
+
+Tiles are batched by how many pages they read, so that little is padded, in groups small enough for their
+logits to stay in a processor's cache.
+"""
+
+import torch
+
+from llama_surgery.attention.impl.common import cap, compute_dtype, merge
+from llama_surgery.topology.plan import Plan
+
+#: Logits of one group of tiles, in elements: about a second-level cache on a CPU; more on a GPU, where
+#: launches cost more than memory.
+GROUP_ELEMENTS = {"cpu": 1 << 20, "other": 1 << 26}
+
+#: Rows of a strip of the near field. Shorter strips multiply fewer masked pairs, longer ones batch better.
+STRIP = 128
+
+
+def near_field(
+    queries: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    *,
+    scale: float,
+    softcap: float | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """See :func:`llama_surgery.attention.api.near_field`."""
+    dtype = compute_dtype(queries.dtype)
+    streams, heads, rows, _ = queries.shape
+    offset = keys.shape[1] - rows
+    keys, values = keys.to(dtype).transpose(1, 2), values.to(dtype)
+    outs, lses = [], []
+    for start in range(0, rows, STRIP):
+        strip = queries[:, :, start : start + STRIP].to(dtype)
+        length, seen = strip.shape[2], offset + min(start + STRIP, rows)
+        # The group's heads fold into rows: they share their keys.
+        logits = (strip * scale).flatten(1, 2) @ keys[:, :, :seen]
+        logits = cap(logits, softcap).unflatten(1, (heads, length))
+        if length > 1:
+            hidden = torch.ones(length, length, dtype=torch.bool, device=logits.device).triu_(1)
+            logits[..., seen - length :].masked_fill_(hidden, -torch.inf)
+        out, lse = _softmax_matmul(logits.flatten(1, 2), values[:, :seen])
+        outs.append(out.unflatten(1, (heads, length)))
+        lses.append(lse.unflatten(1, (heads, length)))
+    return torch.cat(outs, 2), torch.cat(lses, 2)
+
+
+def far_field(
+    queries: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    page_size: int,
+    plan: Plan,
+    near: tuple[torch.Tensor, torch.Tensor],
+    *,
+    scale: float,
+    softcap: float | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """See :func:`llama_surgery.attention.api.far_field`."""
+    dtype = compute_dtype(queries.dtype)
+    streams, heads, _, head_dim = queries.shape
+    tiled = _to_tiles(queries.to(dtype) * scale, plan)  # (streams * tiles, heads * tile, head_dim)
+    pages = keys.shape[1] // page_size
+    offset = torch.arange(streams, device=keys.device)[:, None, None] * pages
+    pages_of = (plan.pages.clamp_min(0) + offset).flatten(0, 1)  # into all streams' pages
+    first_open = plan.first_open.flatten(0, 1)
+    flat_keys = keys.reshape(streams * pages, -1)
+    flat_values = values.reshape(streams * pages, -1)
+    row = torch.arange(plan.tile, device=keys.device)
+
+    out = tiled.new_empty(*tiled.shape[:2], values.shape[-1])
+    lse = tiled.new_empty(tiled.shape[:2])
+    for jobs, most in _groups(plan.counts.flatten(), heads * plan.tile * page_size, keys.device):
+        index = pages_of[jobs, :most]
+        k = flat_keys.index_select(0, index.flatten()).view(len(jobs), most * page_size, head_dim)
+        v = flat_values.index_select(0, index.flatten()).view(len(jobs), most * page_size, -1)
+        logits = cap(tiled[jobs] @ k.to(dtype).transpose(1, 2), softcap)
+        hidden = first_open[jobs, None, :most] > row[:, None]  # (jobs, tile, pages)
+        if plan.tile > 1 or index.shape[0] > 1:
+            by_page = logits.view(len(jobs), heads, plan.tile, most, page_size)
+            by_page.masked_fill_(hidden[:, None, :, :, None], -torch.inf)
+        out[jobs], lse[jobs] = _softmax_matmul(logits, v.to(dtype))
+    far_out = _from_tiles(out, plan, streams, heads)
+    far_lse = _from_tiles(lse.unsqueeze(-1), plan, streams, heads).squeeze(-1)
+    return merge(*near, far_out, far_lse)
+
+
+def _groups(
+    counts: torch.Tensor, elements_per_page: int, device: torch.device
+) -> list[tuple[torch.Tensor, int]]:
+    """Tiles sorted by page count and cut into groups: (indices of the tiles, most pages)."""
+    limit = GROUP_ELEMENTS["cpu" if device.type == "cpu" else "other"]
+    order = counts.argsort(descending=True)
+    sorted_counts = counts[order].tolist()
+    groups, start = [], 0
+    while start < len(sorted_counts):
+        most = sorted_counts[start]
+        stop = start + max(1, limit // (most * elements_per_page))
+        groups.append((order[start:stop], most))
+        start = stop
+    return groups
+
+
+def _softmax_matmul(
+    logits: torch.Tensor, values: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Softmax of ``logits`` (batch, rows, keys), consumed, times ``values``; and its log-sum-exp."""
+    # A row that sees nothing keeps a finite maximum: its weights are zero, not NaN.
+    top = logits.amax(-1, keepdim=True).clamp_min_(torch.finfo(logits.dtype).min)
+    weights = logits.sub_(top).exp_()
+    total = weights.sum(-1, keepdim=True)
+    out = (weights @ values).div_(total.clamp_min(torch.finfo(logits.dtype).tiny))
+    return out, (total.log() + top).squeeze(-1)
+
+
+def _to_tiles(states: torch.Tensor, plan: Plan) -> torch.Tensor:
+    """(streams, heads, rows, dim) to (streams * tiles, heads * tile, dim), absent rows zero."""
+    tail = plan.tiles * plan.tile - plan.lead - states.shape[2]
+    if plan.lead or tail:
+        states = torch.nn.functional.pad(states, (0, 0, plan.lead, tail))
+    states = states.unflatten(2, (plan.tiles, plan.tile)).transpose(1, 2)
+    return states.flatten(2, 3).flatten(0, 1)
+
+
+def _from_tiles(states: torch.Tensor, plan: Plan, streams: int, heads: int) -> torch.Tensor:
+    """Inverse of :func:`_to_tiles`: (streams, heads, rows, dim)."""
+    states = states.unflatten(1, (heads, plan.tile)).unflatten(0, (streams, plan.tiles))
+    states = states.transpose(1, 2).flatten(2, 3)
+    rows = plan.block.stop - plan.block.start
+    return states[:, :, plan.lead : plan.lead + rows]

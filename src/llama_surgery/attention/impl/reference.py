@@ -1,0 +1,59 @@
+"""The oracle: plain masked softmax over every closed page, readable in one sitting, float64-capable.
+
+Slow on purpose: what a plan does not list is masked, not skipped.
+"""
+
+import torch
+
+from llama_surgery.attention.impl.common import cap, compute_dtype, merge
+from llama_surgery.topology.mask import page_mask
+from llama_surgery.topology.plan import Plan
+
+
+def near_field(
+    queries: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    *,
+    scale: float,
+    softcap: float | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """See :func:`llama_surgery.attention.api.near_field`."""
+    rows, count = queries.shape[2], keys.shape[1]
+    visible = torch.ones(rows, count, dtype=torch.bool, device=queries.device).tril(count - rows)
+    return _masked(queries, keys, values, visible, scale, softcap)
+
+
+def far_field(
+    queries: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    page_size: int,
+    plan: Plan,
+    near: tuple[torch.Tensor, torch.Tensor],
+    *,
+    scale: float,
+    softcap: float | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """See :func:`llama_surgery.attention.api.far_field`."""
+    visible = page_mask(plan, keys.shape[1] // page_size).repeat_interleave(page_size, -1)
+    far_out, far_lse = _masked(queries, keys, values, visible.unsqueeze(1), scale, softcap)
+    return merge(*near, far_out, far_lse)
+
+
+def _masked(
+    queries: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    visible: torch.Tensor,
+    scale: float,
+    softcap: float | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    dtype = compute_dtype(queries.dtype)
+    queries, keys, values = (x.to(dtype) for x in (queries, keys, values))
+    logits = cap(queries @ keys.unsqueeze(1).transpose(-1, -2) * scale, softcap)
+    logits = logits.masked_fill(~visible, -torch.inf)
+    lse = logits.logsumexp(-1)
+    # A row that sees nothing has lse = -inf; its weights are zero, not NaN.
+    weights = (logits - lse.unsqueeze(-1).clamp_min(torch.finfo(dtype).min)).exp()
+    return weights @ values.unsqueeze(1), lse

@@ -1,0 +1,173 @@
+"""The one configuration of an operation: a frozen dataclass that checks itself."""
+
+import dataclasses
+import math
+from typing import Any, Literal, get_args
+
+from llama_surgery.errors import SurgeryError
+
+Topology = Literal["pages", "dense"]
+Directions = Literal["principal", "position"]
+Backend = Literal["auto", "reference", "gather", "flex"]
+
+CONFIG_VERSION = 1
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SurgeryConfig:
+    """What every operated layer may see, and how it is executed.
+
+    Attributes:
+        topology: ``pages`` (balanced tree over each chunk's keys) or ``dense`` (everything visible).
+        chunk_size: Tokens of a chunk; a multiple of ``tile`` and ``page_size * arity**n``.
+        page_size: Keys of a page, the contiguous block that is read as a whole.
+        window: Tokens that always stay in the near field; a multiple of ``tile``.
+        tile: Consecutive queries that share the pages read in prefill, anchored at multiples of
+            ``tile``. A call of one token on a non-empty cache (a decode step) is a tile of one.
+        arity: Children of a tree node.
+        directions: How a node's keys are ordered before they are split: along their own first
+            ``principal`` direction, or by ``position`` (pages in original order).
+        theta: A row opens a page whose expected share of some head's attention exceeds this, in
+            tiles of ``tile`` queries. 0 opens everything.
+        theta_decode: The same for tiles of one query. With ``tile=1`` it must equal ``theta``.
+        pages_per_row: Instead of ``theta``: every scored row opens this many pages. For comparison.
+        score_stride: Only every ``score_stride``-th row of a tile is scored (1: all rows). The
+            first row of a tile always is; later rows see what earlier scored rows opened.
+        coarse_to_fine: Score whole chunks first and descend the tree only where a ball's expected
+            share exceeds θ, instead of scoring every page.
+        alpha: Weight of the variance term of the page score.
+        dense_until: Queries at positions below this see everything; a multiple of ``tile``.
+        backend: Who executes the plan. A backend asked for by name never falls back in silence.
+
+    Raises:
+        SurgeryError: A value is out of range or values do not fit together.
+    """
+
+    topology: Topology = "pages"
+    chunk_size: int = 512
+    page_size: int = 64
+    window: int = 128
+    tile: int = 32
+    arity: int = 2
+    directions: Directions = "principal"
+    theta: float = 0.042
+    theta_decode: float | None = None
+    pages_per_row: int | None = None
+    score_stride: int = 1
+    coarse_to_fine: bool = False
+    alpha: float = 1.0
+    dense_until: int = 0
+    backend: Backend = "auto"
+
+    def __post_init__(self) -> None:
+        if self.theta_decode is None:
+            decode = self.theta if self.tile == 1 else self.theta * DECODE_SHARE
+            object.__setattr__(self, "theta_decode", decode)
+        self._check_choices()
+        self._check_numbers()
+        self._check_geometry()
+        if self.tile == 1 and self.theta_decode != self.theta:
+            raise SurgeryError(
+                f"theta={self.theta} and theta_decode={self.theta_decode} differ with tile=1: prefill "
+                "and decode then use the same tiles of one query. Give one value."
+            )
+        if self.pages_per_row is not None and self.coarse_to_fine:
+            raise SurgeryError("coarse_to_fine needs a threshold: leave pages_per_row out.")
+
+    def _check_choices(self) -> None:
+        for name, allowed in (
+            ("topology", Topology),
+            ("directions", Directions),
+            ("backend", Backend),
+        ):
+            value = getattr(self, name)
+            if value not in get_args(allowed):
+                raise SurgeryError(f"{name}={value!r}: allowed are {', '.join(get_args(allowed))}.")
+
+    def _check_numbers(self) -> None:
+        for name, low in (
+            ("chunk_size", 1),
+            ("page_size", 1),
+            ("window", 0),
+            ("tile", 1),
+            ("arity", 2),
+            ("score_stride", 1),
+            ("dense_until", 0),
+            ("pages_per_row", 1),
+        ):
+            value = getattr(self, name)
+            if name == "pages_per_row" and value is None:
+                continue
+            if not isinstance(value, int) or isinstance(value, bool) or value < low:
+                raise SurgeryError(f"{name}={value!r}: must be a whole number of at least {low}.")
+        for name in ("theta", "theta_decode", "alpha"):
+            value = getattr(self, name)
+            if not isinstance(value, (int, float)) or not math.isfinite(value) or value < 0:
+                raise SurgeryError(f"{name}={value!r}: must be a finite number of at least 0.")
+
+    def _check_geometry(self) -> None:
+        for name in ("chunk_size", "window", "dense_until"):
+            if getattr(self, name) % self.tile:
+                raise SurgeryError(
+                    f"{name}={getattr(self, name)} is not a multiple of tile={self.tile}: "
+                    f"a tile would straddle a boundary. Choose multiples of {self.tile}."
+                )
+        if self.tile % self.score_stride:
+            raise SurgeryError(
+                f"score_stride={self.score_stride} does not divide tile={self.tile}: "
+                "the first row of every tile must be a scored one."
+            )
+        if self.chunk_size > 2**15:
+            raise SurgeryError(
+                f"chunk_size={self.chunk_size}: at most {2**15}, since offsets are kept in 16 bits."
+            )
+        if self.page_size * self.arity**self.depth != self.chunk_size:
+            raise SurgeryError(
+                f"chunk_size={self.chunk_size} is not page_size={self.page_size} times a power of "
+                f"arity={self.arity}: pages would not be whole balls of the tree."
+            )
+
+    def theta_for(self, tile: int) -> float:
+        """θ for tiles of ``tile`` queries: calibrated separately, since one θ does not serve both."""
+        return self.theta if tile == self.tile else (self.theta_decode or 0.0)
+
+    @property
+    def depth(self) -> int:
+        """Digits of a page's path: splits from the chunk down to a page."""
+        depth, size = 0, self.page_size
+        while size < self.chunk_size:
+            size *= self.arity
+            depth += 1
+        return depth
+
+    @property
+    def pages_per_chunk(self) -> int:
+        return self.chunk_size // self.page_size
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields and the format version, ready for JSON."""
+        return {"version": CONFIG_VERSION, **dataclasses.asdict(self)}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "SurgeryConfig":
+        """Inverse of :meth:`to_dict`.
+
+        Raises:
+            SurgeryError: Unknown fields or a newer version.
+        """
+        values = dict(values)
+        version = values.pop("version", CONFIG_VERSION)
+        if not isinstance(version, int) or version > CONFIG_VERSION:
+            raise SurgeryError(
+                f"configuration version {version!r}: this release reads up to {CONFIG_VERSION}. "
+                "Update llama-surgery."
+            )
+        unknown = sorted(set(values) - {f.name for f in dataclasses.fields(cls)})
+        if unknown:
+            raise SurgeryError(f"unknown configuration fields: {', '.join(unknown)}.")
+        return cls(**values)
+
+
+#: Default θ for single queries as a share of the tile's θ, for users without calibration text.
+#: On the demo model both give the same executed density there (docs/log.md).
+DECODE_SHARE = 0.24

@@ -1,0 +1,129 @@
+"""Saving and loading an operation: a small folder in the shape adapters usually have."""
+
+import json
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from llama_surgery.config import SurgeryConfig
+from llama_surgery.errors import AdapterError, SurgeryError
+from llama_surgery.files import write_atomically, write_json
+from llama_surgery.surgery.operate import (
+    attention_modules,
+    config_of,
+    inner_model,
+    operate,
+)
+
+Model = TypeVar("Model", bound=torch.nn.Module)
+
+CONFIG_FILE = "adapter_config.json"
+TENSOR_FILE = "adapter_model.safetensors"
+FORMAT = "llama-surgery"
+FORMAT_VERSION = 1
+_SAMPLES = 64
+
+
+def save_adapter(model: torch.nn.Module, folder: str | Path) -> None:
+    """Write the operation of ``model`` to ``folder``: configuration and a fingerprint of the model.
+
+    Files are written atomically, the configuration last: a folder without it is no adapter.
+
+    Raises:
+        SurgeryError: The model is not operated, or the folder cannot be written.
+    """
+    folder = Path(folder)
+    tensors = {"fingerprint": _fingerprint(model)}
+    description = {
+        "peft_type": FORMAT,
+        "format_version": FORMAT_VERSION,
+        "base_model": _describe(model),
+        "surgery": config_of(model).to_dict(),
+    }
+    write_atomically(folder / TENSOR_FILE, lambda file: save_file(tensors, file))
+    write_json(folder / CONFIG_FILE, description)
+
+
+def load_adapter(model: Model, folder: str | Path) -> Model:
+    """Operate on ``model`` as a saved adapter says.
+
+    Raises:
+        AdapterError: The folder is missing, damaged, newer than this release or of another model.
+    """
+    folder = Path(folder)
+    description, tensors = _read(folder)
+    expected, got = description["base_model"], _describe(model)
+    differing = sorted(k for k in expected if expected[k] != got.get(k))
+    if differing:
+        told = ", ".join(f"{k}: adapter {expected[k]!r}, model {got.get(k)!r}" for k in differing)
+        raise AdapterError(f"the adapter in {folder} is of another model ({told}).")
+    want, have = tensors["fingerprint"], _fingerprint(model)
+    # Half-precision roundings of one checkpoint agree to 1%; other weights do not.
+    if want.numel() and have.numel() and not torch.allclose(want, have, rtol=1e-2, atol=1e-4):
+        raise AdapterError(
+            f"the adapter in {folder} was made for a model of this shape with other weights: its "
+            "thresholds do not fit. Calibrate on this model instead."
+        )
+    try:
+        config = SurgeryConfig.from_dict(description["surgery"])
+    except (SurgeryError, TypeError) as error:
+        raise AdapterError(f"{folder / CONFIG_FILE}: {error}") from error
+    return operate(model, config)
+
+
+def _read(folder: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    try:
+        description = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+        tensors = load_file(folder / TENSOR_FILE)
+    except FileNotFoundError as error:
+        raise AdapterError(
+            f"{error.filename or folder} is missing: an adapter is a folder with {CONFIG_FILE} and "
+            f"{TENSOR_FILE}, as save_adapter writes it."
+        ) from error
+    except (OSError, ValueError, SafetensorError) as error:
+        raise AdapterError(
+            f"the adapter in {folder} is damaged: {error}. Save it again."
+        ) from error
+    if not isinstance(description, dict) or description.get("peft_type") != FORMAT:
+        raise AdapterError(f"{folder / CONFIG_FILE} does not describe a {FORMAT} adapter.")
+    version = description.get("format_version")
+    if not isinstance(version, int) or version > FORMAT_VERSION:
+        raise AdapterError(
+            f"the adapter in {folder} has format version {version!r}; this release reads up to "
+            f"{FORMAT_VERSION}. Update llama-surgery."
+        )
+    missing = {"base_model", "surgery"} - description.keys() | {"fingerprint"} - tensors.keys()
+    if missing:
+        raise AdapterError(
+            f"the adapter in {folder} is damaged: {', '.join(sorted(missing))} missing. Save it again."
+        )
+    return description, tensors
+
+
+def _describe(model: torch.nn.Module) -> dict[str, Any]:
+    inner = inner_model(model)
+    text = inner.config.get_text_config()
+    heads = text.num_attention_heads
+    return {
+        "model_type": text.model_type,
+        "hidden_size": text.hidden_size,
+        "num_hidden_layers": text.num_hidden_layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": getattr(text, "num_key_value_heads", heads),
+        "operated_layers": sorted(attention_modules(inner)),
+    }
+
+
+def _fingerprint(model: torch.nn.Module) -> torch.Tensor:
+    """Evenly spaced weights of the first operated layer; empty where they cannot be read."""
+    module = next(iter(attention_modules(inner_model(model)).values()))
+    for name, weight in module.named_parameters():
+        readable = weight.is_floating_point() and not weight.is_meta
+        if weight.dim() == 2 and readable and "lora" not in name:
+            flat = weight.detach().flatten()
+            index = torch.linspace(0, flat.numel() - 1, _SAMPLES, dtype=torch.float64).long()
+            return flat[index.to(flat.device)].float().cpu()
+    return torch.empty(0)

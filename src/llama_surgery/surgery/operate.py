@@ -1,0 +1,309 @@
+"""Operating on a model, and taking the topology out again."""
+
+import contextlib
+import dataclasses
+import functools
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any, TypeVar
+
+import torch
+from transformers import PreTrainedModel
+
+from llama_surgery.config import SurgeryConfig
+from llama_surgery.errors import SurgeryError, UnsupportedModelError
+from llama_surgery.surgery.cache import PagedCache
+from llama_surgery.surgery.interface import (
+    ATTRIBUTE,
+    INTERFACE_NAMES,
+    LayerSurgery,
+    cache_hook,
+    register,
+    unregister,
+)
+from llama_surgery.surgery.statistics import Statistics, summarise
+
+Model = TypeVar("Model", bound=torch.nn.Module)
+
+#: How many operated models use each registered interface; the last ejection unregisters it.
+_users: Counter[str] = Counter()
+
+
+@dataclasses.dataclass
+class Operation:
+    """What has to be undone, and where the operated layers are."""
+
+    config: SurgeryConfig
+    base: str
+    modules: dict[int, torch.nn.Module]
+    handles: list[torch.utils.hooks.RemovableHandle]
+
+    @property
+    def layers(self) -> dict[int, LayerSurgery]:
+        return {index: getattr(module, ATTRIBUTE) for index, module in self.modules.items()}
+
+
+def operate(
+    model: Model,
+    config: SurgeryConfig | None = None,
+    *,
+    density: float | None = None,
+    text: list[str] | None = None,
+    tokenizer: Any = None,
+    length: int | None = None,
+) -> Model:
+    """Give every full-attention layer of ``model`` the configured topology. No weight changes.
+
+    The same object comes back, operated; ``forward`` and ``generate`` work as before. With ``density``
+    and ``text`` the thresholds are calibrated so that the executed far density does not exceed
+    ``density`` on that text, for tiles and for decode steps.
+
+    Args:
+        model: A Hugging Face decoder, possibly wrapped by PEFT.
+        config: The topology; the documented defaults if None.
+        density: Largest executed far density, over causal pairs, at ``length``.
+        text: Documents to calibrate on; needs ``density`` and ``tokenizer``.
+        tokenizer: The model's tokenizer.
+        length: Tokens of a calibration window; the model's context, at most 8,192, if None.
+
+    Raises:
+        UnsupportedModelError: The model cannot be operated, with the reason.
+        SurgeryError: It is operated already, or the arguments do not fit together.
+        TextError: The text is too short.
+    """
+    config = SurgeryConfig() if config is None else config
+    inner = inner_model(model)
+    if is_operated(model):
+        raise SurgeryError("the model is operated already: eject(model) first.")
+    if (density is None) != (text is None):
+        raise SurgeryError("density and text go together: thresholds are calibrated on text.")
+    modules = attention_modules(inner)
+    base = inner.config.get_text_config()._attn_implementation
+    if base not in INTERFACE_NAMES:
+        raise UnsupportedModelError(
+            f"attention implementation {base!r}: supported are {', '.join(INTERFACE_NAMES)}. "
+            "Load the model with one of them."
+        )
+    operation = Operation(config, base, modules, [])
+    try:
+        _attach(inner, operation)
+        if text is not None and density is not None:
+            from llama_surgery.surgery.calibrate import calibrate
+
+            set_config(model, calibrate(model, tokenizer, text, density, length))
+    except BaseException:
+        eject(model)
+        raise
+    return model
+
+
+def _attach(inner: PreTrainedModel, operation: Operation) -> None:
+    inner.__dict__[ATTRIBUTE] = operation
+    for module in operation.modules.values():
+        module.__dict__[ATTRIBUTE] = LayerSurgery(operation.config)
+        hook = module.register_forward_pre_hook(cache_hook, with_kwargs=True)
+        operation.handles.append(hook)
+    hook = inner.register_forward_pre_hook(_model_hook, with_kwargs=True)
+    operation.handles.append(hook)
+    _users[operation.base] += 1
+    name = register(operation.base)
+    _set_implementation(inner, name)
+    if inner.config.get_text_config()._attn_implementation != name:
+        raise UnsupportedModelError(
+            f"{type(inner).__name__} does not use transformers' attention interface, so that its attention "
+            "cannot be replaced. Supported are decoders whose modeling file dispatches through it (Llama, "
+            "Mistral, Qwen, Gemma, Phi-3, gpt-oss and most recent ones)."
+        )
+    prepare = inner._prepare_cache_for_generation
+    inner.__dict__["_prepare_cache_for_generation"] = functools.partial(_prepare, inner, prepare)
+
+
+def _set_implementation(inner: PreTrainedModel, name: str) -> None:
+    text = inner.config.get_text_config()
+    if text is inner.config:
+        inner.set_attn_implementation(name)
+        return
+    key = next(k for k in inner.config.sub_configs if getattr(inner.config, k) is text)
+    inner.set_attn_implementation({key: name})
+
+
+def eject(model: Model) -> Model:
+    """Take the topology out. The model is bit-identical to what it was before.
+
+    Raises:
+        SurgeryError: The model is not operated.
+    """
+    inner = inner_model(model)
+    operation = _operation(model)
+    for handle in operation.handles:
+        handle.remove()
+    for module in operation.modules.values():
+        module.__dict__.pop(ATTRIBUTE, None)
+    inner.__dict__.pop("_prepare_cache_for_generation", None)
+    inner.__dict__.pop(ATTRIBUTE, None)
+    _set_implementation(inner, operation.base)
+    _users[operation.base] -= 1
+    if _users[operation.base] <= 0:
+        unregister(operation.base)
+    return model
+
+
+@contextlib.contextmanager
+def operated(
+    model: Model, config: SurgeryConfig | None = None, **arguments: Any
+) -> Iterator[Model]:
+    """:func:`operate` for the length of a ``with`` block; always ejects."""
+    operate(model, config, **arguments)
+    try:
+        yield model
+    finally:
+        eject(model)
+
+
+def is_operated(model: torch.nn.Module) -> bool:
+    return ATTRIBUTE in inner_model(model).__dict__
+
+
+def config_of(model: torch.nn.Module) -> SurgeryConfig:
+    """The configuration an operated model runs with."""
+    return _operation(model).config
+
+
+def set_config(model: torch.nn.Module, config: SurgeryConfig) -> None:
+    """Change the configuration of an operated model. Caches made before do not fit it."""
+    operation = _operation(model)
+    operation.config = config
+    for layer in operation.layers.values():
+        layer.config = config
+
+
+def surgery_of(model: torch.nn.Module) -> dict[int, LayerSurgery]:
+    """What the operated layers carry, by layer index."""
+    return _operation(model).layers
+
+
+def statistics(model: torch.nn.Module) -> Statistics:
+    """What the operated layers read since :func:`operate` or :func:`reset_statistics`."""
+    operation = _operation(model)
+    counters = {index: layer.counters for index, layer in operation.layers.items()}
+    return summarise(counters, operation.config.page_size)
+
+
+def reset_statistics(model: torch.nn.Module) -> None:
+    for layer in _operation(model).layers.values():
+        layer.counters.clear()
+
+
+def paged_cache(model: torch.nn.Module) -> PagedCache:
+    """An empty cache for an operated model, as ``generate()`` and ``forward()`` build by themselves."""
+    operation = _operation(model)
+    text = inner_model(model).config.get_text_config(decoder=True)
+    return PagedCache(text, operation.config, list(operation.modules))
+
+
+def inner_model(model: torch.nn.Module) -> PreTrainedModel:
+    """The transformers model, taken out of a PEFT or compile wrapper.
+
+    Raises:
+        UnsupportedModelError: There is none.
+    """
+    model = getattr(model, "_orig_mod", model)
+    if not isinstance(model, PreTrainedModel) and hasattr(model, "get_base_model"):
+        model = model.get_base_model()
+    if not isinstance(model, PreTrainedModel):
+        raise UnsupportedModelError(
+            f"{type(model).__name__} is not a transformers model: load it with "
+            "AutoModelForCausalLM.from_pretrained."
+        )
+    return model
+
+
+def attention_modules(model: PreTrainedModel) -> dict[int, torch.nn.Module]:
+    """Full-attention modules of the decoder by layer index.
+
+    Raises:
+        UnsupportedModelError: There is none, or the architecture cannot be operated.
+    """
+    name, text = type(model).__name__, model.config.get_text_config()
+    if getattr(model.config, "is_encoder_decoder", False):
+        raise UnsupportedModelError(f"{name} is an encoder-decoder: only decoders are supported.")
+    if getattr(text, "alibi", False) or text.model_type in ("bloom", "mpt"):
+        raise UnsupportedModelError(
+            f"{name} uses ALiBi, whose position bias depends on the order of keys: not supported."
+        )
+    if getattr(text, "num_kv_shared_layers", 0):
+        raise UnsupportedModelError(f"{name} shares keys between layers: not supported.")
+    types = getattr(text, "layer_types", None)
+    found, sliding = {}, 0
+    for module in model.modules():
+        index = getattr(module, "layer_idx", None)
+        is_attention = type(module).__name__.endswith("Attention") and isinstance(index, int)
+        if not is_attention or getattr(module, "config", None) is not text:
+            continue
+        if not getattr(module, "is_causal", True):
+            raise UnsupportedModelError(f"{name} has bidirectional attention: not supported.")
+        kind = types[index] if types else "full_attention"
+        if kind != "full_attention" or getattr(module, "sliding_window", None) is not None:
+            sliding += 1
+            continue
+        if types is None and getattr(text, "sliding_window", None) and text.model_type == "mistral":
+            sliding += 1
+            continue
+        found[index] = module
+    if not found:
+        reason = (
+            f"all its {sliding} attention layers are sliding-window or linear ones"
+            if sliding
+            else "it has no attention modules this package knows (state-space or other mixers)"
+        )
+        raise UnsupportedModelError(f"{name} has no full-attention layer to operate on: {reason}.")
+    return found
+
+
+def _operation(model: torch.nn.Module) -> Operation:
+    operation = inner_model(model).__dict__.get(ATTRIBUTE)
+    if operation is None:
+        raise SurgeryError("the model is not operated: call operate(model) first.")
+    return operation
+
+
+def _model_hook(
+    model: PreTrainedModel, args: tuple, kwargs: dict[str, Any]
+) -> tuple[tuple, dict[str, Any]]:
+    """Pre-forward hook of the model: refuses what cannot work and provides the paged cache."""
+    if kwargs.get("output_attentions") or getattr(model.config, "output_attentions", False):
+        raise UnsupportedModelError(
+            "output_attentions: operated layers never form attention weights. eject(model) first."
+        )
+    use_cache = kwargs.get("use_cache")
+    if use_cache is None:
+        use_cache = getattr(model.config.get_text_config(), "use_cache", False)
+    training = model.training and getattr(model, "is_gradient_checkpointing", False)
+    if use_cache and kwargs.get("past_key_values") is None and not training:
+        kwargs = {**kwargs, "past_key_values": paged_cache(model)}
+    return args, kwargs
+
+
+def _prepare(
+    model: PreTrainedModel,
+    prepare: Any,
+    generation_config: Any,
+    model_kwargs: dict[str, Any],
+    generation_mode: Any,
+    *args: Any,
+    **kwargs: Any,
+) -> None:
+    """Stands in for transformers' own cache preparation in ``generate()``."""
+    wanted = generation_config.cache_implementation
+    if wanted not in (None, "dynamic", "hybrid"):
+        raise UnsupportedModelError(
+            f"cache_implementation={wanted!r}: an operated model needs its paged cache. Leave it unset."
+        )
+    if model_kwargs.get("past_key_values") is None and generation_config.use_cache is not False:
+        model_kwargs["past_key_values"] = paged_cache(model)
+    prepare(generation_config, model_kwargs, generation_mode, *args, **kwargs)
+    cache = model_kwargs.get("past_key_values")
+    if isinstance(cache, PagedCache):
+        # Assisted generation verifies several tokens in one call: decode steps too.
+        assisted = str(getattr(generation_mode, "value", generation_mode)) == "assisted_generation"
+        cache.decode_rows = cache.surgery.chunk_size if assisted else 1

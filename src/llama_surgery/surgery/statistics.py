@@ -1,0 +1,152 @@
+"""What operated layers really read, counted where it is read."""
+
+import dataclasses
+from typing import Any
+
+import torch
+
+from llama_surgery.attention.api import AttentionResult
+
+
+class Counters:
+    """Running counts of one layer at one tile size, per KV head, kept on the device.
+
+    Pairs are counted for one query head of a KV head's group; all heads of a group read the same.
+    """
+
+    def __init__(self) -> None:
+        self.rows = 0
+        self.near_pairs = 0
+        self.causal_pairs = 0
+        self.far_pairs: torch.Tensor | None = None  # (kv_heads,) int64
+        self.visible_pairs: torch.Tensor | None = None
+        self.pages: torch.Tensor | None = None
+
+    def add(self, result: AttentionResult, kv_heads: int, page_size: int) -> None:
+        """Count one call: ``result`` over (sequences * kv_heads) streams."""
+        streams, _, rows, _ = result.out.shape
+        sequences = streams // kv_heads
+        self.rows += rows * sequences
+        self.near_pairs += result.near_pairs * sequences
+        self.causal_pairs += result.causal_pairs * sequences
+        for name, counts in (
+            ("far_pairs", [p.executed_pairs(page_size) for p in result.plans]),
+            ("visible_pairs", [p.visible_pairs(page_size) for p in result.plans]),
+            ("pages", [p.counts.sum(1) for p in result.plans]),
+        ):
+            total = getattr(self, name)
+            if total is None:
+                total = torch.zeros(kv_heads, dtype=torch.int64, device=result.out.device)
+            for count in counts:
+                total = total + count.unflatten(0, (sequences, kv_heads)).sum(0)
+            setattr(self, name, total)
+
+
+@dataclasses.dataclass(frozen=True)
+class Statistics:
+    """Densities over all that an operated model computed since the last reset.
+
+    Densities share one denominator, the causal pairs: ``total = near + far``. *Executed* pairs are what
+    tiles read, *visible* pairs what rows may see of it.
+
+    Attributes:
+        near_density: Near-field pairs over causal pairs.
+        far_density: Executed far pairs over causal pairs.
+        visible_far_density: Visible far pairs over causal pairs.
+        total_density: Near and executed far together.
+        pages_read: Far pages read, over all layers, KV heads and tiles.
+        rows: Query rows, over all layers.
+        causal_pairs: Over all layers and KV heads.
+        by_layer: Per layer ``far_density`` and ``pages_read`` (lists over KV heads), ``near_density``.
+        by_tile: Per tile size (as text: "1" for decode) ``far_density``, ``total_density``, ``rows`` and
+            ``pages_per_tile_row``, the mean number of far pages a row's tile reads.
+    """
+
+    near_density: float
+    far_density: float
+    visible_far_density: float
+    total_density: float
+    pages_read: int
+    rows: int
+    causal_pairs: int
+    by_layer: dict[int, dict[str, Any]]
+    by_tile: dict[str, dict[str, float]]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain numbers, lists and dictionaries, ready for JSON."""
+        return dataclasses.asdict(self)
+
+
+def summarise(layers: dict[int, dict[int, Counters]], page_size: int) -> Statistics:
+    """Statistics of layers' counters, given as {layer: {tile: counters}}."""
+    by_layer = {}
+    for index, tiles in layers.items():
+        sums = _sums(list(tiles.values()))
+        causal = max(1, sums["causal"])
+        by_layer[index] = {
+            "far_density": [pairs / causal for pairs in sums["far"]],
+            "pages_read": sums["pages"],
+            "near_density": sums["near"] / causal,
+        }
+    sizes = sorted({tile for tiles in layers.values() for tile in tiles})
+    by_tile = {}
+    for tile in sizes:
+        part = _total([tiles[tile] for tiles in layers.values() if tile in tiles])
+        by_tile[str(tile)] = {
+            "far_density": part["far"],
+            "total_density": part["near"] + part["far"],
+            "rows": part["rows"],
+            "pages_per_tile_row": part["far_pairs_per_row"] / page_size,
+        }
+    total = _total([c for tiles in layers.values() for c in tiles.values()])
+    return Statistics(
+        near_density=total["near"],
+        far_density=total["far"],
+        visible_far_density=total["visible"],
+        total_density=total["near"] + total["far"],
+        pages_read=int(total["pages"]),
+        rows=int(total["rows"]),
+        causal_pairs=int(total["causal"]),
+        by_layer=by_layer,
+        by_tile=by_tile,
+    )
+
+
+def _sums(counters: list[Counters]) -> dict[str, Any]:
+    """Sums over counters of one layer, lists over KV heads."""
+
+    def heads(name: str) -> list[int]:
+        rows = [getattr(c, name).tolist() for c in counters if getattr(c, name) is not None]
+        return [sum(column) for column in zip(*rows, strict=True)]
+
+    return {
+        "near": sum(c.near_pairs for c in counters),
+        "causal": sum(c.causal_pairs for c in counters),
+        "rows": sum(c.rows for c in counters),
+        "far": heads("far_pairs"),
+        "visible": heads("visible_pairs"),
+        "pages": heads("pages"),
+    }
+
+
+def _total(counters: list[Counters]) -> dict[str, float]:
+    """Densities over counters of several layers."""
+    near = causal = far = visible = pages = rows = head_rows = 0
+    for counter in counters:
+        sums = _sums([counter])
+        heads = max(1, len(sums["far"]))
+        near += sums["near"] * heads
+        causal += sums["causal"] * heads
+        far, visible = far + sum(sums["far"]), visible + sum(sums["visible"])
+        pages, rows = pages + sum(sums["pages"]), rows + sums["rows"]
+        head_rows += sums["rows"] * heads
+    pairs = max(1, causal)
+    return {
+        "near": near / pairs,
+        "far": far / pairs,
+        "visible": visible / pairs,
+        "pages": pages,
+        "rows": rows,
+        "causal": causal,
+        "far_pairs_per_row": far / max(1, head_rows),
+    }

@@ -1,0 +1,53 @@
+"""Which chunks are closed for which query, and how rows group into tiles and blocks.
+
+All positions are positions of real tokens in their own sequence, counted from 0.
+"""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from llama_surgery.config import SurgeryConfig
+
+
+class Block(NamedTuple):
+    """Consecutive rows with the same closed chunks.
+
+    Attributes:
+        start: Position of the first row.
+        stop: One past the position of the last row.
+        closed: Number of closed chunks; the near field starts at ``closed * chunk_size``.
+    """
+
+    start: int
+    stop: int
+    closed: int
+
+
+def closed_chunks(position: int, config: SurgeryConfig, tile: int) -> int:
+    """Closed chunks for the query at ``position`` in tiles of ``tile`` queries.
+
+    Chunk c is closed when ``(c + 1) * chunk_size <= q0 - window`` with q0 the first position of the
+    query's tile; none is closed in the dense topology and below ``dense_until``.
+    """
+    first = position // tile * tile
+    if config.topology == "dense" or first < config.dense_until:
+        return 0
+    return max(0, (first - config.window) // config.chunk_size)
+
+
+def query_blocks(start: int, stop: int, config: SurgeryConfig, tile: int) -> Iterator[Block]:
+    """Cut rows ``start … stop - 1`` into blocks of equal closed chunks.
+
+    Blocks hold at most ``chunk_size`` rows, so that what a block needs in memory grows with the
+    length of the text but not with its square, and begin at multiples of ``tile`` but for the first.
+    """
+    while start < stop:
+        closed = closed_chunks(start, config, tile)
+        next_change = (closed + 1) * config.chunk_size + config.window
+        limit = min(stop, start - start % tile + config.chunk_size)
+        if start < config.dense_until:
+            limit = min(limit, config.dense_until)
+        elif config.topology != "dense":
+            limit = min(limit, next_change)
+        yield Block(start, limit, closed)
+        start = limit

@@ -1,0 +1,115 @@
+"""Chunks rewritten in tree order, their pages and the pages' moments."""
+
+import dataclasses
+
+import torch
+
+from llama_surgery.config import SurgeryConfig
+from llama_surgery.topology.tree import tree_order
+
+
+@dataclasses.dataclass(frozen=True)
+class Moments:
+    """Mean and per-channel variance of the keys of equally large balls.
+
+    Attributes:
+        mean: (streams, balls, head_dim) float32 or float64.
+        variance: Same shape and dtype.
+        size: Keys of every ball.
+    """
+
+    mean: torch.Tensor
+    variance: torch.Tensor
+    size: int
+
+    def first(self, balls: int) -> "Moments":
+        """The moments of the first ``balls`` balls."""
+        return Moments(self.mean[:, :balls], self.variance[:, :balls], self.size)
+
+
+def moments_of(keys: torch.Tensor, size: int) -> Moments:
+    """Moments of consecutive runs of ``size`` keys.
+
+    Args:
+        keys: (streams, keys, head_dim), keys a multiple of ``size``.
+    """
+    keys = keys if keys.dtype == torch.float64 else keys.float()
+    balls = keys.unflatten(1, (-1, size))
+    variance, mean = torch.var_mean(balls, dim=2, correction=0)
+    return Moments(mean, variance, size)
+
+
+def merge_moments(moments: Moments, children: int) -> Moments:
+    """Exact moments of parents of ``children`` consecutive, equally large balls.
+
+    Law of total variance: the parent's variance is the mean of the children's variances plus the
+    variance of their means.
+    """
+    means = moments.mean.unflatten(1, (-1, children))
+    between, mean = torch.var_mean(means, dim=2, correction=0)
+    within = moments.variance.unflatten(1, (-1, children)).mean(2)
+    return Moments(mean, within + between, moments.size * children)
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """Full chunks in tree order. A *stream* is one KV head of one sequence.
+
+    Attributes:
+        keys: (streams, chunks * chunk_size, head_dim) in tree order chunk by chunk.
+        values: (streams, chunks * chunk_size, value_dim), the same order.
+        order: (streams, chunks, chunk_size) int16, the original offset of every slot.
+        moments: Moments of the pages.
+    """
+
+    keys: torch.Tensor
+    values: torch.Tensor
+    order: torch.Tensor
+    moments: Moments
+
+    @property
+    def chunks(self) -> int:
+        return self.order.shape[1]
+
+    def sink_pages(self) -> torch.Tensor:
+        """(streams,) int64: the page that holds position 0."""
+        return (self.order[:, 0] == 0).int().argmax(-1) // self.moments.size
+
+
+def build_layout(keys: torch.Tensor, values: torch.Tensor, config: SurgeryConfig) -> Layout:
+    """Lay out full chunks. A chunk's layout depends on that chunk's own keys alone (law 1).
+
+    Args:
+        keys: (streams, n * chunk_size, head_dim) after rotary embedding, in order of position.
+        values: (streams, n * chunk_size, value_dim).
+    """
+    chunked = keys.detach().unflatten(1, (-1, config.chunk_size))
+    order = tree_order(chunked, config.page_size, config.arity, config.directions)
+    keys = reorder(keys, order)
+    moments = moments_of(keys, config.page_size)
+    return Layout(keys, reorder(values, order), order.to(torch.int16), moments)
+
+
+def reorder(states: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
+    """Permute every chunk of ``states`` (streams, chunks * chunk_size, dim) by ``order``."""
+    chunked = states.unflatten(1, order.shape[1:])
+    return chunked.gather(2, order.long().unsqueeze(-1).expand(chunked.shape)).flatten(1, 2)
+
+
+def restore(states: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
+    """Inverse of :func:`reorder`: tree order back to order of position."""
+    return reorder(states, order.argsort(dim=-1))
+
+
+def extend_layout(layout: Layout, more: Layout) -> Layout:
+    """Append the chunks of ``more``."""
+    return Layout(
+        torch.cat((layout.keys, more.keys), 1),
+        torch.cat((layout.values, more.values), 1),
+        torch.cat((layout.order, more.order), 1),
+        Moments(
+            torch.cat((layout.moments.mean, more.moments.mean), 1),
+            torch.cat((layout.moments.variance, more.moments.variance), 1),
+            layout.moments.size,
+        ),
+    )

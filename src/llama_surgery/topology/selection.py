@@ -1,0 +1,186 @@
+"""Which far pages a row opens: scores from moments, shares of the whole row, first-open rows."""
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+
+from llama_surgery.config import SurgeryConfig
+from llama_surgery.topology.geometry import Block
+from llama_surgery.topology.layout import Layout, Moments, merge_moments
+from llama_surgery.topology.plan import Plan, plan_from_first_open, tiles_of
+
+#: Called with the log shares (streams, tiles, scored rows of a tile, pages), -inf for rows outside the
+#: block, and the block: how calibration listens to what rows would open.
+ShareListener = Callable[[torch.Tensor, Block], None]
+
+
+@dataclasses.dataclass(frozen=True)
+class Scorer:
+    """The page score of one layer.
+
+    ``score(q, B) = log|B| + s·(q·μ) + α·½·s²·(q²·σ²)``: the diagonal second-order expansion of
+    ``log Σ_{k in B} exp(s·q·k)``. Where logits are capped, ``c·tanh(x / c)``, mean and slope pass through
+    the cap (delta method).
+
+    Attributes:
+        scale: s, the module's own scaling of q·k.
+        alpha: α, weight of the variance term.
+        softcap: c, or None.
+    """
+
+    scale: float
+    alpha: float = 1.0
+    softcap: float | None = None
+
+    def __call__(self, queries: torch.Tensor, moments: Moments) -> torch.Tensor:
+        """Scores of every ball.
+
+        Args:
+            queries: (streams, rows, head_dim), rows of all heads of the group.
+            moments: Of the balls.
+
+        Returns:
+            (streams, rows, balls), the moments' dtype.
+        """
+        queries = queries.to(moments.mean.dtype) * self.scale
+        spread = queries.square() * (0.5 * self.alpha)
+        if self.softcap is None:
+            # One matrix product of [q, q²] with [μ, ½σ²].
+            features = torch.cat((moments.mean, moments.variance), -1).transpose(1, 2)
+            scores = torch.cat((queries, spread), -1) @ features
+        else:
+            mean = torch.tanh(queries @ moments.mean.transpose(1, 2) / self.softcap)
+            scores = spread @ moments.variance.transpose(1, 2) * (1 - mean.square()).square()
+            scores = scores + self.softcap * mean
+        return scores.add_(math.log(moments.size))
+
+
+def log_shares(
+    scores: torch.Tensor, near_lse: torch.Tensor, sink_logit: torch.Tensor | None
+) -> torch.Tensor:
+    """Log of each ball's expected share of the row's whole attention, largest over the group's heads.
+
+    Args:
+        scores: (streams, heads, rows, balls), -inf where a ball does not count.
+        near_lse: (streams, heads, rows), log-sum-exp of the near field's logits.
+        sink_logit: (streams, heads) attention-sink parameters, or None.
+
+    Returns:
+        (streams, rows, balls).
+    """
+    total = torch.logaddexp(scores.logsumexp(-1), near_lse.to(scores.dtype))
+    if sink_logit is not None:
+        total = torch.logaddexp(total, sink_logit.to(scores.dtype)[..., None])
+    return scores.sub_(total.unsqueeze(-1)).amax(1)
+
+
+def select(
+    queries: torch.Tensor,
+    layout: Layout,
+    near_lse: torch.Tensor,
+    block: Block,
+    *,
+    config: SurgeryConfig,
+    tile: int,
+    scorer: Scorer,
+    sink_logit: torch.Tensor | None = None,
+    listener: ShareListener | None = None,
+) -> Plan:
+    """Plan one block of rows.
+
+    Row r of a tile opens a page when its expected share, in some head of the group, exceeds θ. The tile
+    reads the union; row r sees what rows ≤ r opened (law 2). The sink page is open from the first row.
+
+    Args:
+        queries: (streams, heads, rows, head_dim), the block's rows.
+        layout: At least ``block.closed`` chunks.
+        near_lse: (streams, heads, rows) from the near field's pass.
+        block: With at least one closed chunk.
+        config: Rule, θ and strides.
+        tile: Queries of a tile, ``config.tile`` or 1.
+        scorer: The layer's page score.
+        sink_logit: (streams, heads) attention-sink parameters of models that have them.
+        listener: Hears the log shares.
+    """
+    stride = min(config.score_stride, tile)
+    rows = torch.arange(block.start, block.stop, device=queries.device)
+    scored = slice(-block.start % stride, None, stride)
+    queries, near_lse, rows = queries[:, :, scored], near_lse[:, :, scored], rows[scored]
+    moments = layout.moments.first(block.closed * config.pages_per_chunk)
+    theta = config.theta_for(tile)
+    opening = math.log(theta) if theta > 0 else -math.inf
+    if config.coarse_to_fine:
+        shares = _descend(queries, moments, near_lse, config, scorer, sink_logit, opening)
+    else:
+        shares = log_shares(_scores(queries, moments, scorer), near_lse, sink_logit)
+    whole = _TileRows(rows, block, tile, stride)
+    if listener is not None:
+        listener(whole.embed(shares, -math.inf), block)
+    if config.pages_per_row is None:
+        opened = shares > opening
+    else:
+        most = min(config.pages_per_row, moments.mean.shape[1])
+        opened = torch.zeros_like(shares, dtype=torch.bool)
+        opened.scatter_(-1, shares.topk(most, dim=-1).indices, True)
+    place = torch.where(opened, (rows % tile).to(torch.int16)[:, None], tile)
+    first_open = whole.embed(place, tile).amin(2).long()
+    sink = layout.sink_pages()[:, None, None].expand(-1, whole.tiles, 1)
+    return plan_from_first_open(first_open.scatter_(-1, sink, 0), block, tile)
+
+
+class _TileRows(NamedTuple):
+    """Where a block's scored rows lie in the whole tiles that the block touches."""
+
+    rows: torch.Tensor
+    block: Block
+    tile: int
+    stride: int
+
+    @property
+    def tiles(self) -> int:
+        return tiles_of(self.block, self.tile)
+
+    def embed(self, values: torch.Tensor, absent: float) -> torch.Tensor:
+        """(streams, rows, pages) to (streams, tiles, scored rows of a tile, pages)."""
+        per_tile = self.tile // self.stride
+        if values.shape[1] != self.tiles * per_tile:
+            place = (self.rows - self.block.start // self.tile * self.tile) // self.stride
+            shape = (values.shape[0], self.tiles * per_tile, values.shape[2])
+            values = values.new_full(shape, absent).index_copy_(1, place, values)
+        return values.unflatten(1, (self.tiles, per_tile))
+
+
+def _scores(queries: torch.Tensor, moments: Moments, scorer: Scorer) -> torch.Tensor:
+    heads, rows = queries.shape[1:3]
+    return scorer(queries.flatten(1, 2), moments).unflatten(1, (heads, rows))
+
+
+def _descend(
+    queries: torch.Tensor,
+    pages: Moments,
+    near_lse: torch.Tensor,
+    config: SurgeryConfig,
+    scorer: Scorer,
+    sink_logit: torch.Tensor | None,
+    opening: float,
+) -> torch.Tensor:
+    """Log shares of pages by descent: a ball's children count only where its own share exceeds θ.
+
+    A ball that is not entered keeps its own score in the row's total, so that the totals of all levels
+    estimate the same sum. Pages under it get -inf.
+    """
+    levels = [pages]
+    for _ in range(config.depth):
+        levels.append(merge_moments(levels[-1], config.arity))
+    scores = _scores(queries, levels[-1], scorer)
+    settled = near_lse.to(scores.dtype)  # near field and balls that are not entered
+    for finer in reversed(levels[:-1]):
+        entered = log_shares(scores.clone(), settled, sink_logit) > opening
+        left = scores.masked_fill(entered.unsqueeze(1), -math.inf)
+        settled = torch.logaddexp(settled, left.logsumexp(-1))
+        children = entered.repeat_interleave(config.arity, dim=-1)
+        scores = _scores(queries, finer, scorer).masked_fill_(~children.unsqueeze(1), -math.inf)
+    return log_shares(scores, settled, sink_logit)

@@ -1,0 +1,67 @@
+"""What all tests share: threads, markers, hypothesis profiles, the demo model's folder."""
+
+import logging
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+# Set before transformers is imported: no test may depend on the network.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import hypothesis
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+
+# One thread unless asked otherwise: results do not depend on the machine's number of cores, and
+# the processes of pytest-xdist do not take each other's cores.
+torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+
+# The same examples in every run, and no deadline: the first call of a torch operator is slow.
+hypothesis.settings.register_profile("ci", deadline=None, derandomize=True)
+hypothesis.settings.load_profile("ci")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip tests marked ``gpu`` where PyTorch sees no CUDA device."""
+    if torch.cuda.is_available():
+        return
+    skip = pytest.mark.skip(reason="needs a CUDA device")
+    for item in items:
+        if "gpu" in item.keywords:
+            item.add_marker(skip)
+
+
+class _Deprecations(logging.Handler):
+    """Collects the deprecations that transformers logs instead of warning about."""
+
+    def __init__(self) -> None:
+        super().__init__(level=logging.WARNING)
+        self.messages: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        message = record.getMessage()
+        if "deprecated" in message.lower():
+            self.messages.append(f"{record.pathname}:{record.lineno}: {message}")
+
+
+@pytest.fixture(autouse=True)
+def _no_logged_deprecations() -> Iterator[None]:
+    """Fail a test during which transformers logged that a call is deprecated."""
+    handler = _Deprecations()
+    logger = logging.getLogger("transformers")
+    logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+    assert not handler.messages, "transformers logged a deprecation:\n" + "\n".join(
+        handler.messages
+    )
+
+
+@pytest.fixture(scope="session")
+def demo_model_path() -> Path:
+    """Folder of the demo model: a Hugging Face checkpoint with its tokenizer."""
+    return ROOT / "demo" / "books-26m"
