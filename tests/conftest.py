@@ -41,9 +41,8 @@ class _Deprecations(logging.Handler):
         self.messages: list[str] = []
 
     def emit(self, record: logging.LogRecord) -> None:
-        message = record.getMessage()
-        if "deprecated" in message.lower():
-            self.messages.append(f"{record.pathname}:{record.lineno}: {message}")
+        if "deprecated" in record.getMessage().lower():
+            self.messages.append(record.getMessage())
 
 
 @pytest.fixture(autouse=True)
@@ -56,9 +55,7 @@ def _no_logged_deprecations() -> Iterator[None]:
         yield
     finally:
         logger.removeHandler(handler)
-    assert not handler.messages, "transformers logged a deprecation:\n" + "\n".join(
-        handler.messages
-    )
+    assert not handler.messages, "transformers logged a deprecation:\n" + "\n".join(handler.messages)
 
 
 @pytest.fixture(scope="session")

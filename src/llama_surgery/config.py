@@ -31,8 +31,12 @@ class SurgeryConfig:
             tiles of ``tile`` queries. 0 opens everything.
         theta_decode: The same for tiles of one query. With ``tile=1`` it must equal ``theta``.
         pages_per_row: Instead of ``theta``: every scored row opens this many pages. For comparison.
+        moment_size: Keys of the balls whose moments are kept, at most ``page_size``: a page's score is the
+            log-sum-exp of its balls' scores. Smaller balls score more sharply and cost more.
+        lead: The first row of a tile opens pages at ``lead * theta``: what it opens serves the whole
+            tile, what later rows open only the rest of it.
         score_stride: Only every ``score_stride``-th row of a tile is scored (1: all rows). The
-            first row of a tile always is; later rows see what earlier scored rows opened.
+            first row of a tile or of a call always is; later rows see what earlier scored rows opened.
         coarse_to_fine: Score whole chunks first and descend the tree only where a ball's expected
             share exceeds θ, instead of scoring every page.
         alpha: Weight of the variance term of the page score.
@@ -53,6 +57,8 @@ class SurgeryConfig:
     theta: float = 0.042
     theta_decode: float | None = None
     pages_per_row: int | None = None
+    moment_size: int | None = None
+    lead: float = 1.0
     score_stride: int = 1
     coarse_to_fine: bool = False
     alpha: float = 1.0
@@ -60,9 +66,11 @@ class SurgeryConfig:
     backend: Backend = "auto"
 
     def __post_init__(self) -> None:
-        if self.theta_decode is None:
+        if self.theta_decode is None and isinstance(self.theta, (int, float)):
             decode = self.theta if self.tile == 1 else self.theta * DECODE_SHARE
             object.__setattr__(self, "theta_decode", decode)
+        if self.moment_size is None:
+            object.__setattr__(self, "moment_size", self.page_size)
         self._check_choices()
         self._check_numbers()
         self._check_geometry()
@@ -139,6 +147,10 @@ class SurgeryConfig:
             size *= self.arity
             depth += 1
         return depth
+
+    @property
+    def balls_per_page(self) -> int:
+        return self.page_size // (self.moment_size or self.page_size)
 
     @property
     def pages_per_chunk(self) -> int:

@@ -85,9 +85,7 @@ def attend(
         q = queries[:, :, block.start - start : block.stop - start]
         first = block.closed * config.chunk_size
         span = slice(first - near_start, block.stop - near_start)
-        near = backend.near_field(
-            q, near_keys[:, span], near_values[:, span], scale=scale, softcap=softcap
-        )
+        near = backend.near_field(q, near_keys[:, span], near_values[:, span], scale=scale, softcap=softcap)
         if block.closed and layout is not None:
             plan = select(
                 q.detach(),

@@ -6,10 +6,10 @@ from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 
 from llama_surgery.config import SurgeryConfig
-from llama_surgery.errors import AdapterError, SurgeryError
+from llama_surgery.errors import AdapterError
 from llama_surgery.files import write_atomically, write_json
 from llama_surgery.surgery.operate import (
     attention_modules,
@@ -43,7 +43,8 @@ def save_adapter(model: torch.nn.Module, folder: str | Path) -> None:
         "base_model": _describe(model),
         "surgery": config_of(model).to_dict(),
     }
-    write_atomically(folder / TENSOR_FILE, lambda file: save_file(tensors, file))
+    # As bytes: the library's own writing does not raise OSError where the disk is full.
+    write_atomically(folder / TENSOR_FILE, lambda file: file.write_bytes(save(tensors)))
     write_json(folder / CONFIG_FILE, description)
 
 
@@ -62,14 +63,15 @@ def load_adapter(model: Model, folder: str | Path) -> Model:
         raise AdapterError(f"the adapter in {folder} is of another model ({told}).")
     want, have = tensors["fingerprint"], _fingerprint(model)
     # Half-precision roundings of one checkpoint agree to 1%; other weights do not.
-    if want.numel() and have.numel() and not torch.allclose(want, have, rtol=1e-2, atol=1e-4):
+    known = want.numel() and have.numel()
+    if known and (want.shape != have.shape or not torch.allclose(want, have, rtol=1e-2, atol=1e-4)):
         raise AdapterError(
             f"the adapter in {folder} was made for a model of this shape with other weights: its "
             "thresholds do not fit. Calibrate on this model instead."
         )
     try:
         config = SurgeryConfig.from_dict(description["surgery"])
-    except (SurgeryError, TypeError) as error:
+    except (ValueError, TypeError) as error:
         raise AdapterError(f"{folder / CONFIG_FILE}: {error}") from error
     return operate(model, config)
 
@@ -79,14 +81,13 @@ def _read(folder: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
         description = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
         tensors = load_file(folder / TENSOR_FILE)
     except FileNotFoundError as error:
+        absent = [name for name in (CONFIG_FILE, TENSOR_FILE) if not (folder / name).exists()]
         raise AdapterError(
-            f"{error.filename or folder} is missing: an adapter is a folder with {CONFIG_FILE} and "
+            f"{folder / (absent or [''])[0]} is missing: an adapter is a folder with {CONFIG_FILE} and "
             f"{TENSOR_FILE}, as save_adapter writes it."
         ) from error
     except (OSError, ValueError, SafetensorError) as error:
-        raise AdapterError(
-            f"the adapter in {folder} is damaged: {error}. Save it again."
-        ) from error
+        raise AdapterError(f"the adapter in {folder} is damaged: {error}. Save it again.") from error
     if not isinstance(description, dict) or description.get("peft_type") != FORMAT:
         raise AdapterError(f"{folder / CONFIG_FILE} does not describe a {FORMAT} adapter.")
     version = description.get("format_version")
@@ -96,7 +97,8 @@ def _read(folder: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
             f"{FORMAT_VERSION}. Update llama-surgery."
         )
     missing = {"base_model", "surgery"} - description.keys() | {"fingerprint"} - tensors.keys()
-    if missing:
+    if missing or not isinstance(description["base_model"], dict):
+        missing = missing or {"a description of the base model"}
         raise AdapterError(
             f"the adapter in {folder} is damaged: {', '.join(sorted(missing))} missing. Save it again."
         )

@@ -5,7 +5,7 @@ from transformers import DynamicCache, PretrainedConfig
 from transformers.cache_utils import CacheLayerMixin
 
 from llama_surgery.config import SurgeryConfig
-from llama_surgery.errors import SurgeryError
+from llama_surgery.errors import SurgeryError, UnsupportedModelError
 from llama_surgery.surgery.store import SequenceStore
 
 
@@ -27,6 +27,7 @@ class PagedLayer(CacheLayerMixin):
         self.stores: list[SequenceStore] = []
         self.batch = 0
         self.kv_heads = 0
+        self._expected = False
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         self.batch, self.kv_heads = key_states.shape[:2]
@@ -34,10 +35,23 @@ class PagedLayer(CacheLayerMixin):
         self.stores = [SequenceStore(self.config)]
         self.is_initialized = True
 
+    def expect(self) -> None:
+        """Announce a call: an attention function of ours will take what the next update hands through."""
+        self._expected = True
+
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: object, **kwargs: object
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Hand the new states through: the attention function, which knows the padding, stores them."""
+        """Hand the new states through: the attention function, which knows the padding, stores them.
+
+        Raises:
+            UnsupportedModelError: The attention that called is not operated.
+        """
+        if not self._expected:
+            raise UnsupportedModelError(
+                "a paged cache, but the attention that fills it is not operated: after eject(model), start with "
+                "a new cache. (On an operated model: this architecture hides its cache, not supported.)"
+            )
         return key_states, value_states
 
     def take(
@@ -60,7 +74,14 @@ class PagedLayer(CacheLayerMixin):
 
         Raises:
             SurgeryError: The batch, or the mask, does not fit what the cache holds.
+            UnsupportedModelError: The call was not announced.
         """
+        if not self._expected:
+            raise UnsupportedModelError(
+                "an attention module calls its attention function twice for one update of the cache: "
+                "not supported."
+            )
+        self._expected = False
         if not self.is_initialized:
             self.lazy_initialization(*like)
         if batch != self.batch:
@@ -79,9 +100,7 @@ class PagedLayer(CacheLayerMixin):
             taken = self._by_sequence(None)
         else:
             self._separate()
-            for store, length in zip(
-                self.stores, mask[:, : self.slots].sum(1).tolist(), strict=True
-            ):
+            for store, length in zip(self.stores, mask[:, : self.slots].sum(1).tolist(), strict=True):
                 self._expect(store, length)
             taken = self._by_sequence(mask[:, self.slots :])
         self.slots += new
@@ -92,9 +111,7 @@ class PagedLayer(CacheLayerMixin):
     ) -> list[tuple[SequenceStore, slice, torch.Tensor | None]]:
         if real is None and len(self.stores) == 1:
             return [(self.stores[0], slice(None), None)]
-        columns = [
-            None if real is None else real[b].nonzero().squeeze(1) for b in range(self.batch)
-        ]
+        columns = [None if real is None else real[b].nonzero().squeeze(1) for b in range(self.batch)]
         return [(s, slice(b, b + 1), columns[b]) for b, s in enumerate(self.stores)]
 
     def _expect(self, store: SequenceStore, length: int) -> None:

@@ -8,6 +8,7 @@ import torch
 
 from llama_surgery.config import SurgeryConfig
 from llama_surgery.errors import SurgeryError, TextError
+from llama_surgery.evaluation.text import windows
 from llama_surgery.surgery.interface import listening
 from llama_surgery.surgery.operate import (
     config_of,
@@ -17,17 +18,14 @@ from llama_surgery.surgery.operate import (
     statistics,
     surgery_of,
 )
-from llama_surgery.surgery.statistics import Statistics
 from llama_surgery.topology.geometry import Block
 
 #: Windows of calibration text, spread over the documents.
-WINDOWS = 6
+WINDOWS = 4
 #: Passes over the windows: each reads the shares that arise under the previous pass's θ.
-PASSES = 5
-#: The budget is aimed at a little below, so that a pass whose θ is a bin off still keeps it.
-AIM = 0.985
+PASSES = 3
 #: Resolution of log θ, in nats, and the smallest share told apart.
-_BIN, _LOWEST = 0.02, -14.0
+_BIN, _LOWEST = 0.01, -14.0
 
 
 class ShareHistogram:
@@ -38,27 +36,28 @@ class ShareHistogram:
     """
 
     def __init__(self) -> None:
-        self.bins = torch.zeros(round(-_LOWEST / _BIN), dtype=torch.float64)
+        self.bins = torch.zeros(round(-_LOWEST / _BIN) + 1, dtype=torch.float64)
 
-    def add(self, shares: torch.Tensor, block: Block, tile: int, page_size: int) -> None:
-        """Count shares (streams, tiles, scored rows, pages) of a block."""
-        top = shares.amax(2)
-        row = torch.arange(block.start, block.stop)
-        rows = torch.bincount(row // tile - block.start // tile).to(top.device, torch.float64)
-        weight = (rows * page_size)[None, :, None].expand(top.shape)
-        index = ((top.double() - _LOWEST) / _BIN).long().clamp(0, len(self.bins) - 1)
-        counts = torch.bincount(index.flatten(), weight.flatten(), minlength=len(self.bins))
-        self.bins += counts.cpu()
-
-    def pairs_above(self, theta: float) -> float:
-        """Pairs executed at ``theta``, always open pages left out."""
-        first = math.ceil((math.log(max(theta, 1e-30)) - _LOWEST) / _BIN)
-        return float(self.bins[max(0, first) :].sum())
+    def add(self, shares: torch.Tensor, pairs: torch.Tensor) -> None:
+        """Count log shares (streams, tiles, pages), each standing for ``pairs`` (tiles,) pairs."""
+        index = ((shares.double() - _LOWEST) / _BIN).ceil().long().clamp(0, len(self.bins) - 1)
+        weight = pairs.to(shares.device, torch.float64)[None, :, None].expand(shares.shape)
+        self.bins += torch.bincount(index.flatten(), weight.flatten(), len(self.bins)).cpu()
 
     def theta(self, pairs: float) -> float:
-        """Smallest θ at which at most ``pairs`` are executed."""
-        above = torch.cat((self.bins.flip(0).cumsum(0).flip(0), torch.zeros(1)))
-        return math.exp(_LOWEST + _BIN * int((above <= max(pairs, 0.0)).nonzero()[0]))
+        """Smallest θ at which at most ``pairs`` are executed.
+
+        Raises:
+            SurgeryError: What is always open is more than that.
+        """
+        above = self.bins.flip(0).cumsum(0).flip(0) - self.bins  # shares in higher bins than this
+        if self.bins[-1] > pairs:
+            raise SurgeryError(
+                "the density is out of reach: the page that holds the first token is always open and takes "
+                f"{float(self.bins[-1] / max(pairs, 1e-9)):.1f} times the budget. Ask for more, or take "
+                "smaller pages."
+            )
+        return math.exp(_LOWEST + _BIN * int((above <= pairs).nonzero()[0]))
 
 
 def calibrate(
@@ -66,27 +65,25 @@ def calibrate(
 ) -> SurgeryConfig:
     """Configuration of an operated model with θ set for an executed far density.
 
-    Tiles and decode steps see different shares, so each has its own θ. Shares depend on the hidden
-    states, which depend on θ: a few passes settle it, and the θ that comes closest from below is kept.
+    Tiles and decode steps see different shares, so each has its own θ; both are read off the same prefill,
+    as decode steps follow one. Shares depend on the hidden states, which depend on θ: a few passes settle it.
 
     Args:
         model: An operated model.
         tokenizer: Its tokenizer.
         text: Documents.
         density: Executed far pairs over causal pairs, at most.
-        length: Tokens of a window, or None.
+        length: Tokens of a window; the model's context, at most 8,192, if None.
 
     Raises:
-        SurgeryError: ``density`` is out of range or no threshold reaches it.
-        TextError: No document is long enough for a window.
+        SurgeryError: ``density`` is out of range or out of reach.
+        TextError: The text is too short.
     """
-    from llama_surgery.evaluation.text import windows
-
+    config = config_of(model)
     if tokenizer is None:
         raise SurgeryError("tokenizer=None: calibration text needs the model's tokenizer.")
     if not 0 < density < 1:
         raise SurgeryError(f"density={density}: must lie between 0 and 1.")
-    config = config_of(model)
     if config.pages_per_row is not None:
         raise SurgeryError("pages_per_row is set: there is no θ to calibrate. Leave it out.")
     inner = inner_model(model)
@@ -98,54 +95,33 @@ def calibrate(
             f"{config.window + config.chunk_size} tokens to have a far field."
         )
     ids = windows(tokenizer, text, length, WINDOWS, seed=0).to(inner.device)
-    theta = _settle(model, ids, config, density)
-    if config.tile == 1:
-        config = dataclasses.replace(config, theta=theta, theta_decode=theta)
-    else:
-        single = dataclasses.replace(
-            config, tile=1, score_stride=1, theta=config.theta_decode, theta_decode=None
-        )
-        theta_decode = _settle(model, ids, single, density)
+    for _ in range(PASSES):
+        by_tile, by_row, pairs = _listen(model, ids, config)
+        theta = by_tile.theta(density * pairs)
+        theta_decode = theta if config.tile == 1 else by_row.theta(density * pairs)
         config = dataclasses.replace(config, theta=theta, theta_decode=theta_decode)
+        set_config(model, config)
     reset_statistics(model)
     return config
 
 
-def _settle(
-    model: torch.nn.Module, ids: torch.Tensor, config: SurgeryConfig, density: float
-) -> float:
-    """θ of ``config``'s tile at which the executed far density is ``density`` or just below."""
-    fitting: dict[float, float] = {}  # density by θ, of those that keep the budget
-    for _ in range(PASSES):
-        set_config(model, config)
-        histogram, measured = _measure(model, ids, config)
-        if measured.far_density <= density:
-            fitting[config.theta] = measured.far_density
-        # What the histogram does not count, the sink page above all, is read at any θ.
-        executed = measured.far_density * measured.causal_pairs
-        fixed = executed - histogram.pairs_above(config.theta)
-        theta = histogram.theta(AIM * density * measured.causal_pairs - fixed)
-        config = dataclasses.replace(
-            config, theta=theta, theta_decode=theta if config.tile == 1 else config.theta_decode
-        )
-    if not fitting:
-        raise SurgeryError(
-            f"density={density}: not reached; the least measured is {measured.far_density:.4f}. The page that "
-            "holds the first token is always open: ask for more, or take smaller pages."
-        )
-    return max(fitting, key=lambda theta: fitting[theta])
-
-
-def _measure(
+def _listen(
     model: torch.nn.Module, ids: torch.Tensor, config: SurgeryConfig
-) -> tuple[ShareHistogram, Statistics]:
-    histogram = ShareHistogram()
+) -> tuple[ShareHistogram, ShareHistogram, int]:
+    """Histograms over tiles and over single rows, and the causal pairs they belong to."""
+    by_tile, by_row = ShareHistogram(), ShareHistogram()
 
     def hear(layer: int, tile: int, shares: torch.Tensor, block: Block) -> None:
-        histogram.add(shares, block, tile, config.page_size)
+        row = torch.arange(block.start, block.stop)
+        rows = torch.bincount(row // tile - block.start // tile)
+        by_tile.add(shares.amax(2), rows * config.page_size)
+        if tile > 1:
+            scored = shares.shape[2]
+            each = (rows * config.page_size / scored).repeat_interleave(scored)
+            by_row.add(shares.flatten(1, 2), each)
 
     reset_statistics(model)
     with listening(surgery_of(model), hear), torch.inference_mode():
         for window in ids:
             inner_model(model)(window[None], use_cache=False, logits_to_keep=1)
-    return histogram, statistics(model)
+    return by_tile, by_row, statistics(model).causal_pairs

@@ -8,13 +8,13 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from transformers import AttentionInterface, AttentionMaskInterface
+from transformers import AttentionInterface, AttentionMaskInterface, Cache
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, causal_mask_function
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from llama_surgery.attention.api import attend
 from llama_surgery.config import SurgeryConfig
-from llama_surgery.errors import UnsupportedModelError
+from llama_surgery.errors import SurgeryError, UnsupportedModelError
 from llama_surgery.surgery.cache import PagedCache, PagedLayer
 from llama_surgery.surgery.statistics import Counters
 from llama_surgery.surgery.store import SequenceStore
@@ -58,10 +58,11 @@ class LayerSurgery:
 
 
 def register(base: str) -> str:
-    """Register the interface over the dense implementation ``base`` and return its name."""
+    """Register the interface over the dense implementation ``base``, if it is not, and return its name."""
     name = INTERFACE_NAMES[base]
-    AttentionInterface.register(name, functools.partial(surgery_attention, base))
-    AttentionMaskInterface.register(name, functools.partial(surgery_mask, base))
+    if name not in AttentionInterface._global_mapping:
+        AttentionInterface.register(name, functools.partial(surgery_attention, base))
+        AttentionMaskInterface.register(name, functools.partial(surgery_mask, base))
     return name
 
 
@@ -149,13 +150,9 @@ def _refuse(module: torch.nn.Module, mask: Any, keywords: dict[str, Any]) -> Non
             "2-D attention_mask, one sequence a row."
         )
     if keywords.get("output_attentions"):
-        raise UnsupportedModelError(
-            "output_attentions: attention weights are never formed. Eject first."
-        )
+        raise UnsupportedModelError("output_attentions: attention weights are never formed. Eject first.")
     if keywords.get("dropout"):
-        raise UnsupportedModelError(
-            "attention dropout: set attention_dropout=0 or call model.eval()."
-        )
+        raise UnsupportedModelError("attention dropout: set attention_dropout=0 or call model.eval().")
     for keyword, what in _REFUSED_KEYWORDS.items():
         if keywords.get(keyword) is not None:
             raise UnsupportedModelError(f"{keyword} ({what}) is not supported by operated layers.")
@@ -173,7 +170,7 @@ def _operated(
     keywords: dict[str, Any],
 ) -> torch.Tensor:
     batch, heads, new, _ = query.shape
-    kv_heads = key.shape[1]
+    key.shape[1]
     paged: PagedLayer | None = None
     if cache is not None:
         paged = cache.layers[module.layer_idx]
@@ -181,9 +178,12 @@ def _operated(
     else:
         # Without a cache all keys are new: a fresh one holds them for this call alone.
         paged = PagedLayer(layer.config)
+        paged.expect()
         decode = key.shape[2] > new and new == 1
     tile = 1 if decode else layer.config.tile
-    out = query.new_zeros(batch, heads, new, value.shape[-1])
+    # Allocated as it is returned, so that it is contiguous: some architectures take views of it.
+    returned = query.new_zeros(batch, new, heads, value.shape[-1])
+    out = returned.transpose(1, 2)
     for store, rows, columns in paged.take(mask, batch, key.shape[2], (key, value)):
         q, k, v = query[rows], key[rows], value[rows]
         skip = key.shape[2] - new  # keys before the queries, where there is no paged cache
@@ -193,16 +193,14 @@ def _operated(
             q = q[:, :, columns]
         if q.shape[2] == 0:
             if k.shape[2]:
-                store.append(
-                    k, v, store.length // layer.config.chunk_size * layer.config.chunk_size
-                )
+                store.append(k, v, store.length // layer.config.chunk_size * layer.config.chunk_size)
             continue
         result = _attend_sequences(module, layer, store, q, k, v, tile, keywords)
         if columns is None:
             out[rows] = result
         else:
             out[rows][:, :, columns] = result
-    return out.transpose(1, 2)
+    return returned
 
 
 def _attend_sequences(
@@ -246,7 +244,8 @@ def _attend_sequences(
 
 def cache_hook(module: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict]:
     """Pre-forward hook of operated modules: hands the paged cache on to the attention function."""
-    cache = kwargs.get("past_key_values")
+    # Its keyword differs between architectures (past_key_values, layer_past), and some pass it by place.
+    cache = next((value for value in (*kwargs.values(), *args) if isinstance(value, Cache)), None)
     if cache is not None and not isinstance(cache, PagedCache):
         if getattr(cache, "is_compileable", False):
             raise UnsupportedModelError(
@@ -254,6 +253,13 @@ def cache_hook(module: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> 
                 "cache_implementation and past_key_values unset."
             )
         cache = None
+    if cache is not None:
+        paged = cache.layers[module.layer_idx]
+        if not isinstance(paged, PagedLayer) or paged.config != getattr(module, ATTRIBUTE).config:
+            raise SurgeryError(
+                "the paged cache was made for another model or configuration: start with a new one."
+            )
+        paged.expect()
     return args, {**kwargs, CACHE_KEYWORD: cache}
 
 

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import functools
+import inspect
 from collections import Counter
 from collections.abc import Iterator
 from typing import Any, TypeVar
@@ -78,6 +79,8 @@ def operate(
     if (density is None) != (text is None):
         raise SurgeryError("density and text go together: thresholds are calibrated on text.")
     modules = attention_modules(inner)
+    if any(ATTRIBUTE in module.__dict__ for module in modules.values()):
+        raise SurgeryError("the model is part of one that is operated already: eject that first.")
     base = inner.config.get_text_config()._attn_implementation
     if base not in INTERFACE_NAMES:
         raise UnsupportedModelError(
@@ -114,8 +117,9 @@ def _attach(inner: PreTrainedModel, operation: Operation) -> None:
             "cannot be replaced. Supported are decoders whose modeling file dispatches through it (Llama, "
             "Mistral, Qwen, Gemma, Phi-3, gpt-oss and most recent ones)."
         )
-    prepare = inner._prepare_cache_for_generation
-    inner.__dict__["_prepare_cache_for_generation"] = functools.partial(_prepare, inner, prepare)
+    if inner.can_generate():
+        prepare = inner._prepare_cache_for_generation
+        inner.__dict__["_prepare_cache_for_generation"] = functools.partial(_prepare, inner, prepare)
 
 
 def _set_implementation(inner: PreTrainedModel, name: str) -> None:
@@ -142,22 +146,22 @@ def eject(model: Model) -> Model:
     inner.__dict__.pop("_prepare_cache_for_generation", None)
     inner.__dict__.pop(ATTRIBUTE, None)
     _set_implementation(inner, operation.base)
-    _users[operation.base] -= 1
-    if _users[operation.base] <= 0:
+    # A copy of an operated model was never counted.
+    _users[operation.base] = max(0, _users[operation.base] - 1)
+    if not _users[operation.base]:
         unregister(operation.base)
     return model
 
 
 @contextlib.contextmanager
-def operated(
-    model: Model, config: SurgeryConfig | None = None, **arguments: Any
-) -> Iterator[Model]:
+def operated(model: Model, config: SurgeryConfig | None = None, **arguments: Any) -> Iterator[Model]:
     """:func:`operate` for the length of a ``with`` block; always ejects."""
     operate(model, config, **arguments)
     try:
         yield model
     finally:
-        eject(model)
+        if is_operated(model):
+            eject(model)
 
 
 def is_operated(model: torch.nn.Module) -> bool:
@@ -234,7 +238,7 @@ def attention_modules(model: PreTrainedModel) -> dict[int, torch.nn.Module]:
     if getattr(text, "num_kv_shared_layers", 0):
         raise UnsupportedModelError(f"{name} shares keys between layers: not supported.")
     types = getattr(text, "layer_types", None)
-    found, sliding = {}, 0
+    found, seen, sliding = {}, set(), 0
     for module in model.modules():
         index = getattr(module, "layer_idx", None)
         is_attention = type(module).__name__.endswith("Attention") and isinstance(index, int)
@@ -242,11 +246,13 @@ def attention_modules(model: PreTrainedModel) -> dict[int, torch.nn.Module]:
             continue
         if not getattr(module, "is_causal", True):
             raise UnsupportedModelError(f"{name} has bidirectional attention: not supported.")
-        kind = types[index] if types else "full_attention"
-        if kind != "full_attention" or getattr(module, "sliding_window", None) is not None:
-            sliding += 1
-            continue
-        if types is None and getattr(text, "sliding_window", None) and text.model_type == "mistral":
+        if index in seen:
+            raise UnsupportedModelError(
+                f"{name} has several attention modules for layer {index}: not supported."
+            )
+        seen.add(index)
+        # Without layer types a configured window holds for all layers, as transformers' caches have it.
+        if types[index] != "full_attention" if types else getattr(text, "sliding_window", None):
             sliding += 1
             continue
         found[index] = module
@@ -267,19 +273,32 @@ def _operation(model: torch.nn.Module) -> Operation:
     return operation
 
 
-def _model_hook(
-    model: PreTrainedModel, args: tuple, kwargs: dict[str, Any]
-) -> tuple[tuple, dict[str, Any]]:
+def _model_hook(model: PreTrainedModel, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
     """Pre-forward hook of the model: refuses what cannot work and provides the paged cache."""
+    # A copy of an operated model may outlive the original, or wake up in another process.
+    register(_operation(model).base)
+    if len(args) > 1:
+        names = inspect.signature(model.forward).parameters
+        args, kwargs = (), {**dict(zip(names, args, strict=False)), **kwargs}
     if kwargs.get("output_attentions") or getattr(model.config, "output_attentions", False):
         raise UnsupportedModelError(
             "output_attentions: operated layers never form attention weights. eject(model) first."
         )
+    position_ids = kwargs.get("position_ids")
+    unmasked = kwargs.get("attention_mask") is None
+    if unmasked and position_ids is not None and bool((position_ids.diff(dim=-1) < 1).any()):
+        # Without a cache transformers would make a mask of them; with one, it mixes the sequences in silence.
+        raise UnsupportedModelError(
+            "packed rows: position_ids start anew within a row. Operated layers take one sequence a row: "
+            "unpack them and pad, with an attention_mask."
+        )
     use_cache = kwargs.get("use_cache")
     if use_cache is None:
         use_cache = getattr(model.config.get_text_config(), "use_cache", False)
-    training = model.training and getattr(model, "is_gradient_checkpointing", False)
-    if use_cache and kwargs.get("past_key_values") is None and not training:
+    recomputed = model.training and any(
+        getattr(module, "gradient_checkpointing", False) for module in model.modules()
+    )
+    if use_cache and kwargs.get("past_key_values") is None and not recomputed:
         kwargs = {**kwargs, "past_key_values": paged_cache(model)}
     return args, kwargs
 

@@ -153,5 +153,5 @@ def _cut(layout: Layout, chunks: int, config: SurgeryConfig) -> Layout | None:
         layout.keys[:, :keys],
         layout.values[:, :keys],
         layout.order[:, :chunks],
-        layout.moments.first(chunks * config.pages_per_chunk),
+        layout.moments.first(chunks * config.pages_per_chunk * config.balls_per_page),
     )

@@ -59,7 +59,7 @@ class Layout:
         keys: (streams, chunks * chunk_size, head_dim) in tree order chunk by chunk.
         values: (streams, chunks * chunk_size, value_dim), the same order.
         order: (streams, chunks, chunk_size) int16, the original offset of every slot.
-        moments: Moments of the pages.
+        moments: Moments of balls of ``moment_size`` keys.
     """
 
     keys: torch.Tensor
@@ -71,9 +71,9 @@ class Layout:
     def chunks(self) -> int:
         return self.order.shape[1]
 
-    def sink_pages(self) -> torch.Tensor:
+    def sink_pages(self, page_size: int) -> torch.Tensor:
         """(streams,) int64: the page that holds position 0."""
-        return (self.order[:, 0] == 0).int().argmax(-1) // self.moments.size
+        return (self.order[:, 0] == 0).int().argmax(-1) // page_size
 
 
 def build_layout(keys: torch.Tensor, values: torch.Tensor, config: SurgeryConfig) -> Layout:
@@ -84,9 +84,9 @@ def build_layout(keys: torch.Tensor, values: torch.Tensor, config: SurgeryConfig
         values: (streams, n * chunk_size, value_dim).
     """
     chunked = keys.detach().unflatten(1, (-1, config.chunk_size))
-    order = tree_order(chunked, config.page_size, config.arity, config.directions)
+    order = tree_order(chunked, config.moment_size, config.arity, config.directions)
     keys = reorder(keys, order)
-    moments = moments_of(keys, config.page_size)
+    moments = moments_of(keys, config.moment_size)
     return Layout(keys, reorder(values, order), order.to(torch.int16), moments)
 
 

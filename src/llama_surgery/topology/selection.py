@@ -13,7 +13,7 @@ from llama_surgery.topology.layout import Layout, Moments, merge_moments
 from llama_surgery.topology.plan import Plan, plan_from_first_open, tiles_of
 
 #: Called with the log shares (streams, tiles, scored rows of a tile, pages), -inf for rows outside the
-#: block, and the block: how calibration listens to what rows would open.
+#: block and 0 for the page that is always open, and the block: how calibration listens.
 ShareListener = Callable[[torch.Tensor, Block], None]
 
 
@@ -58,9 +58,7 @@ class Scorer:
         return scores.add_(math.log(moments.size))
 
 
-def log_shares(
-    scores: torch.Tensor, near_lse: torch.Tensor, sink_logit: torch.Tensor | None
-) -> torch.Tensor:
+def log_shares(scores: torch.Tensor, near_lse: torch.Tensor, sink_logit: torch.Tensor | None) -> torch.Tensor:
     """Log of each ball's expected share of the row's whole attention, largest over the group's heads.
 
     Args:
@@ -107,18 +105,29 @@ def select(
     """
     stride = min(config.score_stride, tile)
     rows = torch.arange(block.start, block.stop, device=queries.device)
-    scored = slice(-block.start % stride, None, stride)
+    lead = -block.start % stride
+    scored: slice | torch.Tensor = slice(lead, None, stride)
+    if lead:  # a call that begins between scored rows: its first row opens pages for those up to the next
+        scored = torch.cat((rows[:1], rows[scored])) - block.start
     queries, near_lse, rows = queries[:, :, scored], near_lse[:, :, scored], rows[scored]
-    moments = layout.moments.first(block.closed * config.pages_per_chunk)
+    moments = layout.moments.first(block.closed * config.pages_per_chunk * config.balls_per_page)
     theta = config.theta_for(tile)
     opening = math.log(theta) if theta > 0 else -math.inf
     if config.coarse_to_fine:
         shares = _descend(queries, moments, near_lse, config, scorer, sink_logit, opening)
     else:
-        shares = log_shares(_scores(queries, moments, scorer), near_lse, sink_logit)
+        scores = _page_scores(queries, moments, scorer, config)
+        shares = log_shares(scores, near_lse, sink_logit)
+    if tile > 1 and config.lead != 1.0:
+        import os
+
+        if os.environ.get("LEAD") == "linear":
+            shares = shares - math.log(config.lead) * (1 - (rows % tile).to(shares.dtype) / tile)[:, None]
+        elif os.environ.get("LEAD") == "exp":
+            shares = shares - math.log(config.lead) * (2 ** (-(rows % tile).to(shares.dtype) / 4))[:, None]
+        else:
+            shares = shares - math.log(config.lead) * (rows % tile == 0)[:, None]
     whole = _TileRows(rows, block, tile, stride)
-    if listener is not None:
-        listener(whole.embed(shares, -math.inf), block)
     if config.pages_per_row is None:
         opened = shares > opening
     else:
@@ -127,7 +136,10 @@ def select(
         opened.scatter_(-1, shares.topk(most, dim=-1).indices, True)
     place = torch.where(opened, (rows % tile).to(torch.int16)[:, None], tile)
     first_open = whole.embed(place, tile).amin(2).long()
-    sink = layout.sink_pages()[:, None, None].expand(-1, whole.tiles, 1)
+    sink = layout.sink_pages(config.page_size)[:, None, None].expand(-1, whole.tiles, 1)
+    if listener is not None:
+        heard = whole.embed(shares, -math.inf)
+        listener(heard.scatter(-1, sink[:, :, None].expand(*heard.shape[:3], 1), 0.0), block)
     return plan_from_first_open(first_open.scatter_(-1, sink, 0), block, tile)
 
 
@@ -158,9 +170,19 @@ def _scores(queries: torch.Tensor, moments: Moments, scorer: Scorer) -> torch.Te
     return scorer(queries.flatten(1, 2), moments).unflatten(1, (heads, rows))
 
 
+def _page_scores(
+    queries: torch.Tensor, moments: Moments, scorer: Scorer, config: SurgeryConfig
+) -> torch.Tensor:
+    """Scores of pages: the log-sum-exp of the scores of their balls."""
+    scores = _scores(queries, moments, scorer)
+    if config.balls_per_page == 1:
+        return scores
+    return scores.unflatten(-1, (-1, config.balls_per_page)).logsumexp(-1)
+
+
 def _descend(
     queries: torch.Tensor,
-    pages: Moments,
+    balls: Moments,
     near_lse: torch.Tensor,
     config: SurgeryConfig,
     scorer: Scorer,
@@ -172,15 +194,19 @@ def _descend(
     A ball that is not entered keeps its own score in the row's total, so that the totals of all levels
     estimate the same sum. Pages under it get -inf.
     """
-    levels = [pages]
+    levels = [merge_moments(balls, config.balls_per_page)]
     for _ in range(config.depth):
         levels.append(merge_moments(levels[-1], config.arity))
     scores = _scores(queries, levels[-1], scorer)
     settled = near_lse.to(scores.dtype)  # near field and balls that are not entered
-    for finer in reversed(levels[:-1]):
+    for finer in [*reversed(levels[1:-1]), balls]:
         entered = log_shares(scores.clone(), settled, sink_logit) > opening
         left = scores.masked_fill(entered.unsqueeze(1), -math.inf)
         settled = torch.logaddexp(settled, left.logsumexp(-1))
         children = entered.repeat_interleave(config.arity, dim=-1)
-        scores = _scores(queries, finer, scorer).masked_fill_(~children.unsqueeze(1), -math.inf)
+        if finer is balls:
+            scores = _page_scores(queries, balls, scorer, config)
+        else:
+            scores = _scores(queries, finer, scorer)
+        scores = scores.masked_fill_(~children.unsqueeze(1), -math.inf)
     return log_shares(scores, settled, sink_logit)

@@ -40,9 +40,7 @@ def principal_direction(centred: torch.Tensor) -> torch.Tensor:
     return direction.squeeze(-1)
 
 
-def tree_order(
-    keys: torch.Tensor, page_size: int, arity: int, directions: Directions
-) -> torch.Tensor:
+def tree_order(keys: torch.Tensor, page_size: int, arity: int, directions: Directions) -> torch.Tensor:
     """Tree order of each chunk: original offsets in the order of paths, ties by position.
 
     Args:

@@ -9,9 +9,11 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def cap(logits: torch.Tensor, softcap: float | None) -> torch.Tensor:
-    """``c·tanh(logits / c)``, in place; unchanged without a cap."""
+    """``c·tanh(logits / c)``, in place where no gradient needs the tanh; unchanged without a cap."""
     if softcap is None:
         return logits
+    if logits.requires_grad:
+        return torch.tanh(logits / softcap) * softcap
     return logits.div_(softcap).tanh_().mul_(softcap)
 
 

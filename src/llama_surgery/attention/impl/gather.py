@@ -27,7 +27,7 @@ def near_field(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """See :func:`llama_surgery.attention.api.near_field`."""
     dtype = compute_dtype(queries.dtype)
-    streams, heads, rows, _ = queries.shape
+    _streams, heads, rows, _ = queries.shape
     offset = keys.shape[1] - rows
     keys, values = keys.to(dtype).transpose(1, 2), values.to(dtype)
     outs, lses = [], []
@@ -69,8 +69,9 @@ def far_field(
     flat_values = values.reshape(streams * pages, -1)
     row = torch.arange(plan.tile, device=keys.device)
 
-    out = tiled.new_empty(*tiled.shape[:2], values.shape[-1])
-    lse = tiled.new_empty(tiled.shape[:2])
+    # Tiles that read no page are in no group.
+    out = tiled.new_zeros(*tiled.shape[:2], values.shape[-1])
+    lse = tiled.new_full(tiled.shape[:2], -torch.inf)
     for jobs, most in _groups(plan.counts.flatten(), heads * plan.tile * page_size, keys.device):
         index = pages_of[jobs, :most]
         k = flat_keys.index_select(0, index.flatten()).view(len(jobs), most * page_size, head_dim)
@@ -89,12 +90,12 @@ def far_field(
 def _groups(
     counts: torch.Tensor, elements_per_page: int, device: torch.device
 ) -> list[tuple[torch.Tensor, int]]:
-    """Tiles sorted by page count and cut into groups: (indices of the tiles, most pages)."""
+    """Tiles that read pages, by page count, cut into groups: (indices of the tiles, most pages)."""
     limit = GROUP_ELEMENTS["cpu" if device.type == "cpu" else "other"]
     order = counts.argsort(descending=True)
     sorted_counts = counts[order].tolist()
     groups, start = [], 0
-    while start < len(sorted_counts):
+    while start < len(sorted_counts) and sorted_counts[start]:
         most = sorted_counts[start]
         stop = start + max(1, limit // (most * elements_per_page))
         groups.append((order[start:stop], most))
@@ -102,12 +103,11 @@ def _groups(
     return groups
 
 
-def _softmax_matmul(
-    logits: torch.Tensor, values: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _softmax_matmul(logits: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Softmax of ``logits`` (batch, rows, keys), consumed, times ``values``; and its log-sum-exp."""
     # A row that sees nothing keeps a finite maximum: its weights are zero, not NaN.
-    top = logits.amax(-1, keepdim=True).clamp_min_(torch.finfo(logits.dtype).min)
+    # It only shifts the exponents, so no gradient passes through it.
+    top = logits.detach().amax(-1, keepdim=True).clamp_min_(torch.finfo(logits.dtype).min)
     weights = logits.sub_(top).exp_()
     total = weights.sum(-1, keepdim=True)
     out = (weights @ values).div_(total.clamp_min(torch.finfo(logits.dtype).tiny))

@@ -1,0 +1,167 @@
+"""The frontier that led to the defaults: quality against measured density, on one model.
+
+    python benchmarks/frontier.py MODEL --calibration-text DIR --text DIR --device cuda
+
+Rows go to benchmarks/results/frontier.csv as they are measured; rows already there are not measured again.
+"""
+
+import argparse
+import csv
+import dataclasses
+import platform
+import time
+from pathlib import Path
+
+import torch
+import transformers
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from llama_surgery import SurgeryConfig, SurgeryError, config_of, operated, reset_statistics, statistics
+from llama_surgery.evaluation.io import write_csv
+from llama_surgery.evaluation.needle import needle_prompts, score_needles
+from llama_surgery.evaluation.paired import paired_difference, perplexity_ratio
+from llama_surgery.evaluation.perplexity import perplexity
+from llama_surgery.evaluation.text import read_texts, windows
+
+RESULTS = Path(__file__).parent / "results" / "frontier.csv"
+#: What identifies a row.
+KEYS = ("page_size", "chunk_size", "window", "tile", "directions", "scoring", "target")
+
+
+def variants() -> list[tuple[SurgeryConfig, float]]:
+    """(configuration, target far density), the most informative first."""
+    base = SurgeryConfig()
+    rows = []
+    for tile in (32, 1, 16, 64):
+        for page in (64, 32, 128):
+            change = {"tile": tile, "page_size": page, "theta_decode": None}
+            rows += [(dataclasses.replace(base, **change), d) for d in (0.06, 0.03)]
+    t32 = {"theta_decode": None}
+    t1 = {"tile": 1, "theta_decode": None}
+    for change in (
+        {"directions": "position"},
+        {"score_stride": 4},
+        {"score_stride": 32},
+        {"coarse_to_fine": True},
+        {"window": 256},
+        {"window": 64},
+        {"chunk_size": 256},
+        {"chunk_size": 1024},
+        {"chunk_size": 2048},
+        {"directions": "position", "page_size": 32},
+        {"directions": "position", "page_size": 128},
+        {"chunk_size": 2048, "page_size": 32},
+        {"chunk_size": 2048, "page_size": 128},
+        {"chunk_size": 256, "window": 256},
+        {"score_stride": 8},
+    ):
+        rows.append((dataclasses.replace(base, **t32, **change), 0.06))
+        if "score_stride" not in change:
+            rows.append((dataclasses.replace(base, **t1, **change), 0.06))
+    for tile in (32, 1):
+        for target in (0.015, 0.12):
+            rows.append((dataclasses.replace(base, tile=tile, theta_decode=None), target))
+    return rows
+
+
+def describe(config: SurgeryConfig, target: float) -> dict[str, str]:
+    """The identifying columns, as text."""
+    scoring = "coarse to fine" if config.coarse_to_fine else "all rows"
+    if config.score_stride > 1:
+        scoring = f"every {config.score_stride}th row"
+    row = dataclasses.asdict(config) | {"scoring": scoring, "target": target}
+    return {key: str(row[key]) for key in KEYS}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("model")
+    parser.add_argument("--calibration-text", required=True)
+    parser.add_argument("--text", required=True)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--length", type=int, default=8192)
+    parser.add_argument("--windows", type=int, default=16)
+    parser.add_argument("--needles", type=int, default=100)
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--seconds", type=float, default=1e9, help="stop before starting a row later than this")
+    parser.add_argument("--only", type=int, default=None, help="measure this many rows at most")
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    options = parser.parse_args()
+    started = time.time()
+
+    tokenizer = AutoTokenizer.from_pretrained(options.model)
+    model = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32)
+    model = model.to(options.device).eval()
+    calibration = read_texts(options.calibration_text)
+    texts = read_texts(options.text)
+    ids = windows(tokenizer, texts, options.length, options.windows, options.seed)
+    lengths = [options.length // 4, options.length // 2, options.length - 16]
+    needles = needle_prompts(tokenizer, texts, count=options.needles, lengths=lengths, seed=options.seed)
+    dense = perplexity(model, ids)
+    dense_right = score_needles(model, needles, batch_size=8)
+    accuracy = sum(dense_right) / len(needles)
+    print(f"dense: perplexity {dense.value:.4f}, needle {accuracy:.3f}, {time.time() - started:.0f} s", flush=True)
+
+    rows = list(csv.DictReader(options.out.open())) if options.out.exists() else []
+    done = {tuple(row[key] for key in KEYS) for row in rows}
+    for config, target in variants()[: options.only]:
+        key = describe(config, target)
+        if tuple(key.values()) in done:
+            continue
+        if time.time() - started > options.seconds:
+            print("out of time; run again to go on")
+            break
+        try:
+            with operated(
+                model, config, density=target, text=calibration, tokenizer=tokenizer, length=options.length
+            ):
+                config = config_of(model)
+                measured = perplexity(model, ids)
+                read = statistics(model)
+                reset_statistics(model)
+                right = score_needles(model, needles, batch_size=8)
+                generated = statistics(model).by_tile
+        except SurgeryError as error:
+            print(key, error)
+            continue
+        ratio = perplexity_ratio(dense.per_window, measured.per_window, options.seed)
+        paired = paired_difference(dense_right, right, options.seed)
+        rows.append(
+            key
+            | {
+                "theta": config.theta,
+                "theta_decode": config.theta_decode,
+                "far_density": read.far_density,
+                "visible_far_density": read.visible_far_density,
+                "total_density": read.total_density,
+                "decode_far_density": generated["1"]["far_density"],
+                "ppl": measured.value,
+                "ppl_ratio": ratio.ratio,
+                "ratio_low": ratio.low,
+                "ratio_high": ratio.high,
+                "needle": paired.operated,
+                "needle_bound": paired.bound_closed,
+                "dense_ppl": dense.value,
+                "dense_needle": accuracy,
+                "windows": len(ids),
+                "needles": len(needles),
+                "length": options.length,
+                "seed": options.seed,
+                "model": Path(options.model).name,
+                "device": torch.cuda.get_device_name() if options.device == "cuda" else platform.processor(),
+                "torch": torch.__version__,
+                "transformers": transformers.__version__,
+            }
+        )
+        write_csv(options.out, rows)
+        last = rows[-1]
+        shown = " ".join(f"{k}={v}" for k, v in key.items())
+        print(
+            f"{shown} far {last['far_density']:.4f} total {last['total_density']:.4f} "
+            f"ratio {last['ppl_ratio']:.4f} needle {last['needle']:.3f} {time.time() - started:.0f} s",
+            flush=True,
+        )
+
+
+if __name__ == "__main__":
+    main()

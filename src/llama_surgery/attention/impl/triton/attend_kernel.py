@@ -1,0 +1,186 @@
+"""The kernel of prefill: near field, then listed far pages, in one online softmax."""
+
+import triton
+import triton.language as tl
+
+from llama_surgery.attention.impl.triton.helpers import (
+    ENTRY,
+    EXACT,
+    FLOOR,
+    LN2,
+    LOG2E,
+    cap_logits,
+    closed_chunks,
+    load_rows,
+    softmax_step,
+)
+
+
+@triton.jit(
+    do_not_specialize=["tiles", "capacity", "start", "stop", "near_start", "first_tile", "dense_until"],
+)
+def attend_kernel(
+    q_ptr,
+    near_k_ptr,
+    near_v_ptr,
+    far_k_ptr,
+    far_v_ptr,
+    entries_ptr,
+    counts_ptr,
+    sink_ptr,
+    out_ptr,
+    lse_ptr,
+    q_stream,
+    q_head,
+    q_row,
+    near_k_stream,
+    near_k_row,
+    near_v_stream,
+    near_v_row,
+    far_k_stream,
+    far_k_row,
+    far_v_stream,
+    far_v_row,
+    out_stream,
+    out_head,
+    out_row,
+    lse_stream,
+    lse_head,
+    tiles,
+    capacity,
+    start,
+    stop,
+    near_start,
+    first_tile,
+    dense_until,
+    scale,
+    softcap,
+    HEADS: tl.constexpr,
+    HEADS_BLOCK: tl.constexpr,
+    TILE: tl.constexpr,
+    TILE_PAD: tl.constexpr,
+    DIM: tl.constexpr,
+    DIM_PAD: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
+    VALUE_PAD: tl.constexpr,
+    CHUNK: tl.constexpr,
+    WINDOW: tl.constexpr,
+    PAGE: tl.constexpr,
+    PAGE_PAD: tl.constexpr,
+    PAGES_PER_STEP: tl.constexpr,
+    BLOCK_NEAR: tl.constexpr,
+    NEAR: tl.constexpr,
+    FAR: tl.constexpr,
+    SINK: tl.constexpr,
+    CAP: tl.constexpr,
+):
+    """One program: one tile of queries times HEADS_BLOCK heads of its group.
+
+    Row m of the matrix tile is query ``m % TILE_PAD`` of head ``m // TILE_PAD``. Grid: (tiles of this
+    launch * blocks of heads, streams). ``start … stop`` are the positions of the queries given,
+    ``first_tile`` is the launch's first tile counted from position 0.
+    """
+    head_blocks: tl.constexpr = (HEADS + HEADS_BLOCK - 1) // HEADS_BLOCK
+    rows: tl.constexpr = TILE_PAD * HEADS_BLOCK
+    tile = tl.program_id(0) // head_blocks
+    stream = tl.program_id(1).to(tl.int64)
+    m = tl.arange(0, rows)
+    row = m % TILE_PAD
+    head = (tl.program_id(0) % head_blocks) * HEADS_BLOCK + m // TILE_PAD
+    q_first = (first_tile + tile) * TILE
+    position = q_first + row
+    live = (row < TILE) & (head < HEADS) & (position >= start) & (position < stop)
+    q_offset = head.to(tl.int64) * q_head + (position - start).to(tl.int64) * q_row
+    q = load_rows(q_ptr + stream * q_stream, q_offset, 1, live, DIM, DIM_PAD, True)
+
+    top = tl.full([rows], FLOOR, tl.float32)
+    total = tl.zeros([rows], tl.float32)
+    if SINK:
+        sink = tl.load(sink_ptr + stream * HEADS + head, mask=head < HEADS, other=0.0)
+        top = tl.maximum(sink.to(tl.float32) * LOG2E, FLOOR)
+        total = total + 1.0
+    acc = tl.zeros([rows, VALUE_PAD], tl.float32)
+    factor = scale * LOG2E
+    if CAP:
+        factor = 1.0
+
+    if NEAR:
+        k_base = near_k_ptr + stream * near_k_stream
+        v_base = near_v_ptr + stream * near_v_stream
+        begin = closed_chunks(q_first, CHUNK, WINDOW, dense_until) * CHUNK
+        # Keys up to the tile's first query are seen by every row: only what follows needs the mask.
+        diagonal = begin + (q_first + 1 - begin) // BLOCK_NEAR * BLOCK_NEAR
+        end = tl.minimum(q_first + TILE, stop)
+        step = tl.arange(0, BLOCK_NEAR)
+        for block in range(begin, diagonal, BLOCK_NEAR):
+            slot = block - near_start + step
+            k = load_rows(k_base, slot, near_k_row, live, DIM, DIM_PAD, False)
+            v = load_rows(v_base, slot, near_v_row, live, VALUE_DIM, VALUE_PAD, False)
+            products = tl.dot(q, tl.trans(k), input_precision=EXACT)
+            products = cap_logits(products, scale, softcap, CAP)
+            acc, total, top = softmax_step(acc, total, top, products, factor, v, live, False)
+        for block in range(diagonal, end, BLOCK_NEAR):
+            key = block + step
+            present = key < end
+            k = load_rows(k_base, key - near_start, near_k_row, present, DIM, DIM_PAD, True)
+            v = load_rows(v_base, key - near_start, near_v_row, present, VALUE_DIM, VALUE_PAD, True)
+            products = tl.dot(q, tl.trans(k), input_precision=EXACT)
+            products = cap_logits(products, scale, softcap, CAP)
+            causal = (key[None, :] <= position[:, None]) & present[None, :]
+            products = tl.where(causal, products, float("-inf"))
+            acc, total, top = softmax_step(acc, total, top, products, factor, v, live, False)
+
+    if FAR:
+        k_base = far_k_ptr + stream * far_k_stream
+        v_base = far_v_ptr + stream * far_v_stream
+        listed = stream * tiles + tile
+        entries = entries_ptr + listed * capacity
+        count = tl.load(counts_ptr + listed)
+        check: tl.constexpr = PAGE != PAGE_PAD
+        within = tl.arange(0, PAGES_PER_STEP * PAGE_PAD)
+        for place in range(0, count, PAGES_PER_STEP):
+            if PAGES_PER_STEP == 1:
+                entry = tl.load(entries + place)
+                present = within < PAGE
+                k_page = k_base + (entry // ENTRY).to(tl.int64) * (PAGE * far_k_row)
+                v_page = v_base + (entry // ENTRY).to(tl.int64) * (PAGE * far_v_row)
+                k = load_rows(k_page, within, far_k_row, present, DIM, DIM_PAD, check)
+                v = load_rows(v_page, within, far_v_row, present, VALUE_DIM, VALUE_PAD, check)
+                products = tl.dot(q, tl.trans(k), input_precision=EXACT)
+                products = cap_logits(products, scale, softcap, CAP)
+                if check:
+                    products = tl.where(present[None, :], products, float("-inf"))
+                acc, total, top = softmax_step(
+                    acc,
+                    total,
+                    top,
+                    products,
+                    factor,
+                    v,
+                    row >= entry % ENTRY,
+                    True,
+                )
+            else:
+                at = place + within // PAGE_PAD
+                present = (at < count) & (within % PAGE_PAD < PAGE)
+                entry = tl.load(entries + at, mask=at < count, other=0)
+                slot = (entry // ENTRY).to(tl.int64) * PAGE + within % PAGE_PAD
+                k = load_rows(k_base, slot, far_k_row, present, DIM, DIM_PAD, True)
+                v = load_rows(v_base, slot, far_v_row, present, VALUE_DIM, VALUE_PAD, True)
+                products = tl.dot(q, tl.trans(k), input_precision=EXACT)
+                products = cap_logits(products, scale, softcap, CAP)
+                visible = (row[:, None] >= (entry % ENTRY)[None, :]) & present[None, :]
+                products = tl.where(visible, products, float("-inf"))
+                acc, total, top = softmax_step(acc, total, top, products, factor, v, live, False)
+
+    column = tl.arange(0, VALUE_PAD)
+    # A row that saw nothing gets zeros and a log-sum-exp of -inf.
+    out = acc / tl.where(total > 0.0, total, 1.0)[:, None]
+    lse = tl.where(total > 0.0, (top + tl.log2(total)) * LN2, float("-inf"))
+    local = (position - start).to(tl.int64)
+    out_offset = stream * out_stream + head.to(tl.int64) * out_head + local * out_row
+    keep = live[:, None] & (column < VALUE_DIM)[None, :]
+    out_cells = out_ptr + out_offset[:, None] + column[None, :]
+    tl.store(out_cells, out.to(out_ptr.dtype.element_ty), mask=keep)
+    lse_cells = lse_ptr + stream * lse_stream + head.to(tl.int64) * lse_head + local
+    tl.store(lse_cells, lse, mask=live)

@@ -1,0 +1,148 @@
+"""Small pieces that the kernels share. Logits and log-sum-exps inside kernels are in log2 units."""
+
+import triton
+import triton.language as tl
+
+LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
+
+#: float32 products are exact; half precision does not look at it.
+EXACT = tl.constexpr("ieee")
+
+#: Stands for "nothing seen yet" in running maxima: finite, so that differences never give NaN.
+FLOOR = tl.constexpr(-1.0e30)
+
+#: A list entry is ``page * ENTRY + first_open``; ``first_open`` fits because tiles hold at most 128 rows.
+ENTRY = tl.constexpr(256)
+
+
+@triton.jit
+def closed_chunks(first_position, CHUNK: tl.constexpr, WINDOW: tl.constexpr, dense_until):
+    """Closed chunks of tiles whose first queries are at ``first_position``."""
+    closed = tl.maximum(first_position - WINDOW, 0) // CHUNK
+    return tl.where(first_position < dense_until, 0, closed)
+
+
+@triton.jit
+def load_rows(
+    base,
+    rows,
+    row_stride,
+    present,
+    DIM: tl.constexpr,
+    DIM_PAD: tl.constexpr,
+    CHECK: tl.constexpr,
+):
+    """Load (rows, DIM_PAD), zero beyond DIM and, with CHECK, where ``present`` is false."""
+    column = tl.arange(0, DIM_PAD)
+    pointers = base + rows.to(tl.int64)[:, None] * row_stride + column[None, :]
+    if CHECK:
+        if DIM == DIM_PAD:
+            return tl.load(pointers, mask=present[:, None], other=0.0)
+        else:
+            return tl.load(pointers, mask=present[:, None] & (column < DIM)[None, :], other=0.0)
+    else:
+        if DIM == DIM_PAD:
+            return tl.load(pointers)
+        else:
+            return tl.load(pointers, mask=(column < DIM)[None, :], other=0.0)
+
+
+@triton.jit
+def tanh(x):
+    """Hyperbolic tangent that saturates instead of overflowing."""
+    return 1.0 - 2.0 / (tl.exp2(x * (2.0 * LOG2E)) + 1.0)
+
+
+@triton.jit
+def cap_logits(products, scale, softcap, CAP: tl.constexpr):
+    """Raw products of q and k to log2-unit logits under a cap; untouched without one.
+
+    Without a cap the scaling is left to :func:`softmax_step`, where it folds into a multiply-add.
+    """
+    if CAP:
+        return tanh(products * (scale / softcap)) * (softcap * LOG2E)
+    else:
+        return products
+
+
+@triton.jit
+def softmax_step(
+    acc,
+    total,
+    top,
+    products,
+    factor,
+    values,
+    seen,
+    BY_ROW: tl.constexpr,
+):
+    """One step of the online softmax over a block of keys.
+
+    Args:
+        acc: (rows, values) running weighted sum.
+        total: (rows,) running sum of weights, relative to ``top``.
+        top: (rows,) running maximum.
+        products: (rows, keys); logits are ``products * factor``, -inf where masked.
+        factor: Positive factor to log2 units.
+        values: (keys, values).
+        seen: (rows,) bool, with BY_ROW: rows where it is false skip the block. It costs nothing per
+            element: a hidden row's maximum stays and its weights are ``exp2(-inf)``.
+    """
+    peak = tl.max(products, 1) * factor
+    if BY_ROW:
+        peak = tl.where(seen, peak, FLOOR)
+    new_top = tl.maximum(top, peak)
+    shift = new_top
+    if BY_ROW:
+        shift = tl.where(seen, new_top, float("inf"))
+    weights = tl.exp2(products * factor - shift[:, None])
+    decay = tl.exp2(top - new_top)
+    total = total * decay + tl.sum(weights, 1)
+    acc = acc * decay[:, None]
+    acc = tl.dot(weights.to(values.dtype), values, acc, input_precision=EXACT)
+    return acc, total, new_top
+
+
+@triton.jit
+def sum_step(total, top, logits):
+    """One step of an online log-sum-exp; ``logits`` (rows, columns) in log2 units, -inf where masked."""
+    new_top = tl.maximum(top, tl.max(logits, 1))
+    total = total * tl.exp2(top - new_top) + tl.sum(tl.exp2(logits - new_top[:, None]), 1)
+    return total, new_top
+
+
+@triton.jit
+def scaled_squares(queries, scale):
+    """Squares of scaled queries, in their dtype; clamped where they would overflow in float16."""
+    scaled = queries.to(tl.float32) * scale
+    return tl.minimum(scaled * scaled, 6.0e4).to(queries.dtype)
+
+
+@triton.jit
+def ball_scores(
+    queries,
+    squares,
+    mean,
+    spread,
+    scale,
+    softcap,
+    log2_size,
+    CAP: tl.constexpr,
+):
+    """Scores (rows, balls) in log2 units.
+
+    Args:
+        queries: (rows, dim), unscaled.
+        squares: (rows, dim) from :func:`scaled_squares`.
+        mean, spread: (balls, dim) the balls' μ and α·½·σ².
+        log2_size: log2 of the keys of a ball.
+    """
+    along = tl.dot(queries, tl.trans(mean), input_precision=EXACT)
+    across = tl.dot(squares, tl.trans(spread), input_precision=EXACT)
+    if CAP:
+        slope = tanh(along * (scale / softcap))
+        bend = 1.0 - slope * slope
+        return (slope * softcap + across * bend * bend) * LOG2E + log2_size
+    else:
+        return (along * scale + across) * LOG2E + log2_size

@@ -1,0 +1,162 @@
+"""One call of the kernels: its tensors, its tiles, and what is prepared for it."""
+
+import dataclasses
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+
+from llama_surgery.attention.impl.triton.tuning import Tuning, family_of, tuning_for
+from llama_surgery.config import SurgeryConfig
+from llama_surgery.errors import SurgeryError
+from llama_surgery.topology.geometry import closed_chunks
+from llama_surgery.topology.layout import Layout, Moments
+
+#: Most bytes that the page lists of one strip of tiles take. A list has room for every closed page, so
+#: that none is ever lost; long calls run in strips to keep that cheap.
+STRIP_BYTES = 1 << 28
+
+#: Squares beyond it would overflow in float16.
+LARGEST_SQUARE = 6.0e4
+
+#: A position beyond every text: tiles below it have no far field.
+EVERYWHERE = 2**31 - 1
+
+
+class Strip(NamedTuple):
+    """Consecutive tiles of one launch.
+
+    Attributes:
+        first_tile: Counted from position 0.
+        tiles: How many.
+        pages: Closed pages of the last tile, the most that any tile of the strip can list.
+    """
+
+    first_tile: int
+    tiles: int
+    pages: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """The rows of one call and how they are executed.
+
+    Attributes:
+        queries: (streams, heads, rows, head_dim), rows at ``start … start + rows - 1``.
+        near_keys, near_values: (streams, n, dim), the last n keys.
+        layout: Full chunks, or None.
+        features: (streams, 2, balls, head_dim) from :func:`page_features`, or None.
+        sink_logit: (streams, heads), or None.
+    """
+
+    queries: torch.Tensor
+    near_keys: torch.Tensor
+    near_values: torch.Tensor
+    layout: Layout | None
+    features: torch.Tensor | None
+    sink_logit: torch.Tensor | None
+    config: SurgeryConfig
+    start: int
+    tile: int
+    scale: float
+    softcap: float | None
+    tuning: Tuning
+
+    @property
+    def stop(self) -> int:
+        return self.start + self.queries.shape[2]
+
+    @property
+    def near_start(self) -> int:
+        """Position of the first near key."""
+        return self.stop - self.near_keys.shape[1]
+
+    @property
+    def dense_until(self) -> int:
+        return EVERYWHERE if self.config.topology == "dense" else self.config.dense_until
+
+    @property
+    def slots(self) -> int:
+        """Scored rows of a tile."""
+        return self.tile // min(self.config.score_stride, self.tile)
+
+    def whole(self) -> Strip:
+        """All tiles as one strip."""
+        first, last = self.start // self.tile, (self.stop - 1) // self.tile
+        return Strip(first, last - first + 1, self.pages_of(last))
+
+    def pages_of(self, tile: int) -> int:
+        """Closed pages of a tile."""
+        closed = closed_chunks(tile * self.tile, self.config, self.tile)
+        return closed * self.config.pages_per_chunk
+
+    def strips(self) -> Iterator[Strip]:
+        """Cut the tiles so that the lists of one strip stay within STRIP_BYTES."""
+        first, tiles, _ = self.whole()
+        room = STRIP_BYTES // (4 * self.queries.shape[0])
+        last = first + tiles
+        while first < last:
+            count = last - first
+            while count > 1 and count * self.pages_of(first + count - 1) > room:
+                count = max(1, min(count - 1, room // self.pages_of(first + count - 1)))
+            yield Strip(first, count, self.pages_of(first + count - 1))
+            first += count
+
+
+def make_job(
+    queries: torch.Tensor,
+    near_keys: torch.Tensor,
+    near_values: torch.Tensor,
+    layout: Layout | None,
+    *,
+    config: SurgeryConfig,
+    start: int,
+    tile: int | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+    sink_logit: torch.Tensor | None = None,
+) -> Job:
+    """Gather a call's arguments. See :func:`attend`."""
+    tile = config.tile if tile is None else tile
+    if queries.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        raise SurgeryError(
+            f"dtype {queries.dtype}: the triton backend computes in float32, float16 or bfloat16. "
+            'Use backend="gather" for others.'
+        )
+    if tile > 128:
+        raise SurgeryError(f"tile={tile}: the triton backend runs tiles of at most 128 queries.")
+    if config.pages_per_row is not None or config.coarse_to_fine:
+        rule = "coarse_to_fine" if config.coarse_to_fine else "pages_per_row"
+        raise SurgeryError(f'{rule}: the triton backend opens pages by theta, flat. Use backend="gather".')
+    if queries.shape[-1] > 256 or near_values.shape[-1] > 256:
+        raise SurgeryError(f"head_dim={queries.shape[-1]}: the triton backend runs head dims up to 256.")
+    queries, near_keys, near_values = (
+        x if x.stride(-1) == 1 else x.contiguous() for x in (queries, near_keys, near_values)
+    )
+    features = None
+    last = start + queries.shape[2] - 1
+    if layout is not None and closed_chunks(last, config, tile):
+        features = page_features(layout.moments, config.alpha, queries.dtype)
+    return Job(
+        queries,
+        near_keys,
+        near_values,
+        layout,
+        features,
+        None if sink_logit is None else sink_logit.contiguous(),
+        config,
+        start,
+        tile,
+        queries.shape[-1] ** -0.5 if scale is None else scale,
+        softcap,
+        tuning_for(family_of(queries.device), queries.shape[-1], queries.element_size()),
+    )
+
+
+def page_features(moments: Moments, alpha: float, dtype: torch.dtype) -> torch.Tensor:
+    """What selection multiplies queries with: (streams, 2, balls, head_dim), μ and α·½·σ²."""
+    shape = (moments.mean.shape[0], 2, *moments.mean.shape[1:])
+    features = moments.mean.new_empty(shape, dtype=dtype)
+    features[:, 0] = moments.mean
+    features[:, 1] = (moments.variance * (0.5 * alpha)).clamp_max(LARGEST_SQUARE)
+    return features

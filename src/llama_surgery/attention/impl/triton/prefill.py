@@ -1,0 +1,300 @@
+"""Runs the kernels over all rows of a call: a fixed number of launches, no host synchronisation."""
+
+import dataclasses
+import math
+from contextlib import AbstractContextManager, nullcontext
+from typing import NamedTuple
+
+import torch
+import triton
+
+from llama_surgery.attention.impl.triton.attend_kernel import attend_kernel
+from llama_surgery.attention.impl.triton.job import Job, Strip, make_job
+from llama_surgery.attention.impl.triton.select_kernels import list_kernel, totals_kernel
+from llama_surgery.attention.impl.triton.tiled_plan import TiledPlan
+from llama_surgery.config import SurgeryConfig
+from llama_surgery.topology.geometry import query_blocks
+from llama_surgery.topology.layout import Layout
+
+
+@dataclasses.dataclass(frozen=True)
+class TiledResult:
+    """What :func:`attend` returns; the fields of ``api.AttentionResult`` with tiled plans."""
+
+    out: torch.Tensor
+    lse: torch.Tensor
+    plans: list[TiledPlan]
+    near_pairs: int
+    causal_pairs: int
+
+
+def attend(
+    queries: torch.Tensor,
+    near_keys: torch.Tensor,
+    near_values: torch.Tensor,
+    layout: Layout | None,
+    *,
+    config: SurgeryConfig,
+    start: int,
+    tile: int | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+    sink_logit: torch.Tensor | None = None,
+    keep_lists: bool = False,
+) -> TiledResult:
+    """Attention of consecutive rows through the ``pages`` (or ``dense``) topology.
+
+    Arguments and results are those of :func:`llama_surgery.attention.api.attend`, which checks them.
+    Pages are scored from moments in the queries' dtype.
+
+    Args:
+        keep_lists: Keep the page lists in the returned plans, for inspection.
+
+    Raises:
+        SurgeryError: A dtype, tile or rule that these kernels do not run.
+    """
+    job = make_job(
+        queries,
+        near_keys,
+        near_values,
+        layout,
+        config=config,
+        start=start,
+        tile=tile,
+        scale=scale,
+        softcap=softcap,
+        sink_logit=sink_logit,
+    )
+    streams, heads, rows, _ = queries.shape
+    out = queries.new_empty(streams, heads, rows, near_values.shape[-1])
+    lse = queries.new_empty(streams, heads, rows, dtype=torch.float32)
+    plans = []
+    with device_of(queries):
+        for strip in job.strips():
+            plan = None
+            if strip.pages:
+                plan = list_pages(job, strip, row_totals(job, strip))
+                plans.append(plan if keep_lists else dataclasses.replace(plan, entries=None))
+            attend_strip(job, strip, plan, out, lse)
+    near_pairs = sum(
+        _triangle(b.stop - b.closed * config.chunk_size) - _triangle(b.start - b.closed * config.chunk_size)
+        for b in query_blocks(job.start, job.stop, config, job.tile)
+    )
+    return TiledResult(out, lse, plans, near_pairs, _triangle(job.stop) - _triangle(job.start))
+
+
+def row_totals(job: Job, strip: Strip, *, near: bool = True, far: bool = True) -> torch.Tensor:
+    """Log-sum-exp, in log2 units, of the scored rows: (streams, tiles, slots, heads) float32.
+
+    ``near`` and ``far`` leave a part out, for timing.
+    """
+    streams, heads = job.queries.shape[:2]
+    totals = job.queries.new_empty(streams, strip.tiles, job.slots, heads, dtype=torch.float32)
+    shape = _ScoreShape.of(job, strip)
+    features = job.features
+    assert features is not None
+    totals_kernel[(shape.blocks * shape.head_blocks, streams)](
+        job.queries,
+        job.near_keys,
+        features,
+        job.sink_logit,
+        totals,
+        *job.queries.stride()[:3],
+        *job.near_keys.stride()[:2],
+        *features.stride()[:2],
+        strip.tiles,
+        job.start,
+        job.stop,
+        job.near_start,
+        strip.first_tile,
+        job.dense_until,
+        job.scale,
+        1.0 if job.softcap is None else job.softcap,
+        **_score_constants(job, shape),
+        BLOCK_NEAR=job.tuning.block_near,
+        NEAR=near,
+        FAR=far,
+        SINK=job.sink_logit is not None,
+    )
+    return totals
+
+
+def list_pages(job: Job, strip: Strip, totals: torch.Tensor) -> TiledPlan:
+    """List the pages that the strip's rows open."""
+    streams = job.queries.shape[0]
+    entries = job.queries.new_empty(streams, strip.tiles, strip.pages, dtype=torch.int32)
+    counts, rows_seen = (job.queries.new_empty(streams, strip.tiles, dtype=torch.int32) for _ in range(2))
+    theta = job.config.theta_for(job.tile)
+    shape = _ScoreShape.of(job, strip)
+    layout, features = job.layout, job.features
+    assert layout is not None and features is not None
+    list_kernel[(shape.blocks, streams)](
+        job.queries,
+        features,
+        totals,
+        layout.sink_pages(job.config.page_size),
+        entries,
+        counts,
+        rows_seen,
+        *job.queries.stride()[:3],
+        *features.stride()[:2],
+        strip.tiles,
+        strip.pages,
+        job.start,
+        job.stop,
+        strip.first_tile,
+        job.dense_until,
+        job.scale,
+        1.0 if job.softcap is None else job.softcap,
+        math.log2(theta) if theta > 0 else -math.inf,
+        math.log2(job.config.lead) if job.tile > 1 else 0.0,
+        **_score_constants(job, shape),
+        PAGE=job.config.page_size,
+        BALLS_PAD=triton.next_power_of_2(job.config.balls_per_page),
+    )
+    start = max(job.start, strip.first_tile * job.tile)
+    stop = min(job.stop, (strip.first_tile + strip.tiles) * job.tile)
+    return TiledPlan(start, stop, job.tile, counts, rows_seen, entries)
+
+
+def attend_strip(
+    job: Job,
+    strip: Strip,
+    plan: TiledPlan | None,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    *,
+    near: bool = True,
+) -> None:
+    """Near field, then the plan's pages, of one strip; writes its rows of ``out`` and ``lse``."""
+    streams, heads = job.queries.shape[:2]
+    tile_pad = triton.next_power_of_2(job.tile)
+    heads_block = _block(heads, job.tuning.rows, tile_pad)
+    far_keys, far_values = job.near_keys, job.near_values
+    entries = counts = None
+    if plan is not None:
+        assert job.layout is not None
+        far_keys, far_values = (
+            x if x.stride(-1) == 1 else x.contiguous() for x in (job.layout.keys, job.layout.values)
+        )
+        entries, counts = plan.entries, plan.counts
+    page_pad = max(16, triton.next_power_of_2(job.config.page_size))
+    head_dim, value_dim = job.queries.shape[-1], job.near_values.shape[-1]
+    attend_kernel[(strip.tiles * triton.cdiv(heads, heads_block), streams)](
+        job.queries,
+        job.near_keys,
+        job.near_values,
+        far_keys,
+        far_values,
+        entries,
+        counts,
+        job.sink_logit,
+        out,
+        lse,
+        *job.queries.stride()[:3],
+        *job.near_keys.stride()[:2],
+        *job.near_values.stride()[:2],
+        *far_keys.stride()[:2],
+        *far_values.stride()[:2],
+        *out.stride()[:3],
+        *lse.stride()[:2],
+        strip.tiles,
+        strip.pages,
+        job.start,
+        job.stop,
+        job.near_start,
+        strip.first_tile,
+        job.dense_until,
+        job.scale,
+        1.0 if job.softcap is None else job.softcap,
+        HEADS=heads,
+        HEADS_BLOCK=heads_block,
+        TILE=job.tile,
+        TILE_PAD=tile_pad,
+        DIM=head_dim,
+        DIM_PAD=max(16, triton.next_power_of_2(head_dim)),
+        VALUE_DIM=value_dim,
+        VALUE_PAD=max(16, triton.next_power_of_2(value_dim)),
+        CHUNK=job.config.chunk_size,
+        WINDOW=job.config.window,
+        PAGE=job.config.page_size,
+        PAGE_PAD=page_pad,
+        PAGES_PER_STEP=max(1, job.tuning.keys_per_step // page_pad),
+        BLOCK_NEAR=job.tuning.block_near,
+        NEAR=near,
+        FAR=plan is not None,
+        SINK=job.sink_logit is not None and near,
+        CAP=job.softcap is not None,
+        num_warps=job.tuning.attend_warps,
+        num_stages=job.tuning.attend_stages,
+    )
+
+
+class _ScoreShape(NamedTuple):
+    """How selection packs slots and heads into matrix tiles."""
+
+    slots_pad: int
+    heads_block: int
+    head_blocks: int
+    tiles_block: int
+    blocks: int
+
+    @classmethod
+    def of(cls, job: Job, strip: Strip) -> "_ScoreShape":
+        streams, heads = job.queries.shape[:2]
+        slots_pad = triton.next_power_of_2(job.slots)
+        heads_pad = triton.next_power_of_2(heads)
+        rows = job.tuning.score_rows
+        # Fewer rows per program where there would not be two programs for each processor.
+        while rows > 32 and streams * strip.tiles * slots_pad * heads_pad < rows * 256:
+            rows //= 2
+        heads_block = min(heads_pad, max(1, rows // slots_pad))
+        tiles_block = max(1, max(16, rows) // (slots_pad * heads_block))
+        tiles_block = min(tiles_block, triton.next_power_of_2(strip.tiles))
+        # A matrix tile has at least 16 rows.
+        heads_block = max(heads_block, 16 // (slots_pad * tiles_block))
+        return cls(
+            slots_pad,
+            heads_block,
+            triton.cdiv(heads, heads_block),
+            tiles_block,
+            triton.cdiv(strip.tiles, tiles_block),
+        )
+
+
+def _score_constants(job: Job, shape: _ScoreShape) -> dict[str, object]:
+    head_dim = job.queries.shape[-1]
+    ball = job.config.page_size // job.config.balls_per_page
+    return {
+        "HEADS": job.queries.shape[1],
+        "HEADS_BLOCK": shape.heads_block,
+        "SLOTS": job.slots,
+        "SLOTS_PAD": shape.slots_pad,
+        "TILES_BLOCK": shape.tiles_block,
+        "TILE": job.tile,
+        "DIM": head_dim,
+        "DIM_PAD": max(16, triton.next_power_of_2(head_dim)),
+        "CHUNK": job.config.chunk_size,
+        "WINDOW": job.config.window,
+        "BALL": ball,
+        "LOG2_BALL": math.log2(ball),
+        "BLOCK_BALLS": max(job.tuning.block_balls, triton.next_power_of_2(job.config.balls_per_page)),
+        "CAP": job.softcap is not None,
+        "num_warps": job.tuning.score_warps,
+        "num_stages": job.tuning.score_stages,
+    }
+
+
+def _block(heads: int, rows: int, tile_pad: int) -> int:
+    """Heads of a matrix tile: a power of two, at most ``rows`` rows and at least 16."""
+    most = max(1, rows // tile_pad)
+    return max(min(triton.next_power_of_2(heads), most), 16 // tile_pad, 1)
+
+
+def device_of(tensor: torch.Tensor) -> AbstractContextManager[object]:
+    """Kernels launch on the current device: make it the tensor's."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
+
+
+def _triangle(n: int) -> int:
+    return n * (n + 1) // 2

@@ -1,0 +1,334 @@
+"""The kernels of selection: totals of the scored rows, then lists of the pages they open.
+
+A *slot* is a scored row of a tile: every ``STRIDE``-th query, the tile's first one always. Row m of a
+matrix tile is head ``m % HEADS_BLOCK`` of slot ``m // HEADS_BLOCK % SLOTS_PAD`` of tile
+``m // (HEADS_BLOCK * SLOTS_PAD)`` of the program's TILES_BLOCK tiles. Nothing of the size queries x pages
+is ever written.
+"""
+
+import triton
+import triton.language as tl
+
+from llama_surgery.attention.impl.triton.helpers import (
+    ENTRY,
+    EXACT,
+    FLOOR,
+    LOG2E,
+    ball_scores,
+    cap_logits,
+    closed_chunks,
+    load_rows,
+    scaled_squares,
+    sum_step,
+)
+
+
+@triton.jit
+def _slots(
+    block,
+    head_block,
+    first_tile,
+    tiles,
+    start,
+    stop,
+    HEADS: tl.constexpr,
+    HEADS_BLOCK: tl.constexpr,
+    SLOTS: tl.constexpr,
+    SLOTS_PAD: tl.constexpr,
+    TILES_BLOCK: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    """For every row of the matrix tile: tile of the launch, slot, head, position, is it a real row.
+
+    Where a call begins between two slots, its first row stands for the slot before it.
+    """
+    m = tl.arange(0, TILES_BLOCK * SLOTS_PAD * HEADS_BLOCK)
+    head = head_block * HEADS_BLOCK + m % HEADS_BLOCK
+    slot = m // HEADS_BLOCK % SLOTS_PAD
+    tile = block * TILES_BLOCK + m // (HEADS_BLOCK * SLOTS_PAD)
+    position = (first_tile + tile) * TILE + slot * (TILE // SLOTS)
+    live = (head < HEADS) & (slot < SLOTS) & (tile < tiles)
+    live = live & (position + TILE // SLOTS > start) & (position < stop)
+    position = tl.maximum(position, start)
+    return tile, slot, head, position, live
+
+
+@triton.jit(
+    do_not_specialize=["tiles", "start", "stop", "near_start", "first_tile", "dense_until"],
+)
+def totals_kernel(
+    q_ptr,
+    near_k_ptr,
+    features_ptr,
+    sink_ptr,
+    totals_ptr,
+    q_stream,
+    q_head,
+    q_row,
+    near_k_stream,
+    near_k_row,
+    features_stream,
+    features_half,
+    tiles,
+    start,
+    stop,
+    near_start,
+    first_tile,
+    dense_until,
+    scale,
+    softcap,
+    HEADS: tl.constexpr,
+    HEADS_BLOCK: tl.constexpr,
+    SLOTS: tl.constexpr,
+    SLOTS_PAD: tl.constexpr,
+    TILES_BLOCK: tl.constexpr,
+    TILE: tl.constexpr,
+    DIM: tl.constexpr,
+    DIM_PAD: tl.constexpr,
+    CHUNK: tl.constexpr,
+    WINDOW: tl.constexpr,
+    BALL: tl.constexpr,
+    LOG2_BALL: tl.constexpr,
+    BLOCK_NEAR: tl.constexpr,
+    BLOCK_BALLS: tl.constexpr,
+    NEAR: tl.constexpr,
+    FAR: tl.constexpr,
+    SINK: tl.constexpr,
+    CAP: tl.constexpr,
+):
+    """Log-sum-exp, in log2 units, of every scored row's whole attention as selection sees it.
+
+    The near field is exact, closed balls count by their scores, attention sinks are included. Rows
+    without closed chunks are left unwritten. Grid: (blocks of tiles * blocks of heads, streams).
+    Writes (streams, tiles, SLOTS, HEADS) float32. NEAR and FAR leave a part out, for timing.
+    """
+    head_blocks: tl.constexpr = (HEADS + HEADS_BLOCK - 1) // HEADS_BLOCK
+    stream = tl.program_id(1).to(tl.int64)
+    tile, slot, head, position, live = _slots(
+        tl.program_id(0) // head_blocks,
+        tl.program_id(0) % head_blocks,
+        first_tile,
+        tiles,
+        start,
+        stop,
+        HEADS,
+        HEADS_BLOCK,
+        SLOTS,
+        SLOTS_PAD,
+        TILES_BLOCK,
+        TILE,
+    )
+    closed = closed_chunks((first_tile + tile) * TILE, CHUNK, WINDOW, dense_until)
+    live = live & (closed > 0)
+    most = tl.max(tl.where(live, closed, 0), 0)
+    least = tl.min(tl.where(live, closed, most), 0)
+    if most > 0:
+        q_offset = head.to(tl.int64) * q_head + (position - start).to(tl.int64) * q_row
+        q = load_rows(q_ptr + stream * q_stream, q_offset, 1, live, DIM, DIM_PAD, True)
+        rows: tl.constexpr = TILES_BLOCK * SLOTS_PAD * HEADS_BLOCK
+        top = tl.full([rows], FLOOR, tl.float32)
+        total = tl.zeros([rows], tl.float32)
+        if SINK:
+            sink = tl.load(sink_ptr + stream * HEADS + head, mask=head < HEADS, other=0.0)
+            top = tl.maximum(sink.to(tl.float32) * LOG2E, FLOOR)
+            total = total + 1.0
+        if NEAR:
+            k_base = near_k_ptr + stream * near_k_stream
+            factor = scale * LOG2E
+            if CAP:
+                factor = 1.0
+            end = tl.max(tl.where(live, position, -1), 0) + 1
+            for block in range(least * CHUNK, end, BLOCK_NEAR):
+                key = block + tl.arange(0, BLOCK_NEAR)
+                k = load_rows(k_base, key - near_start, near_k_row, key < end, DIM, DIM_PAD, True)
+                products = tl.dot(q, tl.trans(k), input_precision=EXACT)
+                logits = cap_logits(products, scale, softcap, CAP) * factor
+                visible = (key[None, :] >= (closed * CHUNK)[:, None]) & (key[None, :] <= position[:, None])
+                total, top = sum_step(total, top, tl.where(visible, logits, float("-inf")))
+        if FAR:
+            squares = scaled_squares(q, scale)
+            base = features_ptr + stream * features_stream
+            per_chunk: tl.constexpr = CHUNK // BALL
+            # Balls closed for every row of the block need no mask.
+            common = least * per_chunk // BLOCK_BALLS * BLOCK_BALLS
+            for block in range(0, common, BLOCK_BALLS):
+                ball = block + tl.arange(0, BLOCK_BALLS)
+                mean = load_rows(base, ball, DIM, live, DIM, DIM_PAD, False)
+                spread = load_rows(base + features_half, ball, DIM, live, DIM, DIM_PAD, False)
+                scores = ball_scores(q, squares, mean, spread, scale, softcap, LOG2_BALL, CAP)
+                total, top = sum_step(total, top, scores)
+            for block in range(common, most * per_chunk, BLOCK_BALLS):
+                ball = block + tl.arange(0, BLOCK_BALLS)
+                present = ball < most * per_chunk
+                mean = load_rows(base, ball, DIM, present, DIM, DIM_PAD, True)
+                spread = load_rows(base + features_half, ball, DIM, present, DIM, DIM_PAD, True)
+                scores = ball_scores(q, squares, mean, spread, scale, softcap, LOG2_BALL, CAP)
+                far = ball[None, :] < (closed * per_chunk)[:, None]
+                total, top = sum_step(total, top, tl.where(far, scores, float("-inf")))
+        cell = ((stream * tiles + tile) * SLOTS + slot) * HEADS + head
+        tl.store(totals_ptr + cell, top + tl.log2(total), mask=live)
+
+
+@triton.jit
+def _bars(
+    block_id,
+    head_block,
+    q_ptr,
+    totals_ptr,
+    q_stream,
+    q_head,
+    q_row,
+    tiles,
+    start,
+    stop,
+    first_tile,
+    dense_until,
+    scale,
+    log2_theta,
+    log2_lead,
+    HEADS: tl.constexpr,
+    HEADS_BLOCK: tl.constexpr,
+    SLOTS: tl.constexpr,
+    SLOTS_PAD: tl.constexpr,
+    TILES_BLOCK: tl.constexpr,
+    TILE: tl.constexpr,
+    DIM: tl.constexpr,
+    DIM_PAD: tl.constexpr,
+):
+    """Queries, their squares, the score above which each opens a page, and its place in the tile."""
+    stream = tl.program_id(1).to(tl.int64)
+    tile, slot, head, position, live = _slots(
+        block_id, head_block, first_tile, tiles, start, stop,
+        HEADS, HEADS_BLOCK, SLOTS, SLOTS_PAD, TILES_BLOCK, TILE,
+    )  # fmt: skip
+    q_offset = head.to(tl.int64) * q_head + (position - start).to(tl.int64) * q_row
+    q = load_rows(q_ptr + stream * q_stream, q_offset, 1, live, DIM, DIM_PAD, True)
+    # Rows that are not there, or have nothing closed, open nothing.
+    live = live & ((first_tile + tile) * TILE >= dense_until)
+    cell = ((stream * tiles + tile) * SLOTS + slot) * HEADS + head
+    bar = tl.load(totals_ptr + cell, mask=live, other=float("inf")) + log2_theta
+    row = position - (first_tile + tile) * TILE
+    bar = tl.where(live, bar + tl.where(row == 0, log2_lead, 0.0), float("inf"))
+    return q, scaled_squares(q, scale), bar, row
+
+
+@triton.jit(
+    do_not_specialize=["tiles", "capacity", "start", "stop", "first_tile", "dense_until"],
+)
+def list_kernel(
+    q_ptr,
+    features_ptr,
+    totals_ptr,
+    sink_page_ptr,
+    entries_ptr,
+    counts_ptr,
+    seen_ptr,
+    q_stream,
+    q_head,
+    q_row,
+    features_stream,
+    features_half,
+    tiles,
+    capacity,
+    start,
+    stop,
+    first_tile,
+    dense_until,
+    scale,
+    softcap,
+    log2_theta,
+    log2_lead,
+    HEADS: tl.constexpr,
+    HEADS_BLOCK: tl.constexpr,
+    SLOTS: tl.constexpr,
+    SLOTS_PAD: tl.constexpr,
+    TILES_BLOCK: tl.constexpr,
+    TILE: tl.constexpr,
+    DIM: tl.constexpr,
+    DIM_PAD: tl.constexpr,
+    CHUNK: tl.constexpr,
+    WINDOW: tl.constexpr,
+    PAGE: tl.constexpr,
+    BALL: tl.constexpr,
+    LOG2_BALL: tl.constexpr,
+    BALLS_PAD: tl.constexpr,
+    BLOCK_BALLS: tl.constexpr,
+    CAP: tl.constexpr,
+):
+    """Score again, against the totals, and list the pages that rows open.
+
+    Writes, for every tile, its pages in ascending order, left-packed, as ``page * ENTRY + first_open``
+    (streams, tiles, capacity) int32; their number (streams, tiles) int32; and how many of the tile's
+    rows see each of them, summed (streams, tiles) int32. ``capacity`` is at least the number of closed
+    pages of the launch's last tile, so that a list cannot overflow. Grid: (blocks of tiles, streams).
+    """
+    head_blocks: tl.constexpr = (HEADS + HEADS_BLOCK - 1) // HEADS_BLOCK
+    per_chunk: tl.constexpr = CHUNK // PAGE
+    stream = tl.program_id(1).to(tl.int64)
+    block_id = tl.program_id(0)
+    base = features_ptr + stream * features_stream
+    per_tile: tl.constexpr = SLOTS_PAD * HEADS_BLOCK
+
+    tile = block_id * TILES_BLOCK + tl.arange(0, TILES_BLOCK)
+    q_first = (first_tile + tile) * TILE
+    closed = closed_chunks(q_first, CHUNK, WINDOW, dense_until)
+    closed = tl.where(tile < tiles, closed, 0)
+    pages = closed * per_chunk
+    # Rows of the tile that are given, counted from its anchor: low … high - 1.
+    low = tl.maximum(start - q_first, 0)
+    high = tl.minimum(stop - q_first, TILE)
+    sink_page = tl.load(sink_page_ptr + stream)
+    list_base = entries_ptr + (stream * tiles + tile.to(tl.int64)) * capacity
+    count = tl.zeros([TILES_BLOCK], tl.int32)
+    seen = tl.zeros([TILES_BLOCK], tl.int32)
+
+    if head_blocks == 1:
+        q, squares, bar, row = _bars(
+            block_id, 0, q_ptr, totals_ptr, q_stream, q_head, q_row, tiles, start, stop, first_tile,
+            dense_until, scale, log2_theta, log2_lead,
+            HEADS, HEADS_BLOCK, SLOTS, SLOTS_PAD, TILES_BLOCK, TILE, DIM, DIM_PAD,
+        )  # fmt: skip
+
+    balls: tl.constexpr = PAGE // BALL
+    block_pages: tl.constexpr = BLOCK_BALLS // BALLS_PAD
+    last = tl.max(pages, 0)
+    for block in range(0, last, block_pages):
+        page = block + tl.arange(0, block_pages)
+        index = tl.arange(0, BLOCK_BALLS)
+        present = (block + index // BALLS_PAD < last) & (index % BALLS_PAD < balls)
+        ball = (block + index // BALLS_PAD) * balls + index % BALLS_PAD
+        mean = load_rows(base, ball, DIM, present, DIM, DIM_PAD, True)
+        spread = load_rows(base + features_half, ball, DIM, present, DIM, DIM_PAD, True)
+        first = tl.full([TILES_BLOCK, block_pages], TILE, tl.int32)
+        for head_block in tl.static_range(head_blocks):
+            if head_blocks > 1:
+                q, squares, bar, row = _bars(
+                    block_id, head_block, q_ptr, totals_ptr, q_stream, q_head, q_row,
+                    tiles, start, stop, first_tile, dense_until, scale, log2_theta, log2_lead,
+                    HEADS, HEADS_BLOCK, SLOTS, SLOTS_PAD, TILES_BLOCK, TILE, DIM, DIM_PAD,
+                )  # fmt: skip
+            scores = ball_scores(q, squares, mean, spread, scale, softcap, LOG2_BALL, CAP)
+            if BALLS_PAD == 1:
+                above = scores > bar[:, None]
+            else:
+                # The page's score is the log-sum-exp of its balls' scores.
+                weights = tl.exp2(scores - bar[:, None])
+                if balls != BALLS_PAD:
+                    weights = tl.where(present[None, :], weights, 0.0)
+                weights = tl.reshape(weights, [TILES_BLOCK * per_tile, block_pages, BALLS_PAD])
+                above = tl.sum(weights, 2) > 1.0
+            opened = tl.where(above, row[:, None], TILE)
+            opened = tl.reshape(opened, [TILES_BLOCK, per_tile, block_pages])
+            first = tl.minimum(first, tl.min(opened, 1))
+        first = tl.where((page == sink_page)[None, :], 0, first)
+        listed = (first < TILE) & (page[None, :] < pages[:, None])
+        rank = count[:, None] + tl.cumsum(listed.to(tl.int32), 1) - 1
+        entry = page[None, :] * ENTRY + first
+        tl.store(list_base[:, None] + rank, entry, mask=listed)
+        count += tl.sum(listed.to(tl.int32), 1)
+        rows_seen = tl.maximum(high[:, None] - tl.maximum(first, low[:, None]), 0)
+        seen += tl.sum(tl.where(listed, rows_seen, 0), 1)
+
+    cell = stream * tiles + tile
+    tl.store(counts_ptr + cell, count, mask=tile < tiles)
+    tl.store(seen_ptr + cell, seen, mask=tile < tiles)

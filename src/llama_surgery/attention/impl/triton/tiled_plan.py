@@ -1,0 +1,69 @@
+"""A plan of a whole run of tiles, as the kernels write it."""
+
+import dataclasses
+
+import torch
+
+from llama_surgery.config import SurgeryConfig
+from llama_surgery.topology.geometry import query_blocks
+from llama_surgery.topology.plan import Plan, plan_from_first_open
+
+#: A list entry is ``page * ENTRY + first_open``.
+ENTRY = 256
+
+
+@dataclasses.dataclass(frozen=True)
+class TiledPlan:
+    """Far pages of consecutive tiles whose rows may differ in closed chunks.
+
+    Attributes:
+        start: Position of the first row.
+        stop: One past the position of the last row.
+        tile: Queries of a tile; the first and the last may be partial.
+        counts: (streams, tiles) int32, pages of each tile.
+        rows_seen: (streams, tiles) int32, for how many rows its pages are visible, summed over pages.
+        entries: (streams, tiles, capacity) int32 lists, the first ``counts`` of each are valid: ascending
+            ``page * ENTRY + first_open``; None where they were not kept.
+    """
+
+    start: int
+    stop: int
+    tile: int
+    counts: torch.Tensor
+    rows_seen: torch.Tensor
+    entries: torch.Tensor | None = None
+
+    def executed_pairs(self, page_size: int) -> torch.Tensor:
+        """(streams,) int64: (query, key) pairs the far pass reads for one query head."""
+        first = self.start // self.tile * self.tile
+        anchors = torch.arange(first, self.stop, self.tile, device=self.counts.device)
+        rows = (anchors + self.tile).clamp_max(self.stop) - anchors.clamp_min(self.start)
+        return (self.counts.long() * rows).sum(1) * page_size
+
+    def visible_pairs(self, page_size: int) -> torch.Tensor:
+        """(streams,) int64: pairs that the rows may see, first-open rows respected."""
+        return self.rows_seen.long().sum(1) * page_size
+
+    def first_open(self) -> torch.Tensor:
+        """(streams, tiles, capacity) int64: first row that opened each page, ``tile`` where none did."""
+        if self.entries is None:
+            raise ValueError("the lists of this plan were not kept: ask for keep_lists=True.")
+        pages = self.entries.shape[-1]
+        listed = torch.arange(pages, device=self.entries.device)
+        valid = listed < self.counts.unsqueeze(-1)
+        page = (self.entries // ENTRY).where(valid, pages).long()
+        opened = (self.entries % ENTRY).where(valid, self.tile).long()
+        full = opened.new_full((*self.counts.shape, pages + 1), self.tile)
+        return full.scatter_(-1, page, opened)[..., :pages]
+
+    def block_plans(self, config: SurgeryConfig) -> list[Plan]:
+        """The same plan, cut into the blocks of rows of equal closed chunks. Synchronises the device."""
+        first_open, plans = self.first_open(), []
+        for block in query_blocks(self.start, self.stop, config, self.tile):
+            if block.closed:
+                first = block.start // self.tile - self.start // self.tile
+                last = (block.stop - 1) // self.tile - self.start // self.tile
+                closed = block.closed * config.pages_per_chunk
+                opened = first_open[:, first : last + 1, :closed]
+                plans.append(plan_from_first_open(opened, block, self.tile))
+        return plans

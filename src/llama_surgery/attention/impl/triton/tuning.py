@@ -1,0 +1,80 @@
+"""Launch configurations per GPU family: one small table, with a default."""
+
+import dataclasses
+import functools
+
+import torch
+
+
+@dataclasses.dataclass(frozen=True)
+class Tuning:
+    """How the kernels are launched.
+
+    Attributes:
+        rows: Most rows of a matrix tile (tokens x heads) in attention.
+        block_near: Keys of a step of the near field.
+        keys_per_step: Keys of a step of the far field; pages smaller than this are taken together.
+        attend_warps, attend_stages: Of the attention kernel.
+        score_rows: Most rows of a matrix tile in selection.
+        block_balls: Balls of a step of selection.
+        score_warps, score_stages: Of the selection kernels.
+    """
+
+    rows: int = 128
+    block_near: int = 64
+    keys_per_step: int = 64
+    attend_warps: int = 8
+    attend_stages: int = 2
+    score_rows: int = 128
+    block_balls: int = 64
+    score_warps: int = 8
+    score_stages: int = 2
+
+
+#: For the families whose processors have 99 KiB of shared memory.
+_SMALL = Tuning(rows=64, attend_warps=4, score_rows=32, score_warps=4, block_balls=32)
+
+#: By family, for head dims up to 128. Families that are not listed take the default.
+TABLE = {
+    "sm80": Tuning(),
+    "sm86": _SMALL,
+    "sm89": _SMALL,
+    "sm120": _SMALL,
+    "sm90": Tuning(attend_stages=3, score_stages=3),
+    "sm100": Tuning(attend_stages=3, score_stages=3),
+    "gfx942": Tuning(attend_stages=1, score_stages=1),
+    "gfx950": Tuning(attend_stages=2, score_stages=1),
+}
+
+
+@functools.cache
+def family_of(device: torch.device) -> str:
+    """Family of a device: ``sm`` and the compute capability, or the ``gfx`` name; ``cpu`` without one."""
+    if device.type != "cuda":
+        return device.type
+    properties = torch.cuda.get_device_properties(device)
+    if torch.version.hip is not None:
+        return str(properties.gcnArchName).split(":")[0]
+    return f"sm{properties.major}{properties.minor}"
+
+
+def tuning_for(family: str, head_dim: int, element_size: int) -> Tuning:
+    """The configuration for a family, shrunk where wide or long elements need more shared memory."""
+    tuning = TABLE.get(family, Tuning())
+    bytes_per_row = head_dim * element_size
+    if bytes_per_row > 256:
+        tuning = dataclasses.replace(
+            tuning,
+            rows=tuning.rows // 2,
+            block_near=32,
+            keys_per_step=32,
+            attend_stages=min(tuning.attend_stages, 2),
+            score_rows=tuning.score_rows // 2,
+            block_balls=tuning.block_balls // 2,
+            score_stages=min(tuning.score_stages, 2),
+        )
+    if bytes_per_row > 512:
+        tuning = dataclasses.replace(
+            tuning, rows=32, score_rows=32, attend_stages=1, score_stages=1, attend_warps=4
+        )
+    return tuning

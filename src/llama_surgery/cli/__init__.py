@@ -1,0 +1,40 @@
+"""The command line: ``llama-surgery --help``."""
+
+import typer
+
+from llama_surgery.cli.common import Commands, show_version
+from llama_surgery.cli.demo import demo
+from llama_surgery.cli.evaluate import evaluate
+from llama_surgery.cli.generate import generate
+from llama_surgery.cli.operate import operate
+from llama_surgery.cli.report import report
+
+__all__ = ["app"]
+
+app = typer.Typer(
+    name="llama-surgery",
+    cls=Commands,
+    no_args_is_help=True,
+    rich_markup_mode="markdown",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+@app.callback()
+def main(version: show_version = False) -> None:
+    """Give a pre-trained language model a sparse attention topology, and take it out again.
+
+    A dense model lets every token read every earlier one. Operated, it reads what is near in full and, of
+    what is far, only the pages that matter. No weight changes, and nothing has to be trained.
+
+    Start with **llama-surgery demo --out out/demo**: it runs on a laptop, without downloads, in a
+    few minutes. Exit codes: 0 done, 1 the command could not do its work (one line says why), 2 wrong usage.
+    """
+
+
+app.command()(demo)
+app.command()(operate)
+app.command()(evaluate)
+app.command()(generate)
+app.command()(report)

@@ -1,0 +1,201 @@
+"""What all commands share: options, consoles, errors, loading a model, progress."""
+
+import enum
+import json
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    SpinnerColumn,
+    TextColumn,
+    TimeElapsedColumn,
+)
+from typer.core import TyperGroup
+
+from llama_surgery import __version__
+from llama_surgery.errors import SurgeryError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+#: Results go to standard output; progress, hints and errors to standard error.
+out = Console()
+err = Console(stderr=True)
+
+
+class Commands(TyperGroup):
+    """Commands whose expected errors end in one clear line instead of a traceback."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run a command; exit with 1 when it raises one of the package's own errors."""
+        try:
+            return super().invoke(ctx)
+        except SurgeryError as error:
+            err.print(f"[bold red]Error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
+            raise typer.Exit(1) from error
+
+
+class Dtype(enum.StrEnum):
+    """Precision of weights and activations."""
+
+    auto = "auto"
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
+
+def _version(value: bool) -> None:
+    if value:
+        print(f"llama-surgery {__version__}")
+        raise typer.Exit
+
+
+show_version = Annotated[
+    bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
+]
+
+ModelArgument = Annotated[
+    str,
+    typer.Argument(help="Folder of a Hugging Face checkpoint with its tokenizer, or a name on the Hub."),
+]
+DeviceOption = Annotated[
+    str,
+    typer.Option(
+        help="Where to run: cpu, cuda, cuda:1, mps … 'auto' takes a GPU if there is one.",
+        rich_help_panel="Model",
+    ),
+]
+DtypeOption = Annotated[
+    Dtype,
+    typer.Option(
+        help="Precision. 'auto' is float32 on a CPU and what the checkpoint holds elsewhere.",
+        rich_help_panel="Model",
+    ),
+]
+JsonOption = Annotated[
+    bool, typer.Option("--json", help="Print JSON instead of tables (progress goes to standard error).")
+]
+AdapterOption = Annotated[
+    Path | None,
+    typer.Option(help="Adapter folder written by 'llama-surgery operate'.", rich_help_panel="Topology"),
+]
+CalibrationOption = Annotated[
+    Path | None,
+    typer.Option(
+        help="Text (a .txt file or a folder of them) on which thresholds are set so that --density holds.",
+        rich_help_panel="Topology",
+    ),
+]
+DensityOption = Annotated[
+    float | None,
+    typer.Option(
+        help="Largest share of all (query, key) pairs that may be read from the far field, for example 0.06.",
+        rich_help_panel="Topology",
+    ),
+]
+
+
+def escape(text: str) -> str:
+    """``text`` with nothing in it that rich takes for markup."""
+    from rich.markup import escape as rich_escape
+
+    return rich_escape(text)
+
+
+def load_model(path: str, device: str, dtype: Dtype) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
+    """Load a checkpoint and its tokenizer, in evaluation mode.
+
+    Raises:
+        SurgeryError: There is none at ``path``, or the device cannot be used.
+    """
+    with err.status("Loading PyTorch and transformers …"):
+        import torch
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+        from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    target = _device(device)
+    if dtype is Dtype.auto:
+        wanted: Any = torch.float32 if target.type == "cpu" else "auto"
+    else:
+        wanted = getattr(torch, dtype.value)
+    try:
+        with err.status(f"Loading {escape(path)} …"):
+            tokenizer = AutoTokenizer.from_pretrained(path)
+            model = AutoModelForCausalLM.from_pretrained(path, dtype=wanted)
+            model = model.to(target).eval()
+    except (OSError, ValueError, RuntimeError) as error:
+        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise SurgeryError(
+            f"could not load {path!r}: {first} Give the folder of a Hugging Face checkpoint (config.json, "
+            "safetensors, tokenizer) or its name on the Hub."
+        ) from error
+    return model, tokenizer
+
+
+def _device(name: str) -> Any:
+    import torch
+
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise SurgeryError(
+            f"device {name!r} cannot be used here ({str(error).splitlines()[0]}). Use 'cpu', or 'auto' "
+            "to take a GPU if there is one."
+        ) from error
+    return device
+
+
+@contextmanager
+def progress() -> Iterator[Callable[[str, int, int], None]]:
+    """Progress bars on standard error: a function to call with (stage, steps done, steps in all)."""
+    columns = (
+        SpinnerColumn(),
+        TextColumn("{task.description}", table_column=None),
+        BarColumn(bar_width=28),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+    )
+    tasks: dict[str, Any] = {}
+    with Progress(*columns, console=err) as bars:
+
+        def tell(stage: str, done: int, total: int) -> None:
+            if stage not in tasks:
+                tasks[stage] = bars.add_task(escape(stage), total=total)
+            bars.update(tasks[stage], completed=done, total=total)
+
+        yield tell
+
+
+def print_json(value: Any) -> None:
+    """Write ``value`` to standard output as JSON."""
+    sys.stdout.write(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def checked_output(path: Path, *, folder: bool = False) -> Path:
+    """``path``, if it can be written to: better known before minutes of work than after.
+
+    Raises:
+        SurgeryError: Something else is in the way.
+    """
+    if folder and path.exists() and not path.is_dir():
+        raise SurgeryError(f"{path} is a file: give a folder to write to.")
+    if not folder and path.is_dir():
+        raise SurgeryError(f"{path} is a folder: give the name of a file to write.")
+    try:
+        (path if folder else path.parent).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise SurgeryError(f"{path}: cannot be created ({error.strerror}).") from error
+    return path

@@ -1,0 +1,170 @@
+"""``llama-surgery evaluate``."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from llama_surgery.cli.common import (
+    AdapterOption,
+    CalibrationOption,
+    DensityOption,
+    DeviceOption,
+    Dtype,
+    DtypeOption,
+    JsonOption,
+    ModelArgument,
+    checked_output,
+    err,
+    load_model,
+    out,
+    print_json,
+    progress,
+)
+from llama_surgery.cli.run import calibrated, measured, summary_table
+from llama_surgery.cli.topology import config_for, topology_options
+
+_SAMPLES = "Samples"
+
+
+@topology_options
+def evaluate(
+    *,
+    model: ModelArgument,
+    text: Annotated[
+        Path,
+        typer.Option(help="Text to measure on: a .txt file or a folder of them. Not the calibration text."),
+    ],
+    adapter: AdapterOption = None,
+    calibration_text: CalibrationOption = None,
+    density: DensityOption = None,
+    tile: Annotated[
+        int,
+        typer.Option(
+            min=1,
+            help="Neighbouring tokens that share what they read in prefill.",
+            rich_help_panel="Topology",
+        ),
+    ] = 32,
+    also_tile: Annotated[
+        list[int] | None,
+        typer.Option(
+            min=1,
+            help="Measure this tile size too, against the same dense run. May be repeated.",
+            rich_help_panel="Topology",
+        ),
+    ] = None,
+    length: Annotated[
+        int, typer.Option(min=2, help="Tokens of a perplexity window.", rich_help_panel=_SAMPLES)
+    ] = 8192,
+    windows: Annotated[int, typer.Option(min=1, help="Perplexity windows.", rich_help_panel=_SAMPLES)] = 16,
+    needles: Annotated[
+        int,
+        typer.Option(
+            min=0, help="Planted facts to ask for, by real generation. 0 for none.", rich_help_panel=_SAMPLES
+        ),
+    ] = 0,
+    needle_length: Annotated[
+        list[int] | None,
+        typer.Option(
+            min=1,
+            help="Tokens of a needle prompt. May be repeated. --length if left out.",
+            rich_help_panel=_SAMPLES,
+        ),
+    ] = None,
+    needle_batch: Annotated[
+        int,
+        typer.Option(
+            min=1, help="Prompts answered together: more is faster on a GPU.", rich_help_panel=_SAMPLES
+        ),
+    ] = 1,
+    seed: Annotated[
+        int, typer.Option(help="Same seed, same windows and prompts.", rich_help_panel=_SAMPLES)
+    ] = 0,
+    out_file: Annotated[
+        Path | None, typer.Option("--out", help="Write the results as JSON, for 'llama-surgery report'.")
+    ] = None,
+    csv: Annotated[
+        Path | None, typer.Option("--csv", help="Write one row for each measured model as CSV.")
+    ] = None,
+    device: DeviceOption = "auto",
+    dtype: DtypeOption = Dtype.auto,
+    json: JsonOption = False,
+    settings: dict[str, Any],
+) -> None:
+    """Measure an operated model against the dense one, in one run on the same text.
+
+    Perplexity, divergence, planted facts, densities and times. The topology comes from --adapter, or from
+    the options below; with --calibration-text and --density its thresholds are set first, for every tile
+    size. Example:
+
+    llama-surgery evaluate demo/books-26m --text demo/text/evaluation.txt --windows 4
+    --calibration-text demo/text/calibration.txt --density 0.06 --out results.json
+    """
+    if (calibration_text is None) != (density is None):
+        raise typer.BadParameter("--calibration-text and --density go together.")
+    if adapter is not None and (density is not None or also_tile):
+        raise typer.BadParameter("--adapter holds a topology already: leave --density and --also-tile out.")
+    for path in (out_file, csv):
+        if path is not None:
+            checked_output(path)
+    configs = {f"T = {t}": config_for(settings, t) for t in dict.fromkeys([tile, *(also_tile or [])])}
+    from llama_surgery.evaluation.text import read_texts
+
+    texts = read_texts(text)
+    calibration = None if calibration_text is None else read_texts(calibration_text)
+    llm, tokenizer = load_model(model, device, dtype)
+    conditions = {"text": _shown(text)}
+    if adapter is not None:
+        configs, conditions["adapter"] = _from_adapter(llm, adapter), _shown(adapter)
+    elif calibration is not None and density is not None:
+        for name, config in configs.items():
+            with err.status(f"Setting thresholds for {name} …"):
+                configs[name] = calibrated(
+                    llm, tokenizer, config, density=density, texts=calibration, length=length
+                )
+        conditions["thresholds"] = f"set on {_shown(calibration_text)} for a far density of {density:.2%}"
+    with progress() as tell:
+        result, results = measured(
+            llm,
+            tokenizer,
+            configs,
+            texts=texts,
+            length=length,
+            windows=windows,
+            needles=needles,
+            needle_lengths=needle_length or None,
+            needle_batch=needle_batch,
+            seed=seed,
+            conditions=conditions,
+            progress=tell,
+        )
+    if out_file is not None:
+        from llama_surgery.report.results import write_results
+
+        write_results(out_file, results)
+    if csv is not None:
+        result.write_csv(csv)
+    if json:
+        print_json(results)
+        return
+    out.print(summary_table(results))
+    for path in (out_file, csv):
+        if path is not None:
+            out.print(f"Written: {path.resolve()}", soft_wrap=True, highlight=False)
+
+
+def _from_adapter(model: Any, folder: Path) -> dict[str, Any]:
+    """The configuration an adapter holds, checked against the model, which stays dense."""
+    from llama_surgery.surgery.adapter import load_adapter
+    from llama_surgery.surgery.operate import config_of, eject
+
+    load_adapter(model, folder)
+    config = config_of(model)
+    eject(model)
+    return {f"T = {config.tile}": config}
+
+
+def _shown(path: Path | None) -> str:
+    """The last part of a path: where a text lies on one machine says nothing on another."""
+    return "" if path is None else path.resolve().name

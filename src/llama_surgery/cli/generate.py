@@ -1,0 +1,118 @@
+"""``llama-surgery generate``."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from llama_surgery.cli.common import (
+    AdapterOption,
+    DeviceOption,
+    Dtype,
+    DtypeOption,
+    JsonOption,
+    ModelArgument,
+    load_model,
+    out,
+    print_json,
+)
+from llama_surgery.errors import SurgeryError
+
+
+def generate(
+    model: ModelArgument,
+    prompt: Annotated[str | None, typer.Option(help="The text to go on from.")] = None,
+    prompt_file: Annotated[
+        Path | None, typer.Option(help="The same, read from a UTF-8 file: for long contexts.")
+    ] = None,
+    adapter: AdapterOption = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="How many tokens to write at most.")] = 64,
+    sample: Annotated[bool, typer.Option("--sample", help="Draw tokens instead of the likeliest.")] = False,
+    temperature: Annotated[float, typer.Option(min=0.01, help="With --sample: lower is safer.")] = 1.0,
+    seed: Annotated[int, typer.Option(help="With --sample: same seed, same text.")] = 0,
+    device: DeviceOption = "auto",
+    dtype: DtypeOption = Dtype.auto,
+    json: JsonOption = False,
+) -> None:
+    """Let an operated model write on, and say what it read.
+
+    Tokens are printed as they come. Without --adapter the documented default topology is used, whose
+    thresholds are not calibrated for your model.
+    """
+    text = _prompt(prompt, prompt_file)
+    llm, tokenizer = load_model(model, device, dtype)
+
+    import torch
+    from transformers import TextStreamer
+
+    from llama_surgery.surgery.adapter import load_adapter
+    from llama_surgery.surgery.operate import operate, statistics
+
+    _ = load_adapter(llm, adapter) if adapter is not None else operate(llm)
+    inputs = tokenizer(text, return_tensors="pt", verbose=False).to(llm.device)
+    prompt_tokens = inputs["input_ids"].shape[1]
+    if prompt_tokens == 0:
+        raise SurgeryError("the prompt holds no token: give some text.")
+    torch.manual_seed(seed)
+    streamer = None if json else TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+    options: dict[str, Any] = {"do_sample": sample}
+    if sample:
+        options["temperature"] = temperature
+    write: Any = llm.generate
+    ids = write(
+        input_ids=inputs["input_ids"],
+        attention_mask=inputs["attention_mask"],
+        max_new_tokens=max_new_tokens,
+        pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
+        streamer=streamer,
+        **options,
+    )
+    new = ids[0, prompt_tokens:]
+    read = statistics(llm).to_dict()
+    if json:
+        written = tokenizer.decode(new, skip_special_tokens=True)
+        print_json(
+            {"text": written, "prompt_tokens": prompt_tokens, "new_tokens": len(new), "statistics": read}
+        )
+        return
+    out.print(_table(read, prompt_tokens, len(new)))
+
+
+def _prompt(prompt: str | None, file: Path | None) -> str:
+    if (prompt is None) == (file is None):
+        raise typer.BadParameter("give either --prompt or --prompt-file.")
+    if prompt is not None:
+        return prompt
+    from llama_surgery.evaluation.text import read_texts
+
+    assert file is not None  # one of the two was given
+    return read_texts(file)[0]
+
+
+def _table(read: dict[str, Any], prompt_tokens: int, new_tokens: int) -> Any:
+    from rich.table import Table
+
+    table = Table(
+        title="What was read", title_justify="left", caption=f"{prompt_tokens:,} + {new_tokens:,} tokens"
+    )
+    for name in ("phase", "tokens", "far density", "total density", "far pages per token and head"):
+        table.add_column(name, justify="left" if name == "phase" else "right")
+    layers = max(1, len(read["by_layer"]))
+    for tile, part in sorted(read["by_tile"].items(), key=lambda item: -int(item[0])):
+        phase = "decode" if tile == "1" else f"prefill, tiles of {tile}"
+        table.add_row(
+            phase,
+            f"{part['rows'] / layers:,.0f}",
+            f"{part['far_density']:.2%}",
+            f"{part['total_density']:.2%}",
+            f"{part['pages_per_tile_row']:.1f}",
+        )
+    table.add_section()
+    table.add_row(
+        "all",
+        "",
+        f"{read['far_density']:.2%}",
+        f"{read['total_density']:.2%}",
+        f"{read['pages_read']:,} in all",
+    )
+    return table

@@ -1,0 +1,75 @@
+"""``llama-surgery operate``."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from llama_surgery.cli.common import (
+    DensityOption,
+    DeviceOption,
+    Dtype,
+    DtypeOption,
+    JsonOption,
+    ModelArgument,
+    checked_output,
+    err,
+    load_model,
+    out,
+    print_json,
+)
+from llama_surgery.cli.topology import config_for, topology_options
+
+
+@topology_options
+def operate(
+    *,
+    model: ModelArgument,
+    out_folder: Annotated[Path, typer.Option("--out", help="Folder for the adapter.")],
+    text: Annotated[
+        Path | None,
+        typer.Option(help="Text like what the model will read: a .txt file or a folder. Needs --density."),
+    ] = None,
+    density: DensityOption = None,
+    length: Annotated[
+        int | None,
+        typer.Option(help="Tokens of a calibration window. The model's context, at most 8192, if left out."),
+    ] = None,
+    tile: Annotated[
+        int,
+        typer.Option(
+            help="Neighbouring tokens that share what they read in prefill.", rich_help_panel="Topology"
+        ),
+    ] = 32,
+    device: DeviceOption = "auto",
+    dtype: DtypeOption = Dtype.auto,
+    json: JsonOption = False,
+    settings: dict[str, Any],
+) -> None:
+    """Operate on a model and save the operation as a small adapter folder.
+
+    The adapter holds the topology and its thresholds, no weights. With --text and --density the thresholds
+    are set on the text so that no more than that share is read from the far field; without, the documented
+    defaults are saved. Use it with 'evaluate --adapter', 'generate --adapter' or load_adapter() in Python.
+    """
+    if (text is None) != (density is None):
+        raise typer.BadParameter("--text and --density go together: thresholds are set on text.")
+    config = config_for(settings, tile)
+    checked_output(out_folder, folder=True)
+    from llama_surgery.evaluation.text import read_texts
+
+    texts = None if text is None else read_texts(text)
+    llm, tokenizer = load_model(model, device, dtype)
+    from llama_surgery.surgery.adapter import save_adapter
+    from llama_surgery.surgery.operate import config_of
+    from llama_surgery.surgery.operate import operate as operate_on
+
+    with err.status("Operating …" if texts is None else "Setting thresholds: reading the text a few times …"):
+        operate_on(llm, config, density=density, text=texts, tokenizer=tokenizer, length=length)
+    save_adapter(llm, out_folder)
+    config = config_of(llm)
+    if json:
+        print_json({"adapter": str(out_folder), "config": config.to_dict()})
+        return
+    out.print(f"Thresholds: θ = {config.theta:.3%} in prefill, {config.theta_decode:.3%} in decode.")
+    out.print(f"Adapter: {out_folder.resolve()}", soft_wrap=True, highlight=False)

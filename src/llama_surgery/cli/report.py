@@ -1,0 +1,30 @@
+"""``llama-surgery report``."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from llama_surgery.cli.common import checked_output, out
+
+
+def report(
+    results: Annotated[
+        Path, typer.Argument(help="Results file, as 'llama-surgery evaluate --out' writes it.")
+    ],
+    out_file: Annotated[Path, typer.Option("--out", help="The HTML file to write.")] = Path("report.html"),
+    frontier: Annotated[
+        Path | None,
+        typer.Option(
+            help="CSV of many measured configurations, drawn as quality against density. Its columns are the "
+            "fields of llama_surgery.report.frontier.FrontierPoint."
+        ),
+    ] = None,
+) -> None:
+    """Draw a results file as one self-contained HTML page, which loads nothing from outside."""
+    checked_output(out_file)
+    from llama_surgery.report.page import write_report
+    from llama_surgery.report.results import read_results
+
+    write_report(read_results(results), out_file, frontier=frontier)
+    out.print(f"Report: {out_file.resolve()}", soft_wrap=True, highlight=False)

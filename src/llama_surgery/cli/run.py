@@ -1,0 +1,129 @@
+"""One measured run: thresholds, evaluation, decode times, a tree. Shared by ``demo`` and ``evaluate``."""
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from rich.table import Table
+
+from llama_surgery.config import SurgeryConfig
+
+if TYPE_CHECKING:
+    import torch
+
+#: Decode steps that are timed, after a few that are not.
+STEPS, WARM_UP = 24, 4
+
+Progress = Callable[[str, int, int], None]
+
+
+def calibrated(
+    model: Any, tokenizer: Any, config: SurgeryConfig, *, density: float, texts: list[str], length: int
+) -> SurgeryConfig:
+    """``config`` with thresholds set on ``texts``; ``model`` is dense before and after.
+
+    Raises:
+        SurgeryError: The density is out of reach or the texts are too short.
+    """
+    from llama_surgery.surgery.operate import config_of, operated
+
+    with operated(model, config, density=density, text=texts, tokenizer=tokenizer, length=length):
+        return config_of(model)
+
+
+def measured(
+    model: Any,
+    tokenizer: Any,
+    configs: dict[str, SurgeryConfig],
+    *,
+    texts: list[str],
+    length: int,
+    windows: int,
+    needles: int,
+    needle_lengths: Sequence[int] | None,
+    needle_batch: int,
+    seed: int,
+    conditions: dict[str, str],
+    progress: Progress,
+) -> tuple[Any, dict[str, Any]]:
+    """Measure the dense model and each configuration.
+
+    Returns:
+        The evaluation's result, and the contents of a results file.
+
+    Raises:
+        SurgeryError: As :func:`llama_surgery.evaluation.evaluate.evaluate` does.
+    """
+    from llama_surgery.evaluation.evaluate import evaluate
+    from llama_surgery.evaluation.text import windows as cut_windows
+    from llama_surgery.report.extract import head_tree
+    from llama_surgery.report.results import make_results
+    from llama_surgery.surgery.operate import operated
+
+    result = evaluate(
+        model,
+        tokenizer,
+        eval_texts=texts,
+        length=length,
+        windows=windows,
+        needles=needles,
+        configs=configs,
+        seed=seed,
+        needle_lengths=needle_lengths,
+        needle_batch=needle_batch,
+        progress=progress,
+    )
+    ids = cut_windows(tokenizer, texts, length, 1, seed)
+    progress("decode times", 0, 1 + len(configs))
+    decode = {"dense": decode_ms(model, ids)}
+    trees = []
+    for number, (name, config) in enumerate(configs.items(), start=1):
+        progress("decode times", number, 1 + len(configs))
+        with operated(model, config):
+            decode[name] = decode_ms(model, ids)
+            if number == 1 and config.topology == "pages":
+                layer, head = _busiest(result.operated[0].density["by_layer"])
+                trees.append(head_tree(model, tokenizer, texts[0], layer=layer, kv_head=head))
+    progress("decode times", 1 + len(configs), 1 + len(configs))
+    return result, make_results(result, conditions=conditions, decode_ms=decode, trees=trees)
+
+
+def decode_ms(model: Any, ids: "torch.Tensor") -> float:
+    """Median milliseconds of a decode step after ``ids`` (1, length)."""
+    import torch
+
+    ids = ids.to(model.device)
+    last = STEPS + WARM_UP
+    times = []
+    with torch.inference_mode():
+        state = model(ids[:, :-last], use_cache=True, logits_to_keep=1)
+        cache = state.past_key_values
+        for position in range(ids.shape[1] - last, ids.shape[1]):
+            start = time.perf_counter()
+            model(ids[:, position : position + 1], past_key_values=cache, use_cache=True)
+            if model.device.type == "cuda":
+                torch.cuda.synchronize()
+            times.append(time.perf_counter() - start)
+    return 1000 * statistics.median(times[WARM_UP:])
+
+
+def _busiest(by_layer: dict[int, dict[str, Any]]) -> tuple[int, int]:
+    """Layer and KV head with the highest far density."""
+    heads = [(d, layer, head) for layer, v in by_layer.items() for head, d in enumerate(v["far_density"])]
+    _, layer, head = max(heads)
+    return layer, head
+
+
+def summary_table(results: dict[str, Any]) -> Table:
+    """The dense model against its operated forms, for the terminal."""
+    from llama_surgery.report.summary import columns, rows
+
+    table = Table(title=f"{results['model']} at {results['length']:,} tokens", title_justify="left")
+    table.add_column("")
+    for name in columns(results):
+        table.add_column(name, justify="right")
+    for row in rows(results):
+        cells = [cell.text + (f"\n[dim]{cell.note}[/]" if cell.note else "") for cell in row.cells]
+        table.add_row(row.name, *cells)
+    return table

@@ -1,0 +1,89 @@
+"""Options that describe a topology, shared by the commands that make one."""
+
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Annotated, Any
+
+import typer
+
+from llama_surgery.config import SurgeryConfig
+
+_PANEL = "Topology"
+_DEFAULT = SurgeryConfig()
+
+
+def _option(kind: Any, help: str, **settings: Any) -> Any:
+    return Annotated[kind, typer.Option(help=help, rich_help_panel=_PANEL, **settings)]
+
+
+#: Field of the configuration → type and help of its option.
+_FIELDS: dict[str, Any] = {
+    "page_size": _option(int, "Keys of a page, the block that is read as a whole."),
+    "chunk_size": _option(int, "Tokens of a chunk: each gets a tree of its own."),
+    "window": _option(int, "Tokens that always stay in the near field, which is read in full."),
+    "directions": _option(str, "How keys are sorted into pages: 'principal' (by likeness) or 'position'."),
+    "theta": _option(
+        float | None,
+        "Open a page when its expected share of a head's attention exceeds this. Set by --density.",
+    ),
+    "theta_decode": _option(float | None, "The same for decoding, token by token. Set by --density."),
+    "pages_per_row": _option(int | None, "Instead of a threshold: every token opens this many pages."),
+    "moment_size": _option(
+        int | None, "Keys of the balls that pages are scored by; the page itself if left out."
+    ),
+    "lead": _option(float, "The first token of a tile opens pages at this multiple of the threshold."),
+    "score_stride": _option(int, "Score only every n-th token of a tile."),
+    "coarse_to_fine": _option(bool, "Score whole chunks first and descend only where it pays."),
+    "backend": _option(str, "Who executes the plan: auto, reference, gather, flex."),
+}
+
+#: Fields whose default depends on others.
+_UNSET = ("theta", "theta_decode", "moment_size", "pages_per_row")
+
+
+def topology_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Add an option for every field of :data:`_FIELDS` to ``command``.
+
+    ``command`` takes them as one keyword, ``settings``: fields of a configuration, those left at None
+    not among them.
+    """
+    own = inspect.signature(command)
+    extra = [
+        inspect.Parameter(
+            name,
+            inspect.Parameter.KEYWORD_ONLY,
+            default=None if name in _UNSET else getattr(_DEFAULT, name),
+            annotation=annotation,
+        )
+        for name, annotation in _FIELDS.items()
+    ]
+    kept = [
+        p.replace(kind=inspect.Parameter.KEYWORD_ONLY)
+        for p in own.parameters.values()
+        if p.name != "settings"
+    ]
+
+    @functools.wraps(command)
+    def wrapped(**values: Any) -> None:
+        given = {name: values.pop(name) for name in _FIELDS}
+        command(**values, settings={n: v for n, v in given.items() if v is not None})
+
+    wrapped.__signature__ = own.replace(parameters=kept + extra)  # type: ignore[attr-defined]
+    wrapped.__annotations__ = {p.name: p.annotation for p in kept + extra}
+    return wrapped
+
+
+def config_for(settings: dict[str, Any], tile: int) -> SurgeryConfig:
+    """The configuration of the given settings for tiles of ``tile`` queries.
+
+    Raises:
+        SurgeryError: The values do not fit together.
+    """
+    settings = {**settings, "tile": tile}
+    if tile == 1:
+        # Tiles of one are decode steps: one threshold serves both, and there is nothing to stride over.
+        decode = settings.pop("theta_decode", None)
+        settings["theta"] = settings.get("theta", _DEFAULT.theta_decode) if decode is None else decode
+        settings["score_stride"] = 1
+    return SurgeryConfig(**settings)

@@ -1,0 +1,191 @@
+"""The dense model against its operated forms, on the same windows and prompts, in one run."""
+
+import platform
+import statistics
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+import llama_surgery
+from llama_surgery.config import SurgeryConfig
+from llama_surgery.errors import SurgeryError
+from llama_surgery.evaluation.divergence import Divergence, token_divergence
+from llama_surgery.evaluation.io import Progress
+from llama_surgery.evaluation.logits import Head
+from llama_surgery.evaluation.needle import needle_prompts, score_needles
+from llama_surgery.evaluation.paired import paired_difference, perplexity_ratio
+from llama_surgery.evaluation.perplexity import Perplexity, perplexity
+from llama_surgery.evaluation.phases import Phases
+from llama_surgery.evaluation.result import (
+    DENSE,
+    EvaluationResult,
+    Measurement,
+    OperatedMeasurement,
+)
+from llama_surgery.evaluation.text import windows as cut_windows
+from llama_surgery.surgery.operate import inner_model
+
+
+def evaluate(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    eval_texts: Sequence[str],
+    length: int,
+    windows: int,
+    needles: int,
+    configs: Mapping[str, SurgeryConfig],
+    seed: int = 0,
+    needle_lengths: Sequence[int] | None = None,
+    needle_batch: int = 1,
+    progress: Progress | None = None,
+) -> EvaluationResult:
+    """Measures the dense model once, then each configuration against it.
+
+    The dense model's final hidden states are kept in main memory, in the model's own precision, for the
+    divergence: windows × length × hidden size. Needles are answered by greedy ``generate()``.
+
+    Args:
+        model: A dense causal language model of transformers, in evaluation mode. It comes back dense.
+        tokenizer: Its tokenizer.
+        eval_texts: Documents that nothing was tuned on.
+        length: Tokens of a perplexity window.
+        windows: Perplexity windows.
+        needles: Needle prompts; 0 for none.
+        configs: What to measure, by name, thresholds set.
+        seed: Of windows, prompts and bootstraps.
+        needle_lengths: Context lengths of the prompts; ``(length,)`` if None.
+        needle_batch: Prompts of equal length that are answered together.
+        progress: Told as ``progress(stage, done, total)``.
+
+    Raises:
+        SurgeryError: The model is operated already or in training mode, a configuration does not fit it,
+            or a loss is not finite.
+        UnsupportedModelError: The model cannot be operated or measured, with the reason.
+        TextError: The texts are too short.
+    """
+    if llama_surgery.is_operated(model):
+        raise SurgeryError("the model is operated: eject(model) first, so that the dense model is measured.")
+    if model.training:
+        raise SurgeryError(
+            "the model is in training mode, where dropout adds noise: call model.eval() first."
+        )
+    if DENSE in configs:
+        raise SurgeryError(f"a configuration is named {DENSE!r}, as the dense model is: choose another name.")
+    ids = cut_windows(tokenizer, eval_texts, length, windows, seed)
+    prompts = []
+    if needles:
+        lengths = (length,) if needle_lengths is None else needle_lengths
+        prompts = needle_prompts(tokenizer, eval_texts, count=needles, lengths=lengths, seed=seed)
+    head = Head(model, ids[0])
+    dense_states: list[torch.Tensor] = []
+
+    def keep(states: torch.Tensor, head: Head) -> None:
+        dense_states.append(states.cpu())
+
+    tell = _named(progress, DENSE)
+    losses = perplexity(model, ids, tell, head=head, each=keep)
+    answers, seconds = _answer(model, prompts, needle_batch, tell)
+    result = EvaluationResult(
+        model=model_name(model),
+        length=length,
+        windows=windows,
+        seed=seed,
+        environment=environment(model),
+        dense=Measurement(**_measured(DENSE, losses, answers, seconds)),
+        operated=[],
+        needles=prompts,
+        answers={DENSE: answers},
+    )
+    for name, config in configs.items():
+        tell = _named(progress, name)
+        kl: list[torch.Tensor] = []
+        agree: list[torch.Tensor] = []
+
+        def compare(
+            states: torch.Tensor, head: Head, kl: list[torch.Tensor] = kl, agree: list[torch.Tensor] = agree
+        ) -> None:
+            distance, same = token_divergence(head, dense_states[len(kl)], states)
+            kl.append(distance)
+            agree.append(same)
+
+        with llama_surgery.operated(model, config):
+            llama_surgery.reset_statistics(model)
+            operated = perplexity(model, ids, tell, head=head, each=compare)
+            density = llama_surgery.statistics(model).to_dict()
+            with Phases(model) as phases:
+                answers, seconds = _answer(model, prompts, needle_batch, tell)
+            described = llama_surgery.config_of(model).to_dict()
+        divergence = Divergence(torch.stack(kl), torch.stack(agree))
+        result.answers[name] = answers
+        result.operated.append(
+            OperatedMeasurement(
+                **_measured(name, operated, answers, seconds),
+                config=described,
+                ratio=perplexity_ratio(losses.per_window, operated.per_window, seed),
+                kl=divergence.mean_kl,
+                top1=divergence.top1,
+                density=density,
+                needle=paired_difference(result.answers[DENSE], answers, seed) if prompts else None,
+                generate_density=phases.densities(),
+            )
+        )
+    return result
+
+
+def _named(progress: Progress | None, name: str) -> Progress | None:
+    if progress is None:
+        return None
+    return lambda stage, done, total: progress(f"{name}: {stage}", done, total)
+
+
+def _answer(
+    model: nn.Module, prompts: Sequence[Any], batch: int, progress: Progress | None
+) -> tuple[list[bool], float]:
+    start = time.perf_counter()
+    return score_needles(model, prompts, batch, progress), time.perf_counter() - start
+
+
+def _measured(name: str, losses: Perplexity, answers: list[bool], seconds: float) -> dict[str, Any]:
+    return {
+        "name": name,
+        "perplexity": losses.value,
+        "by_position": losses.by_position(),
+        "seconds_per_window": statistics.median(losses.seconds),
+        "needle_accuracy": sum(answers) / len(answers) if answers else None,
+        "needle_seconds": seconds if answers else None,
+    }
+
+
+def model_name(model: nn.Module) -> str:
+    """Name of a model on a hub, or of the folder it was loaded from; its class if it has neither."""
+    inner = inner_model(model)
+    name = getattr(inner.config, "_name_or_path", "")
+    if name and Path(name).is_dir():
+        return Path(name).resolve().name
+    return name or type(inner).__name__
+
+
+def environment(model: nn.Module) -> dict[str, Any]:
+    """Versions, device, precision and threads that a measurement was made with."""
+    inner = inner_model(model)
+    device = inner.device
+    if device.type == "cuda":
+        device_name = torch.cuda.get_device_name(device)
+    else:
+        device_name = platform.processor() or platform.machine()
+    return {
+        "llama_surgery": llama_surgery.__version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "python": platform.python_version(),
+        "device": f"{device.type}: {device_name}",
+        "dtype": str(inner.dtype).removeprefix("torch."),
+        "threads": torch.get_num_threads(),
+    }

@@ -1,0 +1,136 @@
+"""Perplexity, as a whole and by position."""
+
+import dataclasses
+import itertools
+import math
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from llama_surgery.errors import SurgeryError
+from llama_surgery.evaluation.io import Progress
+from llama_surgery.evaluation.logits import Head, final_states
+
+#: Upper end of the first position bin; each further bin ends at twice the one before.
+FIRST_BIN = 256
+
+
+@dataclasses.dataclass(frozen=True)
+class Perplexity:
+    """Losses of every predicted token.
+
+    Attributes:
+        nll: (windows, length − 1), float64, nats: entry p − 1 is the loss of the token at position
+            p given the p tokens before it.
+        seconds: Wall time of the forward pass over each window, without the logits.
+    """
+
+    nll: torch.Tensor
+    seconds: list[float]
+
+    @property
+    def value(self) -> float:
+        """Perplexity over all tokens of all windows."""
+        return math.exp(self.nll.mean().item())
+
+    @property
+    def per_window(self) -> list[float]:
+        """Mean loss of each window, in nats per token."""
+        return self.nll.mean(dim=1).tolist()
+
+    def by_position(self) -> list[dict[str, Any]]:
+        """Perplexity in bins of positions that double in length.
+
+        Returns:
+            Dicts with ``from`` (inclusive), ``to`` (exclusive), ``tokens`` and ``perplexity``.
+        """
+        length = self.nll.shape[1] + 1
+        edges = [1]
+        edge = FIRST_BIN
+        while edge < length:
+            edges.append(edge)
+            edge *= 2
+        edges.append(length)
+        bins = []
+        for start, stop in itertools.pairwise(edges):
+            losses = self.nll[:, start - 1 : stop - 1]
+            bins.append(
+                {
+                    "from": start,
+                    "to": stop,
+                    "tokens": losses.numel(),
+                    "perplexity": math.exp(losses.mean().item()),
+                }
+            )
+        return bins
+
+
+def token_nll(head: Head, states: torch.Tensor, input_ids: torch.Tensor) -> torch.Tensor:
+    """Loss of every token but the first.
+
+    Args:
+        head: The model's head.
+        states: (length, hidden), the window's final hidden states.
+        input_ids: (length,), int64, the window.
+
+    Returns:
+        (length − 1,), float64, on the CPU, nats.
+
+    Raises:
+        SurgeryError: A loss is not finite.
+    """
+    targets = input_ids[1:]
+    losses = torch.cat(
+        [
+            F.cross_entropy(logits, targets[part].to(logits.device), reduction="none").double().cpu()
+            for part, (logits,) in head.blocks(states[:-1])
+        ]
+    )
+    if not torch.isfinite(losses).all():
+        position = int((~torch.isfinite(losses)).nonzero()[0]) + 1
+        raise SurgeryError(
+            f"the loss is not finite (first at position {position} of {len(input_ids)}, model in "
+            f"{states.dtype}). Load the model in float32 or bfloat16."
+        )
+    return losses
+
+
+def perplexity(
+    model: nn.Module,
+    input_ids: torch.Tensor,
+    progress: Progress | None = None,
+    *,
+    head: Head | None = None,
+    each: Callable[[torch.Tensor, Head], None] | None = None,
+) -> Perplexity:
+    """Measures a model, dense or operated, on token windows.
+
+    Args:
+        model: A causal language model of transformers in evaluation mode.
+        input_ids: (windows, length), int64.
+        progress: Told after each window.
+        head: The model's head, where it is known already.
+        each: Given the final hidden states of each window, (length, hidden), and the head.
+
+    Raises:
+        SurgeryError: A loss is not finite.
+        UnsupportedModelError: The model's logits cannot be computed block by block.
+    """
+    head = Head(model, input_ids[0]) if head is None else head
+    losses, seconds = [], []
+    for done, window in enumerate(input_ids, start=1):
+        start = time.perf_counter()
+        states, _ = final_states(model, window)
+        if states.device.type != "cpu":
+            torch.accelerator.synchronize(states.device)
+        seconds.append(time.perf_counter() - start)
+        losses.append(token_nll(head, states, window))
+        if each is not None:
+            each(states, head)
+        if progress is not None:
+            progress("perplexity", done, len(input_ids))
+    return Perplexity(torch.stack(losses), seconds)

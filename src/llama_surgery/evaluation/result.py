@@ -1,0 +1,185 @@
+"""What an evaluation found, ready for JSON, CSV and reports."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from llama_surgery.evaluation.io import write_csv
+from llama_surgery.evaluation.needle import NeedlePrompt
+from llama_surgery.evaluation.paired import PairedDifference, RatioInterval
+from llama_surgery.files import write_json
+
+#: Name of the dense model among the measured ones.
+DENSE = "dense"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Measurement:
+    """One model, dense or operated.
+
+    Attributes:
+        name: ``dense``, or the name its configuration was given.
+        perplexity: Over all tokens of all windows.
+        by_position: Perplexity in bins of positions: ``from``, ``to``, ``tokens``, ``perplexity``.
+        seconds_per_window: Median wall time of one forward pass over a window, without the logits.
+        needle_accuracy: Share of needles answered, or None where none were asked.
+        needle_seconds: Wall time of all needles together, or None.
+    """
+
+    name: str
+    perplexity: float
+    by_position: list[dict[str, Any]]
+    seconds_per_window: float
+    needle_accuracy: float | None
+    needle_seconds: float | None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OperatedMeasurement(Measurement):
+    """An operated model, and how it compares with the dense one on the same windows and prompts.
+
+    Attributes:
+        config: The configuration, as ``SurgeryConfig.to_dict()``.
+        ratio: Perplexity over that of the dense model.
+        kl: Mean KL(dense ‖ operated), nats per token.
+        top1: Share of positions where both rank the same token first.
+        density: ``Statistics.to_dict()`` over the windows.
+        needle: Paired with the dense model's answers, or None where none were asked.
+        generate_density: Densities of ``prefill`` and ``decode`` while the needles were answered.
+    """
+
+    config: dict[str, Any]
+    ratio: RatioInterval
+    kl: float
+    top1: float
+    density: dict[str, Any]
+    needle: PairedDifference | None
+    generate_density: dict[str, dict[str, float]]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EvaluationResult:
+    """A dense model and its operated forms, measured in one run.
+
+    Attributes:
+        model: Its name.
+        length: Tokens of a perplexity window.
+        windows: Perplexity windows.
+        seed: Of windows, prompts and bootstraps.
+        environment: Versions, device, precision, threads.
+        dense: The dense model.
+        operated: The operated ones, in the order they were given.
+        needles: The prompts.
+        answers: For every measured model, whether it answered each prompt.
+    """
+
+    model: str
+    length: int
+    windows: int
+    seed: int
+    environment: dict[str, Any]
+    dense: Measurement
+    operated: list[OperatedMeasurement]
+    needles: list[NeedlePrompt]
+    answers: dict[str, list[bool]]
+
+    def needle_counts(self, name: str, *keys: str) -> list[dict[str, Any]]:
+        """Counts answers by properties of the prompts.
+
+        Args:
+            name: A measured model: ``dense`` or the name of a configuration.
+            *keys: Of ``form``, ``depth`` and ``length``.
+
+        Returns:
+            For each combination that occurs, in order: the keys, ``count`` and ``right``.
+        """
+        cells: dict[tuple[Any, ...], list[bool]] = {}
+        for prompt, right in zip(self.needles, self.answers[name], strict=True):
+            cells.setdefault(tuple(getattr(prompt, key) for key in keys), []).append(right)
+        return [
+            {**dict(zip(keys, cell, strict=True)), "count": len(rights), "right": sum(rights)}
+            for cell, rights in sorted(cells.items())
+        ]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain numbers, texts, lists and dicts, ready for JSON. Prompts come without their tokens."""
+        needles = []
+        for index, prompt in enumerate(self.needles):
+            needles.append(
+                {
+                    "form": prompt.form,
+                    "depth": prompt.depth,
+                    "length": prompt.length,
+                    "name": prompt.name,
+                    "right": {name: rights[index] for name, rights in self.answers.items()},
+                }
+            )
+        return {
+            "model": self.model,
+            "length": self.length,
+            "windows": self.windows,
+            "seed": self.seed,
+            "environment": dict(self.environment),
+            "dense": dataclasses.asdict(self.dense),
+            "operated": [dataclasses.asdict(measured) for measured in self.operated],
+            "needles": needles,
+        }
+
+    def rows(self) -> list[dict[str, Any]]:
+        """One flat row a measured model, the dense one first; what does not apply is left out."""
+        shared = {
+            "model": self.model,
+            "length": self.length,
+            "windows": self.windows,
+            "needles": len(self.needles),
+            "seed": self.seed,
+        }
+        return [
+            {**shared, **_flat(measured), **self.environment} for measured in [self.dense, *self.operated]
+        ]
+
+    def write_json(self, path: str | Path) -> None:
+        """Writes :meth:`to_dict`, atomically.
+
+        Raises:
+            SurgeryError: The file cannot be written.
+        """
+        write_json(Path(path), self.to_dict())
+
+    def write_csv(self, path: str | Path) -> None:
+        """Writes :meth:`rows`, atomically.
+
+        Raises:
+            SurgeryError: The file cannot be written.
+        """
+        write_csv(path, self.rows())
+
+
+def _flat(measured: Measurement) -> dict[str, Any]:
+    row: dict[str, Any] = {
+        "name": measured.name,
+        "perplexity": measured.perplexity,
+        "needle_accuracy": measured.needle_accuracy,
+        "seconds_per_window": measured.seconds_per_window,
+        "needle_seconds": measured.needle_seconds,
+    }
+    if not isinstance(measured, OperatedMeasurement):
+        return row | {"total_density": 1.0}
+    row |= {
+        "perplexity_ratio": measured.ratio.ratio,
+        "ratio_low": measured.ratio.low,
+        "ratio_high": measured.ratio.high,
+        "kl": measured.kl,
+        "top1": measured.top1,
+    }
+    names = ("total_density", "far_density", "near_density", "visible_far_density", "pages_read")
+    row |= {name: measured.density[name] for name in names}
+    if measured.needle is not None:
+        row |= {
+            "needle_difference": measured.needle.difference,
+            "needle_bound_bootstrap": measured.needle.bound_bootstrap,
+            "needle_bound_closed": measured.needle.bound_closed,
+        }
+    for phase, densities in measured.generate_density.items():
+        row |= {f"{phase}_{name}": densities[name] for name in ("total_density", "far_density")}
+    return row | {key: value for key, value in measured.config.items() if key != "version"}

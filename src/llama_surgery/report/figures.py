@@ -1,0 +1,249 @@
+"""The report's figures. Each takes plain numbers and returns an inline SVG."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+from matplotlib.axes import Axes
+from matplotlib.lines import Line2D
+from matplotlib.ticker import FuncFormatter
+
+from llama_surgery.report.frontier import FrontierPoint, pareto
+from llama_surgery.report.style import (
+    AMOUNT,
+    BLUE,
+    GREY,
+    INK,
+    OPERATED,
+    PALE,
+    figure,
+    shade_text,
+    to_svg,
+)
+from llama_surgery.report.tree import HeadTree
+
+_MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+
+
+class NeedleCell(NamedTuple):
+    """Prompts of one context length and one depth bin.
+
+    Attributes:
+        length: Tokens of the prompt.
+        depth: Where the fact lies, 0 at the beginning and 1 at the question; the bin's middle.
+        right: Prompts answered.
+        asked: Prompts.
+    """
+
+    length: int
+    depth: float
+    right: int
+    asked: int
+
+
+def frontier(points: Sequence[FrontierPoint]) -> str:
+    """Perplexity ratio and needle accuracy against executed far density, the Pareto front marked."""
+    front = pareto(list(points))
+    tiles = sorted({p.tile for p in points})
+    sizes = sorted({p.page_size for p in points})
+    colour = {tile: OPERATED[i % len(OPERATED)] for i, tile in enumerate(tiles)}
+    marker = {size: _MARKERS[i % len(_MARKERS)] for i, size in enumerate(sizes)}
+    with figure(10.4, 4.7) as fig:
+        left, right = fig.subplots(1, 2)
+        for panel, name in ((left, "ppl_ratio"), (right, "needle")):
+            for p in points:
+                x, y = p.far_density, getattr(p, name)
+                low, high = (p.ratio_low, p.ratio_high) if panel is left else p.needle_interval
+                span = [[max(0.0, y - low)], [max(0.0, high - y)]]
+                panel.errorbar(x, y, yerr=span, fmt="none", ecolor=colour[p.tile], elinewidth=0.8, alpha=0.35)
+                panel.plot(
+                    x, y, marker[p.page_size], color=colour[p.tile], markersize=6,
+                    markeredgecolor="white", markeredgewidth=0.6,
+                )  # fmt: skip
+            panel.plot(
+                [p.far_density for p in front], [getattr(p, name) for p in front],
+                "o", markersize=12, markerfacecolor="none", markeredgecolor=INK, markeredgewidth=1.1,
+            )  # fmt: skip
+            panel.set_xlabel("executed far density")
+            panel.set_xlim(left=0)
+            panel.xaxis.set_major_formatter(_percent)
+        left.plot([p.far_density for p in front], [p.ppl_ratio for p in front], color=INK, lw=0.9)
+        left.axhline(1, color=GREY, lw=1.2, ls="--")
+        left.set_title("Perplexity ÷ dense (lower is better)")
+        for value in {round(p.dense_needle, 4) for p in points}:
+            right.axhline(value, color=GREY, lw=1.2, ls="--")
+        right.set_title("Needles answered (higher is better)")
+        right.yaxis.set_major_formatter(_percent)
+        handles = [_key(colour[t], "o", f"tile {t}") for t in tiles]
+        handles += [_key(GREY, marker[s], f"page {s}") for s in sizes]
+        handles.append(Line2D([], [], color=GREY, ls="--", lw=1.2, label="dense"))
+        handles.append(
+            Line2D([], [], ls="none", marker="o", ms=10, mfc="none", mec=INK, label="Pareto front")
+        )
+        fig.legend(handles=handles, loc="outside lower center", ncols=min(6, len(handles)))
+        return to_svg(
+            fig,
+            f"Perplexity ratio and needle accuracy of {len(points)} configurations against density",
+        )
+
+
+def needle_grids(grids: Mapping[str, Sequence[NeedleCell]]) -> str:
+    """Needle accuracy by depth and context length, one panel for each model, side by side."""
+    lengths = sorted({c.length for cells in grids.values() for c in cells})
+    depths = sorted({c.depth for cells in grids.values() for c in cells})
+    with figure(10.4, 1.5 + 0.42 * len(depths)) as fig:
+        panels = fig.subplots(1, len(grids), sharey=True, squeeze=False)[0]
+        for panel, (name, cells) in zip(panels, grids.items(), strict=True):
+            found = {(c.depth, c.length): c for c in cells}
+            shares, texts = [], []
+            for depth in depths:
+                row = [found.get((depth, length)) for length in lengths]
+                shares.append([c.right / c.asked if c and c.asked else None for c in row])
+                texts.append([f"{c.right}/{c.asked}" if c and c.asked else "" for c in row])
+            _heat(panel, shares, texts, top=1.0)
+            panel.set_xticks(range(len(lengths)), [f"{n:,}" for n in lengths])
+            panel.set_yticks(range(len(depths)), [f"{d:.0%}" for d in depths])
+            panel.set_xlabel("context length, tokens")
+            right, count = sum(c.right for c in cells), sum(c.asked for c in cells)
+            panel.set_title(f"{name}: {right}/{count}")
+        panels[0].set_ylabel("depth of the fact")
+        return to_svg(fig, "Needles answered by depth and context length: " + ", ".join(grids))
+
+
+def head_density(by_layer: dict[int, dict[str, Any]]) -> str:
+    """Executed far density of every layer and KV head."""
+    layers = sorted(by_layer)
+    rows = [by_layer[layer]["far_density"] for layer in layers]
+    heads = len(rows[0])
+    top = max(max(row) for row in rows) or 1.0
+    readable = heads <= 16
+    with figure(5.1, 1.3 + 0.34 * len(layers)) as fig:
+        panel = fig.subplots()
+        texts = [[f"{100 * v:.1f}" if readable else "" for v in row] for row in rows]
+        image = _heat(panel, rows, texts, top=top)
+        panel.set_xticks(range(heads) if readable else range(0, heads, 4))
+        panel.set_yticks(range(len(layers)), [str(layer) for layer in layers])
+        panel.set_xlabel("KV head")
+        panel.set_ylabel("layer")
+        panel.set_title("Far density by KV head, %" if readable else "Far density by KV head")
+        fig.colorbar(image, ax=panel, format=_percent, pad=0.02).outline.set_visible(False)
+        return to_svg(fig, "Executed far density of every layer and KV head")
+
+
+def layer_density(by_layer: dict[int, dict[str, Any]]) -> str:
+    """Near and far density of every layer, stacked."""
+    layers = sorted(by_layer)
+    near = [by_layer[layer]["near_density"] for layer in layers]
+    far = [_mean(by_layer[layer]["far_density"]) for layer in layers]
+    with figure(5.1, 1.3 + 0.34 * len(layers)) as fig:
+        panel = fig.subplots()
+        places = range(len(layers))
+        panel.barh(places, near, color=PALE, label="near field")
+        panel.barh(places, far, left=near, color=BLUE, label="far field")
+        for place, (n, f) in enumerate(zip(near, far, strict=True)):
+            panel.annotate(f"{n + f:.1%}", (n + f, place), (4, 0), textcoords="offset points", va="center")
+        panel.set_yticks(places, [str(layer) for layer in layers])
+        panel.invert_yaxis()
+        panel.grid(axis="y", visible=False)
+        panel.margins(x=0.16)
+        panel.set_xlabel("density, share of the causal pairs")
+        panel.set_ylabel("layer")
+        panel.xaxis.set_major_formatter(_percent)
+        panel.set_title("Density by layer")
+        fig.legend(loc="outside lower right", ncols=2)
+        return to_svg(fig, "Near and far density of every layer")
+
+
+def position_perplexity(
+    bins: Sequence[tuple[int, int]], dense: Sequence[float], operated: Mapping[str, Sequence[float]]
+) -> str:
+    """Perplexity by position in the window, and its ratio to the dense model's.
+
+    Args:
+        bins: First position of each bin and one past its last.
+        dense: Perplexity of each bin.
+        operated: The same for each operated model.
+    """
+    places = range(len(bins))
+    with figure(10.4, 3.5) as fig:
+        left, right = fig.subplots(1, 2)
+        left.plot(places, dense, color=GREY, marker="o", ms=5, label="dense")
+        for (name, values), colour in zip(operated.items(), OPERATED, strict=False):
+            left.plot(places, values, color=colour, marker="o", ms=5, ls="--", label=name)
+            ratios = [v / d for v, d in zip(values, dense, strict=True)]
+            right.plot(places, ratios, color=colour, marker="o", ms=5, label=name)
+        right.axhline(1, color=GREY, lw=1.8)
+        left.set_title("Perplexity")
+        right.set_title("Perplexity ÷ dense")
+        for panel in (left, right):
+            panel.set_xlabel("positions in the window, tokens")
+            panel.set_xticks(places, [f"…{stop:,}" for _, stop in bins])
+        left.legend()
+        return to_svg(fig, "Perplexity by position in the window, dense and operated")
+
+
+def tree_distances(tree: HeadTree) -> str:
+    """Tree distance of every two tokens, in reading order and in tree order."""
+    matrix = tree.distances().numpy()
+    pages = len(matrix) // tree.page_size
+    with figure(10.4, 5.4) as fig:
+        panels = fig.subplots(1, 2)
+        sorted_matrix = matrix[tree.order][:, tree.order]
+        titles = ("In reading order", "In tree order: every ball is a contiguous block")
+        for panel, values, title in zip(panels, (matrix, sorted_matrix), titles, strict=True):
+            image = panel.imshow(
+                tree.depth - values, cmap=AMOUNT, vmin=0, vmax=tree.depth, interpolation="nearest"
+            )
+            panel.grid(visible=False)
+            panel.set_title(title)
+        panels[0].set_xlabel("token")
+        panels[0].set_ylabel("token")
+        ticks = [(p + 0.5) * tree.page_size - 0.5 for p in range(pages)]
+        if pages <= 32:
+            panels[1].set_xticks(ticks, [page_name(p) for p in range(pages)])
+            panels[1].set_yticks(ticks, [page_name(p) for p in range(pages)])
+        panels[1].tick_params(length=0)
+        panels[1].set_xlabel("page")
+        bar = fig.colorbar(image, ax=panels, ticks=range(tree.depth + 1), shrink=0.85, pad=0.02)
+        bar.ax.set_yticklabels([str(tree.depth - t) for t in range(tree.depth + 1)])
+        bar.set_label("tree distance (0: same page)")
+        bar.outline.set_visible(False)
+        return to_svg(fig, "Tree distance of every two tokens, in reading order and in tree order")
+
+
+def page_name(page: int) -> str:
+    """A … Z, AA, AB …: what the report calls the pages of a chunk."""
+    letters = ""
+    page += 1
+    while page:
+        page, digit = divmod(page - 1, 26)
+        letters = chr(ord("A") + digit) + letters
+    return letters
+
+
+def _heat(panel: Axes, values: Sequence[Sequence[float | None]], texts: list[list[str]], top: float) -> Any:
+    shown = [[float("nan") if v is None else v for v in row] for row in values]
+    image = panel.imshow(shown, cmap=AMOUNT, vmin=0, vmax=top, aspect="auto")
+    panel.grid(visible=False)
+    panel.tick_params(length=0)
+    for spine in panel.spines.values():
+        spine.set_visible(False)
+    for row, line in enumerate(texts):
+        for column, text in enumerate(line):
+            value = values[row][column]
+            if text and value is not None:
+                panel.text(
+                    column, row, text, ha="center", va="center", fontsize=9,
+                    color=shade_text(value / top),
+                )  # fmt: skip
+    return image
+
+
+def _key(colour: str, marker: str, label: str) -> Line2D:
+    return Line2D([], [], ls="none", marker=marker, color=colour, label=label)
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / max(1, len(values))
+
+
+_percent = FuncFormatter(lambda value, _: f"{value:.0%}" if value >= 0.1 else f"{100 * value:.3g}%")

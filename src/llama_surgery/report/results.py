@@ -1,0 +1,86 @@
+"""The results file: what an evaluation found, with all that the report shows besides."""
+
+import datetime
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from llama_surgery.errors import SurgeryError
+from llama_surgery.files import write_json
+
+if TYPE_CHECKING:
+    from llama_surgery.evaluation.result import EvaluationResult
+    from llama_surgery.report.tree import HeadTree
+
+FORMAT = "llama-surgery results"
+FORMAT_VERSION = 1
+
+_NEEDED = ("model", "length", "windows", "seed", "environment", "dense", "operated", "needles")
+
+
+def make_results(
+    result: "EvaluationResult",
+    *,
+    conditions: dict[str, str],
+    decode_ms: dict[str, float],
+    trees: "list[HeadTree]",
+) -> dict[str, Any]:
+    """Everything the report shows, as plain values ready for JSON.
+
+    Args:
+        result: Of the evaluation.
+        conditions: What the evaluation itself does not know: texts, calibration …
+        decode_ms: Milliseconds a token in decode, by name of the measured model.
+        trees: Heads' trees over a short text.
+    """
+    now = datetime.datetime.now(datetime.UTC)
+    return {
+        "format": FORMAT,
+        "format_version": FORMAT_VERSION,
+        "created": now.isoformat(timespec="seconds"),
+        "conditions": conditions,
+        "decode_ms": decode_ms,
+        "trees": [tree.to_dict() for tree in trees],
+        **result.to_dict(),
+    }
+
+
+def write_results(path: Path, results: dict[str, Any]) -> None:
+    """Write a results file, atomically.
+
+    Raises:
+        SurgeryError: It cannot be written.
+    """
+    write_json(path, results)
+
+
+def read_results(path: Path) -> dict[str, Any]:
+    """Read a results file.
+
+    Raises:
+        SurgeryError: The file is missing, damaged, newer than this release or something else.
+    """
+    try:
+        results = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise SurgeryError(
+            f"{path} cannot be read ({error.strerror}): give a file that 'evaluate --out' wrote."
+        ) from error
+    except ValueError as error:
+        raise SurgeryError(f"{path} is not JSON ({error}): write it again with 'evaluate --out'.") from error
+    if not isinstance(results, dict) or results.get("format") != FORMAT:
+        raise SurgeryError(
+            f"{path} is not a results file: give one that 'llama-surgery evaluate --out' wrote."
+        )
+    version = results.get("format_version")
+    if not isinstance(version, int) or version > FORMAT_VERSION:
+        raise SurgeryError(
+            f"{path} has format version {version!r}; this release reads up to {FORMAT_VERSION}. Update "
+            "llama-surgery."
+        )
+    missing = [name for name in _NEEDED if name not in results]
+    if missing or not results["operated"]:
+        raise SurgeryError(
+            f"{path} is damaged: {', '.join(missing) or 'an operated model'} missing. Write it again."
+        )
+    return results

@@ -1,0 +1,125 @@
+"""Compiles every kernel, as a call would launch it, for a GPU that need not be there.
+
+    python cross_compile.py cuda:90 --head-dim 128
+
+The launches of real calls are recorded instead of run; one line of JSON is printed per kernel.
+"""
+
+import argparse
+import json
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from llama_surgery.attention.impl.triton import job, prefill, tuning
+from llama_surgery.config import SurgeryConfig
+from llama_surgery.topology.layout import build_layout
+
+TYPES = {
+    torch.float32: "*fp32",
+    torch.float16: "*fp16",
+    torch.bfloat16: "*bf16",
+    torch.int32: "*i32",
+    torch.int64: "*i64",
+}
+
+
+def parse_target(name: str) -> tuple[GPUTarget, str]:
+    """``cuda:90`` or ``hip:gfx942`` to a target and its family in the tuning table."""
+    backend, arch = name.split(":")
+    if backend == "cuda":
+        return GPUTarget("cuda", int(arch), 32), f"sm{arch}"
+    return GPUTarget("hip", arch, 64), arch
+
+
+class Recorder:
+    """Stands in for a kernel: compiles what would be launched."""
+
+    def __init__(self, kernel: Any, target: GPUTarget) -> None:
+        self.kernel, self.target = kernel, target
+        self.compiled: dict[str, Any] = {}
+
+    def __getitem__(self, grid: Any) -> Any:
+        return self.launch
+
+    def launch(self, *args: Any, **kwargs: Any) -> None:
+        options = {k: kwargs.pop(k) for k in ("num_warps", "num_stages") if k in kwargs}
+        names = self.kernel.arg_names
+        values = dict(zip(names, args, strict=False)) | kwargs
+        unspecialised = self.kernel.do_not_specialize or ()
+        signature, constants, attributes = {}, {}, {}
+        for place, name in enumerate(names):
+            value = values[name]
+            if isinstance(value, torch.Tensor):
+                signature[name] = TYPES[value.dtype]
+                attributes[(place,)] = [["tt.divisibility", 16]]
+            elif value is None or name in kwargs:
+                signature[name] = "constexpr"
+                constants[(place,)] = value
+            elif isinstance(value, float):
+                signature[name] = "fp32"
+            elif value == 1 and name not in unspecialised:
+                signature[name] = "constexpr"
+                constants[(place,)] = value
+            else:
+                signature[name] = "i32" if -(2**31) <= value < 2**31 else "i64"
+                if value % 16 == 0 and name not in unspecialised:
+                    attributes[(place,)] = [["tt.divisibility", 16]]
+        key = json.dumps([signature, {names[k[0]]: v for k, v in constants.items()}], default=str)
+        if key not in self.compiled:
+            source = ASTSource(self.kernel, signature, constants, attributes)
+            self.compiled[key] = triton.compile(source, target=self.target, options=options)
+
+
+def compile_all(
+    target_name: str, head_dim: int, dtype: torch.dtype, heads: int, *, wide: bool
+) -> list[dict[str, Any]]:
+    """Compile what one prefill call launches; returns a row per kernel variant."""
+    target, family = parse_target(target_name)
+    config = SurgeryConfig(theta_decode=0.01)
+    recorders = []
+    for name in ("totals_kernel", "list_kernel", "attend_kernel"):
+        recorders.append(Recorder(getattr(prefill, name), target))
+        setattr(prefill, name, recorders[-1])
+    chosen = tuning.tuning_for(family, head_dim, dtype.itemsize)
+    job.tuning_for = lambda *_: chosen  # type: ignore[assignment]
+    length = 2048
+    states = torch.zeros(8, heads, length, head_dim, dtype=dtype)
+    keys = states[:, 0].contiguous()
+    layout = build_layout(keys[:, :1536], keys[:, :1536], config)
+    extra: dict[str, Any] = {"softcap": 50.0, "sink_logit": torch.zeros(8, heads)} if wide else {}
+    prefill.attend(states, keys, keys, layout, config=config, start=0, **extra)
+    rows = []
+    for recorder in recorders:
+        for kernel in recorder.compiled.values():
+            rows.append(
+                {
+                    "kernel": recorder.kernel.__name__,
+                    "target": target_name,
+                    "head_dim": head_dim,
+                    "dtype": str(dtype),
+                    "shared": kernel.metadata.shared,
+                    "forms": sorted(kernel.asm),
+                    "spills": getattr(kernel, "n_spills", None),
+                }
+            )
+            if target.backend == "cuda":
+                rows[-1]["wgmma"] = "wgmma.mma_async" in kernel.asm["ptx"]
+    return rows
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("target")
+    parser.add_argument("--head-dim", type=int, default=128)
+    parser.add_argument("--heads", type=int, default=4)
+    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--wide", action="store_true", help="with softcap and sinks")
+    given = parser.parse_args()
+    for line in compile_all(
+        given.target, given.head_dim, getattr(torch, given.dtype), given.heads, wide=given.wide
+    ):
+        print(json.dumps(line))

@@ -1,0 +1,72 @@
+"""Every kernel compiles for every GPU family of the tuning table, on a machine without a GPU."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+from triton.backends import backends
+
+#: Shared memory that one program may take, in bytes.
+SHARED = {
+    "cuda:80": 163 * 1024,
+    "cuda:89": 99 * 1024,
+    "cuda:90": 227 * 1024,
+    "cuda:100": 227 * 1024,
+    "hip:gfx942": 64 * 1024,
+    "hip:gfx950": 160 * 1024,
+}
+
+
+def compile_for(target: str, *options: str) -> list[dict[str, object]]:
+    """Run the compiler in a process of its own: this one may be interpreting the kernels."""
+    owner = {"cuda": "nvidia", "hip": "amd"}[target.split(":")[0]]
+    if owner not in backends:
+        pytest.skip(f"this triton has no {owner} backend")
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    run = subprocess.run(
+        [sys.executable, str(Path(__file__).with_name("cross_compile.py")), target, *options],
+        capture_output=True,
+        text=True,
+        env=environment,
+        timeout=280,
+        check=False,
+    )
+    assert run.returncode == 0, run.stderr[-3000:]
+    return [json.loads(line) for line in run.stdout.splitlines()]
+
+
+def check(target: str, *options: str) -> None:
+    rows = compile_for(target, *options)
+    names = {row["kernel"] for row in rows}
+    assert names == {"totals_kernel", "list_kernel", "attend_kernel"}
+    for row in rows:
+        assert {"cubin", "hsaco"} & set(row["forms"]), row  # type: ignore[arg-type]
+        assert row["shared"] <= SHARED[target], row  # type: ignore[operator]
+
+
+@pytest.mark.parametrize("target", sorted(SHARED))
+def test_targets(target: str) -> None:
+    check(target)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", sorted(SHARED))
+@pytest.mark.parametrize("head_dim", [64, 80, 96, 256])
+def test_head_dims(target: str, head_dim: int) -> None:
+    check(target, "--head-dim", str(head_dim))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", sorted(SHARED))
+def test_caps_sinks_and_single_precision(target: str) -> None:
+    check(target, "--wide", "--dtype", "float32", "--heads", "3")
+
+
+def test_hopper_uses_its_matrix_units() -> None:
+    rows = compile_for("cuda:90")
+    assert all(row["wgmma"] for row in rows), rows

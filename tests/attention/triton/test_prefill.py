@@ -1,0 +1,200 @@
+"""The kernels against the reference: same pages, same output, over odd sizes."""
+
+import dataclasses
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from llama_surgery.attention import api
+from llama_surgery.attention.impl.triton import job, prefill
+from llama_surgery.attention.impl.triton.tuning import Tuning
+from llama_surgery.config import SurgeryConfig
+from llama_surgery.errors import SurgeryError
+from llama_surgery.topology.layout import Layout, build_layout
+
+CONFIG = SurgeryConfig(chunk_size=64, page_size=16, window=32, tile=16, theta=0.06, theta_decode=0.03)
+
+
+@dataclasses.dataclass
+class Case:
+    """One call: streams of ``past`` keys, then ``rows`` queries with their own keys."""
+
+    rows: int
+    past: int = 0
+    heads: int = 2
+    dim: int = 16
+    streams: int = 2
+    dtype: torch.dtype = torch.float32
+    softcap: float | None = None
+    sink: bool = False
+    tile: int | None = None
+
+
+def inputs(case: Case, config: SurgeryConfig, device: torch.device) -> dict[str, object]:
+    generator = torch.Generator().manual_seed(case.rows + 7 * case.past + case.heads + case.dim)
+    total = case.past + case.rows
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator).to(device, case.dtype)
+
+    queries = 2 * normal(case.streams, case.heads, case.rows, case.dim)
+    keys = normal(case.streams, total, case.dim)
+    values = normal(case.streams, total, case.dim)
+    full = total // config.chunk_size * config.chunk_size
+    layout: Layout | None = None
+    if full:
+        layout = build_layout(keys[:, :full], values[:, :full], config)
+    sink = normal(case.streams, case.heads) if case.sink else None
+    return {
+        "queries": queries,
+        "near_keys": keys,
+        "near_values": values,
+        "layout": layout,
+        "start": case.past,
+        "tile": case.tile,
+        "softcap": case.softcap,
+        "sink_logit": sink,
+    }
+
+
+def check(case: Case, config: SurgeryConfig, device: torch.device) -> prefill.TiledResult:
+    """Same pages and first-open rows as the reference, and the same attention to rounding."""
+    given = inputs(case, config, device)
+    result = prefill.attend(**given, config=config, keep_lists=True)  # type: ignore[arg-type]
+    oracle = dataclasses.replace(config, backend="reference")
+    expected = api.attend(**given, config=oracle)  # type: ignore[arg-type]
+    plans = [plan for tiled in result.plans for plan in tiled.block_plans(config)]
+    assert result.near_pairs == expected.near_pairs
+    assert result.causal_pairs == expected.causal_pairs
+    assert len(plans) >= len(expected.plans)
+    page = config.page_size
+    for name in ("executed_pairs", "visible_pairs"):
+        got = sum(getattr(p, name)(page) for p in result.plans)
+        want = sum(getattr(p, name)(page) for p in expected.plans)
+        assert torch.as_tensor(got == want).all(), name
+    if len(plans) == len(expected.plans):
+        for plan, wanted in zip(plans, expected.plans, strict=True):
+            assert plan.block == wanted.block
+            assert torch.equal(plan.pages, wanted.pages)
+            assert torch.equal(plan.first_open, wanted.first_open)
+    torch.testing.assert_close(result.out, expected.out, rtol=2e-5, atol=2e-5)
+    torch.testing.assert_close(result.lse, expected.lse, rtol=2e-5, atol=2e-5)
+    return result
+
+
+@pytest.mark.usefixtures("poisoned")
+class TestAgainstReference:
+    @pytest.mark.parametrize("rows", [1, 63, 64, 65, 200])
+    def test_rows_from_the_start(self, rows: int, device: torch.device) -> None:
+        result = check(Case(rows), CONFIG, device)
+        assert bool(result.plans) == (rows > 96)
+
+    @pytest.mark.parametrize(("past", "rows"), [(192, 1), (160, 63), (96, 65), (201, 40)])
+    def test_rows_after_a_past(self, past: int, rows: int, device: torch.device) -> None:
+        assert check(Case(rows, past), CONFIG, device).plans
+
+    @pytest.mark.parametrize("heads", [1, 2, 3, 4, 8])
+    def test_groups(self, heads: int, device: torch.device) -> None:
+        check(Case(50, 150, heads, streams=1), CONFIG, device)
+
+    def test_a_group_wider_than_a_matrix_tile(self, device: torch.device) -> None:
+        check(Case(16, 144, heads=12, streams=1), CONFIG, device)
+
+    @pytest.mark.parametrize("dim", [64, 80])
+    def test_head_dims(self, dim: int, device: torch.device) -> None:
+        check(Case(40, 120, 2, dim, streams=1), CONFIG, device)
+
+    def test_softcap(self, device: torch.device) -> None:
+        check(Case(64, 128, softcap=3.0), CONFIG, device)
+
+    def test_sink_logits(self, device: torch.device) -> None:
+        check(Case(64, 128, sink=True), CONFIG, device)
+
+    @pytest.mark.parametrize("stride", [4, 16])
+    def test_scored_rows(self, stride: int, device: torch.device) -> None:
+        config = dataclasses.replace(CONFIG, score_stride=stride)
+        check(Case(83, 121, 4), config, device)
+
+    @pytest.mark.parametrize("moment_size", [4, 8])
+    def test_balls_smaller_than_pages(self, moment_size: int, device: torch.device) -> None:
+        check(Case(83, 121, 4), dataclasses.replace(CONFIG, moment_size=moment_size), device)
+
+    def test_the_first_row_of_a_tile_opens_by_its_own_threshold(self, device: torch.device) -> None:
+        check(Case(83, 121, 4), dataclasses.replace(CONFIG, lead=0.4), device)
+
+    def test_tiles_of_one_query(self, device: torch.device) -> None:
+        check(Case(3, 197, 4, tile=1), CONFIG, device)
+
+    def test_dense_until(self, device: torch.device) -> None:
+        check(Case(200), dataclasses.replace(CONFIG, dense_until=144), device)
+
+    def test_dense_topology(self, device: torch.device) -> None:
+        assert not check(Case(150), dataclasses.replace(CONFIG, topology="dense"), device).plans
+
+    def test_sizes_that_are_no_powers_of_two(self, device: torch.device) -> None:
+        config = SurgeryConfig(
+            chunk_size=216, page_size=24, window=24, tile=12, arity=3, theta=0.03, moment_size=8
+        )
+        check(Case(61, 260, 3, 24), config, device)
+
+    def test_everything_open_is_dense(self, device: torch.device) -> None:
+        config = dataclasses.replace(CONFIG, theta=0.0, theta_decode=0.0)
+        case = Case(200)
+        result = check(case, config, device)
+        given = inputs(case, config, device)
+        dense = prefill.attend(
+            **given,
+            config=dataclasses.replace(config, topology="dense"),  # type: ignore[arg-type]
+        )
+        torch.testing.assert_close(result.out, dense.out, rtol=2e-5, atol=2e-5)
+
+    def test_strips(self, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(job, "STRIP_BYTES", 100)
+        assert len(check(Case(170, 30), CONFIG, device).plans) > 3
+
+    def test_several_pages_in_a_step(self, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+        one = Tuning(keys_per_step=16, block_near=16, block_balls=16, rows=32, score_rows=32)
+        monkeypatch.setattr(job, "tuning_for", lambda *_: one)
+        check(Case(90, 110, 4), CONFIG, device)
+
+
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_is_as_good_as_plain_half_precision(dtype: torch.dtype, device: torch.device) -> None:
+    if dtype == torch.bfloat16 and device.type == "cpu":
+        pytest.skip("Triton's interpreter multiplies bfloat16 as integers")
+    config = dataclasses.replace(CONFIG, theta=0.0, theta_decode=0.0)
+    given = inputs(Case(70, 130, dtype=dtype), config, device)
+    result = prefill.attend(**given, config=config)  # type: ignore[arg-type]
+    assert result.out.dtype == dtype
+    q, k, v = (given[name] for name in ("queries", "near_keys", "near_values"))
+    assert isinstance(q, torch.Tensor) and isinstance(k, torch.Tensor)
+    assert isinstance(v, torch.Tensor)
+    visible = torch.ones(70, 200, dtype=torch.bool, device=device).tril(130)
+    exact, plain = (
+        torch.nn.functional.scaled_dot_product_attention(
+            q.to(kind), k[:, None].to(kind), v[:, None].to(kind), attn_mask=visible
+        )
+        for kind in (torch.float64, dtype)
+    )
+    error = (result.out.double() - exact).norm()
+    assert error <= 1.5 * (plain.double() - exact).norm()
+
+
+@pytest.mark.parametrize(
+    ("change", "dtype", "message"),
+    [
+        ({}, torch.float64, "float64"),
+        ({"pages_per_row": 2}, torch.float32, "pages_per_row"),
+        ({"coarse_to_fine": True}, torch.float32, "coarse_to_fine"),
+    ],
+)
+def test_what_the_kernels_do_not_run_is_refused(
+    change: dict[str, object], dtype: torch.dtype, message: str, device: torch.device
+) -> None:
+    config = dataclasses.replace(CONFIG, **change)  # type: ignore[arg-type]
+    given = inputs(Case(200, dtype=dtype), config, device)
+    with pytest.raises(SurgeryError, match=message):
+        prefill.attend(**given, config=config)  # type: ignore[arg-type]

@@ -1,0 +1,177 @@
+import csv
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+import llama_surgery
+from llama_surgery import SurgeryConfig
+from llama_surgery.errors import SurgeryError, TextError
+from llama_surgery.evaluation.evaluate import evaluate, model_name
+from llama_surgery.evaluation.io import write_csv
+from llama_surgery.evaluation.perplexity import perplexity
+from llama_surgery.evaluation.text import windows
+
+TILED = SurgeryConfig(chunk_size=64, page_size=16, window=32, tile=16, theta=0.1, theta_decode=0.05)
+CONFIGS = {
+    "T = 16": TILED,
+    "T = 1": dataclasses.replace(TILED, tile=1, theta=0.05),
+    "everything open": dataclasses.replace(TILED, theta=0.0, theta_decode=0.0),
+}
+SETTINGS = {"length": 1024, "windows": 3, "needles": 6, "seed": 5}
+
+
+@pytest.fixture
+def measured(tiny_llama, tokenizer, texts):
+    steps = []
+    before = {name: weight.clone() for name, weight in tiny_llama.state_dict().items()}
+    result = evaluate(
+        tiny_llama,
+        tokenizer,
+        eval_texts=texts,
+        configs=CONFIGS,
+        **SETTINGS,
+        progress=lambda *step: steps.append(step),
+    )
+    assert not llama_surgery.is_operated(tiny_llama)
+    assert all(torch.equal(weight, before[name]) for name, weight in tiny_llama.state_dict().items())
+    return result, steps
+
+
+def test_result_says_what_was_measured_and_how(measured, tiny_llama, tokenizer, texts) -> None:
+    result, steps = measured
+    ids = windows(tokenizer, texts, 1024, 3, seed=5)
+    assert result.dense.perplexity == perplexity(tiny_llama, ids).value
+    assert [m.name for m in result.operated] == list(CONFIGS)
+    assert result.model == "LlamaForCausalLM"
+    assert result.environment["torch"] == torch.__version__
+    assert result.environment["dtype"] == "float32"
+    assert steps[2] == ("dense: perplexity", 3, 3)
+    assert steps[-1] == ("everything open: needles", 6, 6)
+    for operated in result.operated:
+        assert SurgeryConfig.from_dict(operated.config) == CONFIGS[operated.name]
+        total = operated.density["near_density"] + operated.density["far_density"]
+        assert operated.density["total_density"] == pytest.approx(total)
+        assert operated.ratio.count == 3
+        assert operated.ratio.ratio == pytest.approx(operated.perplexity / result.dense.perplexity)
+        assert operated.needle.count == 6
+
+
+def test_everything_open_is_dense(measured) -> None:
+    result, _ = measured
+    operated = result.operated[-1]
+    assert operated.density["total_density"] == pytest.approx(1.0)
+    assert operated.ratio.ratio == pytest.approx(1.0, abs=1e-5)
+    assert operated.kl == pytest.approx(0.0, abs=1e-5)
+    assert operated.top1 == 1.0
+    assert result.answers["everything open"] == result.answers["dense"]
+
+
+def test_sparse_forms_differ_and_read_less(measured) -> None:
+    result, _ = measured
+    for operated in result.operated[:2]:
+        assert operated.density["total_density"] < 0.9
+        assert operated.kl > 1e-4
+        assert operated.top1 < 1.0
+
+
+def test_prefill_and_decode_are_told_apart(measured, tiny_llama) -> None:
+    result, _ = measured
+    for operated in result.operated:
+        phases = operated.generate_density
+        assert set(phases) == {"prefill", "decode"}
+        for densities in phases.values():
+            total = densities["near_density"] + densities["far_density"]
+            assert densities["total_density"] == pytest.approx(total)
+    # One decoded row near position 1024 has at most this much of its context in the near field.
+    sparse = result.operated[0].generate_density["decode"]
+    assert sparse["near_density"] <= (32 + 64 + 16) / 1000
+    # The statistics go on counting after the hooks are gone, but nothing is left on the model.
+    assert not tiny_llama.model._forward_hooks
+    assert not tiny_llama.model._forward_pre_hooks
+
+
+def test_answers_are_counted_by_form_depth_and_length(measured) -> None:
+    result, _ = measured
+    for keys in (("form",), ("length", "depth"), ()):
+        cells = result.needle_counts("dense", *keys)
+        assert sum(cell["count"] for cell in cells) == 6
+        assert sum(cell["right"] for cell in cells) == sum(result.answers["dense"])
+        assert all(set(cell) == {*keys, "count", "right"} for cell in cells)
+
+
+def test_files(measured, tmp_path: Path) -> None:
+    result, _ = measured
+    result.write_json(tmp_path / "new" / "result.json")
+    read = json.loads((tmp_path / "new" / "result.json").read_text(encoding="utf-8"))
+    assert read["dense"]["perplexity"] == result.dense.perplexity
+    assert read["operated"][0]["density"]["far_density"] == result.operated[0].density["far_density"]
+    assert read["needles"][0]["right"].keys() == {"dense", *CONFIGS}
+
+    result.write_csv(tmp_path / "result.csv")
+    with (tmp_path / "result.csv").open(encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["name"] for row in rows] == ["dense", *CONFIGS]
+    assert rows[0]["far_density"] == ""
+    for row in rows:
+        needed = ("model", "length", "windows", "needles", "seed", "torch", "device", "total_density")
+        assert all(row[column] for column in needed)
+    assert float(rows[1]["decode_far_density"]) == pytest.approx(
+        result.operated[0].generate_density["decode"]["far_density"]
+    )
+    assert [path.name for path in tmp_path.iterdir() if path.is_file()] == ["result.csv"]
+
+
+def test_csv_has_the_union_of_columns(tmp_path: Path) -> None:
+    write_csv(tmp_path / "t.csv", [{"a": 1}, {"b": "x, y", "a": None}])
+    assert (tmp_path / "t.csv").read_text(encoding="utf-8") == 'a,b\n1,\n,"x, y"\n'
+    with pytest.raises(SurgeryError, match="could not write"):
+        write_csv(tmp_path, [])
+
+
+def test_without_needles(tiny_llama, tokenizer, texts) -> None:
+    settings = {**SETTINGS, "needles": 0}
+    result = evaluate(tiny_llama, tokenizer, eval_texts=texts, configs={"T = 16": TILED}, **settings)
+    assert result.needles == []
+    assert result.dense.needle_accuracy is None
+    assert result.operated[0].needle is None
+    assert result.operated[0].generate_density == {}
+    assert len(result.rows()) == 2
+
+
+def test_failure_while_operated_ejects(tiny_llama, tokenizer, texts) -> None:
+    def fail(stage: str, done: int, total: int) -> None:
+        if stage == "T = 16: needles":
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(tiny_llama, tokenizer, eval_texts=texts, configs=CONFIGS, **SETTINGS, progress=fail)
+    assert not llama_surgery.is_operated(tiny_llama)
+    assert not tiny_llama.model._forward_hooks
+
+
+def test_wrong_state_of_the_model_is_refused(tiny_llama, tokenizer, texts) -> None:
+    def run(**changes):
+        settings = {**SETTINGS, "eval_texts": texts, "configs": {"T = 16": TILED}, **changes}
+        evaluate(tiny_llama, tokenizer, **settings)
+
+    with pytest.raises(SurgeryError, match="named 'dense'"):
+        run(configs={"dense": TILED})
+    with pytest.raises(TextError, match="whole ones"):
+        run(windows=1000)
+    with llama_surgery.operated(tiny_llama, TILED), pytest.raises(SurgeryError, match="eject"):
+        run()
+    tiny_llama.train()
+    with pytest.raises(SurgeryError, match=r"model\.eval\(\)"):
+        run()
+
+
+def test_name_of_a_model_is_never_a_path(tiny_llama, tmp_path: Path) -> None:
+    tiny_llama.config._name_or_path = "someone/some-model"
+    assert model_name(tiny_llama) == "someone/some-model"
+    folder = tmp_path / "a-model"
+    folder.mkdir()
+    tiny_llama.config._name_or_path = str(folder)
+    assert model_name(tiny_llama) == "a-model"

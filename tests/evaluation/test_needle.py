@@ -1,0 +1,137 @@
+import re
+from collections import Counter
+
+import pytest
+import torch
+
+from llama_surgery.errors import TextError
+from llama_surgery.evaluation.needle import DEPTHS, NeedlePrompt, _pieces, needle_prompts, score_needles
+from llama_surgery.evaluation.needle_forms import FORMS
+from llama_surgery.evaluation.text import encode
+
+
+@pytest.fixture(scope="module")
+def prompts(tokenizer, texts) -> list[NeedlePrompt]:
+    return needle_prompts(tokenizer, texts, count=100, lengths=[1024, 2048], seed=3)
+
+
+def test_prompt_and_answer_together_have_the_length(prompts) -> None:
+    for prompt in prompts:
+        assert len(prompt.input_ids) + len(prompt.answer_ids) == prompt.length
+
+
+def test_forms_lengths_and_depths_are_balanced(prompts) -> None:
+    assert set(Counter(p.form for p in prompts).values()) == {20}
+    assert set(Counter(p.length for p in prompts).values()) == {50}
+    assert Counter(p.depth for p in prompts) == dict.fromkeys(DEPTHS, 10)
+    assert len({p.name for p in prompts}) > 90
+
+
+def test_fact_stands_at_its_depth_and_the_answer_is_in_it_alone(tokenizer, prompts) -> None:
+    for prompt in prompts:
+        text = tokenizer.decode(prompt.input_ids)
+        value = tokenizer.decode(prompt.answer_ids).strip()
+        form = FORMS[prompt.form]
+        fact = form.fact.format(name=prompt.name, value=value)
+        assert text.count(f"\n\n{fact}\n\n") == 1
+        assert text.endswith("\n\n" + form.question.format(name=prompt.name))
+        before, behind = text.split(fact)
+        place = len(encode(tokenizer, before)) / prompt.length
+        assert place == pytest.approx(prompt.depth, abs=0.04)
+        haystack = before + behind.removesuffix(form.question.format(name=prompt.name))
+        assert prompt.name not in haystack
+        assert not re.search(rf"\b{value}\b", haystack.lower())
+
+
+def test_answer_is_tokenised_as_in_running_text(tokenizer, prompts) -> None:
+    for prompt in prompts[:20]:
+        ids = [*prompt.input_ids, *prompt.answer_ids]
+        # The first tokens may be the rest of a word: compare from the second paragraph on.
+        text = tokenizer.decode(ids)
+        tail = encode(tokenizer, text[text.index("\n\n") :])
+        assert ids[-len(tail) :] == tail
+
+
+def test_haystacks_are_runs_of_one_text(texts, tokenizer, prompts) -> None:
+    for prompt in prompts[:20]:
+        text = tokenizer.decode(prompt.input_ids)
+        fact = FORMS[prompt.form].fact.split("{value}")[0].format(name=prompt.name)
+        before = text[: text.index(fact)].strip()
+        assert any(before in whole for whole in texts)
+
+
+def test_prompts_depend_on_the_seed_alone(tokenizer, texts, prompts) -> None:
+    again = needle_prompts(tokenizer, texts, count=100, lengths=[1024, 2048], seed=3)
+    assert again == prompts
+    other = needle_prompts(tokenizer, texts, count=100, lengths=[1024, 2048], seed=4)
+    assert {p.name for p in other} != {p.name for p in prompts}
+
+
+@pytest.mark.parametrize("depth", [0.0, 1.0])
+@pytest.mark.parametrize("length", [128, 4096])
+def test_fact_is_whole_at_the_ends(tokenizer, texts, depth: float, length: int) -> None:
+    for prompt in needle_prompts(tokenizer, texts, count=10, lengths=[length], depths=[depth], seed=0):
+        text = tokenizer.decode(prompt.input_ids)
+        value = tokenizer.decode(prompt.answer_ids).strip()
+        assert FORMS[prompt.form].fact.format(name=prompt.name, value=value) in text
+        assert len(prompt.input_ids) + len(prompt.answer_ids) == length
+
+
+def test_too_little_text_says_how_much_is_needed(tokenizer, texts) -> None:
+    with pytest.raises(TextError, match=r"haystack of \d+ tokens is needed .* longest of 3 has \d+"):
+        needle_prompts(tokenizer, texts, count=1, lengths=[100_000], seed=0)
+    with pytest.raises(TextError, match="use contexts of at least"):
+        needle_prompts(tokenizer, texts, count=1, lengths=[64], seed=0)
+
+
+@pytest.mark.parametrize(
+    ("count", "lengths", "depths"), [(0, [512], [0.5]), (1, [], [0.5]), (1, [512], []), (1, [512], [1.5])]
+)
+def test_senseless_grids_are_refused(tokenizer, texts, count, lengths, depths) -> None:
+    with pytest.raises(TextError, match="between 0 and 1"):
+        needle_prompts(tokenizer, texts, count=count, lengths=lengths, depths=depths, seed=0)
+
+
+@pytest.mark.parametrize("text", ["", "x" * 2000, "One. Two.\n\n\nThree\nfour\n\n" * 9, "long words " * 300])
+def test_pieces_joined_are_the_text(text: str) -> None:
+    pieces = list(_pieces(text))
+    assert "".join(pieces) == text
+    assert all(0 < len(piece) <= 200 for piece in pieces)
+
+
+def greedy(model, prompt: NeedlePrompt) -> list[int]:
+    """Token by token, without a cache."""
+    ids = list(prompt.input_ids)
+    for _ in prompt.answer_ids:
+        with torch.no_grad():
+            ids.append(int(model(torch.tensor([ids])).logits[0, -1].argmax()))
+    return ids[len(prompt.input_ids) :]
+
+
+def test_scoring_is_exact_match_of_greedy_generation(tokenizer, texts, tiny_llama) -> None:
+    prompts = needle_prompts(tokenizer, texts, count=6, lengths=[128, 192], seed=0)
+    # A random model answers nothing; what it would say is made the right answer for every second.
+    told = []
+    changed = []
+    for index, prompt in enumerate(prompts):
+        said = greedy(tiny_llama, prompt)
+        if index % 2:
+            said[-1] = (said[-1] + 1) % 4096
+        fields = {**vars(prompt), "answer_ids": tuple(said)}
+        changed.append(NeedlePrompt(**fields))
+    # Settings of the model's own must not matter.
+    tiny_llama.generation_config.repetition_penalty = 1.8
+    tiny_llama.generation_config.do_sample = True
+    expected = [True, False] * 3
+    assert score_needles(tiny_llama, changed, progress=lambda *step: told.append(step)) == expected
+    assert score_needles(tiny_llama, changed, batch_size=4) == expected
+    assert told == [("needles", done, 6) for done in range(1, 7)]
+
+
+def test_text_that_ends_early_is_no_answer(tokenizer, texts, tiny_llama) -> None:
+    (prompt,) = needle_prompts(tokenizer, texts, count=1, lengths=[128], seed=0)
+    said = greedy(tiny_llama, prompt)
+    ends = NeedlePrompt(**{**vars(prompt), "answer_ids": (*said, 5, 6)})
+    tiny_llama.generation_config.eos_token_id = said[0]
+    assert score_needles(tiny_llama, [ends]) == [False]
+    assert score_needles(tiny_llama, []) == []

@@ -1,0 +1,90 @@
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from llama_surgery.errors import TextError
+from llama_surgery.evaluation.text import encode, leading_tokens, read_texts, windows
+
+
+def test_folder_is_read_in_order_of_names(tmp_path: Path) -> None:
+    (tmp_path / "b.txt").write_text("second", encoding="utf-8")
+    (tmp_path / "a.txt").write_text("first: é", encoding="utf-8")
+    (tmp_path / "c.md").write_text("not read", encoding="utf-8")
+    assert read_texts(tmp_path) == ["first: é", "second"]
+    assert read_texts(str(tmp_path / "b.txt")) == ["second"]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [(b"", "is empty"), (b" \n\t", "is empty"), (b"caf\xe9", r"not UTF-8 \(byte 3")],
+)
+def test_bad_file_is_named(tmp_path: Path, content: bytes, message: str) -> None:
+    (tmp_path / "bad.txt").write_bytes(content)
+    with pytest.raises(TextError, match=f"bad.txt.*{message}"):
+        read_texts(tmp_path)
+
+
+def test_missing_path_and_folder_without_text(tmp_path: Path) -> None:
+    with pytest.raises(TextError, match="no such file or folder"):
+        read_texts(tmp_path / "missing")
+    with pytest.raises(TextError, match=r"no \.txt file"):
+        read_texts(tmp_path)
+
+
+def test_windows_are_disjoint_runs_of_one_document_taken_in_turn(tokenizer, texts) -> None:
+    cut = windows(tokenizer, texts, 500, 30, seed=1)
+    assert cut.shape == (30, 500)
+    assert cut.dtype == torch.int64
+    documents = [encode(tokenizer, text) for text in texts]
+    places = []
+    for window in cut.tolist():
+        found = [
+            (number, start)
+            for number, ids in enumerate(documents)
+            for start in range(len(ids) - 499)
+            if ids[start] == window[0] and ids[start : start + 500] == window
+        ]
+        assert len(found) == 1
+        places += found
+    for number, start in places:
+        assert not any(n == number and 0 < abs(s - start) < 500 for n, s in places)
+    assert len(set(places)) == 30
+    # Three windows already come from three documents.
+    assert len({number for number, _ in places[:3]}) == 3
+
+
+def test_windows_depend_on_the_seed_alone(tokenizer, texts) -> None:
+    first = windows(tokenizer, texts, 256, 8, seed=1)
+    assert torch.equal(first, windows(tokenizer, texts, 256, 8, seed=1))
+    assert not torch.equal(first, windows(tokenizer, texts, 256, 8, seed=2))
+
+
+def test_too_little_text_says_how_much_there_is_and_is_needed(tokenizer, texts) -> None:
+    tokens = sum(len(encode(tokenizer, text)) for text in texts)
+    with pytest.raises(TextError, match=rf"with {tokens} tokens hold \d+ whole ones, and 800000 tokens"):
+        windows(tokenizer, texts, 8000, 100, seed=0)
+
+
+@pytest.mark.parametrize(("length", "count"), [(1, 1), (0, 3), (16, 0)])
+def test_senseless_sizes_are_refused(tokenizer, texts, length: int, count: int) -> None:
+    with pytest.raises(TextError, match="at least"):
+        windows(tokenizer, texts, length, count, seed=0)
+
+
+class _Words:
+    """A tokenizer of words that puts 1 before and 2 behind a text."""
+
+    def __call__(self, text, add_special_tokens=True, verbose=True):
+        ids = [10 + len(word) for word in text.split()]
+        return SimpleNamespace(input_ids=[1, *ids, 2] if add_special_tokens else ids)
+
+
+def test_first_token_of_the_tokenizer_begins_every_window(tokenizer) -> None:
+    assert leading_tokens(tokenizer) == []
+    assert leading_tokens(_Words()) == [1]
+    cut = windows(_Words(), ["a bb ccc " * 20], 7, 5, seed=0)
+    assert cut.shape == (5, 7)
+    assert (cut[:, 0] == 1).all()
+    assert (cut[:, 1:] > 10).all()

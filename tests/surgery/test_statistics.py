@@ -1,0 +1,166 @@
+"""What is counted, against the pairs found in the masks of what was executed."""
+
+import dataclasses
+import json
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tests.surgery.tiny import (
+    DENSE_LIMIT,
+    SINGLE,
+    SPARSE,
+    in_pieces,
+    llama,
+    logits,
+    pad,
+    positions,
+    tokens,
+)
+
+from llama_surgery import Statistics, eject, operate, operated, reset_statistics, statistics
+from llama_surgery.surgery import interface
+from llama_surgery.topology.mask import page_mask
+
+LAYERS, KV_HEADS = 2, 2
+
+
+@dataclasses.dataclass
+class Count:
+    """Pairs by layer and KV head, counted one by one in boolean matrices."""
+
+    near: torch.Tensor
+    visible: torch.Tensor
+    executed: torch.Tensor
+    pages: torch.Tensor
+    causal: int = 0
+
+
+@pytest.fixture(scope="module")
+def counted():
+    """Counts what attend() executes, from its plans as masks, beside the package's own counters."""
+    count = Count(*(torch.zeros(LAYERS, KV_HEADS, dtype=torch.int64) for _ in range(4)))
+    calls = []
+
+    def listen(queries, near_keys, near_values, layout, **options):
+        result = original(queries, near_keys, near_values, layout, **options)
+        layer = len(calls) % LAYERS
+        config, start, rows = options["config"], options["start"], queries.shape[2]
+        near_from = torch.zeros(rows, dtype=torch.int64)
+        for plan in result.plans:
+            inside = slice(plan.block.start - start, plan.block.stop - start)
+            near_from[inside] = plan.block.closed * config.chunk_size
+            pages = plan.block.closed * config.pages_per_chunk
+            mask = page_mask(plan, pages).unflatten(0, (-1, KV_HEADS))  # (…, KV heads, rows, pages)
+            tile = torch.arange(plan.block.start, plan.block.stop) // plan.tile
+            count.visible[layer] += mask.sum((0, 2, 3)) * config.page_size
+            for t in tile.unique():
+                read = mask[:, :, tile == t].any(2)  # a tile reads what any of its rows sees
+                count.executed[layer] += read.sum((0, 2)) * (tile == t).sum() * config.page_size
+                count.pages[layer] += read.sum((0, 2))
+        sequences = len(queries) // KV_HEADS
+        row = torch.arange(start, start + rows)
+        count.near[layer] += int((row + 1 - near_from).sum()) * sequences
+        count.causal += int((row + 1).sum()) * sequences
+        calls.append(layer)
+        return result
+
+    with pytest.MonkeyPatch.context() as patch:
+        original = interface.attend
+        patch.setattr(interface, "attend", listen)
+        yield count, calls
+
+
+def check(read: Statistics, count: Count):
+    pairs = count.causal * KV_HEADS
+    assert read.causal_pairs == pairs
+    assert read.near_density == pytest.approx(int(count.near.sum()) / pairs)
+    assert read.far_density == pytest.approx(int(count.executed.sum()) / pairs)
+    assert read.visible_far_density == pytest.approx(int(count.visible.sum()) / pairs)
+    assert read.total_density == pytest.approx(read.near_density + read.far_density)
+    assert read.pages_read == int(count.pages.sum())
+    causal = count.causal / LAYERS
+    for layer, part in read.by_layer.items():
+        assert part["far_density"] == pytest.approx((count.executed[layer] / causal).tolist(), rel=1e-6)
+        assert part["pages_read"] == count.pages[layer].tolist()
+        assert part["near_density"] == pytest.approx(int(count.near[layer, 0]) / causal)
+
+
+@settings(max_examples=15)
+@given(st.data())
+def test_densities_are_those_counted_in_the_masks(counted, data):
+    """One sequence, a batch or a padded batch, in one piece or several, tiles and decode steps."""
+    count, calls = counted
+    for total in (count.near, count.visible, count.executed, count.pages):
+        total.zero_()
+    count.causal = 0
+    calls.clear()
+    config = data.draw(st.sampled_from([SPARSE, SINGLE, DENSE_LIMIT]))
+    config = dataclasses.replace(config, dense_until=data.draw(st.sampled_from([0, 128])))
+    width = data.draw(st.integers(1, 260))
+    cuts = data.draw(st.lists(st.integers(1, width), max_size=3))
+    if data.draw(st.booleans()):
+        ids, mask = tokens(data.draw(st.integers(1, 2)), width), None
+    else:
+        ids, mask = pad([tokens(width)], [0], width)
+    with operated(llama(), config) as model:
+        in_pieces(model, ids, [cut for cut in cuts if cut < width], mask=mask)
+        read = statistics(model)
+    check(read, count)
+    if config.theta == 0:
+        assert read.total_density == pytest.approx(1)
+        assert read.visible_far_density == read.far_density
+
+
+def test_padding_is_not_counted():
+    ids, mask = pad([tokens(200), tokens(120, seed=1)], [0, 80], 200)
+    with operated(llama(), SPARSE) as model:
+        logits(model, ids, attention_mask=mask, position_ids=positions(mask))
+        together = statistics(model)
+        reset_statistics(model)
+        for row in (tokens(200), tokens(120, seed=1)):
+            logits(model, row)
+        alone = statistics(model)
+    assert together == alone
+    assert together.rows == (200 + 120) * LAYERS
+
+
+def test_tiles_and_decode_steps_are_told_apart():
+    with operated(llama(), SPARSE) as model:
+        model.generate(tokens(1, 200), max_new_tokens=11, do_sample=False)
+        read = statistics(model)
+        assert read.by_tile.keys() == {"1", "8"}
+        assert read.by_tile["8"]["rows"] == 200 * LAYERS
+        assert read.by_tile["1"]["rows"] == 10 * LAYERS
+        assert read.rows == 210 * LAYERS
+        for part in read.by_tile.values():
+            assert 0 < part["far_density"] < part["total_density"] < 1
+            assert part["pages_per_tile_row"] > 1  # the sink page and more
+
+
+def test_reset_and_eject():
+    model = operate(llama(), SPARSE)
+    logits(model, tokens(200))
+    first = statistics(model)
+    assert first.pages_read > 0
+    reset_statistics(model)
+    empty = statistics(model)
+    assert (empty.pages_read, empty.rows, empty.causal_pairs, empty.total_density) == (0, 0, 0, 0)
+    assert empty.by_tile == {}
+    logits(model, tokens(200))
+    assert statistics(model) == first
+    reset_statistics(model)
+    eject(model)
+    with operated(model, SPARSE):
+        assert statistics(model).rows == 0
+
+
+def test_statistics_become_plain_json():
+    with operated(llama(), SPARSE) as model:
+        assert json.loads(json.dumps(statistics(model).to_dict()))["rows"] == 0
+        logits(model, tokens(200))
+        read = statistics(model)
+        told = json.loads(json.dumps(read.to_dict()))
+    assert told["far_density"] == read.far_density
+    assert told["by_layer"]["0"]["pages_read"] == read.by_layer[0]["pages_read"]

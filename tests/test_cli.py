@@ -1,0 +1,199 @@
+"""The command line: help, results, errors in one line, exit codes."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+from typer.testing import CliRunner
+
+from llama_surgery.cli import app
+from llama_surgery.cli.topology import config_for
+from llama_surgery.config import SurgeryConfig
+
+COMMANDS = ("demo", "operate", "evaluate", "generate", "report")
+
+#: A topology that has a far field within a few hundred tokens.
+SMALL = ["--chunk-size", "64", "--page-size", "16", "--window", "32", "--tile", "16"]
+
+
+def run(*arguments: str | Path) -> Any:
+    return CliRunner().invoke(app, [str(argument) for argument in arguments], env={"COLUMNS": "200"})
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory, demo_model_path: Path) -> Path:
+    """A tiny random model with the demo model's tokenizer."""
+    folder = tmp_path_factory.mktemp("tiny")
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=4096,
+        hidden_size=32,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        max_position_embeddings=1024,
+        bos_token_id=0,
+        eos_token_id=0,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(demo_model_path / name, folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def text(demo_model_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("text") / "book.txt"
+    whole = (demo_model_path.parent / "text" / "calibration.txt").read_text(encoding="utf-8")
+    path.write_text(whole[:12_000], encoding="utf-8")
+    return path
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_explains_itself(command: str) -> None:
+    result = run(command, "--help")
+    assert result.exit_code == 0
+    assert "Usage" in result.output and len(result.output) > 500
+
+
+def test_help_lists_the_commands_and_the_exit_codes() -> None:
+    output = run("--help").output
+    assert all(command in output for command in COMMANDS)
+    assert "Exit codes" in output and "llama-surgery demo" in output
+
+
+def test_help_loads_nothing_heavy() -> None:
+    code = (
+        "import sys; from llama_surgery.cli import app; app(['evaluate', '--help'], standalone_mode=False);"
+        "print([m for m in ('torch', 'transformers', 'matplotlib', 'jinja2') if m in sys.modules])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True
+    )
+    assert done.stdout.splitlines()[-1] == "[]"
+
+
+def test_operate_evaluate_report(model: Path, text: Path, tmp_path: Path) -> None:
+    adapter, results, page = tmp_path / "adapter", tmp_path / "r.json", tmp_path / "r.html"
+    # The sink page alone is a quarter of a chunk here: the budget is generous.
+    given = ["--text", text, "--density", "0.3", "--length", "512"]
+    made = run("operate", model, "--out", adapter, *given, *SMALL, "--json")
+    assert made.exit_code == 0, made.output
+    theta = json.loads(made.stdout)["config"]["theta"]
+    assert 0 < theta < 1
+
+    samples = ["--length", "512", "--windows", "2", "--needles", "2"]
+    table = run(
+        "evaluate",
+        model,
+        "--adapter",
+        adapter,
+        "--text",
+        text,
+        *samples,
+        "--out",
+        results,
+        "--csv",
+        tmp_path / "r.csv",
+    )
+    assert table.exit_code == 0, table.output
+    assert "Perplexity" in table.stdout and "Needles answered" in table.stdout
+    read = json.loads(results.read_text(encoding="utf-8"))
+    assert read["operated"][0]["config"]["theta"] == theta
+    assert read["trees"][0]["page_size"] == 16 and set(read["decode_ms"]) == {"dense", "T = 16"}
+    assert len((tmp_path / "r.csv").read_text(encoding="utf-8").splitlines()) == 3
+
+    drawn = run("report", results, "--out", page)
+    assert drawn.exit_code == 0, drawn.output
+    assert str(page) in drawn.stdout and "One head’s tree" in page.read_text(encoding="utf-8")
+
+
+def test_several_tiles_share_one_dense_run(model: Path, text: Path) -> None:
+    samples = ["--length", "256", "--windows", "1", "--json"]
+    result = run("evaluate", model, "--text", text, *samples, *SMALL, "--also-tile", "1")
+    assert result.exit_code == 0, result.output
+    operated = json.loads(result.stdout)["operated"]
+    assert [measured["config"]["tile"] for measured in operated] == [16, 1]
+
+
+def test_generate_prints_text_and_what_was_read(model: Path, text: Path) -> None:
+    result = run("generate", model, "--prompt-file", text, "--max-new-tokens", "3")
+    assert result.exit_code == 0, result.output
+    assert "prefill, tiles of 32" in result.stdout and "decode" in result.stdout
+    told = run("generate", model, "--prompt", "Once upon", "--max-new-tokens", "3", "--json")
+    read = json.loads(told.stdout)
+    assert read["new_tokens"] <= 3 and read["statistics"]["far_density"] == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["generate", "MODEL"], "--prompt"),
+        (["generate", "MODEL", "--prompt", "a", "--prompt-file", "b"], "--prompt"),
+        (["operate", "MODEL", "--out", "OUT", "--density", "0.1"], "--density"),
+        (["evaluate", "MODEL", "--text", "TEXT", "--density", "0.1"], "--density"),
+        (["evaluate", "MODEL", "--text", "TEXT", "--adapter", "a", "--also-tile", "1"], "--adapter"),
+        (["evaluate", "MODEL"], "--text"),
+        (["report"], "RESULTS"),
+        (["no-such-command"], "no-such-command"),
+    ],
+)
+def test_wrong_usage_exits_with_2(
+    arguments: list[str], told: str, model: Path, text: Path, tmp_path: Path
+) -> None:
+    paths = {"MODEL": model, "TEXT": text, "OUT": tmp_path / "out"}
+    result = run(*(paths.get(argument, argument) for argument in arguments))
+    assert result.exit_code == 2
+    assert told.lower() in result.output.lower()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["generate", "NOWHERE", "--prompt", "a"], "could not load"),
+        (["generate", "MODEL", "--prompt", "a", "--device", "tpu9"], "tpu9"),
+        (["generate", "MODEL", "--prompt", "a", "--adapter", "NOWHERE"], "is missing"),
+        (["generate", "MODEL", "--prompt-file", "NOWHERE"], "nowhere"),
+        (["operate", "MODEL", "--out", "OUT", "--page-size", "60"], "page_size=60"),
+        (["operate", "MODEL", "--out", "TEXT"], "is a file"),
+        (["evaluate", "MODEL", "--text", "TEXT", "--length", "100000"], "100000"),
+        (["evaluate", "MODEL", "--text", "TEXT", "--directions", "up"], "principal, position"),
+        (["report", "NOWHERE"], "cannot be read"),
+        (["report", "TEXT"], "is not JSON"),
+    ],
+)
+def test_our_errors_are_one_line_and_exit_with_1(
+    arguments: list[str], told: str, model: Path, text: Path, tmp_path: Path
+) -> None:
+    paths = {"MODEL": model, "TEXT": text, "OUT": tmp_path / "out", "NOWHERE": tmp_path / "nowhere"}
+    result = run(*(paths.get(argument, argument) for argument in arguments))
+    assert result.exit_code == 1, result.output
+    assert told in result.stderr and "Traceback" not in result.output
+    assert "Error:" in result.stderr.strip().splitlines()[-1]
+
+
+def test_the_demo_says_where_its_model_is_to_be_found(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(
+        sys.modules["llama_surgery.cli.demo"], "__file__", str(tmp_path / "a" / "b" / "c" / "demo.py")
+    )
+    monkeypatch.chdir(tmp_path)
+    result = run("demo", "--out", tmp_path / "out")
+    assert result.exit_code == 1 and "Clone the repository" in result.stderr
+
+
+def test_a_tile_of_one_takes_the_threshold_of_decoding() -> None:
+    default = SurgeryConfig()
+    assert config_for({}, 32) == default
+    assert config_for({"score_stride": 8}, 1).theta == default.theta_decode
+    assert config_for({"theta": 0.2, "theta_decode": 0.1}, 1).theta == 0.1
+    assert config_for({"theta": 0.2}, 1).theta == 0.2

@@ -1,0 +1,156 @@
+"""docs/semantics.md as a slow loop over rows and keys, against every backend and arrival."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from llama_surgery.attention.api import attend
+from llama_surgery.config import SurgeryConfig
+from llama_surgery.surgery.store import SequenceStore
+
+CHUNK, PAGE, DIM = 16, 4, 8
+SCALE = DIM**-0.5
+
+
+def slow_pages(keys: torch.Tensor) -> list[list[int]]:
+    """Pages of one full chunk, as lists of offsets: recursive median splits along the first direction."""
+
+    def split(offsets: list[int]) -> list[list[int]]:
+        if len(offsets) == PAGE:
+            return [sorted(offsets)]
+        rows = keys[offsets] - keys[offsets].mean(0)
+        covariance = rows.T @ rows
+        direction = covariance[:, covariance.diagonal().argmax()].clone()
+        for _ in range(8):
+            direction = covariance @ (direction / direction.norm())
+        projection = (rows @ (direction / direction.norm())).tolist()
+        ranked = sorted(range(len(offsets)), key=lambda i: (projection[i], offsets[i]))
+        half = len(offsets) // 2
+        return split(sorted(offsets[i] for i in ranked[:half])) + split(
+            sorted(offsets[i] for i in ranked[half:])
+        )
+
+    return split(list(range(len(keys))))
+
+
+def slow_attention(q, k, v, config, calls):
+    """Output and visible sets of one stream: q (heads, n, dim), k and v (n, dim), calls [(start, stop)]."""
+    heads, n, _ = q.shape
+    pages = []
+    for c in range(n // CHUNK):
+        pages.append([[c * CHUNK + o for o in page] for page in slow_pages(k[c * CHUNK : (c + 1) * CHUNK])])
+    out = torch.empty(heads, n, DIM, dtype=q.dtype)
+    seen: list[set[int]] = []
+    for start, stop in calls:
+        tile = 1 if start > 0 and stop - start == 1 else config.tile
+        theta = config.theta if tile == config.tile else config.theta_decode
+        opened: set[int] = set()
+        for p in range(start, stop):
+            q0 = p // tile * tile
+            if p == q0:
+                opened = set()
+            closed = 0 if q0 < config.dense_until else max(0, (q0 - config.window) // CHUNK)
+            far = [page for chunk in pages[:closed] for page in chunk]
+            near = list(range(closed * CHUNK, p + 1))
+            for h in range(heads):
+                scores = []
+                for page in far:
+                    mean, var = k[page].mean(0), k[page].var(0, correction=0)
+                    score = math.log(PAGE) + SCALE * (q[h, p] @ mean)
+                    scores.append(score + 0.5 * config.alpha * SCALE**2 * (q[h, p] ** 2 @ var))
+                logits = [SCALE * (q[h, p] @ k[j]) for j in near]
+                total = torch.stack(scores + logits).logsumexp(0)
+                for b, score in enumerate(scores):
+                    if (score - total).exp() > theta:
+                        opened.add(b)
+            visible = near + [j for b, page in enumerate(far) if b in opened or 0 in page for j in page]
+            seen.append(set(visible))
+            for h in range(heads):
+                weights = torch.softmax(SCALE * (k[visible] @ q[h, p]), 0)
+                out[h, p] = weights @ v[visible]
+    return out, seen
+
+
+@st.composite
+def cases(draw):
+    tile = draw(st.sampled_from([1, 4, 8]))
+    n = draw(st.integers(1, 90))
+    cuts = draw(st.lists(st.integers(1, n), max_size=4))
+    theta = draw(st.sampled_from([0.0, 0.02, 0.05, 0.1, 0.3]))
+    decode = theta if tile == 1 else draw(st.sampled_from([0.0, 0.01, 0.05]))
+    config = SurgeryConfig(
+        chunk_size=CHUNK,
+        page_size=PAGE,
+        window=draw(st.sampled_from([0, 8, 16])),
+        tile=tile,
+        theta=theta,
+        theta_decode=decode,
+        alpha=draw(st.sampled_from([0.0, 1.0])),
+        dense_until=draw(st.sampled_from([0, 0, 40])),
+        backend=draw(st.sampled_from(["reference", "gather"])),
+    )
+    edges = sorted({0, n, *cuts})
+    return config, list(zip(edges, edges[1:], strict=False)), draw(st.integers(0, 2**31))
+
+
+@given(cases())
+def test_backends_follow_the_slow_loop(case):
+    config, calls, seed = case
+    n, heads = calls[-1][1], 2
+    generator = torch.Generator().manual_seed(seed)
+    draw = lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64)  # noqa: E731
+    q, k, v = 2 * draw(heads, n, DIM), draw(n, DIM) * (1 + 3 * draw(DIM).abs()), draw(n, DIM)
+    expected, seen = slow_attention(q, k, v, config, calls)
+
+    store, outs, far_pairs, near_pairs = SequenceStore(config), [], 0, 0
+    for start, stop in calls:
+        tile = 1 if start > 0 and stop - start == 1 else config.tile
+        near = store.append(k[None, None, start:stop], v[None, None, start:stop], since=0)
+        result = attend(q[None, :, start:stop], *near, store.layout, config=config, start=start, tile=tile)
+        outs.append(result.out[0])
+        far_pairs += sum(int(plan.visible_pairs(PAGE).sum()) for plan in result.plans)
+        near_pairs += result.near_pairs
+    torch.testing.assert_close(torch.cat(outs, 1), expected, rtol=1e-9, atol=1e-9)
+    assert far_pairs + near_pairs == sum(len(visible) for visible in seen)
+
+
+@given(cases(), st.data())
+def test_later_tokens_change_nothing_before_them(case, data):
+    config, calls, seed = case
+    n = calls[-1][1]
+    generator = torch.Generator().manual_seed(seed)
+    draw = lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64)  # noqa: E731
+    q, k, v = 2 * draw(2, n, DIM), 2 * draw(n, DIM), draw(n, DIM)
+    changed = data.draw(st.integers(0, n - 1))
+
+    def run(q, k, v):
+        store = SequenceStore(config)
+        near = store.append(k[None, None], v[None, None], since=0)
+        return attend(q[None], *near, store.layout, config=config, start=0).out[0]
+
+    before = run(q, k, v)[:, :changed]
+    q2, k2, v2 = q.clone(), k.clone(), v.clone()
+    for x in (q2[:, changed:], k2[changed:], v2[changed:]):
+        x.mul_(-3).add_(1)
+    torch.testing.assert_close(run(q2, k2, v2)[:, :changed], before, rtol=1e-12, atol=1e-12)
+    if changed:
+        left = run(q[:, :changed], k[:changed], v[:changed])
+        torch.testing.assert_close(left, before, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("pieces", [[90], [32, 58], [7, 9, 16, 58], [1] * 90])
+def test_a_chunk_has_one_layout_however_it_arrives(pieces):
+    config = SurgeryConfig(chunk_size=CHUNK, page_size=PAGE, window=8, tile=8)
+    generator = torch.Generator().manual_seed(3)
+    k = torch.randn(2, 2, 90, DIM, generator=generator, dtype=torch.float64)
+    whole, store, start = SequenceStore(config), SequenceStore(config), 0
+    whole.append(k, k, since=0)
+    for piece in pieces:
+        store.append(k[:, :, start : start + piece], k[:, :, start : start + piece], since=0)
+        start += piece
+    assert torch.equal(whole.layout.order, store.layout.order)
+    assert torch.equal(whole.layout.keys, store.layout.keys)
+    assert torch.equal(whole.layout.moments.mean, store.layout.moments.mean)

@@ -1,0 +1,299 @@
+"""Scores, shares and the pages that rows open."""
+
+import dataclasses
+import itertools
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from llama_surgery.config import SurgeryConfig
+from llama_surgery.topology.geometry import query_blocks
+from llama_surgery.topology.layout import Moments, build_layout, moments_of
+from llama_surgery.topology.mask import page_mask
+from llama_surgery.topology.selection import Scorer, log_shares, select
+
+DIM = 8
+SCALE = DIM**-0.5
+CONFIG = SurgeryConfig(chunk_size=16, page_size=4, window=8, tile=8, theta=0.05, theta_decode=0.05)
+
+
+@dataclasses.dataclass
+class Case:
+    """Rows of one block with the chunks closed for them."""
+
+    config: SurgeryConfig
+    block: object
+    queries: torch.Tensor
+    layout: object
+    near_lse: torch.Tensor
+    sinks: torch.Tensor | None
+
+    def plan(self, tile=None, **changes):
+        case = dataclasses.replace(self, **changes)
+        return select(
+            case.queries,
+            case.layout,
+            case.near_lse,
+            case.block,
+            config=case.config,
+            tile=case.config.tile if tile is None else tile,
+            scorer=Scorer(SCALE, case.config.alpha),
+            sink_logit=case.sinks,
+        )
+
+    @property
+    def pages(self):
+        return self.block.closed * self.config.pages_per_chunk
+
+    @property
+    def sink_pages(self):
+        """(streams,): the page of the slot that holds position 0."""
+        return (self.layout.order[:, 0] == 0).nonzero()[:, 1] // self.config.page_size
+
+    def mask(self, plan):
+        return page_mask(plan, self.pages)
+
+
+@st.composite
+def cases(draw, **fixed):
+    tile = draw(st.sampled_from([1, 4, 8]))
+    theta = draw(st.sampled_from([0.0, 0.01, 0.05, 0.2]))
+    options = {
+        "tile": tile,
+        "theta": theta,
+        "theta_decode": theta,
+        "alpha": draw(st.sampled_from([0.0, 1.0])),
+        "coarse_to_fine": draw(st.booleans()),
+        "score_stride": draw(st.sampled_from([1, tile])),
+    }
+    config = dataclasses.replace(CONFIG, **{**options, **fixed})
+    start = draw(st.integers(24, 70))
+    stop = start + draw(st.integers(1, 30))
+    blocks = [b for b in query_blocks(start, stop, config, config.tile) if b.closed]
+    block = draw(st.sampled_from(blocks))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
+    streams, heads = draw(st.integers(1, 2)), draw(st.integers(1, 3))
+    rows, keys = block.stop - block.start, (block.closed + 1) * config.chunk_size
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    return Case(
+        config,
+        block,
+        2 * normal(streams, heads, rows, DIM),
+        build_layout(2 * normal(streams, keys, DIM), normal(streams, keys, DIM), config),
+        2 + normal(streams, heads, rows),
+        normal(streams, heads) if draw(st.booleans()) else None,
+    )
+
+
+def slow_shares(case, stream, row):
+    """Largest share over heads of every page, for one row, by the formula of the design."""
+    moments, shares = case.layout.moments, []
+    for head in range(case.queries.shape[1]):
+        q, scores = case.queries[stream, head, row], []
+        for page in range(case.pages):
+            mean, variance = moments.mean[stream, page], moments.variance[stream, page]
+            score = math.log(case.config.page_size) + SCALE * float(q @ mean)
+            scores.append(score + case.config.alpha * 0.5 * SCALE**2 * float(q**2 @ variance))
+        rest = [float(case.near_lse[stream, head, row])]
+        if case.sinks is not None:
+            rest.append(float(case.sinks[stream, head]))
+        total = torch.tensor(scores + rest).double().logsumexp(0)
+        shares.append([math.exp(score - total) for score in scores])
+    return [max(column) for column in zip(*shares, strict=True)]
+
+
+@given(cases(coarse_to_fine=False))
+def test_a_row_opens_what_exceeds_theta_and_sees_what_rows_up_to_it_opened(case):
+    block, config = case.block, case.config
+    mask = case.mask(case.plan())
+    sink = case.sink_pages
+    for stream in range(case.queries.shape[0]):
+        opened = set()
+        for row, position in enumerate(range(block.start, block.stop)):
+            if position % config.tile == 0 or row == 0:
+                opened = {int(sink[stream])}
+            if position % config.score_stride == 0 or row == 0:
+                shares = slow_shares(case, stream, row)
+                opened |= {page for page, share in enumerate(shares) if share > config.theta}
+            assert set(mask[stream, row].nonzero().flatten().tolist()) == opened
+
+
+@given(cases(theta=0.0, theta_decode=0.0))
+def test_theta_zero_opens_everything(case):
+    assert case.mask(case.plan()).all()
+
+
+@given(cases(), st.sampled_from([1.0, 2.0, 1e9]))
+def test_theta_of_one_or_more_opens_the_sink_page_alone(case, theta):
+    config = dataclasses.replace(case.config, theta=theta, theta_decode=theta)
+    plan = case.plan(config=config)
+    assert (plan.counts == 1).all() and (plan.first_open == 0).all()
+    assert torch.equal(plan.pages[..., 0], case.sink_pages[:, None].expand(-1, plan.tiles))
+
+
+@given(cases(coarse_to_fine=True, theta=0.0, theta_decode=0.0))
+def test_coarse_to_fine_with_theta_zero_equals_flat(case):
+    plan = case.plan()
+    flat = case.plan(config=dataclasses.replace(case.config, coarse_to_fine=False))
+    assert torch.equal(plan.pages, flat.pages) and torch.equal(plan.first_open, flat.first_open)
+
+
+@given(cases(coarse_to_fine=True))
+def test_coarse_to_fine_lists_pages_under_entered_balls_alone(case):
+    """A page is open only if its chunk's expected share exceeds θ too: chunks of no weight stay shut."""
+    layout = case.layout
+    far_away = torch.full_like(layout.moments.mean, 0)
+    ball = case.config.pages_per_chunk
+    # The last closed chunk gets keys opposite to every query: its share vanishes for them.
+    direction = case.queries.mean((1, 2))
+    moments = Moments(layout.moments.mean.clone(), layout.moments.variance.clone(), layout.moments.size)
+    queries = direction[:, None, None].expand_as(case.queries)
+    last = slice((case.block.closed - 1) * ball, case.block.closed * ball)
+    moments.mean[:, last] = far_away[:, last] - 1e3 * direction[:, None]
+    moments.variance[:, last] = 0
+    layout = dataclasses.replace(layout, moments=moments)
+    mask = case.mask(case.plan(layout=layout, queries=queries))
+    if case.config.theta and case.block.closed > 1:
+        assert not mask[..., last].any()
+
+
+@given(cases(), st.data())
+def test_later_rows_never_change_what_earlier_rows_see(case, data):
+    rows = case.queries.shape[2]
+    changed = data.draw(st.integers(0, rows - 1))
+    queries, near_lse = case.queries.clone(), case.near_lse.clone()
+    queries[:, :, changed:] *= -3
+    near_lse[:, :, changed:] -= 1
+    before = case.mask(case.plan())
+    after = case.mask(case.plan(queries=queries, near_lse=near_lse))
+    assert torch.equal(before[:, :changed], after[:, :changed])
+
+
+@given(cases())
+def test_first_open_lies_in_the_block_and_the_sink_page_is_open_from_the_first_row(case):
+    plan = case.plan()
+    sink = case.sink_pages[:, None, None]
+    is_sink = plan.pages == sink
+    assert (is_sink.sum(-1) == 1).all() and (plan.first_open[is_sink] == 0).all()
+    others = (plan.pages >= 0) & ~is_sink
+    assert (plan.first_open[:, 0][others[:, 0]] >= plan.lead).all()
+    last = (case.block.stop - 1) % plan.tile
+    assert (plan.first_open[:, -1][others[:, -1]] <= last).all()
+
+
+@given(cases(), st.integers(0, 2**31))
+def test_a_stride_of_the_tile_scores_first_rows_alone(case, seed):
+    config = dataclasses.replace(case.config, score_stride=case.config.tile)
+    position = torch.arange(case.block.start, case.block.stop)
+    first = position % config.tile == 0
+    first[0] = True  # a call that begins inside a tile is scored by its own first row
+    generator = torch.Generator().manual_seed(seed)
+    noise = torch.randn(case.queries.shape, generator=generator, dtype=torch.float64)
+    queries = case.queries.where(first[:, None], noise)
+    near_lse = case.near_lse.where(first, 0.0)
+    plan, other = case.plan(config=config), case.plan(config=config, queries=queries, near_lse=near_lse)
+    assert torch.equal(plan.pages, other.pages) and torch.equal(plan.first_open, other.first_open)
+
+
+@given(cases(coarse_to_fine=False), st.integers(1, 5))
+def test_pages_per_row_opens_the_highest_shares(case, most):
+    config = dataclasses.replace(case.config, pages_per_row=most, score_stride=1)
+    first_rows = case.mask(case.plan(config=config, tile=1))
+    for stream, row in itertools.product(range(case.queries.shape[0]), range(case.queries.shape[2])):
+        shares = torch.tensor(slow_shares(case, stream, row))
+        best = set(shares.topk(min(most, case.pages)).indices.tolist())
+        opened = set(first_rows[stream, row].nonzero().flatten().tolist())
+        assert opened == best | {int(case.sink_pages[stream])}
+
+
+@given(st.integers(0, 2**31), st.sampled_from([None, 20.0]))
+def test_a_score_is_the_log_sum_exp_to_second_order_for_small_keys(seed, softcap):
+    """Halving the keys must shrink the error like the third order that is left out: by 8, or more."""
+    generator = torch.Generator().manual_seed(seed)
+    # Corners of a box: their covariance is diagonal, as the score assumes of a page's keys.
+    half = torch.rand(3, generator=generator, dtype=torch.float64) + 0.5
+    signs = torch.tensor(list(itertools.product((-1.0, 1.0), repeat=3)), dtype=torch.float64)
+    centre = torch.randn(3, generator=generator, dtype=torch.float64)
+    query = torch.randn(1, 1, 3, generator=generator, dtype=torch.float64)
+    errors = []
+    for size in (0.2, 0.1):
+        keys = size * (centre + signs * half)
+        score = Scorer(1.0, 1.0, softcap)(query, moments_of(keys[None], 8)).item()
+        logits = keys @ query[0, 0]
+        if softcap is not None:
+            logits = softcap * torch.tanh(logits / softcap)
+        errors.append(abs(score - logits.logsumexp(0).item()))
+    assert errors[0] < 0.05
+    assert errors[1] < errors[0] / 7 + 1e-9
+
+
+@given(st.integers(0, 2**31))
+def test_a_score_of_one_channel_is_the_exact_second_order_expansion(seed):
+    generator = torch.Generator().manual_seed(seed)
+    keys = torch.randn(1, 16, 1, generator=generator, dtype=torch.float64)
+    query = torch.randn(1, 1, 1, generator=generator, dtype=torch.float64)
+    score = Scorer(0.3)(query, moments_of(keys, 16)).item()
+    x = 0.3 * (query[0, 0, 0] * keys[0, :, 0])
+    expected = math.log(16) + x.mean() + 0.5 * x.var(correction=0)
+    assert score == pytest.approx(expected.item(), rel=1e-12)
+
+
+@given(st.integers(0, 2**31), st.booleans())
+def test_shares_of_pages_of_equal_keys_are_exact_and_add_up(seed, with_sink):
+    generator = torch.Generator().manual_seed(seed)
+    page_keys = torch.randn(1, 5, DIM, generator=generator, dtype=torch.float64)
+    keys = page_keys.repeat_interleave(4, 1)  # no variance inside a page: the score is exact
+    near = torch.randn(1, 7, DIM, generator=generator, dtype=torch.float64)
+    queries = torch.randn(1, 3, DIM, generator=generator, dtype=torch.float64)
+    near_lse = (SCALE * queries @ near.transpose(1, 2)).logsumexp(-1)
+    sink = torch.tensor([[0.7]], dtype=torch.float64) if with_sink else None
+    scores = Scorer(SCALE)(queries, moments_of(keys, 4))
+    shares = log_shares(scores[:, None], near_lse[:, None], sink).exp()
+
+    logits = SCALE * queries @ torch.cat((keys, near), 1).transpose(1, 2)
+    if with_sink:
+        logits = torch.cat((logits, sink.expand(1, 3, 1)), -1)
+    weights = logits.softmax(-1)
+    torch.testing.assert_close(shares, weights[..., :20].unflatten(-1, (5, 4)).sum(-1))
+    assert (shares.sum(-1) <= 1).all()
+
+
+def test_a_decode_step_uses_its_own_theta():
+    config = dataclasses.replace(CONFIG, theta=1.0, theta_decode=0.0)
+    generator = torch.Generator().manual_seed(0)
+    layout = build_layout(*torch.randn(2, 1, 32, DIM, generator=generator), config)
+    (block,) = query_blocks(40, 41, config, 1)
+    arguments = (torch.randn(1, 2, 1, DIM), layout, torch.zeros(1, 2, 1), block)
+    scorer = Scorer(SCALE)
+    assert select(*arguments, config=config, tile=1, scorer=scorer).counts.item() == 8
+    assert select(*arguments, config=config, tile=8, scorer=scorer).counts.item() == 1
+
+
+def test_the_listener_hears_every_scored_row():
+    generator = torch.Generator().manual_seed(0)
+    layout = build_layout(*torch.randn(2, 2, 16, DIM, generator=generator), CONFIG)
+    (block,) = query_blocks(26, 37, CONFIG, 8)
+    heard = []
+    select(
+        torch.randn(2, 3, 11, DIM, generator=generator),
+        layout,
+        torch.zeros(2, 3, 11),
+        block,
+        config=CONFIG,
+        tile=8,
+        scorer=Scorer(SCALE),
+        listener=lambda shares, where: heard.append((shares, where)),
+    )
+    ((shares, where),) = heard
+    assert where == block and shares.shape == (2, 2, 8, 4)
+    outside = torch.arange(24, 40).view(2, 8)
+    outside = (outside < block.start) | (outside >= block.stop)
+    pages = torch.arange(4) != layout.sink_pages(CONFIG.page_size)[:, None]
+    heard_pages = shares.isneginf().transpose(1, 3).transpose(2, 3)[pages]
+    assert torch.equal(heard_pages, outside.expand_as(heard_pages))
