@@ -35,7 +35,8 @@ def table(rows: list[dict[str, str]]) -> str:
     conditions = (
         f"{first['model']}, {int(first['windows'])} windows of {int(first['length']):,} tokens, "
         f"{first['needles']} needles by greedy generation, seed {first['seed']}, "
-        f"{first['dtype']} on {first['device']}, PyTorch {first['torch']}, transformers {first['transformers']}."
+        f"{first['dtype']} on {first['device']}, PyTorch {first['torch']}, "
+        f"transformers {first['transformers']}."
     )
     return "\n".join([*lines, "", conditions])
 

@@ -48,7 +48,14 @@ from llama_surgery.config import CONFIG_VERSION
         ({"chunk_size": 2**16}, "chunk_size=65536: at most 32768, since offsets"),
         ({"page_size": 96}, "chunk_size=512 is not page_size=96 times a power of arity=2"),
         ({"page_size": 1024}, "chunk_size=512 is not page_size=1024 times a power"),
-        ({"arity": 3}, "chunk_size=512 is not page_size=64 times a power of arity=3"),
+        ({"page_size": 64, "arity": 3}, "chunk_size=512 is not page_size=64 times a power of arity=3"),
+        ({"moment_size": 0}, "moment_size=0: must be a whole number of at least 1"),
+        ({"moment_size": "8"}, "moment_size='8': must be a whole number"),
+        (
+            {"page_size": 64, "moment_size": 24},
+            "moment_size=24: page_size=64 must be it times a power of arity=2",
+        ),
+        ({"page_size": 64, "moment_size": 128}, "moment_size=128: page_size=64 must be it times a power"),
         (
             {"tile": 1, "theta": 0.1, "theta_decode": 0.2},
             "theta=0.1 and theta_decode=0.2 differ with tile=1.*Give one value",
@@ -85,6 +92,13 @@ def test_the_tree_follows_from_the_sizes(chunk_size, page_size, arity, depth, pa
     assert (config.depth, config.pages_per_chunk) == (depth, pages)
 
 
+def test_moments_are_kept_two_levels_below_a_page_unless_given():
+    assert SurgeryConfig(page_size=64).moment_size == 16
+    assert SurgeryConfig(page_size=64, moment_size=64).balls_per_page == 1
+    assert SurgeryConfig(chunk_size=64, page_size=2, tile=1).moment_size == 2  # no two levels below
+    assert SurgeryConfig(page_size=64).balls_per_page == 4
+
+
 def test_theta_belongs_to_the_tile():
     config = SurgeryConfig(theta=0.04, theta_decode=0.01)
     assert config.theta_for(32) == 0.04 and config.theta_for(1) == 0.01
@@ -103,6 +117,7 @@ def configs(draw):
         topology=draw(st.sampled_from(["pages", "dense"])),
         chunk_size=draw(st.sampled_from([64, 256])),
         page_size=draw(st.sampled_from([16, 64])),
+        moment_size=draw(st.sampled_from([None, 4, 16])),
         window=32 * draw(st.integers(0, 4)),
         tile=tile,
         directions=draw(st.sampled_from(["principal", "position"])),

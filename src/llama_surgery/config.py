@@ -31,10 +31,8 @@ class SurgeryConfig:
             tiles of ``tile`` queries. 0 opens everything.
         theta_decode: The same for tiles of one query. With ``tile=1`` it must equal ``theta``.
         pages_per_row: Instead of ``theta``: every scored row opens this many pages. For comparison.
-        moment_size: Keys of the balls whose moments are kept, at most ``page_size``: a page's score is the
-            log-sum-exp of its balls' scores. Smaller balls score more sharply and cost more.
-        lead: The first row of a tile opens pages at ``lead * theta``: what it opens serves the whole
-            tile, what later rows open only the rest of it.
+        moment_size: Keys of the balls whose moments are kept, two levels below a page unless given: a page's
+            score is the log-sum-exp of its balls' scores. Smaller balls score more sharply and cost more.
         score_stride: Only every ``score_stride``-th row of a tile is scored (1: all rows). The
             first row of a tile or of a call always is; later rows see what earlier scored rows opened.
         coarse_to_fine: Score whole chunks first and descend the tree only where a ball's expected
@@ -49,16 +47,15 @@ class SurgeryConfig:
 
     topology: Topology = "pages"
     chunk_size: int = 512
-    page_size: int = 64
-    window: int = 128
+    page_size: int = 32
+    window: int = 192
     tile: int = 32
     arity: int = 2
     directions: Directions = "principal"
-    theta: float = 0.042
+    theta: float = 0.046
     theta_decode: float | None = None
     pages_per_row: int | None = None
     moment_size: int | None = None
-    lead: float = 1.0
     score_stride: int = 1
     coarse_to_fine: bool = False
     alpha: float = 1.0
@@ -69,10 +66,11 @@ class SurgeryConfig:
         if self.theta_decode is None and isinstance(self.theta, (int, float)):
             decode = self.theta if self.tile == 1 else self.theta * DECODE_SHARE
             object.__setattr__(self, "theta_decode", decode)
-        if self.moment_size is None:
-            object.__setattr__(self, "moment_size", self.page_size)
         self._check_choices()
         self._check_numbers()
+        if self.moment_size is None:
+            quarter, rest = divmod(self.page_size, self.arity**2)
+            object.__setattr__(self, "moment_size", self.page_size if rest else quarter)
         self._check_geometry()
         if self.tile == 1 and self.theta_decode != self.theta:
             raise SurgeryError(
@@ -102,9 +100,10 @@ class SurgeryConfig:
             ("score_stride", 1),
             ("dense_until", 0),
             ("pages_per_row", 1),
+            ("moment_size", 1),
         ):
             value = getattr(self, name)
-            if name == "pages_per_row" and value is None:
+            if name in ("pages_per_row", "moment_size") and value is None:
                 continue
             if not isinstance(value, int) or isinstance(value, bool) or value < low:
                 raise SurgeryError(f"{name}={value!r}: must be a whole number of at least {low}.")
@@ -128,6 +127,14 @@ class SurgeryConfig:
         if self.chunk_size > 2**15:
             raise SurgeryError(
                 f"chunk_size={self.chunk_size}: at most {2**15}, since offsets are kept in 16 bits."
+            )
+        ball = self.moment_size or 0
+        while 0 < ball < self.page_size:
+            ball *= self.arity
+        if ball != self.page_size:
+            raise SurgeryError(
+                f"moment_size={self.moment_size}: page_size={self.page_size} must be it times a power of "
+                f"arity={self.arity}."
             )
         if self.page_size * self.arity**self.depth != self.chunk_size:
             raise SurgeryError(
@@ -182,4 +189,4 @@ class SurgeryConfig:
 
 #: Default θ for single queries as a share of the tile's θ, for users without calibration text.
 #: On the demo model both give the same executed density there (docs/log.md).
-DECODE_SHARE = 0.24
+DECODE_SHARE = 0.23

@@ -1,10 +1,22 @@
 """generate() on an operated model: every strategy, batches, turns, caches."""
 
+import dataclasses
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.surgery.tiny import SINGLE, SPARSE, in_pieces, llama, logits, pad, positions, tokens
+from tests.surgery.tiny import (
+    SINGLE,
+    SPARSE,
+    generation_cache,
+    in_pieces,
+    llama,
+    logits,
+    pad,
+    positions,
+    tokens,
+)
 from transformers import DynamicCache, StaticCache
 
 from llama_surgery import (
@@ -14,7 +26,7 @@ from llama_surgery import (
     eject,
     operate,
     operated,
-    paged_cache,
+    statistics,
 )
 
 EXACT = {"rtol": 1e-9, "atol": 1e-9}
@@ -42,7 +54,7 @@ def assert_generated(got, expected):
 def stepped(model, sequence, prompt):
     """Logits (new, vocabulary) of a sequence fed as generate() does: the prompt, then token by token."""
     ids = sequence[None, :-1]
-    got, _ = in_pieces(model, ids, list(range(prompt, ids.shape[1])), paged_cache(model))
+    got, _ = in_pieces(model, ids, list(range(prompt, ids.shape[1])), generation_cache(model))
     return got[0, prompt - 1 :]
 
 
@@ -54,13 +66,26 @@ def test_greedy(model):
     assert torch.equal(expected.argmax(-1), out.sequences[0, PROMPT:])
 
 
+def test_the_end_of_a_prompt_is_computed_in_single_queries():
+    """Rows of the last, incomplete tile have pages of their own: θ_decode opens everything for them."""
+    config = dataclasses.replace(SPARSE, theta=2.0, theta_decode=0.0)
+    for length in (135, 136, 137):
+        with operated(llama(), config) as model:
+            model.generate(tokens(1, length), max_new_tokens=1, do_sample=False)
+            tiles, single = (statistics(model).by_tile.get(tile, {"rows": 0}) for tile in ("8", "1"))
+        assert tiles["rows"] == 2 * (length // 8 * 8)
+        assert single["rows"] == 2 * (length % 8)
+        if length % 8:
+            assert single["total_density"] == pytest.approx(1)
+
+
 def test_sampling_is_stepping_by_hand_with_the_same_seed(model):
     options = {**OPTIONS, "do_sample": True, "top_k": 0, "temperature": 0.7}
     torch.manual_seed(5)
     out = model.generate(tokens(1, PROMPT), **options)
     assert type(out.past_key_values) is PagedCache
     torch.manual_seed(5)
-    ids, cache = tokens(1, PROMPT), paged_cache(model)
+    ids, cache = tokens(1, PROMPT), generation_cache(model)
     new = ids
     for _ in range(NEW):
         got, cache = in_pieces(model, new, [], cache)
@@ -104,7 +129,7 @@ def test_turns_on_one_cache(model):
     assert type(second.past_key_values) is PagedCache
     assert second.past_key_values is first.past_key_values
     cuts = [*range(PROMPT, PROMPT + 30), *range(history.shape[1], second.sequences.shape[1] - 1)]
-    expected, _ = in_pieces(model, second.sequences[:, :-1], cuts, paged_cache(model))
+    expected, _ = in_pieces(model, second.sequences[:, :-1], cuts, generation_cache(model))
     assert_generated(torch.stack(second.logits, 1), expected[:, history.shape[1] - 1 :])
 
 
@@ -163,8 +188,9 @@ def test_a_cache_of_the_users_own_kind_gives_the_same_logits(model):
 
 
 def test_a_cache_of_the_users_own_kind_in_generate(model):
-    rows = [tokens(140), tokens(101, seed=1)]
-    ids, mask = pad(rows, [0, 39], 140)
+    # Whole tiles: the end of a prompt is computed row by row on a paged cache alone.
+    rows = [tokens(136), tokens(104, seed=1)]
+    ids, mask = pad(rows, [0, 32], 136)
     options = {**OPTIONS, "max_new_tokens": 20}
     paged = model.generate(ids, attention_mask=mask, **options)
     out = model.generate(ids, attention_mask=mask, past_key_values=DynamicCache(), **options)

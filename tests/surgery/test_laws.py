@@ -35,6 +35,7 @@ def configurations(draw):
         dense_until=draw(st.sampled_from([0, 0, 128])),
         score_stride=draw(st.sampled_from([1, config.tile])),
         coarse_to_fine=draw(st.booleans()),
+        moment_size=draw(st.sampled_from([4, 16])),
         window=draw(st.sampled_from([0, 32])),
         directions=draw(st.sampled_from(["principal", "position"])),
     )

@@ -6,7 +6,18 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from tests.surgery.tiny import DENSE_LIMIT, SIZES, SPARSE, build, in_pieces, logits, pad, positions, tokens
+from tests.surgery.tiny import (
+    DENSE_LIMIT,
+    SIZES,
+    SPARSE,
+    build,
+    generation_cache,
+    in_pieces,
+    logits,
+    pad,
+    positions,
+    tokens,
+)
 from transformers import PreTrainedModel
 
 from llama_surgery import (
@@ -15,7 +26,6 @@ from llama_surgery import (
     is_operated,
     operate,
     operated,
-    paged_cache,
     statistics,
 )
 
@@ -153,7 +163,7 @@ def test_generate_is_stepping_by_hand_and_theta_zero_generates_as_dense(name):
     with operated(model, dataclasses.replace(SPARSE, theta=0.4, theta_decode=0.3)):
         sparse = model.generate(ids, **options)
         assert type(sparse.past_key_values) is PagedCache
-        steps, _ = in_pieces(model, sparse.sequences[:, :-1], list(range(150, 155)), paged_cache(model))
+        steps, _ = in_pieces(model, sparse.sequences[:, :-1], list(range(150, 155)), generation_cache(model))
     assert_near(torch.stack(sparse.logits, 1), steps[:, 149:], tolerance(model))
 
 

@@ -8,7 +8,7 @@ import torch
 import transformers
 from transformers import PreTrainedModel
 
-from llama_surgery import SurgeryConfig
+from llama_surgery import PagedCache, SurgeryConfig, paged_cache
 
 VOCABULARY = 97
 
@@ -93,6 +93,13 @@ def positions(mask: torch.Tensor) -> torch.Tensor:
 def logits(model: PreTrainedModel, ids: torch.Tensor, **arguments: Any) -> torch.Tensor:
     """(batch, columns, vocabulary) of one call."""
     return model(ids if ids.dim() == 2 else ids[None], **arguments).logits
+
+
+def generation_cache(model: PreTrainedModel) -> PagedCache:
+    """A cache as generate() prepares it: the incomplete last tile of a prompt is computed row by row."""
+    cache = paged_cache(model)
+    cache.settle_last_tile = True
+    return cache
 
 
 @torch.no_grad()

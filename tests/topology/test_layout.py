@@ -17,9 +17,15 @@ from llama_surgery.topology.layout import (
 
 @st.composite
 def cases(draw):
-    arity, depth, page = draw(st.sampled_from([(2, 2, 4), (3, 2, 2), (4, 1, 8), (2, 0, 8)]))
+    arity, depth, page = draw(st.sampled_from([(2, 2, 4), (3, 2, 3), (4, 1, 8), (2, 0, 8)]))
     config = SurgeryConfig(
-        chunk_size=page * arity**depth, page_size=page, arity=arity, window=0, tile=1, theta=0.01
+        chunk_size=page * arity**depth,
+        page_size=page,
+        moment_size=draw(st.sampled_from([page, page // arity])),
+        arity=arity,
+        window=0,
+        tile=1,
+        theta=0.01,
     )
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
     shape = (draw(st.integers(1, 3)), draw(st.integers(1, 3)) * config.chunk_size)
@@ -29,22 +35,21 @@ def cases(draw):
 
 
 @given(cases())
-def test_moments_are_those_of_the_pages_keys(case):
+def test_moments_are_those_of_the_balls_keys(case):
     keys, values, config = case
     layout = build_layout(keys, values, config)
-    pages = layout.keys.unflatten(1, (-1, config.page_size))
-    mean = pages.sum(2) / config.page_size
-    variance = (pages - mean.unsqueeze(2)).square().sum(2) / config.page_size
+    balls = layout.keys.unflatten(1, (-1, config.moment_size))
+    mean = balls.sum(2) / config.moment_size
+    variance = (balls - mean.unsqueeze(2)).square().sum(2) / config.moment_size
     torch.testing.assert_close(layout.moments.mean, mean, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(layout.moments.variance, variance, rtol=1e-12, atol=1e-12)
-    assert layout.moments.size == config.page_size
+    assert layout.moments.size == config.moment_size
 
 
 @given(cases(), st.integers(1, 4))
 def test_moments_of_a_ball_merge_exactly_from_its_children(case, children):
-    keys, _, _ = case
-    keys = torch.cat([keys] * children, 1)  # a length that `children` divides
-    size = keys.shape[1] // (2 * children)
+    keys, _, config = case
+    keys, size = torch.cat([keys] * children, 1), config.page_size  # balls that `children` divides
     merged = merge_moments(moments_of(keys, size), children)
     whole = moments_of(keys, size * children)
     assert merged.size == whole.size

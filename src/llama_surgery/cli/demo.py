@@ -46,14 +46,18 @@ def demo(
 
     calibration = read_texts(folder / "text" / "calibration.txt")
     texts = read_texts(folder / "text" / "evaluation.txt")
-    length, windows, needles = (4096, 2, 10) if fast else (8192, 4, 20)
+    length, windows, needles = (4096, 2, 10) if fast else (8192, 3, 20)
     llm, tokenizer = load_model(str(folder / "books-26m"), device, Dtype.float32)
-    with err.status(f"Setting thresholds for a far density of {DENSITY:.0%} …"):
-        config = calibrated(
-            llm, tokenizer, SurgeryConfig(), density=DENSITY, texts=calibration, length=length
-        )
-    err.print(f"Thresholds set: θ = {config.theta:.2%} in prefill, {config.theta_decode:.2%} in decode.")
     with progress() as tell:
+        config = calibrated(
+            llm,
+            tokenizer,
+            SurgeryConfig(),
+            density=DENSITY,
+            texts=calibration,
+            length=length,
+            progress=tell,
+        )
         _, results = measured(
             llm,
             tokenizer,

@@ -15,7 +15,6 @@ from llama_surgery.cli.common import (
     JsonOption,
     ModelArgument,
     checked_output,
-    err,
     load_model,
     out,
     print_json,
@@ -117,14 +116,13 @@ def evaluate(
     conditions = {"text": _shown(text)}
     if adapter is not None:
         configs, conditions["adapter"] = _from_adapter(llm, adapter), _shown(adapter)
-    elif calibration is not None and density is not None:
-        for name, config in configs.items():
-            with err.status(f"Setting thresholds for {name} …"):
-                configs[name] = calibrated(
-                    llm, tokenizer, config, density=density, texts=calibration, length=length
-                )
-        conditions["thresholds"] = f"set on {_shown(calibration_text)} for a far density of {density:.2%}"
     with progress() as tell:
+        if calibration is not None and density is not None:
+            for name, config in configs.items():
+                configs[name] = calibrated(
+                    llm, tokenizer, config, density=density, texts=calibration, length=length, progress=tell
+                )
+            conditions["thresholds"] = f"set on {_shown(calibration_text)} for a far density of {density:.2%}"
         result, results = measured(
             llm,
             tokenizer,

@@ -13,11 +13,12 @@ from llama_surgery.cli.common import (
     JsonOption,
     ModelArgument,
     checked_output,
-    err,
     load_model,
     out,
     print_json,
+    progress,
 )
+from llama_surgery.cli.run import calibrated
 from llama_surgery.cli.topology import config_for, topology_options
 
 
@@ -61,13 +62,15 @@ def operate(
     texts = None if text is None else read_texts(text)
     llm, tokenizer = load_model(model, device, dtype)
     from llama_surgery.surgery.adapter import save_adapter
-    from llama_surgery.surgery.operate import config_of
     from llama_surgery.surgery.operate import operate as operate_on
 
-    with err.status("Operating …" if texts is None else "Setting thresholds: reading the text a few times …"):
-        operate_on(llm, config, density=density, text=texts, tokenizer=tokenizer, length=length)
+    if texts is not None and density is not None:
+        with progress() as tell:
+            config = calibrated(
+                llm, tokenizer, config, density=density, texts=texts, length=length, progress=tell
+            )
+    operate_on(llm, config)
     save_adapter(llm, out_folder)
-    config = config_of(llm)
     if json:
         print_json({"adapter": str(out_folder), "config": config.to_dict()})
         return

@@ -1,5 +1,6 @@
 """One measured run: thresholds, evaluation, decode times, a tree. Shared by ``demo`` and ``evaluate``."""
 
+import itertools
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -19,17 +20,31 @@ Progress = Callable[[str, int, int], None]
 
 
 def calibrated(
-    model: Any, tokenizer: Any, config: SurgeryConfig, *, density: float, texts: list[str], length: int
+    model: Any,
+    tokenizer: Any,
+    config: SurgeryConfig,
+    *,
+    density: float,
+    texts: list[str],
+    length: int | None,
+    progress: Progress,
 ) -> SurgeryConfig:
     """``config`` with thresholds set on ``texts``; ``model`` is dense before and after.
 
     Raises:
         SurgeryError: The density is out of reach or the texts are too short.
     """
+    from llama_surgery.surgery.calibrate import PASSES, WINDOWS
     from llama_surgery.surgery.operate import config_of, operated
 
-    with operated(model, config, density=density, text=texts, tokenizer=tokenizer, length=length):
-        return config_of(model)
+    stage, total, passes = f"T = {config.tile}: thresholds", PASSES * WINDOWS, itertools.count(1)
+    progress(stage, 0, total)
+    hook = model.register_forward_hook(lambda *_: progress(stage, min(next(passes), total), total))
+    try:
+        with operated(model, config, density=density, text=texts, tokenizer=tokenizer, length=length):
+            return config_of(model)
+    finally:
+        hook.remove()
 
 
 def measured(

@@ -32,7 +32,6 @@ _FIELDS: dict[str, Any] = {
     "moment_size": _option(
         int | None, "Keys of the balls that pages are scored by; the page itself if left out."
     ),
-    "lead": _option(float, "The first token of a tile opens pages at this multiple of the threshold."),
     "score_stride": _option(int, "Score only every n-th token of a tile."),
     "coarse_to_fine": _option(bool, "Score whole chunks first and descend only where it pays."),
     "backend": _option(str, "Who executes the plan: auto, reference, gather, flex."),

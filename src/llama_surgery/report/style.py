@@ -4,6 +4,7 @@ import io
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import matplotlib
 from matplotlib.colors import LinearSegmentedColormap
@@ -25,7 +26,7 @@ OPERATED = (BLUE, VERMILION, GREEN, PURPLE, ORANGE, SKY)
 #: White to deep blue: order and amount survive greyscale.
 AMOUNT = LinearSegmentedColormap.from_list("amount", ["#f7fbff", "#9ecae1", "#2171b5", "#08306b"])
 
-_SETTINGS = {
+_SETTINGS: Any = {
     "svg.fonttype": "none",  # text stays text: sharp, small and selectable
     "svg.hashsalt": "llama-surgery",  # the same figure gives the same bytes
     "font.family": "sans-serif",

@@ -49,8 +49,8 @@ class PagedLayer(CacheLayerMixin):
         """
         if not self._expected:
             raise UnsupportedModelError(
-                "a paged cache, but the attention that fills it is not operated: after eject(model), start with "
-                "a new cache. (On an operated model: this architecture hides its cache, not supported.)"
+                "a paged cache, but the attention that fills it is not operated: after eject(model), start "
+                "with a new cache. (On an operated model: this architecture hides its cache, not supported.)"
             )
         return key_states, value_states
 
@@ -188,5 +188,8 @@ class PagedCache(DynamicCache):
         self.surgery = surgery
         #: Calls of at most this many tokens on a non-empty cache are decode steps: tiles of one.
         self.decode_rows = 1
+        #: Rows of a call's last tile, where the call leaves it incomplete, are decode steps. generate() asks
+        #: for it: the end of a prompt decides the answer and deserves a row's own pages.
+        self.settle_last_tile = False
         for index in layers:
             self.layers[index] = PagedLayer(surgery)

@@ -170,11 +170,11 @@ def _operated(
     keywords: dict[str, Any],
 ) -> torch.Tensor:
     batch, heads, new, _ = query.shape
-    key.shape[1]
-    paged: PagedLayer | None = None
+    settle = False
     if cache is not None:
         paged = cache.layers[module.layer_idx]
         decode = paged.slots > 0 and new <= cache.decode_rows
+        settle = cache.settle_last_tile
     else:
         # Without a cache all keys are new: a fresh one holds them for this call alone.
         paged = PagedLayer(layer.config)
@@ -195,7 +195,7 @@ def _operated(
             if k.shape[2]:
                 store.append(k, v, store.length // layer.config.chunk_size * layer.config.chunk_size)
             continue
-        result = _attend_sequences(module, layer, store, q, k, v, tile, keywords)
+        result = _attend_sequences(module, layer, store, q, k, v, tile, settle, keywords)
         if columns is None:
             out[rows] = result
         else:
@@ -211,9 +211,13 @@ def _attend_sequences(
     key: torch.Tensor,
     value: torch.Tensor,
     tile: int,
+    settle: bool,
     keywords: dict[str, Any],
 ) -> torch.Tensor:
-    """Operated attention of sequences of one length: (sequences, heads, rows, value_dim)."""
+    """Operated attention of sequences of one length: (sequences, heads, rows, value_dim).
+
+    With ``settle``, rows of the last tile are decode steps where the call leaves it incomplete.
+    """
     sequences, heads, rows, _ = query.shape
     kv_heads = key.shape[1]
     group = heads // kv_heads
@@ -224,22 +228,31 @@ def _attend_sequences(
     sinks = keywords.get("s_aux")
     if sinks is not None:
         sinks = sinks.detach().view(kv_heads, group).repeat(sequences, 1)
-    result = attend(
-        query.unflatten(1, (kv_heads, group)).flatten(0, 1),
-        near_keys,
-        near_values,
-        store.layout,
-        config=config,
-        start=start,
-        tile=tile,
-        scale=keywords.get("scaling"),
-        softcap=keywords.get("softcap"),
-        sink_logit=sinks,
-        listener=None if layer.listener is None else functools.partial(layer.listener, tile),
-    )
-    counters = layer.counters.setdefault(tile, Counters())
-    counters.add(result, kv_heads, config.page_size)
-    return result.out.unflatten(0, (sequences, kv_heads)).flatten(1, 2)
+    stop = start + rows
+    parts = [(start, stop, tile)]
+    if settle and tile > 1 and stop % tile:
+        border = max(start, stop - stop % tile)
+        parts = [part for part in ((start, border, tile), (border, stop, 1)) if part[0] < part[1]]
+    outs = []
+    for first, last, size in parts:
+        keys = near_keys.shape[1] - (stop - last)  # up to the part's last row
+        result = attend(
+            query[:, :, first - start : last - start].unflatten(1, (kv_heads, group)).flatten(0, 1),
+            near_keys[:, :keys],
+            near_values[:, :keys],
+            store.layout,
+            config=config,
+            start=first,
+            tile=size,
+            scale=keywords.get("scaling"),
+            softcap=keywords.get("softcap"),
+            sink_logit=sinks,
+            listener=None if layer.listener is None else functools.partial(layer.listener, size),
+        )
+        counters = layer.counters.setdefault(size, Counters())
+        counters.add(result, kv_heads, config.page_size)
+        outs.append(result.out.unflatten(0, (sequences, kv_heads)).flatten(1, 2))
+    return outs[0] if len(outs) == 1 else torch.cat(outs, 2)
 
 
 def cache_hook(module: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict]:

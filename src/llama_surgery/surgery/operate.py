@@ -285,8 +285,8 @@ def _model_hook(model: PreTrainedModel, args: tuple, kwargs: dict[str, Any]) -> 
             "output_attentions: operated layers never form attention weights. eject(model) first."
         )
     position_ids = kwargs.get("position_ids")
-    unmasked = kwargs.get("attention_mask") is None
-    if unmasked and position_ids is not None and bool((position_ids.diff(dim=-1) < 1).any()):
+    counted = kwargs.get("attention_mask") is None and position_ids is not None and position_ids.dim() == 2
+    if counted and bool((position_ids.diff(dim=-1) < 1).any()):
         # Without a cache transformers would make a mask of them; with one, it mixes the sequences in silence.
         raise UnsupportedModelError(
             "packed rows: position_ids start anew within a row. Operated layers take one sequence a row: "
@@ -326,3 +326,4 @@ def _prepare(
         # Assisted generation verifies several tokens in one call: decode steps too.
         assisted = str(getattr(generation_mode, "value", generation_mode)) == "assisted_generation"
         cache.decode_rows = cache.surgery.chunk_size if assisted else 1
+        cache.settle_last_tile = True

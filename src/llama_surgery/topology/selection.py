@@ -113,20 +113,11 @@ def select(
     moments = layout.moments.first(block.closed * config.pages_per_chunk * config.balls_per_page)
     theta = config.theta_for(tile)
     opening = math.log(theta) if theta > 0 else -math.inf
-    if config.coarse_to_fine:
+    if config.coarse_to_fine and config.depth:
         shares = _descend(queries, moments, near_lse, config, scorer, sink_logit, opening)
     else:
         scores = _page_scores(queries, moments, scorer, config)
         shares = log_shares(scores, near_lse, sink_logit)
-    if tile > 1 and config.lead != 1.0:
-        import os
-
-        if os.environ.get("LEAD") == "linear":
-            shares = shares - math.log(config.lead) * (1 - (rows % tile).to(shares.dtype) / tile)[:, None]
-        elif os.environ.get("LEAD") == "exp":
-            shares = shares - math.log(config.lead) * (2 ** (-(rows % tile).to(shares.dtype) / 4))[:, None]
-        else:
-            shares = shares - math.log(config.lead) * (rows % tile == 0)[:, None]
     whole = _TileRows(rows, block, tile, stride)
     if config.pages_per_row is None:
         opened = shares > opening

@@ -121,9 +121,6 @@ class TestAgainstReference:
     def test_balls_smaller_than_pages(self, moment_size: int, device: torch.device) -> None:
         check(Case(83, 121, 4), dataclasses.replace(CONFIG, moment_size=moment_size), device)
 
-    def test_the_first_row_of_a_tile_opens_by_its_own_threshold(self, device: torch.device) -> None:
-        check(Case(83, 121, 4), dataclasses.replace(CONFIG, lead=0.4), device)
-
     def test_tiles_of_one_query(self, device: torch.device) -> None:
         check(Case(3, 197, 4, tile=1), CONFIG, device)
 

@@ -147,7 +147,6 @@ def list_pages(job: Job, strip: Strip, totals: torch.Tensor) -> TiledPlan:
         job.scale,
         1.0 if job.softcap is None else job.softcap,
         math.log2(theta) if theta > 0 else -math.inf,
-        math.log2(job.config.lead) if job.tile > 1 else 0.0,
         **_score_constants(job, shape),
         PAGE=job.config.page_size,
         BALLS_PAD=triton.next_power_of_2(job.config.balls_per_page),

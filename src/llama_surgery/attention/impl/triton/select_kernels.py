@@ -185,7 +185,6 @@ def _bars(
     dense_until,
     scale,
     log2_theta,
-    log2_lead,
     HEADS: tl.constexpr,
     HEADS_BLOCK: tl.constexpr,
     SLOTS: tl.constexpr,
@@ -208,7 +207,7 @@ def _bars(
     cell = ((stream * tiles + tile) * SLOTS + slot) * HEADS + head
     bar = tl.load(totals_ptr + cell, mask=live, other=float("inf")) + log2_theta
     row = position - (first_tile + tile) * TILE
-    bar = tl.where(live, bar + tl.where(row == 0, log2_lead, 0.0), float("inf"))
+    bar = tl.where(live, bar, float("inf"))
     return q, scaled_squares(q, scale), bar, row
 
 
@@ -237,7 +236,6 @@ def list_kernel(
     scale,
     softcap,
     log2_theta,
-    log2_lead,
     HEADS: tl.constexpr,
     HEADS_BLOCK: tl.constexpr,
     SLOTS: tl.constexpr,
@@ -285,7 +283,7 @@ def list_kernel(
     if head_blocks == 1:
         q, squares, bar, row = _bars(
             block_id, 0, q_ptr, totals_ptr, q_stream, q_head, q_row, tiles, start, stop, first_tile,
-            dense_until, scale, log2_theta, log2_lead,
+            dense_until, scale, log2_theta,
             HEADS, HEADS_BLOCK, SLOTS, SLOTS_PAD, TILES_BLOCK, TILE, DIM, DIM_PAD,
         )  # fmt: skip
 
@@ -304,7 +302,7 @@ def list_kernel(
             if head_blocks > 1:
                 q, squares, bar, row = _bars(
                     block_id, head_block, q_ptr, totals_ptr, q_stream, q_head, q_row,
-                    tiles, start, stop, first_tile, dense_until, scale, log2_theta, log2_lead,
+                    tiles, start, stop, first_tile, dense_until, scale, log2_theta,
                     HEADS, HEADS_BLOCK, SLOTS, SLOTS_PAD, TILES_BLOCK, TILE, DIM, DIM_PAD,
                 )  # fmt: skip
             scores = ball_scores(q, squares, mean, spread, scale, softcap, LOG2_BALL, CAP)
