@@ -25,43 +25,50 @@ from llama_surgery.evaluation.text import read_texts, windows
 
 RESULTS = Path(__file__).parent / "results" / "frontier.csv"
 #: What identifies a row.
-KEYS = ("page_size", "chunk_size", "window", "tile", "directions", "scoring", "target")
+KEYS = ("page_size", "moment_size", "chunk_size", "window", "tile", "directions", "scoring", "target")
 
 
 def variants() -> list[tuple[SurgeryConfig, float]]:
     """(configuration, target far density), the most informative first."""
-    base = SurgeryConfig()
     rows = []
+
+    def add(target: float, **change: object) -> None:
+        rows.append((dataclasses.replace(SurgeryConfig(), **(_UNSET | change)), target))
+
     for tile in (32, 1, 16, 64):
-        for page in (64, 32, 128):
-            change = {"tile": tile, "page_size": page, "theta_decode": None}
-            rows += [(dataclasses.replace(base, **change), d) for d in (0.06, 0.03)]
-    t32 = {"theta_decode": None}
-    t1 = {"tile": 1, "theta_decode": None}
+        for page in (32, 64, 16, 128):
+            for target in (0.06, 0.03):
+                add(target, tile=tile, page_size=page)
     for change in (
+        {"moment_size": 32},
+        {"moment_size": 16},
+        {"moment_size": 4},
         {"directions": "position"},
         {"score_stride": 4},
+        {"score_stride": 8},
         {"score_stride": 32},
         {"coarse_to_fine": True},
-        {"window": 256},
+        {"window": 128},
         {"window": 64},
-        {"chunk_size": 256},
+        {"chunk_size": 256, "window": 320},
         {"chunk_size": 1024},
         {"chunk_size": 2048},
-        {"directions": "position", "page_size": 32},
-        {"directions": "position", "page_size": 128},
-        {"chunk_size": 2048, "page_size": 32},
+        {"chunk_size": 2048, "page_size": 64},
         {"chunk_size": 2048, "page_size": 128},
-        {"chunk_size": 256, "window": 256},
-        {"score_stride": 8},
+        {"directions": "position", "page_size": 64},
+        {"directions": "position", "page_size": 128},
     ):
-        rows.append((dataclasses.replace(base, **t32, **change), 0.06))
+        add(0.06, **change)
         if "score_stride" not in change:
-            rows.append((dataclasses.replace(base, **t1, **change), 0.06))
+            add(0.06, tile=1, **change)
     for tile in (32, 1):
         for target in (0.015, 0.12):
-            rows.append((dataclasses.replace(base, tile=tile, theta_decode=None), target))
+            add(target, tile=tile)
     return rows
+
+
+#: Fields that follow from others unless set.
+_UNSET = {"theta_decode": None, "moment_size": None}
 
 
 def describe(config: SurgeryConfig, target: float) -> dict[str, str]:
@@ -83,7 +90,9 @@ def main() -> None:
     parser.add_argument("--windows", type=int, default=16)
     parser.add_argument("--needles", type=int, default=100)
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--seconds", type=float, default=1e9, help="stop before starting a row later than this")
+    parser.add_argument(
+        "--seconds", type=float, default=1e9, help="stop before starting a row later than this"
+    )
     parser.add_argument("--only", type=int, default=None, help="measure this many rows at most")
     parser.add_argument("--out", type=Path, default=RESULTS)
     options = parser.parse_args()
@@ -100,7 +109,10 @@ def main() -> None:
     dense = perplexity(model, ids)
     dense_right = score_needles(model, needles, batch_size=8)
     accuracy = sum(dense_right) / len(needles)
-    print(f"dense: perplexity {dense.value:.4f}, needle {accuracy:.3f}, {time.time() - started:.0f} s", flush=True)
+    print(
+        f"dense: perplexity {dense.value:.4f}, needle {accuracy:.3f}, {time.time() - started:.0f} s",
+        flush=True,
+    )
 
     rows = list(csv.DictReader(options.out.open())) if options.out.exists() else []
     done = {tuple(row[key] for key in KEYS) for row in rows}

@@ -15,11 +15,11 @@ CHUNK, PAGE, DIM = 16, 4, 8
 SCALE = DIM**-0.5
 
 
-def slow_pages(keys: torch.Tensor) -> list[list[int]]:
-    """Pages of one full chunk, as lists of offsets: recursive median splits along the first direction."""
+def slow_balls(keys: torch.Tensor, size: int) -> list[list[int]]:
+    """Balls of one full chunk, as lists of offsets: recursive median splits along the first direction."""
 
     def split(offsets: list[int]) -> list[list[int]]:
-        if len(offsets) == PAGE:
+        if len(offsets) == size:
             return [sorted(offsets)]
         rows = keys[offsets] - keys[offsets].mean(0)
         covariance = rows.T @ rows
@@ -39,9 +39,12 @@ def slow_pages(keys: torch.Tensor) -> list[list[int]]:
 def slow_attention(q, k, v, config, calls):
     """Output and visible sets of one stream: q (heads, n, dim), k and v (n, dim), calls [(start, stop)]."""
     heads, n, _ = q.shape
-    pages = []
+    per_page = PAGE // config.moment_size
+    pages = []  # chunk by chunk, each page as the list of its balls
     for c in range(n // CHUNK):
-        pages.append([[c * CHUNK + o for o in page] for page in slow_pages(k[c * CHUNK : (c + 1) * CHUNK])])
+        balls = slow_balls(k[c * CHUNK : (c + 1) * CHUNK], config.moment_size)
+        balls = [[c * CHUNK + offset for offset in ball] for ball in balls]
+        pages.append([balls[i : i + per_page] for i in range(0, len(balls), per_page)])
     out = torch.empty(heads, n, DIM, dtype=q.dtype)
     seen: list[set[int]] = []
     for start, stop in calls:
@@ -58,15 +61,19 @@ def slow_attention(q, k, v, config, calls):
             for h in range(heads):
                 scores = []
                 for page in far:
-                    mean, var = k[page].mean(0), k[page].var(0, correction=0)
-                    score = math.log(PAGE) + SCALE * (q[h, p] @ mean)
-                    scores.append(score + 0.5 * config.alpha * SCALE**2 * (q[h, p] ** 2 @ var))
+                    parts = []
+                    for ball in page:
+                        mean, var = k[ball].mean(0), k[ball].var(0, correction=0)
+                        score = math.log(len(ball)) + SCALE * (q[h, p] @ mean)
+                        parts.append(score + 0.5 * config.alpha * SCALE**2 * (q[h, p] ** 2 @ var))
+                    scores.append(torch.stack(parts).logsumexp(0))
                 logits = [SCALE * (q[h, p] @ k[j]) for j in near]
                 total = torch.stack(scores + logits).logsumexp(0)
                 for b, score in enumerate(scores):
                     if (score - total).exp() > theta:
                         opened.add(b)
-            visible = near + [j for b, page in enumerate(far) if b in opened or 0 in page for j in page]
+            flat = [[j for ball in page for j in ball] for page in far]
+            visible = near + [j for b, page in enumerate(flat) if b in opened or 0 in page for j in page]
             seen.append(set(visible))
             for h in range(heads):
                 weights = torch.softmax(SCALE * (k[visible] @ q[h, p]), 0)
@@ -86,6 +93,7 @@ def cases(draw):
         page_size=PAGE,
         window=draw(st.sampled_from([0, 8, 16])),
         tile=tile,
+        moment_size=draw(st.sampled_from([1, 2, 4])),
         theta=theta,
         theta_decode=decode,
         alpha=draw(st.sampled_from([0.0, 1.0])),

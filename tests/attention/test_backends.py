@@ -236,7 +236,6 @@ def arguments(**changes):
         ({"sink_logit": torch.zeros(2, 2)}, r"sink_logit \(2, 2\): expected .* \(2, 3\)"),
         ({"start": 5}, "4 near keys: rows from position 5 need the last 9"),
         ({"start": 50}, "the layout holds 0 chunks: the last row needs 1"),
-        ({"config": dataclasses.replace(BASE, backend="flex")}, "backend='flex'"),
     ],
 )
 def test_arguments_that_do_not_fit_are_refused(changes, message):

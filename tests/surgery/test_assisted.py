@@ -53,8 +53,10 @@ def test_an_assistant_with_the_same_weights_is_believed():
             lambda module, args, kwargs: calls.append(kwargs["input_ids"].shape[1]), with_kwargs=True
         )
         twin = llama(seed=0, rms_norm_eps=1e-4)  # nearly the same model, dense
-        out = model.generate(prompt, assistant_model=twin, **OPTIONS)
-        hook.remove()
+        try:
+            out = model.generate(prompt, assistant_model=twin, **OPTIONS)
+        finally:
+            hook.remove()
     assert torch.equal(out.sequences, plain.sequences)
     assert len(calls) < NEW, "some candidates were accepted"
 

@@ -54,6 +54,17 @@ def test_crop_to_a_length():
     torch.testing.assert_close(got, logits(model, ids)[:, 70:], **EXACT)
 
 
+def test_crop_by_a_tensor():
+    """As assisted generation of older versions of transformers calls it."""
+    model, ids = llama(), tokens(150)
+    _, cache = in_pieces(model, ids, [])
+    cache.crop(torch.tensor(-80))
+    assert type(cache.get_seq_length()) is int
+    got, cache = in_pieces(model, ids[70:], [8, 20], cache)
+    torch.testing.assert_close(got, logits(model, ids)[:, 70:], **EXACT)
+    assert cache.get_seq_length() == 150
+
+
 @FEW
 @given(st.lists(st.integers(1, 160), min_size=2, max_size=3), st.data())
 def test_crop_a_padded_batch(lengths, data):

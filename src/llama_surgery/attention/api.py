@@ -4,11 +4,11 @@ A *stream* is one KV head of one sequence; queries come grouped, all query heads
 """
 
 import dataclasses
+import importlib
 from types import ModuleType
 
 import torch
 
-from llama_surgery.attention.impl import gather, reference
 from llama_surgery.config import SurgeryConfig
 from llama_surgery.errors import SurgeryError
 from llama_surgery.topology.geometry import closed_chunks, query_blocks
@@ -16,7 +16,8 @@ from llama_surgery.topology.layout import Layout
 from llama_surgery.topology.plan import Plan
 from llama_surgery.topology.selection import Scorer, ShareListener, select
 
-BACKENDS: dict[str, ModuleType] = {"reference": reference, "gather": gather}
+#: Modules that execute plans, loaded when first asked for.
+BACKENDS = ("reference", "gather", "flex")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,8 +136,8 @@ def backend_of(config: SurgeryConfig, queries: torch.Tensor) -> ModuleType:
     """
     name = "gather" if config.backend == "auto" else config.backend
     if name not in BACKENDS:
-        raise SurgeryError(f"backend={name!r} is not one of {', '.join(sorted(BACKENDS))}.")
-    return BACKENDS[name]
+        raise SurgeryError(f"backend={name!r} is not one of {', '.join(BACKENDS)}.")
+    return importlib.import_module(f"llama_surgery.attention.impl.{name}")
 
 
 def _triangle(n: int) -> int:

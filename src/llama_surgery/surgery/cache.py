@@ -155,6 +155,7 @@ class PagedLayer(CacheLayerMixin):
 
     def crop(self, tokens: int) -> None:
         """Remove ``-tokens`` columns; a positive number is the length to keep (older transformers)."""
+        tokens = int(tokens)  # assisted generation of older transformers gives a tensor
         self.slots = max(0, self.slots + tokens) if tokens <= 0 else min(self.slots, tokens)
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:

@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -24,6 +24,10 @@ from llama_surgery.topology.geometry import Block
 WINDOWS = 4
 #: Passes over the windows: each reads the shares that arise under the previous pass's θ.
 PASSES = 3
+#: Share of the budget that is aimed at: texts differ, and another one should keep the budget too.
+AIM = 0.98
+#: Decode steps come after a prompt: their rows are those of this last part of a window.
+LAST_PART = 0.25
 #: Resolution of log θ, in nats, and the smallest share told apart.
 _BIN, _LOWEST = 0.01, -14.0
 
@@ -66,7 +70,7 @@ def calibrate(
     """Configuration of an operated model with θ set for an executed far density.
 
     Tiles and decode steps see different shares, so each has its own θ; both are read off the same prefill,
-    as decode steps follow one. Shares depend on the hidden states, which depend on θ: a few passes settle it.
+    as decode steps follow one: θ of tiles off all rows, θ of decode steps off the last ones. Shares depend on the hidden states, which depend on θ: a few passes settle it.
 
     Args:
         model: An operated model.
@@ -96,32 +100,44 @@ def calibrate(
         )
     ids = windows(tokenizer, text, length, WINDOWS, seed=0).to(inner.device)
     for _ in range(PASSES):
-        by_tile, by_row, pairs = _listen(model, ids, config)
-        theta = by_tile.theta(density * pairs)
-        theta_decode = theta if config.tile == 1 else by_row.theta(density * pairs)
+        heard = _listen(model, ids, config)
+        theta = heard.by_tile.theta(AIM * density * heard.tile_pairs)
+        theta_decode = theta
+        if config.tile > 1:
+            theta_decode = heard.by_row.theta(AIM * density * heard.row_pairs)
         config = dataclasses.replace(config, theta=theta, theta_decode=theta_decode)
         set_config(model, config)
     reset_statistics(model)
     return config
 
 
-def _listen(
-    model: torch.nn.Module, ids: torch.Tensor, config: SurgeryConfig
-) -> tuple[ShareHistogram, ShareHistogram, int]:
-    """Histograms over tiles and over single rows, and the causal pairs they belong to."""
+class _Heard(NamedTuple):
+    """Histograms over tiles and over single rows, and the causal pairs each is a part of."""
+
+    by_tile: ShareHistogram
+    tile_pairs: int
+    by_row: ShareHistogram
+    row_pairs: float
+
+
+def _listen(model: torch.nn.Module, ids: torch.Tensor, config: SurgeryConfig) -> _Heard:
     by_tile, by_row = ShareHistogram(), ShareHistogram()
+    length = ids.shape[1]
+    first = round(length * (1 - LAST_PART))  # row from which rows stand for decode steps
 
     def hear(layer: int, tile: int, shares: torch.Tensor, block: Block) -> None:
         row = torch.arange(block.start, block.stop)
-        rows = torch.bincount(row // tile - block.start // tile)
-        by_tile.add(shares.amax(2), rows * config.page_size)
-        if tile > 1:
+        number = row // tile - block.start // tile
+        by_tile.add(shares.amax(2), torch.bincount(number) * config.page_size)
+        if tile > 1 and block.stop > first:
             scored = shares.shape[2]
-            each = (rows * config.page_size / scored).repeat_interleave(scored)
-            by_row.add(shares.flatten(1, 2), each)
+            rows = torch.bincount(number, (row >= first).double())
+            by_row.add(shares.flatten(1, 2), (rows * config.page_size / scored).repeat_interleave(scored))
 
     reset_statistics(model)
     with listening(surgery_of(model), hear), torch.inference_mode():
         for window in ids:
             inner_model(model)(window[None], use_cache=False, logits_to_keep=1)
-    return by_tile, by_row, statistics(model).causal_pairs
+    pairs = statistics(model).causal_pairs
+    earlier = first * (first + 1) / (length * (length + 1))
+    return _Heard(by_tile, pairs, by_row, pairs * (1 - earlier))
