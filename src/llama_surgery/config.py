@@ -156,8 +156,13 @@ class SurgeryConfig:
         return depth
 
     @property
+    def ball_size(self) -> int:
+        """``moment_size``, which is always set once the configuration stands."""
+        return self.moment_size or self.page_size
+
+    @property
     def balls_per_page(self) -> int:
-        return self.page_size // (self.moment_size or self.page_size)
+        return self.page_size // self.ball_size
 
     @property
     def pages_per_chunk(self) -> int:

@@ -25,9 +25,7 @@ def test_flex_equals_reference(start, stop, tile, softcap):
 
     def run(backend):
         config = dataclasses.replace(CONFIG, backend=backend)
-        return attend(
-            queries, keys, values, layout, config=config, start=start, tile=tile, softcap=softcap
-        )
+        return attend(queries, keys, values, layout, config=config, start=start, tile=tile, softcap=softcap)
 
     expected, got = run("reference"), run("flex")
     torch.testing.assert_close(got.out, expected.out, rtol=1e-6, atol=1e-6)

@@ -1,7 +1,6 @@
 """Operating and ejecting: nothing is left behind; wrappers; what is refused when it runs."""
 
 import copy
-import dataclasses
 import pickle
 
 import accelerate
@@ -397,14 +396,6 @@ def test_bidirectional_tokens_of_a_mask_are_refused():
         patch.setattr(module, "create_causal_mask", with_image)
         with pytest.raises(UnsupportedModelError, match="bidirectional image tokens"):
             logits(model, tokens(1, 20))
-
-
-def test_a_backend_that_is_not_there_is_refused_when_it_is_needed(model):
-    config = dataclasses.replace(SPARSE, backend="flex")
-    if "flex" in __import__("llama_surgery.attention.api", fromlist=["BACKENDS"]).BACKENDS:
-        pytest.skip("flex is there")
-    with operated(model, config), pytest.raises(SurgeryError, match="backend='flex' is not one of"):
-        logits(model, tokens(1, 20))
 
 
 def test_public_names_are_those_of_the_contract():

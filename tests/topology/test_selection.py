@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llama_surgery.config import SurgeryConfig
-from llama_surgery.topology.geometry import query_blocks
+from llama_surgery.topology.geometry import Block, query_blocks
 from llama_surgery.topology.layout import Moments, build_layout, moments_of
 from llama_surgery.topology.mask import page_mask
 from llama_surgery.topology.selection import Scorer, log_shares, select
@@ -317,3 +317,19 @@ def test_the_listener_hears_every_scored_row():
     pages = torch.arange(4) != layout.sink_pages(CONFIG.page_size)[:, None]
     heard_pages = shares.isneginf().transpose(1, 3).transpose(2, 3)[pages]
     assert torch.equal(heard_pages, outside.expand_as(heard_pages))
+
+
+def test_more_pages_a_row_than_are_closed_opens_all_of_them():
+    config = SurgeryConfig(chunk_size=16, page_size=4, window=0, tile=4, pages_per_row=50, moment_size=1)
+    keys = torch.randn(1, 32, 8, generator=torch.Generator().manual_seed(0))
+    block = Block(16, 32, 1)
+    plan = select(
+        keys[:, None, 16:],
+        build_layout(keys, keys, config),
+        torch.zeros(1, 1, 16),
+        block,
+        config=config,
+        tile=4,
+        scorer=Scorer(1.0),
+    )
+    assert (plan.counts == 4).all() and (plan.first_open == 0).all()

@@ -5,7 +5,7 @@ A *stream* is one KV head of one sequence; queries come grouped, all query heads
 
 import dataclasses
 import importlib
-from types import ModuleType
+from typing import Protocol, cast
 
 import torch
 
@@ -18,6 +18,60 @@ from llama_surgery.topology.selection import Scorer, ShareListener, select
 
 #: Modules that execute plans, loaded when first asked for.
 BACKENDS = ("reference", "gather", "flex")
+
+
+class Backend(Protocol):
+    """A way to execute plans: what each module of ``attention/impl`` offers."""
+
+    def near_field(
+        self,
+        queries: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        *,
+        scale: float,
+        softcap: float | None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Causal attention of the last rows of a run of keys.
+
+        Args:
+            queries: (streams, heads, rows, head_dim).
+            keys: (streams, n, head_dim), the last ``rows`` of them the rows' own.
+            values: (streams, n, value_dim).
+            scale: Scaling of q·k.
+            softcap: Cap of the logits, or None.
+
+        Returns:
+            Output (streams, heads, rows, value_dim) and log-sum-exp (streams, heads, rows).
+        """
+
+    def far_field(
+        self,
+        queries: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        page_size: int,
+        plan: Plan,
+        near: tuple[torch.Tensor, torch.Tensor],
+        *,
+        scale: float,
+        softcap: float | None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Attention over the plan's pages, merged with the near field's.
+
+        Args:
+            queries: (streams, heads, rows, head_dim), the rows of the plan's block.
+            keys: (streams, pages * page_size, head_dim) in tree order.
+            values: (streams, pages * page_size, value_dim), the same order.
+            page_size: Keys of a page.
+            plan: Which pages each tile reads, and which rows see them.
+            near: Output and log-sum-exp of :meth:`near_field`.
+            scale: Scaling of q·k.
+            softcap: Cap of the logits, or None.
+
+        Returns:
+            Output and log-sum-exp over near field and far pages together.
+        """
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,7 +182,7 @@ def attend(
     )
 
 
-def backend_of(config: SurgeryConfig, queries: torch.Tensor) -> ModuleType:
+def backend_of(config: SurgeryConfig, queries: torch.Tensor) -> Backend:
     """The backend that executes plans for these queries.
 
     Raises:
@@ -137,7 +191,7 @@ def backend_of(config: SurgeryConfig, queries: torch.Tensor) -> ModuleType:
     name = "gather" if config.backend == "auto" else config.backend
     if name not in BACKENDS:
         raise SurgeryError(f"backend={name!r} is not one of {', '.join(BACKENDS)}.")
-    return importlib.import_module(f"llama_surgery.attention.impl.{name}")
+    return cast(Backend, importlib.import_module(f"llama_surgery.attention.impl.{name}"))
 
 
 def _triangle(n: int) -> int:

@@ -222,6 +222,7 @@ def page_name(page: int) -> str:
 
 def _heat(panel: Axes, values: Sequence[Sequence[float | None]], texts: list[list[str]], top: float) -> Any:
     shown = [[float("nan") if v is None else v for v in row] for row in values]
+    panel.set_facecolor(PALE)  # where nothing was measured: not to be taken for zero
     image = panel.imshow(shown, cmap=AMOUNT, vmin=0, vmax=top, aspect="auto")
     panel.grid(visible=False)
     panel.tick_params(length=0)

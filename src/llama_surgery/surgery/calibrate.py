@@ -70,7 +70,8 @@ def calibrate(
     """Configuration of an operated model with θ set for an executed far density.
 
     Tiles and decode steps see different shares, so each has its own θ; both are read off the same prefill,
-    as decode steps follow one: θ of tiles off all rows, θ of decode steps off the last ones. Shares depend on the hidden states, which depend on θ: a few passes settle it.
+    as decode steps follow one: θ of tiles off all rows, θ of decode steps off the last ones. Shares depend on
+    the hidden states, which depend on θ: a few passes settle it.
 
     Args:
         model: An operated model.

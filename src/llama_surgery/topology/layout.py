@@ -84,9 +84,9 @@ def build_layout(keys: torch.Tensor, values: torch.Tensor, config: SurgeryConfig
         values: (streams, n * chunk_size, value_dim).
     """
     chunked = keys.detach().unflatten(1, (-1, config.chunk_size))
-    order = tree_order(chunked, config.moment_size, config.arity, config.directions)
+    order = tree_order(chunked, config.ball_size, config.arity, config.directions)
     keys = reorder(keys, order)
-    moments = moments_of(keys, config.moment_size)
+    moments = moments_of(keys, config.ball_size)
     return Layout(keys, reorder(values, order), order.to(torch.int16), moments)
 
 

@@ -122,7 +122,7 @@ def select(
     if config.pages_per_row is None:
         opened = shares > opening
     else:
-        most = min(config.pages_per_row, moments.mean.shape[1])
+        most = min(config.pages_per_row, shares.shape[-1])
         opened = torch.zeros_like(shares, dtype=torch.bool)
         opened.scatter_(-1, shares.topk(most, dim=-1).indices, True)
     place = torch.where(opened, (rows % tile).to(torch.int16)[:, None], tile)

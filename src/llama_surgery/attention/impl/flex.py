@@ -6,6 +6,7 @@ and masked, which shows that a plan means the same to another library but saves 
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch.nn.attention.flex_attention import AuxRequest, create_block_mask, flex_attention
@@ -25,7 +26,7 @@ def near_field(
     scale: float,
     softcap: float | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """See :func:`llama_surgery.attention.api.near_field`."""
+    """See :meth:`llama_surgery.attention.api.Backend.near_field`."""
     offset = keys.shape[1] - queries.shape[2]
 
     def causal(
@@ -47,7 +48,7 @@ def far_field(
     scale: float,
     softcap: float | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """See :func:`llama_surgery.attention.api.far_field`."""
+    """See :meth:`llama_surgery.attention.api.Backend.far_field`."""
     visible = page_mask(plan, keys.shape[1] // page_size)
 
     def opened(
@@ -79,7 +80,7 @@ def _flex(
 
     device = queries.device
     block_mask = create_block_mask(mask, streams, None, rows, keys.shape[1], device=device)
-    attention = _compiled() if device.type == "cuda" else flex_attention
+    attention: Any = _compiled() if device.type == "cuda" else flex_attention
     dtype = compute_dtype(queries.dtype)
     out, aux = attention(
         queries,

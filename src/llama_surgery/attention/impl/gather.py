@@ -25,7 +25,7 @@ def near_field(
     scale: float,
     softcap: float | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """See :func:`llama_surgery.attention.api.near_field`."""
+    """See :meth:`llama_surgery.attention.api.Backend.near_field`."""
     dtype = compute_dtype(queries.dtype)
     _streams, heads, rows, _ = queries.shape
     offset = keys.shape[1] - rows
@@ -57,7 +57,7 @@ def far_field(
     scale: float,
     softcap: float | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """See :func:`llama_surgery.attention.api.far_field`."""
+    """See :meth:`llama_surgery.attention.api.Backend.far_field`."""
     dtype = compute_dtype(queries.dtype)
     streams, heads, _, head_dim = queries.shape
     tiled = _to_tiles(queries.to(dtype) * scale, plan)  # (streams * tiles, heads * tile, head_dim)

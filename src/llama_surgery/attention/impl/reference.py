@@ -18,7 +18,7 @@ def near_field(
     scale: float,
     softcap: float | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """See :func:`llama_surgery.attention.api.near_field`."""
+    """See :meth:`llama_surgery.attention.api.Backend.near_field`."""
     rows, count = queries.shape[2], keys.shape[1]
     visible = torch.ones(rows, count, dtype=torch.bool, device=queries.device).tril(count - rows)
     return _masked(queries, keys, values, visible, scale, softcap)
@@ -35,7 +35,7 @@ def far_field(
     scale: float,
     softcap: float | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """See :func:`llama_surgery.attention.api.far_field`."""
+    """See :meth:`llama_surgery.attention.api.Backend.far_field`."""
     visible = page_mask(plan, keys.shape[1] // page_size).repeat_interleave(page_size, -1)
     far_out, far_lse = _masked(queries, keys, values, visible.unsqueeze(1), scale, softcap)
     return merge(*near, far_out, far_lse)
