@@ -21,7 +21,7 @@ from llama_surgery.evaluation.io import write_csv
 from llama_surgery.evaluation.needle import needle_prompts, score_needles
 from llama_surgery.evaluation.paired import paired_difference, perplexity_ratio
 from llama_surgery.evaluation.perplexity import perplexity
-from llama_surgery.evaluation.text import read_texts, windows
+from llama_surgery.text import read_texts, windows
 
 RESULTS = Path(__file__).parent / "results" / "frontier.csv"
 #: What identifies a row.

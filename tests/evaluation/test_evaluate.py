@@ -12,7 +12,7 @@ from llama_surgery.errors import SurgeryError, TextError
 from llama_surgery.evaluation.evaluate import evaluate, model_name
 from llama_surgery.evaluation.io import write_csv
 from llama_surgery.evaluation.perplexity import perplexity
-from llama_surgery.evaluation.text import windows
+from llama_surgery.text import windows
 
 TILED = SurgeryConfig(chunk_size=64, page_size=16, window=32, tile=16, theta=0.1, theta_decode=0.05)
 CONFIGS = {

@@ -7,7 +7,7 @@ import torch
 from llama_surgery.errors import TextError
 from llama_surgery.evaluation.needle import DEPTHS, NeedlePrompt, _pieces, needle_prompts, score_needles
 from llama_surgery.evaluation.needle_forms import FORMS
-from llama_surgery.evaluation.text import encode
+from llama_surgery.text import encode
 
 
 @pytest.fixture(scope="module")

@@ -37,16 +37,16 @@ def demo(
 
     Thresholds are set on one public-domain text, so that at most 6% of all pairs are read from the far
     field. Then the dense and the operated model read another text and look for planted facts in it. A table
-    and an HTML report compare them. Nothing is downloaded. On two CPU cores it takes some four minutes.
+    and an HTML report compare them. Nothing is downloaded. On two CPU cores it takes some five minutes.
     """
     started = time.perf_counter()
     folder = demo_folder()
     checked_output(out_folder, folder=True)
-    from llama_surgery.evaluation.text import read_texts
+    from llama_surgery.text import read_texts
 
     calibration = read_texts(folder / "text" / "calibration.txt")
     texts = read_texts(folder / "text" / "evaluation.txt")
-    length, windows, needles = (4096, 2, 10) if fast else (8192, 3, 20)
+    length, windows, needles = (4096, 2, 10) if fast else (8192, 3, 15)
     llm, tokenizer = load_model(str(folder / "books-26m"), device, Dtype.float32)
     with progress() as tell:
         config = calibrated(

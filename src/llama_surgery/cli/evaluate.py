@@ -108,7 +108,7 @@ def evaluate(
         if path is not None:
             checked_output(path)
     configs = {f"T = {t}": config_for(settings, t) for t in dict.fromkeys([tile, *(also_tile or [])])}
-    from llama_surgery.evaluation.text import read_texts
+    from llama_surgery.text import read_texts
 
     texts = read_texts(text)
     calibration = None if calibration_text is None else read_texts(calibration_text)

@@ -83,7 +83,7 @@ def _prompt(prompt: str | None, file: Path | None) -> str:
         raise typer.BadParameter("give either --prompt or --prompt-file.")
     if prompt is not None:
         return prompt
-    from llama_surgery.evaluation.text import read_texts
+    from llama_surgery.text import read_texts
 
     assert file is not None  # one of the two was given
     return read_texts(file)[0]

@@ -57,7 +57,7 @@ def operate(
         raise typer.BadParameter("--text and --density go together: thresholds are set on text.")
     config = config_for(settings, tile)
     checked_output(out_folder, folder=True)
-    from llama_surgery.evaluation.text import read_texts
+    from llama_surgery.text import read_texts
 
     texts = None if text is None else read_texts(text)
     llm, tokenizer = load_model(model, device, dtype)

@@ -71,10 +71,10 @@ def measured(
         SurgeryError: As :func:`llama_surgery.evaluation.evaluate.evaluate` does.
     """
     from llama_surgery.evaluation.evaluate import evaluate
-    from llama_surgery.evaluation.text import windows as cut_windows
     from llama_surgery.report.extract import head_tree
     from llama_surgery.report.results import make_results
     from llama_surgery.surgery.operate import operated
+    from llama_surgery.text import windows as cut_windows
 
     result = evaluate(
         model,

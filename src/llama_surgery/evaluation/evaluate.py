@@ -28,8 +28,8 @@ from llama_surgery.evaluation.result import (
     Measurement,
     OperatedMeasurement,
 )
-from llama_surgery.evaluation.text import windows as cut_windows
 from llama_surgery.surgery.operate import inner_model
+from llama_surgery.text import windows as cut_windows
 
 
 def evaluate(

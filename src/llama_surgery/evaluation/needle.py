@@ -14,8 +14,8 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 from llama_surgery.errors import TextError
 from llama_surgery.evaluation.io import Progress
 from llama_surgery.evaluation.needle_forms import FORMS, SYLLABLES, WORDS, Form
-from llama_surgery.evaluation.text import encode, leading_tokens
 from llama_surgery.surgery.operate import inner_model
+from llama_surgery.text import encode, leading_tokens
 
 #: Depths of the fact, as shares of the context before it.
 DEPTHS = (0.05, 0.15, 0.25, 0.35, 0.45, 0.55, 0.65, 0.75, 0.85, 0.95)

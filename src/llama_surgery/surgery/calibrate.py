@@ -8,7 +8,6 @@ import torch
 
 from llama_surgery.config import SurgeryConfig
 from llama_surgery.errors import SurgeryError, TextError
-from llama_surgery.evaluation.text import windows
 from llama_surgery.surgery.interface import listening
 from llama_surgery.surgery.operate import (
     config_of,
@@ -18,6 +17,7 @@ from llama_surgery.surgery.operate import (
     statistics,
     surgery_of,
 )
+from llama_surgery.text import windows
 from llama_surgery.topology.geometry import Block
 
 #: Windows of calibration text, spread over the documents.

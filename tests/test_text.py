@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from llama_surgery.errors import TextError
-from llama_surgery.evaluation.text import encode, leading_tokens, read_texts, windows
+from llama_surgery.text import encode, leading_tokens, read_texts, windows
 
 
 def test_folder_is_read_in_order_of_names(tmp_path: Path) -> None:
