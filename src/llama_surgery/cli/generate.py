@@ -95,11 +95,13 @@ def _table(read: dict[str, Any], prompt_tokens: int, new_tokens: int) -> Any:
     table = Table(
         title="What was read", title_justify="left", caption=f"{prompt_tokens:,} + {new_tokens:,} tokens"
     )
-    for name in ("phase", "tokens", "far density", "total density", "far pages per token and head"):
-        table.add_column(name, justify="left" if name == "phase" else "right")
+    table.add_column("phase", no_wrap=True)
+    for name in ("tokens", "far density", "total density", "far pages per token and head"):
+        table.add_column(name, justify="right")
     layers = max(1, len(read["by_layer"]))
     for tile, part in sorted(read["by_tile"].items(), key=lambda item: -int(item[0])):
-        phase = "decode" if tile == "1" else f"prefill, tiles of {tile}"
+        # The rows that end a prompt inside a tile are decode steps too.
+        phase = "end of prompt, decode" if tile == "1" else f"prefill, tiles of {tile}"
         table.add_row(
             phase,
             f"{part['rows'] / layers:,.0f}",
