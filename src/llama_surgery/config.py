@@ -193,5 +193,5 @@ class SurgeryConfig:
 
 
 #: Default θ for single queries as a share of the tile's θ, for users without calibration text.
-#: On the demo model both give the same executed density there (docs/log.md).
+#: On the demo model the two then read about equally much of a whole text (docs/log.md).
 DECODE_SHARE = 0.23

@@ -28,7 +28,7 @@ SEED = 0
 def demo(
     out_folder: Annotated[Path, typer.Option("--out", help="Folder for the report and the results.")],
     fast: Annotated[
-        bool, typer.Option("--fast", help="Shorter texts and fewer samples: about a minute, rougher figures.")
+        bool, typer.Option("--fast", help="Shorter texts and fewer samples: quicker, with rougher figures.")
     ] = False,
     device: DeviceOption = "cpu",
     json: JsonOption = False,
