@@ -94,6 +94,10 @@ def main() -> None:
         "--seconds", type=float, default=1e9, help="stop before starting a row later than this"
     )
     parser.add_argument("--only", type=int, default=None, help="measure this many rows at most")
+    parser.add_argument("--needle-batch", type=int, default=8)
+    parser.add_argument(
+        "--shard", type=int, nargs=2, default=(0, 1), metavar=("I", "N"), help="every Nth row from the Ith"
+    )
     parser.add_argument("--out", type=Path, default=RESULTS)
     options = parser.parse_args()
     started = time.time()
@@ -107,7 +111,7 @@ def main() -> None:
     lengths = [options.length // 4, options.length // 2, options.length - 16]
     needles = needle_prompts(tokenizer, texts, count=options.needles, lengths=lengths, seed=options.seed)
     dense = perplexity(model, ids)
-    dense_right = score_needles(model, needles, batch_size=8)
+    dense_right = score_needles(model, needles, options.needle_batch)
     accuracy = sum(dense_right) / len(needles)
     print(
         f"dense: perplexity {dense.value:.4f}, needle {accuracy:.3f}, {time.time() - started:.0f} s",
@@ -116,7 +120,7 @@ def main() -> None:
 
     rows = list(csv.DictReader(options.out.open())) if options.out.exists() else []
     done = {tuple(row[key] for key in KEYS) for row in rows}
-    for config, target in variants()[: options.only]:
+    for config, target in variants()[options.shard[0] : options.only : options.shard[1]]:
         key = describe(config, target)
         if tuple(key.values()) in done:
             continue
@@ -131,7 +135,7 @@ def main() -> None:
                 measured = perplexity(model, ids)
                 read = statistics(model)
                 reset_statistics(model)
-                right = score_needles(model, needles, batch_size=8)
+                right = score_needles(model, needles, options.needle_batch)
                 generated = statistics(model).by_tile
         except SurgeryError as error:
             print(key, error)

@@ -226,13 +226,14 @@ def check_selection(job: Job, plans: list[TiledPlan], theta: float) -> float:
                 continue
             stream = index % STREAMS
             rows = slice(tile * size, (tile + 1) * size, size // job.slots)
-            pages = closed * config.pages_per_chunk
+            balls = closed * config.pages_per_chunk * config.balls_per_page
             q = job.queries[stream, :, rows].float() * job.scale
             mean, variance = (
-                m[stream, :pages].float() for m in (layout.moments.mean, layout.moments.variance)
+                m[stream, :balls].float() for m in (layout.moments.mean, layout.moments.variance)
             )
             scores = q @ mean.T + 0.5 * config.alpha * q.square() @ variance.T
-            scores += math.log(config.page_size)
+            scores = scores.unflatten(-1, (-1, config.balls_per_page)).logsumexp(-1)
+            scores += math.log(config.ball_size)
             first = closed * config.chunk_size
             key = torch.arange(first, tile * size + size, device=q.device)
             near = q @ job.near_keys[stream, first : tile * size + size].float().T

@@ -35,8 +35,8 @@ class SurgeryConfig:
             score is the log-sum-exp of its balls' scores. Smaller balls score more sharply and cost more.
         score_stride: Only every ``score_stride``-th row of a tile is scored (1: all rows). The
             first row of a tile or of a call always is; later rows see what earlier scored rows opened.
-        coarse_to_fine: Score whole chunks first and descend the tree only where a ball's expected
-            share exceeds θ, instead of scoring every page.
+        coarse_to_fine: Score balls of several pages first, and pages and their balls only where a coarser
+            ball promises enough, instead of scoring everything.
         alpha: Weight of the variance term of the page score.
         dense_until: Queries at positions below this see everything; a multiple of ``tile``.
         backend: Who executes the plan. A backend asked for by name never falls back in silence.
@@ -163,6 +163,11 @@ class SurgeryConfig:
     @property
     def balls_per_page(self) -> int:
         return self.page_size // self.ball_size
+
+    @property
+    def coarse_fan(self) -> int:
+        """Pages of a coarse ball: two levels of the tree, or as many as the chunk has."""
+        return self.arity ** min(2, self.depth)
 
     @property
     def pages_per_chunk(self) -> int:

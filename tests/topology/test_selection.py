@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 
 from llama_surgery.config import SurgeryConfig
 from llama_surgery.topology.geometry import Block, query_blocks
-from llama_surgery.topology.layout import Moments, build_layout, moments_of
+from llama_surgery.topology.layout import build_layout, merge_moments, moments_of
 from llama_surgery.topology.mask import page_mask
-from llama_surgery.topology.selection import Scorer, log_shares, select
+from llama_surgery.topology.selection import CANDIDATE_SHARE, Scorer, log_shares, select
 
 DIM = 8
 SCALE = DIM**-0.5
@@ -92,24 +92,30 @@ def cases(draw, **fixed):
     )
 
 
-def slow_shares(case, stream, row):
-    """Largest share over heads of every page, for one row, by the formula of the design."""
-    moments, shares, balls = case.layout.moments, [], case.config.balls_per_page
+def slow_scores(case, stream, row, head):
+    """Score of every page for one row of one head, by the formula of the design."""
+    moments, balls, scores = case.layout.moments, case.config.balls_per_page, []
+    q = case.queries[stream, head, row]
+    for page in range(case.pages):
+        of_balls = []
+        for ball in range(page * balls, (page + 1) * balls):
+            mean, variance = moments.mean[stream, ball], moments.variance[stream, ball]
+            score = math.log(case.config.moment_size) + SCALE * float(q @ mean)
+            score += case.config.alpha * 0.5 * SCALE**2 * float(q**2 @ variance)
+            of_balls.append(math.exp(score))
+        scores.append(math.log(sum(of_balls)))
+    return scores
+
+
+def slow_shares(case, stream, row, total_of=None):
+    """Largest share over heads of every page, for one row; the row's total may come from other scores."""
+    shares = []
     for head in range(case.queries.shape[1]):
-        q, scores = case.queries[stream, head, row], []
-        for page in range(case.pages):
-            of_balls = []
-            for ball in range(page * balls, (page + 1) * balls):
-                mean, variance = moments.mean[stream, ball], moments.variance[stream, ball]
-                score = math.log(case.config.moment_size) + SCALE * float(q @ mean)
-                score += case.config.alpha * 0.5 * SCALE**2 * float(q**2 @ variance)
-                of_balls.append(math.exp(score))
-            scores.append(math.log(sum(of_balls)))
         rest = [float(case.near_lse[stream, head, row])]
         if case.sinks is not None:
             rest.append(float(case.sinks[stream, head]))
-        total = torch.tensor(scores + rest).double().logsumexp(0)
-        shares.append([math.exp(score - total) for score in scores])
+        total = torch.tensor(slow_scores(total_of or case, stream, row, head) + rest).double().logsumexp(0)
+        shares.append([math.exp(score - total) for score in slow_scores(case, stream, row, head)])
     return [max(column) for column in zip(*shares, strict=True)]
 
 
@@ -134,7 +140,7 @@ def test_theta_zero_opens_everything(case):
     assert case.mask(case.plan()).all()
 
 
-@given(cases(), st.sampled_from([1.0, 2.0, 1e9]))
+@given(cases(coarse_to_fine=False), st.sampled_from([1.0, 2.0, 1e9]))
 def test_theta_of_one_or_more_opens_the_sink_page_alone(case, theta):
     config = dataclasses.replace(case.config, theta=theta, theta_decode=theta)
     plan = case.plan(config=config)
@@ -150,22 +156,36 @@ def test_coarse_to_fine_with_theta_zero_equals_flat(case):
 
 
 @given(cases(coarse_to_fine=True))
-def test_coarse_to_fine_lists_pages_under_entered_balls_alone(case):
-    """A page is open only if its chunk's expected share exceeds θ too: chunks of no weight stay shut."""
-    layout = case.layout
-    far_away = torch.full_like(layout.moments.mean, 0)
-    ball = case.config.pages_per_chunk * case.config.balls_per_page
-    # The last closed chunk gets keys opposite to every query: its share vanishes for them.
-    direction = case.queries.mean((1, 2))
-    moments = Moments(layout.moments.mean.clone(), layout.moments.variance.clone(), layout.moments.size)
-    queries = direction[:, None, None].expand_as(case.queries)
-    last = slice((case.block.closed - 1) * ball, case.block.closed * ball)
-    moments.mean[:, last] = far_away[:, last] - 1e3 * direction[:, None]
-    moments.variance[:, last] = 0
-    layout = dataclasses.replace(layout, moments=moments)
-    mask = case.mask(case.plan(layout=layout, queries=queries))
-    if case.config.theta and case.block.closed > 1:
-        assert not mask[..., -case.config.pages_per_chunk :].any()
+def test_coarse_to_fine_looks_under_candidates_alone(case):
+    """By the definition: coarse balls first, then pages, then the balls of pages."""
+    block, config, fan = case.block, case.config, case.config.coarse_fan
+    mask, sink, bar = case.mask(case.plan()), case.sink_pages, CANDIDATE_SHARE * config.theta
+
+    def merged(pages):
+        moments = merge_moments(case.layout.moments, config.balls_per_page * pages)
+        size = config.page_size * pages
+        return dataclasses.replace(
+            case,
+            layout=dataclasses.replace(case.layout, moments=moments),
+            config=dataclasses.replace(config, page_size=size, moment_size=size),
+        )
+
+    coarse, whole = merged(fan), merged(1)
+    for stream in range(case.queries.shape[0]):
+        for row, position in enumerate(range(block.start, block.stop)):
+            if position % config.tile == 0 or row == 0:
+                opened, balls, pages = {int(sink[stream])}, set(), set()
+            if position % config.score_stride == 0 or row == 0:
+                expected = [
+                    slow_shares(level, stream, row, total_of=coarse) for level in (coarse, whole, case)
+                ]
+                balls |= {b for b, share in enumerate(expected[0]) if share > bar}
+                if config.balls_per_page > 1:
+                    pages |= {p for p, share in enumerate(expected[1]) if share > bar and p // fan in balls}
+                else:
+                    pages = {p for p in range(case.pages) if p // fan in balls}
+                opened |= {p for p in pages if expected[2][p] > config.theta}
+            assert set(mask[stream, row].nonzero().flatten().tolist()) == opened
 
 
 @given(cases(), st.data())
@@ -234,23 +254,6 @@ def test_a_score_is_the_log_sum_exp_to_second_order_for_small_keys(seed, softcap
         if softcap is not None:
             logits = softcap * torch.tanh(logits / softcap)
         assert abs(score - logits.logsumexp(0).item()) <= 1.5 * largest**3 + 1e-12
-
-
-@pytest.mark.parametrize("theta", [0.0, 0.1])
-def test_chunks_of_one_page_are_scored_flat(theta):
-    """Nothing to descend: coarse to fine is flat scoring."""
-    config = dataclasses.replace(
-        CONFIG, chunk_size=16, page_size=16, moment_size=4, theta=theta, theta_decode=theta
-    )
-    generator = torch.Generator().manual_seed(0)
-    layout = build_layout(*torch.randn(2, 1, 48, DIM, generator=generator), config)
-    *_, block = query_blocks(40, 64, config, 8)
-    rows = block.stop - block.start
-    arguments = (torch.randn(1, 2, rows, DIM, generator=generator), layout, torch.zeros(1, 2, rows), block)
-    flat = select(*arguments, config=config, tile=8, scorer=Scorer(SCALE))
-    config = dataclasses.replace(config, coarse_to_fine=True)
-    plan = select(*arguments, config=config, tile=8, scorer=Scorer(SCALE))
-    assert torch.equal(plan.pages, flat.pages) and torch.equal(plan.first_open, flat.first_open)
 
 
 @given(st.integers(0, 2**31))

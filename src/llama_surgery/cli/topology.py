@@ -33,7 +33,7 @@ _FIELDS: dict[str, Any] = {
         int | None, "Keys of the balls that pages are scored by; the page itself if left out."
     ),
     "score_stride": _option(int, "Score only every n-th token of a tile."),
-    "coarse_to_fine": _option(bool, "Score whole chunks first and descend only where it pays."),
+    "coarse_to_fine": _option(bool, "Score coarse balls first and descend only where it pays."),
     "backend": _option(str, "Who executes the plan: auto, reference, gather, flex."),
 }
 

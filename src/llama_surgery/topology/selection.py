@@ -17,6 +17,10 @@ from llama_surgery.topology.plan import Plan, plan_from_first_open, tiles_of
 ShareListener = Callable[[torch.Tensor, Block], None]
 
 
+#: Share of θ that a ball must promise by its own moments for what it holds to be looked at (coarse to fine).
+CANDIDATE_SHARE = 0.25
+
+
 @dataclasses.dataclass(frozen=True)
 class Scorer:
     """The page score of one layer.
@@ -113,24 +117,26 @@ def select(
     moments = layout.moments.first(block.closed * config.pages_per_chunk * config.balls_per_page)
     theta = config.theta_for(tile)
     opening = math.log(theta) if theta > 0 else -math.inf
-    if config.coarse_to_fine and config.depth:
-        shares = _descend(queries, moments, near_lse, config, scorer, sink_logit, opening)
+    whole = _TileRows(rows, block, tile, stride)
+    candidate = None
+    if config.coarse_to_fine:
+        shares, candidate = _descend(queries, moments, near_lse, config, scorer, sink_logit, opening, whole)
     else:
         scores = _page_scores(queries, moments, scorer, config)
-        shares = log_shares(scores, near_lse, sink_logit)
-    whole = _TileRows(rows, block, tile, stride)
+        shares = whole.embed(log_shares(scores, near_lse, sink_logit), -math.inf)
     if config.pages_per_row is None:
         opened = shares > opening
     else:
         most = min(config.pages_per_row, shares.shape[-1])
         opened = torch.zeros_like(shares, dtype=torch.bool)
         opened.scatter_(-1, shares.topk(most, dim=-1).indices, True)
-    place = torch.where(opened, (rows % tile).to(torch.int16)[:, None], tile)
-    first_open = whole.embed(place, tile).amin(2).long()
+    if candidate is not None:
+        opened &= candidate
+    place = whole.embed((rows % tile).to(torch.int16)[None, :, None], tile)
+    first_open = torch.where(opened, place, tile).amin(2).long()
     sink = layout.sink_pages(config.page_size)[:, None, None].expand(-1, whole.tiles, 1)
     if listener is not None:
-        heard = whole.embed(shares, -math.inf)
-        listener(heard.scatter(-1, sink[:, :, None].expand(*heard.shape[:3], 1), 0.0), block)
+        listener(shares.scatter(-1, sink[:, :, None].expand(*shares.shape[:3], 1), 0.0), block)
     return plan_from_first_open(first_open.scatter_(-1, sink, 0), block, tile)
 
 
@@ -179,25 +185,30 @@ def _descend(
     scorer: Scorer,
     sink_logit: torch.Tensor | None,
     opening: float,
-) -> torch.Tensor:
-    """Log shares of pages by descent: a ball's children count only where its own share exceeds θ.
+    whole: _TileRows,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Log shares of pages and whether each is a candidate at all, coarse to fine.
 
-    A ball that is not entered keeps its own score in the row's total, so that the totals of all levels
-    estimate the same sum. Pages under it get -inf.
+    Totals come from coarse balls of ``coarse_fan`` pages. A ball is a candidate for a row when, by its own
+    moments, some row up to that one of the tile expects more than CANDIDATE_SHARE · θ of it, and the ball
+    around it is a candidate; only under candidates is anything finer looked at.
+
+    Returns:
+        Both (streams, tiles, scored rows of a tile, pages). Shares are those of all pages.
     """
-    levels = [merge_moments(balls, config.balls_per_page)]
-    for _ in range(config.depth):
-        levels.append(merge_moments(levels[-1], config.arity))
-    scores = _scores(queries, levels[-1], scorer)
-    settled = near_lse.to(scores.dtype)  # near field and balls that are not entered
-    for finer in [*reversed(levels[1:-1]), balls]:
-        entered = log_shares(scores.clone(), settled, sink_logit) > opening
-        left = scores.masked_fill(entered.unsqueeze(1), -math.inf)
-        settled = torch.logaddexp(settled, left.logsumexp(-1))
-        children = entered.repeat_interleave(config.arity, dim=-1)
-        if finer is balls:
-            scores = _page_scores(queries, balls, scorer, config)
-        else:
-            scores = _scores(queries, finer, scorer)
-        scores = scores.masked_fill_(~children.unsqueeze(1), -math.inf)
-    return log_shares(scores, settled, sink_logit)
+    bar = opening + math.log(CANDIDATE_SHARE)
+    fan, total = config.coarse_fan, near_lse
+    coarse = _scores(queries, merge_moments(balls, config.balls_per_page * fan), scorer)
+    total = torch.logaddexp(coarse.logsumexp(-1), near_lse.to(coarse.dtype))
+    if sink_logit is not None:
+        total = torch.logaddexp(total, sink_logit.to(coarse.dtype)[..., None])
+
+    def shares_of(scores: torch.Tensor) -> torch.Tensor:
+        return whole.embed(scores.sub_(total.unsqueeze(-1)).amax(1), -math.inf)
+
+    candidate = (shares_of(coarse) > bar).cummax(2).values.repeat_interleave(fan, dim=-1)
+    shares = shares_of(_page_scores(queries, balls, scorer, config))
+    if config.balls_per_page > 1:
+        pages = shares_of(_scores(queries, merge_moments(balls, config.balls_per_page), scorer))
+        candidate = ((pages > bar) & candidate).cummax(2).values
+    return shares, candidate

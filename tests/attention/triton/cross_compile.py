@@ -6,6 +6,7 @@ The launches of real calls are recorded instead of run; one line of JSON is prin
 """
 
 import argparse
+import dataclasses
 import json
 from typing import Any
 
@@ -13,8 +14,9 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.tools.tensor_descriptor import TensorDescriptor
 
-from llama_surgery.attention.impl.triton import job, prefill, tuning
+from llama_surgery.attention.impl.triton import job, layout, prefill, tuning
 from llama_surgery.config import SurgeryConfig
 from llama_surgery.topology.layout import build_layout
 
@@ -22,8 +24,16 @@ TYPES = {
     torch.float32: "*fp32",
     torch.float16: "*fp16",
     torch.bfloat16: "*bf16",
+    torch.int16: "*i16",
     torch.int32: "*i32",
     torch.int64: "*i64",
+}
+
+
+#: Kernels by the module that launches them.
+KERNELS = {
+    prefill: ("totals_kernel", "list_kernel", "descend_kernel", "attend_kernel"),
+    layout: ("split_kernel", "arrange_kernel"),
 }
 
 
@@ -56,6 +66,8 @@ class Recorder:
             if isinstance(value, torch.Tensor):
                 signature[name] = TYPES[value.dtype]
                 attributes[(place,)] = [["tt.divisibility", 16]]
+            elif isinstance(value, TensorDescriptor):
+                signature[name] = f"tensordesc<{TYPES[value.base.dtype][1:]}{list(value.block_shape)}>"
             elif value is None or name in kwargs:
                 signature[name] = "constexpr"
                 constants[(place,)] = value
@@ -81,17 +93,20 @@ def compile_all(
     target, family = parse_target(target_name)
     config = SurgeryConfig(theta_decode=0.01)
     recorders = []
-    for name in ("totals_kernel", "list_kernel", "attend_kernel"):
-        recorders.append(Recorder(getattr(prefill, name), target))
-        setattr(prefill, name, recorders[-1])
+    for module, names in KERNELS.items():
+        for name in names:
+            recorders.append(Recorder(getattr(module, name), target))
+            setattr(module, name, recorders[-1])
     chosen = tuning.tuning_for(family, head_dim, dtype.itemsize)
     job.tuning_for = lambda *_: chosen  # type: ignore[assignment]
     length = 2048
     states = torch.zeros(8, heads, length, head_dim, dtype=dtype)
     keys = states[:, 0].contiguous()
-    layout = build_layout(keys[:, :1536], keys[:, :1536], config)
+    built = build_layout(keys[:, :1536], keys[:, :1536], config)
+    layout.build_layout(keys[:, :1536], keys[:, :1536], config)
     extra: dict[str, Any] = {"softcap": 50.0, "sink_logit": torch.zeros(8, heads)} if wide else {}
-    prefill.attend(states, keys, keys, layout, config=config, start=0, **extra)
+    for rule in (config, dataclasses.replace(config, coarse_to_fine=True)):
+        prefill.attend(states, keys, keys, built, config=rule, start=0, **extra)
     rows = []
     for recorder in recorders:
         for kernel in recorder.compiled.values():

@@ -11,6 +11,15 @@ import pytest
 pytest.importorskip("triton")
 from triton.backends import backends
 
+KERNELS = {
+    "totals_kernel",
+    "list_kernel",
+    "descend_kernel",
+    "attend_kernel",
+    "split_kernel",
+    "arrange_kernel",
+}
+
 #: Shared memory that one program may take, in bytes.
 SHARED = {
     "cuda:80": 163 * 1024,
@@ -43,7 +52,7 @@ def compile_for(target: str, *options: str) -> list[dict[str, object]]:
 def check(target: str, *options: str) -> None:
     rows = compile_for(target, *options)
     names = {row["kernel"] for row in rows}
-    assert names == {"totals_kernel", "list_kernel", "attend_kernel"}
+    assert names == KERNELS
     for row in rows:
         assert {"cubin", "hsaco"} & set(row["forms"]), row  # type: ignore[arg-type]
         assert row["shared"] <= SHARED[target], row  # type: ignore[operator]
@@ -69,4 +78,4 @@ def test_caps_sinks_and_single_precision(target: str) -> None:
 
 def test_hopper_uses_its_matrix_units() -> None:
     rows = compile_for("cuda:90")
-    assert all(row["wgmma"] for row in rows), rows
+    assert all(row["wgmma"] for row in rows if row["kernel"] not in ("split_kernel", "arrange_kernel")), rows

@@ -121,6 +121,14 @@ class TestAgainstReference:
     def test_balls_smaller_than_pages(self, moment_size: int, device: torch.device) -> None:
         check(Case(83, 121, 4), dataclasses.replace(CONFIG, moment_size=moment_size), device)
 
+    @pytest.mark.parametrize("moment_size", [4, 16])
+    @pytest.mark.parametrize("heads", [4, 12])
+    def test_coarse_to_fine(self, heads: int, moment_size: int, device: torch.device) -> None:
+        config = dataclasses.replace(CONFIG, moment_size=moment_size, coarse_to_fine=True)
+        check(Case(83, 181, heads, streams=1), config, device)
+        config = dataclasses.replace(config, page_size=8, moment_size=moment_size // 2, theta=0.03)
+        check(Case(64, 172, 4, streams=1), config, device)
+
     def test_tiles_of_one_query(self, device: torch.device) -> None:
         check(Case(3, 197, 4, tile=1), CONFIG, device)
 
@@ -135,6 +143,7 @@ class TestAgainstReference:
             chunk_size=216, page_size=24, window=24, tile=12, arity=3, theta=0.03, moment_size=8
         )
         check(Case(61, 260, 3, 24), config, device)
+        check(Case(61, 260, 3, 24), dataclasses.replace(config, coarse_to_fine=True), device)
 
     def test_everything_open_is_dense(self, device: torch.device) -> None:
         config = dataclasses.replace(CONFIG, theta=0.0, theta_decode=0.0)
@@ -185,7 +194,6 @@ def test_half_precision_is_as_good_as_plain_half_precision(dtype: torch.dtype, d
     [
         ({}, torch.float64, "float64"),
         ({"pages_per_row": 2}, torch.float32, "pages_per_row"),
-        ({"coarse_to_fine": True}, torch.float32, "coarse_to_fine"),
     ],
 )
 def test_what_the_kernels_do_not_run_is_refused(

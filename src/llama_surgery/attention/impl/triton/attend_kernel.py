@@ -21,8 +21,10 @@ from llama_surgery.attention.impl.triton.helpers import (
 )
 def attend_kernel(
     q_ptr,
-    near_k_ptr,
-    near_v_ptr,
+    near_k,
+    near_v,
+    far_k,
+    far_v,
     far_k_ptr,
     far_v_ptr,
     entries_ptr,
@@ -33,10 +35,6 @@ def attend_kernel(
     q_stream,
     q_head,
     q_row,
-    near_k_stream,
-    near_k_row,
-    near_v_stream,
-    near_v_row,
     far_k_stream,
     far_k_row,
     far_v_stream,
@@ -83,7 +81,8 @@ def attend_kernel(
     head_blocks: tl.constexpr = (HEADS + HEADS_BLOCK - 1) // HEADS_BLOCK
     rows: tl.constexpr = TILE_PAD * HEADS_BLOCK
     tile = tl.program_id(0) // head_blocks
-    stream = tl.program_id(1).to(tl.int64)
+    stream = tl.program_id(1)
+    wide_stream = stream.to(tl.int64)
     m = tl.arange(0, rows)
     row = m % TILE_PAD
     head = (tl.program_id(0) % head_blocks) * HEADS_BLOCK + m // TILE_PAD
@@ -91,7 +90,7 @@ def attend_kernel(
     position = q_first + row
     live = (row < TILE) & (head < HEADS) & (position >= start) & (position < stop)
     q_offset = head.to(tl.int64) * q_head + (position - start).to(tl.int64) * q_row
-    q = load_rows(q_ptr + stream * q_stream, q_offset, 1, live, DIM, DIM_PAD, True)
+    q = load_rows(q_ptr + wide_stream * q_stream, q_offset, 1, live, DIM, DIM_PAD, True)
 
     top = tl.full([rows], FLOOR, tl.float32)
     total = tl.zeros([rows], tl.float32)
@@ -105,51 +104,44 @@ def attend_kernel(
         factor = 1.0
 
     if NEAR:
-        k_base = near_k_ptr + stream * near_k_stream
-        v_base = near_v_ptr + stream * near_v_stream
         begin = closed_chunks(q_first, CHUNK, WINDOW, dense_until) * CHUNK
         # Keys up to the tile's first query are seen by every row: only what follows needs the mask.
         diagonal = begin + (q_first + 1 - begin) // BLOCK_NEAR * BLOCK_NEAR
         end = tl.minimum(q_first + TILE, stop)
         step = tl.arange(0, BLOCK_NEAR)
         for block in range(begin, diagonal, BLOCK_NEAR):
-            slot = block - near_start + step
-            k = load_rows(k_base, slot, near_k_row, live, DIM, DIM_PAD, False)
-            v = load_rows(v_base, slot, near_v_row, live, VALUE_DIM, VALUE_PAD, False)
+            k = near_k.load([stream, block - near_start, 0]).reshape(BLOCK_NEAR, DIM_PAD)
+            v = near_v.load([stream, block - near_start, 0]).reshape(BLOCK_NEAR, VALUE_PAD)
             products = tl.dot(q, tl.trans(k), input_precision=EXACT)
             products = cap_logits(products, scale, softcap, CAP)
             acc, total, top = softmax_step(acc, total, top, products, factor, v, live, False)
         for block in range(diagonal, end, BLOCK_NEAR):
             key = block + step
-            present = key < end
-            k = load_rows(k_base, key - near_start, near_k_row, present, DIM, DIM_PAD, True)
-            v = load_rows(v_base, key - near_start, near_v_row, present, VALUE_DIM, VALUE_PAD, True)
+            k = near_k.load([stream, block - near_start, 0]).reshape(BLOCK_NEAR, DIM_PAD)
+            v = near_v.load([stream, block - near_start, 0]).reshape(BLOCK_NEAR, VALUE_PAD)
             products = tl.dot(q, tl.trans(k), input_precision=EXACT)
             products = cap_logits(products, scale, softcap, CAP)
-            causal = (key[None, :] <= position[:, None]) & present[None, :]
+            causal = (key[None, :] <= position[:, None]) & (key < end)[None, :]
             products = tl.where(causal, products, float("-inf"))
             acc, total, top = softmax_step(acc, total, top, products, factor, v, live, False)
 
     if FAR:
-        k_base = far_k_ptr + stream * far_k_stream
-        v_base = far_v_ptr + stream * far_v_stream
-        listed = stream * tiles + tile
+        k_base = far_k_ptr + wide_stream * far_k_stream
+        v_base = far_v_ptr + wide_stream * far_v_stream
+        listed = wide_stream * tiles + tile
         entries = entries_ptr + listed * capacity
         count = tl.load(counts_ptr + listed)
-        check: tl.constexpr = PAGE != PAGE_PAD
         within = tl.arange(0, PAGES_PER_STEP * PAGE_PAD)
         for place in range(0, count, PAGES_PER_STEP):
             if PAGES_PER_STEP == 1:
                 entry = tl.load(entries + place)
-                present = within < PAGE
-                k_page = k_base + (entry // ENTRY).to(tl.int64) * (PAGE * far_k_row)
-                v_page = v_base + (entry // ENTRY).to(tl.int64) * (PAGE * far_v_row)
-                k = load_rows(k_page, within, far_k_row, present, DIM, DIM_PAD, check)
-                v = load_rows(v_page, within, far_v_row, present, VALUE_DIM, VALUE_PAD, check)
+                first = entry // ENTRY * PAGE
+                k = far_k.load([stream, first, 0]).reshape(PAGE_PAD, DIM_PAD)
+                v = far_v.load([stream, first, 0]).reshape(PAGE_PAD, VALUE_PAD)
                 products = tl.dot(q, tl.trans(k), input_precision=EXACT)
                 products = cap_logits(products, scale, softcap, CAP)
-                if check:
-                    products = tl.where(present[None, :], products, float("-inf"))
+                if PAGE != PAGE_PAD:
+                    products = tl.where((within < PAGE)[None, :], products, float("-inf"))
                 acc, total, top = softmax_step(
                     acc,
                     total,
@@ -178,9 +170,9 @@ def attend_kernel(
     out = acc / tl.where(total > 0.0, total, 1.0)[:, None]
     lse = tl.where(total > 0.0, (top + tl.log2(total)) * LN2, float("-inf"))
     local = (position - start).to(tl.int64)
-    out_offset = stream * out_stream + head.to(tl.int64) * out_head + local * out_row
+    out_offset = wide_stream * out_stream + head.to(tl.int64) * out_head + local * out_row
     keep = live[:, None] & (column < VALUE_DIM)[None, :]
     out_cells = out_ptr + out_offset[:, None] + column[None, :]
     tl.store(out_cells, out.to(out_ptr.dtype.element_ty), mask=keep)
-    lse_cells = lse_ptr + stream * lse_stream + head.to(tl.int64) * lse_head + local
+    lse_cells = lse_ptr + wide_stream * lse_stream + head.to(tl.int64) * lse_head + local
     tl.store(lse_cells, lse, mask=live)

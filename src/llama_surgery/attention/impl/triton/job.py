@@ -10,7 +10,7 @@ from llama_surgery.attention.impl.triton.tuning import Tuning, family_of, tuning
 from llama_surgery.config import SurgeryConfig
 from llama_surgery.errors import SurgeryError
 from llama_surgery.topology.geometry import closed_chunks
-from llama_surgery.topology.layout import Layout, Moments
+from llama_surgery.topology.layout import Layout, Moments, merge_moments
 
 #: Most bytes that the page lists of one strip of tiles take. A list has room for every closed page, so
 #: that none is ever lost; long calls run in strips to keep that cheap.
@@ -37,6 +37,20 @@ class Strip(NamedTuple):
     pages: int
 
 
+class Level(NamedTuple):
+    """What one step of selection scores.
+
+    Attributes:
+        features: (streams, 2, balls, head_dim) from :func:`page_features`.
+        page: Keys of what is listed: a page, or a coarse ball of several.
+        ball: Keys of the balls whose scores make up that of a page.
+    """
+
+    features: torch.Tensor
+    page: int
+    ball: int
+
+
 @dataclasses.dataclass(frozen=True)
 class Job:
     """The rows of one call and how they are executed.
@@ -45,7 +59,7 @@ class Job:
         queries: (streams, heads, rows, head_dim), rows at ``start … start + rows - 1``.
         near_keys, near_values: (streams, n, dim), the last n keys.
         layout: Full chunks, or None.
-        features: (streams, 2, balls, head_dim) from :func:`page_features`, or None.
+        levels: Steps of selection, coarse to fine; one where scoring is flat, none without closed chunks.
         sink_logit: (streams, heads), or None.
     """
 
@@ -53,7 +67,7 @@ class Job:
     near_keys: torch.Tensor
     near_values: torch.Tensor
     layout: Layout | None
-    features: torch.Tensor | None
+    levels: tuple[Level, ...]
     sink_logit: torch.Tensor | None
     config: SurgeryConfig
     start: int
@@ -125,24 +139,23 @@ def make_job(
         )
     if tile > 128:
         raise SurgeryError(f"tile={tile}: the triton backend runs tiles of at most 128 queries.")
-    if config.pages_per_row is not None or config.coarse_to_fine:
-        rule = "coarse_to_fine" if config.coarse_to_fine else "pages_per_row"
-        raise SurgeryError(f'{rule}: the triton backend opens pages by theta, flat. Use backend="gather".')
+    if config.pages_per_row is not None:
+        raise SurgeryError('pages_per_row: the triton backend opens pages by theta. Use backend="gather".')
     if queries.shape[-1] > 256 or near_values.shape[-1] > 256:
         raise SurgeryError(f"head_dim={queries.shape[-1]}: the triton backend runs head dims up to 256.")
     queries, near_keys, near_values = (
         x if x.stride(-1) == 1 else x.contiguous() for x in (queries, near_keys, near_values)
     )
-    features = None
+    levels: tuple[Level, ...] = ()
     last = start + queries.shape[2] - 1
     if layout is not None and closed_chunks(last, config, tile):
-        features = page_features(layout.moments, config.alpha, queries.dtype)
+        levels = make_levels(layout.moments, config, queries.dtype)
     return Job(
         queries,
         near_keys,
         near_values,
         layout,
-        features,
+        levels,
         None if sink_logit is None else sink_logit.contiguous(),
         config,
         start,
@@ -151,6 +164,21 @@ def make_job(
         softcap,
         tuning_for(family_of(queries.device), queries.shape[-1], queries.element_size()),
     )
+
+
+def make_levels(moments: Moments, config: SurgeryConfig, dtype: torch.dtype) -> tuple[Level, ...]:
+    """Steps of selection over the balls of ``moments``."""
+
+    def level(page: int, ball: int) -> Level:
+        merged = moments if ball == moments.size else merge_moments(moments, ball // moments.size)
+        return Level(page_features(merged, config.alpha, dtype), page, ball)
+
+    page, ball = config.page_size, config.ball_size
+    if not config.coarse_to_fine:
+        return (level(page, ball),)
+    coarse = page * config.coarse_fan
+    levels = level(coarse, coarse), level(page, page)
+    return levels if ball == page else (*levels, level(page, ball))
 
 
 def page_features(moments: Moments, alpha: float, dtype: torch.dtype) -> torch.Tensor:

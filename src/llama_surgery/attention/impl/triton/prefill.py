@@ -1,20 +1,24 @@
 """Runs the kernels over all rows of a call: a fixed number of launches, no host synchronisation."""
 
 import dataclasses
+import itertools
 import math
 from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
 import torch
 import triton
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from llama_surgery.attention.impl.triton.attend_kernel import attend_kernel
-from llama_surgery.attention.impl.triton.job import Job, Strip, make_job
-from llama_surgery.attention.impl.triton.select_kernels import list_kernel, totals_kernel
+from llama_surgery.attention.impl.triton.job import Job, Level, Strip, make_job
+from llama_surgery.attention.impl.triton.list_kernels import descend_kernel, list_kernel
+from llama_surgery.attention.impl.triton.select_kernels import totals_kernel
 from llama_surgery.attention.impl.triton.tiled_plan import TiledPlan
 from llama_surgery.config import SurgeryConfig
 from llama_surgery.topology.geometry import query_blocks
 from llama_surgery.topology.layout import Layout
+from llama_surgery.topology.selection import CANDIDATE_SHARE
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,8 +95,8 @@ def row_totals(job: Job, strip: Strip, *, near: bool = True, far: bool = True) -
     streams, heads = job.queries.shape[:2]
     totals = job.queries.new_empty(streams, strip.tiles, job.slots, heads, dtype=torch.float32)
     shape = _ScoreShape.of(job, strip)
-    features = job.features
-    assert features is not None
+    level = job.levels[0]
+    features = level.features
     totals_kernel[(shape.blocks * shape.head_blocks, streams)](
         job.queries,
         job.near_keys,
@@ -111,6 +115,12 @@ def row_totals(job: Job, strip: Strip, *, near: bool = True, far: bool = True) -
         job.scale,
         1.0 if job.softcap is None else job.softcap,
         **_score_constants(job, shape),
+        TILES_BLOCK=shape.tiles_block,
+        CHUNK=job.config.chunk_size,
+        WINDOW=job.config.window,
+        BALL=level.ball,
+        LOG2_BALL=math.log2(level.ball),
+        BLOCK_BALLS=job.tuning.block_balls,
         BLOCK_NEAR=job.tuning.block_near,
         NEAR=near,
         FAR=far,
@@ -120,40 +130,96 @@ def row_totals(job: Job, strip: Strip, *, near: bool = True, far: bool = True) -
 
 
 def list_pages(job: Job, strip: Strip, totals: torch.Tensor) -> TiledPlan:
-    """List the pages that the strip's rows open."""
-    streams = job.queries.shape[0]
-    entries = job.queries.new_empty(streams, strip.tiles, strip.pages, dtype=torch.int32)
-    counts, rows_seen = (job.queries.new_empty(streams, strip.tiles, dtype=torch.int32) for _ in range(2))
-    theta = job.config.theta_for(job.tile)
+    """List the pages that the strip's rows open: flat, or coarse to fine, a launch for each level."""
+    plan = _list_level(job, strip, totals, job.levels[0], last=len(job.levels) == 1)
+    for above, level in itertools.pairwise(job.levels):
+        plan = _descend(job, strip, totals, above, level, plan, last=level is job.levels[-1])
+    return plan
+
+
+def _list_level(job: Job, strip: Strip, totals: torch.Tensor, level: Level, *, last: bool) -> TiledPlan:
     shape = _ScoreShape.of(job, strip)
-    layout, features = job.layout, job.features
-    assert layout is not None and features is not None
-    list_kernel[(shape.blocks, streams)](
+    plan, outputs = _new_plan(job, strip, level)
+    list_kernel[(shape.blocks, job.queries.shape[0])](
         job.queries,
-        features,
+        level.features,
         totals,
-        layout.sink_pages(job.config.page_size),
-        entries,
-        counts,
-        rows_seen,
+        *outputs,
         *job.queries.stride()[:3],
-        *features.stride()[:2],
+        *level.features.stride()[:2],
         strip.tiles,
-        strip.pages,
-        job.start,
-        job.stop,
-        strip.first_tile,
-        job.dense_until,
-        job.scale,
-        1.0 if job.softcap is None else job.softcap,
-        math.log2(theta) if theta > 0 else -math.inf,
+        outputs[1].shape[-1],
+        *_where(job, strip),
+        _log2_bar(job, last=last),
         **_score_constants(job, shape),
-        PAGE=job.config.page_size,
-        BALLS_PAD=triton.next_power_of_2(job.config.balls_per_page),
+        **_page_constants(job, level),
+        TILES_BLOCK=shape.tiles_block,
+        CHUNK=job.config.chunk_size,
+        WINDOW=job.config.window,
+        PAGE=level.page,
     )
+    return plan
+
+
+def _descend(
+    job: Job, strip: Strip, totals: torch.Tensor, above: Level, level: Level, coarse: TiledPlan, *, last: bool
+) -> TiledPlan:
+    shape = _ScoreShape.of(job, strip)._replace(tiles_block=1)
+    plan, outputs = _new_plan(job, strip, level)
+    assert coarse.entries is not None
+    fan = above.page // level.page
+    constants = _page_constants(job, level)
+    fan_pad = triton.next_power_of_2(fan)
+    constants["BLOCK_BALLS"] = max(int(constants["BLOCK_BALLS"]), fan_pad * int(constants["BALLS_PAD"]))
+    # A tile alone may have fewer rows than a matrix tile.
+    heads_block = max(shape.heads_block, 16 // shape.slots_pad)
+    descend_kernel[(strip.tiles, job.queries.shape[0])](
+        job.queries,
+        level.features,
+        totals,
+        outputs[0],
+        coarse.entries,
+        coarse.counts,
+        *outputs[1:],
+        *job.queries.stride()[:3],
+        *level.features.stride()[:2],
+        strip.tiles,
+        coarse.entries.shape[-1],
+        outputs[1].shape[-1],
+        *_where(job, strip),
+        _log2_bar(job, last=last),
+        **_score_constants(job, shape._replace(heads_block=heads_block)),
+        **constants,
+        FAN=fan,
+        FAN_PAD=fan_pad,
+    )
+    return plan
+
+
+def _new_plan(job: Job, strip: Strip, level: Level) -> tuple[TiledPlan, tuple[torch.Tensor, ...]]:
+    """An unwritten plan, and what the kernels of a level write: sink page (read), entries, counts, rows."""
+    streams = job.queries.shape[0]
+    capacity = strip.pages * job.config.page_size // level.page
+    entries = job.queries.new_empty(streams, strip.tiles, capacity, dtype=torch.int32)
+    counts, rows_seen = (job.queries.new_empty(streams, strip.tiles, dtype=torch.int32) for _ in range(2))
     start = max(job.start, strip.first_tile * job.tile)
     stop = min(job.stop, (strip.first_tile + strip.tiles) * job.tile)
-    return TiledPlan(start, stop, job.tile, counts, rows_seen, entries)
+    assert job.layout is not None
+    sinks = job.layout.sink_pages(level.page)
+    plan = TiledPlan(start, stop, job.tile, counts, rows_seen, entries)
+    return plan, (sinks, entries, counts, rows_seen)
+
+
+def _where(job: Job, strip: Strip) -> tuple[float, ...]:
+    """Arguments that say which rows are scored, and how."""
+    softcap = 1.0 if job.softcap is None else job.softcap
+    return job.start, job.stop, strip.first_tile, job.dense_until, job.scale, softcap
+
+
+def _log2_bar(job: Job, *, last: bool) -> float:
+    """log2 of the share that opens a page or, above the last level, makes a candidate."""
+    theta = job.config.theta_for(job.tile) * (1.0 if last else CANDIDATE_SHARE)
+    return math.log2(theta) if theta > 0 else -math.inf
 
 
 def attend_strip(
@@ -179,10 +245,14 @@ def attend_strip(
         entries, counts = plan.entries, plan.counts
     page_pad = max(16, triton.next_power_of_2(job.config.page_size))
     head_dim, value_dim = job.queries.shape[-1], job.near_values.shape[-1]
+    dim_pad, value_pad = (max(16, triton.next_power_of_2(d)) for d in (head_dim, value_dim))
+    block_near = job.tuning.block_near
     attend_kernel[(strip.tiles * triton.cdiv(heads, heads_block), streams)](
         job.queries,
-        job.near_keys,
-        job.near_values,
+        _described(job.near_keys, block_near, dim_pad),
+        _described(job.near_values, block_near, value_pad),
+        _described(far_keys, page_pad, dim_pad),
+        _described(far_values, page_pad, value_pad),
         far_keys,
         far_values,
         entries,
@@ -191,8 +261,6 @@ def attend_strip(
         out,
         lse,
         *job.queries.stride()[:3],
-        *job.near_keys.stride()[:2],
-        *job.near_values.stride()[:2],
         *far_keys.stride()[:2],
         *far_values.stride()[:2],
         *out.stride()[:3],
@@ -211,15 +279,15 @@ def attend_strip(
         TILE=job.tile,
         TILE_PAD=tile_pad,
         DIM=head_dim,
-        DIM_PAD=max(16, triton.next_power_of_2(head_dim)),
+        DIM_PAD=dim_pad,
         VALUE_DIM=value_dim,
-        VALUE_PAD=max(16, triton.next_power_of_2(value_dim)),
+        VALUE_PAD=value_pad,
         CHUNK=job.config.chunk_size,
         WINDOW=job.config.window,
         PAGE=job.config.page_size,
         PAGE_PAD=page_pad,
         PAGES_PER_STEP=max(1, job.tuning.keys_per_step // page_pad),
-        BLOCK_NEAR=job.tuning.block_near,
+        BLOCK_NEAR=block_near,
         NEAR=near,
         FAR=plan is not None,
         SINK=job.sink_logit is not None and near,
@@ -263,24 +331,28 @@ class _ScoreShape(NamedTuple):
 
 def _score_constants(job: Job, shape: _ScoreShape) -> dict[str, object]:
     head_dim = job.queries.shape[-1]
-    ball = job.config.page_size // job.config.balls_per_page
     return {
         "HEADS": job.queries.shape[1],
         "HEADS_BLOCK": shape.heads_block,
         "SLOTS": job.slots,
         "SLOTS_PAD": shape.slots_pad,
-        "TILES_BLOCK": shape.tiles_block,
         "TILE": job.tile,
         "DIM": head_dim,
         "DIM_PAD": max(16, triton.next_power_of_2(head_dim)),
-        "CHUNK": job.config.chunk_size,
-        "WINDOW": job.config.window,
-        "BALL": ball,
-        "LOG2_BALL": math.log2(ball),
-        "BLOCK_BALLS": max(job.tuning.block_balls, triton.next_power_of_2(job.config.balls_per_page)),
         "CAP": job.softcap is not None,
         "num_warps": job.tuning.score_warps,
         "num_stages": job.tuning.score_stages,
+    }
+
+
+def _page_constants(job: Job, level: Level) -> dict[str, float]:
+    balls = level.page // level.ball
+    balls_pad = triton.next_power_of_2(balls)
+    return {
+        "LOG_BALL": math.log(level.ball),
+        "BALLS": balls,
+        "BALLS_PAD": balls_pad,
+        "BLOCK_BALLS": max(job.tuning.block_balls, balls_pad),
     }
 
 
@@ -288,6 +360,19 @@ def _block(heads: int, rows: int, tile_pad: int) -> int:
     """Heads of a matrix tile: a power of two, at most ``rows`` rows and at least 16."""
     most = max(1, rows // tile_pad)
     return max(min(triton.next_power_of_2(heads), most), 16 // tile_pad, 1)
+
+
+def _described(states: torch.Tensor, rows: int, dim: int) -> TensorDescriptor:
+    """A descriptor of (streams, keys, dim) states that loads ``rows`` keys of one stream, zeros beyond.
+
+    Tensor maps want rows that begin at multiples of 16 bytes: others are copied.
+    """
+    unit = 16 // states.element_size()
+    if states.data_ptr() % 16 or any(stride % unit for stride in states.stride()[:2]):
+        states = torch.nn.functional.pad(states, (0, dim - states.shape[-1])).contiguous()
+        if states.data_ptr() % 16:
+            states = states.clone()
+    return TensorDescriptor.from_tensor(states, [1, rows, dim])
 
 
 def device_of(tensor: torch.Tensor) -> AbstractContextManager[object]:

@@ -1,4 +1,4 @@
-"""The kernels of selection: totals of the scored rows, then lists of the pages they open.
+"""The first kernel of selection: totals of the scored rows.
 
 A *slot* is a scored row of a tile: every ``STRIDE``-th query, the tile's first one always. Row m of a
 matrix tile is head ``m % HEADS_BLOCK`` of slot ``m // HEADS_BLOCK % SLOTS_PAD`` of tile
@@ -10,7 +10,6 @@ import triton
 import triton.language as tl
 
 from llama_surgery.attention.impl.triton.helpers import (
-    ENTRY,
     EXACT,
     FLOOR,
     LOG2E,
@@ -24,7 +23,7 @@ from llama_surgery.attention.impl.triton.helpers import (
 
 
 @triton.jit
-def _slots(
+def slots_of(
     block,
     head_block,
     first_tile,
@@ -104,7 +103,7 @@ def totals_kernel(
     """
     head_blocks: tl.constexpr = (HEADS + HEADS_BLOCK - 1) // HEADS_BLOCK
     stream = tl.program_id(1).to(tl.int64)
-    tile, slot, head, position, live = _slots(
+    tile, slot, head, position, live = slots_of(
         tl.program_id(0) // head_blocks,
         tl.program_id(0) % head_blocks,
         first_tile,
@@ -167,166 +166,3 @@ def totals_kernel(
                 total, top = sum_step(total, top, tl.where(far, scores, float("-inf")))
         cell = ((stream * tiles + tile) * SLOTS + slot) * HEADS + head
         tl.store(totals_ptr + cell, top + tl.log2(total), mask=live)
-
-
-@triton.jit
-def _bars(
-    block_id,
-    head_block,
-    q_ptr,
-    totals_ptr,
-    q_stream,
-    q_head,
-    q_row,
-    tiles,
-    start,
-    stop,
-    first_tile,
-    dense_until,
-    scale,
-    log2_theta,
-    HEADS: tl.constexpr,
-    HEADS_BLOCK: tl.constexpr,
-    SLOTS: tl.constexpr,
-    SLOTS_PAD: tl.constexpr,
-    TILES_BLOCK: tl.constexpr,
-    TILE: tl.constexpr,
-    DIM: tl.constexpr,
-    DIM_PAD: tl.constexpr,
-):
-    """Queries, their squares, the score above which each opens a page, and its place in the tile."""
-    stream = tl.program_id(1).to(tl.int64)
-    tile, slot, head, position, live = _slots(
-        block_id, head_block, first_tile, tiles, start, stop,
-        HEADS, HEADS_BLOCK, SLOTS, SLOTS_PAD, TILES_BLOCK, TILE,
-    )  # fmt: skip
-    q_offset = head.to(tl.int64) * q_head + (position - start).to(tl.int64) * q_row
-    q = load_rows(q_ptr + stream * q_stream, q_offset, 1, live, DIM, DIM_PAD, True)
-    # Rows that are not there, or have nothing closed, open nothing.
-    live = live & ((first_tile + tile) * TILE >= dense_until)
-    cell = ((stream * tiles + tile) * SLOTS + slot) * HEADS + head
-    bar = tl.load(totals_ptr + cell, mask=live, other=float("inf")) + log2_theta
-    row = position - (first_tile + tile) * TILE
-    bar = tl.where(live, bar, float("inf"))
-    return q, scaled_squares(q, scale), bar, row
-
-
-@triton.jit(
-    do_not_specialize=["tiles", "capacity", "start", "stop", "first_tile", "dense_until"],
-)
-def list_kernel(
-    q_ptr,
-    features_ptr,
-    totals_ptr,
-    sink_page_ptr,
-    entries_ptr,
-    counts_ptr,
-    seen_ptr,
-    q_stream,
-    q_head,
-    q_row,
-    features_stream,
-    features_half,
-    tiles,
-    capacity,
-    start,
-    stop,
-    first_tile,
-    dense_until,
-    scale,
-    softcap,
-    log2_theta,
-    HEADS: tl.constexpr,
-    HEADS_BLOCK: tl.constexpr,
-    SLOTS: tl.constexpr,
-    SLOTS_PAD: tl.constexpr,
-    TILES_BLOCK: tl.constexpr,
-    TILE: tl.constexpr,
-    DIM: tl.constexpr,
-    DIM_PAD: tl.constexpr,
-    CHUNK: tl.constexpr,
-    WINDOW: tl.constexpr,
-    PAGE: tl.constexpr,
-    BALL: tl.constexpr,
-    LOG2_BALL: tl.constexpr,
-    BALLS_PAD: tl.constexpr,
-    BLOCK_BALLS: tl.constexpr,
-    CAP: tl.constexpr,
-):
-    """Score again, against the totals, and list the pages that rows open.
-
-    Writes, for every tile, its pages in ascending order, left-packed, as ``page * ENTRY + first_open``
-    (streams, tiles, capacity) int32; their number (streams, tiles) int32; and how many of the tile's
-    rows see each of them, summed (streams, tiles) int32. ``capacity`` is at least the number of closed
-    pages of the launch's last tile, so that a list cannot overflow. Grid: (blocks of tiles, streams).
-    """
-    head_blocks: tl.constexpr = (HEADS + HEADS_BLOCK - 1) // HEADS_BLOCK
-    per_chunk: tl.constexpr = CHUNK // PAGE
-    stream = tl.program_id(1).to(tl.int64)
-    block_id = tl.program_id(0)
-    base = features_ptr + stream * features_stream
-    per_tile: tl.constexpr = SLOTS_PAD * HEADS_BLOCK
-
-    tile = block_id * TILES_BLOCK + tl.arange(0, TILES_BLOCK)
-    q_first = (first_tile + tile) * TILE
-    closed = closed_chunks(q_first, CHUNK, WINDOW, dense_until)
-    closed = tl.where(tile < tiles, closed, 0)
-    pages = closed * per_chunk
-    # Rows of the tile that are given, counted from its anchor: low … high - 1.
-    low = tl.maximum(start - q_first, 0)
-    high = tl.minimum(stop - q_first, TILE)
-    sink_page = tl.load(sink_page_ptr + stream)
-    list_base = entries_ptr + (stream * tiles + tile.to(tl.int64)) * capacity
-    count = tl.zeros([TILES_BLOCK], tl.int32)
-    seen = tl.zeros([TILES_BLOCK], tl.int32)
-
-    if head_blocks == 1:
-        q, squares, bar, row = _bars(
-            block_id, 0, q_ptr, totals_ptr, q_stream, q_head, q_row, tiles, start, stop, first_tile,
-            dense_until, scale, log2_theta,
-            HEADS, HEADS_BLOCK, SLOTS, SLOTS_PAD, TILES_BLOCK, TILE, DIM, DIM_PAD,
-        )  # fmt: skip
-
-    balls: tl.constexpr = PAGE // BALL
-    block_pages: tl.constexpr = BLOCK_BALLS // BALLS_PAD
-    last = tl.max(pages, 0)
-    for block in range(0, last, block_pages):
-        page = block + tl.arange(0, block_pages)
-        index = tl.arange(0, BLOCK_BALLS)
-        present = (block + index // BALLS_PAD < last) & (index % BALLS_PAD < balls)
-        ball = (block + index // BALLS_PAD) * balls + index % BALLS_PAD
-        mean = load_rows(base, ball, DIM, present, DIM, DIM_PAD, True)
-        spread = load_rows(base + features_half, ball, DIM, present, DIM, DIM_PAD, True)
-        first = tl.full([TILES_BLOCK, block_pages], TILE, tl.int32)
-        for head_block in tl.static_range(head_blocks):
-            if head_blocks > 1:
-                q, squares, bar, row = _bars(
-                    block_id, head_block, q_ptr, totals_ptr, q_stream, q_head, q_row,
-                    tiles, start, stop, first_tile, dense_until, scale, log2_theta,
-                    HEADS, HEADS_BLOCK, SLOTS, SLOTS_PAD, TILES_BLOCK, TILE, DIM, DIM_PAD,
-                )  # fmt: skip
-            scores = ball_scores(q, squares, mean, spread, scale, softcap, LOG2_BALL, CAP)
-            if BALLS_PAD == 1:
-                above = scores > bar[:, None]
-            else:
-                # The page's score is the log-sum-exp of its balls' scores.
-                weights = tl.exp2(scores - bar[:, None])
-                if balls != BALLS_PAD:
-                    weights = tl.where(present[None, :], weights, 0.0)
-                weights = tl.reshape(weights, [TILES_BLOCK * per_tile, block_pages, BALLS_PAD])
-                above = tl.sum(weights, 2) > 1.0
-            opened = tl.where(above, row[:, None], TILE)
-            opened = tl.reshape(opened, [TILES_BLOCK, per_tile, block_pages])
-            first = tl.minimum(first, tl.min(opened, 1))
-        first = tl.where((page == sink_page)[None, :], 0, first)
-        listed = (first < TILE) & (page[None, :] < pages[:, None])
-        rank = count[:, None] + tl.cumsum(listed.to(tl.int32), 1) - 1
-        entry = page[None, :] * ENTRY + first
-        tl.store(list_base[:, None] + rank, entry, mask=listed)
-        count += tl.sum(listed.to(tl.int32), 1)
-        rows_seen = tl.maximum(high[:, None] - tl.maximum(first, low[:, None]), 0)
-        seen += tl.sum(tl.where(listed, rows_seen, 0), 1)
-
-    cell = stream * tiles + tile
-    tl.store(counts_ptr + cell, count, mask=tile < tiles)
-    tl.store(seen_ptr + cell, seen, mask=tile < tiles)

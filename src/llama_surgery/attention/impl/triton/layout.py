@@ -1,0 +1,88 @@
+"""Layout on a GPU: tree order, reordered keys and values, moments. One launch per level, then one."""
+
+import torch
+import triton
+
+from llama_surgery.attention.impl.triton.layout_kernels import arrange_kernel, split_kernel
+from llama_surgery.attention.impl.triton.prefill import device_of
+from llama_surgery.config import SurgeryConfig
+from llama_surgery.topology.layout import Layout, Moments
+from llama_surgery.topology.tree import POWER_STEPS
+
+#: Keys of a node that are held at once.
+BLOCK = 64
+
+
+def build_layout(keys: torch.Tensor, values: torch.Tensor, config: SurgeryConfig) -> Layout:
+    """Lay out full chunks; see :func:`llama_surgery.topology.layout.build_layout`, which it equals.
+
+    Orders may differ from it where projections tie to rounding. A chunk's layout depends on that chunk
+    alone, and nothing is read back to the host.
+
+    Args:
+        keys: (streams, n * chunk_size, head_dim), float32, float16 or bfloat16.
+        values: (streams, n * chunk_size, value_dim).
+    """
+    streams, slots, dim = keys.shape
+    value_dim = values.shape[-1]
+    keys, values = (x if x.stride(-1) == 1 else x.contiguous() for x in (keys.detach(), values))
+    dim_pad, value_pad = (max(16, triton.next_power_of_2(d)) for d in (dim, value_dim))
+    offsets = torch.arange(config.chunk_size, dtype=torch.int32, device=keys.device)
+    order = offsets.repeat(streams, slots // config.chunk_size)
+    with device_of(keys):
+        if config.directions == "principal":
+            children, projections = torch.empty_like(order), torch.empty_like(order, dtype=torch.float32)
+            node = config.chunk_size
+            while node > config.ball_size:
+                node_pad = triton.next_power_of_2(node)
+                split_kernel[(slots // node, streams)](
+                    keys,
+                    order,
+                    children,
+                    projections,
+                    *keys.stride()[:2],
+                    slots,
+                    CHUNK=config.chunk_size,
+                    NODE=node,
+                    NODE_PAD=node_pad,
+                    BLOCK=min(BLOCK, node_pad),
+                    ARITY=config.arity,
+                    DIM=dim,
+                    DIM_PAD=dim_pad,
+                    STEPS=POWER_STEPS,
+                    num_warps=4 if node > 32 else 2,
+                )
+                order, children = children, order
+                node //= config.arity
+        ball = config.ball_size
+        ball_pad = triton.next_power_of_2(ball)
+        balls = max(1, BLOCK // ball_pad)
+        moments = (keys.new_empty(streams, slots // ball, dim, dtype=torch.float32) for _ in range(2))
+        layout = Layout(
+            torch.empty_like(keys, memory_format=torch.contiguous_format),
+            torch.empty_like(values, memory_format=torch.contiguous_format),
+            order.new_empty(streams, slots // config.chunk_size, config.chunk_size, dtype=torch.int16),
+            Moments(*moments, ball),
+        )
+        arrange_kernel[(triton.cdiv(slots // ball, balls), streams)](
+            keys,
+            values,
+            order,
+            layout.keys,
+            layout.values,
+            layout.order,
+            layout.moments.mean,
+            layout.moments.variance,
+            *keys.stride()[:2],
+            *values.stride()[:2],
+            slots,
+            CHUNK=config.chunk_size,
+            BALL=ball,
+            BALL_PAD=ball_pad,
+            BALLS=balls,
+            DIM=dim,
+            DIM_PAD=dim_pad,
+            VALUE_DIM=value_dim,
+            VALUE_PAD=value_pad,
+        )
+    return layout

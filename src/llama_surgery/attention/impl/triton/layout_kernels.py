@@ -1,0 +1,168 @@
+"""The kernels of layout: split the nodes of one level of the tree, then write keys in tree order."""
+
+import triton
+import triton.language as tl
+
+from llama_surgery.attention.impl.triton.helpers import load_rows
+
+
+@triton.jit
+def _node_keys(keys, order, first, chunk_first, key_row, NODE, BLOCK: tl.constexpr, DIM, DIM_PAD):
+    """Block of a node's keys from place ``first`` on: (BLOCK, DIM_PAD) float32, and which are real."""
+    place = first + tl.arange(0, BLOCK)
+    present = place < NODE
+    offset = tl.load(order + place, mask=present, other=0)
+    x = load_rows(keys, chunk_first + offset, key_row, present, DIM, DIM_PAD, True)
+    return x.to(tl.float32), place, present
+
+
+@triton.jit
+def split_kernel(
+    keys_ptr,
+    order_ptr,
+    children_ptr,
+    projections_ptr,
+    key_stream,
+    key_row,
+    slots,
+    CHUNK: tl.constexpr,
+    NODE: tl.constexpr,
+    NODE_PAD: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ARITY: tl.constexpr,
+    DIM: tl.constexpr,
+    DIM_PAD: tl.constexpr,
+    STEPS: tl.constexpr,
+):
+    """Split every node of one level into equal children along its principal direction.
+
+    ``order`` and ``children`` (streams, slots) int32 hold offsets in the chunk, node by node, ascending in
+    each. ``projections`` (streams, slots) float32 is scratch. Grid: (nodes of a stream, streams). The
+    arithmetic is that of ``topology.tree``, without the covariance matrix: X'(X v) in place of (X'X) v.
+    """
+    stream = tl.program_id(1).to(tl.int64)
+    first = tl.program_id(0) * NODE
+    chunk_first = first // CHUNK * CHUNK
+    keys = keys_ptr + stream * key_stream
+    order = order_ptr + stream * slots + first
+    projections = projections_ptr + stream * slots + first
+
+    mean = tl.zeros([DIM_PAD], tl.float32)
+    for block in range(0, NODE, BLOCK):
+        x, place, present = _node_keys(keys, order, block, chunk_first, key_row, NODE, BLOCK, DIM, DIM_PAD)
+        mean += tl.sum(x, 0)
+    mean = mean / NODE
+    spread = tl.zeros([DIM_PAD], tl.float32)
+    for block in range(0, NODE, BLOCK):
+        x, place, present = _node_keys(keys, order, block, chunk_first, key_row, NODE, BLOCK, DIM, DIM_PAD)
+        x = tl.where(present[:, None], x - mean[None, :], 0.0)
+        spread += tl.sum(x * x, 0)
+    channel = tl.arange(0, DIM_PAD)
+    direction = (channel == tl.argmax(spread, 0)).to(tl.float32)
+    # The start of topology.tree is one step from the widest channel's axis: hence one step more here.
+    for _ in range(STEPS + 1):
+        pulled = tl.zeros([DIM_PAD], tl.float32)
+        for block in range(0, NODE, BLOCK):
+            x, place, present = _node_keys(
+                keys, order, block, chunk_first, key_row, NODE, BLOCK, DIM, DIM_PAD
+            )
+            x = tl.where(present[:, None], x - mean[None, :], 0.0)
+            along = tl.sum(x * direction[None, :], 1)
+            pulled += tl.sum(x * along[:, None], 0)
+        # Scaled by its largest entry first, so that squares neither overflow nor vanish.
+        pulled = pulled / tl.maximum(tl.max(tl.abs(pulled), 0), 1e-37)
+        direction = pulled / tl.maximum(tl.sqrt(tl.sum(pulled * pulled, 0)), 1e-37)
+    for block in range(0, NODE, BLOCK):
+        x, place, present = _node_keys(keys, order, block, chunk_first, key_row, NODE, BLOCK, DIM, DIM_PAD)
+        x = tl.where(present[:, None], x - mean[None, :], 0.0)
+        tl.store(projections + place, tl.sum(x * direction[None, :], 1), mask=present)
+    tl.debug_barrier()
+
+    place = tl.arange(0, NODE_PAD)
+    present = place < NODE
+    # Integers in the order of the numbers; adding zero makes one of the two zeros.
+    bits = (tl.load(projections + place, mask=present, other=0.0) + 0.0).to(tl.int32, bitcast=True)
+    value = (bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(tl.int64)
+    value = tl.where(present, value, 1 << 40)
+    child = tl.zeros([NODE_PAD], tl.int32)
+    size: tl.constexpr = NODE // ARITY
+    for boundary in tl.static_range(1, ARITY):
+        # The largest bound with at most ``wanted`` values below it is the value of that rank.
+        wanted = boundary * size
+        bound = tl.full([], -(1 << 31), tl.int64)
+        for step in range(0, 32):
+            higher = bound + (tl.full([], 1, tl.int64) << (31 - step))
+            below = tl.sum((value < higher).to(tl.int32), 0)
+            bound = tl.where(below <= wanted, higher, bound)
+        below = tl.sum((value < bound).to(tl.int32), 0)
+        equal = (value == bound).to(tl.int32)
+        lower = (value < bound) | ((equal == 1) & (below + tl.cumsum(equal, 0) <= wanted))
+        child += (~lower).to(tl.int32)
+    offset = tl.load(order + place, mask=present, other=0)
+    children = children_ptr + stream * slots + first
+    for index in tl.static_range(0, ARITY):
+        chosen = (child == index) & present
+        rank = tl.cumsum(chosen.to(tl.int32), 0) - 1
+        tl.store(children + index * size + rank, offset, mask=chosen)
+
+
+@triton.jit
+def arrange_kernel(
+    keys_ptr,
+    values_ptr,
+    order_ptr,
+    keys_out_ptr,
+    values_out_ptr,
+    order_out_ptr,
+    mean_ptr,
+    variance_ptr,
+    key_stream,
+    key_row,
+    value_stream,
+    value_row,
+    slots,
+    CHUNK: tl.constexpr,
+    BALL: tl.constexpr,
+    BALL_PAD: tl.constexpr,
+    BALLS: tl.constexpr,
+    DIM: tl.constexpr,
+    DIM_PAD: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
+    VALUE_PAD: tl.constexpr,
+):
+    """Write keys and values in tree order, the order in 16 bits, and the moments of balls.
+
+    Outputs are contiguous: (streams, slots, dim), (streams, slots) int16, (streams, balls, dim) float32.
+    Grid: (balls of a stream / BALLS rounded up, streams).
+    """
+    stream = tl.program_id(1).to(tl.int64)
+    row = tl.arange(0, BALLS * BALL_PAD)
+    ball = tl.program_id(0) * BALLS + row // BALL_PAD
+    slot = ball * BALL + row % BALL_PAD
+    present = (row % BALL_PAD < BALL) & (slot < slots)
+    offset = tl.load(order_ptr + stream * slots + slot, mask=present, other=0)
+    source = slot // CHUNK * CHUNK + offset
+    k = load_rows(keys_ptr + stream * key_stream, source, key_row, present, DIM, DIM_PAD, True)
+    v = load_rows(values_ptr + stream * value_stream, source, value_row, present, VALUE_DIM, VALUE_PAD, True)
+    column, value_column = tl.arange(0, DIM_PAD), tl.arange(0, VALUE_PAD)
+    target = (stream * slots + slot)[:, None]
+    tl.store(
+        keys_out_ptr + target * DIM + column[None, :], k, mask=present[:, None] & (column < DIM)[None, :]
+    )
+    tl.store(
+        values_out_ptr + target * VALUE_DIM + value_column[None, :],
+        v,
+        mask=present[:, None] & (value_column < VALUE_DIM)[None, :],
+    )
+    tl.store(order_out_ptr + stream * slots + slot, offset.to(tl.int16), mask=present)
+    x = tl.reshape(k.to(tl.float32), [BALLS, BALL_PAD, DIM_PAD])
+    real = tl.reshape(present, [BALLS, BALL_PAD])[:, :, None]
+    mean = tl.sum(x, 1) / BALL
+    x = tl.where(real, x - mean[:, None, :], 0.0)
+    variance = tl.sum(x * x, 1) / BALL
+    balls = slots // BALL
+    index = tl.program_id(0) * BALLS + tl.arange(0, BALLS)
+    cell = (stream * balls + index)[:, None] * DIM + column[None, :]
+    keep = (index < balls)[:, None] & (column < DIM)[None, :]
+    tl.store(mean_ptr + cell, mean, mask=keep)
+    tl.store(variance_ptr + cell, variance, mask=keep)

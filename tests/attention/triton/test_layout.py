@@ -1,0 +1,86 @@
+"""Layout by kernels against the plain one: orders, moments, odd sizes."""
+
+import dataclasses
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from llama_surgery.attention.impl.triton.layout import build_layout
+from llama_surgery.config import SurgeryConfig
+from llama_surgery.topology import layout as plain
+from llama_surgery.topology.tree import principal_direction
+
+CONFIG = SurgeryConfig(chunk_size=64, page_size=16, window=32, tile=16, moment_size=8)
+
+
+def states(chunks: int, dim: int, size: int, device: torch.device, seed: int = 0) -> torch.Tensor:
+    """Keys with a large mean and one wide channel, as real ones have."""
+    generator = torch.Generator().manual_seed(seed)
+    keys = torch.randn(2, chunks * size, dim, generator=generator)
+    keys[..., dim // 3] *= 3
+    return (keys + 2 * torch.randn(2, 1, dim, generator=generator)).to(device)
+
+
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("dim", [16, 40, 64])
+@pytest.mark.parametrize(
+    "config",
+    [
+        CONFIG,
+        dataclasses.replace(CONFIG, moment_size=4),
+        dataclasses.replace(CONFIG, directions="position"),
+        SurgeryConfig(chunk_size=108, page_size=12, window=12, tile=12, arity=3, moment_size=4),
+        SurgeryConfig(chunk_size=32, page_size=32, window=32, tile=32, moment_size=32),
+    ],
+)
+def test_layout_is_the_plain_one(config: SurgeryConfig, dim: int, device: torch.device) -> None:
+    keys = states(3, dim, config.chunk_size, device)
+    values = states(3, 24, config.chunk_size, device, 1)
+    got, expected = build_layout(keys, values, config), plain.build_layout(keys, values, config)
+    assert torch.equal(got.order, expected.order)
+    assert torch.equal(got.keys, expected.keys) and torch.equal(got.values, expected.values)
+    assert got.moments.size == expected.moments.size
+    for name in ("mean", "variance"):
+        torch.testing.assert_close(
+            getattr(got.moments, name), getattr(expected.moments, name), rtol=1e-5, atol=1e-5
+        )
+
+
+def test_strided_views_give_the_same_layout(device: torch.device) -> None:
+    keys = states(2, 32, CONFIG.chunk_size, device)
+    view = torch.stack((keys, keys.flip(-1)), 2)[:, :, 0]
+    assert not view.is_contiguous()
+    assert torch.equal(build_layout(view, view, CONFIG).keys, build_layout(keys, keys, CONFIG).keys)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_equal_keys_stay_in_order(dtype: torch.dtype, device: torch.device) -> None:
+    if dtype == torch.bfloat16 and device.type == "cpu":
+        pytest.skip("Triton's interpreter does not know bfloat16")
+    keys = torch.full((1, 64, 20), 0.75, dtype=dtype, device=device)
+    order = build_layout(keys, keys, CONFIG).order
+    assert order.flatten().tolist() == list(range(64))
+
+
+def test_ties_are_broken_by_position_and_splits_follow_the_direction(device: torch.device) -> None:
+    keys = states(4, 16, CONFIG.chunk_size, device).round()
+    order = build_layout(keys, keys, CONFIG).order.long()
+    for stream in range(2):
+        for chunk in range(4):
+            of_chunk = keys[stream].double().unflatten(0, (4, -1))[chunk]
+            split = order[stream, chunk]
+            assert sorted(split.tolist()) == list(range(64))
+            assert (split.unflatten(0, (-1, 8)).diff() > 0).all()
+            centred = of_chunk - of_chunk.mean(0)
+            along = (centred @ principal_direction(centred))[split].unflatten(0, (2, -1))
+            assert along[0].max() <= along[1].min() + 1e-5
+
+
+def test_a_chunk_does_not_see_its_neighbours(device: torch.device) -> None:
+    keys = states(3, 24, CONFIG.chunk_size, device)
+    whole = build_layout(keys, keys, CONFIG)
+    alone = build_layout(keys[:, 64:128], keys[:, 64:128], CONFIG)
+    assert torch.equal(whole.order[:, 1:2], alone.order)
+    assert torch.equal(whole.moments.variance[:, 8:16], alone.moments.variance)
