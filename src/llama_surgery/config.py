@@ -8,7 +8,7 @@ from llama_surgery.errors import SurgeryError
 
 Topology = Literal["pages", "dense"]
 Directions = Literal["principal", "position"]
-Backend = Literal["auto", "reference", "gather", "flex"]
+Backend = Literal["auto", "reference", "gather", "flex", "triton"]
 
 CONFIG_VERSION = 1
 
@@ -39,7 +39,8 @@ class SurgeryConfig:
             ball promises enough, instead of scoring everything.
         alpha: Weight of the variance term of the page score.
         dense_until: Queries at positions below this see everything; a multiple of ``tile``.
-        backend: Who executes the plan. A backend asked for by name never falls back in silence.
+        backend: Who executes the plan. ``auto`` takes the kernels on a GPU where they can run a call, and
+            plain PyTorch elsewhere. A backend asked for by name never falls back in silence.
 
     Raises:
         SurgeryError: A value is out of range or values do not fit together.

@@ -5,7 +5,8 @@ A *stream* is one KV head of one sequence; queries come grouped, all query heads
 
 import dataclasses
 import importlib
-from typing import Protocol, cast
+from collections.abc import Sequence
+from typing import Any, Protocol, cast
 
 import torch
 
@@ -13,10 +14,11 @@ from llama_surgery.config import SurgeryConfig
 from llama_surgery.errors import SurgeryError
 from llama_surgery.topology.geometry import closed_chunks, query_blocks
 from llama_surgery.topology.layout import Layout
+from llama_surgery.topology.layout import build_layout as plain_layout
 from llama_surgery.topology.plan import Plan
 from llama_surgery.topology.selection import Scorer, ShareListener, select
 
-#: Modules that execute plans, loaded when first asked for.
+#: Modules that execute plans block by block, loaded when first asked for. ``triton`` takes whole calls.
 BACKENDS = ("reference", "gather", "flex")
 
 
@@ -74,6 +76,20 @@ class Backend(Protocol):
         """
 
 
+class CountedPlan(Protocol):
+    """What the accounting asks of a plan, in whatever form its backend keeps it."""
+
+    @property
+    def counts(self) -> torch.Tensor:
+        """(streams, tiles), pages each tile reads."""
+
+    def executed_pairs(self, page_size: int) -> torch.Tensor:
+        """(streams,): (query, key) pairs the far pass reads for one query head."""
+
+    def visible_pairs(self, page_size: int) -> torch.Tensor:
+        """(streams,): pairs that the rows may see."""
+
+
 @dataclasses.dataclass(frozen=True)
 class AttentionResult:
     """What :func:`attend` returns.
@@ -81,14 +97,14 @@ class AttentionResult:
     Attributes:
         out: (streams, heads, rows, value_dim), the queries' dtype.
         lse: (streams, heads, rows) log-sum-exp of the visible logits, float32 or float64.
-        plans: One plan for every block of rows that had closed chunks.
+        plans: Plans of all rows that had closed chunks.
         near_pairs: (query, key) pairs of the near field, for one query head.
         causal_pairs: Pairs that dense attention would read, for one query head.
     """
 
     out: torch.Tensor
     lse: torch.Tensor
-    plans: list[Plan]
+    plans: Sequence[CountedPlan]
     near_pairs: int
     causal_pairs: int
 
@@ -132,10 +148,25 @@ def attend(
     rows = queries.shape[2] if queries.dim() == 4 else 0
     stop = start + rows
     _check(queries, near_keys, near_values, layout, config, start, tile, sink_logit)
-    backend = backend_of(config, queries)
+    name = backend_name(config, queries, near_values, tile, listening=listener is not None)
+    if name == "triton":
+        return _attend_with_kernels(
+            queries,
+            near_keys,
+            near_values,
+            layout,
+            config=config,
+            start=start,
+            tile=tile,
+            scale=scale,
+            softcap=softcap,
+            sink_logit=sink_logit,
+        )
+    backend = cast(Backend, importlib.import_module(f"llama_surgery.attention.impl.{name}"))
     scorer = Scorer(scale, config.alpha, softcap)
     near_start = stop - near_keys.shape[1]  # position of near_keys[:, 0]
-    outs, lses, plans, near_pairs = [], [], [], 0
+    outs, lses, near_pairs = [], [], 0
+    plans: list[Plan] = []
     for block in query_blocks(start, stop, config, tile):
         q = queries[:, :, block.start - start : block.stop - start]
         first = block.closed * config.chunk_size
@@ -182,16 +213,60 @@ def attend(
     )
 
 
-def backend_of(config: SurgeryConfig, queries: torch.Tensor) -> Backend:
-    """The backend that executes plans for these queries.
+def backend_name(
+    config: SurgeryConfig,
+    queries: torch.Tensor,
+    values: torch.Tensor,
+    tile: int,
+    *,
+    listening: bool = False,
+) -> str:
+    """Who executes a call: the backend asked for, or the fastest that can.
+
+    Args:
+        config: Names the backend, or leaves it to this function.
+        queries: (..., head_dim), for their device, dtype and gradient.
+        values: (..., value_dim).
+        tile: Queries of a tile.
+        listening: Shares are asked for (calibration).
 
     Raises:
-        SurgeryError: The backend asked for by name cannot run here.
+        SurgeryError: The backend asked for by name cannot run this call.
     """
-    name = "gather" if config.backend == "auto" else config.backend
-    if name not in BACKENDS:
-        raise SurgeryError(f"backend={name!r} is not one of {', '.join(BACKENDS)}.")
-    return cast(Backend, importlib.import_module(f"llama_surgery.attention.impl.{name}"))
+    if config.backend not in ("auto", "triton"):
+        return config.backend
+    from llama_surgery.attention.impl import triton
+
+    problem = triton.obstacle(config, queries, values, tile)
+    if problem is None and listening:
+        problem = "shares are not handed out (calibration): use backend='auto' or 'gather'"
+    if problem is None:
+        return "triton"
+    if config.backend == "triton":
+        raise SurgeryError(f"backend='triton' cannot run this: {problem}.")
+    return "gather"
+
+
+def build_layout(keys: torch.Tensor, values: torch.Tensor, config: SurgeryConfig) -> Layout:
+    """Lay out full chunks, on a GPU by kernels; see :func:`llama_surgery.topology.layout.build_layout`."""
+    if backend_name(config, keys, values, config.tile) == "triton":
+        from llama_surgery.attention.impl import triton
+
+        return triton.build_layout(keys, values, config)
+    return plain_layout(keys, values, config)
+
+
+def _attend_with_kernels(
+    queries: torch.Tensor,
+    near_keys: torch.Tensor,
+    near_values: torch.Tensor,
+    layout: Layout | None,
+    **options: Any,
+) -> AttentionResult:
+    from llama_surgery.attention.impl import triton
+
+    result = triton.attend(queries, near_keys, near_values, layout, **options)
+    return AttentionResult(result.out, result.lse, result.plans, result.near_pairs, result.causal_pairs)
 
 
 def _triangle(n: int) -> int:

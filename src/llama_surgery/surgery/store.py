@@ -4,12 +4,12 @@ import copy
 
 import torch
 
+from llama_surgery.attention.api import build_layout
 from llama_surgery.config import SurgeryConfig
 from llama_surgery.errors import SurgeryError
 from llama_surgery.topology.layout import (
     Layout,
     Moments,
-    build_layout,
     extend_layout,
     restore,
 )

@@ -99,6 +99,7 @@ def compile_all(
             setattr(module, name, recorders[-1])
     chosen = tuning.tuning_for(family, head_dim, dtype.itemsize)
     job.tuning_for = lambda *_: chosen  # type: ignore[assignment]
+    job.obstacle = lambda *_: None  # nothing is run
     length = 2048
     states = torch.zeros(8, heads, length, head_dim, dtype=dtype)
     keys = states[:, 0].contiguous()

@@ -24,7 +24,7 @@ def states(chunks: int, dim: int, size: int, device: torch.device, seed: int = 0
 
 
 @pytest.mark.usefixtures("poisoned")
-@pytest.mark.parametrize("dim", [16, 40, 64])
+@pytest.mark.parametrize("dim", [16, 40])
 @pytest.mark.parametrize(
     "config",
     [
@@ -36,8 +36,8 @@ def states(chunks: int, dim: int, size: int, device: torch.device, seed: int = 0
     ],
 )
 def test_layout_is_the_plain_one(config: SurgeryConfig, dim: int, device: torch.device) -> None:
-    keys = states(3, dim, config.chunk_size, device)
-    values = states(3, 24, config.chunk_size, device, 1)
+    keys = states(2, dim, config.chunk_size, device)
+    values = states(2, 24, config.chunk_size, device, 1)
     got, expected = build_layout(keys, values, config), plain.build_layout(keys, values, config)
     assert torch.equal(got.order, expected.order)
     assert torch.equal(got.keys, expected.keys) and torch.equal(got.values, expected.values)

@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import torch
 
+from llama_surgery.attention.impl.triton import obstacle
 from llama_surgery.attention.impl.triton.tuning import Tuning, family_of, tuning_for
 from llama_surgery.config import SurgeryConfig
 from llama_surgery.errors import SurgeryError
@@ -132,17 +133,9 @@ def make_job(
 ) -> Job:
     """Gather a call's arguments. See :func:`attend`."""
     tile = config.tile if tile is None else tile
-    if queries.dtype not in (torch.float32, torch.float16, torch.bfloat16):
-        raise SurgeryError(
-            f"dtype {queries.dtype}: the triton backend computes in float32, float16 or bfloat16. "
-            'Use backend="gather" for others.'
-        )
-    if tile > 128:
-        raise SurgeryError(f"tile={tile}: the triton backend runs tiles of at most 128 queries.")
-    if config.pages_per_row is not None:
-        raise SurgeryError('pages_per_row: the triton backend opens pages by theta. Use backend="gather".')
-    if queries.shape[-1] > 256 or near_values.shape[-1] > 256:
-        raise SurgeryError(f"head_dim={queries.shape[-1]}: the triton backend runs head dims up to 256.")
+    problem = obstacle(config, queries, near_values, tile)
+    if problem is not None:
+        raise SurgeryError(f"the triton kernels cannot run this: {problem}.")
     queries, near_keys, near_values = (
         x if x.stride(-1) == 1 else x.contiguous() for x in (queries, near_keys, near_values)
     )

@@ -57,12 +57,12 @@ def build_layout(keys: torch.Tensor, values: torch.Tensor, config: SurgeryConfig
         ball = config.ball_size
         ball_pad = triton.next_power_of_2(ball)
         balls = max(1, BLOCK // ball_pad)
-        moments = (keys.new_empty(streams, slots // ball, dim, dtype=torch.float32) for _ in range(2))
+        mean, variance = (keys.new_empty(streams, slots // ball, dim, dtype=torch.float32) for _ in range(2))
         layout = Layout(
             torch.empty_like(keys, memory_format=torch.contiguous_format),
             torch.empty_like(values, memory_format=torch.contiguous_format),
             order.new_empty(streams, slots // config.chunk_size, config.chunk_size, dtype=torch.int16),
-            Moments(*moments, ball),
+            Moments(mean, variance, ball),
         )
         arrange_kernel[(triton.cdiv(slots // ball, balls), streams)](
             keys,

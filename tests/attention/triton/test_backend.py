@@ -1,0 +1,80 @@
+"""The kernels as a backend of the ordinary call: same model, same answers; refusals by name."""
+
+import dataclasses
+import os
+from unittest import mock
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+pytest.importorskip("triton")
+
+import llama_surgery as surgery
+from llama_surgery.attention import api
+from llama_surgery.attention.impl import triton
+from llama_surgery.config import SurgeryConfig
+from llama_surgery.errors import SurgeryError
+
+CONFIG = SurgeryConfig(chunk_size=32, page_size=8, window=16, tile=8, theta=0.05)
+
+
+def tiny(device: torch.device) -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=64,
+        hidden_size=64,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+    )
+    return LlamaForCausalLM(config).to(device).eval()
+
+
+@pytest.mark.parametrize("change", [{}, {"coarse_to_fine": True}])
+def test_a_model_answers_as_with_gather(change: dict[str, object], device: torch.device) -> None:
+    model = tiny(device)
+    ids = torch.randint(64, (2, 75), generator=torch.Generator().manual_seed(1)).to(device)
+    mask = torch.ones_like(ids)
+    mask[1, :9] = 0
+    logits, densities, texts = {}, {}, {}
+    for backend in ("gather", "triton"):
+        config = dataclasses.replace(CONFIG, **change, theta_decode=None, backend=backend)
+        with surgery.operated(model, config), torch.no_grad():
+            logits[backend] = model(ids, attention_mask=mask).logits[mask.bool()]
+            densities[backend] = surgery.statistics(model)
+            texts[backend] = model.generate(ids[:1, :70], max_new_tokens=2, do_sample=False, pad_token_id=0)
+    torch.testing.assert_close(logits["triton"], logits["gather"], rtol=1e-4, atol=1e-4)
+    assert densities["triton"] == densities["gather"]
+    assert torch.equal(texts["triton"], texts["gather"])
+
+
+def test_auto_takes_the_kernels_where_they_can_run(device: torch.device) -> None:
+    q = torch.zeros(1, 1, 1, 16, device=device)
+    assert api.backend_name(CONFIG, q, q, 8) == "triton"
+    assert api.backend_name(CONFIG, q, q, 8, listening=True) == "gather"
+    assert api.backend_name(CONFIG, q.double(), q.double(), 8) == "gather"
+    few = dataclasses.replace(CONFIG, pages_per_row=2)
+    assert api.backend_name(few, q, q, 8) == "gather"
+    assert api.backend_name(CONFIG, q.requires_grad_(), q, 8) == "gather"
+    with torch.no_grad():
+        assert api.backend_name(CONFIG, q, q, 8) == "triton"
+
+
+def test_asked_for_by_name_it_never_falls_back() -> None:
+    named = dataclasses.replace(CONFIG, backend="triton")
+    q = torch.zeros(1, 1, 1, 16)
+    with (
+        mock.patch.dict(os.environ, {"TRITON_INTERPRET": "0"}),
+        pytest.raises(SurgeryError, match="needs a GPU"),
+    ):
+        api.backend_name(named, q, q, 8)
+    with pytest.raises(SurgeryError, match="shares are not handed out"):
+        api.backend_name(named, q, q, 8, listening=True)
+    with (
+        mock.patch.object(triton, "_installed", lambda: False),
+        pytest.raises(SurgeryError, match="not installed"),
+    ):
+        api.backend_name(named, q, q, 8)
