@@ -39,28 +39,36 @@ def variants() -> list[tuple[SurgeryConfig, float]]:
         for page in (32, 64, 16, 128):
             for target in (0.06, 0.03):
                 add(target, tile=tile, page_size=page)
+    gpu = {"page_size": 64}
     for change in (
-        {"moment_size": 32},
-        {"moment_size": 16},
-        {"moment_size": 4},
-        {"directions": "position"},
-        {"score_stride": 4},
-        {"score_stride": 8},
-        {"score_stride": 32},
+        gpu | {"moment_size": 16, "coarse_to_fine": True},
+        gpu | {"moment_size": 8, "coarse_to_fine": True},
+        gpu | {"moment_size": 64, "coarse_to_fine": True},
+        gpu | {"moment_size": 64},
+        gpu | {"moment_size": 8},
         {"coarse_to_fine": True},
+        {"moment_size": 32},
+        {"chunk_size": 2048},
+        gpu | {"chunk_size": 2048},
+        {"directions": "position"},
+        gpu | {"directions": "position"},
         {"window": 128},
         {"window": 64},
+        {"score_stride": 4},
+        gpu | {"score_stride": 8},
+        {"moment_size": 4},
+        {"moment_size": 16},
         {"chunk_size": 256, "window": 320},
         {"chunk_size": 1024},
-        {"chunk_size": 2048},
-        {"chunk_size": 2048, "page_size": 64},
-        {"chunk_size": 2048, "page_size": 128},
-        {"directions": "position", "page_size": 64},
-        {"directions": "position", "page_size": 128},
+        gpu | {"score_stride": 4},
+        {"score_stride": 8},
+        {"score_stride": 32},
+        {"page_size": 128, "chunk_size": 2048},
+        {"page_size": 128, "directions": "position"},
     ):
         add(0.06, **change)
-        if "score_stride" not in change:
-            add(0.06, tile=1, **change)
+    for change in ({"moment_size": 32}, {"directions": "position"}, {"window": 128}, {"chunk_size": 2048}):
+        add(0.06, tile=1, **change)
     for tile in (32, 1):
         for target in (0.015, 0.12):
             add(target, tile=tile)

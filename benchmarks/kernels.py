@@ -24,12 +24,12 @@ import triton
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from llama_surgery.attention.impl.triton import prefill
-from llama_surgery.attention.impl.triton.job import Job, make_job, page_features
+from llama_surgery.attention.impl.triton.job import Job, make_job, make_levels
+from llama_surgery.attention.impl.triton.layout import build_layout
 from llama_surgery.attention.impl.triton.tiled_plan import ENTRY, TiledPlan
 from llama_surgery.attention.impl.triton.tuning import Tuning
 from llama_surgery.config import SurgeryConfig
 from llama_surgery.topology.geometry import closed_chunks
-from llama_surgery.topology.layout import Layout, Moments, build_layout
 
 STREAMS, HEADS, DIM = 8, 4, 128
 CLUSTERS = 64
@@ -62,28 +62,6 @@ def make_data(length: int, device: torch.device, seed: int = 0) -> Data:
     keys = normal(STREAMS, length) + walk(24)
     queries = normal(STREAMS, HEADS, length) + walk(64)[:, None]
     return Data(queries, keys, normal(STREAMS, length))
-
-
-def build(data: Data, config: SurgeryConfig) -> Layout:
-    """The layout of all full chunks, in pieces where memory asks for it (chunks are independent)."""
-    full = data.keys.shape[1] // config.chunk_size * config.chunk_size
-    piece = 1 << 17
-    parts = [
-        build_layout(data.keys[:, a : min(a + piece, full)], data.values[:, a : min(a + piece, full)], config)
-        for a in range(0, full, piece)
-    ]  # fmt: skip
-    if len(parts) == 1:
-        return parts[0]
-    return Layout(
-        torch.cat([p.keys for p in parts], 1),
-        torch.cat([p.values for p in parts], 1),
-        torch.cat([p.order for p in parts], 1),
-        Moments(
-            torch.cat([p.moments.mean for p in parts], 1),
-            torch.cat([p.moments.variance for p in parts], 1),
-            parts[0].moments.size,
-        ),
-    )
 
 
 def measure(call: Callable[[], object], budget_ms: float = 300.0) -> tuple[float, float, float]:
@@ -381,10 +359,11 @@ def parts(
         "n": length,
         "page": config.page_size,
         "tile": config.tile,
+        "ball": config.ball_size,
         "stride": config.score_stride,
         "far": density,
     }
-    layout = build(data, config)
+    layout = build_layout(data.keys, data.values, config)
     job = make_job(data.queries, data.keys, data.values, layout, config=config, start=0)
     strips = list(job.strips())
     far = [strip for strip in strips if strip.pages]
@@ -425,11 +404,11 @@ def parts(
         "plain_error": plain,
         "differing": differing,
     }
-    table.add(setting, "layout", measure(lambda: build(data, config)))
+    table.add(setting, "layout", measure(lambda: build_layout(data.keys, data.values, config)))
     table.add(
         setting,
         "features",
-        measure(lambda: page_features(layout.moments, 1.0, data.keys.dtype)),
+        measure(lambda: make_levels(layout.moments, config, data.keys.dtype)),
     )
     for name, options in (("near", {"far": False}), ("pages", {"near": False}), ("", {})):
         part = f"totals {name}".strip()
@@ -461,7 +440,7 @@ def parts(
     table.add(setting, "attend", attend_ms, **facts, speedup=dense_ms / attend_ms[1])
 
     def everything() -> object:
-        fresh = build(data, config)
+        fresh = build_layout(data.keys, data.values, config)
         return prefill.attend(data.queries, data.keys, data.values, fresh, config=config, start=0)
 
     everything_ms = measure(everything)
@@ -488,19 +467,24 @@ def check_tiles_loosely(job: Job, plans: list[TiledPlan], out: torch.Tensor) -> 
 def settings(length: int, full: bool) -> Iterator[tuple[SurgeryConfig, float, bool]]:
     """Configurations, far densities and whether FlexAttention runs, the most telling first."""
 
-    def config(page: int, tile: int, stride: int) -> SurgeryConfig:
-        return SurgeryConfig(page_size=page, tile=tile, score_stride=stride, theta_decode=0.01)
+    def config(page: int, ball: int, tile: int = 32, stride: int = 1) -> SurgeryConfig:
+        return SurgeryConfig(
+            page_size=page, moment_size=ball, tile=tile, score_stride=stride, theta_decode=0.01
+        )
 
     small = length <= 1 << 17
-    yield config(64, 32, 1), 0.05, small
-    yield config(64, 32, 8), 0.05, False
+    yield config(64, 64), 0.05, small
+    if length == 1 << 15:
+        yield config(64, 64), 0.07, False
     if length >= 1 << 15:
-        yield config(64, 32, 8), 0.01, False
+        yield config(64, 64), 0.01, False
+    yield config(64, 16), 0.05, False
+    yield config(64, 64, stride=4), 0.05, False
     if full or length in (1 << 15, 1 << 17):
-        yield config(32, 32, 8), 0.05, False
-        yield config(128, 32, 8), 0.05, False
-        yield config(64, 16, 8), 0.05, False
-        yield config(64, 64, 8), 0.05, False
+        yield config(32, 32), 0.05, False
+        yield config(128, 128), 0.05, False
+        yield config(64, 64, tile=16), 0.05, False
+        yield config(64, 64, tile=64), 0.05, False
 
 
 def sweep(lengths: list[int], seconds: float, full: bool, path: Path) -> None:
@@ -538,7 +522,7 @@ def tune(length: int, seconds: float) -> None:
     begin = time.perf_counter()
     data = make_data(length, torch.device("cuda"))
     config = SurgeryConfig(score_stride=8, theta_decode=0.01)
-    layout = build(data, config)
+    layout = build_layout(data.keys, data.values, config)
     job = make_job(data.queries, data.keys, data.values, layout, config=config, start=0)
     far = [strip for strip in job.strips() if strip.pages]
     theta = calibrate(job, [prefill.row_totals(job, s) for s in far], 0.05)

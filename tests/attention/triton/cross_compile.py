@@ -16,9 +16,19 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from llama_surgery.attention.impl.triton import job, layout, prefill, tuning
+from llama_surgery.attention.impl.triton import (
+    backward,
+    backward_pass,
+    job,
+    layout,
+    prefill,
+    token_mask,
+    token_mask_rule,
+    tuning,
+)
+from llama_surgery.attention.impl.triton.tiled_plan import TiledPlan
 from llama_surgery.config import SurgeryConfig
-from llama_surgery.topology.layout import build_layout
+from llama_surgery.topology.layout import Layout, build_layout
 
 TYPES = {
     torch.float32: "*fp32",
@@ -34,6 +44,14 @@ TYPES = {
 KERNELS = {
     prefill: ("totals_kernel", "list_kernel", "descend_kernel", "attend_kernel"),
     layout: ("split_kernel", "arrange_kernel"),
+    backward_pass: (
+        "query_gradient_kernel",
+        "near_gradient_kernel",
+        "far_gradient_kernel",
+        "place_kernel",
+        "reader_kernel",
+    ),
+    token_mask: ("window_kernel", "ball_list_kernel", "ball_kernel"),
 }
 
 
@@ -86,6 +104,25 @@ class Recorder:
             self.compiled[key] = triton.compile(source, target=self.target, options=options)
 
 
+def launch_backward(
+    states: torch.Tensor, keys: torch.Tensor, built: Layout, config: SurgeryConfig, extra: dict[str, Any]
+) -> None:
+    """Forward and backward over lists of four pages, with biases and without."""
+    states.requires_grad_()
+    keys.requires_grad_()
+    streams, heads, length, _ = states.shape
+    counts = torch.zeros(streams, length // config.tile, dtype=torch.int32)
+    plan = TiledPlan(0, length, config.tile, counts, counts, counts.new_zeros(*counts.shape, 4))
+    differentiable = dataclasses.replace(built, keys=keys[:, :1536], values=keys[:, :1536])
+    for bias in (None, torch.zeros(*counts.shape, 4, heads, config.tile, requires_grad=True)):
+        out, _ = backward.attend_plan(
+            states, keys, keys, differentiable, plan, config=config, page_bias=bias, **extra
+        )
+        out.sum().backward()
+    states.requires_grad_(False)
+    keys.requires_grad_(False)
+
+
 def compile_all(
     target_name: str, head_dim: int, dtype: torch.dtype, heads: int, *, wide: bool
 ) -> list[dict[str, Any]]:
@@ -99,7 +136,8 @@ def compile_all(
             setattr(module, name, recorders[-1])
     chosen = tuning.tuning_for(family, head_dim, dtype.itemsize)
     job.tuning_for = lambda *_: chosen  # type: ignore[assignment]
-    job.obstacle = lambda *_: None  # nothing is run
+    job.obstacle = token_mask.obstacle = lambda *_: None  # nothing is run
+    backward_pass.family_of = token_mask.family_of = lambda _: family  # type: ignore[assignment]
     length = 2048
     states = torch.zeros(8, heads, length, head_dim, dtype=dtype)
     keys = states[:, 0].contiguous()
@@ -108,6 +146,10 @@ def compile_all(
     extra: dict[str, Any] = {"softcap": 50.0, "sink_logit": torch.zeros(8, heads)} if wide else {}
     for rule in (config, dataclasses.replace(config, coarse_to_fine=True)):
         prefill.attend(states, keys, keys, built, config=rule, start=0, **extra)
+    launch_backward(states, keys, built, config, extra)
+    paths = torch.zeros(8, heads, length, dtype=torch.int64)
+    ball_rule = token_mask_rule.BallRule(levels=11, radius=5)
+    token_mask.attend_balls(states, keys, keys, paths, paths[:, 0], ball_rule, softcap=extra.get("softcap"))
     rows = []
     for recorder in recorders:
         for kernel in recorder.compiled.values():

@@ -58,19 +58,32 @@ def test_auto_takes_the_kernels_where_they_can_run(device: torch.device) -> None
     assert api.backend_name(CONFIG, q.double(), q.double(), 8) == "gather"
     few = dataclasses.replace(CONFIG, pages_per_row=2)
     assert api.backend_name(few, q, q, 8) == "gather"
-    assert api.backend_name(CONFIG, q.requires_grad_(), q, 8) == "gather"
-    with torch.no_grad():
-        assert api.backend_name(CONFIG, q, q, 8) == "triton"
+    assert api.backend_name(CONFIG, q.requires_grad_(), q, 8) == "triton"
 
 
-def test_asked_for_by_name_it_never_falls_back() -> None:
+def test_a_model_learns_as_with_gather(device: torch.device) -> None:
+    model = tiny(device)
+    ids = torch.randint(64, (1, 75), generator=torch.Generator().manual_seed(1)).to(device)
+    gradients = []
+    for backend in ("gather", "triton"):
+        config = dataclasses.replace(CONFIG, backend=backend)
+        model.zero_grad()
+        with surgery.operated(model, config):
+            model(ids, labels=ids).loss.backward()
+        gradients.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
+    assert len(gradients[0]) == len(gradients[1]) > 0
+    for plain, ours in zip(*gradients, strict=True):
+        torch.testing.assert_close(ours, plain, rtol=1e-3, atol=1e-5)
+
+
+def test_asked_for_by_name_it_never_falls_back(device: torch.device) -> None:
     named = dataclasses.replace(CONFIG, backend="triton")
-    q = torch.zeros(1, 1, 1, 16)
+    on_cpu, q = (torch.zeros(1, 1, 1, 16, device=where) for where in ("cpu", device))
     with (
         mock.patch.dict(os.environ, {"TRITON_INTERPRET": "0"}),
         pytest.raises(SurgeryError, match="needs a GPU"),
     ):
-        api.backend_name(named, q, q, 8)
+        api.backend_name(named, on_cpu, on_cpu, 8)
     with pytest.raises(SurgeryError, match="shares are not handed out"):
         api.backend_name(named, q, q, 8, listening=True)
     with (

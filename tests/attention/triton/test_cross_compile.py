@@ -18,7 +18,18 @@ KERNELS = {
     "attend_kernel",
     "split_kernel",
     "arrange_kernel",
+    "query_gradient_kernel",
+    "near_gradient_kernel",
+    "far_gradient_kernel",
+    "place_kernel",
+    "reader_kernel",
+    "window_kernel",
+    "ball_list_kernel",
+    "ball_kernel",
 }
+
+#: Kernels that multiply no matrices.
+WITHOUT_PRODUCTS = {"split_kernel", "arrange_kernel", "place_kernel", "reader_kernel", "ball_list_kernel"}
 
 #: Shared memory that one program may take, in bytes.
 SHARED = {
@@ -78,4 +89,4 @@ def test_caps_sinks_and_single_precision(target: str) -> None:
 
 def test_hopper_uses_its_matrix_units() -> None:
     rows = compile_for("cuda:90")
-    assert all(row["wgmma"] for row in rows if row["kernel"] not in ("split_kernel", "arrange_kernel")), rows
+    assert all(row["wgmma"] for row in rows if row["kernel"] not in WITHOUT_PRODUCTS), rows

@@ -43,8 +43,6 @@ def obstacle(config: SurgeryConfig, queries: torch.Tensor, values: torch.Tensor,
         )
     if config.pages_per_row is not None:
         return "it opens pages by theta, not by pages_per_row"
-    if torch.is_grad_enabled() and (queries.requires_grad or values.requires_grad):
-        return "it does not differentiate here; use torch.no_grad() or backend='gather'"
     return None
 
 
@@ -53,15 +51,34 @@ def _installed() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
-def attend(*args: Any, **kwargs: Any) -> "TiledResult":
-    """See :func:`llama_surgery.attention.impl.triton.prefill.attend`."""
-    from llama_surgery.attention.impl.triton import prefill
-
-    return prefill.attend(*args, **kwargs)
+def attend(
+    queries: torch.Tensor,
+    near_keys: torch.Tensor,
+    near_values: torch.Tensor,
+    layout: "Layout | None",
+    *,
+    sink_logit: torch.Tensor | None = None,
+    **options: Any,
+) -> "TiledResult":
+    """See :func:`prefill.attend`, and :func:`backward.attend` where a gradient is asked for."""
+    far = () if layout is None else (layout.keys, layout.values)
+    call: Any
+    if _differentiable(queries, near_keys, near_values, *far, sink_logit):
+        from llama_surgery.attention.impl.triton import backward as call
+    else:
+        from llama_surgery.attention.impl.triton import prefill as call
+    return call.attend(queries, near_keys, near_values, layout, sink_logit=sink_logit, **options)
 
 
 def build_layout(keys: torch.Tensor, values: torch.Tensor, config: SurgeryConfig) -> "Layout":
-    """See :func:`llama_surgery.attention.impl.triton.layout.build_layout`."""
-    from llama_surgery.attention.impl.triton import layout
+    """See :func:`layout.build_layout`, and :func:`backward.build_layout` where a gradient is asked for."""
+    call: Any
+    if _differentiable(keys, values):
+        from llama_surgery.attention.impl.triton import backward as call
+    else:
+        from llama_surgery.attention.impl.triton import layout as call
+    return call.build_layout(keys, values, config)
 
-    return layout.build_layout(keys, values, config)
+
+def _differentiable(*tensors: torch.Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)

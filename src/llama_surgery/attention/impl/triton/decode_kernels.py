@@ -78,7 +78,7 @@ def _rows_of(
     CHUNK: tl.constexpr,
     WINDOW: tl.constexpr,
 ):
-    """Stream, first query of the program, length, and per row of the matrix tile: query, head, closed, live."""
+    """Stream, first query, length; per row of the tile: query, head, closed chunks, is it real."""
     blocks: tl.constexpr = (ROWS + ROWS_BLOCK - 1) // ROWS_BLOCK
     stream = (tl.program_id(1) // blocks).to(tl.int64)
     first = (tl.program_id(1) % blocks) * ROWS_BLOCK
@@ -444,9 +444,11 @@ def merge_kernel(
     )
     tl.store(lse_ptr + target, (peak + tl.log2(total)) * LN2)
     if head == 0:
-        split = tl.arange(0, FAR_PAD)
-        cells = counts_ptr + ((stream * far_splits + split) * ROWS + row) * 2
-        opened = tl.load(cells, mask=split < far_splits, other=0)
-        read = tl.load(cells + 1, mask=split < far_splits, other=0)
-        tl.store(opened_ptr + stream * ROWS + row, tl.sum(opened, 0))
-        tl.store(read_ptr + stream * ROWS + row, tl.sum(read, 0))
+        opened, read = 0, 0
+        if FAR_PAD > 0:
+            split = tl.arange(0, FAR_PAD)
+            cells = counts_ptr + ((stream * far_splits + split) * ROWS + row) * 2
+            opened = tl.sum(tl.load(cells, mask=split < far_splits, other=0), 0)
+            read = tl.sum(tl.load(cells + 1, mask=split < far_splits, other=0), 0)
+        tl.store(opened_ptr + stream * ROWS + row, opened)
+        tl.store(read_ptr + stream * ROWS + row, read)

@@ -9,8 +9,11 @@ from llama_surgery.config import SurgeryConfig
 from llama_surgery.topology.layout import Layout, Moments
 from llama_surgery.topology.tree import POWER_STEPS
 
-#: Keys of a node that are held at once.
+#: Keys that are held at once.
 BLOCK = 64
+
+#: Widest head whose covariance fits the registers of a program.
+WIDEST_GRAM = 128
 
 
 def build_layout(keys: torch.Tensor, values: torch.Tensor, config: SurgeryConfig) -> Layout:
@@ -35,6 +38,7 @@ def build_layout(keys: torch.Tensor, values: torch.Tensor, config: SurgeryConfig
             node = config.chunk_size
             while node > config.ball_size:
                 node_pad = triton.next_power_of_2(node)
+                held = BLOCK if dim_pad <= WIDEST_GRAM else node_pad
                 split_kernel[(slots // node, streams)](
                     keys,
                     order,
@@ -45,12 +49,12 @@ def build_layout(keys: torch.Tensor, values: torch.Tensor, config: SurgeryConfig
                     CHUNK=config.chunk_size,
                     NODE=node,
                     NODE_PAD=node_pad,
-                    BLOCK=min(BLOCK, node_pad),
+                    BLOCK=max(16, min(held, node_pad)),
                     ARITY=config.arity,
                     DIM=dim,
                     DIM_PAD=dim_pad,
                     STEPS=POWER_STEPS,
-                    num_warps=4 if node > 32 else 2,
+                    num_warps=8 if node > BLOCK else 4,
                 )
                 order, children = children, order
                 node //= config.arity

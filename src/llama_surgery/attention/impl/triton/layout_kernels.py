@@ -3,17 +3,25 @@
 import triton
 import triton.language as tl
 
-from llama_surgery.attention.impl.triton.helpers import load_rows
+from llama_surgery.attention.impl.triton.helpers import EXACT, load_rows
 
 
 @triton.jit
 def _node_keys(keys, order, first, chunk_first, key_row, NODE, BLOCK: tl.constexpr, DIM, DIM_PAD):
-    """Block of a node's keys from place ``first`` on: (BLOCK, DIM_PAD) float32, and which are real."""
+    """Block of a node's keys from place ``first`` on: (BLOCK, DIM_PAD), and which are real."""
     place = first + tl.arange(0, BLOCK)
     present = place < NODE
     offset = tl.load(order + place, mask=present, other=0)
     x = load_rows(keys, chunk_first + offset, key_row, present, DIM, DIM_PAD, True)
-    return x.to(tl.float32), place, present
+    return x, place, present
+
+
+@triton.jit
+def _unit(vector):
+    """The vector at length one; zero stays zero."""
+    # Scaled by its largest entry first, so that squares neither overflow nor vanish.
+    vector = vector / tl.maximum(tl.max(tl.abs(vector), 0), 1e-37)
+    return vector / tl.maximum(tl.sqrt(tl.sum(vector * vector, 0)), 1e-37)
 
 
 @triton.jit
@@ -38,7 +46,9 @@ def split_kernel(
 
     ``order`` and ``children`` (streams, slots) int32 hold offsets in the chunk, node by node, ascending in
     each. ``projections`` (streams, slots) float32 is scratch. Grid: (nodes of a stream, streams). The
-    arithmetic is that of ``topology.tree``, without the covariance matrix: X'(X v) in place of (X'X) v.
+    arithmetic is that of ``topology.tree``; nodes of at most BLOCK keys stay in registers and do without the
+    covariance matrix, X'(X v) in place of (X'X) v. Its start, the covariance's column of the widest channel,
+    is one step from that channel's axis: hence one step more here.
     """
     stream = tl.program_id(1).to(tl.int64)
     first = tl.program_id(0) * NODE
@@ -47,34 +57,37 @@ def split_kernel(
     order = order_ptr + stream * slots + first
     projections = projections_ptr + stream * slots + first
 
-    mean = tl.zeros([DIM_PAD], tl.float32)
-    for block in range(0, NODE, BLOCK):
-        x, place, present = _node_keys(keys, order, block, chunk_first, key_row, NODE, BLOCK, DIM, DIM_PAD)
-        mean += tl.sum(x, 0)
-    mean = mean / NODE
-    spread = tl.zeros([DIM_PAD], tl.float32)
-    for block in range(0, NODE, BLOCK):
-        x, place, present = _node_keys(keys, order, block, chunk_first, key_row, NODE, BLOCK, DIM, DIM_PAD)
-        x = tl.where(present[:, None], x - mean[None, :], 0.0)
-        spread += tl.sum(x * x, 0)
     channel = tl.arange(0, DIM_PAD)
-    direction = (channel == tl.argmax(spread, 0)).to(tl.float32)
-    # The start of topology.tree is one step from the widest channel's axis: hence one step more here.
-    for _ in range(STEPS + 1):
-        pulled = tl.zeros([DIM_PAD], tl.float32)
+    if NODE > BLOCK:
+        # Many keys: their covariance is formed once, on the matrix units.
+        total = tl.zeros([DIM_PAD], tl.float32)
+        gram = tl.zeros([DIM_PAD, DIM_PAD], tl.float32)
         for block in range(0, NODE, BLOCK):
             x, place, present = _node_keys(
                 keys, order, block, chunk_first, key_row, NODE, BLOCK, DIM, DIM_PAD
             )
-            x = tl.where(present[:, None], x - mean[None, :], 0.0)
-            along = tl.sum(x * direction[None, :], 1)
-            pulled += tl.sum(x * along[:, None], 0)
-        # Scaled by its largest entry first, so that squares neither overflow nor vanish.
-        pulled = pulled / tl.maximum(tl.max(tl.abs(pulled), 0), 1e-37)
-        direction = pulled / tl.maximum(tl.sqrt(tl.sum(pulled * pulled, 0)), 1e-37)
-    for block in range(0, NODE, BLOCK):
-        x, place, present = _node_keys(keys, order, block, chunk_first, key_row, NODE, BLOCK, DIM, DIM_PAD)
+            total += tl.sum(x.to(tl.float32), 0)
+            gram = tl.dot(tl.trans(x), x, gram, input_precision=EXACT)
+        mean = total / NODE
+        gram -= total[:, None] * mean[None, :]
+        widest = tl.argmax(tl.sum(tl.where(channel[:, None] == channel[None, :], gram, 0.0), 0), 0)
+        direction = (channel == widest).to(tl.float32)
+        for _ in range(STEPS + 1):
+            direction = _unit(tl.sum(gram * direction[:, None], 0))
+        for block in range(0, NODE, BLOCK):
+            x, place, present = _node_keys(
+                keys, order, block, chunk_first, key_row, NODE, BLOCK, DIM, DIM_PAD
+            )
+            along = tl.sum((x.to(tl.float32) - mean[None, :]) * direction[None, :], 1)
+            tl.store(projections + place, along, mask=present)
+    else:
+        x, place, present = _node_keys(keys, order, 0, chunk_first, key_row, NODE, BLOCK, DIM, DIM_PAD)
+        x = x.to(tl.float32)
+        mean = tl.sum(x, 0) / NODE
         x = tl.where(present[:, None], x - mean[None, :], 0.0)
+        direction = (channel == tl.argmax(tl.sum(x * x, 0), 0)).to(tl.float32)
+        for _ in range(STEPS + 1):
+            direction = _unit(tl.sum(x * tl.sum(x * direction[None, :], 1)[:, None], 0))
         tl.store(projections + place, tl.sum(x * direction[None, :], 1), mask=present)
     tl.debug_barrier()
 

@@ -230,8 +230,12 @@ def attend_strip(
     lse: torch.Tensor,
     *,
     near: bool = True,
+    page_bias: torch.Tensor | None = None,
 ) -> None:
-    """Near field, then the plan's pages, of one strip; writes its rows of ``out`` and ``lse``."""
+    """Near field, then the plan's pages, of one strip; writes its rows of ``out`` and ``lse``.
+
+    ``page_bias`` (streams, tiles, listed, heads, tile) float32, contiguous, is added to listed pages' logits.
+    """
     streams, heads = job.queries.shape[:2]
     tile_pad = triton.next_power_of_2(job.tile)
     heads_block = _block(heads, job.tuning.rows, tile_pad)
@@ -258,6 +262,7 @@ def attend_strip(
         entries,
         counts,
         job.sink_logit,
+        page_bias,
         out,
         lse,
         *job.queries.stride()[:3],
@@ -286,7 +291,7 @@ def attend_strip(
         WINDOW=job.config.window,
         PAGE=job.config.page_size,
         PAGE_PAD=page_pad,
-        PAGES_PER_STEP=max(1, job.tuning.keys_per_step // page_pad),
+        PAGES_PER_STEP=1 if page_bias is not None else max(1, job.tuning.keys_per_step // page_pad),
         BLOCK_NEAR=block_near,
         NEAR=near,
         FAR=plan is not None,

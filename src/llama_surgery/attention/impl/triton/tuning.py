@@ -40,7 +40,7 @@ TABLE = {
     "sm86": _SMALL,
     "sm89": _SMALL,
     "sm120": _SMALL,
-    "sm90": Tuning(keys_per_step=32, attend_warps=4, attend_stages=2, score_stages=3),
+    "sm90": Tuning(keys_per_step=32, attend_warps=4, attend_stages=2, score_warps=4, score_stages=1),
     "sm100": Tuning(attend_stages=3, score_stages=3),
     "gfx942": Tuning(attend_stages=1, score_stages=1),
     "gfx950": Tuning(attend_stages=2, score_stages=1),

@@ -1,0 +1,332 @@
+"""Launches of the backward pass.
+
+Nothing is read back to the host, and nothing is added atomically: two runs agree bit by bit.
+"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+import triton
+
+from llama_surgery.attention.impl.triton.backward_key_kernels import far_gradient_kernel, near_gradient_kernel
+from llama_surgery.attention.impl.triton.backward_list_kernels import place_kernel, reader_kernel
+from llama_surgery.attention.impl.triton.backward_query_kernel import query_gradient_kernel
+from llama_surgery.attention.impl.triton.backward_tuning import BackwardTuning, backward_tuning_for
+from llama_surgery.attention.impl.triton.job import Job, make_job
+from llama_surgery.attention.impl.triton.prefill import _block
+from llama_surgery.attention.impl.triton.tiled_plan import TiledPlan
+from llama_surgery.attention.impl.triton.tuning import family_of
+from llama_surgery.config import SurgeryConfig
+
+#: Tiles or places that the list kernels hold at once.
+LIST_BLOCK = 1024
+
+
+class Call(NamedTuple):
+    """What a forward pass ran on, tensors aside. Plans are of consecutive strips, the last rows last."""
+
+    config: SurgeryConfig
+    start: int
+    tile: int
+    scale: float | None
+    softcap: float | None
+    plans: tuple[TiledPlan, ...]
+
+
+class States(NamedTuple):
+    """Tensors of a forward pass; shapes as in :func:`backward.attend_plan`."""
+
+    queries: torch.Tensor
+    near_keys: torch.Tensor
+    near_values: torch.Tensor
+    far_keys: torch.Tensor | None
+    far_values: torch.Tensor | None
+    sink_logit: torch.Tensor | None
+    page_bias: torch.Tensor | None
+    out: torch.Tensor
+    lse: torch.Tensor
+
+    def inputs(self) -> Sequence[torch.Tensor | None]:
+        """All but the results."""
+        return self[:7]
+
+
+class _Rows(NamedTuple):
+    """Contiguous states of the rows: (streams, heads, rows, dim) and (streams, heads, rows)."""
+
+    d_out: torch.Tensor
+    lse: torch.Tensor
+    delta: torch.Tensor
+
+
+def gradients(
+    call: Call,
+    states: States,
+    d_out: torch.Tensor,
+    d_lse: torch.Tensor | None,
+    needed: Sequence[bool],
+) -> list[torch.Tensor | None]:
+    """Gradients of the inputs of ``states``, in their order and dtypes; None where not needed.
+
+    Args:
+        d_out: (streams, heads, rows, value_dim).
+        d_lse: (streams, heads, rows), or None.
+        needed: For every input, whether its gradient is asked for; that of the queries always is made.
+    """
+    job = make_job(
+        *states[:3],
+        None,  # nothing is scored
+        config=call.config,
+        start=call.start,
+        tile=call.tile,
+        scale=call.scale,
+        softcap=call.softcap,
+    )
+    tuning = backward_tuning_for(
+        family_of(job.queries.device),
+        max(job.queries.shape[-1], job.near_values.shape[-1]),
+        job.queries.element_size(),
+    )
+    far = [x if x is None or x.stride(-1) == 1 else x.contiguous() for x in states[3:5]]
+    rows = _Rows(d_out.contiguous(), states.lse, torch.empty_like(states.lse))
+    d_lse = None if d_lse is None else d_lse.contiguous()
+    d_queries, d_bias = _of_queries(job, tuning, call.plans, far, states, rows, d_lse, bias=needed[6])
+    grads: list[torch.Tensor | None] = [None] * len(needed)
+    grads[0], grads[6] = d_queries, d_bias
+    if needed[1] or needed[2]:
+        grads[1:3] = _of_near_keys(job, tuning, rows)
+    if far[0] is not None and far[1] is not None and (needed[3] or needed[4]):
+        grads[3:5] = _of_far_keys(job, tuning, call.plans, far[0], far[1], states.page_bias, rows)
+    if states.sink_logit is not None and needed[5]:
+        # The sink is a key of value zero: its share takes -delta.
+        share = (states.sink_logit.float().unsqueeze(-1) - states.lse).exp()
+        grads[5] = -(share * rows.delta).sum(-1).to(states.sink_logit.dtype)
+    return grads
+
+
+def _of_queries(
+    job: Job,
+    tuning: BackwardTuning,
+    plans: Sequence[TiledPlan],
+    far: Sequence[torch.Tensor | None],
+    states: States,
+    rows: _Rows,
+    d_lse: torch.Tensor | None,
+    *,
+    bias: bool,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Gradients of queries and page bias; fills ``rows.delta``. One launch per strip."""
+    streams, heads, length, _ = job.queries.shape
+    d_queries = torch.empty_like(job.queries, memory_format=torch.contiguous_format)
+    # Lists are of different lengths: what is beyond them is not written.
+    d_bias = torch.zeros_like(states.page_bias) if bias and states.page_bias is not None else None
+    page_pad = max(16, triton.next_power_of_2(job.config.page_size))
+    far_keys, far_values = (
+        near if x is None else x for x, near in zip(far, (job.near_keys, job.near_values), strict=True)
+    )
+    for first_tile, tiles, plan in _strips(job, plans):
+        shape = _shape(job, tuning)
+        entries = None if plan is None else plan.entries
+        query_gradient_kernel[(tiles * triton.cdiv(heads, shape["HEADS_BLOCK"]), streams)](
+            job.queries,
+            job.near_keys,
+            job.near_values,
+            far_keys,
+            far_values,
+            entries,
+            None if plan is None else plan.counts,
+            states.page_bias,
+            states.out,
+            rows.lse,
+            rows.d_out,
+            d_lse,
+            d_queries,
+            rows.delta,
+            d_bias,
+            *job.queries.stride()[:3],
+            *job.near_keys.stride()[:2],
+            *job.near_values.stride()[:2],
+            *far_keys.stride()[:2],
+            *far_values.stride()[:2],
+            tiles,
+            0 if entries is None else entries.shape[-1],
+            length,
+            job.start,
+            job.stop,
+            job.near_start,
+            first_tile,
+            job.dense_until,
+            job.scale,
+            _cap(job),
+            **shape,
+            CHUNK=job.config.chunk_size,
+            WINDOW=job.config.window,
+            PAGE=job.config.page_size,
+            PAGE_PAD=page_pad,
+            BLOCK_NEAR=tuning.block_near,
+            FAR=plan is not None,
+            num_warps=tuning.query_warps,
+            num_stages=tuning.stages,
+        )
+    return d_queries, d_bias
+
+
+def _of_near_keys(job: Job, tuning: BackwardTuning, rows: _Rows) -> tuple[torch.Tensor, torch.Tensor]:
+    shape = _shape(job, tuning)
+    del shape["HEADS_BLOCK"], shape["TILE_PAD"]
+    streams, count, _ = job.near_keys.shape
+    d_keys, d_values = _like(job.near_keys), _like(job.near_values)
+    near_gradient_kernel[(triton.cdiv(count, tuning.block_keys), streams)](
+        job.queries,
+        job.near_keys,
+        job.near_values,
+        rows.lse,
+        rows.delta,
+        rows.d_out,
+        d_keys,
+        d_values,
+        *job.queries.stride()[:3],
+        *job.near_keys.stride()[:2],
+        *job.near_values.stride()[:2],
+        job.queries.shape[2],
+        job.start,
+        job.near_start,
+        job.dense_until,
+        job.scale,
+        _cap(job),
+        **shape,
+        CHUNK=job.config.chunk_size,
+        WINDOW=job.config.window,
+        BLOCK_KEYS=tuning.block_keys,
+        BLOCK_ROWS=tuning.block_rows,
+        num_warps=tuning.near_warps,
+        num_stages=tuning.stages,
+    )
+    return d_keys, d_values
+
+
+def _of_far_keys(
+    job: Job,
+    tuning: BackwardTuning,
+    plans: Sequence[TiledPlan],
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    page_bias: torch.Tensor | None,
+    rows: _Rows,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Gradients in tree order: of one strip as they are, of several added up in float32."""
+    if not plans:
+        return torch.zeros_like(keys), torch.zeros_like(values)
+    streams, slots, _ = keys.shape
+    several = len(plans) > 1
+    d_keys, d_values = (
+        torch.zeros(x.shape, dtype=torch.float32, device=x.device) if several else _like(x)
+        for x in (keys, values)
+    )
+    page = job.config.page_size
+    for plan in plans:
+        assert plan.entries is not None
+        last = (plan.stop - 1) // plan.tile
+        pages = job.pages_of(last)
+        places, readers, counts = transpose(plan, pages)
+        shape = _shape(job, tuning)
+        far_gradient_kernel[(pages if several else slots // page, streams)](
+            job.queries,
+            keys,
+            values,
+            readers,
+            counts,
+            places,
+            page_bias,
+            rows.lse,
+            rows.delta,
+            rows.d_out,
+            d_keys,
+            d_values,
+            *job.queries.stride()[:3],
+            *keys.stride()[:2],
+            *values.stride()[:2],
+            pages,
+            plan.counts.shape[1],
+            plan.entries.shape[-1],
+            slots,
+            job.queries.shape[2],
+            job.start,
+            plan.start // plan.tile,
+            job.scale,
+            _cap(job),
+            **shape,
+            PAGE=page,
+            PAGE_PAD=max(16, triton.next_power_of_2(page)),
+            ADD=several,
+            num_warps=tuning.far_warps,
+            num_stages=tuning.stages,
+        )
+    return d_keys.to(keys.dtype), d_values.to(values.dtype)
+
+
+def transpose(plan: TiledPlan, pages: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Which tiles read each page.
+
+    Args:
+        plan: Lists of (streams, tiles).
+        pages: Closed pages of its last tile.
+
+    Returns:
+        (streams, pages, tiles) int32, ``place * ENTRY + first_open`` where a tile lists a page, -1 elsewhere;
+        (streams, pages, tiles) int32, left-packed ascending ``tile * ENTRY + first_open``;
+        (streams, pages) int32, how many of those are valid.
+    """
+    assert plan.entries is not None
+    streams, tiles, capacity = plan.entries.shape
+    places = torch.full((streams, pages, tiles), -1, dtype=torch.int32, device=plan.counts.device)
+    readers = torch.empty_like(places)
+    counts = places.new_empty(streams, pages)
+    place_kernel[(tiles, streams)](
+        plan.entries,
+        plan.counts,
+        places,
+        pages,
+        capacity,
+        BLOCK=min(LIST_BLOCK, triton.next_power_of_2(max(1, capacity))),
+    )
+    block = min(LIST_BLOCK, triton.next_power_of_2(tiles))
+    reader_kernel[(pages, streams)](places, readers, counts, tiles, BLOCK=block)
+    return places, readers, counts
+
+
+def _strips(job: Job, plans: Sequence[TiledPlan]) -> list[tuple[int, int, TiledPlan | None]]:
+    """First tile, tiles and plan of every launch; rows before the first plan have no far field."""
+    first, tiles, _ = job.whole()
+    strips: list[tuple[int, int, TiledPlan | None]] = [
+        (plan.start // plan.tile, plan.counts.shape[1], plan) for plan in plans
+    ]
+    planned = strips[0][0] if strips else first + tiles
+    if planned > first:
+        strips.insert(0, (first, planned - first, None))
+    return strips
+
+
+def _shape(job: Job, tuning: BackwardTuning) -> dict[str, Any]:
+    heads, dim, value_dim = job.queries.shape[1], job.queries.shape[-1], job.near_values.shape[-1]
+    tile_pad = triton.next_power_of_2(job.tile)
+    return {
+        "HEADS": heads,
+        "HEADS_BLOCK": _block(heads, tuning.rows, tile_pad),
+        "TILE": job.tile,
+        "TILE_PAD": tile_pad,
+        "DIM": dim,
+        "DIM_PAD": max(16, triton.next_power_of_2(dim)),
+        "VALUE_DIM": value_dim,
+        "VALUE_PAD": max(16, triton.next_power_of_2(value_dim)),
+        "CAP": job.softcap is not None,
+    }
+
+
+def _cap(job: Job) -> float:
+    return 1.0 if job.softcap is None else job.softcap
+
+
+def _like(states: torch.Tensor) -> torch.Tensor:
+    return torch.empty_like(states, memory_format=torch.contiguous_format)

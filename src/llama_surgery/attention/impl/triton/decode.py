@@ -1,0 +1,283 @@
+"""Attention of the newest tokens over a preallocated cache: three launches, static shapes, no host sync."""
+
+import dataclasses
+import math
+from typing import NamedTuple
+
+import torch
+import triton
+
+from llama_surgery.attention.impl.triton import obstacle
+from llama_surgery.attention.impl.triton.decode_cache import DecodeCache
+from llama_surgery.attention.impl.triton.decode_kernels import merge_kernel, open_kernel, score_kernel
+from llama_surgery.attention.impl.triton.decode_tuning import (
+    MOST_ROWS,
+    DecodeTuning,
+    decode_tuning_for,
+    open_splits,
+    processors_of,
+    score_splits,
+)
+from llama_surgery.attention.impl.triton.job import EVERYWHERE
+from llama_surgery.attention.impl.triton.prefill import device_of
+from llama_surgery.attention.impl.triton.tuning import family_of
+from llama_surgery.config import SurgeryConfig
+from llama_surgery.errors import SurgeryError
+
+#: Most queries per sequence of one call.
+MOST_QUERIES = 8
+
+
+@dataclasses.dataclass(frozen=True)
+class DecodeResult:
+    """What :func:`decode` returns.
+
+    Attributes:
+        out: (streams, heads, rows, value_dim), the queries' dtype.
+        lse: (streams, heads, rows) float32, log-sum-exp of the visible logits, attention sink included.
+        opened: (streams, rows) int32, pages that the row opened: what it sees of the far field.
+        read: (streams, rows) int32, pages that were read for it: those that it or a row computed with it
+            opened. Rows are computed in blocks of ``rows_block``, which read a page once.
+        rows_block: Rows that are computed together.
+    """
+
+    out: torch.Tensor
+    lse: torch.Tensor
+    opened: torch.Tensor
+    read: torch.Tensor
+    rows_block: int
+
+
+def decode(
+    queries: torch.Tensor,
+    cache: DecodeCache,
+    *,
+    scale: float | None = None,
+    softcap: float | None = None,
+    sink_logit: torch.Tensor | None = None,
+    tuning: DecodeTuning | None = None,
+) -> DecodeResult:
+    """Attention of the tokens that :func:`append_tokens` wrote last. Every row is a tile of one query.
+
+    Row r of a sequence is at position ``lengths + r``. The cache is not changed.
+
+    Args:
+        queries: (streams, heads, rows, head_dim), rotary embedding applied, 1 to 8 rows.
+        cache: Holds the rows' own keys and values.
+        scale: Scaling of q·k, default ``head_dim**-0.5``.
+        softcap: Cap of the logits, or None.
+        sink_logit: (streams, heads) attention-sink parameters, or None.
+        tuning: Launch configuration, default that of the GPU's family.
+
+    Raises:
+        SurgeryError: Shapes that do not fit the cache, or a rule that these kernels do not run.
+    """
+    config = cache.config
+    _check(queries, cache, sink_logit)
+    if queries.stride(-1) != 1:
+        queries = queries.contiguous()
+    sink_logit = None if sink_logit is None else sink_logit.contiguous()
+    shape = _Shape.of(queries, cache, tuning or decode_tuning_for(family_of(queries.device)))
+    streams, heads, rows, dim = queries.shape
+    value_dim = cache.values.shape[-1]
+    parts = shape.splits + shape.far_splits
+
+    def new(*size: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        return queries.new_empty(streams, *size, dtype=dtype)
+
+    scores = new(cache.capacity // config.page_size, rows, heads)
+    sums = new(shape.splits, rows, heads)
+    part_out, part_lse = new(parts, rows, heads, value_dim), new(parts, rows, heads)
+    counts = new(shape.far_splits, rows, 2, dtype=torch.int32)
+    result = DecodeResult(
+        queries.new_empty(streams, heads, rows, value_dim),
+        new(heads, rows),
+        new(rows, dtype=torch.int32),
+        new(rows, dtype=torch.int32),
+        shape.rows_block,
+    )
+    dense_until = EVERYWHERE if config.topology == "dense" else config.dense_until
+    cap = 1.0 if softcap is None else softcap
+    factor = dim**-0.5 if scale is None else scale
+    where = (*queries.stride()[:3], *cache.keys.stride()[:2], *cache.values.stride()[:2])
+    blocks = streams * triton.cdiv(rows, shape.rows_block)
+    with device_of(queries):
+        score_kernel[(shape.splits, blocks)](
+            queries,
+            cache.keys,
+            cache.values,
+            cache.features,
+            cache.lengths,
+            scores,
+            sums,
+            part_out,
+            part_lse,
+            *where,
+            *cache.features.stride()[:2],
+            cache.capacity,
+            shape.splits,
+            parts,
+            dense_until,
+            factor,
+            cap,
+            **shape.constants(queries, cache, capped=softcap is not None),
+            **shape.score_constants(config),
+        )
+        if shape.far_splits:
+            theta = config.theta_for(1)
+            open_kernel[(shape.far_splits, blocks)](
+                queries,
+                cache.keys,
+                cache.values,
+                cache.lengths,
+                cache.sink_page,
+                sink_logit,
+                scores,
+                sums,
+                part_out,
+                part_lse,
+                counts,
+                *where,
+                cache.capacity,
+                shape.splits,
+                shape.far_splits,
+                dense_until,
+                factor,
+                cap,
+                math.log2(theta) if theta > 0 else -math.inf,
+                **shape.constants(queries, cache, capped=softcap is not None),
+                **shape.open_constants(config),
+                SINK=sink_logit is not None,
+            )
+        merge_kernel[(heads * rows, streams)](
+            part_out,
+            part_lse,
+            counts,
+            sink_logit,
+            result.out,
+            result.lse,
+            result.opened,
+            result.read,
+            parts,
+            shape.far_splits,
+            HEADS=heads,
+            ROWS=rows,
+            VALUE_DIM=value_dim,
+            VALUE_PAD=triton.next_power_of_2(value_dim),
+            PARTS_PAD=triton.next_power_of_2(parts),
+            FAR_PAD=triton.next_power_of_2(shape.far_splits) if shape.far_splits else 0,
+            BLOCK=32,
+            SINK=sink_logit is not None,
+            num_warps=4,
+        )
+    return result
+
+
+class _Shape(NamedTuple):
+    """How a call is cut into programs.
+
+    Attributes:
+        rows_block: Queries of a matrix tile.
+        rows_pad, heads_pad: The matrix tile, at least 16 rows.
+        keys: Keys of a step.
+        splits, far_splits: Programs per stream of the first and of the second kernel.
+    """
+
+    rows_block: int
+    rows_pad: int
+    heads_pad: int
+    keys: int
+    splits: int
+    far_splits: int
+    tuning: DecodeTuning
+
+    @classmethod
+    def of(cls, queries: torch.Tensor, cache: DecodeCache, tuning: DecodeTuning) -> "_Shape":
+        config = cache.config
+        streams, heads, rows, dim = queries.shape
+        heads_pad = triton.next_power_of_2(heads)
+        rows_block = min(rows, max(1, MOST_ROWS // heads_pad))
+        rows_pad = triton.next_power_of_2(rows_block)
+        heads_pad = max(heads_pad, 16 // rows_pad)
+        keys = tuning.keys_per_step(dim, cache.values.shape[-1], queries.element_size())
+        programs = streams * triton.cdiv(rows, rows_block)
+        processors = processors_of(queries.device)
+        near, pages = cache.capacity, 0
+        if config.topology != "dense":
+            near = min(near, max(config.dense_until, config.window + config.chunk_size) + rows)
+            pages = max(0, cache.capacity - config.window) // config.chunk_size * config.pages_per_chunk
+        units = triton.cdiv(near, keys) + triton.cdiv(pages * config.balls_per_page, keys)
+        far_splits = open_splits(config, pages, programs, processors, tuning) if pages else 0
+        splits = score_splits(units, programs, processors, tuning)
+        return cls(rows_block, rows_pad, heads_pad, keys, splits, far_splits, tuning)
+
+    def constants(self, queries: torch.Tensor, cache: DecodeCache, *, capped: bool) -> dict[str, int]:
+        config, (dim, value_dim) = cache.config, (queries.shape[-1], cache.values.shape[-1])
+        return {
+            "KV_HEADS": cache.kv_heads,
+            "HEADS": queries.shape[1],
+            "HEADS_PAD": self.heads_pad,
+            "ROWS": queries.shape[2],
+            "ROWS_PAD": self.rows_pad,
+            "ROWS_BLOCK": self.rows_block,
+            "DIM": dim,
+            "DIM_PAD": max(16, triton.next_power_of_2(dim)),
+            "VALUE_DIM": value_dim,
+            "VALUE_PAD": max(16, triton.next_power_of_2(value_dim)),
+            "CHUNK": config.chunk_size,
+            "WINDOW": config.window,
+            "PAGE": config.page_size,
+            "CAP": capped,
+        }
+
+    def score_constants(self, config: SurgeryConfig) -> dict[str, float]:
+        balls_pad = triton.next_power_of_2(config.balls_per_page)
+        return {
+            "BALLS": config.balls_per_page,
+            "BALLS_PAD": balls_pad,
+            "LOG2_BALL": math.log2(config.ball_size),
+            "BLOCK_NEAR": self.keys,
+            "BLOCK_PAGES": max(1, self.keys // balls_pad),
+            "num_warps": self.tuning.score_warps,
+            "num_stages": self.tuning.score_stages,
+        }
+
+    def open_constants(self, config: SurgeryConfig) -> dict[str, int]:
+        page_pad = max(16, triton.next_power_of_2(config.page_size))
+        return {
+            "BLOCK_KEYS": min(page_pad, self.keys),
+            "SPLITS_PAD": triton.next_power_of_2(self.splits),
+            "num_warps": self.tuning.open_warps,
+            "num_stages": self.tuning.open_stages,
+        }
+
+
+def _check(queries: torch.Tensor, cache: DecodeCache, sink_logit: torch.Tensor | None) -> None:
+    config = cache.config
+    if queries.dim() != 4 or (queries.shape[0], queries.shape[3]) != (
+        cache.keys.shape[0],
+        cache.keys.shape[2],
+    ):
+        raise SurgeryError(
+            f"queries {tuple(queries.shape)} do not fit cached keys {tuple(cache.keys.shape)}: expected "
+            "(streams, heads, rows, head_dim)."
+        )
+    rows = queries.shape[2]
+    if not 1 <= rows <= MOST_QUERIES:
+        raise SurgeryError(f"{rows} rows: decode takes 1 to {MOST_QUERIES} at a time.")
+    if rows > config.window + 1:
+        raise SurgeryError(
+            f"{rows} rows with window={config.window}: a chunk could close in the call that fills it. Use at "
+            f"most {config.window + 1} rows or a wider window."
+        )
+    problem = obstacle(config, queries, cache.values, 1)
+    if problem is None and config.coarse_to_fine:
+        problem = "single rows score all pages, but the configuration says coarse_to_fine"
+    if problem is None and queries.dtype != cache.keys.dtype:
+        problem = f"queries are {queries.dtype}, cached keys {cache.keys.dtype}"
+    if problem is not None:
+        raise SurgeryError(f"the triton kernels cannot run this: {problem}.")
+    if sink_logit is not None and sink_logit.shape != queries.shape[:2]:
+        raise SurgeryError(
+            f"sink_logit {tuple(sink_logit.shape)}: expected (streams, heads) = {tuple(queries.shape[:2])}."
+        )

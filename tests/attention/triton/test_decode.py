@@ -1,0 +1,365 @@
+"""Decode kernels against the reference: ragged batches, groups, head dims, several rows, filling chunks."""
+
+import dataclasses
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from llama_surgery.attention import api
+from llama_surgery.attention.impl.triton.decode import DecodeResult, decode
+from llama_surgery.attention.impl.triton.decode_cache import (
+    DecodeCache,
+    append_tokens,
+    fill_chunks,
+    load_sequence,
+    make_cache,
+)
+from llama_surgery.attention.impl.triton.decode_tuning import DecodeTuning, open_splits
+from llama_surgery.config import SurgeryConfig
+from llama_surgery.errors import SurgeryError
+from llama_surgery.topology.layout import Layout, build_layout
+
+CONFIG = SurgeryConfig(chunk_size=64, page_size=16, window=32, tile=16, theta=0.06, theta_decode=0.02)
+
+
+@dataclasses.dataclass
+class Case:
+    """Sequences of ``lengths`` settled tokens, then ``rows`` new ones each."""
+
+    lengths: tuple[int, ...]
+    rows: int = 1
+    heads: int = 4
+    kv_heads: int = 2
+    dim: int = 16
+    value_dim: int = 16
+    dtype: torch.dtype = torch.float32
+    softcap: float | None = None
+    sink: bool = False
+
+
+@dataclasses.dataclass
+class Text:
+    """One sequence: queries (kv_heads, heads, rows, dim) of the new rows, all keys and values."""
+
+    length: int
+    queries: torch.Tensor
+    keys: torch.Tensor
+    values: torch.Tensor
+    layout: Layout | None
+
+
+def make_texts(case: Case, config: SurgeryConfig, device: torch.device) -> list[Text]:
+    generator = torch.Generator().manual_seed(sum(case.lengths) + 7 * case.rows + case.heads + case.dim)
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator).to(device, case.dtype)
+
+    texts = []
+    for length in case.lengths:
+        keys = normal(case.kv_heads, length + case.rows, case.dim)
+        values = normal(case.kv_heads, length + case.rows, case.value_dim)
+        full = length // config.chunk_size * config.chunk_size
+        layout = build_layout(keys[:, :full], values[:, :full], config) if full else None
+        queries = 2 * normal(case.kv_heads, case.heads, case.rows, case.dim)
+        texts.append(Text(length, queries, keys, values, layout))
+    return texts
+
+
+def poisoned_cache(case: Case, config: SurgeryConfig, device: torch.device) -> DecodeCache:
+    room = max(case.lengths) + case.rows
+    cache = make_cache(
+        config,
+        len(case.lengths),
+        case.kv_heads,
+        -(-room // config.chunk_size) * config.chunk_size,
+        case.dim,
+        case.value_dim,
+        dtype=case.dtype,
+        device=device,
+    )
+    for tensor in (cache.keys, cache.values, cache.features):
+        tensor.fill_(torch.nan)
+    return cache
+
+
+def run(
+    case: Case, config: SurgeryConfig, device: torch.device, tuning: DecodeTuning | None = None
+) -> tuple[DecodeResult, list[api.AttentionResult]]:
+    """The kernels' result and, for every sequence, the reference's."""
+    texts, cache = make_texts(case, config, device), poisoned_cache(case, config, device)
+    for index, text in enumerate(texts):
+        full = 0 if text.layout is None else text.layout.chunks * config.chunk_size
+        span = slice(full, text.length)
+        load_sequence(cache, index, text.layout, text.keys[:, span], text.values[:, span])
+    append_tokens(
+        cache,
+        torch.cat([t.keys[:, t.length :] for t in texts]),
+        torch.cat([t.values[:, t.length :] for t in texts]),
+    )
+    sink = None
+    if case.sink:
+        generator = torch.Generator().manual_seed(3)
+        sink = torch.randn(len(texts) * case.kv_heads, case.heads, generator=generator).to(device)
+    result = decode(
+        torch.cat([t.queries for t in texts]), cache, softcap=case.softcap, sink_logit=sink, tuning=tuning
+    )
+    oracle = dataclasses.replace(config, backend="reference")
+    expected = [
+        api.attend(
+            text.queries,
+            text.keys,
+            text.values,
+            text.layout,
+            config=oracle,
+            start=text.length,
+            tile=1,
+            softcap=case.softcap,
+            sink_logit=None if sink is None else sink.unflatten(0, (-1, case.kv_heads))[index],
+        )
+        for index, text in enumerate(texts)
+    ]
+    return result, expected
+
+
+def check(
+    case: Case, config: SurgeryConfig, device: torch.device, tuning: DecodeTuning | None = None
+) -> DecodeResult:
+    """Same pages and the same attention to rounding."""
+    result, expected = run(case, config, device, tuning)
+    for index, wanted in enumerate(expected):
+        streams = slice(index * case.kv_heads, (index + 1) * case.kv_heads)
+        torch.testing.assert_close(result.out[streams], wanted.out, rtol=2e-5, atol=2e-5)
+        torch.testing.assert_close(result.lse[streams], wanted.lse, rtol=2e-5, atol=2e-5)
+        counts = torch.zeros_like(result.opened[streams])
+        for plan in wanted.plans:
+            first = plan.block.start - case.lengths[index]
+            counts[:, first : first + plan.counts.shape[1]] = plan.counts
+        assert torch.equal(result.opened[streams], counts)
+    assert (result.read >= result.opened).all()
+    if result.rows_block == 1:
+        assert torch.equal(result.read, result.opened)
+    return result
+
+
+@pytest.mark.usefixtures("poisoned")
+class TestAgainstReference:
+    @pytest.mark.parametrize("length", [0, 1, 63, 64, 95, 96, 97, 200, 640])
+    def test_lengths(self, length: int, device: torch.device) -> None:
+        result = check(Case((length,)), CONFIG, device)
+        assert bool(result.opened.sum()) == (length >= 96)
+
+    def test_a_ragged_batch(self, device: torch.device) -> None:
+        check(Case((300, 0, 97, 64, 511)), CONFIG, device)
+
+    @pytest.mark.parametrize("rows", [2, 3, 8])
+    def test_rows_that_cross_borders(self, rows: int, device: torch.device) -> None:
+        # Where a chunk fills, where one closes, and in the middle of nothing.
+        check(Case((190, 285, 350), rows), CONFIG, device)
+
+    @pytest.mark.parametrize(("heads", "rows"), [(1, 1), (1, 3), (3, 5), (12, 8), (7, 2), (16, 1), (40, 2)])
+    def test_groups(self, heads: int, rows: int, device: torch.device) -> None:
+        check(Case((270,), rows, heads, kv_heads=1), CONFIG, device)
+
+    @pytest.mark.parametrize(("dim", "value_dim"), [(64, 64), (80, 80), (96, 96), (128, 64), (256, 256)])
+    def test_head_dims(self, dim: int, value_dim: int, device: torch.device) -> None:
+        check(Case((300,), 2, 2, 1, dim, value_dim), CONFIG, device)
+
+    @pytest.mark.parametrize("moment_size", [4, 8, 16])
+    def test_balls(self, moment_size: int, device: torch.device) -> None:
+        check(Case((300, 400), 2), dataclasses.replace(CONFIG, moment_size=moment_size), device)
+
+    @pytest.mark.parametrize("sink", [False, True])
+    @pytest.mark.parametrize("softcap", [None, 3.0])
+    def test_caps_and_sinks(self, sink: bool, softcap: float | None, device: torch.device) -> None:
+        check(Case((300, 20), 3, softcap=softcap, sink=sink), CONFIG, device)
+
+    def test_rows_on_both_sides_of_dense_until(self, device: torch.device) -> None:
+        check(Case((300, 316, 320), 4), dataclasses.replace(CONFIG, dense_until=320), device)
+
+    def test_dense_topology(self, device: torch.device) -> None:
+        result = check(Case((300, 5), 2), dataclasses.replace(CONFIG, topology="dense"), device)
+        assert not result.read.any()
+
+    def test_everything_open_is_dense(self, device: torch.device) -> None:
+        case = Case((300, 129), 2)
+        opened = check(case, dataclasses.replace(CONFIG, theta=0.0, theta_decode=0.0), device)
+        dense = check(case, dataclasses.replace(CONFIG, topology="dense"), device)
+        torch.testing.assert_close(opened.out, dense.out, rtol=2e-5, atol=2e-5)
+
+    def test_sizes_that_are_no_powers_of_two(self, device: torch.device) -> None:
+        config = SurgeryConfig(
+            chunk_size=216, page_size=24, window=24, tile=12, arity=3, theta=0.03, moment_size=8
+        )
+        check(Case((500, 239), 3, 3, 2, 24, 40), config, device)
+
+    @pytest.mark.parametrize("programs", [1, 30])
+    @pytest.mark.parametrize("step_bytes", [1, 1 << 13])
+    def test_launches(self, programs: int, step_bytes: int, device: torch.device) -> None:
+        tuning = DecodeTuning(step_bytes=step_bytes, programs=programs)
+        config = dataclasses.replace(CONFIG, page_size=32, moment_size=8)
+        check(Case((900, 130), 2), config, device, tuning)
+
+    def test_a_word_of_pages_and_more(self, device: torch.device) -> None:
+        config = SurgeryConfig(
+            chunk_size=64, page_size=4, window=16, tile=16, theta=0.002, theta_decode=0.002, moment_size=4
+        )
+        check(Case((700,), 2, 2, 1), config, device, DecodeTuning(programs=1))
+
+    @settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+    @given(
+        lengths=st.lists(st.integers(0, 420), min_size=1, max_size=3),
+        rows=st.integers(1, 8),
+        heads=st.integers(1, 5),
+        theta=st.sampled_from([0.0, 0.005, 0.03, 0.3]),
+    )
+    def test_anything(
+        self, lengths: list[int], rows: int, heads: int, theta: float, device: torch.device
+    ) -> None:
+        config = dataclasses.replace(CONFIG, theta=max(theta, 0.06), theta_decode=theta)
+        check(Case(tuple(lengths), rows, heads, 1), config, device)
+
+
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_is_as_good_as_plain_half_precision(dtype: torch.dtype, device: torch.device) -> None:
+    if dtype == torch.bfloat16 and device.type == "cpu":
+        pytest.skip("Triton's interpreter multiplies bfloat16 as integers")
+    case = Case((300,), 4, dtype=dtype)
+    config = dataclasses.replace(CONFIG, theta=0.0, theta_decode=0.0)
+    result, _ = run(case, config, device)
+    assert result.out.dtype == dtype
+    text = make_texts(case, config, device)[0]
+    visible = torch.ones(4, 304, dtype=torch.bool, device=device).tril(300)
+    exact, plain = (
+        torch.nn.functional.scaled_dot_product_attention(
+            text.queries.to(kind), text.keys[:, None].to(kind), text.values[:, None].to(kind), visible
+        )
+        for kind in (torch.float64, dtype)
+    )
+    assert (result.out.double() - exact).norm() <= 1.5 * (plain.double() - exact).norm()
+
+
+@pytest.mark.usefixtures("poisoned")
+def test_a_text_grows_token_by_token(device: torch.device) -> None:
+    """Two sequences of different lengths, drafts of which some are rejected, chunks filled when due."""
+    config, case = CONFIG, Case((60, 0), 3, 2, 1)
+    generator = torch.Generator().manual_seed(5)
+    keys, values = (torch.randn(2, 400, 16, generator=generator).to(device) for _ in range(2))
+    queries = 2 * torch.randn(2, 2, 400, 16, generator=generator).to(device)
+    lengths = torch.zeros(2, dtype=torch.int32, device=device)
+    cache = make_cache(config, 2, 1, 448, 16, dtype=torch.float32, device=device, lengths=lengths)
+    assert cache.lengths is lengths
+    cache.keys.fill_(torch.nan)
+    load_sequence(cache, 0, None, keys[:1, :60], values[:1, :60])
+    oracle, position, step = dataclasses.replace(config, backend="reference"), [60, 0], 0
+    while max(position) + case.rows <= 400:
+        new = torch.tensor([[p + r for r in range(case.rows)] for p in position], device=device)
+        of = torch.arange(2, device=device)[:, None]
+        append_tokens(cache, keys[of, new], values[of, new])
+        result = decode(queries.transpose(1, 2)[of, new].transpose(1, 2), cache)
+        if step % 9 == 0 or any(p % 64 > 58 for p in position):
+            for stream, start in enumerate(position):
+                full = start // 64 * 64
+                past, stop = slice(stream, stream + 1), start + case.rows
+                layout = build_layout(keys[past, :full], values[past, :full], config) if full else None
+                expected = api.attend(
+                    queries[past, :, start:stop],
+                    keys[past, :stop],
+                    values[past, :stop],
+                    layout,
+                    config=oracle,
+                    start=start,
+                    tile=1,
+                )
+                torch.testing.assert_close(result.out[past], expected.out, rtol=3e-5, atol=3e-5)
+        kept = torch.tensor([1 + step % 3, 1 + (step + 1) % 3], dtype=torch.int32, device=device)
+        before = [p // 64 for p in position]
+        lengths += kept
+        position = [p + int(k) for p, k in zip(position, kept, strict=True)]
+        if [p // 64 for p in position] != before:
+            fill_chunks(cache)
+            assert cache.filled.tolist() == [p // 64 for p in position]
+        step += 1
+    untouched = [t.clone() for t in (cache.keys, cache.features, cache.filled, cache.sink_page)]
+    fill_chunks(cache)
+    for tensor, old in zip(
+        (cache.keys, cache.features, cache.filled, cache.sink_page), untouched, strict=True
+    ):
+        assert torch.equal(tensor.nan_to_num(), old.nan_to_num())
+
+
+def test_pages_at_one_place_of_their_chunks_are_spread() -> None:
+    config = SurgeryConfig(page_size=64)
+    for streams in (1, 8, 64):
+        splits = open_splits(config, 2048, streams, 132, DecodeTuning())
+        taken = {page % splits for page in range(0, 2048, config.pages_per_chunk)}
+        assert len(taken) == min(splits, 2048 // config.pages_per_chunk)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_captured_step_follows_the_length(device: torch.device) -> None:
+    case = Case((290,), 1)
+    text, cache = make_texts(case, CONFIG, device)[0], poisoned_cache(case, CONFIG, device)
+    full = slice(256, 290)
+    load_sequence(cache, 0, text.layout, text.keys[:, full], text.values[:, full])
+
+    def step() -> DecodeResult:
+        append_tokens(cache, text.keys[:, 290:], text.values[:, 290:])
+        result = decode(text.queries, cache)
+        cache.lengths.add_(1)
+        return result
+
+    eager = step()
+    cache.lengths.sub_(1)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    graph.replay()
+    assert torch.equal(captured.out, eager.out)
+    graph.replay()
+    assert cache.lengths.tolist() == [292] and not torch.equal(captured.out, eager.out)
+
+
+class TestWhatIsRefused:
+    def refused(self, message: str, device: torch.device, case: Case, **change: object) -> None:
+        config = dataclasses.replace(CONFIG, **change)  # type: ignore[arg-type]
+        with pytest.raises(SurgeryError, match=message):
+            run(case, config, device)
+
+    def test_nine_rows(self, device: torch.device) -> None:
+        self.refused("9 rows", device, Case((100,), 9))
+
+    def test_more_rows_than_the_window_guards(self, device: torch.device) -> None:
+        self.refused("window=0", device, Case((100,), 2), window=0)
+
+    def test_other_rules(self, device: torch.device) -> None:
+        self.refused("coarse_to_fine", device, Case((100,)), coarse_to_fine=True)
+        self.refused("pages_per_row", device, Case((100,)), pages_per_row=2)
+
+    def test_shapes(self, device: torch.device) -> None:
+        case = Case((40,))
+        cache = poisoned_cache(case, CONFIG, device)
+        queries = make_texts(case, CONFIG, device)[0].queries
+        with pytest.raises(SurgeryError, match="do not fit cached keys"):
+            decode(queries[:1], cache)
+        with pytest.raises(SurgeryError, match=r"torch\.float16"):
+            decode(queries.half(), cache)
+        with pytest.raises(SurgeryError, match="sink_logit"):
+            decode(queries, cache, sink_logit=torch.zeros(2, 1, device=device))
+
+    def test_caches(self, device: torch.device) -> None:
+        with pytest.raises(SurgeryError, match="capacity=65"):
+            make_cache(CONFIG, 1, 1, 65, 16, dtype=torch.float32, device=device)
+        with pytest.raises(SurgeryError, match=r"torch\.int64"):
+            make_cache(
+                CONFIG, 1, 1, 64, 16, dtype=torch.float32, device=device, lengths=torch.zeros(1).long()
+            )
+        cache = make_cache(CONFIG, 1, 1, 64, 16, dtype=torch.float32, device=device)
+        keys = torch.zeros(1, 65, 16, device=device)
+        with pytest.raises(SurgeryError, match="65 tokens"):
+            load_sequence(cache, 0, None, keys, keys)
