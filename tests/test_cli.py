@@ -16,7 +16,7 @@ from llama_surgery.cli import app
 from llama_surgery.cli.topology import config_for
 from llama_surgery.config import SurgeryConfig
 
-COMMANDS = ("demo", "operate", "evaluate", "generate", "report")
+COMMANDS = ("demo", "operate", "learn", "evaluate", "generate", "report")
 
 #: A topology that has a far field within a few hundred tokens.
 SMALL = ["--chunk-size", "64", "--page-size", "16", "--window", "32", "--tile", "16"]

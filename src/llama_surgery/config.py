@@ -8,6 +8,7 @@ from llama_surgery.errors import SurgeryError
 
 Topology = Literal["pages", "dense"]
 Directions = Literal["principal", "position"]
+Summary = Literal["none", "page", "ball"]
 Backend = Literal["auto", "reference", "gather", "flex", "triton"]
 
 CONFIG_VERSION = 1
@@ -38,6 +39,8 @@ class SurgeryConfig:
         coarse_to_fine: Score balls of several pages first, and pages and their balls only where a coarser
             ball promises enough, instead of scoring everything.
         alpha: Weight of the variance term of the page score.
+        summary: What stands in for pages that a row does not see: nothing (``none``), or a single key for
+            each ``page`` or ``ball``, with its expected weight and its mean value.
         dense_until: Queries at positions below this see everything; a multiple of ``tile``.
         backend: Who executes the plan. ``auto`` takes the kernels on a GPU where they can run a call, and
             plain PyTorch elsewhere. A backend asked for by name never falls back in silence.
@@ -60,6 +63,7 @@ class SurgeryConfig:
     score_stride: int = 1
     coarse_to_fine: bool = False
     alpha: float = 1.0
+    summary: Summary = "none"
     dense_until: int = 0
     backend: Backend = "auto"
 
@@ -85,6 +89,7 @@ class SurgeryConfig:
         for name, allowed in (
             ("topology", Topology),
             ("directions", Directions),
+            ("summary", Summary),
             ("backend", Backend),
         ):
             value = getattr(self, name)

@@ -148,7 +148,7 @@ def test_a_description_of_something_else_is_refused(folder, text):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"format_version": 2}, "format version 2; this release reads up to 1. Update llama-surgery"),
+        ({"format_version": 3}, "format version 3; this release reads up to 2. Update llama-surgery"),
         ({"format_version": "1"}, "format version '1'"),
         ({"format_version": None}, "format version None"),
         ({"surgery": lambda old: {**old, "version": 99}}, "configuration version 99"),

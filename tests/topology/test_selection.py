@@ -277,7 +277,7 @@ def test_shares_of_pages_of_equal_keys_are_exact_and_add_up(seed, with_sink):
     near_lse = (SCALE * queries @ near.transpose(1, 2)).logsumexp(-1)
     sink = torch.tensor([[0.7]], dtype=torch.float64) if with_sink else None
     scores = Scorer(SCALE)(queries, moments_of(keys, 4))
-    shares = log_shares(scores[:, None], near_lse[:, None], sink).exp()
+    shares = log_shares(scores[:, None], near_lse[:, None], sink, Scorer(SCALE)).exp()
 
     logits = SCALE * queries @ torch.cat((keys, near), 1).transpose(1, 2)
     if with_sink:

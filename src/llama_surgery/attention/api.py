@@ -10,12 +10,15 @@ from typing import Any, Protocol, cast
 
 import torch
 
+from llama_surgery.attention.impl.common import merge
+from llama_surgery.attention.summary import summary
 from llama_surgery.config import SurgeryConfig
 from llama_surgery.errors import SurgeryError
 from llama_surgery.topology.geometry import closed_chunks, query_blocks
 from llama_surgery.topology.layout import Layout
 from llama_surgery.topology.layout import build_layout as plain_layout
 from llama_surgery.topology.plan import Plan
+from llama_surgery.topology.router import PageRouter
 from llama_surgery.topology.selection import Scorer, ShareListener, select
 
 #: Modules that execute plans block by block, loaded when first asked for. ``triton`` takes whole calls.
@@ -122,6 +125,7 @@ def attend(
     softcap: float | None = None,
     sink_logit: torch.Tensor | None = None,
     listener: ShareListener | None = None,
+    router: PageRouter | None = None,
 ) -> AttentionResult:
     """Attention of consecutive rows through the configured topology.
 
@@ -139,6 +143,7 @@ def attend(
         softcap: Cap of the logits, or None.
         sink_logit: (streams, heads) attention-sink parameters, or None.
         listener: Hears the log shares of every block (calibration).
+        router: Learned corrections, one for every KV head, or None.
 
     Raises:
         SurgeryError: Shapes, dtypes or devices that do not fit together.
@@ -148,7 +153,9 @@ def attend(
     rows = queries.shape[2] if queries.dim() == 4 else 0
     stop = start + rows
     _check(queries, near_keys, near_values, layout, config, start, tile, sink_logit)
-    name = backend_name(config, queries, near_values, tile, listening=listener is not None)
+    name = backend_name(
+        config, queries, near_values, tile, listening=listener is not None, routed=router is not None
+    )
     if name == "triton":
         return _attend_with_kernels(
             queries,
@@ -163,7 +170,9 @@ def attend(
             sink_logit=sink_logit,
         )
     backend = cast(Backend, importlib.import_module(f"llama_surgery.attention.impl.{name}"))
-    scorer = Scorer(scale, config.alpha, softcap)
+    if router is not None:
+        router = router.for_streams(queries.shape[0], queries.device)
+    scorer = Scorer(scale, config.alpha, softcap, router)
     near_start = stop - near_keys.shape[1]  # position of near_keys[:, 0]
     outs, lses, near_pairs = [], [], 0
     plans: list[Plan] = []
@@ -196,6 +205,8 @@ def attend(
                 scale=scale,
                 softcap=softcap,
             )
+            if config.summary != "none":
+                near = merge(*near, *summary(q, layout, plan, scorer, config))
         out, lse = near
         if sink_logit is not None:
             # The sink takes its share of the softmax and contributes no value.
@@ -220,6 +231,7 @@ def backend_name(
     tile: int,
     *,
     listening: bool = False,
+    routed: bool = False,
 ) -> str:
     """Who executes a call: the backend asked for, or the fastest that can.
 
@@ -229,17 +241,22 @@ def backend_name(
         values: (..., value_dim).
         tile: Queries of a tile.
         listening: Shares are asked for (calibration).
+        routed: There are learned corrections.
 
     Raises:
         SurgeryError: The backend asked for by name cannot run this call.
     """
     if config.backend not in ("auto", "triton"):
         return config.backend
+    if config.backend == "auto" and queries.device.type != "cuda":
+        return "gather"  # also where Triton's interpreter could run the kernels: it is for tests
     from llama_surgery.attention.impl import triton
 
     problem = triton.obstacle(config, queries, values, tile)
     if problem is None and listening:
         problem = "shares are not handed out (calibration): use backend='auto' or 'gather'"
+    if problem is None and (routed or config.summary != "none"):
+        problem = "learned corrections and summaries are not in the kernels: use backend='auto' or 'gather'"
     if problem is None:
         return "triton"
     if config.backend == "triton":
@@ -247,13 +264,16 @@ def backend_name(
     return "gather"
 
 
-def build_layout(keys: torch.Tensor, values: torch.Tensor, config: SurgeryConfig) -> Layout:
+def build_layout(
+    keys: torch.Tensor, values: torch.Tensor, config: SurgeryConfig, router: PageRouter | None = None
+) -> Layout:
     """Lay out full chunks, on a GPU by kernels; see :func:`llama_surgery.topology.layout.build_layout`."""
-    if backend_name(config, keys, values, config.tile) == "triton":
+    mapped = router is not None and router.key_map is not None
+    if backend_name(config, keys, values, config.tile, routed=mapped) == "triton":
         from llama_surgery.attention.impl import triton
 
         return triton.build_layout(keys, values, config)
-    return plain_layout(keys, values, config)
+    return plain_layout(keys, values, config, router)
 
 
 def _attend_with_kernels(

@@ -6,6 +6,7 @@ from llama_surgery.cli.common import Commands, show_version
 from llama_surgery.cli.demo import demo
 from llama_surgery.cli.evaluate import evaluate
 from llama_surgery.cli.generate import generate
+from llama_surgery.cli.learn import learn
 from llama_surgery.cli.operate import operate
 from llama_surgery.cli.report import report
 
@@ -35,6 +36,7 @@ def main(version: show_version = False) -> None:
 
 app.command()(demo)
 app.command()(operate)
+app.command()(learn)
 app.command()(evaluate)
 app.command()(generate)
 app.command()(report)

@@ -114,8 +114,9 @@ def evaluate(
     calibration = None if calibration_text is None else read_texts(calibration_text)
     llm, tokenizer = load_model(model, device, dtype)
     conditions = {"text": _shown(text)}
+    routers = None
     if adapter is not None:
-        configs, conditions["adapter"] = _from_adapter(llm, adapter), _shown(adapter)
+        (configs, routers), conditions["adapter"] = _from_adapter(llm, adapter), _shown(adapter)
     with progress() as tell:
         if calibration is not None and density is not None:
             for name, config in configs.items():
@@ -136,6 +137,7 @@ def evaluate(
             seed=seed,
             conditions=conditions,
             progress=tell,
+            routers=routers,
         )
     if out_file is not None:
         from llama_surgery.report.results import write_results
@@ -152,15 +154,15 @@ def evaluate(
             out.print(f"Written: {path.resolve()}", soft_wrap=True, highlight=False)
 
 
-def _from_adapter(model: Any, folder: Path) -> dict[str, Any]:
-    """The configuration an adapter holds, checked against the model, which stays dense."""
+def _from_adapter(model: Any, folder: Path) -> tuple[dict[str, Any], dict[int, Any]]:
+    """Configuration and corrections of an adapter, checked against the model, which stays dense."""
     from llama_surgery.surgery.adapter import load_adapter
-    from llama_surgery.surgery.operate import config_of, eject
+    from llama_surgery.surgery.operate import config_of, eject, routers_of
 
     load_adapter(model, folder)
-    config = config_of(model)
+    config, routers = config_of(model), routers_of(model)
     eject(model)
-    return {f"T = {config.tile}": config}
+    return {f"T = {config.tile}": config}, routers
 
 
 def _shown(path: Path | None) -> str:

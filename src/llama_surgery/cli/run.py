@@ -61,8 +61,9 @@ def measured(
     seed: int,
     conditions: dict[str, str],
     progress: Progress,
+    routers: dict[int, Any] | None = None,
 ) -> tuple[Any, dict[str, Any]]:
-    """Measure the dense model and each configuration.
+    """Measure the dense model and each configuration, with learned corrections if there are any.
 
     Returns:
         The evaluation's result, and the contents of a results file.
@@ -84,6 +85,7 @@ def measured(
         windows=windows,
         needles=needles,
         configs=configs,
+        routers=routers,
         seed=seed,
         needle_lengths=needle_lengths,
         needle_batch=needle_batch,
@@ -95,7 +97,7 @@ def measured(
     trees = []
     for number, (name, config) in enumerate(configs.items(), start=1):
         progress("decode times", number, 1 + len(configs))
-        with operated(model, config):
+        with operated(model, config, routers=routers):
             decode[name] = decode_ms(model, ids)
             if number == 1 and config.topology == "pages":
                 layer, head = _busiest(result.operated[0].density["by_layer"])

@@ -30,6 +30,7 @@ from llama_surgery.evaluation.result import (
 )
 from llama_surgery.surgery.operate import inner_model
 from llama_surgery.text import windows as cut_windows
+from llama_surgery.topology.router import PageRouter
 
 
 def evaluate(
@@ -41,6 +42,7 @@ def evaluate(
     windows: int,
     needles: int,
     configs: Mapping[str, SurgeryConfig],
+    routers: Mapping[int, PageRouter] | None = None,
     seed: int = 0,
     needle_lengths: Sequence[int] | None = None,
     needle_batch: int = 1,
@@ -59,6 +61,7 @@ def evaluate(
         windows: Perplexity windows.
         needles: Needle prompts; 0 for none.
         configs: What to measure, by name, thresholds set.
+        routers: Learned corrections by layer index, used with every configuration, or None.
         seed: Of windows, prompts and bootstraps.
         needle_lengths: Context lengths of the prompts; ``(length,)`` if None.
         needle_batch: Prompts of equal length that are answered together.
@@ -115,7 +118,7 @@ def evaluate(
             kl.append(distance)
             agree.append(same)
 
-        with llama_surgery.operated(model, config):
+        with llama_surgery.operated(model, config, routers=routers):
             llama_surgery.reset_statistics(model)
             operated = perplexity(model, ids, tell, head=head, each=compare)
             density = llama_surgery.statistics(model).to_dict()

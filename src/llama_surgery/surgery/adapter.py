@@ -16,19 +16,25 @@ from llama_surgery.surgery.operate import (
     config_of,
     inner_model,
     operate,
+    routers_of,
 )
+from llama_surgery.topology.router import PageRouter
 
 Model = TypeVar("Model", bound=torch.nn.Module)
 
 CONFIG_FILE = "adapter_config.json"
 TENSOR_FILE = "adapter_model.safetensors"
 FORMAT = "llama-surgery"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+#: Adapters without learned corrections keep the first version, which older releases read.
+PLAIN_VERSION = 1
+ROUTER = "router"
 _SAMPLES = 64
 
 
 def save_adapter(model: torch.nn.Module, folder: str | Path) -> None:
-    """Write the operation of ``model`` to ``folder``: configuration and a fingerprint of the model.
+    """Write the operation of ``model`` to ``folder``: configuration, learned corrections, and a fingerprint
+    of the model.
 
     Files are written atomically, the configuration last: a folder without it is no adapter.
 
@@ -37,9 +43,12 @@ def save_adapter(model: torch.nn.Module, folder: str | Path) -> None:
     """
     folder = Path(folder)
     tensors = {"fingerprint": _fingerprint(model)}
+    for index, router in routers_of(model).items():
+        for name, part in router.tensors().items():
+            tensors[f"{ROUTER}.{index}.{name}"] = part.detach().float().cpu().contiguous()
     description = {
         "peft_type": FORMAT,
-        "format_version": FORMAT_VERSION,
+        "format_version": FORMAT_VERSION if len(tensors) > 1 else PLAIN_VERSION,
         "base_model": _describe(model),
         "surgery": config_of(model).to_dict(),
     }
@@ -73,7 +82,23 @@ def load_adapter(model: Model, folder: str | Path) -> Model:
         config = SurgeryConfig.from_dict(description["surgery"])
     except (ValueError, TypeError) as error:
         raise AdapterError(f"{folder / CONFIG_FILE}: {error}") from error
-    return operate(model, config)
+    return operate(model, config, routers=_routers(folder, tensors))
+
+
+def _routers(folder: Path, tensors: dict[str, torch.Tensor]) -> dict[int, PageRouter]:
+    """Learned corrections by layer index, from tensors named ``router.<layer>.<part>``."""
+    parts: dict[int, dict[str, torch.Tensor]] = {}
+    try:
+        for name, tensor in tensors.items():
+            if name.startswith(f"{ROUTER}."):
+                _, index, part = name.split(".")
+                parts.setdefault(int(index), {})[part] = tensor
+        return {index: PageRouter(**values) for index, values in parts.items()}
+    except (ValueError, TypeError) as error:
+        raise AdapterError(
+            f"the adapter in {folder} holds learned corrections that this release does not know ({error}). "
+            "Update llama-surgery."
+        ) from error
 
 
 def _read(folder: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:

@@ -19,6 +19,7 @@ from llama_surgery.surgery.cache import PagedCache, PagedLayer
 from llama_surgery.surgery.statistics import Counters
 from llama_surgery.surgery.store import SequenceStore
 from llama_surgery.topology.geometry import closed_chunks
+from llama_surgery.topology.router import PageRouter
 from llama_surgery.topology.selection import ShareListener
 
 #: Attribute of an operated attention module that holds its :class:`LayerSurgery`.
@@ -48,11 +49,13 @@ class LayerSurgery:
 
     Attributes:
         config: The operation's configuration.
+        router: Learned corrections, or None.
         counters: Counts by tile size.
         listener: Hears (layer, tile, log shares, block) while calibrating.
     """
 
     config: SurgeryConfig
+    router: PageRouter | None = None
     counters: dict[int, Counters] = dataclasses.field(default_factory=dict)
     listener: Callable[[int, ShareListener], None] | None = None
 
@@ -193,7 +196,8 @@ def _operated(
             q = q[:, :, columns]
         if q.shape[2] == 0:
             if k.shape[2]:
-                store.append(k, v, store.length // layer.config.chunk_size * layer.config.chunk_size)
+                since = store.length // layer.config.chunk_size * layer.config.chunk_size
+                store.append(k, v, since, layer.router)
             continue
         result = _attend_sequences(module, layer, store, q, k, v, tile, settle, keywords)
         if columns is None:
@@ -224,7 +228,7 @@ def _attend_sequences(
     config = layer.config
     start = store.length + key.shape[2] - rows
     since = closed_chunks(start, config, tile) * config.chunk_size
-    near_keys, near_values = store.append(key, value, since)
+    near_keys, near_values = store.append(key, value, since, layer.router)
     sinks = keywords.get("s_aux")
     if sinks is not None:
         sinks = sinks.detach().view(kv_heads, group).repeat(sequences, 1)
@@ -248,6 +252,7 @@ def _attend_sequences(
             softcap=keywords.get("softcap"),
             sink_logit=sinks,
             listener=None if layer.listener is None else functools.partial(layer.listener, size),
+            router=layer.router,
         )
         counters = layer.counters.setdefault(size, Counters())
         counters.add(result, kv_heads, config.page_size)

@@ -5,7 +5,7 @@ import dataclasses
 import functools
 import inspect
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, TypeVar
 
 import torch
@@ -23,6 +23,7 @@ from llama_surgery.surgery.interface import (
     unregister,
 )
 from llama_surgery.surgery.statistics import Statistics, summarise
+from llama_surgery.topology.router import PageRouter
 
 Model = TypeVar("Model", bound=torch.nn.Module)
 
@@ -48,6 +49,7 @@ def operate(
     model: Model,
     config: SurgeryConfig | None = None,
     *,
+    routers: Mapping[int, PageRouter] | None = None,
     density: float | None = None,
     text: list[str] | None = None,
     tokenizer: Any = None,
@@ -62,6 +64,7 @@ def operate(
     Args:
         model: A Hugging Face decoder, possibly wrapped by PEFT.
         config: The topology; the documented defaults if None.
+        routers: Learned corrections by layer index, or None.
         density: Largest executed far density, over causal pairs, at ``length``.
         text: Documents to calibrate on; needs ``density`` and ``tokenizer``.
         tokenizer: The model's tokenizer.
@@ -89,7 +92,7 @@ def operate(
         )
     operation = Operation(config, base, modules, [])
     try:
-        _attach(inner, operation)
+        _attach(inner, operation, routers or {})
         if text is not None and density is not None:
             from llama_surgery.surgery.calibrate import calibrate
 
@@ -100,10 +103,19 @@ def operate(
     return model
 
 
-def _attach(inner: PreTrainedModel, operation: Operation) -> None:
+def _attach(inner: PreTrainedModel, operation: Operation, routers: Mapping[int, PageRouter]) -> None:
     inner.__dict__[ATTRIBUTE] = operation
-    for module in operation.modules.values():
-        module.__dict__[ATTRIBUTE] = LayerSurgery(operation.config)
+    unknown = sorted(routers.keys() - operation.modules.keys())
+    if unknown:
+        raise SurgeryError(
+            f"routers for layers {unknown}, which are not operated: learn them for this model."
+        )
+    for index, module in operation.modules.items():
+        router = routers.get(index)
+        if router is not None:
+            router.check(*head_shape(inner, module))
+            router = router.to(next(module.parameters()).device)
+        module.__dict__[ATTRIBUTE] = LayerSurgery(operation.config, router)
         hook = module.register_forward_pre_hook(cache_hook, with_kwargs=True)
         operation.handles.append(hook)
     hook = inner.register_forward_pre_hook(_model_hook, with_kwargs=True)
@@ -203,6 +215,19 @@ def paged_cache(model: torch.nn.Module) -> PagedCache:
     operation = _operation(model)
     text = inner_model(model).config.get_text_config(decoder=True)
     return PagedCache(text, operation.config, list(operation.modules))
+
+
+def routers_of(model: torch.nn.Module) -> dict[int, PageRouter]:
+    """Learned corrections of an operated model, by layer index."""
+    return {index: layer.router for index, layer in surgery_of(model).items() if layer.router is not None}
+
+
+def head_shape(model: PreTrainedModel, module: torch.nn.Module) -> tuple[int, int, int]:
+    """KV heads, query heads of a KV head's group and head_dim of an attention module of ``model``."""
+    text = model.config.get_text_config()
+    heads = text.num_attention_heads
+    kv_heads = getattr(text, "num_key_value_heads", None) or heads
+    return kv_heads, heads // kv_heads, getattr(module, "head_dim", text.hidden_size // heads)
 
 
 def inner_model(model: torch.nn.Module) -> PreTrainedModel:

@@ -13,6 +13,7 @@ from llama_surgery.topology.layout import (
     extend_layout,
     restore,
 )
+from llama_surgery.topology.router import PageRouter
 
 
 class SequenceStore:
@@ -34,7 +35,7 @@ class SequenceStore:
         self._open_values: torch.Tensor | None = None
 
     def append(
-        self, keys: torch.Tensor, values: torch.Tensor, since: int
+        self, keys: torch.Tensor, values: torch.Tensor, since: int, router: PageRouter | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Add tokens and return the last keys and values in order of position.
 
@@ -42,6 +43,7 @@ class SequenceStore:
             keys: (sequences, kv_heads, new, head_dim) after rotary embedding.
             values: (sequences, kv_heads, new, value_dim).
             since: Position from which keys are wanted, a multiple of ``chunk_size``.
+            router: The layer's learned corrections, or None.
 
         Returns:
             Keys and values (streams, positions since … length - 1, dim).
@@ -63,7 +65,7 @@ class SequenceStore:
         full = (opened + new) // size * size
         if full:
             more = build_layout(
-                keys[:, :, :full].flatten(0, 1), values[:, :, :full].flatten(0, 1), self.config
+                keys[:, :, :full].flatten(0, 1), values[:, :, :full].flatten(0, 1), self.config, router
             )
             self.layout = more if self.layout is None else extend_layout(self.layout, more)
         # Cloned, so that a view of a few tokens does not keep the whole call's keys alive.

@@ -5,6 +5,7 @@ import dataclasses
 import torch
 
 from llama_surgery.config import SurgeryConfig
+from llama_surgery.topology.router import PageRouter
 from llama_surgery.topology.tree import tree_order
 
 
@@ -76,14 +77,19 @@ class Layout:
         return (self.order[:, 0] == 0).int().argmax(-1) // page_size
 
 
-def build_layout(keys: torch.Tensor, values: torch.Tensor, config: SurgeryConfig) -> Layout:
+def build_layout(
+    keys: torch.Tensor, values: torch.Tensor, config: SurgeryConfig, router: PageRouter | None = None
+) -> Layout:
     """Lay out full chunks. A chunk's layout depends on that chunk's own keys alone (law 1).
 
     Args:
         keys: (streams, n * chunk_size, head_dim) after rotary embedding, in order of position.
         values: (streams, n * chunk_size, value_dim).
+        router: Learned corrections, one for every KV head, or None.
     """
     chunked = keys.detach().unflatten(1, (-1, config.chunk_size))
+    if router is not None:
+        chunked = router.for_streams(keys.shape[0], keys.device).map_keys(chunked)
     order = tree_order(chunked, config.ball_size, config.arity, config.directions)
     keys = reorder(keys, order)
     moments = moments_of(keys, config.ball_size)

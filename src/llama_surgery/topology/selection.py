@@ -11,6 +11,7 @@ from llama_surgery.config import SurgeryConfig
 from llama_surgery.topology.geometry import Block
 from llama_surgery.topology.layout import Layout, Moments, merge_moments
 from llama_surgery.topology.plan import Plan, plan_from_first_open, tiles_of
+from llama_surgery.topology.router import PageRouter
 
 #: Called with the log shares (streams, tiles, scored rows of a tile, pages), -inf for rows outside the
 #: block and 0 for the page that is always open, and the block: how calibration listens.
@@ -33,11 +34,13 @@ class Scorer:
         scale: s, the module's own scaling of q·k.
         alpha: α, weight of the variance term.
         softcap: c, or None.
+        router: Learned corrections, one for every stream, or None.
     """
 
     scale: float
     alpha: float = 1.0
     softcap: float | None = None
+    router: PageRouter | None = None
 
     def __call__(self, queries: torch.Tensor, moments: Moments) -> torch.Tensor:
         """Scores of every ball.
@@ -51,6 +54,8 @@ class Scorer:
         """
         queries = queries.to(moments.mean.dtype) * self.scale
         spread = queries.square() * (0.5 * self.alpha)
+        if self.router is not None:
+            queries, spread = self.router.weigh(queries, spread)
         if self.softcap is None:
             # One matrix product of [q, q²] with [μ, ½σ²].
             features = torch.cat((moments.mean, moments.variance), -1).transpose(1, 2)
@@ -61,14 +66,24 @@ class Scorer:
             scores = scores + self.softcap * mean
         return scores.add_(math.log(moments.size))
 
+    def largest(self, shares: torch.Tensor) -> torch.Tensor:
+        """Log shares (streams, heads, rows, balls), consumed, less the heads' learned offsets: the largest
+        over the heads, (streams, rows, balls)."""
+        if self.router is not None and self.router.offset is not None:
+            shares = shares.sub_(self.router.offset.to(shares.dtype)[..., None, None])
+        return shares.amax(1)
 
-def log_shares(scores: torch.Tensor, near_lse: torch.Tensor, sink_logit: torch.Tensor | None) -> torch.Tensor:
+
+def log_shares(
+    scores: torch.Tensor, near_lse: torch.Tensor, sink_logit: torch.Tensor | None, scorer: Scorer
+) -> torch.Tensor:
     """Log of each ball's expected share of the row's whole attention, largest over the group's heads.
 
     Args:
         scores: (streams, heads, rows, balls), -inf where a ball does not count.
         near_lse: (streams, heads, rows), log-sum-exp of the near field's logits.
         sink_logit: (streams, heads) attention-sink parameters, or None.
+        scorer: Knows the heads' learned offsets.
 
     Returns:
         (streams, rows, balls).
@@ -76,7 +91,7 @@ def log_shares(scores: torch.Tensor, near_lse: torch.Tensor, sink_logit: torch.T
     total = torch.logaddexp(scores.logsumexp(-1), near_lse.to(scores.dtype))
     if sink_logit is not None:
         total = torch.logaddexp(total, sink_logit.to(scores.dtype)[..., None])
-    return scores.sub_(total.unsqueeze(-1)).amax(1)
+    return scorer.largest(scores.sub_(total.unsqueeze(-1)))
 
 
 def select(
@@ -123,7 +138,7 @@ def select(
         shares, candidate = _descend(queries, moments, near_lse, config, scorer, sink_logit, opening, whole)
     else:
         scores = _page_scores(queries, moments, scorer, config)
-        shares = whole.embed(log_shares(scores, near_lse, sink_logit), -math.inf)
+        shares = whole.embed(log_shares(scores, near_lse, sink_logit, scorer), -math.inf)
     if config.pages_per_row is None:
         opened = shares > opening
     else:
@@ -204,7 +219,7 @@ def _descend(
         total = torch.logaddexp(total, sink_logit.to(coarse.dtype)[..., None])
 
     def shares_of(scores: torch.Tensor) -> torch.Tensor:
-        return whole.embed(scores.sub_(total.unsqueeze(-1)).amax(1), -math.inf)
+        return whole.embed(scorer.largest(scores.sub_(total.unsqueeze(-1))), -math.inf)
 
     candidate = (shares_of(coarse) > bar).cummax(2).values.repeat_interleave(fan, dim=-1)
     shares = shares_of(_page_scores(queries, balls, scorer, config))

@@ -74,15 +74,16 @@ def test_targets(target: str) -> None:
     check(target)
 
 
+# All six targets at each width would take longer than everything else together.
 @pytest.mark.slow
-@pytest.mark.parametrize("target", sorted(SHARED))
-@pytest.mark.parametrize("head_dim", [64, 80, 96, 256])
+@pytest.mark.parametrize("target", ["cuda:89", "cuda:90"])
+@pytest.mark.parametrize("head_dim", [80, 256])
 def test_head_dims(target: str, head_dim: int) -> None:
     check(target, "--head-dim", str(head_dim))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("target", sorted(SHARED))
+@pytest.mark.parametrize("target", ["cuda:89", "cuda:90", "hip:gfx942"])
 def test_caps_sinks_and_single_precision(target: str) -> None:
     check(target, "--wide", "--dtype", "float32", "--heads", "3")
 

@@ -271,6 +271,8 @@ def _check(queries: torch.Tensor, cache: DecodeCache, sink_logit: torch.Tensor |
             f"most {config.window + 1} rows or a wider window."
         )
     problem = obstacle(config, queries, cache.values, 1)
+    if problem is None and torch.is_grad_enabled() and queries.requires_grad:
+        problem = "decode steps are not differentiated; use torch.no_grad()"
     if problem is None and config.coarse_to_fine:
         problem = "single rows score all pages, but the configuration says coarse_to_fine"
     if problem is None and queries.dtype != cache.keys.dtype:

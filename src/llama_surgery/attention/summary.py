@@ -1,0 +1,46 @@
+"""What a row does not see of the far field, stood in for by means: one term for each ball or page."""
+
+import torch
+
+from llama_surgery.config import SurgeryConfig
+from llama_surgery.topology.layout import Layout
+from llama_surgery.topology.mask import page_mask
+from llama_surgery.topology.plan import Plan
+from llama_surgery.topology.selection import Scorer
+
+
+def summary(
+    queries: torch.Tensor, layout: Layout, plan: Plan, scorer: Scorer, config: SurgeryConfig
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention over the pages that rows do not see, each ball a single key.
+
+    A ball's logit is its score, which estimates the log of what its keys weigh together, and its value is the
+    mean of theirs. Where a row sees everything there is nothing to stand in for: the log-sum-exp is -inf.
+
+    Args:
+        queries: (streams, heads, rows, head_dim), the rows of the plan's block.
+        layout: At least the block's closed chunks.
+        plan: What the rows see.
+        scorer: The layer's page score.
+        config: Says whether balls or pages are summarised.
+
+    Returns:
+        Output (streams, heads, rows, value_dim) and log-sum-exp (streams, heads, rows), the moments' dtype.
+    """
+    heads, rows = queries.shape[1:3]
+    pages = plan.block.closed * config.pages_per_chunk
+    scores = scorer(queries.flatten(1, 2), layout.moments.first(pages * config.balls_per_page))
+    seen, size = page_mask(plan, pages), config.page_size
+    if config.summary == "ball":
+        seen, size = seen.repeat_interleave(config.balls_per_page, -1), config.ball_size
+    elif config.balls_per_page > 1:
+        scores = scores.unflatten(-1, (pages, -1)).logsumexp(-1)
+    scores = scores.unflatten(1, (heads, rows))
+    if scorer.router is not None and scorer.router.summary is not None:
+        scores = scores + scorer.router.summary.to(scores.dtype)[..., None, None]
+    scores = scores.masked_fill(seen.unsqueeze(1), -torch.inf)
+    lse = scores.logsumexp(-1)
+    weights = (scores - lse.unsqueeze(-1).clamp_min(torch.finfo(scores.dtype).min)).exp()
+    values = layout.values[:, : pages * config.page_size].to(scores.dtype)
+    means = values.unflatten(1, (-1, size)).mean(2)
+    return weights @ means.unsqueeze(1), lse

@@ -1,0 +1,182 @@
+"""``llama-surgery learn``."""
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from llama_surgery.cli.common import (
+    DeviceOption,
+    Dtype,
+    DtypeOption,
+    JsonOption,
+    ModelArgument,
+    checked_output,
+    err,
+    load_model,
+    out,
+    print_json,
+    progress,
+)
+from llama_surgery.cli.run import calibrated
+from llama_surgery.cli.topology import config_for, topology_options
+
+if TYPE_CHECKING:
+    from llama_surgery.learning.trainer import Step
+
+_LEARNING = "Learning"
+
+
+@topology_options
+def learn(
+    *,
+    model: ModelArgument,
+    out_folder: Annotated[Path, typer.Option("--out", help="Folder for the adapter and its checkpoints.")],
+    text: Annotated[
+        Path, typer.Option(help="Text like what the model will read: a .txt file or a folder of them.")
+    ],
+    density: Annotated[
+        float,
+        typer.Option(
+            help="Largest share of all (query, key) pairs that may be read from the far field, such as 0.06.",
+            rich_help_panel="Topology",
+        ),
+    ],
+    length: Annotated[
+        int | None,
+        typer.Option(help="Tokens of a window. The model's context, at most 8192, if left out."),
+    ] = None,
+    tile: Annotated[
+        int,
+        typer.Option(
+            min=1,
+            help="Neighbouring tokens that share what they read in prefill.",
+            rich_help_panel="Topology",
+        ),
+    ] = 32,
+    steps: Annotated[
+        int, typer.Option(min=1, help="Steps, each on one window.", rich_help_panel=_LEARNING)
+    ] = 200,
+    local_steps: Annotated[
+        int,
+        typer.Option(
+            min=0,
+            help="Steps of a first stage on the error of every layer's output.",
+            rich_help_panel=_LEARNING,
+        ),
+    ] = 0,
+    part: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="What is learned beside the heads' budgets: scores, channels, tree. May be repeated. "
+            "scores if left out.",
+            rich_help_panel=_LEARNING,
+        ),
+    ] = None,
+    rate: Annotated[float, typer.Option(help="Learning rate.", rich_help_panel=_LEARNING)] = 0.03,
+    windows: Annotated[
+        int, typer.Option(min=1, help="Training windows, taken in turn.", rich_help_panel=_LEARNING)
+    ] = 200,
+    seed: Annotated[int, typer.Option(help="Of windows and starting values.", rich_help_panel=_LEARNING)] = 0,
+    checkpoint_seconds: Annotated[
+        float, typer.Option(min=0, help="Time between checkpoints.", rich_help_panel=_LEARNING)
+    ] = 30.0,
+    device: DeviceOption = "auto",
+    dtype: DtypeOption = Dtype.auto,
+    json: JsonOption = False,
+    settings: dict[str, Any],
+) -> None:
+    """Learn a topology for a model and save it as a small adapter folder.
+
+    The model's weights stay as they are. What is learned are corrections to the training-free topology: how
+    much every head may read, how pages are scored, which keys share a page; at one density for the whole
+    model. The same command goes on where it was interrupted. Use the adapter with 'evaluate --adapter',
+    'generate --adapter' or load_adapter() in Python.
+    """
+    config = config_for(settings, tile)
+    checked_output(out_folder, folder=True)
+    from llama_surgery.learning.settings import LearningSettings
+    from llama_surgery.text import read_texts
+
+    texts = read_texts(text)
+    planned = LearningSettings(
+        density=density,
+        steps=steps,
+        parts=tuple(part or ["scores"]),  # type: ignore[arg-type]
+        rate=rate,
+        seed=seed,
+    )
+    llm, tokenizer = load_model(model, device, dtype)
+    from llama_surgery.learning.corrections import scorer_parameters
+    from llama_surgery.learning.trainer import learn as learn_on
+    from llama_surgery.surgery.adapter import save_adapter
+    from llama_surgery.surgery.operate import operated
+    from llama_surgery.text import windows as cut_windows
+
+    if length is None:
+        length = min(8192, llm.config.get_text_config().max_position_embeddings)
+    length -= length % tile
+    planned = dataclasses.replace(planned, length=length)
+    stages = [dataclasses.replace(planned, stage="local", steps=local_steps)] if local_steps else []
+    ids = cut_windows(tokenizer, texts, length, windows, seed)
+    corrections, last = None, None
+    with progress() as tell:
+        config = calibrated(
+            llm, tokenizer, config, density=density, texts=texts, length=length, progress=tell
+        )
+        for stage in [*stages, planned]:
+            report, seen = _reporter(stage.stage, stage.steps, tell)
+            corrections = learn_on(
+                llm,
+                config,
+                ids,
+                stage,
+                start=corrections,
+                checkpoint_file=out_folder / f"checkpoint-{stage.stage}.pt",
+                every_seconds=checkpoint_seconds,
+                progress=report,
+            )
+            last = seen[-1] if seen else last
+    assert corrections is not None
+    routers = scorer_parameters(corrections)
+    with (
+        err.status("Setting thresholds …"),
+        operated(
+            llm, config, routers=routers, density=density, text=texts, tokenizer=tokenizer, length=length
+        ),
+    ):
+        from llama_surgery.surgery.operate import config_of
+
+        config = config_of(llm)
+        save_adapter(llm, out_folder)
+    if json:
+        measured = None if last is None else dataclasses.asdict(last)
+        print_json({"adapter": str(out_folder), "config": config.to_dict(), "last_step": measured})
+        return
+    if last is not None:
+        out.print(_described(last))
+    out.print(f"Adapter: {out_folder.resolve()}", soft_wrap=True, highlight=False)
+
+
+def _reporter(
+    stage: str, steps: int, tell: Callable[[str, int, int], None]
+) -> "tuple[Callable[[Step], None], list[Step]]":
+    """A listener for the trainer, and the list it keeps: a bar for the steps, a line ten times a stage."""
+    seen: list[Step] = []
+
+    def report(step: "Step") -> None:
+        seen.append(step)
+        tell(f"learning ({stage})", step.step, steps)
+        if step.step % max(1, steps // 10) == 0:
+            err.print(f"{stage} {step.step}/{steps}: {_described(step)}", highlight=False)
+
+    return report, seen
+
+
+def _described(step: "Step") -> str:
+    return (
+        f"loss {step.loss:.5f}, mass lost {step.mass_lost:.2%}, far density {step.density:.4f}, "
+        f"θ {step.theta:.3%}, {step.seconds:.0f} s"
+    )

@@ -1,0 +1,1 @@
+"""Learning a topology on frozen weights."""

@@ -1,0 +1,301 @@
+"""Running a model through soft gates, or beside them: the attention function of learning."""
+
+import contextlib
+import dataclasses
+import functools
+from collections.abc import Iterator
+from typing import Any, Literal
+
+import torch
+from torch.utils.checkpoint import checkpoint
+from transformers import AttentionInterface, AttentionMaskInterface
+
+from llama_surgery.config import SurgeryConfig
+from llama_surgery.errors import SurgeryError, UnsupportedModelError
+from llama_surgery.learning.corrections import Corrections
+from llama_surgery.learning.gates import Gated, Homotopy, Rows, gated_rows
+from llama_surgery.learning.soft_tree import balls_of
+from llama_surgery.surgery.interface import INTERFACE_NAMES, dense_function, surgery_mask
+from llama_surgery.surgery.operate import attention_modules, inner_model, is_operated
+from llama_surgery.topology.geometry import query_blocks
+from llama_surgery.topology.router import PageRouter
+
+NAME = "surgery_learning"
+
+#: ``dense``: the model as it is. ``gated``: every layer through its gates. ``local``: dense, and beside it
+#: the error of some gated rows of every layer.
+Mode = Literal["dense", "gated", "local"]
+
+
+@dataclasses.dataclass
+class Reading:
+    """What one forward pass gathered. Pairs are for one query head, summed over layers and KV heads."""
+
+    soft: list[torch.Tensor] = dataclasses.field(default_factory=list)
+    hard: list[torch.Tensor] = dataclasses.field(default_factory=list)
+    slope: list[torch.Tensor] = dataclasses.field(default_factory=list)
+    lost: list[torch.Tensor] = dataclasses.field(default_factory=list)
+    causal: int = 0
+    rows: int = 0
+    errors: list[torch.Tensor] = dataclasses.field(default_factory=list)
+
+    def add(self, gated: Gated, weight: float) -> None:
+        """Count some rows, each standing for ``weight`` rows."""
+        for name in ("soft", "hard", "slope", "lost"):
+            getattr(self, name).append(getattr(gated, name).sum() * weight)
+
+    def soft_density(self) -> torch.Tensor:
+        """Expected executed far density, with gradient, on the first layer's device."""
+        device = self.soft[0].device
+        return torch.stack([part.to(device) for part in self.soft]).sum() / self.causal
+
+    def density(self) -> float:
+        """Executed far density at τ = 0."""
+        return _total(self.hard) / self.causal
+
+    def density_slope(self) -> float:
+        """Derivative of the soft density in log θ."""
+        return _total(self.slope) / self.causal
+
+    def mass_lost(self) -> float:
+        """Expected share of a row's attention on far pages it does not see."""
+        return _total(self.lost) / self.rows
+
+
+def _total(parts: list[torch.Tensor]) -> float:
+    return float(torch.stack([part.double().to(parts[0].device) for part in parts]).sum())
+
+
+@dataclasses.dataclass
+class Gates:
+    """The state that the attention function reads, set anew for every pass.
+
+    Attributes:
+        corrections: Parameters by layer.
+        config: Geometry.
+        log_theta: Global log θ.
+        homotopy: λ and τ.
+        mode: What the pass does.
+        sampled_tiles: Tiles of each block whose rows are compared in ``local`` mode.
+        generator: Chooses those tiles.
+        reading: What the pass gathers.
+    """
+
+    corrections: Corrections
+    config: SurgeryConfig
+    log_theta: float
+    homotopy: Homotopy = dataclasses.field(default_factory=lambda: Homotopy(1.0, 1.0))
+    mode: Mode = "dense"
+    sampled_tiles: int = 4
+    generator: torch.Generator | None = None
+    reading: Reading = dataclasses.field(default_factory=Reading)
+
+
+@contextlib.contextmanager
+def gates_in(model: torch.nn.Module, gates: Gates) -> Iterator[None]:
+    """Let the attention of ``model`` follow ``gates`` for the length of a ``with`` block.
+
+    Raises:
+        SurgeryError: The model is operated.
+        UnsupportedModelError: Its logits are capped or it has attention sinks.
+    """
+    inner = inner_model(model)
+    if is_operated(model):
+        raise SurgeryError("the model is operated: eject(model) before learning.")
+    base = inner.config.get_text_config()._attn_implementation
+    if base not in INTERFACE_NAMES:
+        raise UnsupportedModelError(
+            f"attention implementation {base!r}: supported are {', '.join(INTERFACE_NAMES)}."
+        )
+    modules = attention_modules(inner)
+    norms: dict[int, torch.Tensor] = {}
+    handles = [_watch_residual(inner, index, module, norms) for index, module in modules.items()]
+    operated = {id(module): index for index, module in modules.items()}
+    AttentionInterface.register(NAME, functools.partial(_attention, base, gates, operated, norms))
+    AttentionMaskInterface.register(NAME, functools.partial(surgery_mask, base))
+    inner.set_attn_implementation(NAME)
+    try:
+        yield
+    finally:
+        inner.set_attn_implementation(base)
+        for table in (AttentionInterface, AttentionMaskInterface):
+            table._global_mapping.pop(NAME, None)
+        for handle in handles:
+            handle.remove()
+
+
+def _watch_residual(
+    inner: torch.nn.Module, index: int, module: torch.nn.Module, norms: dict[int, torch.Tensor]
+) -> Any:
+    """Note the mean square of what enters the decoder layer around ``module``: errors are relative to it."""
+    layer = next(
+        (m for m in inner.modules() if m is not module and any(child is module for child in m.children())),
+        None,
+    )
+    if layer is None:
+        raise UnsupportedModelError(f"{type(module).__name__} is in no decoder layer: cannot be learned.")
+
+    def note(_: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        hidden = args[0] if args else kwargs["hidden_states"]
+        norms[index] = hidden.detach().float().square().sum(-1).mean()
+
+    return layer.register_forward_pre_hook(note, with_kwargs=True)
+
+
+def _attention(
+    base: str,
+    gates: Gates,
+    operated: dict[int, int],
+    norms: dict[int, torch.Tensor],
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: Any,
+    **keywords: Any,
+) -> tuple[torch.Tensor, Any]:
+    index = operated.get(id(module))
+    dense = dense_function(base, module)
+    if index is None or gates.mode == "dense":
+        return dense(module, query, key, value, attention_mask, **keywords)
+    if attention_mask is not None or key.shape[2] != query.shape[2]:
+        raise SurgeryError("learning takes whole windows without padding and without a cache.")
+    if keywords.get("softcap") is not None or keywords.get("s_aux") is not None:
+        raise UnsupportedModelError(
+            f"{type(module).__name__} caps its logits or has attention sinks: learning does not support it."
+        )
+    scale = keywords.get("scaling") or query.shape[-1] ** -0.5
+    router = gates.corrections[str(index)].router()
+    if gates.mode == "gated":
+        return gated_layer(query, key, value, router, gates, scale).transpose(1, 2), None
+    with torch.no_grad():
+        returned = dense(module, query, key, value, attention_mask, **keywords)[0]
+    error = _local_error(module, query, key, value, returned, router, gates, scale)
+    gates.reading.errors.append(error / norms[index].to(error.device))
+    return returned, None
+
+
+def gated_layer(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    router: PageRouter,
+    gates: Gates,
+    scale: float,
+) -> torch.Tensor:
+    """All rows of a layer through its gates.
+
+    Args:
+        query: (batch, heads, n, head_dim), n a multiple of the tile.
+        key: (batch, kv_heads, n, head_dim).
+        value: (batch, kv_heads, n, value_dim).
+
+    Returns:
+        (batch, heads, n, value_dim), the queries' dtype. Pairs are added to ``gates.reading``.
+    """
+    layer = _Layer.of(query, key, value, router, gates)
+    outs = []
+    for block in query_blocks(0, query.shape[2], gates.config, gates.config.tile):
+        position = torch.arange(block.start, block.stop, device=query.device)
+        outs.append(layer.run(Rows(position, block.closed, block.stop), gates, scale))
+    layer.count(gates.reading)
+    out = torch.cat(outs, 2).unflatten(0, (query.shape[0], -1)).flatten(1, 2)
+    return out.to(query.dtype)
+
+
+def _local_error(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    dense: torch.Tensor,
+    router: PageRouter,
+    gates: Gates,
+    scale: float,
+) -> torch.Tensor:
+    """Mean squared error of the layer's projected output over sampled tiles.
+
+    ``dense`` is (batch, n, heads, value_dim). Densities are estimated from the sampled tiles of each block.
+    """
+    layer = _Layer.of(query.detach(), key.detach(), value.detach(), router, gates)
+    tile, square, count = gates.config.tile, dense.new_zeros((), dtype=torch.float32), 0
+    for block in query_blocks(0, query.shape[2], gates.config, tile):
+        if not block.closed:
+            continue
+        tiles = (block.stop - block.start) // tile
+        chosen = torch.randperm(tiles, generator=gates.generator)[: gates.sampled_tiles].sort().values
+        offsets = (chosen[:, None] * tile + torch.arange(tile)).flatten()
+        position = (block.start + offsets).to(query.device)
+        rows = Rows(position, block.closed, block.stop)
+        out = layer.run(rows, gates, scale, weight=tiles / len(chosen))
+        out = (
+            out.unflatten(0, (query.shape[0], -1)).flatten(1, 2).transpose(1, 2)
+        )  # (batch, rows, heads, dim)
+        change = (out - dense[:, position].to(out.dtype)).flatten(2)
+        square = square + _projected(module, change).float().square().sum()
+        count += change.shape[0] * change.shape[1]
+    layer.count(gates.reading)
+    return square / max(1, count)
+
+
+def _projected(module: torch.nn.Module, change: torch.Tensor) -> torch.Tensor:
+    """``change`` through the output projection, or as it is where the module names it otherwise."""
+    weight = getattr(getattr(module, "o_proj", None), "weight", None)
+    if weight is None:
+        return change
+    return change @ weight.detach().to(change.dtype).T
+
+
+@dataclasses.dataclass(frozen=True)
+class _Layer:
+    """One layer's states by stream, in at least float32, and its balls."""
+
+    queries: torch.Tensor
+    keys: torch.Tensor
+    values: torch.Tensor
+    balls: Any
+    router: PageRouter
+
+    @classmethod
+    def of(
+        cls, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, router: PageRouter, gates: Gates
+    ) -> "_Layer":
+        batch, kv_heads, n, _ = key.shape
+        config = gates.config
+        if n % gates.config.tile:
+            raise SurgeryError(f"{n} tokens are not whole tiles of {gates.config.tile}: choose a multiple.")
+        dtype = torch.promote_types(query.dtype, torch.float32)
+        queries = query.to(dtype).unflatten(1, (kv_heads, -1)).flatten(0, 1)
+        keys, values = key.to(dtype).flatten(0, 1), value.to(dtype).flatten(0, 1)
+        router = router.for_streams(batch * kv_heads, query.device)
+        full = n // config.chunk_size * config.chunk_size
+        balls = None
+        if full:
+            chunked = keys[:, :full].detach().unflatten(1, (-1, config.chunk_size))
+            balls = balls_of(keys[:, :full], router.map_keys(chunked), config)
+        return cls(queries, keys, values, balls, router)
+
+    def run(self, rows: Rows, gates: Gates, scale: float, weight: float = 1.0) -> torch.Tensor:
+        """Rows through their gates, recomputed in the backward pass; pairs count ``weight`` times."""
+        gated = checkpoint(
+            gated_rows,
+            self.queries[:, :, rows.position],
+            self.keys,
+            self.values,
+            self.balls,
+            self.router,
+            rows,
+            gates.log_theta,
+            gates.homotopy,
+            gates.config,
+            scale,
+            use_reentrant=False,
+        )
+        gates.reading.add(gated, weight)
+        return gated.out
+
+    def count(self, reading: Reading) -> None:
+        """Add this layer's causal pairs and rows, by which sums are divided."""
+        streams, _, n, _ = self.queries.shape
+        reading.causal += streams * n * (n + 1) // 2
+        reading.rows += streams * n

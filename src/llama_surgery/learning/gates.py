@@ -1,0 +1,212 @@
+"""Attention through soft page gates: dense at the start of a homotopy, the operated layer at its end.
+
+A page's logits get the bias ``λ·log σ(margin / τ)``. The margin of a page for a row is the largest, over the
+heads of the group and the rows up to that one of the tile, of log share − log θ − the head's offset: what the
+row sees, as topology/selection.py decides it, made soft. λ goes from 0, where the layer is the dense one, to
+1, then τ to hard.
+"""
+
+import dataclasses
+import math
+from typing import NamedTuple
+
+import torch
+
+from llama_surgery.config import SurgeryConfig
+from llama_surgery.learning.soft_tree import Balls
+from llama_surgery.topology.layout import Moments
+from llama_surgery.topology.router import PageRouter
+from llama_surgery.topology.selection import Scorer
+
+
+@dataclasses.dataclass(frozen=True)
+class Homotopy:
+    """Where between the dense and the operated layer.
+
+    Attributes:
+        strength: λ.
+        temperature: τ, in nats of log share; 0 is the operated layer itself.
+    """
+
+    strength: float
+    temperature: float
+
+
+class Rows(NamedTuple):
+    """Whole tiles of one block, in ascending order.
+
+    Attributes:
+        position: (rows,) int64.
+        closed: Closed chunks of all of them.
+        stop: One past the last key that any row of the block sees.
+    """
+
+    position: torch.Tensor
+    closed: int
+    stop: int
+
+
+class Gated(NamedTuple):
+    """What :func:`gated_rows` returns.
+
+    Attributes:
+        out: (streams, heads, rows, value_dim).
+        soft: (streams,) expected executed far pairs, with gradient.
+        hard: (streams,) executed far pairs at τ = 0, without.
+        slope: (streams,) derivative of ``soft`` in log θ, without gradient.
+        lost: (streams,) expected attention on pages that the rows do not see at τ = 0, mean over heads,
+            summed over rows, without gradient.
+    """
+
+    out: torch.Tensor
+    soft: torch.Tensor
+    hard: torch.Tensor
+    slope: torch.Tensor
+    lost: torch.Tensor
+
+
+def gated_rows(
+    queries: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    balls: Balls | None,
+    router: PageRouter,
+    rows: Rows,
+    log_theta: float,
+    homotopy: Homotopy,
+    config: SurgeryConfig,
+    scale: float,
+) -> Gated:
+    """Attention of some tiles of a block.
+
+    Args:
+        queries: (streams, heads, rows, head_dim).
+        keys: (streams, n, head_dim), all keys in order of position.
+        values: (streams, n, value_dim).
+        balls: Of at least ``rows.closed`` chunks; None where no chunk is closed.
+        router: Corrections with a leading dimension of streams, with gradient.
+        rows: Which rows.
+        log_theta: Global log θ.
+        homotopy: λ and τ.
+        config: Geometry, tile and α.
+        scale: Scaling of q·k.
+    """
+    streams, heads, count, _ = queries.shape
+    keys, values = keys[:, : rows.stop], values[:, : rows.stop]
+    logits = (queries.flatten(1, 2) * scale) @ keys.transpose(1, 2)
+    logits = logits.unflatten(1, (heads, count))
+    far = rows.closed * config.chunk_size
+    hidden = torch.arange(far, rows.stop, device=keys.device) > rows.position[:, None]
+    if balls is None or rows.closed == 0:
+        out = torch.softmax(logits.masked_fill(hidden, -torch.inf), -1).flatten(1, 2) @ values
+        nothing = logits.new_zeros(streams)
+        return Gated(out.unflatten(1, (heads, count)), nothing, nothing, nothing, nothing)
+
+    near_lse = logits[..., far:].masked_fill(hidden, -torch.inf).logsumexp(-1)
+    pages = rows.closed * config.pages_per_chunk
+    scores = _ball_scores(queries, balls.moments, router, config, scale, pages)
+    shares = _log_shares(scores, near_lse, pages)
+    expected = shares.detach().exp().mean(1)  # (streams, rows, pages)
+    if router.offset is not None:
+        shares = shares - router.offset.to(shares.dtype)[..., None, None]
+    margin = (
+        (shares.amax(1) - log_theta).unflatten(1, (-1, config.tile)).cummax(2).values
+    )  # (streams, tiles, tile, pages)
+    sink = balls.pages(config)[:, 0, 0].detach() > 0.5  # the first chunk's page that holds position 0
+    sink = torch.nn.functional.pad(sink, (0, pages - sink.shape[1]))[:, None, None]
+    soft, hard, slope = _pairs(margin[:, :, -1].masked_fill(sink[:, :, 0], math.inf), homotopy, config)
+    seen = ((margin > 0) | sink).flatten(1, 2)
+    lost = expected.masked_fill(seen, 0).sum((1, 2))
+    bias = _bias(margin, sink, homotopy).flatten(1, 2)  # (streams, rows, pages)
+    by_chunk = bias.unflatten(-1, (rows.closed, -1)).transpose(1, 2)
+    # Keys are in order of position: membership carries a page's bias to its keys, and gradients back.
+    member = balls.pages(config)[:, : rows.closed].transpose(-1, -2)
+    by_key = (by_chunk @ member.to(bias.dtype)).transpose(1, 2).flatten(2)
+    if homotopy.temperature == 0:
+        by_key = torch.zeros_like(by_key).masked_fill(by_key < 0, -torch.inf)
+    causal = torch.zeros_like(hidden, dtype=logits.dtype).masked_fill(hidden, -torch.inf)
+    whole = torch.cat((by_key.to(logits.dtype), causal.expand(streams, -1, -1)), -1)
+    logits = logits + whole[:, None]
+    if config.summary != "none":
+        means, terms = _summary(values[:, :far], scores, bias, balls, router, rows.closed, config)
+        logits, values = torch.cat((terms.to(logits.dtype), logits), -1), torch.cat((means, values), 1)
+    weights = torch.softmax(logits, -1)
+    out = (weights.flatten(1, 2) @ values).unflatten(1, (heads, count))
+    return Gated(out, soft, hard, slope, lost)
+
+
+def _ball_scores(
+    queries: torch.Tensor,
+    moments: Moments,
+    router: PageRouter,
+    config: SurgeryConfig,
+    scale: float,
+    pages: int,
+) -> torch.Tensor:
+    """(streams, heads, rows, balls) scores of the balls of the first ``pages`` pages."""
+    scorer = Scorer(scale, config.alpha, None, router)
+    scores = scorer(queries.flatten(1, 2), moments.first(pages * config.balls_per_page))
+    return scores.unflatten(1, queries.shape[1:3])
+
+
+def _log_shares(scores: torch.Tensor, near_lse: torch.Tensor, pages: int) -> torch.Tensor:
+    """(streams, heads, rows, pages): what :func:`~llama_surgery.topology.selection.log_shares` is made of."""
+    if scores.shape[-1] > pages:
+        scores = scores.unflatten(-1, (pages, -1)).logsumexp(-1)
+    total = torch.logaddexp(scores.logsumexp(-1), near_lse.to(scores.dtype))
+    return scores - total.unsqueeze(-1)
+
+
+def _summary(
+    values: torch.Tensor,
+    scores: torch.Tensor,
+    bias: torch.Tensor,
+    balls: Balls,
+    router: PageRouter,
+    closed: int,
+    config: SurgeryConfig,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean values of balls or pages, and their logits: the score, weighted by how far the page is closed.
+
+    Returns:
+        (streams, terms, value_dim) and (streams, heads, rows, terms), -inf where a page is wholly open.
+    """
+    member, pages = balls.member[:, :closed], bias.shape[-1]
+    if config.summary == "page":
+        member = balls.pages(config)[:, :closed]
+        scores = scores.unflatten(-1, (pages, -1)).logsumexp(-1)
+    else:
+        bias = bias.repeat_interleave(config.balls_per_page, -1)
+    if router.summary is not None:
+        scores = scores + router.summary.to(scores.dtype)[..., None, None]
+    size = config.page_size if config.summary == "page" else config.ball_size
+    means = member.transpose(-1, -2).to(values.dtype) @ values.unflatten(1, (closed, -1)) / size
+    # A bias of b leaves a page's keys e^b of their weight; the summary has the rest, and none where b is 0.
+    rest = torch.expm1(bias.where(bias < 0, -1.0)).neg().clamp_min(1e-12)
+    terms = scores + rest.log().masked_fill(bias >= 0, -torch.inf).unsqueeze(1)
+    return means.flatten(1, 2), terms
+
+
+def _bias(margin: torch.Tensor, sink: torch.Tensor, homotopy: Homotopy) -> torch.Tensor:
+    """Bias of every page's logits; -1e4, which leaves nothing, where τ = 0 and the page is closed."""
+    if homotopy.temperature == 0:
+        return torch.where((margin > 0) | sink, 0.0, -1e4).to(margin.dtype)
+    soft = homotopy.strength * torch.nn.functional.logsigmoid(margin / homotopy.temperature)
+    return soft.masked_fill(sink, 0.0)
+
+
+def _pairs(
+    margin: torch.Tensor, homotopy: Homotopy, config: SurgeryConfig
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Executed far pairs, soft and hard, and the slope of the soft ones in log θ.
+
+    Args:
+        margin: (streams, tiles, pages) of the tiles' last rows: a tile reads what any of its rows opens.
+    """
+    each = config.tile * config.page_size
+    hard = (margin > 0).sum((1, 2)) * each
+    if homotopy.temperature == 0:
+        return hard.to(margin.dtype), hard, torch.zeros_like(hard)
+    gate = torch.sigmoid(margin / homotopy.temperature)
+    slope = -(gate * (1 - gate)).detach().sum((1, 2)) / homotopy.temperature
+    return gate.sum((1, 2)) * each, hard, slope * each

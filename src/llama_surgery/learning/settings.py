@@ -1,0 +1,88 @@
+"""How a topology is learned: settings and the course of the homotopy."""
+
+import dataclasses
+import math
+from typing import Any, Literal, get_args
+
+from llama_surgery.errors import SurgeryError
+from llama_surgery.learning.corrections import Part
+from llama_surgery.learning.gates import Homotopy
+
+Stage = Literal["local", "logits"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LearningSettings:
+    """One stage of learning.
+
+    Attributes:
+        density: Executed far pairs over causal pairs to end at.
+        length: Tokens of a training window, a multiple of the tile.
+        steps: Optimiser steps, each on one window (one for every process, if there are several).
+        parts: What is learned beside budgets; see :data:`~llama_surgery.learning.corrections.Part`.
+        stage: ``logits``: KL divergence of the logits from the dense model's. ``local``: error of every
+            layer's output on the dense model's own states.
+        rate: Learning rate of budgets and scores, in nats a step at most; the key map's is a third of it.
+        seed: Of windows, sampled tiles and starting values.
+        sampled_tiles: Tiles of each block that the local stage looks at.
+        first_temperature: τ until the gates begin to harden.
+        last_temperature: τ at the end.
+        rows: Rows of a window whose logits are compared, at most; None for all.
+
+    Raises:
+        SurgeryError: A value is out of range.
+    """
+
+    density: float
+    length: int = 8192
+    steps: int = 200
+    parts: tuple[Part, ...] = ("scores",)
+    stage: Stage = "logits"
+    rate: float = 0.03
+    seed: int = 0
+    sampled_tiles: int = 4
+    first_temperature: float = 0.5
+    last_temperature: float = 0.1
+    rows: int | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "parts", tuple(self.parts))
+        if not 0 < self.density < 1:
+            raise SurgeryError(f"density={self.density}: must lie between 0 and 1.")
+        if self.stage not in get_args(Stage):
+            raise SurgeryError(f"stage={self.stage!r}: allowed are {', '.join(get_args(Stage))}.")
+        for name in ("length", "steps", "sampled_tiles"):
+            if getattr(self, name) < 1:
+                raise SurgeryError(f"{name}={getattr(self, name)}: must be at least 1.")
+        if not 0 < self.last_temperature <= self.first_temperature or not 0 < self.rate < 1:
+            raise SurgeryError(
+                f"first_temperature={self.first_temperature}, last_temperature={self.last_temperature}, "
+                f"rate={self.rate}: temperatures must be positive and fall, the rate lie between 0 and 1."
+            )
+        bad = sorted(set(self.parts) - set(get_args(Part)))
+        if bad:
+            raise SurgeryError(f"parts={self.parts}: allowed are {', '.join(get_args(Part))}.")
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+
+#: Shares of the steps: λ rises to 1 until the first, τ falls from the first to the second.
+RISE, HARDENED = 0.1, 0.8
+
+
+def homotopy_at(step: int, settings: LearningSettings) -> Homotopy:
+    """λ and τ of a step: λ rises from 0 to 1, then τ falls geometrically to its end."""
+    done = step / settings.steps
+    strength = min(1.0, done / RISE)
+    fallen = min(1.0, max(0.0, (done - RISE) / (HARDENED - RISE)))
+    ratio = settings.last_temperature / settings.first_temperature
+    return Homotopy(strength, settings.first_temperature * ratio**fallen)
+
+
+def rate_at(step: int, settings: LearningSettings) -> float:
+    """Learning rate of a step: rises with λ, then falls along half a cosine to a tenth."""
+    done = step / settings.steps
+    rise = min(1.0, (step + 1) / max(1.0, RISE * settings.steps))
+    fall = 0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * max(0.0, done - RISE) / (1 - RISE)))
+    return settings.rate * rise * fall

@@ -1,0 +1,223 @@
+"""The trainer: steps over windows, checkpoints, resuming."""
+
+import contextlib
+import dataclasses
+import math
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+from torch.utils.checkpoint import checkpoint
+
+from llama_surgery.config import SurgeryConfig
+from llama_surgery.errors import SurgeryError
+from llama_surgery.learning.attach import Gates, Reading, gates_in
+from llama_surgery.learning.corrections import Corrections
+from llama_surgery.learning.settings import LearningSettings, homotopy_at, rate_at
+from llama_surgery.learning.state import LearningState, first_state
+from llama_surgery.surgery.operate import attention_modules, head_shape, inner_model
+from llama_surgery.topology.geometry import closed_chunks
+
+#: Rows whose logits are compared at a time.
+LOGIT_ROWS = 1024
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """What one step measured.
+
+    Attributes:
+        step: Steps done, this one included.
+        loss: KL divergence a row in nats, or squared output error relative to the residual stream.
+        density: Executed far density of the window, at τ = 0.
+        soft_density: The same through soft gates.
+        mass_lost: Expected share of attention on far pages that rows do not see.
+        theta: Global θ after the step.
+        seconds: Wall time since the run began in this process.
+    """
+
+    step: int
+    loss: float
+    density: float
+    soft_density: float
+    mass_lost: float
+    theta: float
+    seconds: float
+
+
+def learn(
+    model: torch.nn.Module,
+    config: SurgeryConfig,
+    windows: torch.Tensor,
+    settings: LearningSettings,
+    *,
+    start: Corrections | None = None,
+    checkpoint_file: Path | None = None,
+    every_seconds: float = 60.0,
+    progress: Callable[[Step], None] | None = None,
+) -> Corrections:
+    """Learn corrections to the topology of a dense model, whose weights stay as they are.
+
+    With ``checkpoint_file``, a call with the same arguments goes on from the last checkpoint: a run that was
+    killed at any moment ends where an uninterrupted one would.
+
+    Args:
+        model: A dense decoder in evaluation mode; dense again afterwards.
+        config: The topology to correct, for its own tile, θ calibrated for the density.
+        windows: (count, length) int64 training windows; step s takes window s modulo count.
+        settings: What to learn and how.
+        start: Corrections to start from (an earlier stage); the training-free topology if None.
+        checkpoint_file: Where the state is kept.
+        every_seconds: Time between checkpoints; 0 for one after every step.
+        progress: Told every step.
+
+    Raises:
+        SurgeryError: The model cannot be learned on, or the checkpoint is of another run.
+    """
+    _check(model, config, windows, settings)
+    inner = inner_model(model)
+    if start is None:
+        modules = attention_modules(inner)
+        shapes = {index: head_shape(inner, module) for index, module in modules.items()}
+        start = Corrections.build(shapes, settings.parts, settings.seed)
+    start = start.to(inner.device)
+    half = inner.dtype == torch.float16
+    state = first_state(start, settings, math.log(config.theta), half)
+    about = {"settings": settings.to_dict(), "config": config.to_dict(), "windows": _digest(windows)}
+    if checkpoint_file is not None:
+        state.load(checkpoint_file, about)
+    gates = Gates(state.corrections, config, state.price.log_theta, sampled_tiles=settings.sampled_tiles)
+    begun = saved = time.monotonic()
+    with frozen(model), gates_in(model, gates):
+        while state.step < settings.steps:
+            measured = _step(model, windows, settings, state, gates)
+            if progress is not None:
+                progress(dataclasses.replace(measured, seconds=time.monotonic() - begun))
+            due = time.monotonic() - saved >= every_seconds or state.step == settings.steps
+            if checkpoint_file is not None and due:
+                state.save(checkpoint_file, about)
+                saved = time.monotonic()
+    return state.corrections
+
+
+def _step(
+    model: torch.nn.Module,
+    windows: torch.Tensor,
+    settings: LearningSettings,
+    state: LearningState,
+    gates: Gates,
+) -> Step:
+    """One step: forward, backward, update. What is random in it is a function of seed and step."""
+    ids = windows[state.step % len(windows)][None].to(inner_model(model).device)
+    generator = torch.Generator().manual_seed(settings.seed * 1_000_003 + state.step)
+    gates.homotopy = homotopy_at(state.step, settings)
+    gates.log_theta, gates.generator, gates.reading = state.price.log_theta, generator, Reading()
+    loss = (_divergence if settings.stage == "logits" else _local_loss)(model, ids, settings, gates)
+    reading = gates.reading
+    soft = reading.soft_density()
+    objective = loss.to(soft.device) + state.price.value * soft
+    state.optimiser.zero_grad(set_to_none=True)
+    (objective * state.scale).backward()
+    if state.unscale():
+        state.price.account(state.offset_gradient(), reading.density_slope())
+        state.set_rate(rate_at(state.step, settings))
+        state.optimiser.step()
+        state.centre_offsets()
+    density = reading.density()
+    state.price.follow(density, settings.density)
+    state.step += 1
+    return Step(
+        step=state.step,
+        loss=float(loss.detach()),
+        density=density,
+        soft_density=float(soft.detach()),
+        mass_lost=reading.mass_lost(),
+        theta=math.exp(state.price.log_theta),
+        seconds=0.0,
+    )
+
+
+def _divergence(
+    model: torch.nn.Module, ids: torch.Tensor, settings: LearningSettings, gates: Gates
+) -> torch.Tensor:
+    """Mean KL divergence of the dense model's next-token distributions from those through the gates.
+
+    Only rows with a far field are compared: the others are the same in both.
+    """
+    length = ids.shape[1]
+    first = next(p for p in range(length) if closed_chunks(p, gates.config, gates.config.tile))
+    kept = torch.arange(first, length)
+    if settings.rows is not None and settings.rows < len(kept):
+        kept = kept[torch.randperm(len(kept), generator=gates.generator)[: settings.rows].sort().values]
+    kept = kept.to(ids.device)
+    gates.mode = "dense"
+    with torch.no_grad():
+        teacher = model(ids, use_cache=False, logits_to_keep=kept).logits[0]
+    gates.mode = "gated"
+    student = model(ids, use_cache=False, logits_to_keep=kept).logits[0]
+    parts = [
+        checkpoint(
+            _kl, teacher[part : part + LOGIT_ROWS], student[part : part + LOGIT_ROWS], use_reentrant=False
+        )
+        for part in range(0, len(kept), LOGIT_ROWS)
+    ]
+    return torch.stack(parts).sum() / len(kept)
+
+
+def _kl(teacher: torch.Tensor, student: torch.Tensor) -> torch.Tensor:
+    """Sum over rows of KL(teacher ‖ student), float32, logits (rows, vocabulary)."""
+    log_p, log_q = (torch.log_softmax(x.float(), -1) for x in (teacher, student))
+    return (log_p.exp() * (log_p - log_q)).sum()
+
+
+def _local_loss(
+    model: torch.nn.Module, ids: torch.Tensor, settings: LearningSettings, gates: Gates
+) -> torch.Tensor:
+    """Mean over layers of the error of each layer's output, on the dense model's own states."""
+    gates.mode = "local"
+    model(ids, use_cache=False, logits_to_keep=1)
+    errors = gates.reading.errors
+    return torch.stack([error.to(errors[0].device) for error in errors]).mean()
+
+
+def _check(
+    model: torch.nn.Module, config: SurgeryConfig, windows: torch.Tensor, settings: LearningSettings
+) -> None:
+    if model.training:
+        raise SurgeryError("the model is in training mode: call model.eval() first.")
+    if config.theta <= 0 or config.pages_per_row is not None or config.topology != "pages":
+        raise SurgeryError(
+            "learning starts from pages opened by a threshold: calibrate θ for the density first."
+        )
+    if config.coarse_to_fine or config.score_stride > 1:
+        raise SurgeryError("coarse_to_fine and score_stride cannot be learned through: set them afterwards.")
+    if windows.dim() != 2 or windows.shape[1] != settings.length or settings.length % config.tile:
+        raise SurgeryError(
+            f"windows {tuple(windows.shape)}: expected (count, {settings.length}), a multiple of "
+            f"tile={config.tile}."
+        )
+    if settings.length <= config.window + config.chunk_size:
+        raise SurgeryError(
+            f"length={settings.length}: a window needs more than window + chunk_size = "
+            f"{config.window + config.chunk_size} tokens to have a far field."
+        )
+
+
+def _digest(windows: torch.Tensor) -> list[int]:
+    """A few numbers by which other windows are told apart."""
+    weights = torch.arange(windows.numel()).reshape(windows.shape) % 1009 + 1
+    return [*windows.shape, int((windows.cpu() * weights).sum())]
+
+
+@contextlib.contextmanager
+def frozen(model: torch.nn.Module) -> Iterator[None]:
+    """No gradients for the weights."""
+    wanted = [p for p in model.parameters() if p.requires_grad]
+    for parameter in wanted:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in wanted:
+            parameter.requires_grad_(True)

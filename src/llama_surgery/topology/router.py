@@ -1,0 +1,214 @@
+"""Learned corrections to the training-free topology of one layer."""
+
+import dataclasses
+
+import torch
+
+from llama_surgery.errors import SurgeryError
+
+
+@dataclasses.dataclass(frozen=True)
+class PageRouter:
+    """What is learned about one layer's pages; every part leaves the training-free rule as it is when None.
+
+    Tensors are float32, per query head where budgets and scores are concerned and per KV head where the order
+    of keys is. With h query heads in a KV head's group, head ``g·h + i`` is ``[g, i]``.
+
+    Attributes:
+        offset: (kv_heads, group) added to log θ: a head with a positive offset opens fewer pages. θ itself
+            stays the one global threshold that calibration sets for a density.
+        mean_weight: (kv_heads, group, head_dim) weights of the channels of q·μ in the page score.
+        variance_weight: (kv_heads, group, head_dim) weights of the channels of q²·σ²; multiplies α.
+        key_map: (kv_heads, head_dim, head_dim) linear map of keys, ``key_map @ k``, before a chunk's splits.
+            It changes which keys are neighbours; keys, moments and scores stay those of the model.
+        summary: (kv_heads, group) log of how much the summary of unseen pages counts, where the configuration
+            asks for one.
+    """
+
+    offset: torch.Tensor | None = None
+    mean_weight: torch.Tensor | None = None
+    variance_weight: torch.Tensor | None = None
+    key_map: torch.Tensor | None = None
+    summary: torch.Tensor | None = None
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """The parts that are there, by name: what an adapter keeps."""
+        parts = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return {name: part for name, part in parts.items() if part is not None}
+
+    def to(self, device: torch.device) -> "PageRouter":
+        return PageRouter(**{name: part.to(device) for name, part in self.tensors().items()})
+
+    def check(self, kv_heads: int, group: int, head_dim: int) -> None:
+        """
+        Raises:
+            SurgeryError: A part has another shape, or is not finite.
+        """
+        expected = {
+            "offset": (kv_heads, group),
+            "mean_weight": (kv_heads, group, head_dim),
+            "variance_weight": (kv_heads, group, head_dim),
+            "key_map": (kv_heads, head_dim, head_dim),
+            "summary": (kv_heads, group),
+        }
+        for name, part in self.tensors().items():
+            if tuple(part.shape) != expected[name]:
+                raise SurgeryError(
+                    f"router {name} {tuple(part.shape)}: this layer needs {expected[name]}. It was learned "
+                    "for another model."
+                )
+            if not torch.isfinite(part).all():
+                raise SurgeryError(f"router {name} holds NaN or infinity: learn it again.")
+
+    def for_streams(self, streams: int, device: torch.device) -> "PageRouter":
+        """Parts with a leading dimension of (sequence, KV head) streams instead of KV heads."""
+
+        def repeat(part: torch.Tensor) -> torch.Tensor:
+            part = part.to(device)
+            return part.repeat(streams // part.shape[0], *(1 for _ in part.shape[1:]))
+
+        return PageRouter(**{name: repeat(part) for name, part in self.tensors().items()})
+
+    def weigh(self, queries: torch.Tensor, spread: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Put the channel weights on what multiplies means and variances.
+
+        Args:
+            queries: (streams, heads * rows, head_dim), scaled.
+            spread: Same shape, ``α·½·queries²``.
+        """
+        return _weighted(queries, self.mean_weight), _weighted(spread, self.variance_weight)
+
+    def map_keys(self, chunked: torch.Tensor) -> torch.Tensor:
+        """Keys as the tree is to see them.
+
+        Args:
+            chunked: (streams, chunks, chunk_size, head_dim).
+
+        Returns:
+            The same shape, float32, or float64 if given.
+        """
+        if self.key_map is None:
+            return chunked
+        chunked = chunked if chunked.dtype == torch.float64 else chunked.float()
+        return chunked @ self.key_map.to(chunked).transpose(-1, -2).unsqueeze(1)
+
+
+def _weighted(states: torch.Tensor, weight: torch.Tensor | None) -> torch.Tensor:
+    if weight is None:
+        return states
+    by_head = states.unflatten(1, (weight.shape[1], -1))
+    return (by_head * weight.to(states.dtype).unsqueeze(2)).flatten(1, 2)
+
+
+class ContentRouter(torch.nn.Module):
+    """Digits of every token and head from the token's hidden state: the content router of one layer.
+
+    A backbone of the hidden size with GELU, then a projection to heads × levels × children. Heads are cut
+    into as many groups as there are arities; a group of arity p has ⌈log_p length⌉ levels. At the start the
+    projection's weights are zero and its bias favours child 0 by 10 nats: all tokens share one leaf, and
+    attention is dense.
+
+    Args:
+        hidden_size: Of the model.
+        heads: Query heads, a multiple of the number of arities.
+        arities: Children of a node, one for each group of heads.
+        length: Longest text: as many leaves at least.
+        seed: Of the backbone.
+
+    Raises:
+        SurgeryError: The arities do not fit.
+    """
+
+    def __init__(
+        self, hidden_size: int, heads: int, arities: tuple[int, ...], length: int, seed: int
+    ) -> None:
+        super().__init__()
+        if not arities or heads % len(arities) or min(arities) < 2:
+            raise SurgeryError(
+                f"arities={arities} for {heads} heads: give arities of at least 2, one for each of equally "
+                "large groups of heads."
+            )
+        self.heads_of_group = heads // len(arities)
+        self.shapes = [(levels_for(arity, length), arity) for arity in arities]
+        generator = torch.Generator().manual_seed(seed)
+        self.backbone = torch.nn.Linear(hidden_size, hidden_size)
+        self.projections = torch.nn.ModuleList()
+        with torch.no_grad():
+            noise = torch.randn(hidden_size, hidden_size, generator=generator)
+            self.backbone.weight.copy_(noise * hidden_size**-0.5)
+            self.backbone.bias.zero_()
+            for levels, arity in self.shapes:
+                projection = torch.nn.Linear(hidden_size, self.heads_of_group * levels * arity)
+                projection.weight.zero_()
+                projection.bias.view(-1, arity).fill_(-5.0)[:, 0] = 5.0
+                self.projections.append(projection)
+
+    def forward(self, hidden: torch.Tensor) -> list[torch.Tensor]:
+        """Logits of the digits, float32, for each group of heads (batch, heads of it, n, levels, arity).
+
+        Args:
+            hidden: (batch, n, hidden_size).
+        """
+        features = torch.nn.functional.gelu(self.backbone(hidden.float()))
+        logits = []
+        for projection, (levels, arity) in zip(self.projections, self.shapes, strict=True):
+            out = projection(features).unflatten(-1, (self.heads_of_group, levels, arity))
+            logits.append(out.transpose(1, 2))
+        return logits
+
+
+def levels_for(arity: int, length: int) -> int:
+    """⌈log_arity length⌉: levels of a tree with at least ``length`` leaves."""
+    levels, leaves = 1, arity
+    while leaves < length:
+        levels, leaves = levels + 1, leaves * arity
+    return levels
+
+
+def content_distance(digits: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
+    """Distance of tokens by their digits: levels less the number of last digits they share.
+
+    Args:
+        digits: (..., rows, levels) int64.
+        others: (..., keys, levels) int64.
+
+    Returns:
+        (..., rows, keys) int64.
+    """
+    run, shared = None, torch.zeros((), dtype=torch.int64, device=digits.device)
+    for level in reversed(range(digits.shape[-1])):
+        same = digits[..., level].unsqueeze(-1) == others[..., level].unsqueeze(-2)
+        run = same if run is None else run & same
+        shared = shared + run
+    return digits.shape[-1] - shared
+
+
+def always_visible(rows: torch.Tensor, keys: torch.Tensor, window: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """(rows, keys) masks: what every row sees (position 0 and its window), and what it may see at all."""
+    causal = keys <= rows[:, None]
+    return causal & ((keys == 0) | (rows[:, None] - keys < window)), causal
+
+
+def content_mask(
+    digits: torch.Tensor,
+    others: torch.Tensor,
+    rows: torch.Tensor,
+    keys: torch.Tensor,
+    window: int,
+    radius: int,
+) -> torch.Tensor:
+    """What every row sees: position 0, its window, and what lies within the radius.
+
+    Args:
+        digits: (..., rows, levels) int64.
+        others: (..., keys, levels) int64.
+        rows: (rows,) positions.
+        keys: (keys,) positions.
+        window: Keys up to this distance in the text are always visible, the row's own counted.
+        radius: Largest distance that is visible.
+
+    Returns:
+        (..., rows, keys) bool.
+    """
+    always, causal = always_visible(rows, keys, window)
+    return always | (causal & (content_distance(digits, others) <= radius))

@@ -1,0 +1,96 @@
+"""Means that stand in for what a row does not see: worked by loop, and the laws they must keep."""
+
+import dataclasses
+import math
+
+import pytest
+import torch
+from tests.learning.test_gates import BALLS, PAGES, corrections
+from tests.surgery.tiny import SINGLE, in_pieces, llama, logits, tokens
+
+from llama_surgery import SurgeryConfig, operated
+from llama_surgery.attention.api import attend, build_layout
+from llama_surgery.learning.corrections import scorer_parameters
+from llama_surgery.topology.mask import page_mask
+
+CONFIG = SurgeryConfig(
+    chunk_size=16, page_size=8, moment_size=4, window=8, tile=4, theta=0.1, theta_decode=0.1
+)
+
+
+@pytest.mark.parametrize("summary", ["page", "ball"])
+def test_a_slow_loop_agrees(summary: str) -> None:
+    config, dim, rows = dataclasses.replace(CONFIG, summary=summary), 5, 72
+    generator = torch.Generator().manual_seed(0)
+    q = torch.randn(1, 2, rows, dim, dtype=torch.float64, generator=generator)
+    k, v = (torch.randn(1, rows, dim, dtype=torch.float64, generator=generator) for _ in range(2))
+    layout = build_layout(2 * k[:, :64], v[:, :64], config)
+    result = attend(q, 2 * k, v, layout, config=config, start=0, scale=1.0)
+    last = result.plans[-1]
+    seen = page_mask(last, last.block.closed * 2)[0, -1]
+    assert last.block.stop == rows and 0 < seen.sum() < len(seen)
+    size = 8 if summary == "page" else 4
+    for head in range(2):
+        query = q[0, head, -1]
+        weights, values = [], []
+        for position in range(last.block.closed * 16, rows):
+            weights.append(float(query @ (2 * k[0, position])))
+            values.append(v[0, position])
+        for start in range(0, last.block.closed * 16, size):
+            keys, kept = layout.keys[0, start : start + size], layout.values[0, start : start + size]
+            if seen[start // 8]:
+                weights += [float(query @ key) for key in keys]
+                values += list(kept)
+                continue
+            balls = keys.unflatten(0, (-1, 4))
+            scores = [
+                math.log(4) + float(query @ b.mean(0)) + 0.5 * float(query**2 @ b.var(0, correction=0))
+                for b in balls
+            ]
+            weights.append(float(torch.tensor(scores, dtype=torch.float64).logsumexp(0)))
+            values.append(kept.mean(0))
+        share = torch.softmax(torch.tensor(weights, dtype=torch.float64), 0)
+        torch.testing.assert_close(result.out[0, head, -1], share @ torch.stack(values))
+
+
+@pytest.mark.parametrize("config", [PAGES, BALLS])
+def test_everything_open_is_dense(config) -> None:
+    model, ids = llama(), tokens(256)
+    with operated(model, dataclasses.replace(config, theta=0.0, theta_decode=0.0)):
+        ours = logits(model, ids)
+    torch.testing.assert_close(ours, logits(model, ids), rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("config", [PAGES, BALLS])
+def test_no_later_token_changes_an_earlier_logit(config) -> None:
+    model, ids = llama(), tokens(240)
+    with operated(model, config, routers=scorer_parameters(corrections(1))):
+        whole = logits(model, ids)
+        for stop in (200, 113, 37):
+            torch.testing.assert_close(logits(model, ids[:stop]), whole[:, :stop], rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("config", "cuts"),
+    [(PAGES, [64, 136, 200]), (dataclasses.replace(SINGLE, summary="ball"), [1, 77, 131, 132])],
+)
+def test_cuts_do_not_matter(config, cuts) -> None:
+    model, ids = llama(), tokens(240)
+    with operated(model, config):
+        torch.testing.assert_close(
+            in_pieces(model, ids, cuts)[0], in_pieces(model, ids, [])[0], rtol=0, atol=1e-9
+        )
+
+
+def test_the_summary_brings_attention_closer_to_dense() -> None:
+    """Values that vary little around a mean of their own page are what a mean can stand in for."""
+    generator = torch.Generator().manual_seed(1)
+    q, k = (torch.randn(2, 64, 6, dtype=torch.float64, generator=generator) for _ in range(2))
+    v = k + 0.1 * torch.randn(2, 64, 6, dtype=torch.float64, generator=generator)
+    errors = {}
+    dense = attend(q[:, None], k, v, None, config=dataclasses.replace(CONFIG, topology="dense"), start=0).out
+    for summary in ("none", "page", "ball"):
+        config = dataclasses.replace(CONFIG, summary=summary)
+        out = attend(q[:, None], k, v, build_layout(k, v, config), config=config, start=0).out
+        errors[summary] = float((out - dense).square().mean())
+    assert errors["ball"] < errors["page"] < errors["none"]
