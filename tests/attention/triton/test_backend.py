@@ -25,7 +25,7 @@ def tiny(device: torch.device) -> LlamaForCausalLM:
         vocab_size=64,
         hidden_size=64,
         intermediate_size=64,
-        num_hidden_layers=2,
+        num_hidden_layers=1,
         num_attention_heads=4,
         num_key_value_heads=2,
         head_dim=16,
