@@ -13,6 +13,7 @@ from llama_surgery.attention.impl.triton.helpers import (
     LOG2E,
     closed_chunks,
     load_rows,
+    scaled_squares,
     tanh,
 )
 from llama_surgery.attention.impl.triton.select_kernels import slots_of
@@ -57,9 +58,7 @@ def _rows(
     )  # fmt: skip
     q_offset = head.to(tl.int64) * q_head + (position - start).to(tl.int64) * q_row
     q = load_rows(q_ptr + stream * q_stream, q_offset, 1, live, DIM, DIM_PAD, True)
-    wide = q.to(tl.float32)
-    # Clamped where float16 would overflow.
-    squares = tl.minimum(wide * wide * (scale * scale if CAP else scale), 6.0e4).to(q.dtype)
+    squares = scaled_squares(q, scale if CAP else tl.sqrt(scale))
     # Rows that are not there, or have nothing closed, open nothing.
     live = live & ((first_tile + tile) * TILE >= dense_until)
     cell = ((stream * tiles + tile) * SLOTS + slot) * HEADS + head

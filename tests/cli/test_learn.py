@@ -1,54 +1,16 @@
 """``llama-surgery learn`` from a folder of text to an adapter that evaluates and generates."""
 
 import json
-import shutil
 from pathlib import Path
-from typing import Any
 
-import pytest
-import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
-from typer.testing import CliRunner
+from tests.cli.runner import SMALL as SHORT
+from tests.cli.runner import run
+from transformers import AutoModelForCausalLM
 
 from llama_surgery import eject, load_adapter
-from llama_surgery.cli import app
 from llama_surgery.surgery.operate import routers_of
 
-SMALL = ["--chunk-size", "64", "--page-size", "16", "--window", "32", "--tile", "16", "--length", "256"]
-
-
-def run(*arguments: str | Path) -> Any:
-    return CliRunner().invoke(app, [str(argument) for argument in arguments], env={"COLUMNS": "200"})
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory, demo_model_path: Path) -> Path:
-    folder = tmp_path_factory.mktemp("tiny")
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=4096,
-        hidden_size=32,
-        intermediate_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=8,
-        max_position_embeddings=512,
-        bos_token_id=0,
-        eos_token_id=0,
-    )
-    LlamaForCausalLM(config).save_pretrained(folder)
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copy(demo_model_path / name, folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def text(demo_model_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("text") / "book.txt"
-    whole = (demo_model_path.parent / "text" / "calibration.txt").read_text(encoding="utf-8")
-    path.write_text(whole[:12_000], encoding="utf-8")
-    return path
+SMALL = [*SHORT, "--length", "256"]
 
 
 def test_learn_writes_an_adapter_that_runs(model: Path, text: Path, tmp_path: Path) -> None:
