@@ -9,6 +9,7 @@ from llama_surgery.errors import SurgeryError, TextError
 from llama_surgery.report.extract import head_tree
 from llama_surgery.report.forest import forest_view, page_colours
 from llama_surgery.report.tree import HeadTree
+from llama_surgery.surgery.compat import CACHE_NAME
 
 #: Four pages of two tokens; "b" and "g" share page B, and so on.
 TREE = HeadTree(1, 0, list("abcdefgh"), [0, 4, 1, 6, 3, 2, 5, 7], 2, 2)
@@ -89,7 +90,7 @@ def test_the_tree_is_the_one_in_the_models_cache(operated: LlamaForCausalLM) -> 
     tree = head_tree(operated, Letters(), text, layer=1, kv_head=1)
     cache = llama_surgery.paged_cache(operated)
     with torch.inference_mode():
-        operated(torch.tensor([Letters()(text)["input_ids"]]), past_key_values=cache)
+        operated(torch.tensor([Letters()(text)["input_ids"]]), **{CACHE_NAME: cache})
     assert tree.order == cache.layers[1].stores[0].layout.order[1, 0].tolist()
     assert len(tree.tokens) == 16 and (tree.page_size, tree.arity) == (4, 2)
 

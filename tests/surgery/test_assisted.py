@@ -7,6 +7,7 @@ import torch
 from tests.surgery.tiny import SINGLE, SPARSE, llama, tokens
 
 from llama_surgery import PagedCache, operated, statistics
+from llama_surgery.surgery.compat import CACHE_NAME
 
 PROMPT, NEW = 140, 60
 OPTIONS = {
@@ -38,7 +39,7 @@ def test_assisted_generation_equals_greedy_with_single_queries(assistant):
         else:
             with operated(helper, SPARSE):
                 out = model.generate(prompt, assistant_model=helper, **OPTIONS)
-    assert type(out.past_key_values) is PagedCache
+    assert type(out[CACHE_NAME]) is PagedCache
     assert torch.equal(out.sequences, plain.sequences)
     torch.testing.assert_close(torch.stack(out.logits), torch.stack(plain.logits), rtol=1e-5, atol=1e-5)
 
@@ -69,7 +70,7 @@ def test_assisted_generation_with_tiles_verifies_in_single_queries(seed):
         plain = model.generate(prompt, **OPTIONS)
         out = model.generate(prompt, assistant_model=llama(seed=1), **OPTIONS)
         single = statistics(model).by_tile["1"]["rows"]
-    assert type(out.past_key_values) is PagedCache
+    assert type(out[CACHE_NAME]) is PagedCache
     top = torch.cat(plain.logits).topk(2).values
     clear = int(((top[:, 0] - top[:, 1]) < 0.1).float().argmax())
     assert clear > 0

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from tests.surgery.tiny import SINGLE, in_pieces, llama, logits, pad, positions, tokens
 
 from llama_surgery import SurgeryError, operated, paged_cache
+from llama_surgery.surgery.compat import CACHE_NAME
 
 EXACT = {"rtol": 1e-9, "atol": 1e-9}
 FEW = settings(max_examples=20)
@@ -78,7 +79,7 @@ def test_crop_a_padded_batch(lengths, data):
     more, ones = tokens(len(rows), 9, seed=9), torch.ones(len(rows), 9, dtype=torch.int64)
     mask = torch.cat((mask[:, :keep], ones), 1)
     out = model(
-        more, attention_mask=mask, position_ids=positions(mask)[:, keep:], past_key_values=cache
+        more, attention_mask=mask, position_ids=positions(mask)[:, keep:], **{CACHE_NAME: cache}
     ).logits
     for b, (row, left) in enumerate(zip(rows, sides, strict=True)):
         alone = torch.cat((row[: max(0, keep - left)], more[b]))
@@ -115,7 +116,7 @@ def test_changing_the_batch(name, lengths):
             more[:, start:stop],
             attention_mask=mask[:, : width + stop],
             position_ids=positions(mask)[:, width + start : width + stop],
-            past_key_values=cache,
+            **{CACHE_NAME: cache},
         ).logits
         for b, sequence in enumerate(left):
             alone = logits(model, torch.cat((rows[sequence], more[b])))[0, -70:]
@@ -170,7 +171,7 @@ def test_padding_between_turns():
 def test_a_batch_of_another_size_is_refused():
     _, cache = in_pieces(llama(), tokens(2, 20), [])
     with pytest.raises(SurgeryError, match="a batch of 3 on a cache of 2: use batch_repeat_interleave"):
-        llama()(tokens(3, 1), past_key_values=cache)
+        llama()(tokens(3, 1), **{CACHE_NAME: cache})
 
 
 def test_a_mask_that_forgets_the_padding_is_refused():
@@ -179,14 +180,14 @@ def test_a_mask_that_forgets_the_padding_is_refused():
     with pytest.raises(
         SurgeryError, match="a sequence of 12 cached tokens, but the attention mask counts 20"
     ):
-        llama()(tokens(2, 1), past_key_values=cache)
+        llama()(tokens(2, 1), **{CACHE_NAME: cache})
 
 
 def test_a_mask_of_too_few_columns_is_refused():
     ids, mask = pad([tokens(20), tokens(12)], [0, 8], 20)
     _, cache = in_pieces(llama(), ids, [], mask=mask)
     with pytest.raises(SurgeryError, match="columns"):
-        llama()(tokens(2, 1), attention_mask=mask, past_key_values=cache)
+        llama()(tokens(2, 1), attention_mask=mask, **{CACHE_NAME: cache})
 
 
 def test_offloading_is_refused():

@@ -28,6 +28,7 @@ from llama_surgery import (
     operated,
     statistics,
 )
+from llama_surgery.surgery.compat import CACHE_NAME
 
 EXACT = {"rtol": 1e-9, "atol": 1e-9}
 PROMPT, NEW = 140, 60  # a chunk fills, and another closes, while decoding
@@ -60,7 +61,7 @@ def stepped(model, sequence, prompt):
 
 def test_greedy(model):
     out = model.generate(tokens(1, PROMPT), **OPTIONS)
-    assert type(out.past_key_values) is PagedCache
+    assert type(out[CACHE_NAME]) is PagedCache
     expected = stepped(model, out.sequences[0], PROMPT)
     assert_generated(torch.cat(out.logits), expected)
     assert torch.equal(expected.argmax(-1), out.sequences[0, PROMPT:])
@@ -83,7 +84,7 @@ def test_sampling_is_stepping_by_hand_with_the_same_seed(model):
     options = {**OPTIONS, "do_sample": True, "top_k": 0, "temperature": 0.7}
     torch.manual_seed(5)
     out = model.generate(tokens(1, PROMPT), **options)
-    assert type(out.past_key_values) is PagedCache
+    assert type(out[CACHE_NAME]) is PagedCache
     torch.manual_seed(5)
     ids, cache = tokens(1, PROMPT), generation_cache(model)
     new = ids
@@ -104,7 +105,7 @@ def test_beams_carry_their_caches_with_them(model):
         "output_scores": True,
     }
     out = model.generate(tokens(2, PROMPT), **options)
-    assert type(out.past_key_values) is PagedCache
+    assert type(out[CACHE_NAME]) is PagedCache
     assert len({tuple(s.tolist()) for s in out.sequences}) == 8
     for sequence, score in zip(out.sequences, out.sequences_scores, strict=True):
         log_probs = stepped(model, sequence, PROMPT).log_softmax(-1)
@@ -125,9 +126,9 @@ def test_turns_on_one_cache(model):
     """A second turn reads the first one's cache: as computing the same calls by hand."""
     first = model.generate(tokens(1, PROMPT), **{**OPTIONS, "max_new_tokens": 30})
     history = torch.cat((first.sequences, tokens(1, 45, seed=7)), 1)
-    second = model.generate(history, past_key_values=first.past_key_values, **OPTIONS)
-    assert type(second.past_key_values) is PagedCache
-    assert second.past_key_values is first.past_key_values
+    second = model.generate(history, **{CACHE_NAME: first[CACHE_NAME]}, **OPTIONS)
+    assert type(second[CACHE_NAME]) is PagedCache
+    assert second[CACHE_NAME] is first[CACHE_NAME]
     cuts = [*range(PROMPT, PROMPT + 30), *range(history.shape[1], second.sequences.shape[1] - 1)]
     expected, _ = in_pieces(model, second.sequences[:, :-1], cuts, generation_cache(model))
     assert_generated(torch.stack(second.logits, 1), expected[:, history.shape[1] - 1 :])
@@ -137,7 +138,7 @@ def test_turns_with_single_queries_equal_a_fresh_start():
     with operated(llama(), SINGLE) as model:
         first = model.generate(tokens(1, PROMPT), **OPTIONS)
         history = torch.cat((first.sequences, tokens(1, 45, seed=7)), 1)
-        second = model.generate(history, past_key_values=first.past_key_values, **OPTIONS)
+        second = model.generate(history, **{CACHE_NAME: first[CACHE_NAME]}, **OPTIONS)
         fresh = model.generate(history, **OPTIONS)
     assert torch.equal(second.sequences, fresh.sequences)
     assert_generated(torch.stack(second.logits), torch.stack(fresh.logits))
@@ -152,7 +153,7 @@ def test_left_padded_batches_equal_each_prompt_alone(lengths, extra):
     options = {**OPTIONS, "max_new_tokens": 20}
     with operated(llama(), SPARSE) as model:
         out = model.generate(ids, attention_mask=mask, **options)
-        assert type(out.past_key_values) is PagedCache
+        assert type(out[CACHE_NAME]) is PagedCache
         for b, row in enumerate(rows):
             alone = model.generate(row[None], **options)
             assert torch.equal(out.sequences[b, width:], alone.sequences[0, len(row) :])
@@ -172,7 +173,7 @@ def test_left_padded_beams(model):
 def test_generate_without_a_cache(model):
     """Without a cache generate() computes everything again in tiles; single queries give the same."""
     out = model.generate(tokens(1, PROMPT), use_cache=False, **{**OPTIONS, "max_new_tokens": 5})
-    assert out.past_key_values is None
+    assert out.get(CACHE_NAME) is None
     expected = logits(model, out.sequences[:, :-1], use_cache=False)[:, PROMPT - 1 :]
     assert_generated(torch.stack(out.logits, 1), expected)
 
@@ -193,8 +194,8 @@ def test_a_cache_of_the_users_own_kind_in_generate(model):
     ids, mask = pad(rows, [0, 32], 136)
     options = {**OPTIONS, "max_new_tokens": 20}
     paged = model.generate(ids, attention_mask=mask, **options)
-    out = model.generate(ids, attention_mask=mask, past_key_values=DynamicCache(), **options)
-    assert type(out.past_key_values) is DynamicCache
+    out = model.generate(ids, attention_mask=mask, **{CACHE_NAME: DynamicCache()}, **options)
+    assert type(out[CACHE_NAME]) is DynamicCache
     assert_generated(torch.stack(out.logits), torch.stack(paged.logits))
 
 
@@ -207,32 +208,32 @@ def test_other_cache_implementations_are_refused(model, kind):
 def test_a_cache_of_fixed_size_is_refused(model):
     cache = StaticCache(config=model.config, max_cache_len=64)
     with pytest.raises(UnsupportedModelError, match="caches of fixed size are not supported"):
-        logits(model, tokens(1, 5), past_key_values=cache)
+        logits(model, tokens(1, 5), **{CACHE_NAME: cache})
 
 
 def test_forward_builds_a_paged_cache_only_where_one_is_wanted(model):
-    assert type(model(tokens(1, 5)).past_key_values) is PagedCache
-    assert model(tokens(1, 5), use_cache=False).past_key_values is None
+    assert type(model(tokens(1, 5))[CACHE_NAME]) is PagedCache
+    assert model(tokens(1, 5), use_cache=False).get(CACHE_NAME) is None
 
 
 def test_a_paged_cache_is_refused_by_a_model_that_was_ejected():
     model = operate(llama(), SPARSE)
     try:
-        cache = model(tokens(1, 100)).past_key_values
+        cache = model(tokens(1, 100))[CACHE_NAME]
     finally:
         eject(model)
     with pytest.raises(UnsupportedModelError, match="attention that fills it is not operated"):
-        model(tokens(1, 3), past_key_values=cache)
+        model(tokens(1, 3), **{CACHE_NAME: cache})
 
 
 def test_a_paged_cache_of_another_configuration_is_refused():
     with operated(llama(), SPARSE) as model:
-        cache = model(tokens(1, 100)).past_key_values
+        cache = model(tokens(1, 100))[CACHE_NAME]
     with (
         operated(llama(), SINGLE) as model,
         pytest.raises(SurgeryError, match="made for another model or configuration"),
     ):
-        model(tokens(1, 3), past_key_values=cache)
+        model(tokens(1, 3), **{CACHE_NAME: cache})
 
 
 def test_positions_of_a_padded_batch_may_be_left_to_transformers(model):

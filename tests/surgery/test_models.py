@@ -28,6 +28,7 @@ from llama_surgery import (
     operated,
     statistics,
 )
+from llama_surgery.surgery.compat import CACHE_NAME
 
 SLIDING, FULL = "sliding_attention", "full_attention"
 
@@ -162,7 +163,7 @@ def test_generate_is_stepping_by_hand_and_theta_zero_generates_as_dense(name):
     assert torch.equal(limit.sequences, dense.sequences)
     with operated(model, dataclasses.replace(SPARSE, theta=0.4, theta_decode=0.3)):
         sparse = model.generate(ids, **options)
-        assert type(sparse.past_key_values) is PagedCache
+        assert type(sparse[CACHE_NAME]) is PagedCache
         steps, _ = in_pieces(model, sparse.sequences[:, :-1], list(range(150, 155)), generation_cache(model))
     assert_near(torch.stack(sparse.logits, 1), steps[:, 149:], tolerance(model))
 
@@ -194,10 +195,6 @@ REFUSED: dict[str, tuple[Any, str]] = {
         "FalconForCausalLM uses ALiBi",
     ),
     "falcon-rotary": (lambda: small("Falcon"), "FalconForCausalLM does not use .*attention interface"),
-    "gptj": (
-        lambda: small("GPTJ", n_embd=32, n_head=2, n_layer=1, rotary_dim=4),
-        "GPTJForCausalLM does not use .*attention interface",
-    ),
     "mamba": (lambda: small("Mamba"), "MambaForCausalLM has no full-attention layer.*state-space"),
     "mistral-sliding": (
         lambda: build("Mistral", sliding_window=32),

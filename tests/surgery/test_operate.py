@@ -26,6 +26,7 @@ from llama_surgery import (
     reset_statistics,
     statistics,
 )
+from llama_surgery.surgery.compat import CACHE_NAME
 
 
 @pytest.fixture
@@ -185,9 +186,7 @@ def test_a_copy_of_an_operated_model_lives_on_its_own(model):
         twin = copy.deepcopy(model)
     assert not is_operated(model) and is_operated(twin)
     assert torch.equal(logits(twin, ids), expected)
-    assert (
-        type(twin.generate(ids, max_new_tokens=2, return_dict_in_generate=True).past_key_values) is PagedCache
-    )
+    assert type(twin.generate(ids, max_new_tokens=2, return_dict_in_generate=True)[CACHE_NAME]) is PagedCache
     assert statistics(twin).rows > 0
     with operated(model, SPARSE):
         eject(twin)
@@ -237,7 +236,7 @@ def test_a_model_wrapped_by_peft(model):
     assert is_operated(wrapped)
     torch.testing.assert_close(logits(wrapped, ids), dense, rtol=1e-5, atol=1e-5)
     out = wrapped.generate(input_ids=ids, max_new_tokens=4, do_sample=False, return_dict_in_generate=True)
-    assert type(out.past_key_values) is PagedCache
+    assert type(out[CACHE_NAME]) is PagedCache
     eject(wrapped)
     assert_same_weights(wrapped, state)
     assert torch.equal(logits(wrapped, ids), dense)
@@ -362,7 +361,7 @@ def test_a_cache_given_by_place_is_used(model):
     ids = tokens(1, 120)
     with operated(model, SPARSE), torch.no_grad():
         expected, _ = in_pieces(model, ids, [96])
-        cache = model(ids[:, :96]).past_key_values
+        cache = model(ids[:, :96])[CACHE_NAME]
         got = model(ids[:, 96:], None, None, cache).logits
     assert torch.equal(got, expected[:, 96:])
 

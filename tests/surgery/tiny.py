@@ -9,6 +9,7 @@ import transformers
 from transformers import PreTrainedModel
 
 from llama_surgery import PagedCache, SurgeryConfig, paged_cache
+from llama_surgery.surgery.compat import CACHE_NAME
 
 VOCABULARY = 97
 
@@ -114,7 +115,7 @@ def in_pieces(
         arguments = {}
         if mask is not None:
             arguments = {"attention_mask": mask[:, :stop], "position_ids": positions(mask)[:, start:stop]}
-        out = model(ids[:, start:stop], past_key_values=cache, use_cache=True, **arguments)
-        cache = out.past_key_values
+        out = model(ids[:, start:stop], **{CACHE_NAME: cache}, use_cache=True, **arguments)
+        cache = out[CACHE_NAME]
         parts.append(out.logits)
     return torch.cat(parts, 1), cache

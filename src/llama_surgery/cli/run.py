@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from rich.table import Table
 
 from llama_surgery.config import SurgeryConfig
+from llama_surgery.surgery.compat import CACHE_NAME
 
 if TYPE_CHECKING:
     import torch
@@ -115,10 +116,10 @@ def decode_ms(model: Any, ids: "torch.Tensor") -> float:
     times = []
     with torch.inference_mode():
         state = model(ids[:, :-last], use_cache=True, logits_to_keep=1)
-        cache = state.past_key_values
+        cache = state[CACHE_NAME]
         for position in range(ids.shape[1] - last, ids.shape[1]):
             start = time.perf_counter()
-            model(ids[:, position : position + 1], past_key_values=cache, use_cache=True)
+            model(ids[:, position : position + 1], use_cache=True, **{CACHE_NAME: cache})
             if model.device.type == "cuda":
                 torch.cuda.synchronize()
             times.append(time.perf_counter() - start)

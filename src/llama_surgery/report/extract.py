@@ -7,6 +7,7 @@ import torch
 from llama_surgery.errors import SurgeryError, TextError
 from llama_surgery.report.tree import HeadTree
 from llama_surgery.surgery.cache import PagedLayer
+from llama_surgery.surgery.compat import CACHE_NAME
 from llama_surgery.surgery.operate import config_of, inner_model, paged_cache
 
 
@@ -38,7 +39,7 @@ def head_tree(model: torch.nn.Module, tokenizer: Any, text: str, *, layer: int, 
         raise SurgeryError(f"layer={layer} is not operated. Operated are {list(operated)}.")
     with torch.inference_mode():
         row = torch.tensor([ids], device=inner.device)
-        inner(row, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        inner(row, use_cache=True, logits_to_keep=1, **{CACHE_NAME: cache})
     layout = operated[layer].stores[0].layout
     assert layout is not None  # a full chunk was read
     order = layout.order  # (kv_heads, chunks, chunk_size)

@@ -262,13 +262,13 @@ def _attend_sequences(
 
 def cache_hook(module: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict]:
     """Pre-forward hook of operated modules: hands the paged cache on to the attention function."""
-    # Its keyword differs between architectures (past_key_values, layer_past), and some pass it by place.
+    # Its keyword differs between versions and architectures, and some pass it by place.
     cache = next((value for value in (*kwargs.values(), *args) if isinstance(value, Cache)), None)
     if cache is not None and not isinstance(cache, PagedCache):
         if getattr(cache, "is_compileable", False):
             raise UnsupportedModelError(
                 f"{type(cache).__name__}: caches of fixed size are not supported. Leave "
-                "cache_implementation and past_key_values unset."
+                "cache_implementation and the cache unset."
             )
         cache = None
     if cache is not None:

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from llama_surgery.config import SurgeryConfig
 from llama_surgery.errors import SurgeryError, UnsupportedModelError
 from llama_surgery.surgery.cache import PagedCache
+from llama_surgery.surgery.compat import CACHE_NAME, cache_name, given_cache, with_cache
 from llama_surgery.surgery.interface import (
     ATTRIBUTE,
     INTERFACE_NAMES,
@@ -323,8 +324,8 @@ def _model_hook(model: PreTrainedModel, args: tuple, kwargs: dict[str, Any]) -> 
     recomputed = model.training and any(
         getattr(module, "gradient_checkpointing", False) for module in model.modules()
     )
-    if use_cache and kwargs.get("past_key_values") is None and not recomputed:
-        kwargs = {**kwargs, "past_key_values": paged_cache(model)}
+    if use_cache and given_cache(kwargs) is None and not recomputed:
+        kwargs = with_cache(kwargs, cache_name(model), paged_cache(model))
     return args, kwargs
 
 
@@ -343,10 +344,10 @@ def _prepare(
         raise UnsupportedModelError(
             f"cache_implementation={wanted!r}: an operated model needs its paged cache. Leave it unset."
         )
-    if model_kwargs.get("past_key_values") is None and generation_config.use_cache is not False:
-        model_kwargs["past_key_values"] = paged_cache(model)
+    if given_cache(model_kwargs) is None and generation_config.use_cache is not False:
+        model_kwargs[CACHE_NAME] = paged_cache(model)
     prepare(generation_config, model_kwargs, generation_mode, *args, **kwargs)
-    cache = model_kwargs.get("past_key_values")
+    cache = given_cache(model_kwargs)
     if isinstance(cache, PagedCache):
         # Assisted generation verifies several tokens in one call: decode steps too.
         assisted = str(getattr(generation_mode, "value", generation_mode)) == "assisted_generation"
