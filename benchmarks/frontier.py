@@ -41,6 +41,8 @@ def variants() -> list[tuple[SurgeryConfig, float]]:
                 add(target, tile=tile, page_size=page)
     gpu = {"page_size": 64}
     for change in (
+        gpu | {"moment_size": 64, "coarse_totals": True},
+        gpu | {"moment_size": 16, "coarse_totals": True},
         gpu | {"moment_size": 16, "coarse_to_fine": True},
         gpu | {"moment_size": 8, "coarse_to_fine": True},
         gpu | {"moment_size": 64, "coarse_to_fine": True},
@@ -82,6 +84,8 @@ _UNSET = {"theta_decode": None, "moment_size": None}
 def describe(config: SurgeryConfig, target: float) -> dict[str, str]:
     """The identifying columns, as text."""
     scoring = "coarse to fine" if config.coarse_to_fine else "all rows"
+    if config.coarse_totals:
+        scoring = "coarse totals"
     if config.score_stride > 1:
         scoring = f"every {config.score_stride}th row"
     row = dataclasses.asdict(config) | {"scoring": scoring, "target": target}

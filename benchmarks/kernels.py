@@ -30,6 +30,8 @@ from llama_surgery.attention.impl.triton.tiled_plan import ENTRY, TiledPlan
 from llama_surgery.attention.impl.triton.tuning import Tuning
 from llama_surgery.config import SurgeryConfig
 from llama_surgery.topology.geometry import closed_chunks
+from llama_surgery.topology.layout import Moments, merge_moments
+from llama_surgery.topology.selection import Scorer
 
 STREAMS, HEADS, DIM = 8, 4, 128
 CLUSTERS = 64
@@ -206,18 +208,21 @@ def check_selection(job: Job, plans: list[TiledPlan], theta: float) -> float:
             rows = slice(tile * size, (tile + 1) * size, size // job.slots)
             balls = closed * config.pages_per_chunk * config.balls_per_page
             q = job.queries[stream, :, rows].float() * job.scale
-            mean, variance = (
-                m[stream, :balls].float() for m in (layout.moments.mean, layout.moments.variance)
+            scorer = Scorer(1.0, config.alpha)
+            one = slice(stream, stream + 1)
+            moments = Moments(
+                layout.moments.mean[one, :balls], layout.moments.variance[one, :balls], config.ball_size
             )
-            scores = q @ mean.T + 0.5 * config.alpha * q.square() @ variance.T
-            scores = scores.unflatten(-1, (-1, config.balls_per_page)).logsumexp(-1)
-            scores += math.log(config.ball_size)
+            scores = scorer(q, moments).unflatten(-1, (-1, config.balls_per_page)).logsumexp(-1)
+            summed = scores
+            if config.coarse_totals:
+                summed = scorer(q, merge_moments(moments, config.balls_per_page * config.coarse_fan))
             first = closed * config.chunk_size
             key = torch.arange(first, tile * size + size, device=q.device)
             near = q @ job.near_keys[stream, first : tile * size + size].float().T
             position = torch.arange(rows.start, rows.stop, rows.step, device=q.device)
             near = near.masked_fill(key[None] > position[:, None], -math.inf)
-            total = torch.cat((scores, near), -1).logsumexp(-1, keepdim=True)
+            total = torch.cat((summed, near), -1).logsumexp(-1, keepdim=True)
             share = (scores - total).amax((0, 1))  # over heads and rows
             wanted = share > math.log(theta)
             wanted[layout.sink_pages(config.page_size)[stream]] = True
@@ -361,6 +366,7 @@ def parts(
         "tile": config.tile,
         "ball": config.ball_size,
         "stride": config.score_stride,
+        "totals": "coarse" if config.coarse_totals else "fine",
         "far": density,
     }
     layout = build_layout(data.keys, data.values, config)
@@ -467,18 +473,26 @@ def check_tiles_loosely(job: Job, plans: list[TiledPlan], out: torch.Tensor) -> 
 def settings(length: int, full: bool) -> Iterator[tuple[SurgeryConfig, float, bool]]:
     """Configurations, far densities and whether FlexAttention runs, the most telling first."""
 
-    def config(page: int, ball: int, tile: int = 32, stride: int = 1) -> SurgeryConfig:
+    def config(
+        page: int, ball: int, tile: int = 32, stride: int = 1, coarse_totals: bool = False
+    ) -> SurgeryConfig:
         return SurgeryConfig(
-            page_size=page, moment_size=ball, tile=tile, score_stride=stride, theta_decode=0.01
+            page_size=page,
+            moment_size=ball,
+            tile=tile,
+            score_stride=stride,
+            coarse_totals=coarse_totals,
+            theta_decode=0.01,
         )
 
     # FlexAttention on these pages ended in an illegal memory access at 128k (PyTorch 2.11).
     small = length <= 1 << 16
-    yield config(64, 64), 0.05, small
+    yield config(64, 64, coarse_totals=True), 0.05, small
     if length == 1 << 15:
-        yield config(64, 64), 0.07, False
+        yield config(64, 64, coarse_totals=True), 0.07, False
     if length >= 1 << 15:
-        yield config(64, 64), 0.01, False
+        yield config(64, 64, coarse_totals=True), 0.01, False
+    yield config(64, 64), 0.05, False
     yield config(64, 16), 0.05, False
     yield config(64, 64, stride=4), 0.05, False
     if full or length in (1 << 15, 1 << 17):
@@ -512,9 +526,9 @@ def sweep(lengths: list[int], seconds: float, full: bool, path: Path) -> None:
                     print(f"out of time at {length}: {config.page_size=} {config.tile=} not run")
                     continue
                 parts(table, data, config, density, fastest, flex)
+                table.write()
                 torch.cuda.empty_cache()
     finally:
-        table.write()
         print(f"{len(table.rows)} rows in {path}, {time.perf_counter() - begin:.0f} s")
 
 

@@ -8,7 +8,7 @@ from llama_surgery.errors import SurgeryError
 
 Topology = Literal["pages", "dense"]
 Directions = Literal["principal", "position"]
-Summary = Literal["none", "page", "ball"]
+Summary = Literal["none", "chunk", "page", "ball"]
 Backend = Literal["auto", "reference", "gather", "flex", "triton"]
 
 CONFIG_VERSION = 1
@@ -38,9 +38,13 @@ class SurgeryConfig:
             first row of a tile or of a call always is; later rows see what earlier scored rows opened.
         coarse_to_fine: Score balls of several pages first, and pages and their balls only where a coarser
             ball promises enough, instead of scoring everything.
+        coarse_totals: In tiles of several queries, estimate what a row's far field adds up to from balls of
+            several pages (``coarse_fan``), which costs less, instead of from what pages are scored by.
+            Included in ``coarse_to_fine``.
         alpha: Weight of the variance term of the page score.
         summary: What stands in for pages that a row does not see: nothing (``none``), or a single key for
-            each ``page`` or ``ball``, with its expected weight and its mean value.
+            each ``page`` or ``ball``, with its expected weight and its mean value, or for what is unseen
+            of each ``chunk``, with the mean value of the whole chunk.
         dense_until: Queries at positions below this see everything; a multiple of ``tile``.
         backend: Who executes the plan. ``auto`` takes the kernels on a GPU where they can run a call, and
             plain PyTorch elsewhere. A backend asked for by name never falls back in silence.
@@ -62,6 +66,7 @@ class SurgeryConfig:
     moment_size: int | None = None
     score_stride: int = 1
     coarse_to_fine: bool = False
+    coarse_totals: bool = False
     alpha: float = 1.0
     summary: Summary = "none"
     dense_until: int = 0

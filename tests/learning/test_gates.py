@@ -14,7 +14,7 @@ from llama_surgery.learning.gates import Homotopy
 
 SHAPES = {0: (2, 2, 16), 1: (2, 2, 16)}
 PARTS = ("channels", "tree", "summary")
-PAGES, BALLS = (dataclasses.replace(SPARSE, summary=kind) for kind in ("page", "ball"))
+PAGES, BALLS, CHUNKS = (dataclasses.replace(SPARSE, summary=kind) for kind in ("page", "ball", "chunk"))
 
 
 def corrections(seed: int, size: float = 0.3) -> Corrections:
@@ -35,7 +35,7 @@ def gated(model, ids: torch.Tensor, gates: Gates) -> torch.Tensor:
 
 @pytest.mark.parametrize(
     "config",
-    [SPARSE, SINGLE, PAGES, BALLS, dataclasses.replace(SINGLE, summary="page", moment_size=16)],
+    [SPARSE, SINGLE, PAGES, BALLS, CHUNKS, dataclasses.replace(SINGLE, summary="page", moment_size=16)],
 )
 def test_the_hard_end_is_the_operated_model(config) -> None:
     model, ids, learned = llama(), tokens(320), corrections(1)
@@ -84,6 +84,15 @@ def test_every_parameter_moves_loss_and_density() -> None:
             moved = parameter.grad is not None and parameter.grad.abs().max() > 0
             assert moved or (objective, name) == ("density", "1.summary"), (objective, name)
     model.zero_grad()
+
+
+@pytest.mark.parametrize("config", [PAGES, BALLS, CHUNKS])
+def test_open_gates_are_dense_and_their_gradients_are_numbers(config) -> None:
+    model, ids, learned = llama(), tokens(256), corrections(5)
+    out = gated(model, ids, Gates(learned, config, math.log(0.15), Homotopy(0.0, 0.5)))
+    torch.testing.assert_close(out, logits(model, ids), rtol=0, atol=1e-9)
+    out.square().mean().backward()
+    assert all(p.grad is None or p.grad.isfinite().all() for p in learned.parameters())
 
 
 def test_slope_is_the_derivative_in_log_theta() -> None:

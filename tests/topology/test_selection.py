@@ -67,6 +67,7 @@ def cases(draw, **fixed):
         "theta_decode": theta,
         "alpha": draw(st.sampled_from([0.0, 1.0])),
         "coarse_to_fine": draw(st.booleans()),
+        "coarse_totals": draw(st.booleans()),
         "score_stride": draw(st.sampled_from([1, tile])),
         "moment_size": draw(st.sampled_from([4, 2, 1])),
     }
@@ -107,6 +108,17 @@ def slow_scores(case, stream, row, head):
     return scores
 
 
+def merged(case, pages):
+    """The case with balls of ``pages`` pages in the place of pages."""
+    moments = merge_moments(case.layout.moments, case.config.balls_per_page * pages)
+    size = case.config.page_size * pages
+    return dataclasses.replace(
+        case,
+        layout=dataclasses.replace(case.layout, moments=moments),
+        config=dataclasses.replace(case.config, page_size=size, moment_size=size),
+    )
+
+
 def slow_shares(case, stream, row, total_of=None):
     """Largest share over heads of every page, for one row; the row's total may come from other scores."""
     shares = []
@@ -122,6 +134,7 @@ def slow_shares(case, stream, row, total_of=None):
 @given(cases(coarse_to_fine=False))
 def test_a_row_opens_what_exceeds_theta_and_sees_what_rows_up_to_it_opened(case):
     block, config = case.block, case.config
+    total_of = merged(case, config.coarse_fan) if config.coarse_totals and config.tile > 1 else None
     mask = case.mask(case.plan())
     sink = case.sink_pages
     for stream in range(case.queries.shape[0]):
@@ -130,7 +143,7 @@ def test_a_row_opens_what_exceeds_theta_and_sees_what_rows_up_to_it_opened(case)
             if position % config.tile == 0 or row == 0:
                 opened = {int(sink[stream])}
             if position % config.score_stride == 0 or row == 0:
-                shares = slow_shares(case, stream, row)
+                shares = slow_shares(case, stream, row, total_of)
                 opened |= {page for page, share in enumerate(shares) if share > config.theta}
             assert set(mask[stream, row].nonzero().flatten().tolist()) == opened
 
@@ -140,7 +153,7 @@ def test_theta_zero_opens_everything(case):
     assert case.mask(case.plan()).all()
 
 
-@given(cases(coarse_to_fine=False), st.sampled_from([1.0, 2.0, 1e9]))
+@given(cases(coarse_to_fine=False, coarse_totals=False), st.sampled_from([1.0, 2.0, 1e9]))
 def test_theta_of_one_or_more_opens_the_sink_page_alone(case, theta):
     config = dataclasses.replace(case.config, theta=theta, theta_decode=theta)
     plan = case.plan(config=config)
@@ -160,17 +173,7 @@ def test_coarse_to_fine_looks_under_candidates_alone(case):
     """By the definition: coarse balls first, then pages, then the balls of pages."""
     block, config, fan = case.block, case.config, case.config.coarse_fan
     mask, sink, bar = case.mask(case.plan()), case.sink_pages, CANDIDATE_SHARE * config.theta
-
-    def merged(pages):
-        moments = merge_moments(case.layout.moments, config.balls_per_page * pages)
-        size = config.page_size * pages
-        return dataclasses.replace(
-            case,
-            layout=dataclasses.replace(case.layout, moments=moments),
-            config=dataclasses.replace(config, page_size=size, moment_size=size),
-        )
-
-    coarse, whole = merged(fan), merged(1)
+    coarse, whole = merged(case, fan), merged(case, 1)
     for stream in range(case.queries.shape[0]):
         for row, position in enumerate(range(block.start, block.stop)):
             if position % config.tile == 0 or row == 0:

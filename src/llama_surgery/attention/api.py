@@ -15,7 +15,7 @@ from llama_surgery.attention.summary import summary
 from llama_surgery.config import SurgeryConfig
 from llama_surgery.errors import SurgeryError
 from llama_surgery.topology.geometry import closed_chunks, query_blocks
-from llama_surgery.topology.layout import Layout
+from llama_surgery.topology.layout import Layout, Moments
 from llama_surgery.topology.layout import build_layout as plain_layout
 from llama_surgery.topology.plan import Plan
 from llama_surgery.topology.router import PageRouter
@@ -274,6 +274,22 @@ def build_layout(
 
         return triton.build_layout(keys, values, config)
     return plain_layout(keys, values, config, router)
+
+
+def kernels_serve(
+    config: SurgeryConfig, keys: torch.Tensor, values: torch.Tensor, *, routed: bool = False
+) -> bool:
+    """Do the Triton kernels execute calls on these keys and values, and so score their pages?"""
+    return backend_name(config, keys, values, config.tile, routed=routed) == "triton"
+
+
+def kernel_features(
+    moments: Moments, config: SurgeryConfig, dtype: torch.dtype
+) -> tuple[torch.Tensor, ...]:
+    """What the Triton kernels score pages by, level by level: ``Layout.features``."""
+    from llama_surgery.attention.impl.triton.job import make_levels
+
+    return tuple(level.features for level in make_levels(moments, config, dtype))
 
 
 def _attend_with_kernels(

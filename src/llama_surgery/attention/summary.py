@@ -1,4 +1,4 @@
-"""What a row does not see of the far field, stood in for by means: one term for each ball or page."""
+"""What a row does not see of the far field, stood in for by means: one term for each ball, page or chunk."""
 
 import torch
 
@@ -15,14 +15,16 @@ def summary(
     """Attention over the pages that rows do not see, each ball a single key.
 
     A ball's logit is its score, which estimates the log of what its keys weigh together, and its value is the
-    mean of theirs. Where a row sees everything there is nothing to stand in for: the log-sum-exp is -inf.
+    mean of theirs. With ``chunk`` the unseen pages of a chunk are one key of their joint weight, whose value
+    is the mean of the whole chunk. Where a row sees everything nothing needs standing in for: the log-sum-exp
+    is -inf.
 
     Args:
         queries: (streams, heads, rows, head_dim), the rows of the plan's block.
         layout: At least the block's closed chunks.
         plan: What the rows see.
         scorer: The layer's page score.
-        config: Says whether balls or pages are summarised.
+        config: Says what is summarised.
 
     Returns:
         Output (streams, heads, rows, value_dim) and log-sum-exp (streams, heads, rows), the moments' dtype.
@@ -39,6 +41,8 @@ def summary(
     if scorer.router is not None and scorer.router.summary is not None:
         scores = scores + scorer.router.summary.to(scores.dtype)[..., None, None]
     scores = scores.masked_fill(seen.unsqueeze(1), -torch.inf)
+    if config.summary == "chunk":
+        scores, size = scores.unflatten(-1, (plan.block.closed, -1)).logsumexp(-1), config.chunk_size
     lse = scores.logsumexp(-1)
     weights = (scores - lse.unsqueeze(-1).clamp_min(torch.finfo(scores.dtype).min)).exp()
     values = layout.values[:, : pages * config.page_size].to(scores.dtype)

@@ -34,6 +34,7 @@ _FIELDS: dict[str, Any] = {
     ),
     "score_stride": _option(int, "Score only every n-th token of a tile."),
     "coarse_to_fine": _option(bool, "Score coarse balls first and descend only where it pays."),
+    "coarse_totals": _option(bool, "Add up a row's far field from coarse balls, which costs less."),
     "backend": _option(str, "Who executes the plan: auto, reference, gather, flex, triton."),
 }
 

@@ -18,6 +18,9 @@ from llama_surgery.topology.layout import Moments
 from llama_surgery.topology.router import PageRouter
 from llama_surgery.topology.selection import Scorer
 
+#: A bias that leaves no weight, and finite: gradients of log-sum-exp's over nothing else are not numbers.
+NOTHING = -1e4
+
 
 @dataclasses.dataclass(frozen=True)
 class Homotopy:
@@ -166,31 +169,34 @@ def _summary(
     closed: int,
     config: SurgeryConfig,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean values of balls or pages, and their logits: the score, weighted by how far the page is closed.
+    """Mean values of what is summarised, and their logits: the score, weighted by how far the page is closed.
 
     Returns:
-        (streams, terms, value_dim) and (streams, heads, rows, terms), -inf where a page is wholly open.
+        (streams, terms, value_dim) and (streams, heads, rows, terms), lowered by NOTHING where all is open.
     """
     member, pages = balls.member[:, :closed], bias.shape[-1]
-    if config.summary == "page":
+    if config.summary == "ball":
+        bias = bias.repeat_interleave(config.balls_per_page, -1)
+    else:
         member = balls.pages(config)[:, :closed]
         scores = scores.unflatten(-1, (pages, -1)).logsumexp(-1)
-    else:
-        bias = bias.repeat_interleave(config.balls_per_page, -1)
     if router.summary is not None:
         scores = scores + router.summary.to(scores.dtype)[..., None, None]
-    size = config.page_size if config.summary == "page" else config.ball_size
-    means = member.transpose(-1, -2).to(values.dtype) @ values.unflatten(1, (closed, -1)) / size
     # A bias of b leaves a page's keys e^b of their weight; the summary has the rest, and none where b is 0.
     rest = torch.expm1(bias.where(bias < 0, -1.0)).neg().clamp_min(1e-12)
-    terms = scores + rest.log().masked_fill(bias >= 0, -torch.inf).unsqueeze(1)
+    terms = scores + rest.log().masked_fill(bias >= 0, NOTHING).unsqueeze(1)
+    chunked = values.unflatten(1, (closed, -1))
+    if config.summary == "chunk":
+        return chunked.mean(2), terms.unflatten(-1, (closed, -1)).logsumexp(-1)
+    size = config.ball_size if config.summary == "ball" else config.page_size
+    means = member.transpose(-1, -2).to(values.dtype) @ chunked / size
     return means.flatten(1, 2), terms
 
 
 def _bias(margin: torch.Tensor, sink: torch.Tensor, homotopy: Homotopy) -> torch.Tensor:
-    """Bias of every page's logits; -1e4, which leaves nothing, where τ = 0 and the page is closed."""
+    """Bias of every page's logits; NOTHING where τ = 0 and the page is closed."""
     if homotopy.temperature == 0:
-        return torch.where((margin > 0) | sink, 0.0, -1e4).to(margin.dtype)
+        return torch.where((margin > 0) | sink, 0.0, NOTHING).to(margin.dtype)
     soft = homotopy.strength * torch.nn.functional.logsigmoid(margin / homotopy.temperature)
     return soft.masked_fill(sink, 0.0)
 

@@ -190,8 +190,10 @@ def _check(
         raise SurgeryError(
             "learning starts from pages opened by a threshold: calibrate θ for the density first."
         )
-    if config.coarse_to_fine or config.score_stride > 1:
-        raise SurgeryError("coarse_to_fine and score_stride cannot be learned through: set them afterwards.")
+    if config.coarse_to_fine or config.coarse_totals or config.score_stride > 1:
+        raise SurgeryError(
+            "coarse_to_fine, coarse_totals and score_stride cannot be learned through: set them afterwards."
+        )
     if windows.dim() != 2 or windows.shape[1] != settings.length or settings.length % config.tile:
         raise SurgeryError(
             f"windows {tuple(windows.shape)}: expected (count, {settings.length}), a multiple of "

@@ -88,10 +88,16 @@ def log_shares(
     Returns:
         (streams, rows, balls).
     """
+    total = _total(scores, near_lse, sink_logit)
+    return scorer.largest(scores.sub_(total.unsqueeze(-1)))
+
+
+def _total(scores: torch.Tensor, near_lse: torch.Tensor, sink_logit: torch.Tensor | None) -> torch.Tensor:
+    """Log-sum-exp of a row's whole attention, (streams, heads, rows); arguments of :func:`log_shares`."""
     total = torch.logaddexp(scores.logsumexp(-1), near_lse.to(scores.dtype))
     if sink_logit is not None:
         total = torch.logaddexp(total, sink_logit.to(scores.dtype)[..., None])
-    return scorer.largest(scores.sub_(total.unsqueeze(-1)))
+    return total
 
 
 def select(
@@ -138,7 +144,12 @@ def select(
         shares, candidate = _descend(queries, moments, near_lse, config, scorer, sink_logit, opening, whole)
     else:
         scores = _page_scores(queries, moments, scorer, config)
-        shares = whole.embed(log_shares(scores, near_lse, sink_logit, scorer), -math.inf)
+        if config.coarse_totals and tile > 1:
+            total = _total(_coarse_scores(queries, moments, config, scorer), near_lse, sink_logit)
+            scores = scorer.largest(scores.sub_(total.unsqueeze(-1)))
+        else:
+            scores = log_shares(scores, near_lse, sink_logit, scorer)
+        shares = whole.embed(scores, -math.inf)
     if config.pages_per_row is None:
         opened = shares > opening
     else:
@@ -192,6 +203,13 @@ def _page_scores(
     return scores.unflatten(-1, (-1, config.balls_per_page)).logsumexp(-1)
 
 
+def _coarse_scores(
+    queries: torch.Tensor, balls: Moments, config: SurgeryConfig, scorer: Scorer
+) -> torch.Tensor:
+    """Scores of coarse balls of ``coarse_fan`` pages, by their own moments."""
+    return _scores(queries, merge_moments(balls, config.balls_per_page * config.coarse_fan), scorer)
+
+
 def _descend(
     queries: torch.Tensor,
     balls: Moments,
@@ -212,16 +230,13 @@ def _descend(
         Both (streams, tiles, scored rows of a tile, pages). Shares are those of all pages.
     """
     bar = opening + math.log(CANDIDATE_SHARE)
-    fan, total = config.coarse_fan, near_lse
-    coarse = _scores(queries, merge_moments(balls, config.balls_per_page * fan), scorer)
-    total = torch.logaddexp(coarse.logsumexp(-1), near_lse.to(coarse.dtype))
-    if sink_logit is not None:
-        total = torch.logaddexp(total, sink_logit.to(coarse.dtype)[..., None])
+    coarse = _coarse_scores(queries, balls, config, scorer)
+    total = _total(coarse, near_lse, sink_logit)
 
     def shares_of(scores: torch.Tensor) -> torch.Tensor:
         return whole.embed(scorer.largest(scores.sub_(total.unsqueeze(-1))), -math.inf)
 
-    candidate = (shares_of(coarse) > bar).cummax(2).values.repeat_interleave(fan, dim=-1)
+    candidate = (shares_of(coarse) > bar).cummax(2).values.repeat_interleave(config.coarse_fan, dim=-1)
     shares = shares_of(_page_scores(queries, balls, scorer, config))
     if config.balls_per_page > 1:
         pages = shares_of(_scores(queries, merge_moments(balls, config.balls_per_page), scorer))

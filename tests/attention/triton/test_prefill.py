@@ -129,6 +129,11 @@ class TestAgainstReference:
         config = dataclasses.replace(config, page_size=8, moment_size=moment_size // 2, theta=0.03)
         check(Case(64, 172, 4, streams=1), config, device)
 
+    @pytest.mark.parametrize("tile", [1, None])
+    def test_coarse_totals(self, tile: int | None, device: torch.device) -> None:
+        config = dataclasses.replace(CONFIG, moment_size=8, coarse_totals=True)
+        check(Case(83, 121, 4, tile=tile), config, device)
+
     def test_tiles_of_one_query(self, device: torch.device) -> None:
         check(Case(3, 197, 4, tile=1), CONFIG, device)
 

@@ -61,21 +61,20 @@ def far_field(
     dtype = compute_dtype(queries.dtype)
     streams, heads, _, head_dim = queries.shape
     tiled = _to_tiles(queries.to(dtype) * scale, plan)  # (streams * tiles, heads * tile, head_dim)
-    pages = keys.shape[1] // page_size
-    offset = torch.arange(streams, device=keys.device)[:, None, None] * pages
-    pages_of = (plan.pages.clamp_min(0) + offset).flatten(0, 1)  # into all streams' pages
+    pages = plan.pages.clamp_min(0).flatten(0, 1)
+    stream = torch.arange(streams, device=keys.device).repeat_interleave(plan.tiles)[:, None]
+    (flat_keys, key_rows), (flat_values, value_rows) = (_pages(x, page_size) for x in (keys, values))
     first_open = plan.first_open.flatten(0, 1)
-    flat_keys = keys.reshape(streams * pages, -1)
-    flat_values = values.reshape(streams * pages, -1)
     row = torch.arange(plan.tile, device=keys.device)
 
     # Tiles that read no page are in no group.
     out = tiled.new_zeros(*tiled.shape[:2], values.shape[-1])
     lse = tiled.new_full(tiled.shape[:2], -torch.inf)
     for jobs, most in _groups(plan.counts.flatten(), heads * plan.tile * page_size, keys.device):
-        index = pages_of[jobs, :most]
-        k = flat_keys.index_select(0, index.flatten()).view(len(jobs), most * page_size, head_dim)
-        v = flat_values.index_select(0, index.flatten()).view(len(jobs), most * page_size, -1)
+        index, of = pages[jobs, :most], stream[jobs]
+        k = flat_keys.index_select(0, (index + of * key_rows).flatten())
+        v = flat_values.index_select(0, (index + of * value_rows).flatten())
+        k, v = k.view(len(jobs), most * page_size, head_dim), v.view(len(jobs), most * page_size, -1)
         logits = cap(tiled[jobs] @ k.to(dtype).transpose(1, 2), softcap)
         hidden = first_open[jobs, None, :most] > row[:, None]  # (jobs, tile, pages)
         if plan.tile > 1 or index.shape[0] > 1:
@@ -85,6 +84,19 @@ def far_field(
     far_out = _from_tiles(out, plan, streams, heads)
     far_lse = _from_tiles(lse.unsqueeze(-1), plan, streams, heads).squeeze(-1)
     return merge(*near, far_out, far_lse)
+
+
+def _pages(states: torch.Tensor, page_size: int) -> tuple[torch.Tensor, int]:
+    """Pages of all streams as rows (…, page_size * dim), and rows from one stream's first to the next's.
+
+    A part of a larger tensor is not copied: its rows are those of the whole.
+    """
+    streams, keys, dim = states.shape
+    row = page_size * dim
+    if states.stride()[1:] != (dim, 1) or states.stride(0) % row:
+        return states.reshape(-1, row), keys // page_size
+    apart = states.stride(0) // row
+    return states.as_strided(((streams - 1) * apart + keys // page_size, row), (row, 1)), apart
 
 
 def _groups(

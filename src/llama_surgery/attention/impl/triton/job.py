@@ -60,7 +60,8 @@ class Job:
         queries: (streams, heads, rows, head_dim), rows at ``start … start + rows - 1``.
         near_keys, near_values: (streams, n, dim), the last n keys.
         layout: Full chunks, or None.
-        levels: Steps of selection, coarse to fine; one where scoring is flat, none without closed chunks.
+        levels: What selection scores, coarse to fine: pages alone, coarse balls for the totals, or steps of
+            a descent; none without closed chunks.
         sink_logit: (streams, heads), or None.
     """
 
@@ -89,6 +90,16 @@ class Job:
     @property
     def dense_until(self) -> int:
         return EVERYWHERE if self.config.topology == "dense" else self.config.dense_until
+
+    @property
+    def steps(self) -> tuple[Level, ...]:
+        """The levels that are listed, one under the other."""
+        return self.levels if self.config.coarse_to_fine else self.levels[-1:]
+
+    @property
+    def total_level(self) -> Level:
+        """Whose balls add up to the far field of a row."""
+        return self.levels[0] if self.tile > 1 else self.steps[0]
 
     @property
     def slots(self) -> int:
@@ -142,7 +153,7 @@ def make_job(
     levels: tuple[Level, ...] = ()
     last = start + queries.shape[2] - 1
     if layout is not None and closed_chunks(last, config, tile):
-        levels = make_levels(layout.moments, config, queries.dtype)
+        levels = levels_of(layout, config, queries.dtype)
     return Job(
         queries,
         near_keys,
@@ -159,6 +170,14 @@ def make_job(
     )
 
 
+def levels_of(layout: Layout, config: SurgeryConfig, dtype: torch.dtype) -> tuple[Level, ...]:
+    """Steps of selection over a layout's pages, from kept features where there are any."""
+    if layout.features and layout.features[-1].dtype == dtype:
+        sizes = level_sizes(config)
+        return tuple(Level(f, *size) for f, size in zip(layout.features, sizes, strict=True))
+    return make_levels(layout.moments, config, dtype)
+
+
 def make_levels(moments: Moments, config: SurgeryConfig, dtype: torch.dtype) -> tuple[Level, ...]:
     """Steps of selection over the balls of ``moments``."""
 
@@ -166,12 +185,17 @@ def make_levels(moments: Moments, config: SurgeryConfig, dtype: torch.dtype) -> 
         merged = moments if ball == moments.size else merge_moments(moments, ball // moments.size)
         return Level(page_features(merged, config.alpha, dtype), page, ball)
 
-    page, ball = config.page_size, config.ball_size
-    if not config.coarse_to_fine:
-        return (level(page, ball),)
-    coarse = page * config.coarse_fan
-    levels = level(coarse, coarse), level(page, page)
-    return levels if ball == page else (*levels, level(page, ball))
+    return tuple(level(page, ball) for page, ball in level_sizes(config))
+
+
+def level_sizes(config: SurgeryConfig) -> tuple[tuple[int, int], ...]:
+    """Keys of what is scored and of the balls it is scored by, coarse to fine."""
+    page, ball, coarse = config.page_size, config.ball_size, config.page_size * config.coarse_fan
+    if config.coarse_to_fine and ball != page:
+        return ((coarse, coarse), (page, page), (page, ball))
+    if config.coarse_to_fine or config.coarse_totals:
+        return ((coarse, coarse), (page, ball))
+    return ((page, ball),)
 
 
 def page_features(moments: Moments, alpha: float, dtype: torch.dtype) -> torch.Tensor:

@@ -95,7 +95,7 @@ def row_totals(job: Job, strip: Strip, *, near: bool = True, far: bool = True) -
     streams, heads = job.queries.shape[:2]
     totals = job.queries.new_empty(streams, strip.tiles, job.slots, heads, dtype=torch.float32)
     shape = _ScoreShape.of(job, strip)
-    level = job.levels[0]
+    level = job.total_level
     features = level.features
     totals_kernel[(shape.blocks * shape.head_blocks, streams)](
         job.queries,
@@ -131,9 +131,10 @@ def row_totals(job: Job, strip: Strip, *, near: bool = True, far: bool = True) -
 
 def list_pages(job: Job, strip: Strip, totals: torch.Tensor) -> TiledPlan:
     """List the pages that the strip's rows open: flat, or coarse to fine, a launch for each level."""
-    plan = _list_level(job, strip, totals, job.levels[0], last=len(job.levels) == 1)
-    for above, level in itertools.pairwise(job.levels):
-        plan = _descend(job, strip, totals, above, level, plan, last=level is job.levels[-1])
+    steps = job.steps
+    plan = _list_level(job, strip, totals, steps[0], last=len(steps) == 1)
+    for above, level in itertools.pairwise(steps):
+        plan = _descend(job, strip, totals, above, level, plan, last=level is steps[-1])
     return plan
 
 
