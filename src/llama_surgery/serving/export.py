@@ -1,0 +1,133 @@
+"""Writing an operated model as an ordinary checkpoint folder that a serving engine loads."""
+
+import json
+import os
+import secrets
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save
+
+from llama_surgery.config import SurgeryConfig
+from llama_surgery.errors import SurgeryError, UnsupportedModelError
+from llama_surgery.files import write_atomically, write_json
+from llama_surgery.serving.families import (
+    BLOCK,
+    BLOCK_VERSION,
+    ROUTER_TENSOR,
+    check_servable,
+    exported_architecture,
+)
+from llama_surgery.topology.router import PageRouter
+
+ROUTER_FILE = "router.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+#: Weights in other formats: left behind, the engine and transformers read the safetensors.
+_LEFT_BEHIND = (".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx")
+
+
+def export(model: str | Path, out: str | Path, adapter: str | Path | None = None) -> SurgeryConfig:
+    """Write the dense checkpoint ``model``, operated as ``adapter`` says, to the folder ``out``.
+
+    Weights are copied byte for byte. ``config.json`` gets an architecture name of its own and the operation;
+    transformers' ``from_pretrained`` still opens the folder as the dense model. The folder appears whole or
+    not at all.
+
+    Args:
+        model: Folder of a Hugging Face checkpoint in safetensors.
+        out: Folder to write; absent or empty.
+        adapter: Folder of an adapter; the default topology, not calibrated, if None.
+
+    Returns:
+        The configuration written.
+
+    Raises:
+        UnsupportedModelError: The model cannot be operated or is of a family that is not served.
+        SurgeryError: A folder is missing, damaged or in the way, or the disk is full.
+    """
+    model, out = Path(model), Path(out)
+    description = _read_config(model)
+    architecture = exported_architecture(description, str(model))
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise SurgeryError(f"{out} is there already: give a folder that does not exist or is empty.")
+    config, routers = _operation(model, adapter)
+    check_servable(config)
+    block = {
+        "version": BLOCK_VERSION,
+        "config": config.to_dict(),
+        "routers": {str(layer): sorted(router.tensors()) for layer, router in routers.items()},
+    }
+    written = {**description, "architectures": [architecture], BLOCK: block}
+    temporary = out.with_name(f".{out.name}.{secrets.token_hex(4)}")
+    try:
+        temporary.mkdir(parents=True)
+        for file in sorted(model.iterdir()):
+            if file.is_file() and file.name != "config.json" and file.suffix not in _LEFT_BEHIND:
+                shutil.copyfile(file, temporary / file.name)
+        _write_routers(temporary, routers)
+        write_json(temporary / "config.json", written)
+        os.replace(temporary, out)
+    except OSError as error:
+        raise SurgeryError(
+            f"could not write {out}: {error.strerror or error}. Nothing was left behind; check the disk and "
+            "the permissions."
+        ) from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return config
+
+
+def _read_config(model: Path) -> dict[str, Any]:
+    try:
+        description = json.loads((model / "config.json").read_text(encoding="utf-8"))
+    except OSError as error:
+        raise SurgeryError(
+            f"{model / 'config.json'}: {error.strerror}. Give the folder of a Hugging Face checkpoint."
+        ) from error
+    except ValueError as error:
+        raise SurgeryError(f"{model / 'config.json'} is damaged: {error}.") from error
+    if not any(model.glob("*.safetensors")):
+        raise SurgeryError(
+            f"{model} holds no safetensors: save it with model.save_pretrained() of a recent transformers."
+        )
+    return description
+
+
+def _operation(model: Path, adapter: str | Path | None) -> tuple[SurgeryConfig, dict[int, PageRouter]]:
+    """Configuration and learned corrections, checked against the model itself."""
+    from transformers import AutoModelForCausalLM
+
+    from llama_surgery.surgery.adapter import load_adapter
+    from llama_surgery.surgery.operate import config_of, operate, routers_of, surgery_of
+
+    try:
+        dense = AutoModelForCausalLM.from_pretrained(model, dtype="auto", local_files_only=True)
+    except (OSError, ValueError, RuntimeError) as error:
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise SurgeryError(f"could not load {model}: {first}") from error
+    operated = operate(dense) if adapter is None else load_adapter(dense, adapter)
+    layers = dense.config.num_hidden_layers
+    if len(surgery_of(operated)) != layers:
+        raise UnsupportedModelError(
+            f"{len(surgery_of(operated))} of {layers} layers have full attention: models with sliding-window "
+            "layers are not served yet."
+        )
+    return config_of(operated), routers_of(operated)
+
+
+def _write_routers(folder: Path, routers: dict[int, PageRouter]) -> None:
+    tensors = {
+        ROUTER_TENSOR.format(layer=layer, part=part): tensor.detach().to("cpu", torch.float32).contiguous()
+        for layer, router in routers.items()
+        for part, tensor in router.tensors().items()
+    }
+    if not tensors:
+        return
+    write_atomically(folder / ROUTER_FILE, lambda file: file.write_bytes(save(tensors)))
+    index = folder / INDEX_FILE
+    if index.exists():  # where there is an index, engines read nothing that it does not list
+        listed = json.loads(index.read_text(encoding="utf-8"))
+        listed["weight_map"] |= dict.fromkeys(tensors, ROUTER_FILE)
+        write_json(index, listed)

@@ -1,0 +1,70 @@
+"""Which models and which configurations can be served. Imports neither the engine nor transformers."""
+
+from typing import Any
+
+from llama_surgery.config import SurgeryConfig
+from llama_surgery.errors import SurgeryError, UnsupportedModelError
+
+#: Architecture of the dense model → architecture of the exported one. The name is our own, so that a server
+#: without the plugin knows no such model and stops.
+FAMILIES = {
+    "LlamaForCausalLM": "SurgeryLlamaForCausalLM",
+    "MistralForCausalLM": "SurgeryMistralForCausalLM",
+    "Qwen2ForCausalLM": "SurgeryQwen2ForCausalLM",
+    "Qwen3ForCausalLM": "SurgeryQwen3ForCausalLM",
+}
+#: Key of ``config.json`` that holds the operation.
+BLOCK = "surgery"
+BLOCK_VERSION = 1
+#: Tensors of learned corrections: this name, with the layer's index and the part's name.
+ROUTER_TENSOR = "model.layers.{layer}.self_attn.router.{part}"
+
+
+def exported_architecture(config: dict[str, Any], where: str) -> str:
+    """Architecture name of the exported model, from the dense model's ``config.json``.
+
+    Raises:
+        UnsupportedModelError: It is exported already, or of another family.
+    """
+    architecture = (config.get("architectures") or ["(none)"])[0]
+    if architecture in FAMILIES.values():
+        raise UnsupportedModelError(f"{where} is an exported model already: export the dense checkpoint.")
+    if architecture not in FAMILIES:
+        raise UnsupportedModelError(
+            f"{where}: architecture {architecture}. Served are {', '.join(FAMILIES)}."
+        )
+    return FAMILIES[architecture]
+
+
+def check_servable(config: SurgeryConfig) -> None:
+    """
+    Raises:
+        SurgeryError: The topology needs something that the engine's plugin does not do.
+    """
+    if config.summary != "none":
+        raise SurgeryError(f"summary={config.summary!r}: not served yet. Use an adapter with summary='none'.")
+    if config.backend not in ("auto", "gather"):
+        raise SurgeryError(
+            f"backend={config.backend!r}: the server executes plans in plain PyTorch. Use 'auto' or 'gather'."
+        )
+
+
+def read_block(block: Any) -> tuple[SurgeryConfig, dict[int, list[str]]]:
+    """Configuration and the learned parts of every layer, from the ``surgery`` block of a ``config.json``.
+
+    Raises:
+        SurgeryError: The block is missing, damaged or of a newer release.
+    """
+    if not isinstance(block, dict) or not isinstance(block.get("config"), dict):
+        raise SurgeryError(
+            f"config.json has no whole {BLOCK!r} block: the folder is damaged. Export the model again."
+        )
+    version = block.get("version")
+    if not isinstance(version, int) or version > BLOCK_VERSION:
+        raise SurgeryError(
+            f"{BLOCK} block of version {version!r}: this release reads up to {BLOCK_VERSION}. Update "
+            "llama-surgery on the server."
+        )
+    config = SurgeryConfig.from_dict(block["config"])
+    check_servable(config)
+    return config, {int(layer): list(parts) for layer, parts in block.get("routers", {}).items()}

@@ -1,0 +1,217 @@
+"""Operated attention on an engine's paged cache, in plain PyTorch. A cache block is a whole chunk.
+
+A block's states lie in order of position while its chunk is open and in tree order from the step that fills
+it. Beside them, in a side cache with the same block numbers, lie the chunk's order and its balls' moments.
+Both depend on the chunk's own tokens alone, so blocks may be shared between sequences (prefix caching).
+"""
+
+import dataclasses
+
+import torch
+
+from llama_surgery.attention.api import AttentionResult, build_layout
+from llama_surgery.attention.impl import gather
+from llama_surgery.config import SurgeryConfig
+from llama_surgery.topology.geometry import closed_chunks, query_blocks
+from llama_surgery.topology.layout import Layout, Moments, restore
+from llama_surgery.topology.plan import Plan
+from llama_surgery.topology.router import PageRouter
+from llama_surgery.topology.selection import Scorer, select
+
+
+@dataclasses.dataclass(frozen=True)
+class Scheduled:
+    """One sequence's share of a scheduled batch.
+
+    Attributes:
+        start: Position of its first row in the batch.
+        stop: One past the position of its last row: its length after the step.
+        row: Index of its first row in the batch.
+        prefilling: The rows belong to the prompt: tiles of ``config.tile``. Else they are decode steps.
+        blocks: (chunks,) int64, the cache block of every chunk up to ``stop``.
+    """
+
+    start: int
+    stop: int
+    row: int
+    prefilling: bool
+    blocks: torch.Tensor
+
+    def parts(self, tile: int) -> list[tuple[int, int, int]]:
+        """(first, last, tile) of runs of rows with one tile size.
+
+        The rows that end a prompt inside a tile are decode steps, as in ``generate()``. A piece of a prompt
+        that is not its end must end at a multiple of ``tile``.
+        """
+        border = max(self.start, self.stop - self.stop % tile) if self.prefilling else self.start
+        parts = ((self.start, border, tile), (border, self.stop, 1))
+        return [part for part in parts if part[0] < part[1]]
+
+
+def piece(start: int, new: int, prompt: int, tile: int) -> int:
+    """Tokens of a sequence to compute in this step, at most ``new`` from position ``start`` on.
+
+    A piece of a prompt ends at a multiple of ``tile`` or with the prompt, so that no tile is computed in two
+    calls. Generated tokens that are computed again after a preemption are a piece of their own.
+    """
+    stop = start + new
+    if start >= prompt:
+        return new
+    if stop >= prompt:
+        return prompt - start
+    return max(0, stop - stop % tile - start)
+
+
+def filled_blocks(batch: list[Scheduled], chunk_size: int) -> torch.Tensor:
+    """(n,) int64: blocks whose chunks become full in this step."""
+    blocks = [s.blocks[s.start // chunk_size : s.stop // chunk_size] for s in batch]
+    return torch.cat(blocks) if blocks else torch.empty(0, dtype=torch.int64)
+
+
+def side_bytes(config: SurgeryConfig, head_dim: int) -> int:
+    """Bytes of the side cache for one chunk of one KV head: float32 moments and int16 order."""
+    moments = 2 * head_dim * 4 * config.pages_per_chunk * config.balls_per_page
+    return moments + 2 * (config.chunk_size + config.chunk_size % 2)
+
+
+@dataclasses.dataclass(frozen=True)
+class PagedStates:
+    """One layer's caches, as the engine allocated them.
+
+    Attributes:
+        states: (blocks, kv_heads, chunk_size, 2 * head_dim), keys before values, any strides.
+        side: (blocks, kv_heads, side_bytes / 4) float32.
+        config: The topology.
+    """
+
+    states: torch.Tensor
+    side: torch.Tensor
+    config: SurgeryConfig
+
+    @property
+    def head_dim(self) -> int:
+        return self.states.shape[-1] // 2
+
+    @property
+    def _moment_floats(self) -> int:
+        return 2 * self.head_dim * self.config.pages_per_chunk * self.config.balls_per_page
+
+    def write(self, keys: torch.Tensor, values: torch.Tensor, slots: torch.Tensor) -> None:
+        """Store (rows, kv_heads, head_dim) at ``slots`` (rows,), block · chunk_size + offset; -1: nowhere."""
+        real = slots >= 0
+        rows = torch.cat((keys, values), -1)[real].to(self.states.dtype)
+        slots, size = slots[real], self.config.chunk_size
+        self.states[slots // size, :, slots % size] = rows
+
+    def fill(self, blocks: torch.Tensor, router: PageRouter | None) -> None:
+        """Rewrite full chunks in tree order and keep their order and moments.
+
+        Args:
+            blocks: (n,) int64, blocks whose last row was just written.
+            router: Learned corrections of the layer, one for every KV head, or None.
+        """
+        if not len(blocks):
+            return
+        heads, dim = self.states.shape[1], self.head_dim
+        states = self.states[blocks].flatten(0, 1)  # (n * kv_heads, chunk_size, 2 * head_dim)
+        layout = build_layout(states[..., :dim], states[..., dim:], self.config, router)
+        self.states[blocks] = torch.cat((layout.keys, layout.values), -1).unflatten(0, (-1, heads))
+        moments = torch.cat((layout.moments.mean, layout.moments.variance), -1).flatten(1)
+        self.side[blocks, :, : self._moment_floats] = moments.float().unflatten(0, (-1, heads))
+        orders = self.side.view(torch.int16)[..., 2 * self._moment_floats :]
+        orders[blocks, :, : self.config.chunk_size] = layout.order.flatten(1).unflatten(0, (-1, heads))
+
+    def order(self, blocks: torch.Tensor) -> torch.Tensor:
+        """(kv_heads, n, chunk_size) int16: original offsets of the slots of full chunks."""
+        orders = self.side.view(torch.int16)[..., 2 * self._moment_floats :]
+        return orders[blocks, :, : self.config.chunk_size].transpose(0, 1)
+
+    def layout(self, blocks: torch.Tensor) -> Layout:
+        """Order and moments of full chunks, for selection; keys and values stay where they are."""
+        moments = self.side[blocks, :, : self._moment_floats].transpose(0, 1)
+        moments = moments.unflatten(-1, (-1, 2 * self.head_dim)).flatten(1, 2)
+        mean, variance = moments.split(self.head_dim, dim=-1)
+        none = self.states[:0, 0]
+        return Layout(none, none, self.order(blocks), Moments(mean, variance, self.config.ball_size))
+
+    def near(self, blocks: torch.Tensor, full: int) -> torch.Tensor:
+        """States (kv_heads, n * chunk_size, 2 * head_dim) in order of position.
+
+        Args:
+            blocks: (n,) of consecutive chunks.
+            full: How many of them, from the first, are in tree order.
+        """
+        states = self.states[blocks].transpose(0, 1).flatten(1, 2)
+        if not full:
+            return states
+        size = full * self.config.chunk_size
+        return torch.cat((restore(states[:, :size], self.order(blocks[:full])), states[:, size:]), 1)
+
+    def pages(self, blocks: torch.Tensor, pages: torch.Tensor) -> torch.Tensor:
+        """States (kv_heads, n * page_size, 2 * head_dim) of ``pages`` (n,), numbered over the sequence."""
+        per_chunk = self.config.pages_per_chunk
+        by_page = self.states.unflatten(2, (per_chunk, self.config.page_size))
+        return by_page[blocks[pages // per_chunk], :, pages % per_chunk].transpose(0, 1).flatten(1, 2)
+
+
+def attend_paged(
+    queries: torch.Tensor,
+    cache: PagedStates,
+    blocks: torch.Tensor,
+    part: tuple[int, int, int],
+    length: int,
+    *,
+    scale: float,
+    router: PageRouter | None = None,
+) -> AttentionResult:
+    """Attention of consecutive rows of one sequence; see :func:`llama_surgery.attention.api.attend`.
+
+    Args:
+        queries: (kv_heads, group, rows, head_dim).
+        cache: With all the sequence's keys written and its full chunks in tree order.
+        blocks: (chunks,) int64, the sequence's blocks.
+        part: Position of the first row, one past the last one's, and the queries of a tile.
+        length: Tokens of the sequence that are in the cache.
+        scale: Scaling of q·k.
+        router: Learned corrections of the layer, or None.
+    """
+    first, last, tile = part
+    config, size, dim = cache.config, cache.config.chunk_size, cache.head_dim
+    closed = closed_chunks(first, config, tile)
+    since, full = closed * size, length // size
+    near_states = cache.near(blocks[closed : (last - 1) // size + 1], max(0, full - closed))
+    near_states = near_states[:, : last - since].to(queries.dtype)
+    scorer = Scorer(scale, config.alpha, None, router)
+    layout = cache.layout(blocks[: closed_chunks(last - 1, config, tile)])
+    outs, lses, near_pairs = [], [], 0
+    plans: list[Plan] = []
+    for block in query_blocks(first, last, config, tile):
+        q = queries[:, :, block.start - first : block.stop - first]
+        start = block.closed * size
+        span = near_states[:, start - since : block.stop - since]
+        state = gather.near_field(q, span[..., :dim], span[..., dim:], scale=scale, softcap=None)
+        if block.closed:
+            plan = select(q, layout, state[1], block, config=config, tile=tile, scorer=scorer)
+            plans.append(plan)
+            read, plan = _compact(plan)
+            far = cache.pages(blocks, read).to(queries.dtype)
+            state = gather.far_field(
+                q, far[..., :dim], far[..., dim:], config.page_size, plan, state, scale=scale, softcap=None
+            )
+        outs.append(state[0].to(queries.dtype))
+        lses.append(state[1])
+        near_pairs += _pairs(block.start - start, block.stop - start)
+    return AttentionResult(torch.cat(outs, 2), torch.cat(lses, 2), plans, near_pairs, _pairs(first, last))
+
+
+def _compact(plan: Plan) -> tuple[torch.Tensor, Plan]:
+    """The pages that any tile reads, ascending, and the plan with pages numbered among these."""
+    absent = plan.pages < 0
+    read = plan.pages[~absent].unique()
+    numbers = torch.searchsorted(read, plan.pages.clamp_min(0)).masked_fill(absent, -1)
+    return read, dataclasses.replace(plan, pages=numbers)
+
+
+def _pairs(start: int, stop: int) -> int:
+    """Causal pairs of rows ``start … stop - 1``."""
+    return (stop * (stop + 1) - start * (start + 1)) // 2

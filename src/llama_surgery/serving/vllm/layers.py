@@ -1,0 +1,100 @@
+"""Operated attention layers: the engine's own, with another backend, a side cache and corrections."""
+
+import dataclasses
+from typing import Any
+
+import torch
+from vllm.config import get_current_vllm_config
+from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
+from vllm.logger import init_logger
+from vllm.model_executor.layers.attention import Attention
+from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
+from vllm.model_executor.models.utils import extract_layer_index
+
+from llama_surgery.config import SurgeryConfig
+from llama_surgery.errors import UnsupportedModelError
+from llama_surgery.serving.families import read_block
+from llama_surgery.serving.paged import side_bytes
+from llama_surgery.serving.sharding import RouterShard
+from llama_surgery.serving.vllm import compat
+from llama_surgery.serving.vllm.backend import SideBackend, SurgeryBackend
+from llama_surgery.serving.vllm.counters import LayerCounters
+
+logger = init_logger("vllm.llama_surgery")
+
+
+class SideCache(torch.nn.Module, AttentionLayerBase):
+    """Order and moments of every cache block of a layer; the engine allocates it and numbers its blocks.
+
+    Attributes:
+        kv_cache: (blocks, kv_heads, 1, floats) float32, once the engine has bound it.
+    """
+
+    def __init__(self, prefix: str, kv_heads: int, bytes_per_head: int) -> None:
+        super().__init__()
+        self.kv_heads, self.bytes_per_head = kv_heads, bytes_per_head
+        self.kv_cache = torch.tensor([])
+        get_current_vllm_config().compilation_config.static_forward_context[prefix] = self
+
+    def get_kv_cache_spec(self, vllm_config: Any) -> Any:
+        return compat.side_cache_spec(vllm_config.cache_config.block_size, self.kv_heads, self.bytes_per_head)
+
+    def get_attn_backend(self) -> type[SideBackend]:
+        return SideBackend
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerSurgery:
+    """What an operated layer carries: topology, this rank's corrections, side cache and counters."""
+
+    config: SurgeryConfig
+    shard: RouterShard
+    side: SideCache
+    counters: LayerCounters
+
+
+def operate_layers(model: torch.nn.Module, vllm_config: Any) -> None:
+    """Give every attention layer of a freshly built model the exported topology.
+
+    Raises:
+        SurgeryError: The ``surgery`` block is damaged, or a layer cannot be operated.
+    """
+    config, routers = read_block(vllm_config.model_config.hf_config.surgery)
+    context = vllm_config.compilation_config.static_forward_context
+    rank, ranks = get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size()
+    operated = 0
+    for module in list(model.modules()):
+        dense = getattr(module, "attn", None)
+        if type(dense) is not Attention:
+            continue
+        if dense.sliding_window is not None:
+            raise UnsupportedModelError(f"{dense.layer_name} has a sliding window: not served.")
+        index = extract_layer_index(dense.layer_name)
+        del context[dense.layer_name]
+        layer = Attention(
+            dense.num_heads,
+            dense.head_size,
+            module.scaling,
+            num_kv_heads=dense.num_kv_heads,
+            cache_config=vllm_config.cache_config,
+            quant_config=dense.quant_config,
+            prefix=dense.layer_name,
+            attn_backend=SurgeryBackend,
+        )
+        group, heads = dense.num_heads // dense.num_kv_heads, dense.num_kv_heads
+        shard = RouterShard(routers.get(index, []), heads * ranks, group, dense.head_size, rank, ranks)
+        side = SideCache(f"{dense.layer_name}.side", heads, side_bytes(config, dense.head_size))
+        counters = LayerCounters(index, config.page_size, quiet=rank > 0)
+        module.attn, module.router = layer, shard
+        # Not a submodule of the layer: the corrections belong to the attention module, where weights look.
+        layer.__dict__["surgery"] = LayerSurgery(config, shard, side, counters)
+        operated += 1
+    logger.info(
+        "llama-surgery is active: %d layers operated, topology %s, chunks of %d, θ %.4g in prefill, %.4g in "
+        "decode",
+        operated,
+        config.topology,
+        config.chunk_size,
+        config.theta,
+        config.theta_decode,
+    )

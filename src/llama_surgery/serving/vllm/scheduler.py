@@ -1,0 +1,28 @@
+"""The engine's scheduler, which cuts prompts at whole tiles only."""
+
+from typing import Any
+
+from vllm.v1.core.sched.scheduler import Scheduler
+
+from llama_surgery.serving.families import read_block
+from llama_surgery.serving.paged import piece
+
+
+class TileScheduler(Scheduler):
+    """Uses the engine's own place for aligned pieces, made for models with state-space layers."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        config, _ = read_block(self.vllm_config.model_config.hf_config.surgery)
+        self._tile = config.tile
+        self.need_mamba_block_aligned_split = True
+
+    def _mamba_block_aligned_split(
+        self,
+        request: Any,
+        num_new_tokens: int,
+        num_new_local_computed_tokens: int = 0,
+        num_external_computed_tokens: int = 0,
+    ) -> int:
+        start = request.num_computed_tokens + num_new_local_computed_tokens + num_external_computed_tokens
+        return piece(start, num_new_tokens, request.num_prompt_tokens, self._tile)

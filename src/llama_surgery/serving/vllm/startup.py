@@ -1,0 +1,57 @@
+"""What the engine's configuration must be for an exported model: checked, and set, before anything loads."""
+
+from typing import Any
+
+from vllm.model_executor.models.config import VerifyAndUpdateConfig
+
+from llama_surgery.config import SurgeryConfig
+from llama_surgery.errors import SurgeryError
+from llama_surgery.serving.families import BLOCK, read_block
+from llama_surgery.serving.sharding import kv_heads_of_rank
+from llama_surgery.serving.vllm import compat
+
+
+class StartUp(VerifyAndUpdateConfig):
+    """The engine calls it for exported models alone."""
+
+    @staticmethod
+    def verify_and_update_config(vllm_config: Any) -> None:
+        """
+        Raises:
+            SurgeryError: The engine's version or an option is not supported, with the reason.
+        """
+        compat.check_version()
+        config, _ = read_block(getattr(vllm_config.model_config.hf_config, BLOCK, None))
+        _refuse(vllm_config, config)
+        compat.own_block_size(vllm_config, config.chunk_size)
+        compat.own_scheduler(vllm_config)
+
+
+def _refuse(vllm_config: Any, config: SurgeryConfig) -> None:
+    cache, parallel = vllm_config.cache_config, vllm_config.parallel_config
+    if str(cache.cache_dtype) not in ("auto", "float32", "bfloat16", "float16"):
+        raise SurgeryError(
+            f"--kv-cache-dtype {cache.cache_dtype}: quantised keys and values are not supported, since "
+            "moments and order are made of the keys as stored. Leave the option out."
+        )
+    for option, value, reason in (
+        ("--speculative-config", vllm_config.speculative_config, "rejected tokens would stay in full chunks"),
+        ("--kv-transfer-config", vllm_config.kv_transfer_config, "the side cache is not transferred"),
+        ("--enable-lora", vllm_config.lora_config, "thresholds are calibrated for the model as exported"),
+    ):
+        if value is not None:
+            raise SurgeryError(f"{option} is not supported: {reason}. Leave the option out.")
+    for option in ("decode_context_parallel_size", "prefill_context_parallel_size"):
+        if getattr(parallel, option) > 1:
+            raise SurgeryError(f"{option}={getattr(parallel, option)}: a chunk must lie on one rank. Use 1.")
+    text = vllm_config.model_config.hf_text_config
+    kv_heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+    kv_heads_of_rank(kv_heads, 0, parallel.tensor_parallel_size)
+    scheduler = vllm_config.scheduler_config
+    least = config.tile + scheduler.max_num_seqs - 1
+    if scheduler.max_num_batched_tokens < least:
+        raise SurgeryError(
+            f"--max-num-batched-tokens {scheduler.max_num_batched_tokens}: with --max-num-seqs "
+            f"{scheduler.max_num_seqs} at least {least} are needed, so that a whole tile of a prompt fits "
+            "beside a token of every other sequence."
+        )

@@ -1,0 +1,133 @@
+"""The exported folder: the dense model for transformers, an operated one for the engine."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+from llama_surgery import SurgeryConfig, SurgeryError, eject, operate, save_adapter
+from llama_surgery.config import Summary
+from llama_surgery.serving.export import export
+from llama_surgery.serving.families import read_block
+from llama_surgery.topology.router import PageRouter
+
+CONFIG = SurgeryConfig(chunk_size=64, page_size=16, window=32, tile=8, theta=0.2, theta_decode=0.1)
+IDS = torch.arange(3, 90)[None]
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny checkpoint in several files with an index, and a tokenizer's file beside it."""
+    folder = tmp_path_factory.mktemp("checkpoint")
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=97,
+        hidden_size=32,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder, max_shard_size="20KB")
+    (folder / "tokenizer.json").write_text("{}", encoding="utf-8")
+    (folder / "pytorch_model.bin").write_bytes(b"old")
+    return folder
+
+
+def adapter_of(checkpoint: Path, folder: Path, routers: Any = None, config: SurgeryConfig = CONFIG) -> Path:
+    model = AutoModelForCausalLM.from_pretrained(checkpoint)
+    save_adapter(operate(model, config, routers=routers), folder)
+    return folder
+
+
+def learned() -> dict[int, PageRouter]:
+    return {1: PageRouter(offset=torch.full((2, 2), 0.5), key_map=torch.eye(8).repeat(2, 1, 1))}
+
+
+def test_transformers_opens_the_dense_model(checkpoint: Path, tmp_path: Path) -> None:
+    adapter = adapter_of(checkpoint, tmp_path / "adapter", learned())
+    export(checkpoint, tmp_path / "out", adapter)
+    dense = AutoModelForCausalLM.from_pretrained(checkpoint)
+    opened = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert type(opened) is LlamaForCausalLM
+    with torch.no_grad():
+        assert torch.equal(dense(IDS).logits, opened(IDS).logits)
+    operate(opened, CONFIG)
+    eject(opened)
+
+
+def test_folder_says_what_the_engine_needs(checkpoint: Path, tmp_path: Path) -> None:
+    adapter = adapter_of(checkpoint, tmp_path / "adapter", learned())
+    assert export(checkpoint, tmp_path / "out", adapter) == CONFIG
+    written = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert written["architectures"] == ["SurgeryLlamaForCausalLM"] and written["model_type"] == "llama"
+    assert read_block(written["surgery"]) == (CONFIG, {1: ["key_map", "offset"]})
+    index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
+    name = "model.layers.1.self_attn.router.offset"
+    assert torch.equal(load_file(tmp_path / "out" / index["weight_map"][name])[name], torch.full((2, 2), 0.5))
+    assert (tmp_path / "out" / "tokenizer.json").exists()
+    assert not (tmp_path / "out" / "pytorch_model.bin").exists()
+
+
+def test_without_adapter_the_default_topology_is_written(checkpoint: Path, tmp_path: Path) -> None:
+    assert export(checkpoint, tmp_path / "out") == SurgeryConfig()
+    assert not (tmp_path / "out" / "router.safetensors").exists()
+
+
+def test_nothing_is_left_behind_when_the_disk_is_full(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(shutil, "copyfile", full)
+    with pytest.raises(SurgeryError, match="No space left"):
+        export(checkpoint, tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("summary", ["page", "ball"])
+def test_what_is_not_served_is_not_exported(checkpoint: Path, tmp_path: Path, summary: Summary) -> None:
+    config = SurgeryConfig(chunk_size=64, page_size=16, window=32, tile=8, summary=summary)
+    adapter = adapter_of(checkpoint, tmp_path / "adapter", config=config)
+    with pytest.raises(SurgeryError, match="not served yet"):
+        export(checkpoint, tmp_path / "out", adapter)
+    assert not (tmp_path / "out").exists()
+
+
+def test_clear_errors(checkpoint: Path, tmp_path: Path) -> None:
+    with pytest.raises(SurgeryError, match="Give the folder of a Hugging Face checkpoint"):
+        export(tmp_path / "nowhere", tmp_path / "out")
+    export(checkpoint, tmp_path / "out")
+    with pytest.raises(SurgeryError, match="is there already"):
+        export(checkpoint, tmp_path / "out")
+    with pytest.raises(SurgeryError, match="exported model already"):
+        export(tmp_path / "out", tmp_path / "again")
+    with pytest.raises(SurgeryError, match="adapter"):
+        export(checkpoint, tmp_path / "again", tmp_path / "out")
+    other = tmp_path / "other"
+    shutil.copytree(checkpoint, other)
+    described = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps({**described, "architectures": ["GPT2LMHeadModel"]}))
+    with pytest.raises(SurgeryError, match=r"GPT2LMHeadModel\. Served are"):
+        export(other, tmp_path / "again")
+
+
+@pytest.mark.parametrize(
+    ("block", "message"),
+    [
+        (None, "no whole 'surgery' block"),
+        ({"version": 1}, "no whole 'surgery' block"),
+        ({"version": 99, "config": {}}, "version 99"),
+        ({"version": 1, "config": {"backend": "triton"}}, "plain PyTorch"),
+    ],
+)
+def test_damaged_blocks(block: Any, message: str) -> None:
+    with pytest.raises(SurgeryError, match=message):
+        read_block(block)
