@@ -5,8 +5,11 @@ import pytest
 import torch
 
 from llama_surgery.errors import TextError
-from llama_surgery.evaluation.needle import DEPTHS, NeedlePrompt, _pieces, needle_prompts, score_needles
+from llama_surgery.evaluation.needle import DEPTHS, NeedlePrompt, needle_prompts, score_needles
 from llama_surgery.evaluation.needle_forms import FORMS
+from llama_surgery.evaluation.needle_haystack import cut_pieces
+from llama_surgery.evaluation.needle_table import compare_needles
+from llama_surgery.evaluation.needle_variants import VARIANTS
 from llama_surgery.text import encode
 
 
@@ -94,7 +97,7 @@ def test_senseless_grids_are_refused(tokenizer, texts, count, lengths, depths) -
 
 @pytest.mark.parametrize("text", ["", "x" * 2000, "One. Two.\n\n\nThree\nfour\n\n" * 9, "long words " * 300])
 def test_pieces_joined_are_the_text(text: str) -> None:
-    pieces = list(_pieces(text))
+    pieces = list(cut_pieces(text))
     assert "".join(pieces) == text
     assert all(0 < len(piece) <= 200 for piece in pieces)
 
@@ -135,3 +138,111 @@ def test_text_that_ends_early_is_no_answer(tokenizer, texts, tiny_llama) -> None
     tiny_llama.generation_config.eos_token_id = said[0]
     assert score_needles(tiny_llama, [ends]) == [False]
     assert score_needles(tiny_llama, []) == []
+
+
+def said_in(tokenizer, prompt: NeedlePrompt) -> list[tuple[str, str]]:
+    """Names and values of the facts of the prompt's form, in order, distractors of the text among them."""
+    wording = re.escape(FORMS[prompt.form].fact).replace(r"\{name\}", "([A-Z][a-z]+)")
+    wording = wording.replace(r"\{value\}", r"(\w+)")
+    # The longest prompt: answered questions repeat a fact, but not as a paragraph of its own.
+    ids = prompt.then[-1][0] if prompt.then else prompt.input_ids
+    return re.findall(rf"(?<=\n\n){wording}(?=\n\n)", tokenizer.decode(ids))
+
+
+@pytest.fixture(scope="module")
+def harder(tokenizer, texts) -> list[NeedlePrompt]:
+    return needle_prompts(tokenizer, texts, count=100, lengths=[1024, 2048], variants=list(VARIANTS), seed=7)
+
+
+def test_variants_share_out_forms_and_lengths(harder) -> None:
+    assert Counter(p.variant for p in harder) == dict.fromkeys(VARIANTS, 20)
+    assert set(Counter((p.variant, p.form) for p in harder).values()) == {4}
+    assert {p.kind for p in harder if p.form == "treasure"} == {"word"}
+    assert {p.kind for p in harder if p.form == "secret number"} == {"number"}
+
+
+def test_every_fact_of_a_variant_is_whole_and_its_own(tokenizer, harder) -> None:
+    for prompt in harder:
+        facts = said_in(tokenizer, prompt)
+        assert len(facts) >= VARIANTS[prompt.variant].facts
+        value = tokenizer.decode(prompt.answer_ids).strip()
+        assert facts.count((prompt.name, value)) == 1
+        assert [name for name, _ in facts].count(prompt.name) == 1
+        assert [said for _, said in facts].count(value) == 1
+
+
+def test_names_that_look_alike_differ_in_one_character(tokenizer, harder) -> None:
+    for prompt in harder:
+        if prompt.variant == "alike-names":
+            names = [name for name, _ in said_in(tokenizer, prompt)]
+            off = [
+                name
+                for name in names
+                if len(name) == len(prompt.name)
+                and sum(a != b for a, b in zip(name, prompt.name, strict=True)) == 1
+            ]
+            assert len(set(off)) >= 3
+
+
+def test_two_are_asked_and_the_second_prompt_holds_the_first_answer(tokenizer, harder) -> None:
+    for prompt in harder:
+        if prompt.variant != "two-asked":
+            assert prompt.then == ()
+            continue
+        ((ids, answer),) = prompt.then
+        assert len(ids) + len(answer) == prompt.length
+        first = len(prompt.input_ids)
+        assert ids[:first] == prompt.input_ids
+        assert ids[first : first + len(prompt.answer_ids)] == prompt.answer_ids
+        facts = said_in(tokenizer, prompt)
+        asked = tokenizer.decode(ids).rpartition("\n\n")[2]
+        said = tokenizer.decode(answer).strip()
+        (name,) = (name for name, value in facts if value == said)
+        assert name != prompt.name and asked == FORMS[prompt.form].question.format(name=name)
+
+
+def test_both_answers_must_be_right(tokenizer, texts, tiny_llama) -> None:
+    (prompt,) = needle_prompts(tokenizer, texts, count=1, lengths=[512], variants=["two-asked"], seed=0)
+    first = greedy(tiny_llama, prompt)
+    then = NeedlePrompt(**{**vars(prompt), "input_ids": prompt.then[0][0], "answer_ids": prompt.then[0][1]})
+    second = greedy(tiny_llama, then)
+    for changed, right in (((0, 0), True), ((1, 0), False), ((0, 1), False)):
+        answers = [
+            (*said[:-1], (said[-1] + off) % 4096) for said, off in zip((first, second), changed, strict=True)
+        ]
+        fields = {**vars(prompt), "answer_ids": answers[0], "then": ((prompt.then[0][0], answers[1]),)}
+        assert score_needles(tiny_llama, [NeedlePrompt(**fields)]) == [right]
+
+
+@pytest.mark.parametrize("variants", [[], ["no-such-variant"]])
+def test_unknown_variants_are_refused(tokenizer, texts, variants) -> None:
+    with pytest.raises(TextError, match="one-fact, four-facts"):
+        needle_prompts(tokenizer, texts, count=1, lengths=[512], variants=variants, seed=0)
+
+
+def test_too_many_facts_for_the_length_are_refused(tokenizer, texts) -> None:
+    with pytest.raises(TextError, match="16 facts of"):
+        needle_prompts(tokenizer, texts, count=1, lengths=[256], variants=["sixteen-facts"], seed=0)
+
+
+def test_only_what_the_dense_model_answers_is_compared() -> None:
+    def prompt(variant: str, form: str) -> NeedlePrompt:
+        return NeedlePrompt((), (), form, 0.5, 512, "Bosera", variant)
+
+    prompts = [prompt("four-facts", "treasure")] * 10 + [prompt("one-fact", "secret number")] * 2
+    dense = [True] * 8 + [False] * 2 + [False, False]
+    sparse = [True] * 6 + [False] * 2 + [True, False] + [True, False]
+    rows = compare_needles(prompts, dense, {"sparse": sparse}, [("variant",), ("variant", "kind")])
+    assert [row["variant"] for row in rows] == ["one-fact", "four-facts"] * 2
+    assert rows[3]["kind"] == "word" and "kind" not in rows[1]
+    four = rows[1]
+    assert four["count"] == 10 and four["dense"] == 0.8 and 0.4 < four["dense_low"] < 0.8 < four["dense_high"]
+    compared = four["operated"]["sparse"]
+    assert compared["accuracy"] == 0.7 and compared["compared"] == 8
+    assert (compared["lost"], compared["won"]) == (2, 1)
+    assert compared["difference"] == -0.25
+    # Wilson's interval of 6 right of 8.
+    assert compared["low"] == pytest.approx(0.4093 - 1, abs=1e-4)
+    assert compared["high"] == pytest.approx(0.9285 - 1, abs=1e-4)
+    none = rows[0]["operated"]["sparse"]
+    assert none["difference"] is None and none["compared"] == 0 and none["won"] == 1

@@ -1,10 +1,12 @@
 """How far the operated model's predictions are from the dense model's, token by token."""
 
 import dataclasses
+from typing import Any
 
 import torch
 
 from llama_surgery.evaluation.logits import Head
+from llama_surgery.evaluation.perplexity import position_bins
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,6 +31,18 @@ class Divergence:
     def top1(self) -> float:
         """Share of positions where both rank the same token first."""
         return self.agree.double().mean().item()
+
+    def by_position(self) -> list[dict[str, Any]]:
+        """``kl`` and ``top1`` in the bins of :meth:`Perplexity.by_position`: by the position predicted."""
+        return [
+            {
+                "from": start,
+                "to": stop,
+                "kl": self.kl[:, start - 1 : stop - 1].mean().item(),
+                "top1": self.agree[:, start - 1 : stop - 1].double().mean().item(),
+            }
+            for start, stop in position_bins(self.kl.shape[1])
+        ]
 
 
 def token_divergence(

@@ -19,6 +19,7 @@ from llama_surgery.evaluation.divergence import Divergence, token_divergence
 from llama_surgery.evaluation.io import Progress
 from llama_surgery.evaluation.logits import Head
 from llama_surgery.evaluation.needle import needle_prompts, score_needles
+from llama_surgery.evaluation.needle_variants import PLAIN
 from llama_surgery.evaluation.paired import paired_difference, perplexity_ratio
 from llama_surgery.evaluation.perplexity import Perplexity, perplexity
 from llama_surgery.evaluation.phases import Phases
@@ -45,6 +46,7 @@ def evaluate(
     routers: Mapping[int, PageRouter] | None = None,
     seed: int = 0,
     needle_lengths: Sequence[int] | None = None,
+    needle_variants: Sequence[str] = (PLAIN,),
     needle_batch: int = 1,
     progress: Progress | None = None,
 ) -> EvaluationResult:
@@ -64,6 +66,7 @@ def evaluate(
         routers: Learned corrections by layer index, used with every configuration, or None.
         seed: Of windows, prompts and bootstraps.
         needle_lengths: Context lengths of the prompts; ``(length,)`` if None.
+        needle_variants: Keys of :data:`~llama_surgery.evaluation.needle_variants.VARIANTS`.
         needle_batch: Prompts of equal length that are answered together.
         progress: Told as ``progress(stage, done, total)``.
 
@@ -73,26 +76,21 @@ def evaluate(
         UnsupportedModelError: The model cannot be operated or measured, with the reason.
         TextError: The texts are too short.
     """
-    if llama_surgery.is_operated(model):
-        raise SurgeryError("the model is operated: eject(model) first, so that the dense model is measured.")
-    if model.training:
-        raise SurgeryError(
-            "the model is in training mode, where dropout adds noise: call model.eval() first."
-        )
-    if DENSE in configs:
-        raise SurgeryError(f"a configuration is named {DENSE!r}, as the dense model is: choose another name.")
+    check_dense(model, configs)
     ids = cut_windows(tokenizer, eval_texts, length, windows, seed)
     prompts = []
     if needles:
         lengths = (length,) if needle_lengths is None else needle_lengths
-        prompts = needle_prompts(tokenizer, eval_texts, count=needles, lengths=lengths, seed=seed)
+        prompts = needle_prompts(
+            tokenizer, eval_texts, count=needles, lengths=lengths, variants=needle_variants, seed=seed
+        )
     head = Head(model, ids[0])
     dense_states: list[torch.Tensor] = []
 
     def keep(states: torch.Tensor, head: Head) -> None:
         dense_states.append(states.cpu())
 
-    tell = _named(progress, DENSE)
+    tell = named_progress(progress, DENSE)
     losses = perplexity(model, ids, tell, head=head, each=keep)
     answers, seconds = _answer(model, prompts, needle_batch, tell)
     result = EvaluationResult(
@@ -107,7 +105,7 @@ def evaluate(
         answers={DENSE: answers},
     )
     for name, config in configs.items():
-        tell = _named(progress, name)
+        tell = named_progress(progress, name)
         kl: list[torch.Tensor] = []
         agree: list[torch.Tensor] = []
 
@@ -132,6 +130,7 @@ def evaluate(
                 **_measured(name, operated, answers, seconds),
                 config=described,
                 ratio=perplexity_ratio(losses.per_window, operated.per_window, seed),
+                divergence_by_position=divergence.by_position(),
                 kl=divergence.mean_kl,
                 top1=divergence.top1,
                 density=density,
@@ -142,7 +141,24 @@ def evaluate(
     return result
 
 
-def _named(progress: Progress | None, name: str) -> Progress | None:
+def check_dense(model: nn.Module, configs: Mapping[str, SurgeryConfig]) -> None:
+    """Refuses what cannot be measured against the dense model.
+
+    Raises:
+        SurgeryError: The model is operated or in training mode, or a configuration is named as the dense one.
+    """
+    if llama_surgery.is_operated(model):
+        raise SurgeryError("the model is operated: eject(model) first, so that the dense model is measured.")
+    if model.training:
+        raise SurgeryError(
+            "the model is in training mode, where dropout adds noise: call model.eval() first."
+        )
+    if DENSE in configs:
+        raise SurgeryError(f"a configuration is named {DENSE!r}, as the dense model is: choose another name.")
+
+
+def named_progress(progress: Progress | None, name: str) -> Progress | None:
+    """``progress`` with a name before each stage."""
     if progress is None:
         return None
     return lambda stage, done, total: progress(f"{name}: {stage}", done, total)

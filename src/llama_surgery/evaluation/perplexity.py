@@ -48,15 +48,8 @@ class Perplexity:
         Returns:
             Dicts with ``from`` (inclusive), ``to`` (exclusive), ``tokens`` and ``perplexity``.
         """
-        length = self.nll.shape[1] + 1
-        edges = [1]
-        edge = FIRST_BIN
-        while edge < length:
-            edges.append(edge)
-            edge *= 2
-        edges.append(length)
         bins = []
-        for start, stop in itertools.pairwise(edges):
+        for start, stop in position_bins(self.nll.shape[1] + 1):
             losses = self.nll[:, start - 1 : stop - 1]
             bins.append(
                 {
@@ -67,6 +60,16 @@ class Perplexity:
                 }
             )
         return bins
+
+
+def position_bins(length: int) -> list[tuple[int, int]]:
+    """Bins of predicted positions, 1 … length − 1, that double in length: first and one past the last."""
+    edges = [1]
+    edge = FIRST_BIN
+    while edge < length:
+        edges.append(edge)
+        edge *= 2
+    return list(itertools.pairwise([*edges, length]))
 
 
 def token_nll(head: Head, states: torch.Tensor, input_ids: torch.Tensor) -> torch.Tensor:

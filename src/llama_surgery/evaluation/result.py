@@ -6,6 +6,7 @@ from typing import Any
 
 from llama_surgery.evaluation.io import write_csv
 from llama_surgery.evaluation.needle import NeedlePrompt
+from llama_surgery.evaluation.needle_table import compare_needles
 from llama_surgery.evaluation.paired import PairedDifference, RatioInterval
 from llama_surgery.files import write_json
 
@@ -43,6 +44,7 @@ class OperatedMeasurement(Measurement):
         ratio: Perplexity over that of the dense model.
         kl: Mean KL(dense ‖ operated), nats per token.
         top1: Share of positions where both rank the same token first.
+        divergence_by_position: Both in bins of predicted positions: ``from``, ``to``, ``kl``, ``top1``.
         density: ``Statistics.to_dict()`` over the windows.
         needle: Paired with the dense model's answers, or None where none were asked.
         generate_density: Densities of ``prefill`` and ``decode`` while the needles were answered.
@@ -52,6 +54,7 @@ class OperatedMeasurement(Measurement):
     ratio: RatioInterval
     kl: float
     top1: float
+    divergence_by_position: list[dict[str, Any]]
     density: dict[str, Any]
     needle: PairedDifference | None
     generate_density: dict[str, dict[str, float]]
@@ -88,7 +91,7 @@ class EvaluationResult:
 
         Args:
             name: A measured model: ``dense`` or the name of a configuration.
-            *keys: Of ``form``, ``depth`` and ``length``.
+            *keys: Of ``form``, ``kind``, ``variant``, ``depth`` and ``length``.
 
         Returns:
             For each combination that occurs, in order: the keys, ``count`` and ``right``.
@@ -101,12 +104,19 @@ class EvaluationResult:
             for cell, rights in sorted(cells.items())
         ]
 
+    def needle_comparison(self) -> list[dict[str, Any]]:
+        """Rows of :func:`~llama_surgery.evaluation.needle_table.compare_needles`, none without needles."""
+        operated = {name: rights for name, rights in self.answers.items() if name != DENSE}
+        return compare_needles(self.needles, self.answers[DENSE], operated)
+
     def to_dict(self) -> dict[str, Any]:
         """Plain numbers, texts, lists and dicts, ready for JSON. Prompts come without their tokens."""
         needles = []
         for index, prompt in enumerate(self.needles):
             needles.append(
                 {
+                    "variant": prompt.variant,
+                    "kind": prompt.kind,
                     "form": prompt.form,
                     "depth": prompt.depth,
                     "length": prompt.length,
@@ -123,6 +133,7 @@ class EvaluationResult:
             "dense": dataclasses.asdict(self.dense),
             "operated": [dataclasses.asdict(measured) for measured in self.operated],
             "needles": needles,
+            "needle_comparison": self.needle_comparison(),
         }
 
     def rows(self) -> list[dict[str, Any]]:

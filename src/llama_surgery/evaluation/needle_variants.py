@@ -1,0 +1,122 @@
+"""Harder needles: several facts, several questions, names that look alike."""
+
+import dataclasses
+import random
+import re
+from collections.abc import Sequence
+
+from llama_surgery.errors import TextError
+from llama_surgery.evaluation.needle_forms import SYLLABLES, WORDS, Form
+
+
+@dataclasses.dataclass(frozen=True)
+class Variant:
+    """How many facts there are, and how many are asked.
+
+    Attributes:
+        facts: Facts of one form, about different names, with different values.
+        asked: How many are asked for, one after the other. All must be answered.
+        alike: Whether all other names differ in one character from the one asked for.
+    """
+
+    facts: int = 1
+    asked: int = 1
+    alike: bool = False
+
+
+#: The plain needle, and what a prompt is made of if nothing else is said.
+PLAIN = "one-fact"
+
+#: By name, in order of the tables.
+VARIANTS = {
+    PLAIN: Variant(),
+    "four-facts": Variant(facts=4),
+    "sixteen-facts": Variant(facts=16),
+    "two-asked": Variant(facts=4, asked=2),
+    "alike-names": Variant(facts=4, alike=True),
+}
+
+# Facts take up at most this share of the text on their side of the fact asked for.
+_CROWDED = 0.5
+
+
+def check_variants(names: Sequence[str]) -> None:
+    """Refuses names that are not in :data:`VARIANTS`.
+
+    Raises:
+        TextError: There is none, or one is unknown.
+    """
+    unknown = [name for name in names if name not in VARIANTS]
+    if unknown or not names:
+        raise TextError(f"needle variants {list(names)}: give at least one of {', '.join(VARIANTS)}.")
+
+
+def invent_name(rng: random.Random, taken: Sequence[str], haystack: str) -> str:
+    """A name that is neither taken nor part of the haystack."""
+    while True:
+        name = "".join(rng.choices(SYLLABLES, k=rng.choice((2, 3, 3)))).capitalize()
+        if name not in taken and name not in haystack:
+            return name
+
+
+def invent_value(rng: random.Random, wording: Form, taken: Sequence[str], haystack: str) -> str:
+    """A value that is neither taken nor part of the haystack."""
+    if wording.numeric:
+        while True:
+            value = str(rng.randint(10_000, 99_999))
+            if value not in taken and value not in haystack:
+                return value
+    present = {*re.findall(r"[a-z]+", haystack.lower()), *taken}
+    left = [word for word in WORDS if word not in present]
+    # A very long haystack may hold all of them; the name still makes the answer unique.
+    return rng.choice(left or [word for word in WORDS if word not in taken])
+
+
+def other_facts(
+    rng: random.Random, variant: Variant, wording: Form, name: str, value: str, haystack: str
+) -> list[tuple[str, str]]:
+    """Names and values of the facts beside the one about ``name``."""
+    names, values = [name], [value]
+    alike = iter(rng.sample(_one_character_off(name, haystack), variant.facts - 1) if variant.alike else ())
+    for _ in range(variant.facts - 1):
+        names.append(next(alike, None) or invent_name(rng, names, haystack))
+        values.append(invent_value(rng, wording, values, haystack))
+    return list(zip(names[1:], values[1:], strict=True))
+
+
+def _one_character_off(name: str, haystack: str) -> list[str]:
+    """All names made of the same sounds that differ from ``name`` in one character."""
+    vowels = "aeiou"
+    consonants = "".join(dict.fromkeys(syllable[0] for syllable in SYLLABLES))
+    lower = name.lower()
+    changed = [
+        (lower[:place] + letter + lower[place + 1 :]).capitalize()
+        for place, old in enumerate(lower)
+        for letter in (vowels if old in vowels else consonants)
+        if letter != old
+    ]
+    return [other for other in changed if other not in haystack]
+
+
+def facts_behind(rng: random.Random, others: int, depth: float, front: int, behind: int, tokens: int) -> int:
+    """How many of the other facts stand behind the one asked for: as chance has it, if there is room.
+
+    Args:
+        rng: Decides.
+        others: Facts beside the one asked for.
+        depth: Share of the context before it.
+        front: Tokens of text before it.
+        behind: Tokens of text after it.
+        tokens: Of a fact.
+
+    Raises:
+        TextError: There is no room on either side.
+    """
+    most_front, most_behind = (int(_CROWDED * side / tokens) for side in (front, behind))
+    if most_front + most_behind < others:
+        raise TextError(
+            f"{others + 1} facts of {tokens} tokens do not fit into {front + behind} tokens of text: use "
+            "longer contexts."
+        )
+    wanted = sum(rng.random() > depth for _ in range(others))
+    return min(max(wanted, others - most_front), most_behind)
