@@ -1,0 +1,71 @@
+"""``llama-surgery export-topology``."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from llama_surgery.cli.common import (
+    AdapterArgument,
+    DeviceOption,
+    Dtype,
+    DtypeOption,
+    JsonOption,
+    ModelArgument,
+    checked_output,
+    err,
+    load_model,
+    out,
+    print_json,
+    topology_of,
+)
+from llama_surgery.errors import SurgeryError
+
+
+def export_topology(
+    model: ModelArgument,
+    text: Annotated[Path, typer.Option(help="A UTF-8 text file, read from its beginning.")],
+    out_file: Annotated[Path, typer.Option("--out", help="File to write, a NumPy archive (.npz).")],
+    adapter: AdapterArgument = None,
+    length: Annotated[int, typer.Option(min=1, help="Tokens of the text that are read, at most.")] = 8192,
+    device: DeviceOption = "auto",
+    dtype: DtypeOption = Dtype.auto,
+    json: JsonOption = False,
+) -> None:
+    """Write what every layer and head sees of a text as block-sparse arrays, for other tools and hardware.
+
+    The file holds, for each layer and KV head, the far pages that every tile of queries reads (CSR), from
+    which row on, the token positions of every page and its path in the tree. docs/topology-format.md
+    describes it. Without an adapter the documented default topology is used, whose thresholds are not
+    calibrated for your model. Example:
+
+    llama-surgery export-topology demo/books-26m adapter --text demo/text/evaluation.txt --out topology.npz
+    """
+    checked_output(out_file)
+    if text.is_dir():
+        raise SurgeryError(f"{text} is a folder: give one text file.")
+    from llama_surgery.text import encode, leading_tokens, read_texts
+
+    (document,) = read_texts(text)
+    llm, tokenizer = load_model(model, device, dtype)
+    import torch
+
+    from llama_surgery.export.file import describe, write_topology
+    from llama_surgery.export.record import record_topology
+    from llama_surgery.surgery.operate import operated
+
+    config, routers = topology_of(llm, adapter)
+    ids = [*leading_tokens(tokenizer), *encode(tokenizer, document)][:length]
+    with err.status(f"Reading {len(ids):,} tokens …"), operated(llm, config, routers=routers):
+        topology = record_topology(llm, torch.tensor(ids))
+    write_topology(out_file, topology)
+    told = describe(topology)
+    if json:
+        print_json({"file": str(out_file), **told})
+        return
+    out.print(
+        f"{told['tokens']:,} tokens in {told['tiles']:,} tiles, {told['pages']:,} pages a head; "
+        f"{len(told['layers'])} layers read {told['entries']:,} pages in all, a far density of "
+        f"{told['far_density']:.2%}."
+    )
+    out.print(f"Written: {out_file.resolve()}", soft_wrap=True, highlight=False)

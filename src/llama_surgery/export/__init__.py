@@ -1,0 +1,1 @@
+"""Topologies as files, for other hardware and other tools."""

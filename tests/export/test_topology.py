@@ -1,0 +1,216 @@
+"""Topology files: written, read back, executed; and what is refused."""
+
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from tests.surgery.tiny import SPARSE, llama, tokens
+
+import llama_surgery
+from llama_surgery import SurgeryConfig, SurgeryError, TextError
+from llama_surgery.attention.impl import reference
+from llama_surgery.export.file import describe, read_topology, write_topology
+from llama_surgery.export.record import record_topology
+from llama_surgery.export.topology import Topology
+from llama_surgery.surgery import interface
+from llama_surgery.topology.geometry import query_blocks
+from llama_surgery.topology.layout import reorder
+from llama_surgery.topology.tree import paths
+
+TERNARY = SurgeryConfig(
+    chunk_size=72, page_size=8, window=24, tile=8, arity=3, theta=0.1, score_stride=4, moment_size=8
+)
+# 320 − 5 tokens: the last tile and the last chunk are partial.
+LENGTH = 315
+
+
+def attention(
+    topology: Topology, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
+) -> torch.Tensor:
+    """What a topology says: (kv_heads, group, length, value_dim). Tensors come in order of position."""
+    config, order, plans = topology.config, topology.order(layer), topology.plans(layer)
+    options: dict[str, Any] = {"scale": q.shape[-1] ** -0.5, "softcap": None}
+    outs = []
+    for block in query_blocks(0, topology.length, config, config.tile):
+        rows, far = q[:, :, block.start : block.stop], slice(0, block.closed * config.chunk_size)
+        near = slice(far.stop, block.stop)
+        out, lse = reference.near_field(rows, k[:, near], v[:, near], **options)
+        if block.closed:
+            pages = [reorder(states[:, far], order[:, : block.closed]) for states in (k, v)]
+            plan = plans.pop(0)
+            assert plan.block == block
+            out, _ = reference.far_field(rows, *pages, config.page_size, plan, (out, lse), **options)
+        outs.append(out)
+    assert not plans
+    return torch.cat(outs, 2)
+
+
+@pytest.fixture(scope="module")
+def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("topology") / "t.npz"
+    with llama_surgery.operated(llama(), SPARSE) as model:
+        write_topology(path, record_topology(model, tokens(LENGTH)))
+    return path
+
+
+@pytest.mark.parametrize("config", [SPARSE, TERNARY], ids=["binary", "ternary"])
+def test_a_file_executed_by_the_reference_gives_the_operated_attention(
+    config: SurgeryConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ids, seen = tokens(LENGTH), []
+    plain = interface.attend
+
+    def watched(queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, *rest: Any, **options: Any):
+        result = plain(queries, keys, values, *rest, **options)
+        seen.append((queries, keys, values, result.out))
+        return result
+
+    with llama_surgery.operated(llama(), config) as model:
+        write_topology(tmp_path / "t.npz", record_topology(model, ids))
+        monkeypatch.setattr(interface, "attend", watched)
+        with torch.no_grad():
+            model(ids[None], use_cache=False)
+    topology = read_topology(tmp_path / "t.npz")
+    assert list(topology.layers) == [0, 1] and len(seen) == 2
+    for layer, (queries, keys, values, expected) in enumerate(seen):
+        got = attention(topology, layer, queries, keys, values)
+        torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-12)
+        # Something is left out, or the comparison would show nothing.
+        dense, _ = reference.near_field(queries, keys, values, scale=queries.shape[-1] ** -0.5, softcap=None)
+        assert (dense - expected).abs().max() > 1e-3
+
+
+def test_what_is_written_is_read(file: Path) -> None:
+    with llama_surgery.operated(llama(), SPARSE) as model:
+        written = record_topology(model, tokens(LENGTH))
+    read = read_topology(file)
+    assert (read.model, read.config) == ("LlamaForCausalLM", SPARSE)
+    assert np.array_equal(read.tokens, tokens(LENGTH))
+    for index, layer in written.layers.items():
+        for field in dataclasses.fields(layer):
+            assert np.array_equal(getattr(read.layers[index], field.name), getattr(layer, field.name))
+    assert describe(read)["kv_heads"] == [2] and describe(read)["entries"] > 0
+
+
+def test_density_is_that_of_the_statistics_which_stay(file: Path) -> None:
+    with llama_surgery.operated(llama(), SPARSE) as model:
+        with torch.no_grad():
+            model(tokens(LENGTH)[None])
+        before = llama_surgery.statistics(model)
+        record_topology(model, tokens(LENGTH))
+        assert llama_surgery.statistics(model) == before
+        assert llama_surgery.config_of(model) == SPARSE
+    topology = read_topology(file)
+    assert topology.far_density() == pytest.approx(before.far_density)
+    assert sum(len(layer.indices) for layer in topology.layers.values()) == before.pages_read
+
+
+def test_arrays_mean_what_the_format_says(file: Path) -> None:
+    with np.load(file, allow_pickle=False) as archive:
+        arrays = dict(archive)
+    header = json.loads(str(arrays["header"]))
+    assert header["format_version"] == 1 and header["layers"] == {"0": {"group": 2}, "1": {"group": 2}}
+    tile, page = SPARSE.tile, SPARSE.page_size
+    assert arrays["tile_start"].tolist() == list(range(0, LENGTH, tile))
+    for start, near in zip(arrays["tile_start"], arrays["near_start"], strict=True):
+        assert near == max(0, (start - SPARSE.window) // SPARSE.chunk_size) * SPARSE.chunk_size
+    positions, path = arrays["layer.1.positions"], arrays["page_path"]
+    assert positions.shape == (2, 256 // page, page) and path.shape == (256 // page, 2)
+    # A key's path, from the tree, is its page's.
+    order = torch.from_numpy(positions[1].reshape(-1, 64)).long() % 64
+    digits = paths(order, page, 2)
+    for number, row in enumerate(positions[1]):
+        assert np.array_equal(digits[number * page // 64, row % 64], np.tile(path[number], (page, 1)))
+
+
+def test_a_short_text_has_no_pages(tmp_path: Path) -> None:
+    with llama_surgery.operated(llama(), SPARSE) as model:
+        write_topology(tmp_path / "t.npz", record_topology(model, tokens(50)))
+        with pytest.raises(TextError, match="no token"):
+            record_topology(model, tokens(0))
+    topology = read_topology(tmp_path / "t.npz")
+    assert topology.pages == 0 and topology.far_density() == 0 and topology.plans(0) == []
+
+
+def test_kernels_are_asked_for_lists_of_pages_and_asked_again_later() -> None:
+    config = dataclasses.replace(SPARSE, backend="auto")
+    with llama_surgery.operated(llama(), config) as model:
+        assert record_topology(model, tokens(LENGTH)).config == config
+        assert llama_surgery.config_of(model) == config
+
+
+def damage(name: str, change: Callable[[np.ndarray], Any]) -> Callable[[dict[str, np.ndarray]], Any]:
+    return lambda arrays: arrays.update({name: change(arrays[name])})
+
+
+def header(**changes: Any) -> Callable[[dict[str, np.ndarray]], Any]:
+    return damage("header", lambda text: np.array(json.dumps({**json.loads(str(text)), **changes})))
+
+
+def put(place: Any, value: int) -> Callable[[np.ndarray], np.ndarray]:
+    def change(array: np.ndarray) -> np.ndarray:
+        array = array.copy()
+        array[place] = value
+        return array
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (header(format="something"), "is not a topology file"),
+        (header(format_version=2), "Update llama-surgery"),
+        (header(config={"chunk_size": 7}), "its header"),
+        (header(layers={"0": {}}), "its header: 'group'"),
+        (header(layers={"0": {"group": 0}, "1": {"group": 2}}), "layer 0: group 0"),
+        (lambda arrays: arrays.pop("layer.1.indices"), r"missing arrays \['layer.1.indices'\]"),
+        (lambda arrays: arrays.update(more=np.zeros(1, int)), r"unknown \['more'\]"),
+        (lambda arrays: arrays.pop("header"), "is not a topology file"),
+        (damage("tokens", lambda a: a.astype(float)), "tokens is of float64"),
+        (damage("tokens", lambda a: a[:0]), r"tokens has shape \(0,\)"),
+        (damage("tokens", lambda a: a[:100]), "tile_start contradicts"),
+        (damage("near_start", put(-1, 0)), "near_start contradicts"),
+        (damage("page_path", put((0, 0), 1)), "page_path contradicts"),
+        (damage("layer.0.indptr", lambda a: a[:, 1:]), r"layer 0: indptr has shape \(2, 40\)"),
+        (damage("layer.0.indptr", put((1, 0), 0)), "indptr does not cut"),
+        (damage("layer.0.indptr", put((1, 20), 10**6)), "indptr does not cut"),
+        (damage("layer.1.first_row", lambda a: a[1:]), "differ in shape"),
+        (damage("layer.1.indices", put(-1, 99)), "page that is not closed"),
+        (damage("layer.1.indices", put(0, -1)), "page that is not closed"),
+        (damage("layer.1.indices", put(slice(-2, None), 3)), "do not ascend"),
+        (damage("layer.1.first_row", put(0, 8)), "first row lies outside"),
+        (damage("layer.0.positions", lambda a: a[:, :-1]), "positions has shape"),
+        (damage("layer.0.positions", put((0, 0, 0), 70)), "positions are not those"),
+    ],
+)
+def test_damaged_files_are_refused(
+    file: Path, tmp_path: Path, change: Callable[[dict[str, np.ndarray]], Any], told: str
+) -> None:
+    with np.load(file) as archive:
+        arrays = dict(archive)
+    change(arrays)
+    np.savez(tmp_path / "t.npz", **arrays)
+    with pytest.raises(SurgeryError, match=told):
+        read_topology(tmp_path / "t.npz")
+
+
+def test_other_files_are_refused(file: Path, tmp_path: Path) -> None:
+    with pytest.raises(SurgeryError, match="cannot be read"):
+        read_topology(tmp_path / "nowhere.npz")
+    for name, content in (
+        ("text", b"no archive"),
+        ("empty", b""),
+        ("half", file.read_bytes()[:2000]),
+    ):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(SurgeryError, match=r"topology file|cannot be read"):
+            read_topology(tmp_path / name)
+    np.save(tmp_path / "single.npy", np.zeros(3))
+    with pytest.raises(SurgeryError, match="not a topology file"):
+        read_topology(tmp_path / "single.npy")
