@@ -21,6 +21,7 @@ from rich.progress import (
 from typer.core import TyperGroup
 
 from llama_surgery import __version__
+from llama_surgery.config import SurgeryConfig
 from llama_surgery.errors import SurgeryError
 
 if TYPE_CHECKING:
@@ -87,6 +88,10 @@ AdapterOption = Annotated[
     Path | None,
     typer.Option(help="Adapter folder written by 'llama-surgery operate'.", rich_help_panel="Topology"),
 ]
+AdapterArgument = Annotated[
+    Path | None,
+    typer.Argument(help="Adapter folder written by 'llama-surgery operate'; the default topology without."),
+]
 CalibrationOption = Annotated[
     Path | None,
     typer.Option(
@@ -140,6 +145,25 @@ def load_model(path: str, device: str, dtype: Dtype) -> "tuple[PreTrainedModel, 
             "safetensors, tokenizer) or its name on the Hub."
         ) from error
     return model, tokenizer
+
+
+def topology_of(model: Any, adapter: Path | None) -> tuple[SurgeryConfig, dict[int, Any]]:
+    """Configuration and learned corrections of an adapter, checked against the model, which stays dense.
+
+    Without an adapter the documented defaults.
+
+    Raises:
+        SurgeryError: The adapter does not fit, or the model cannot be operated.
+    """
+    if adapter is None:
+        return SurgeryConfig(), {}
+    from llama_surgery.surgery.adapter import load_adapter
+    from llama_surgery.surgery.operate import config_of, eject, routers_of
+
+    load_adapter(model, adapter)
+    config, routers = config_of(model), routers_of(model)
+    eject(model)
+    return config, routers
 
 
 def _device(name: str) -> Any:

@@ -17,7 +17,8 @@ from llama_surgery.cli.common import (
     print_json,
     progress,
 )
-from llama_surgery.cli.run import calibrated, measured, summary_table
+from llama_surgery.cli.run import calibrated, measured
+from llama_surgery.cli.tables import summary_table
 from llama_surgery.config import SurgeryConfig
 from llama_surgery.errors import SurgeryError
 
@@ -42,6 +43,7 @@ def demo(
     started = time.perf_counter()
     folder = demo_folder()
     checked_output(out_folder, folder=True)
+    from llama_surgery.evaluation.needle_variants import PLAIN
     from llama_surgery.text import read_texts
 
     calibration = read_texts(folder / "text" / "calibration.txt")
@@ -67,6 +69,7 @@ def demo(
             windows=windows,
             needles=needles,
             needle_lengths=[n for n in (2048, 4096, 8192) if n <= length],
+            needle_variants=[PLAIN],
             needle_batch=1,
             seed=SEED,
             conditions={

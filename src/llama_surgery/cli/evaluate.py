@@ -19,8 +19,10 @@ from llama_surgery.cli.common import (
     out,
     print_json,
     progress,
+    topology_of,
 )
-from llama_surgery.cli.run import calibrated, measured, summary_table
+from llama_surgery.cli.run import calibrated, measured
+from llama_surgery.cli.tables import continuation_table, domain_table, needle_table, summary_table
 from llama_surgery.cli.topology import config_for, topology_options
 
 _SAMPLES = "Samples"
@@ -71,12 +73,40 @@ def evaluate(
             rich_help_panel=_SAMPLES,
         ),
     ] = None,
+    needle_variant: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Harder needles: one-fact (the default), four-facts, sixteen-facts, two-asked, alike-names, "
+            "or all. May be repeated.",
+            rich_help_panel=_SAMPLES,
+        ),
+    ] = None,
     needle_batch: Annotated[
         int,
         typer.Option(
             min=1, help="Prompts answered together: more is faster on a GPU.", rich_help_panel=_SAMPLES
         ),
     ] = 1,
+    domain: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Measure perplexity and divergence on this text too, thresholds unchanged: a .txt file or a "
+            "folder of them, or name=path. May be repeated.",
+            rich_help_panel=_SAMPLES,
+        ),
+    ] = None,
+    continuations: Annotated[
+        int,
+        typer.Option(
+            min=0,
+            help="Windows of --length tokens whose end the models write themselves, greedily: agreement with "
+            "the dense text, repetition, length. 0 for none.",
+            rich_help_panel=_SAMPLES,
+        ),
+    ] = 0,
+    continuation_tokens: Annotated[
+        int, typer.Option(min=1, help="Tokens of such an end.", rich_help_panel=_SAMPLES)
+    ] = 1024,
     seed: Annotated[
         int, typer.Option(help="Same seed, same windows and prompts.", rich_help_panel=_SAMPLES)
     ] = 0,
@@ -93,9 +123,9 @@ def evaluate(
 ) -> None:
     """Measure an operated model against the dense one, in one run on the same text.
 
-    Perplexity, divergence, planted facts, densities and times. The topology comes from --adapter, or from
-    the options below; with --calibration-text and --density its thresholds are set first, for every tile
-    size. Example:
+    Perplexity, divergence, planted facts, long texts, densities and times. The topology comes from --adapter,
+    or from the options below; with --calibration-text and --density its thresholds are set first, for every
+    tile size. Example:
 
     llama-surgery evaluate demo/books-26m --text demo/text/evaluation.txt --windows 4
     --calibration-text demo/text/calibration.txt --density 0.06 --out results.json
@@ -104,19 +134,33 @@ def evaluate(
         raise typer.BadParameter("--calibration-text and --density go together.")
     if adapter is not None and (density is not None or also_tile):
         raise typer.BadParameter("--adapter holds a topology already: leave --density and --also-tile out.")
+    if needle_variant and not needles:
+        raise typer.BadParameter(
+            "--needle-variant says which needles to ask: give their number by --needles."
+        )
     for path in (out_file, csv):
         if path is not None:
             checked_output(path)
     configs = {f"T = {t}": config_for(settings, t) for t in dict.fromkeys([tile, *(also_tile or [])])}
+    from llama_surgery.evaluation.needle_variants import PLAIN, VARIANTS, check_variants
     from llama_surgery.text import read_texts
 
+    variants = (
+        list(VARIANTS) if "all" in (needle_variant or []) else list(dict.fromkeys(needle_variant or [PLAIN]))
+    )
+    check_variants(variants)
+    from llama_surgery.evaluation.domains import evaluate_domains, read_domains
+    from llama_surgery.evaluation.long_generation import long_generation
+
     texts = read_texts(text)
+    domains = read_domains(domain or [])
     calibration = None if calibration_text is None else read_texts(calibration_text)
     llm, tokenizer = load_model(model, device, dtype)
     conditions = {"text": _shown(text)}
     routers = None
     if adapter is not None:
-        (configs, routers), conditions["adapter"] = _from_adapter(llm, adapter), _shown(adapter)
+        (config, routers), conditions["adapter"] = topology_of(llm, adapter), _shown(adapter)
+        configs = {f"T = {config.tile}": config}
     with progress() as tell:
         if calibration is not None and density is not None:
             for name, config in configs.items():
@@ -133,12 +177,30 @@ def evaluate(
             windows=windows,
             needles=needles,
             needle_lengths=needle_length or None,
+            needle_variants=variants,
             needle_batch=needle_batch,
             seed=seed,
             conditions=conditions,
             progress=tell,
             routers=routers,
         )
+        shared: dict[str, Any] = {"configs": configs, "routers": routers, "seed": seed, "progress": tell}
+        if domains:
+            measured_domains = evaluate_domains(
+                llm, tokenizer, domains=domains, length=length, windows=windows, **shared
+            )
+            results["domains"] = {name: found.to_dict() for name, found in measured_domains.items()}
+        if continuations:
+            written = long_generation(
+                llm,
+                tokenizer,
+                texts=texts,
+                length=length,
+                new_tokens=continuation_tokens,
+                count=continuations,
+                **shared,
+            )
+            results["continuations"] = {name: found.to_dict() for name, found in written.items()}
     if out_file is not None:
         from llama_surgery.report.results import write_results
 
@@ -149,20 +211,15 @@ def evaluate(
         print_json(results)
         return
     out.print(summary_table(results))
+    if variants != [PLAIN]:
+        out.print(needle_table(results))
+    if domains:
+        out.print(domain_table(results))
+    if continuations:
+        out.print(continuation_table(results))
     for path in (out_file, csv):
         if path is not None:
             out.print(f"Written: {path.resolve()}", soft_wrap=True, highlight=False)
-
-
-def _from_adapter(model: Any, folder: Path) -> tuple[dict[str, Any], dict[int, Any]]:
-    """Configuration and corrections of an adapter, checked against the model, which stays dense."""
-    from llama_surgery.surgery.adapter import load_adapter
-    from llama_surgery.surgery.operate import config_of, eject, routers_of
-
-    load_adapter(model, folder)
-    config, routers = config_of(model), routers_of(model)
-    eject(model)
-    return {f"T = {config.tile}": config}, routers
 
 
 def _shown(path: Path | None) -> str:

@@ -6,8 +6,6 @@ import time
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from rich.table import Table
-
 from llama_surgery.config import SurgeryConfig
 from llama_surgery.surgery.compat import CACHE_NAME
 
@@ -58,6 +56,7 @@ def measured(
     windows: int,
     needles: int,
     needle_lengths: Sequence[int] | None,
+    needle_variants: Sequence[str],
     needle_batch: int,
     seed: int,
     conditions: dict[str, str],
@@ -89,6 +88,7 @@ def measured(
         routers=routers,
         seed=seed,
         needle_lengths=needle_lengths,
+        needle_variants=needle_variants,
         needle_batch=needle_batch,
         progress=progress,
     )
@@ -131,17 +131,3 @@ def _busiest(by_layer: dict[int, dict[str, Any]]) -> tuple[int, int]:
     heads = [(d, layer, head) for layer, v in by_layer.items() for head, d in enumerate(v["far_density"])]
     _, layer, head = max(heads)
     return layer, head
-
-
-def summary_table(results: dict[str, Any]) -> Table:
-    """The dense model against its operated forms, for the terminal."""
-    from llama_surgery.report.summary import columns, rows
-
-    table = Table(title=f"{results['model']} at {results['length']:,} tokens", title_justify="left")
-    table.add_column("")
-    for name in columns(results):
-        table.add_column(name, justify="right")
-    for row in rows(results):
-        cells = [cell.text + (f"\n[dim]{cell.note}[/]" if cell.note else "") for cell in row.cells]
-        table.add_row(row.name, *cells)
-    return table
