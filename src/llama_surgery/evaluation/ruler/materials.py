@@ -1,0 +1,239 @@
+"""What the tasks are made of: running text, words, questions."""
+
+import dataclasses
+import functools
+import random
+import re
+from collections.abc import Mapping, Sequence
+from importlib.resources import files
+
+from llama_surgery.errors import TextError
+from llama_surgery.evaluation.needle_forms import SYLLABLES, WORDS
+from llama_surgery.evaluation.ruler.questions import QuestionSet
+
+#: Keys are one of these, a hyphen and one of :data:`~llama_surgery.evaluation.needle_forms.WORDS`.
+ADJECTIVES = tuple(
+    [
+        "able",
+        "bold",
+        "brave",
+        "brief",
+        "bright",
+        "brisk",
+        "broad",
+        "calm",
+        "careful",
+        "cheap",
+        "civil",
+        "clean",
+        "clear",
+        "clever",
+        "close",
+        "cold",
+        "common",
+        "cool",
+        "crisp",
+        "curious",
+        "damp",
+        "dark",
+        "deep",
+        "distant",
+        "dizzy",
+        "dry",
+        "dull",
+        "eager",
+        "early",
+        "easy",
+        "equal",
+        "exact",
+        "faint",
+        "fair",
+        "famous",
+        "fancy",
+        "fast",
+        "final",
+        "firm",
+        "flat",
+        "fond",
+        "fragile",
+        "free",
+        "fresh",
+        "gentle",
+        "glad",
+        "grand",
+        "grave",
+        "great",
+        "guilty",
+        "handy",
+        "happy",
+        "harsh",
+        "heavy",
+        "hidden",
+        "hollow",
+        "honest",
+        "humble",
+        "idle",
+        "jolly",
+        "keen",
+        "kind",
+        "large",
+        "late",
+        "lazy",
+        "light",
+        "lively",
+        "local",
+        "lonely",
+        "long",
+        "loud",
+        "lovely",
+        "lucky",
+        "mad",
+        "mild",
+        "modern",
+        "modest",
+        "narrow",
+        "neat",
+        "noble",
+        "odd",
+        "old",
+        "open",
+        "patient",
+        "plain",
+        "polite",
+        "proud",
+        "pure",
+        "quick",
+        "quiet",
+        "rapid",
+        "rare",
+        "ready",
+        "rich",
+        "rough",
+        "round",
+        "royal",
+        "sharp",
+        "shy",
+        "silent",
+        "simple",
+        "slow",
+        "small",
+        "smooth",
+        "sober",
+        "soft",
+        "solid",
+        "sour",
+        "steady",
+        "steep",
+        "stiff",
+        "strange",
+        "strict",
+        "strong",
+        "subtle",
+        "sudden",
+        "sunny",
+        "sweet",
+        "swift",
+        "tall",
+        "tame",
+        "tender",
+        "thick",
+        "thin",
+        "tidy",
+        "tiny",
+        "tired",
+        "tough",
+        "true",
+        "useful",
+        "vague",
+        "vast",
+        "warm",
+        "weary",
+        "wild",
+        "wise",
+        "young",
+    ]
+)
+
+_SENTENCE_END = re.compile(r"(?:(?<=[.!?])|(?<=[.!?][\"”’')]))\s+")
+
+
+@dataclasses.dataclass(frozen=True)
+class Materials:
+    """Sources shared by all samples.
+
+    Attributes:
+        sentences: Of the running text, in order, white space collapsed; it is read round and round.
+        questions: Question sets by task, ``qa_1`` and ``qa_2``; those not given are absent.
+    """
+
+    sentences: tuple[str, ...]
+    questions: Mapping[str, QuestionSet] = dataclasses.field(default_factory=dict)
+
+    @classmethod
+    def of(
+        cls, texts: Sequence[str] | None = None, questions: Mapping[str, QuestionSet] | None = None
+    ) -> "Materials":
+        """Materials of the given documents, or of the text that comes with the package.
+
+        Raises:
+            TextError: The documents hold fewer than ten sentences.
+        """
+        texts = [default_text()] if texts is None else texts
+        sentences = tuple(s for text in texts for s in split_sentences(text))
+        if len(sentences) < 10:
+            raise TextError(
+                f"the haystack text has {len(sentences)} sentences: at least 10 are needed. Give running "
+                "prose, a book or more."
+            )
+        return cls(sentences, dict(questions or {}))
+
+
+@functools.cache
+def default_text() -> str:
+    """The first chapters of Booker T. Washington, *Up from Slavery* (1901), in the public domain."""
+    return files(__package__).joinpath("data", "haystack.txt").read_text(encoding="utf-8")
+
+
+def split_sentences(text: str) -> list[str]:
+    """Sentences of a text, each with its white space collapsed."""
+    return [s for s in _SENTENCE_END.split(" ".join(text.split())) if s]
+
+
+def running_text(sentences: Sequence[str], words: int, start: int) -> list[str]:
+    """About ``words`` words: sentences from number ``start`` on, round and round."""
+    taken: list[str] = []
+    count = 0
+    while count < words:
+        taken.append(sentences[(start + len(taken)) % len(sentences)])
+        count += taken[-1].count(" ") + 1
+    return taken
+
+
+def distinct_keys(rng: random.Random, count: int) -> list[str]:
+    """Different invented keys such as ``calm-falcon``; more adjectives where pairs do not suffice."""
+    adjectives, available = 1, len(ADJECTIVES) * len(WORDS)
+    while available < count:
+        adjectives, available = adjectives + 1, available * len(ADJECTIVES)
+    keys = []
+    for number in rng.sample(range(available), count):
+        number, noun = divmod(number, len(WORDS))
+        parts = [WORDS[noun]]
+        for _ in range(adjectives):
+            number, adjective = divmod(number, len(ADJECTIVES))
+            parts.insert(0, ADJECTIVES[adjective])
+        keys.append("-".join(parts))
+    return keys
+
+
+@functools.cache
+def _vocabulary() -> tuple[str, ...]:
+    return tuple(sorted(set(re.findall(r"\b[a-z]{4,}\b", default_text()))))
+
+
+def distinct_words(rng: random.Random, count: int) -> list[str]:
+    """Different lower-case words, in random order: English ones, filled up with invented ones."""
+    known = _vocabulary()
+    words = dict.fromkeys(known)
+    while len(words) < count:
+        words["".join(rng.choices(SYLLABLES, k=4))] = None
+    return rng.sample(list(words), count)

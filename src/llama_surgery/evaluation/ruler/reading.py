@@ -1,0 +1,54 @@
+"""Question answering: the documents that hold the answer, among others."""
+
+import random
+
+from llama_surgery.errors import TextError
+from llama_surgery.evaluation.ruler.draft import Builder, Draft, Request
+
+_INSTRUCTION = (
+    "Answer the question from the documents{place}. Give the answer alone, in as few words as it takes."
+)
+
+
+def question_answering(task: str) -> Builder:
+    """Generator over the question set that is given for ``task``. ``size`` counts documents."""
+
+    def build(request: Request) -> Draft:
+        chosen = request.materials.questions.get(task)
+        if chosen is None:
+            raise TextError(
+                f"{task} needs a question file: none was given. Give the path of one in the format of SQuAD "
+                f"or HotpotQA for {task}, or leave the task out."
+            )
+        if request.index >= len(chosen.questions):
+            raise TextError(
+                f"{task}: sample {request.index + 1} was asked for, but the question file has "
+                f"{len(chosen.questions)} questions that can be answered. Ask for fewer samples."
+            )
+        order = random.Random(f"{request.seed} {task}").sample(
+            range(len(chosen.questions)), len(chosen.questions)
+        )
+        question = chosen.questions[order[request.index]]
+        numbers = list(question.gold)
+        taken = {*question.gold, *question.related}
+        others = [number for number in range(len(chosen.documents)) if number not in taken]
+        request.rng.shuffle(others)
+        distractors = [*question.related, *others]
+        missing = request.size - len(numbers)
+        if missing > 0 and distractors:
+            # A file with little text is read round and round; the gold documents stay single.
+            rounds = -(-missing // len(distractors))
+            numbers += (distractors * rounds)[:missing]
+        request.rng.shuffle(numbers)
+        documents = [f"Document {i}:\n{chosen.documents[n]}" for i, n in enumerate(numbers, start=1)]
+        prompt = "\n\n".join(
+            [
+                _INSTRUCTION.format(place=" below"),
+                *documents,
+                _INSTRUCTION.format(place=" above"),
+                f"Question: {question.text}",
+            ]
+        )
+        return Draft(prompt, "Answer:", question.answers)
+
+    return build

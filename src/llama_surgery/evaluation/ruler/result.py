@@ -1,0 +1,205 @@
+"""What a run found, cell by cell, and the tables made of it."""
+
+import dataclasses
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from llama_surgery.errors import SurgeryError
+from llama_surgery.evaluation.intervals import CONFIDENCE, Change, mean_interval, paired_change
+from llama_surgery.evaluation.io import write_csv
+from llama_surgery.evaluation.result import DENSE
+from llama_surgery.files import write_json
+
+VERSION = 1
+
+
+@dataclasses.dataclass
+class Cell:
+    """Samples 0, 1, … of one task at one length, answered by one model.
+
+    Attributes:
+        name: ``dense`` or the name of a configuration.
+        task: The task.
+        length: Tokens of prompt and answer.
+        scores: 0…1, in the order of the samples.
+        answers: What was written.
+        seconds: Wall time of all answers together.
+        pairs: (query, key) pairs read, and causal pairs, in prefill and decode; empty for ``dense``.
+    """
+
+    name: str
+    task: str
+    length: int
+    scores: list[float] = dataclasses.field(default_factory=list)
+    answers: list[str] = dataclasses.field(default_factory=list)
+    seconds: float = 0.0
+    pairs: dict[str, float] = dataclasses.field(default_factory=dict)
+
+    @property
+    def density(self) -> float:
+        """Pairs read over causal pairs."""
+        return self.pairs["read"] / self.pairs["causal"] if self.pairs else 1.0
+
+
+@dataclasses.dataclass
+class RulerResult:
+    """A dense model and its operated forms on the same samples.
+
+    Attributes:
+        settings: All that decides the scores: model, configurations, tasks, lengths, seed, versions.
+        cells: In the order in which they were begun.
+    """
+
+    settings: dict[str, Any]
+    cells: list[Cell] = dataclasses.field(default_factory=list)
+
+    def cell(self, name: str, task: str, length: int) -> Cell:
+        """The cell of that model, task and length; an empty one is added where there is none."""
+        for cell in self.cells:
+            if (cell.name, cell.task, cell.length) == (name, task, length):
+                return cell
+        self.cells.append(Cell(name, task, length))
+        return self.cells[-1]
+
+    @property
+    def names(self) -> list[str]:
+        """The operated forms."""
+        return [name for name in self.settings["configs"] if name != DENSE]
+
+    @property
+    def complete(self) -> bool:
+        """Whether every cell has all its samples."""
+        wanted = (1 + len(self.names)) * len(self.settings["tasks"]) * len(self.settings["lengths"])
+        full = [cell for cell in self.cells if len(cell.scores) == self.settings["samples"]]
+        return len(full) == wanted
+
+    def pairs(
+        self, name: str, *, task: str | None = None, length: int | None = None
+    ) -> dict[tuple[str, int], tuple[list[float], list[float]]]:
+        """Dense and operated scores by task and length, of the samples that both have answered."""
+        found = {}
+        for cell in self.cells:
+            wanted = task in (None, cell.task) and length in (None, cell.length)
+            if cell.name == name and wanted and cell.scores:
+                dense = self.cell(DENSE, cell.task, cell.length).scores
+                both = min(len(dense), len(cell.scores))
+                if both:
+                    found[cell.task, cell.length] = (dense[:both], cell.scores[:both])
+        return found
+
+    def changes(self, name: str, by: str, tasks: Iterable[str] | None = None) -> dict[Any, Change]:
+        """Changes by ``task`` (over lengths) or by ``length`` (over tasks), intervals that hold together.
+
+        Args:
+            name: An operated form.
+            by: ``task`` or ``length``.
+            tasks: Tasks that count; all if None.
+        """
+        groups: dict[Any, list[tuple[list[float], list[float]]]] = {}
+        for (task, length), scores in self.pairs(name).items():
+            if tasks is None or task in tasks:
+                groups.setdefault(task if by == "task" else length, []).append(scores)
+        return {
+            key: paired_change(_merged(parts) if by == "task" else parts, comparisons=len(groups))
+            for key, parts in groups.items()
+        }
+
+    def average(self, name: str, tasks: Iterable[str] | None = None) -> Change | None:
+        """Mean over tasks, each task's samples of all lengths together; None where nothing was answered."""
+        by_task: dict[str, list[tuple[list[float], list[float]]]] = {}
+        for (task, _), scores in self.pairs(name).items():
+            if tasks is None or task in tasks:
+                by_task.setdefault(task, []).append(scores)
+        return paired_change([_merged(parts)[0] for parts in by_task.values()]) if by_task else None
+
+    def rows(self) -> list[dict[str, Any]]:
+        """One flat row a cell, with interval, and paired with the dense one where it is not that itself."""
+        rows = []
+        for cell in self.cells:
+            if not cell.scores:
+                continue
+            mean, low, high = mean_interval(cell.scores)
+            row = {"name": cell.name, "task": cell.task, "length": cell.length, "samples": len(cell.scores)}
+            row |= {"score": 100 * mean, "score_low": 100 * low, "score_high": 100 * high}
+            row |= {"seconds": cell.seconds, "total_density": cell.density}
+            paired = self.pairs(cell.name, task=cell.task, length=cell.length)
+            if cell.name != DENSE and paired:
+                change = paired_change(list(paired.values()))
+                row |= {"difference": 100 * change.difference, "difference_low": 100 * change.low}
+                row |= {"difference_high": 100 * change.high, "lost": change.lost, "won": change.won}
+            rows.append({**row, "model": self.settings["model"], "seed": self.settings["seed"]})
+        return rows
+
+    def to_dict(self) -> dict[str, Any]:
+        """Settings, cells and summaries, ready for JSON."""
+        summaries = {}
+        for name in self.names:
+            by_task = self.changes(name, "task")
+            average = self.average(name)
+            summaries[name] = {
+                "average": None if average is None else dataclasses.asdict(average),
+                "by_task": {task: dataclasses.asdict(change) for task, change in by_task.items()},
+                "by_length": {
+                    str(length): dataclasses.asdict(c) for length, c in self.changes(name, "length").items()
+                },
+                "worst_task": min(by_task, key=lambda task: by_task[task].difference, default=None),
+                "confidence": CONFIDENCE,
+            }
+        return {
+            "version": VERSION,
+            "settings": self.settings,
+            "complete": self.complete,
+            "summaries": summaries,
+            "cells": [dataclasses.asdict(cell) for cell in self.cells],
+        }
+
+    def write_json(self, path: str | Path) -> None:
+        """Writes :meth:`to_dict`, atomically; :meth:`load` goes on from it.
+
+        Raises:
+            SurgeryError: The file cannot be written.
+        """
+        write_json(Path(path), self.to_dict())
+
+    def write_csv(self, path: str | Path) -> None:
+        """Writes :meth:`rows`, atomically.
+
+        Raises:
+            SurgeryError: The file cannot be written.
+        """
+        write_csv(path, self.rows())
+
+    @classmethod
+    def load(cls, path: str | Path, settings: Mapping[str, Any]) -> "RulerResult":
+        """What an earlier, perhaps interrupted run left, to go on from; empty where there is no file.
+
+        Raises:
+            SurgeryError: The file holds something else, or a run with other settings.
+        """
+        path = Path(path)
+        wanted = json.loads(json.dumps(settings))  # tuples become lists, as in the file
+        if not path.exists():
+            return cls(wanted)
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+            found = content["settings"]
+            cells = [Cell(**cell) for cell in content["cells"]]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise SurgeryError(
+                f"{path} is not the result of a RULER run ({error!r}). Give another file or remove it."
+            ) from error
+        changed = [key for key in {**found, **wanted} if found.get(key) != wanted.get(key)]
+        if changed:
+            told = "; ".join(f"{key}: {found.get(key)!r} there, {wanted.get(key)!r} now" for key in changed)
+            raise SurgeryError(
+                f"{path} holds a run with other settings ({told}). Give another file, or the settings of "
+                "that run to go on with it."
+            )
+        return cls(found, cells)
+
+
+def _merged(parts: list[tuple[list[float], list[float]]]) -> list[tuple[list[float], list[float]]]:
+    """The samples of all parts as one group."""
+    return [([s for dense, _ in parts for s in dense], [s for _, operated in parts for s in operated])]

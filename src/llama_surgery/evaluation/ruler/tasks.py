@@ -1,0 +1,73 @@
+"""The thirteen tasks by name."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+
+from llama_surgery.errors import TextError
+from llama_surgery.evaluation.ruler.counting import common_words, frequent_words
+from llama_surgery.evaluation.ruler.draft import Builder
+from llama_surgery.evaluation.ruler.niah import needles
+from llama_surgery.evaluation.ruler.reading import question_answering
+from llama_surgery.evaluation.ruler.scoring import string_match_all, string_match_part
+from llama_surgery.evaluation.ruler.tracing import variable_tracking
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Task:
+    """A kind of question.
+
+    Attributes:
+        build: Makes a sample of a given size.
+        new_tokens: Tokens that the answer may take.
+        unit_tokens: Roughly the tokens that one unit of size adds to a prompt.
+        smallest: Least size that makes sense.
+        score: Score of an answer, 0…1, given the references.
+    """
+
+    build: Builder
+    new_tokens: int
+    unit_tokens: float
+    smallest: int = 0
+    score: Callable[[str, Sequence[str]], float] = string_match_all
+
+
+def _niah(build: Builder, unit_tokens: float) -> Task:
+    return Task(build=build, new_tokens=128, unit_tokens=unit_tokens, smallest=1)
+
+
+_PROSE, _LINE, _UUIDS = 1.4, 25, 90
+
+#: In the order of the paper's tables.
+TASKS: dict[str, Task] = {
+    "niah_single_1": _niah(needles("noise"), _LINE),
+    "niah_single_2": _niah(needles("prose"), _PROSE),
+    "niah_single_3": _niah(needles("prose", value="uuid"), _PROSE),
+    "niah_multikey_1": _niah(needles("prose", keys=4), _PROSE),
+    "niah_multikey_2": _niah(needles("needles"), _LINE),
+    "niah_multikey_3": _niah(needles("needles", key="uuid", value="uuid"), _UUIDS),
+    "niah_multivalue": _niah(needles("prose", values=4), _PROSE),
+    "niah_multiquery": _niah(needles("prose", keys=4, queries=4), _PROSE),
+    "vt": Task(build=variable_tracking(), new_tokens=30, unit_tokens=_LINE),
+    "cwe": Task(build=common_words(), new_tokens=120, unit_tokens=18, smallest=20),
+    "fwe": Task(build=frequent_words(), new_tokens=50, unit_tokens=4, smallest=100),
+    "qa_1": Task(
+        build=question_answering("qa_1"), new_tokens=32, unit_tokens=150, smallest=1, score=string_match_part
+    ),
+    "qa_2": Task(
+        build=question_answering("qa_2"), new_tokens=32, unit_tokens=120, smallest=1, score=string_match_part
+    ),
+}
+
+#: Tasks that need a file of questions.
+READING = ("qa_1", "qa_2")
+
+
+def task_of(name: str) -> Task:
+    """The task of that name.
+
+    Raises:
+        TextError: There is none.
+    """
+    if name not in TASKS:
+        raise TextError(f"task {name!r}: there are {', '.join(TASKS)}.")
+    return TASKS[name]
