@@ -9,8 +9,8 @@ import torch
 from llama_surgery.attention.impl.common import cap, compute_dtype, merge
 from llama_surgery.topology.plan import Plan
 
-#: Logits of one group of tiles, in elements: about a second-level cache on a CPU; more on a GPU, where
-#: launches cost more than memory.
+#: Logits of one group of tiles, or its keys where they are more, in elements: about a second-level cache on
+#: a CPU; more on a GPU, where launches cost more than memory.
 GROUP_ELEMENTS = {"cpu": 1 << 20, "other": 1 << 26}
 
 #: Rows of a strip of the near field. Shorter strips multiply fewer masked pairs, longer ones batch better.
@@ -70,7 +70,9 @@ def far_field(
     # Tiles that read no page are in no group.
     out = tiled.new_zeros(*tiled.shape[:2], values.shape[-1])
     lse = tiled.new_full(tiled.shape[:2], -torch.inf)
-    for jobs, most in _groups(plan.counts.flatten(), heads * plan.tile * page_size, keys.device):
+    # In tiles of few rows the gathered keys and values are larger than the logits.
+    elements = page_size * max(heads * plan.tile, head_dim, values.shape[-1])
+    for jobs, most in _groups(plan.counts.flatten(), elements, keys.device):
         index, of = pages[jobs, :most], stream[jobs]
         k = flat_keys.index_select(0, (index + of * key_rows).flatten())
         v = flat_values.index_select(0, (index + of * value_rows).flatten())
