@@ -19,6 +19,8 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from llama_surgery.attention.impl.triton import (
     backward,
     backward_pass,
+    decode,
+    decode_cache,
     job,
     layout,
     prefill,
@@ -26,6 +28,7 @@ from llama_surgery.attention.impl.triton import (
     token_mask_rule,
     tuning,
 )
+from llama_surgery.attention.impl.triton.decode_tuning import decode_tuning_for
 from llama_surgery.attention.impl.triton.tiled_plan import TiledPlan
 from llama_surgery.config import SurgeryConfig
 from llama_surgery.topology.layout import Layout, build_layout
@@ -40,6 +43,9 @@ TYPES = {
 }
 
 
+#: Processors of the GPU that decode splits its work for.
+PROCESSORS = 132
+
 #: Kernels by the module that launches them.
 KERNELS = {
     prefill: ("totals_kernel", "list_kernel", "descend_kernel", "attend_kernel"),
@@ -51,6 +57,8 @@ KERNELS = {
         "place_kernel",
         "reader_kernel",
     ),
+    decode_cache: ("append_kernel",),
+    decode: ("score_kernel", "open_kernel", "merge_kernel"),
     token_mask: ("window_kernel", "ball_list_kernel", "ball_kernel"),
 }
 
@@ -123,6 +131,20 @@ def launch_backward(
     keys.requires_grad_(False)
 
 
+def launch_decode(states: torch.Tensor, config: SurgeryConfig, family: str, extra: dict[str, Any]) -> None:
+    """One step of one row and one of four, balls as large as pages and smaller, on a cache for long texts."""
+    streams, _, _, dim = states.shape
+    tuning = decode_tuning_for(family)
+    decode.processors_of = lambda _: PROCESSORS  # type: ignore[assignment]
+    for rule in (config, dataclasses.replace(config, page_size=64, moment_size=64)):
+        cache = decode_cache.make_cache(rule, 1, streams, 1 << 16, dim, dtype=states.dtype, device="cpu")
+        for rows in (1, 4):
+            queries, new = states[:, :, :rows], states[:, 0, :rows]
+            decode_cache.append_tokens(cache, new, new)
+            tally = torch.zeros(2, streams, dtype=torch.int64)
+            decode.decode(queries, cache, tally=tally, tuning=tuning, **extra)
+
+
 def compile_all(
     target_name: str, head_dim: int, dtype: torch.dtype, heads: int, *, wide: bool
 ) -> list[dict[str, Any]]:
@@ -136,7 +158,7 @@ def compile_all(
             setattr(module, name, recorders[-1])
     chosen = tuning.tuning_for(family, head_dim, dtype.itemsize)
     job.tuning_for = lambda *_: chosen  # type: ignore[assignment]
-    job.obstacle = token_mask.obstacle = lambda *_: None  # nothing is run
+    job.obstacle = token_mask.obstacle = decode.obstacle = lambda *_: None  # nothing is run
     backward_pass.family_of = token_mask.family_of = lambda _: family  # type: ignore[assignment]
     length = 2048
     states = torch.zeros(8, heads, length, head_dim, dtype=dtype)
@@ -144,8 +166,10 @@ def compile_all(
     built = build_layout(keys[:, :1536], keys[:, :1536], config)
     layout.build_layout(keys[:, :1536], keys[:, :1536], config)
     extra: dict[str, Any] = {"softcap": 50.0, "sink_logit": torch.zeros(8, heads)} if wide else {}
-    for rule in (config, dataclasses.replace(config, coarse_to_fine=True)):
+    pooled = dataclasses.replace(config, variance_pool=8)
+    for rule in (config, pooled, dataclasses.replace(config, coarse_to_fine=True)):
         prefill.attend(states, keys, keys, built, config=rule, start=0, **extra)
+    launch_decode(states, config, family, extra)
     launch_backward(states, keys, built, config, extra)
     paths = torch.zeros(8, heads, length, dtype=torch.int64)
     ball_rule = token_mask_rule.BallRule(levels=11, radius=5)

@@ -9,7 +9,8 @@ import triton
 
 from llama_surgery.attention.impl.triton import obstacle
 from llama_surgery.attention.impl.triton.decode_cache import DecodeCache
-from llama_surgery.attention.impl.triton.decode_kernels import merge_kernel, open_kernel, score_kernel
+from llama_surgery.attention.impl.triton.decode_kernels import score_kernel
+from llama_surgery.attention.impl.triton.decode_open_kernels import merge_kernel, open_kernel
 from llama_surgery.attention.impl.triton.decode_tuning import (
     MOST_ROWS,
     DecodeTuning,
@@ -23,6 +24,9 @@ from llama_surgery.attention.impl.triton.prefill import device_of
 from llama_surgery.attention.impl.triton.tuning import family_of
 from llama_surgery.config import SurgeryConfig
 from llama_surgery.errors import SurgeryError
+
+#: Elements of a matrix tile (rows x head dim) from which on it takes eight warps.
+LARGE_TILE = 1 << 13
 
 #: Most queries per sequence of one call.
 MOST_QUERIES = 8
@@ -55,6 +59,7 @@ def decode(
     scale: float | None = None,
     softcap: float | None = None,
     sink_logit: torch.Tensor | None = None,
+    tally: torch.Tensor | None = None,
     tuning: DecodeTuning | None = None,
 ) -> DecodeResult:
     """Attention of the tokens that :func:`append_tokens` wrote last. Every row is a tile of one query.
@@ -67,6 +72,7 @@ def decode(
         scale: Scaling of q·k, default ``head_dim**-0.5``.
         softcap: Cap of the logits, or None.
         sink_logit: (streams, heads) attention-sink parameters, or None.
+        tally: (2, kv_heads) int64, contiguous: pages opened and pages read are added to it. Or None.
         tuning: Launch configuration, default that of the GPU's family.
 
     Raises:
@@ -158,16 +164,19 @@ def decode(
             result.lse,
             result.opened,
             result.read,
+            tally,
             parts,
             shape.far_splits,
+            KV_HEADS=cache.kv_heads,
             HEADS=heads,
             ROWS=rows,
             VALUE_DIM=value_dim,
-            VALUE_PAD=triton.next_power_of_2(value_dim),
+            VALUE_PAD=shape.value_pad,
             PARTS_PAD=triton.next_power_of_2(parts),
             FAR_PAD=triton.next_power_of_2(shape.far_splits) if shape.far_splits else 0,
             BLOCK=32,
             SINK=sink_logit is not None,
+            TALLY=tally is not None,
             num_warps=4,
         )
     return result
@@ -179,6 +188,7 @@ class _Shape(NamedTuple):
     Attributes:
         rows_block: Queries of a matrix tile.
         rows_pad, heads_pad: The matrix tile, at least 16 rows.
+        dim_pad, value_pad: Head dims as powers of two.
         keys: Keys of a step.
         splits, far_splits: Programs per stream of the first and of the second kernel.
     """
@@ -186,6 +196,8 @@ class _Shape(NamedTuple):
     rows_block: int
     rows_pad: int
     heads_pad: int
+    dim_pad: int
+    value_pad: int
     keys: int
     splits: int
     far_splits: int
@@ -209,7 +221,12 @@ class _Shape(NamedTuple):
         units = triton.cdiv(near, keys) + triton.cdiv(pages * config.balls_per_page, keys)
         far_splits = open_splits(config, pages, programs, processors, tuning) if pages else 0
         splits = score_splits(units, programs, processors, tuning)
-        return cls(rows_block, rows_pad, heads_pad, keys, splits, far_splits, tuning)
+        dim_pad, value_pad = (max(16, triton.next_power_of_2(d)) for d in (dim, cache.values.shape[-1]))
+        return cls(rows_block, rows_pad, heads_pad, dim_pad, value_pad, keys, splits, far_splits, tuning)
+
+    def warps(self, fewest: int) -> int:
+        """More warps where a matrix tile's accumulator would not fit the registers of ``fewest``."""
+        return max(fewest, 8) if self.rows_pad * self.heads_pad * self.dim_pad >= LARGE_TILE else fewest
 
     def constants(self, queries: torch.Tensor, cache: DecodeCache, *, capped: bool) -> dict[str, int]:
         config, (dim, value_dim) = cache.config, (queries.shape[-1], cache.values.shape[-1])
@@ -221,9 +238,9 @@ class _Shape(NamedTuple):
             "ROWS_PAD": self.rows_pad,
             "ROWS_BLOCK": self.rows_block,
             "DIM": dim,
-            "DIM_PAD": max(16, triton.next_power_of_2(dim)),
+            "DIM_PAD": self.dim_pad,
             "VALUE_DIM": value_dim,
-            "VALUE_PAD": max(16, triton.next_power_of_2(value_dim)),
+            "VALUE_PAD": self.value_pad,
             "CHUNK": config.chunk_size,
             "WINDOW": config.window,
             "PAGE": config.page_size,
@@ -238,7 +255,7 @@ class _Shape(NamedTuple):
             "LOG2_BALL": math.log2(config.ball_size),
             "BLOCK_NEAR": self.keys,
             "BLOCK_PAGES": max(1, self.keys // balls_pad),
-            "num_warps": self.tuning.score_warps,
+            "num_warps": self.warps(self.tuning.score_warps),
             "num_stages": self.tuning.score_stages,
         }
 
@@ -247,9 +264,34 @@ class _Shape(NamedTuple):
         return {
             "BLOCK_KEYS": min(page_pad, self.keys),
             "SPLITS_PAD": triton.next_power_of_2(self.splits),
-            "num_warps": self.tuning.open_warps,
+            "num_warps": self.warps(self.tuning.open_warps),
             "num_stages": self.tuning.open_stages,
         }
+
+
+def decode_obstacle(config: SurgeryConfig, queries: torch.Tensor, values: torch.Tensor) -> str | None:
+    """Why :func:`decode` cannot run a call, or None if it can.
+
+    Args:
+        config: The topology.
+        queries: (…, rows, head_dim).
+        values: (…, value_dim).
+    """
+    rows = queries.shape[-2]
+    if not 1 <= rows <= MOST_QUERIES:
+        return f"{rows} rows; decode takes 1 to {MOST_QUERIES} at a time"
+    if rows > config.window + 1:
+        return (
+            f"{rows} rows with window={config.window}; a chunk could close in the call that fills it. Use at "
+            f"most {config.window + 1} rows or a wider window"
+        )
+    if torch.is_grad_enabled() and queries.requires_grad:
+        return "decode steps are not differentiated; use torch.no_grad()"
+    if config.variance_pool > 1:
+        return "pooled variances are not in the decode kernels"
+    if config.coarse_to_fine:
+        return "single rows score all pages, but the configuration says coarse_to_fine"
+    return obstacle(config, queries, values, 1)
 
 
 def _check(queries: torch.Tensor, cache: DecodeCache, sink_logit: torch.Tensor | None) -> None:
@@ -262,19 +304,7 @@ def _check(queries: torch.Tensor, cache: DecodeCache, sink_logit: torch.Tensor |
             f"queries {tuple(queries.shape)} do not fit cached keys {tuple(cache.keys.shape)}: expected "
             "(streams, heads, rows, head_dim)."
         )
-    rows = queries.shape[2]
-    if not 1 <= rows <= MOST_QUERIES:
-        raise SurgeryError(f"{rows} rows: decode takes 1 to {MOST_QUERIES} at a time.")
-    if rows > config.window + 1:
-        raise SurgeryError(
-            f"{rows} rows with window={config.window}: a chunk could close in the call that fills it. Use at "
-            f"most {config.window + 1} rows or a wider window."
-        )
-    problem = obstacle(config, queries, cache.values, 1)
-    if problem is None and torch.is_grad_enabled() and queries.requires_grad:
-        problem = "decode steps are not differentiated; use torch.no_grad()"
-    if problem is None and config.coarse_to_fine:
-        problem = "single rows score all pages, but the configuration says coarse_to_fine"
+    problem = decode_obstacle(config, queries, cache.values)
     if problem is None and queries.dtype != cache.keys.dtype:
         problem = f"queries are {queries.dtype}, cached keys {cache.keys.dtype}"
     if problem is not None:

@@ -33,7 +33,7 @@ class DecodeCache:
         features: (streams, 2, capacity / moment_size, head_dim), μ and α·½·σ² of balls, the keys' dtype.
         sink_page: (streams,) int32, the page that holds position 0.
         lengths: (sequences,) int32, tokens that are settled: all before the step's new ones.
-        filled: (sequences,) int32, chunks in tree order.
+        filled: (sequences,) int32, chunks in tree order; None where someone else lays out chunks.
     """
 
     config: SurgeryConfig
@@ -42,7 +42,7 @@ class DecodeCache:
     features: torch.Tensor
     sink_page: torch.Tensor
     lengths: torch.Tensor
-    filled: torch.Tensor
+    filled: torch.Tensor | None = None
 
     @property
     def kv_heads(self) -> int:
@@ -129,7 +129,8 @@ def load_sequence(
     cache.keys[streams, full:length] = keys
     cache.values[streams, full:length] = values
     cache.lengths[sequence] = length
-    cache.filled[sequence] = chunks
+    if cache.filled is not None:
+        cache.filled[sequence] = chunks
 
 
 def append_tokens(cache: DecodeCache, keys: torch.Tensor, values: torch.Tensor) -> None:
@@ -176,6 +177,7 @@ def fill_chunks(cache: DecodeCache) -> None:
     config = cache.config
     size = config.chunk_size
     chunks = cache.capacity // size
+    assert cache.filled is not None
     due = (cache.filled + 1) * size <= cache.lengths
     stream = torch.arange(cache.keys.shape[0], device=cache.keys.device)
     due_stream = due.repeat_interleave(cache.kv_heads)

@@ -1,0 +1,254 @@
+"""The further kernels of decode: open pages and attend to them, merge. See ``decode_kernels`` for rows."""
+
+import triton
+import triton.language as tl
+
+from llama_surgery.attention.impl.triton.decode_kernels import rows_of, store_part
+from llama_surgery.attention.impl.triton.helpers import (
+    EXACT,
+    FLOOR,
+    LN2,
+    LOG2E,
+    cap_logits,
+    closed_chunks,
+    load_rows,
+    softmax_step,
+)
+
+#: Pages whose opening one word of bits holds.
+WORD = tl.constexpr(32)
+
+
+@triton.jit
+def open_kernel(
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    lengths_ptr,
+    sink_page_ptr,
+    sink_ptr,
+    scores_ptr,
+    sums_ptr,
+    part_out_ptr,
+    part_lse_ptr,
+    counts_ptr,
+    q_stream,
+    q_head,
+    q_row,
+    k_stream,
+    k_row,
+    v_stream,
+    v_row,
+    capacity,
+    splits,
+    far_splits,
+    dense_until,
+    scale,
+    softcap,
+    log2_bar,
+    KV_HEADS: tl.constexpr,
+    HEADS: tl.constexpr,
+    HEADS_PAD: tl.constexpr,
+    ROWS: tl.constexpr,
+    ROWS_PAD: tl.constexpr,
+    ROWS_BLOCK: tl.constexpr,
+    DIM: tl.constexpr,
+    DIM_PAD: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
+    VALUE_PAD: tl.constexpr,
+    CHUNK: tl.constexpr,
+    WINDOW: tl.constexpr,
+    PAGE: tl.constexpr,
+    BLOCK_KEYS: tl.constexpr,
+    SPLITS_PAD: tl.constexpr,
+    SINK: tl.constexpr,
+    CAP: tl.constexpr,
+):
+    """Open pages by their shares and attend to them; every program takes each ``far_splits``-th page.
+
+    Grid: (far_splits, streams * blocks of queries). Writes partial results behind those of the first
+    ``splits`` programs, and counts (streams, far_splits, queries, 2) int32: pages that the query opened,
+    and pages that its program read.
+    """
+    stream, first, length, row, head, closed, live = rows_of(
+        lengths_ptr, dense_until, KV_HEADS, HEADS, HEADS_PAD, ROWS, ROWS_PAD, ROWS_BLOCK, CHUNK, WINDOW
+    )
+    rows: tl.constexpr = ROWS_PAD * HEADS_PAD
+    per_chunk: tl.constexpr = CHUNK // PAGE
+    split = tl.program_id(0)
+    pages = tl.max(closed, 0) * per_chunk
+    part = ((stream * (splits + far_splits) + splits + split) * ROWS + row) * HEADS + head
+    query = tl.arange(0, ROWS_PAD)
+    is_query = (query < ROWS_BLOCK) & (first + query < ROWS)
+    opened_pages = tl.zeros([ROWS_PAD], tl.int32)
+    read_pages = tl.zeros([ROWS_PAD], tl.int32)
+    top = tl.full([rows], FLOOR, tl.float32)
+    total = tl.zeros([rows], tl.float32)
+    acc = tl.zeros([rows, VALUE_PAD], tl.float32)
+    if split < pages:
+        row_total = _row_totals(
+            sums_ptr, part_lse_ptr, sink_ptr, stream, row, head, live, splits, far_splits,
+            HEADS, ROWS, SPLITS_PAD, SINK,
+        )  # fmt: skip
+        q_offset = head.to(tl.int64) * q_head + row.to(tl.int64) * q_row
+        q = load_rows(q_ptr + stream * q_stream, q_offset, 1, live, DIM, DIM_PAD, True)
+        factor = scale * LOG2E
+        if CAP:
+            factor = 1.0
+        k_base = k_ptr + stream * k_stream
+        v_base = v_ptr + stream * v_stream
+        scores_base = scores_ptr + stream * (capacity // PAGE) * ROWS * HEADS
+        sink_page = tl.load(sink_page_ptr + stream)
+        far = closed_chunks(length + first + query, CHUNK, WINDOW, dense_until) * per_chunk
+        far = tl.where(is_query, far, 0)
+        place = tl.arange(0, WORD)
+        bit = tl.full([WORD], 1, tl.int64) << place.to(tl.int64)
+        pieces: tl.constexpr = (PAGE + BLOCK_KEYS - 1) // BLOCK_KEYS
+        mine = (pages - split + far_splits - 1) // far_splits
+        for word in range(0, mine, WORD):
+            page = split + (word + place) * far_splits
+            score_cells = scores_base + (page[:, None] * ROWS + row[None, :]) * HEADS + head[None, :]
+            wanted = live[None, :] & (page < pages)[:, None]
+            score = tl.load(score_cells, mask=wanted, other=float("-inf"))
+            share = tl.reshape(score - row_total[None, :], [WORD, ROWS_PAD, HEADS_PAD])
+            opened = (tl.max(share, 2) > log2_bar) | (page == sink_page)[:, None]
+            opened = (opened & (page[:, None] < far[None, :])).to(tl.int64)
+            some = tl.max(opened, 1)
+            count = tl.sum(some, 0).to(tl.int32)
+            opened_pages += tl.sum(opened, 0).to(tl.int32)
+            read_pages += count
+            bits = tl.sum(some * bit, 0)
+            row_bits = tl.sum(opened * bit[:, None], 0)
+            row_bits = tl.reshape(tl.broadcast_to(row_bits[:, None], [ROWS_PAD, HEADS_PAD]), [rows])
+            for step in range(0, count * pieces):
+                lowest = bits & (-bits)
+                # A power of two as a float is its exponent.
+                at = (lowest.to(tl.float32).to(tl.int32, bitcast=True) >> 23) - 127
+                piece = step % pieces
+                bits = tl.where(piece == pieces - 1, bits ^ lowest, bits)
+                within = piece * BLOCK_KEYS + tl.arange(0, BLOCK_KEYS)
+                slot = (split + (word + at) * far_splits) * PAGE + within
+                k = load_rows(k_base, slot, k_row, within < PAGE, DIM, DIM_PAD, PAGE % BLOCK_KEYS != 0)
+                v = load_rows(
+                    v_base, slot, v_row, within < PAGE, VALUE_DIM, VALUE_PAD, PAGE % BLOCK_KEYS != 0
+                )
+                products = tl.dot(q, tl.trans(k), input_precision=EXACT)
+                products = cap_logits(products, scale, softcap, CAP)
+                if PAGE % BLOCK_KEYS != 0:
+                    products = tl.where((within < PAGE)[None, :], products, float("-inf"))
+                sees = ((row_bits >> at.to(tl.int64)) & 1) == 1
+                acc, total, top = softmax_step(
+                    acc, total, top, products, factor, v, sees, ROWS_BLOCK > 1
+                )  # fmt: skip
+    seen = tl.max(read_pages, 0) > 0
+    store_part(part_out_ptr, part_lse_ptr, part, acc, total, top, seen, live, VALUE_DIM, VALUE_PAD)
+    counted = ((stream * far_splits + split) * ROWS + first + query) * 2
+    tl.store(counts_ptr + counted, opened_pages, mask=is_query)
+    tl.store(counts_ptr + counted + 1, read_pages, mask=is_query)
+
+
+@triton.jit
+def _row_totals(
+    sums_ptr,
+    part_lse_ptr,
+    sink_ptr,
+    stream,
+    row,
+    head,
+    live,
+    splits,
+    far_splits,
+    HEADS: tl.constexpr,
+    ROWS: tl.constexpr,
+    SPLITS_PAD: tl.constexpr,
+    SINK: tl.constexpr,
+):
+    """Log-sum-exp of rows as selection sees them: near field, scores of closed pages, attention sink."""
+    index = tl.arange(0, SPLITS_PAD)[:, None]
+    there = (index < splits) & live[None, :]
+    scored_cell = ((stream * splits + index) * ROWS + row[None, :]) * HEADS + head[None, :]
+    near_cell = ((stream * (splits + far_splits) + index) * ROWS + row[None, :]) * HEADS + head[None, :]
+    scored = tl.load(sums_ptr + scored_cell, mask=there, other=float("-inf"))
+    near = tl.load(part_lse_ptr + near_cell, mask=there, other=float("-inf"))
+    peak = tl.maximum(tl.maximum(tl.max(scored, 0), tl.max(near, 0)), FLOOR)
+    if SINK:
+        sink = tl.load(sink_ptr + stream * HEADS + head, mask=live, other=0.0).to(tl.float32) * LOG2E
+        peak = tl.maximum(peak, sink)
+    total = tl.sum(tl.exp2(scored - peak[None, :]), 0) + tl.sum(tl.exp2(near - peak[None, :]), 0)
+    if SINK:
+        total += tl.exp2(sink - peak)
+    return peak + tl.log2(tl.where(live, total, 1.0))
+
+
+@triton.jit
+def merge_kernel(
+    part_out_ptr,
+    part_lse_ptr,
+    counts_ptr,
+    sink_ptr,
+    out_ptr,
+    lse_ptr,
+    opened_ptr,
+    read_ptr,
+    tally_ptr,
+    parts,
+    far_splits,
+    KV_HEADS: tl.constexpr,
+    HEADS: tl.constexpr,
+    ROWS: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
+    VALUE_PAD: tl.constexpr,
+    PARTS_PAD: tl.constexpr,
+    FAR_PAD: tl.constexpr,
+    BLOCK: tl.constexpr,
+    SINK: tl.constexpr,
+    TALLY: tl.constexpr,
+):
+    """Merge partial results by their log-sum-exp. Grid: (heads * queries, streams), one program a row.
+
+    Writes out (streams, heads, queries, VALUE_DIM) and lse (streams, heads, queries) in natural units, and
+    the sums of counts, opened and read (streams, queries). With TALLY, these are also added to
+    tally (2, KV_HEADS) int64.
+    """
+    stream = tl.program_id(1).to(tl.int64)
+    head, row = tl.program_id(0) // ROWS, tl.program_id(0) % ROWS
+    index = tl.arange(0, PARTS_PAD)
+    base = stream * parts * ROWS * HEADS + row * HEADS + head
+    lse = tl.load(part_lse_ptr + base + index * (ROWS * HEADS), mask=index < parts, other=float("-inf"))
+    peak = tl.maximum(tl.max(lse, 0), FLOOR)
+    if SINK:
+        sink = tl.load(sink_ptr + stream * HEADS + head).to(tl.float32) * LOG2E
+        peak = tl.maximum(peak, sink)
+    total = tl.sum(tl.exp2(lse - peak), 0)
+    if SINK:
+        total += tl.exp2(sink - peak)
+    column = tl.arange(0, VALUE_PAD)
+    out = tl.zeros([VALUE_PAD], tl.float32)
+    for first in range(0, parts, BLOCK):
+        part = first + tl.arange(0, BLOCK)
+        cell = base + part * (ROWS * HEADS)
+        weight = tl.exp2(tl.load(part_lse_ptr + cell, mask=part < parts, other=float("-inf")) - peak)
+        # What saw no key wrote no output.
+        there = (weight > 0.0)[:, None] & (column < VALUE_DIM)[None, :]
+        cells = part_out_ptr + cell[:, None] * VALUE_DIM + column[None, :]
+        out += tl.sum(weight[:, None] * tl.load(cells, mask=there, other=0.0), 0)
+    target = (stream * HEADS + head) * ROWS + row
+    tl.store(
+        out_ptr + target * VALUE_DIM + column,
+        (out / total).to(out_ptr.dtype.element_ty),
+        mask=column < VALUE_DIM,
+    )
+    tl.store(lse_ptr + target, (peak + tl.log2(total)) * LN2)
+    if head == 0:
+        opened, read = 0, 0
+        if FAR_PAD > 0:
+            split = tl.arange(0, FAR_PAD)
+            cells = counts_ptr + ((stream * far_splits + split) * ROWS + row) * 2
+            opened = tl.sum(tl.load(cells, mask=split < far_splits, other=0), 0)
+            read = tl.sum(tl.load(cells + 1, mask=split < far_splits, other=0), 0)
+        tl.store(opened_ptr + stream * ROWS + row, opened)
+        tl.store(read_ptr + stream * ROWS + row, read)
+        if TALLY and FAR_PAD > 0:
+            kv_head = stream % KV_HEADS
+            tl.atomic_add(tally_ptr + kv_head, tl.cast(opened, tl.int64))
+            tl.atomic_add(tally_ptr + KV_HEADS + kv_head, tl.cast(read, tl.int64))
