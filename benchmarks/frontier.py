@@ -41,6 +41,10 @@ def variants() -> list[tuple[SurgeryConfig, float]]:
                 add(target, tile=tile, page_size=page)
     gpu = {"page_size": 64}
     for change in (
+        gpu | {"moment_size": 64, "variance_pool": 8, "coarse_totals": True},
+        gpu | {"moment_size": 64, "variance_pool": 8},
+        gpu | {"moment_size": 16, "variance_pool": 8, "coarse_totals": True},
+        {"variance_pool": 8},
         gpu | {"moment_size": 64, "coarse_totals": True},
         gpu | {"moment_size": 16, "coarse_totals": True},
         gpu | {"moment_size": 16, "coarse_to_fine": True},
@@ -88,6 +92,8 @@ def describe(config: SurgeryConfig, target: float) -> dict[str, str]:
         scoring = "coarse totals"
     if config.score_stride > 1:
         scoring = f"every {config.score_stride}th row"
+    if config.variance_pool > 1:
+        scoring += f", variances of {config.variance_pool} channels"
     row = dataclasses.asdict(config) | {"scoring": scoring, "target": target}
     return {key: str(row[key]) for key in KEYS}
 

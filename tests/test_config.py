@@ -56,6 +56,8 @@ from llama_surgery.config import CONFIG_VERSION
             "moment_size=24: page_size=64 must be it times a power of arity=2",
         ),
         ({"page_size": 64, "moment_size": 128}, "moment_size=128: page_size=64 must be it times a power"),
+        ({"variance_pool": 0}, "variance_pool=0: must be a whole number of at least 1"),
+        ({"variance_pool": 3}, "variance_pool=3: 1 or an even number"),
         (
             {"tile": 1, "theta": 0.1, "theta_decode": 0.2},
             "theta=0.1 and theta_decode=0.2 differ with tile=1.*Give one value",

@@ -37,6 +37,14 @@ def slow_balls(keys: torch.Tensor, size: int) -> list[list[int]]:
     return split(list(range(len(keys))))
 
 
+def pooled(variance: torch.Tensor, pool: int) -> torch.Tensor:
+    """Variances (DIM,), each the mean over ``pool / 2`` neighbours and their rotary partners."""
+    if pool == 1:
+        return variance
+    group = [c % (DIM // 2) // (pool // 2) for c in range(DIM)]
+    return torch.stack([variance[[c for c in range(DIM) if group[c] == g]].mean() for g in group])
+
+
 def slow_attention(q, k, v, config, calls):
     """Output and visible sets of one stream: q (heads, n, dim), k and v (n, dim), calls [(start, stop)]."""
     heads, n, _ = q.shape
@@ -65,6 +73,7 @@ def slow_attention(q, k, v, config, calls):
                     parts = []
                     for ball in page:
                         mean, var = k[ball].mean(0), k[ball].var(0, correction=0)
+                        var = pooled(var, config.variance_pool)
                         score = math.log(len(ball)) + SCALE * (q[h, p] @ mean)
                         parts.append(score + 0.5 * config.alpha * SCALE**2 * (q[h, p] ** 2 @ var))
                     scores.append(torch.stack(parts).logsumexp(0))
@@ -98,6 +107,7 @@ def cases(draw):
         theta=theta,
         theta_decode=decode,
         alpha=draw(st.sampled_from([0.0, 1.0])),
+        variance_pool=draw(st.sampled_from([1, 1, 2, 4])),
         dense_until=draw(st.sampled_from([0, 0, 40])),
         backend=draw(st.sampled_from(["reference", "gather"])),
     )

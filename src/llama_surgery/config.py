@@ -42,6 +42,8 @@ class SurgeryConfig:
             several pages (``coarse_fan``), which costs less, instead of from what pages are scored by.
             Included in ``coarse_to_fine``.
         alpha: Weight of the variance term of the page score.
+        variance_pool: Channels whose variances are averaged for page scores: half of them neighbours, half
+            their rotary partners. 1 keeps every channel's; 8 nearly halves what scoring costs.
         summary: What stands in for pages that a row does not see: nothing (``none``), or a single key for
             each ``page`` or ``ball``, with its expected weight and its mean value, or for what is unseen
             of each ``chunk``, with the mean value of the whole chunk.
@@ -68,6 +70,7 @@ class SurgeryConfig:
     coarse_to_fine: bool = False
     coarse_totals: bool = False
     alpha: float = 1.0
+    variance_pool: int = 1
     summary: Summary = "none"
     dense_until: int = 0
     backend: Backend = "auto"
@@ -112,6 +115,7 @@ class SurgeryConfig:
             ("dense_until", 0),
             ("pages_per_row", 1),
             ("moment_size", 1),
+            ("variance_pool", 1),
         ):
             value = getattr(self, name)
             if name in ("pages_per_row", "moment_size") and value is None:
@@ -134,6 +138,11 @@ class SurgeryConfig:
             raise SurgeryError(
                 f"score_stride={self.score_stride} does not divide tile={self.tile}: "
                 "the first row of every tile must be a scored one."
+            )
+        if self.variance_pool > 1 and self.variance_pool % 2:
+            raise SurgeryError(
+                f"variance_pool={self.variance_pool}: 1 or an even number, since channels are pooled with "
+                "their rotary partners."
             )
         if self.chunk_size > 2**15:
             raise SurgeryError(

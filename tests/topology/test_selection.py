@@ -10,8 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llama_surgery.config import SurgeryConfig
+from llama_surgery.errors import SurgeryError
 from llama_surgery.topology.geometry import Block, query_blocks
-from llama_surgery.topology.layout import build_layout, merge_moments, moments_of
+from llama_surgery.topology.layout import Moments, build_layout, merge_moments, moments_of
 from llama_surgery.topology.mask import page_mask
 from llama_surgery.topology.selection import CANDIDATE_SHARE, Scorer, log_shares, select
 
@@ -339,3 +340,16 @@ def test_more_pages_a_row_than_are_closed_opens_all_of_them():
         scorer=Scorer(1.0),
     )
     assert (plan.counts == 4).all() and (plan.first_open == 0).all()
+
+
+def test_pooled_variances_are_means_over_neighbours_and_rotary_partners():
+    keys, queries = torch.randn(1, 64, 8, dtype=torch.float64), torch.randn(1, 5, 8, dtype=torch.float64)
+    moments = moments_of(keys, 16)
+    groups = [[0, 1, 4, 5], [2, 3, 6, 7]]
+    averaged = moments.variance.clone()
+    for group in groups:
+        averaged[..., group] = moments.variance[..., group].mean(-1, keepdim=True)
+    wanted = Scorer(SCALE)(queries, Moments(moments.mean, averaged, 16))
+    torch.testing.assert_close(Scorer(SCALE, pool=4)(queries, moments), wanted)
+    with pytest.raises(SurgeryError, match="variance_pool=6 does not divide head_dim=8"):
+        Scorer(SCALE, pool=6)(queries, moments)

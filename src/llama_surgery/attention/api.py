@@ -172,7 +172,7 @@ def attend(
     backend = cast(Backend, importlib.import_module(f"llama_surgery.attention.impl.{name}"))
     if router is not None:
         router = router.for_streams(queries.shape[0], queries.device)
-    scorer = Scorer(scale, config.alpha, softcap, router)
+    scorer = Scorer(scale, config.alpha, softcap, router, config.variance_pool)
     near_start = stop - near_keys.shape[1]  # position of near_keys[:, 0]
     outs, lses, near_pairs = [], [], 0
     plans: list[Plan] = []
@@ -283,13 +283,18 @@ def kernels_serve(
     return backend_name(config, keys, values, config.tile, routed=routed) == "triton"
 
 
-def kernel_features(
-    moments: Moments, config: SurgeryConfig, dtype: torch.dtype
-) -> tuple[torch.Tensor, ...]:
+def kernel_features(moments: Moments, config: SurgeryConfig, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
     """What the Triton kernels score pages by, level by level: ``Layout.features``."""
     from llama_surgery.attention.impl.triton.job import make_levels
 
     return tuple(level.features for level in make_levels(moments, config, dtype))
+
+
+def kernel_moments(features: torch.Tensor, config: SurgeryConfig) -> Moments:
+    """Moments of the finest balls back from :func:`kernel_features`, as exactly as those were kept."""
+    from llama_surgery.attention.impl.triton.job import moments_from
+
+    return moments_from(features, config)
 
 
 def _attend_with_kernels(

@@ -32,6 +32,9 @@ _FIELDS: dict[str, Any] = {
     "moment_size": _option(
         int | None, "Keys of the balls that pages are scored by; the page itself if left out."
     ),
+    "variance_pool": _option(
+        int, "Channels whose variances are averaged for scoring: 1, or 8 to score at nearly half the cost."
+    ),
     "score_stride": _option(int, "Score only every n-th token of a tile."),
     "coarse_to_fine": _option(bool, "Score coarse balls first and descend only where it pays."),
     "coarse_totals": _option(bool, "Add up a row's far field from coarse balls, which costs less."),

@@ -147,7 +147,7 @@ def _ball_scores(
     pages: int,
 ) -> torch.Tensor:
     """(streams, heads, rows, balls) scores of the balls of the first ``pages`` pages."""
-    scorer = Scorer(scale, config.alpha, None, router)
+    scorer = Scorer(scale, config.alpha, None, router, config.variance_pool)
     scores = scorer(queries.flatten(1, 2), moments.first(pages * config.balls_per_page))
     return scores.unflatten(1, queries.shape[1:3])
 

@@ -5,6 +5,7 @@ import dataclasses
 import torch
 
 from llama_surgery.config import SurgeryConfig
+from llama_surgery.errors import SurgeryError
 from llama_surgery.topology.router import PageRouter
 from llama_surgery.topology.tree import tree_order
 
@@ -38,6 +39,32 @@ def moments_of(keys: torch.Tensor, size: int) -> Moments:
     balls = keys.unflatten(1, (-1, size))
     variance, mean = torch.var_mean(balls, dim=2, correction=0)
     return Moments(mean, variance, size)
+
+
+def pool_channels(states: torch.Tensor, pool: int) -> torch.Tensor:
+    """Sum over groups of ``pool`` channels: ``pool / 2`` neighbours and their rotary partners.
+
+    Rotary embedding turns channel c together with channel c + head_dim / 2, so the sum of their squares does
+    not depend on the position.
+
+    Args:
+        states: (..., head_dim).
+        pool: 1, or an even divisor of head_dim.
+
+    Returns:
+        (..., head_dim / pool).
+
+    Raises:
+        SurgeryError: ``pool`` does not divide head_dim.
+    """
+    if pool == 1:
+        return states
+    dim = states.shape[-1]
+    if dim % pool:
+        raise SurgeryError(
+            f"variance_pool={pool} does not divide head_dim={dim}: choose an even divisor or 1."
+        )
+    return states.unflatten(-1, (2, dim // pool, pool // 2)).sum((-3, -1))
 
 
 def merge_moments(moments: Moments, children: int) -> Moments:

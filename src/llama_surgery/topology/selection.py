@@ -9,7 +9,7 @@ import torch
 
 from llama_surgery.config import SurgeryConfig
 from llama_surgery.topology.geometry import Block
-from llama_surgery.topology.layout import Layout, Moments, merge_moments
+from llama_surgery.topology.layout import Layout, Moments, merge_moments, pool_channels
 from llama_surgery.topology.plan import Plan, plan_from_first_open, tiles_of
 from llama_surgery.topology.router import PageRouter
 
@@ -35,12 +35,14 @@ class Scorer:
         alpha: α, weight of the variance term.
         softcap: c, or None.
         router: Learned corrections, one for every stream, or None.
+        pool: Channels whose variances are averaged: σ² of each is then the mean over them.
     """
 
     scale: float
     alpha: float = 1.0
     softcap: float | None = None
     router: PageRouter | None = None
+    pool: int = 1
 
     def __call__(self, queries: torch.Tensor, moments: Moments) -> torch.Tensor:
         """Scores of every ball.
@@ -56,13 +58,15 @@ class Scorer:
         spread = queries.square() * (0.5 * self.alpha)
         if self.router is not None:
             queries, spread = self.router.weigh(queries, spread)
+        spread = pool_channels(spread, self.pool)
+        variance = pool_channels(moments.variance, self.pool) / self.pool
         if self.softcap is None:
             # One matrix product of [q, q²] with [μ, ½σ²].
-            features = torch.cat((moments.mean, moments.variance), -1).transpose(1, 2)
+            features = torch.cat((moments.mean, variance), -1).transpose(1, 2)
             scores = torch.cat((queries, spread), -1) @ features
         else:
             mean = torch.tanh(queries @ moments.mean.transpose(1, 2) / self.softcap)
-            scores = spread @ moments.variance.transpose(1, 2) * (1 - mean.square()).square()
+            scores = spread @ variance.transpose(1, 2) * (1 - mean.square()).square()
             scores = scores + self.softcap * mean
         return scores.add_(math.log(moments.size))
 

@@ -134,6 +134,13 @@ class TestAgainstReference:
         config = dataclasses.replace(CONFIG, moment_size=8, coarse_totals=True)
         check(Case(83, 121, 4, tile=tile), config, device)
 
+    @pytest.mark.parametrize(("dim", "pool"), [(16, 4), (64, 8), (80, 8), (96, 2)])
+    def test_pooled_variances(self, dim: int, pool: int, device: torch.device) -> None:
+        config = dataclasses.replace(CONFIG, variance_pool=pool, moment_size=8, coarse_totals=True)
+        check(Case(83, 121, 4, dim, streams=1), config, device)
+        check(Case(40, 150, 4, dim, streams=1, softcap=3.0), config, device)
+        check(Case(40, 170, 12, dim, streams=1), dataclasses.replace(config, coarse_to_fine=True), device)
+
     def test_tiles_of_one_query(self, device: torch.device) -> None:
         check(Case(3, 197, 4, tile=1), CONFIG, device)
 

@@ -120,6 +120,20 @@ def scaled_squares(queries, scale):
 
 
 @triton.jit
+def pooled_squares(queries, scale, DIM: tl.constexpr, SPREAD: tl.constexpr, SPREAD_PAD: tl.constexpr):
+    """:func:`scaled_squares`, summed over the channels whose variances are pooled: (rows, SPREAD_PAD)."""
+    squares = scaled_squares(queries, scale)
+    if SPREAD < DIM:
+        # As a product with a matrix of ones and zeros: head dims need not be powers of two.
+        channel = tl.arange(0, squares.shape[1])
+        member = channel % (DIM // 2) // (DIM // (2 * SPREAD))
+        member = (member[:, None] == tl.arange(0, SPREAD_PAD)[None, :]) & (channel < DIM)[:, None]
+        summed = tl.dot(squares, member.to(squares.dtype), input_precision=EXACT)
+        squares = tl.minimum(summed, 6.0e4).to(squares.dtype)
+    return squares
+
+
+@triton.jit
 def ball_scores(
     queries,
     squares,
@@ -134,8 +148,9 @@ def ball_scores(
 
     Args:
         queries: (rows, dim), unscaled.
-        squares: (rows, dim) from :func:`scaled_squares`.
-        mean, spread: (balls, dim) the balls' μ and α·½·σ².
+        squares: (rows, dim) from :func:`scaled_squares`, or (rows, groups) from :func:`pooled_squares`.
+        mean: (balls, dim) the balls' μ.
+        spread: (balls, dim) or (balls, groups) their α·½·σ².
         log2_size: log2 of the keys of a ball.
     """
     along = tl.dot(queries, tl.trans(mean), input_precision=EXACT)

@@ -11,7 +11,7 @@ from llama_surgery.attention.impl.triton.tuning import Tuning, family_of, tuning
 from llama_surgery.config import SurgeryConfig
 from llama_surgery.errors import SurgeryError
 from llama_surgery.topology.geometry import closed_chunks
-from llama_surgery.topology.layout import Layout, Moments, merge_moments
+from llama_surgery.topology.layout import Layout, Moments, merge_moments, pool_channels
 
 #: Most bytes that the page lists of one strip of tiles take. A list has room for every closed page, so
 #: that none is ever lost; long calls run in strips to keep that cheap.
@@ -42,7 +42,7 @@ class Level(NamedTuple):
     """What one step of selection scores.
 
     Attributes:
-        features: (streams, 2, balls, head_dim) from :func:`page_features`.
+        features: (streams, balls, …) from :func:`page_features`.
         page: Keys of what is listed: a page, or a coarse ball of several.
         ball: Keys of the balls whose scores make up that of a page.
     """
@@ -183,7 +183,7 @@ def make_levels(moments: Moments, config: SurgeryConfig, dtype: torch.dtype) -> 
 
     def level(page: int, ball: int) -> Level:
         merged = moments if ball == moments.size else merge_moments(moments, ball // moments.size)
-        return Level(page_features(merged, config.alpha, dtype), page, ball)
+        return Level(page_features(merged, config.alpha, dtype, config.variance_pool), page, ball)
 
     return tuple(level(page, ball) for page, ball in level_sizes(config))
 
@@ -198,10 +198,31 @@ def level_sizes(config: SurgeryConfig) -> tuple[tuple[int, int], ...]:
     return ((page, ball),)
 
 
-def page_features(moments: Moments, alpha: float, dtype: torch.dtype) -> torch.Tensor:
-    """What selection multiplies queries with: (streams, 2, balls, head_dim), μ and α·½·σ²."""
-    shape = (moments.mean.shape[0], 2, *moments.mean.shape[1:])
-    features = moments.mean.new_empty(shape, dtype=dtype)
-    features[:, 0] = moments.mean
-    features[:, 1] = (moments.variance * (0.5 * alpha)).clamp_max(LARGEST_SQUARE)
-    return features
+def page_features(moments: Moments, alpha: float, dtype: torch.dtype, pool: int = 1) -> torch.Tensor:
+    """What selection multiplies queries with: (streams, 2, balls, head_dim), μ and α·½·σ².
+
+    With pooled variances (streams, balls, head_dim + head_dim / pool): the two side by side.
+    """
+    spread = (pool_channels(moments.variance, pool) * (0.5 * alpha / pool)).clamp_max(LARGEST_SQUARE)
+    if pool > 1:
+        return torch.cat((moments.mean.to(dtype), spread.to(dtype)), -1)
+    return torch.stack((moments.mean.to(dtype), spread.to(dtype)), 1)
+
+
+def moments_from(features: torch.Tensor, config: SurgeryConfig) -> Moments:
+    """Moments back from :func:`page_features`; pooled channels get the mean of their variances."""
+    pool, half = config.variance_pool, 0.5 * config.alpha
+    if pool == 1:
+        mean, spread = features[:, 0].float(), features[:, 1].float()
+    else:
+        groups = features.shape[-1] // (pool + 1)
+        mean, spread = features.float().split((groups * pool, groups), -1)
+        spread = spread.repeat_interleave(pool // 2, -1).repeat(1, 1, 2)
+    return Moments(mean, spread / half if half else torch.zeros_like(mean), config.ball_size)
+
+
+def feature_strides(features: torch.Tensor, head_dim: int) -> tuple[int, int, int]:
+    """Elements from stream to stream, from ball to ball, and from μ to α·½·σ², of :func:`page_features`."""
+    if features.dim() == 4:
+        return features.stride(0), features.stride(2), features.stride(1)
+    return features.stride(0), features.stride(1), head_dim

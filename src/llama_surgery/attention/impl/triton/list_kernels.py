@@ -13,7 +13,7 @@ from llama_surgery.attention.impl.triton.helpers import (
     LOG2E,
     closed_chunks,
     load_rows,
-    scaled_squares,
+    pooled_squares,
     tanh,
 )
 from llama_surgery.attention.impl.triton.select_kernels import slots_of
@@ -44,9 +44,11 @@ def _rows(
     TILE: tl.constexpr,
     DIM: tl.constexpr,
     DIM_PAD: tl.constexpr,
+    SPREAD: tl.constexpr,
+    SPREAD_PAD: tl.constexpr,
     CAP: tl.constexpr,
 ):
-    """What rows ask of balls: (dim, rows) queries and squares, (rows,) bars and places in the tile.
+    """What rows ask of balls: (dim, rows) queries, (dim or groups, rows) squares, bars and places (rows,).
 
     Without a cap everything is divided by the scale once, so that ``q·μ + (s·q²)·(α·½·σ²)`` is compared
     as it comes out of the matrix units; with one, squares carry s² and bars are logits.
@@ -58,7 +60,7 @@ def _rows(
     )  # fmt: skip
     q_offset = head.to(tl.int64) * q_head + (position - start).to(tl.int64) * q_row
     q = load_rows(q_ptr + stream * q_stream, q_offset, 1, live, DIM, DIM_PAD, True)
-    squares = scaled_squares(q, scale if CAP else tl.sqrt(scale))
+    squares = pooled_squares(q, scale if CAP else tl.sqrt(scale), DIM, SPREAD, SPREAD_PAD)
     # Rows that are not there, or have nothing closed, open nothing.
     live = live & ((first_tile + tile) * TILE >= dense_until)
     cell = ((stream * tiles + tile) * SLOTS + slot) * HEADS + head
@@ -120,6 +122,7 @@ def list_kernel(
     q_head,
     q_row,
     features_stream,
+    features_row,
     features_half,
     tiles,
     capacity,
@@ -138,6 +141,8 @@ def list_kernel(
     TILE: tl.constexpr,
     DIM: tl.constexpr,
     DIM_PAD: tl.constexpr,
+    SPREAD: tl.constexpr,
+    SPREAD_PAD: tl.constexpr,
     CHUNK: tl.constexpr,
     WINDOW: tl.constexpr,
     PAGE: tl.constexpr,
@@ -180,7 +185,8 @@ def list_kernel(
         queries, squares, bar, row = _rows(
             block_id, 0, q_ptr, totals_ptr, q_stream, q_head, q_row, tiles, start, stop, first_tile,
             dense_until, scale, softcap, log2_bar,
-            HEADS, HEADS_BLOCK, SLOTS, SLOTS_PAD, TILES_BLOCK, TILE, DIM, DIM_PAD, CAP,
+            HEADS, HEADS_BLOCK, SLOTS, SLOTS_PAD, TILES_BLOCK, TILE, DIM, DIM_PAD,
+            SPREAD, SPREAD_PAD, CAP,
         )  # fmt: skip
 
     last = tl.max(pages, 0)
@@ -189,15 +195,16 @@ def list_kernel(
         index = tl.arange(0, BLOCK_BALLS)
         present = (block + index // BALLS_PAD < last) & (index % BALLS_PAD < BALLS)
         ball = (block + index // BALLS_PAD) * BALLS + index % BALLS_PAD
-        mean = load_rows(base, ball, DIM, present, DIM, DIM_PAD, True)
-        spread = load_rows(base + features_half, ball, DIM, present, DIM, DIM_PAD, True)
+        mean = load_rows(base, ball, features_row, present, DIM, DIM_PAD, True)
+        spread = load_rows(base + features_half, ball, features_row, present, SPREAD, SPREAD_PAD, True)
         first = tl.full([block_pages, TILES_BLOCK], TILE, tl.int32)
         for head_block in tl.static_range(head_blocks):
             if head_blocks > 1:
                 queries, squares, bar, row = _rows(
                     block_id, head_block, q_ptr, totals_ptr, q_stream, q_head, q_row,
                     tiles, start, stop, first_tile, dense_until, scale, softcap, log2_bar,
-                    HEADS, HEADS_BLOCK, SLOTS, SLOTS_PAD, TILES_BLOCK, TILE, DIM, DIM_PAD, CAP,
+                    HEADS, HEADS_BLOCK, SLOTS, SLOTS_PAD, TILES_BLOCK, TILE, DIM, DIM_PAD,
+                    SPREAD, SPREAD_PAD, CAP,
                 )  # fmt: skip
             above = _above(
                 queries, squares, bar, mean, spread, present, scale, softcap,
@@ -236,6 +243,7 @@ def descend_kernel(
     q_head,
     q_row,
     features_stream,
+    features_row,
     features_half,
     tiles,
     coarse_capacity,
@@ -254,6 +262,8 @@ def descend_kernel(
     TILE: tl.constexpr,
     DIM: tl.constexpr,
     DIM_PAD: tl.constexpr,
+    SPREAD: tl.constexpr,
+    SPREAD_PAD: tl.constexpr,
     LOG_BALL: tl.constexpr,
     FAN: tl.constexpr,
     FAN_PAD: tl.constexpr,
@@ -287,7 +297,7 @@ def descend_kernel(
         queries, squares, bar, row = _rows(
             tile, 0, q_ptr, totals_ptr, q_stream, q_head, q_row, tiles, start, stop, first_tile,
             dense_until, scale, softcap, log2_bar,
-            HEADS, HEADS_BLOCK, SLOTS, SLOTS_PAD, 1, TILE, DIM, DIM_PAD, CAP,
+            HEADS, HEADS_BLOCK, SLOTS, SLOTS_PAD, 1, TILE, DIM, DIM_PAD, SPREAD, SPREAD_PAD, CAP,
         )  # fmt: skip
 
     for place in range(0, coarse_count, parents):
@@ -297,8 +307,8 @@ def descend_kernel(
         present = (at < coarse_count) & (of_parent < FAN) & (index % BALLS_PAD < BALLS)
         entry = tl.load(coarse + at, mask=at < coarse_count, other=0)
         ball = (entry // ENTRY * FAN + of_parent) * BALLS + index % BALLS_PAD
-        mean = load_rows(base, ball, DIM, present, DIM, DIM_PAD, True)
-        spread = load_rows(base + features_half, ball, DIM, present, DIM, DIM_PAD, True)
+        mean = load_rows(base, ball, features_row, present, DIM, DIM_PAD, True)
+        spread = load_rows(base + features_half, ball, features_row, present, SPREAD, SPREAD_PAD, True)
         index = tl.arange(0, block_pages)
         at = place + index // FAN_PAD
         entry = tl.load(coarse + at, mask=at < coarse_count, other=0)
@@ -310,7 +320,7 @@ def descend_kernel(
                 queries, squares, bar, row = _rows(
                     tile, head_block, q_ptr, totals_ptr, q_stream, q_head, q_row,
                     tiles, start, stop, first_tile, dense_until, scale, softcap, log2_bar,
-                    HEADS, HEADS_BLOCK, SLOTS, SLOTS_PAD, 1, TILE, DIM, DIM_PAD, CAP,
+                    HEADS, HEADS_BLOCK, SLOTS, SLOTS_PAD, 1, TILE, DIM, DIM_PAD, SPREAD, SPREAD_PAD, CAP,
                 )  # fmt: skip
             above = _above(
                 queries, squares, bar, mean, spread, present, scale, softcap,

@@ -11,7 +11,7 @@ import triton
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from llama_surgery.attention.impl.triton.attend_kernel import attend_kernel
-from llama_surgery.attention.impl.triton.job import Job, Level, Strip, make_job
+from llama_surgery.attention.impl.triton.job import Job, Level, Strip, feature_strides, make_job
 from llama_surgery.attention.impl.triton.list_kernels import descend_kernel, list_kernel
 from llama_surgery.attention.impl.triton.select_kernels import totals_kernel
 from llama_surgery.attention.impl.triton.tiled_plan import TiledPlan
@@ -105,7 +105,7 @@ def row_totals(job: Job, strip: Strip, *, near: bool = True, far: bool = True) -
         totals,
         *job.queries.stride()[:3],
         *job.near_keys.stride()[:2],
-        *features.stride()[:2],
+        *feature_strides(features, job.queries.shape[-1]),
         strip.tiles,
         job.start,
         job.stop,
@@ -147,7 +147,7 @@ def _list_level(job: Job, strip: Strip, totals: torch.Tensor, level: Level, *, l
         totals,
         *outputs,
         *job.queries.stride()[:3],
-        *level.features.stride()[:2],
+        *feature_strides(level.features, job.queries.shape[-1]),
         strip.tiles,
         outputs[1].shape[-1],
         *_where(job, strip),
@@ -183,7 +183,7 @@ def _descend(
         coarse.counts,
         *outputs[1:],
         *job.queries.stride()[:3],
-        *level.features.stride()[:2],
+        *feature_strides(level.features, job.queries.shape[-1]),
         strip.tiles,
         coarse.entries.shape[-1],
         outputs[1].shape[-1],
@@ -337,6 +337,7 @@ class _ScoreShape(NamedTuple):
 
 def _score_constants(job: Job, shape: _ScoreShape) -> dict[str, object]:
     head_dim = job.queries.shape[-1]
+    spread = head_dim // job.config.variance_pool
     return {
         "HEADS": job.queries.shape[1],
         "HEADS_BLOCK": shape.heads_block,
@@ -345,6 +346,8 @@ def _score_constants(job: Job, shape: _ScoreShape) -> dict[str, object]:
         "TILE": job.tile,
         "DIM": head_dim,
         "DIM_PAD": max(16, triton.next_power_of_2(head_dim)),
+        "SPREAD": spread,
+        "SPREAD_PAD": max(16, triton.next_power_of_2(spread)),
         "CAP": job.softcap is not None,
         "num_warps": job.tuning.score_warps,
         "num_stages": job.tuning.score_stages,

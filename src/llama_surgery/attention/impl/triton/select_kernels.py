@@ -17,7 +17,7 @@ from llama_surgery.attention.impl.triton.helpers import (
     cap_logits,
     closed_chunks,
     load_rows,
-    scaled_squares,
+    pooled_squares,
     sum_step,
 )
 
@@ -67,6 +67,7 @@ def totals_kernel(
     near_k_stream,
     near_k_row,
     features_stream,
+    features_row,
     features_half,
     tiles,
     start,
@@ -84,6 +85,8 @@ def totals_kernel(
     TILE: tl.constexpr,
     DIM: tl.constexpr,
     DIM_PAD: tl.constexpr,
+    SPREAD: tl.constexpr,
+    SPREAD_PAD: tl.constexpr,
     CHUNK: tl.constexpr,
     WINDOW: tl.constexpr,
     BALL: tl.constexpr,
@@ -145,22 +148,24 @@ def totals_kernel(
                 visible = (key[None, :] >= (closed * CHUNK)[:, None]) & (key[None, :] <= position[:, None])
                 total, top = sum_step(total, top, tl.where(visible, logits, float("-inf")))
         if FAR:
-            squares = scaled_squares(q, scale)
+            squares = pooled_squares(q, scale, DIM, SPREAD, SPREAD_PAD)
             base = features_ptr + stream * features_stream
             per_chunk: tl.constexpr = CHUNK // BALL
             # Balls closed for every row of the block need no mask.
             common = least * per_chunk // BLOCK_BALLS * BLOCK_BALLS
             for block in range(0, common, BLOCK_BALLS):
                 ball = block + tl.arange(0, BLOCK_BALLS)
-                mean = load_rows(base, ball, DIM, live, DIM, DIM_PAD, False)
-                spread = load_rows(base + features_half, ball, DIM, live, DIM, DIM_PAD, False)
+                mean = load_rows(base, ball, features_row, live, DIM, DIM_PAD, False)
+                spread = load_rows(base + features_half, ball, features_row, live, SPREAD, SPREAD_PAD, False)
                 scores = ball_scores(q, squares, mean, spread, scale, softcap, LOG2_BALL, CAP)
                 total, top = sum_step(total, top, scores)
             for block in range(common, most * per_chunk, BLOCK_BALLS):
                 ball = block + tl.arange(0, BLOCK_BALLS)
                 present = ball < most * per_chunk
-                mean = load_rows(base, ball, DIM, present, DIM, DIM_PAD, True)
-                spread = load_rows(base + features_half, ball, DIM, present, DIM, DIM_PAD, True)
+                mean = load_rows(base, ball, features_row, present, DIM, DIM_PAD, True)
+                spread = load_rows(
+                    base + features_half, ball, features_row, present, SPREAD, SPREAD_PAD, True
+                )
                 scores = ball_scores(q, squares, mean, spread, scale, softcap, LOG2_BALL, CAP)
                 far = ball[None, :] < (closed * per_chunk)[:, None]
                 total, top = sum_step(total, top, tl.where(far, scores, float("-inf")))
