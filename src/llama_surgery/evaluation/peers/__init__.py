@@ -1,0 +1,1 @@
+"""Other rules for what a query may read, under one executor and one account of density."""

@@ -1,0 +1,102 @@
+"""Running a model under a peer's rule, and taking the rule out again."""
+
+import contextlib
+import functools
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AttentionInterface, AttentionMaskInterface
+
+from llama_surgery.errors import SurgeryError, UnsupportedModelError
+from llama_surgery.evaluation.peers.executor import PairCount, attend_by_rule
+from llama_surgery.evaluation.peers.rule import Call, Rule
+from llama_surgery.surgery.interface import dense_function, surgery_mask
+from llama_surgery.surgery.operate import (
+    _set_implementation,
+    attention_modules,
+    inner_model,
+    is_operated,
+)
+
+_NAME = "surgery_peer"
+_ATTRIBUTE = "_llama_surgery_peer"
+
+
+@contextlib.contextmanager
+def running(model: nn.Module, rule: Rule) -> Iterator[PairCount]:
+    """Let every full-attention layer of a dense model follow ``rule``; other layers stay dense.
+
+    ``forward`` and ``generate`` work as before, with the model's own cache. Sequences of a batch must have
+    one length.
+
+    Args:
+        model: A dense causal language model of transformers.
+        rule: What rows may see.
+
+    Yields:
+        The count of what is read.
+
+    Raises:
+        SurgeryError: The model is operated.
+        UnsupportedModelError: The model, or a call, is one that rules cannot be run on.
+    """
+    if is_operated(model):
+        raise SurgeryError("the model is operated: eject(model) first, peers run on the dense model.")
+    inner = inner_model(model)
+    base = inner.config.get_text_config()._attn_implementation
+    modules = attention_modules(inner)
+    count = PairCount()
+    AttentionInterface.register(_NAME, functools.partial(_attention, base))
+    AttentionMaskInterface.register(_NAME, functools.partial(_mask, base))
+    try:
+        for module in modules.values():
+            module.__dict__[_ATTRIBUTE] = (rule, count)
+        _set_implementation(inner, _NAME)
+        yield count
+    finally:
+        for module in modules.values():
+            module.__dict__.pop(_ATTRIBUTE, None)
+        _set_implementation(inner, base)
+        for table in (AttentionInterface, AttentionMaskInterface):
+            table._global_mapping.pop(_NAME, None)
+
+
+def _mask(base: str, **arguments: Any) -> Any:
+    mask = surgery_mask(base, **arguments)
+    if isinstance(mask, torch.Tensor) and mask.dim() == 2:
+        if not bool(mask.all()):
+            raise UnsupportedModelError(
+                "padding: peers run batches of sequences of one length. Give prompts of equal length."
+            )
+        return None
+    return mask
+
+
+def _attention(
+    base: str,
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: Any,
+    **keywords: Any,
+) -> tuple[torch.Tensor, None]:
+    """Attention function: queries (batch, heads, new, head_dim), keys and values of all positions so far."""
+    if _ATTRIBUTE not in module.__dict__:
+        return dense_function(base, module)(module, query, key, value, attention_mask, **keywords)
+    for keyword, what in (("softcap", "capped logits"), ("s_aux", "attention sinks")):
+        if keywords.get(keyword) is not None:
+            raise UnsupportedModelError(f"{keyword} ({what}): published rules are not defined for it.")
+    rule, count = module.__dict__[_ATTRIBUTE]
+    group = query.shape[1] // key.shape[1]
+    scale = keywords.get("scaling")
+    call = Call(
+        query,
+        key.repeat_interleave(group, 1),
+        query.shape[-1] ** -0.5 if scale is None else scale,
+        int(module.layer_idx),  # type: ignore[arg-type]
+    )
+    out = attend_by_rule(rule, call, value.repeat_interleave(group, 1), count)
+    return out.transpose(1, 2).contiguous(), None
