@@ -11,148 +11,20 @@ from llama_surgery.errors import TextError
 from llama_surgery.evaluation.needle_forms import SYLLABLES, WORDS
 from llama_surgery.evaluation.ruler.questions import QuestionSet
 
+_ADJECTIVES = """
+able bold brave brief bright brisk broad calm careful cheap civil clean clear clever close cold
+common cool crisp curious damp dark deep distant dizzy dry dull eager early easy equal exact faint
+fair famous fancy fast final firm flat fond fragile free fresh gentle glad grand grave great guilty
+handy happy harsh heavy hidden hollow honest humble idle jolly keen kind large late lazy light
+lively local lonely long loud lovely lucky mad mild modern modest narrow neat noble odd old open
+patient plain polite proud pure quick quiet rapid rare ready rich rough round royal sharp shy silent
+simple slow small smooth sober soft solid sour steady steep stiff strange strict strong subtle
+sudden sunny sweet swift tall tame tender thick thin tidy tiny tired tough true useful vague vast
+warm weary wild wise young
+"""
+
 #: Keys are one of these, a hyphen and one of :data:`~llama_surgery.evaluation.needle_forms.WORDS`.
-ADJECTIVES = tuple(
-    [
-        "able",
-        "bold",
-        "brave",
-        "brief",
-        "bright",
-        "brisk",
-        "broad",
-        "calm",
-        "careful",
-        "cheap",
-        "civil",
-        "clean",
-        "clear",
-        "clever",
-        "close",
-        "cold",
-        "common",
-        "cool",
-        "crisp",
-        "curious",
-        "damp",
-        "dark",
-        "deep",
-        "distant",
-        "dizzy",
-        "dry",
-        "dull",
-        "eager",
-        "early",
-        "easy",
-        "equal",
-        "exact",
-        "faint",
-        "fair",
-        "famous",
-        "fancy",
-        "fast",
-        "final",
-        "firm",
-        "flat",
-        "fond",
-        "fragile",
-        "free",
-        "fresh",
-        "gentle",
-        "glad",
-        "grand",
-        "grave",
-        "great",
-        "guilty",
-        "handy",
-        "happy",
-        "harsh",
-        "heavy",
-        "hidden",
-        "hollow",
-        "honest",
-        "humble",
-        "idle",
-        "jolly",
-        "keen",
-        "kind",
-        "large",
-        "late",
-        "lazy",
-        "light",
-        "lively",
-        "local",
-        "lonely",
-        "long",
-        "loud",
-        "lovely",
-        "lucky",
-        "mad",
-        "mild",
-        "modern",
-        "modest",
-        "narrow",
-        "neat",
-        "noble",
-        "odd",
-        "old",
-        "open",
-        "patient",
-        "plain",
-        "polite",
-        "proud",
-        "pure",
-        "quick",
-        "quiet",
-        "rapid",
-        "rare",
-        "ready",
-        "rich",
-        "rough",
-        "round",
-        "royal",
-        "sharp",
-        "shy",
-        "silent",
-        "simple",
-        "slow",
-        "small",
-        "smooth",
-        "sober",
-        "soft",
-        "solid",
-        "sour",
-        "steady",
-        "steep",
-        "stiff",
-        "strange",
-        "strict",
-        "strong",
-        "subtle",
-        "sudden",
-        "sunny",
-        "sweet",
-        "swift",
-        "tall",
-        "tame",
-        "tender",
-        "thick",
-        "thin",
-        "tidy",
-        "tiny",
-        "tired",
-        "tough",
-        "true",
-        "useful",
-        "vague",
-        "vast",
-        "warm",
-        "weary",
-        "wild",
-        "wise",
-        "young",
-    ]
-)
+ADJECTIVES = tuple(_ADJECTIVES.split())
 
 _SENTENCE_END = re.compile(r"(?:(?<=[.!?])|(?<=[.!?][\"”’')]))\s+")
 
@@ -200,12 +72,13 @@ def split_sentences(text: str) -> list[str]:
 
 
 def running_text(sentences: Sequence[str], words: int, start: int) -> list[str]:
-    """About ``words`` words: sentences from number ``start`` on, round and round."""
+    """``words`` words: sentences from number ``start`` on, round and round, the last one cut short."""
     taken: list[str] = []
-    count = 0
-    while count < words:
-        taken.append(sentences[(start + len(taken)) % len(sentences)])
-        count += taken[-1].count(" ") + 1
+    left = words
+    while left > 0:
+        sentence = sentences[(start + len(taken)) % len(sentences)].split(" ")
+        taken.append(" ".join(sentence[:left]))
+        left -= len(sentence)
     return taken
 
 

@@ -4,27 +4,39 @@ import random
 
 from llama_surgery.errors import TextError
 from llama_surgery.evaluation.ruler.draft import Builder, Draft, Request
+from llama_surgery.evaluation.ruler.materials import Materials
+from llama_surgery.evaluation.ruler.questions import QuestionSet
 
 _INSTRUCTION = (
     "Answer the question from the documents{place}. Give the answer alone, in as few words as it takes."
 )
 
 
+def questions_for(task: str, materials: Materials, count: int) -> QuestionSet:
+    """The question set of a task, if it holds questions for ``count`` samples.
+
+    Raises:
+        TextError: None was given, or it holds fewer: a question is asked once.
+    """
+    chosen = materials.questions.get(task)
+    if chosen is None:
+        raise TextError(
+            f"{task} needs a question file: none was given. Give the path of one in the format of SQuAD or "
+            f"HotpotQA for {task}, or leave the task out."
+        )
+    if count > len(chosen.questions):
+        raise TextError(
+            f"{task}: {count} samples were asked for, but the question file has {len(chosen.questions)} "
+            "questions that can be answered. Ask for fewer samples or leave the task out."
+        )
+    return chosen
+
+
 def question_answering(task: str) -> Builder:
     """Generator over the question set that is given for ``task``. ``size`` counts documents."""
 
     def build(request: Request) -> Draft:
-        chosen = request.materials.questions.get(task)
-        if chosen is None:
-            raise TextError(
-                f"{task} needs a question file: none was given. Give the path of one in the format of SQuAD "
-                f"or HotpotQA for {task}, or leave the task out."
-            )
-        if request.index >= len(chosen.questions):
-            raise TextError(
-                f"{task}: sample {request.index + 1} was asked for, but the question file has "
-                f"{len(chosen.questions)} questions that can be answered. Ask for fewer samples."
-            )
+        chosen = questions_for(task, request.materials, request.index + 1)
         order = random.Random(f"{request.seed} {task}").sample(
             range(len(chosen.questions)), len(chosen.questions)
         )
@@ -35,7 +47,9 @@ def question_answering(task: str) -> Builder:
         request.rng.shuffle(others)
         distractors = [*question.related, *others]
         missing = request.size - len(numbers)
-        if missing > 0 and distractors:
+        if missing > 0:
+            if not distractors:
+                raise TextError(f"{task}: the question file has no document beside that of the question.")
             # A file with little text is read round and round; the gold documents stay single.
             rounds = -(-missing // len(distractors))
             numbers += (distractors * rounds)[:missing]

@@ -1,14 +1,13 @@
 """What a run found, cell by cell, and the tables made of it."""
 
 import dataclasses
-import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from llama_surgery.errors import SurgeryError
 from llama_surgery.evaluation.intervals import CONFIDENCE, Change, mean_interval, paired_change
-from llama_surgery.evaluation.io import write_csv
+from llama_surgery.evaluation.io import read_started, write_csv
 from llama_surgery.evaluation.result import DENSE
 from llama_surgery.files import write_json
 
@@ -40,7 +39,7 @@ class Cell:
     @property
     def density(self) -> float:
         """Pairs read over causal pairs."""
-        return self.pairs["read"] / self.pairs["causal"] if self.pairs else 1.0
+        return self.pairs["read"] / self.pairs["causal"] if self.pairs.get("causal") else 1.0
 
 
 @dataclasses.dataclass
@@ -89,27 +88,32 @@ class RulerResult:
                     found[cell.task, cell.length] = (dense[:both], cell.scores[:both])
         return found
 
-    def changes(self, name: str, by: str, tasks: Iterable[str] | None = None) -> dict[Any, Change]:
+    def changes(
+        self, name: str, by: str, *, tasks: Iterable[str] | None = None, length: int | None = None
+    ) -> dict[Any, Change]:
         """Changes by ``task`` (over lengths) or by ``length`` (over tasks), intervals that hold together.
 
         Args:
             name: An operated form.
             by: ``task`` or ``length``.
             tasks: Tasks that count; all if None.
+            length: The length that counts; all if None.
         """
         groups: dict[Any, list[tuple[list[float], list[float]]]] = {}
-        for (task, length), scores in self.pairs(name).items():
+        for (task, own), scores in self.pairs(name, length=length).items():
             if tasks is None or task in tasks:
-                groups.setdefault(task if by == "task" else length, []).append(scores)
+                groups.setdefault(task if by == "task" else own, []).append(scores)
         return {
             key: paired_change(_merged(parts) if by == "task" else parts, comparisons=len(groups))
             for key, parts in groups.items()
         }
 
-    def average(self, name: str, tasks: Iterable[str] | None = None) -> Change | None:
+    def average(
+        self, name: str, *, tasks: Iterable[str] | None = None, length: int | None = None
+    ) -> Change | None:
         """Mean over tasks, each task's samples of all lengths together; None where nothing was answered."""
         by_task: dict[str, list[tuple[list[float], list[float]]]] = {}
-        for (task, _), scores in self.pairs(name).items():
+        for (task, _), scores in self.pairs(name, length=length).items():
             if tasks is None or task in tasks:
                 by_task.setdefault(task, []).append(scores)
         return paired_change([_merged(parts)[0] for parts in by_task.values()]) if by_task else None
@@ -178,26 +182,15 @@ class RulerResult:
         Raises:
             SurgeryError: The file holds something else, or a run with other settings.
         """
-        path = Path(path)
-        wanted = json.loads(json.dumps(settings))  # tuples become lists, as in the file
-        if not path.exists():
-            return cls(wanted)
+        content = read_started(path, settings)
+        if content is None:
+            return cls(dict(settings))
         try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-            found = content["settings"]
-            cells = [Cell(**cell) for cell in content["cells"]]
-        except (OSError, ValueError, KeyError, TypeError) as error:
+            return cls(content["settings"], [Cell(**cell) for cell in content["cells"]])
+        except (KeyError, TypeError) as error:
             raise SurgeryError(
                 f"{path} is not the result of a RULER run ({error!r}). Give another file or remove it."
             ) from error
-        changed = [key for key in {**found, **wanted} if found.get(key) != wanted.get(key)]
-        if changed:
-            told = "; ".join(f"{key}: {found.get(key)!r} there, {wanted.get(key)!r} now" for key in changed)
-            raise SurgeryError(
-                f"{path} holds a run with other settings ({told}). Give another file, or the settings of "
-                "that run to go on with it."
-            )
-        return cls(found, cells)
 
 
 def _merged(parts: list[tuple[list[float], list[float]]]) -> list[tuple[list[float], list[float]]]:

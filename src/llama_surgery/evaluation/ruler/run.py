@@ -2,7 +2,7 @@
 
 import hashlib
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -13,17 +13,20 @@ from transformers import PreTrainedTokenizerBase
 import llama_surgery
 from llama_surgery.config import SurgeryConfig
 from llama_surgery.errors import SurgeryError
-from llama_surgery.evaluation.evaluate import environment, model_name
+from llama_surgery.evaluation.evaluate import check_dense, environment, model_name
 from llama_surgery.evaluation.generation import continue_greedily, end_tokens
 from llama_surgery.evaluation.io import Progress
 from llama_surgery.evaluation.result import DENSE
+from llama_surgery.evaluation.ruler.reading import questions_for
 from llama_surgery.evaluation.ruler.result import Cell, RulerResult
 from llama_surgery.evaluation.ruler.samples import RulerSample, Sampler
-from llama_surgery.evaluation.ruler.tasks import task_of
+from llama_surgery.evaluation.ruler.tasks import READING, task_of
 from llama_surgery.topology.router import PageRouter
 
-#: Samples of a cell that are answered before the next cell has its turn, and before results are saved.
-BLOCK = 25
+#: Samples of a cell that are answered before the next cell has its turn.
+TURN = 25
+#: Seconds after which results are saved within a turn, as soon as a batch is answered.
+SAVE_AFTER = 10.0
 
 
 def answer_samples(
@@ -31,7 +34,6 @@ def answer_samples(
     tokenizer: PreTrainedTokenizerBase,
     samples: Sequence[RulerSample],
     batch_size: int = 1,
-    progress: Progress | None = None,
 ) -> list[str]:
     """Lets a model answer by greedy ``generate()``.
 
@@ -42,7 +44,6 @@ def answer_samples(
         tokenizer: Its tokenizer.
         samples: What to answer.
         batch_size: Samples that are answered together.
-        progress: Told after each batch.
 
     Returns:
         For each sample, what was written.
@@ -62,21 +63,7 @@ def answer_samples(
             enough=lambda index, row, batch=batch: batch[index].score(text(row)) == 1,
         )
         answers += [text(row[: sample.new_tokens]) for sample, row in zip(batch, rows, strict=True)]
-        if progress is not None:
-            progress("answers", len(answers), len(samples))
     return answers
-
-
-def score_ruler(
-    model: nn.Module,
-    tokenizer: PreTrainedTokenizerBase,
-    samples: Sequence[RulerSample],
-    batch_size: int = 1,
-    progress: Progress | None = None,
-) -> list[float]:
-    """Scores, 0…1, of what a model answers; arguments as of :func:`answer_samples`."""
-    answers = answer_samples(model, tokenizer, samples, batch_size, progress)
-    return [sample.score(answer) for sample, answer in zip(samples, answers, strict=True)]
 
 
 def run_ruler(
@@ -90,13 +77,14 @@ def run_ruler(
     routers: Mapping[int, PageRouter] | None = None,
     batch_size: int = 1,
     file: str | Path | None = None,
+    turn: int = TURN,
     deadline: float | None = None,
     progress: Progress | None = None,
 ) -> RulerResult:
     """Answers the same samples with the dense model and with each configuration.
 
-    Cells take turns, :data:`BLOCK` samples each, and all that is finished is saved after each turn. The
-    same call goes on where an interrupted one stopped.
+    Cells take turns, so that a run which is cut short has answered all tasks and lengths alike. What is
+    answered is saved; the same call goes on where an interrupted one stopped.
 
     Args:
         model: A dense causal language model of transformers, in evaluation mode. It comes back dense.
@@ -108,6 +96,7 @@ def run_ruler(
         routers: Learned corrections by layer index, used with every configuration, or None.
         batch_size: Samples that are answered together.
         file: JSON file of the results, read first if it exists; None for nowhere.
+        turn: Samples of a cell that are answered before the next cell has its turn.
         deadline: ``time.monotonic()`` after which no further turn is begun.
         progress: Told as ``progress(stage, samples done, samples in all)``.
 
@@ -115,26 +104,20 @@ def run_ruler(
         SurgeryError: The model is operated or in training mode, or ``file`` holds another run.
         TextError: A task does not exist, or its samples cannot be made.
     """
-    if llama_surgery.is_operated(model) or model.training:
-        raise SurgeryError("the model must be dense and in evaluation mode: eject(model), model.eval().")
-    if DENSE in configs:
-        raise SurgeryError(f"a configuration is named {DENSE!r}, as the dense model is: choose another name.")
-    if samples < 1 or not tasks or not lengths:
+    check_dense(model, configs)
+    if min(samples, batch_size, turn) < 1 or not tasks or not lengths:
         raise SurgeryError(
-            f"{samples} samples of tasks {list(tasks)} at lengths {list(lengths)}: at least one of each is "
-            "needed."
+            f"{samples} samples of tasks {list(tasks)} at lengths {list(lengths)}, in batches of "
+            f"{batch_size} and turns of {turn}: at least one of each is needed."
         )
-    for task in tasks:
-        task_of(task)
-    lengths = sorted(set(lengths))
+    tasks, lengths = list(dict.fromkeys(tasks)), sorted(set(lengths))
     settings = _settings(model, sampler, configs, tasks, lengths, samples, routers, batch_size)
     result = RulerResult(settings) if file is None else RulerResult.load(file, settings)
-    for task in tasks:
-        for length in lengths:
-            sampler.samples(task, length, [0])  # what cannot be made is said before anything is answered
+    _check_samples(sampler, tasks, lengths, samples)
     forms: dict[str, SurgeryConfig | None] = {DENSE: None, **configs}
-    for start in range(0, samples, BLOCK):
-        indices = range(start, min(start + BLOCK, samples))
+    saver = _Saver(result, file)
+    for start in range(0, samples, turn):
+        indices = range(start, min(start + turn, samples))
         for length in lengths:
             for task in tasks:
                 due = {
@@ -147,46 +130,66 @@ def run_ruler(
                 block = sampler.samples(task, length, indices) if due else []
                 for name, config in due.items():
                     cell = result.cell(name, task, length)
-                    _answer(
-                        model,
-                        sampler.tokenizer,
-                        block[len(cell.scores) - start :],
-                        cell,
-                        config,
-                        routers,
-                        batch_size,
-                    )
-                    if file is not None:
-                        result.write_json(file)
+                    rest = block[len(cell.scores) - start :]
+                    with (
+                        nullcontext()
+                        if config is None
+                        else llama_surgery.operated(model, config, routers=routers)
+                    ):
+                        for _ in _answer(model, sampler.tokenizer, rest, cell, batch_size):
+                            saver.save()
+                    saver.save(now=True)
                     if progress is not None:
                         done = sum(len(cell.scores) for cell in result.cells if cell.name == name)
                         progress(f"{name}: RULER", done, samples * len(tasks) * len(lengths))
     return result
 
 
+class _Saver:
+    """Writes results as they come, not more often than every few seconds."""
+
+    def __init__(self, result: RulerResult, file: str | Path | None) -> None:
+        self._result, self._file, self._last = result, file, time.monotonic()
+
+    def save(self, *, now: bool = False) -> None:
+        if self._file is not None and (now or time.monotonic() > self._last + SAVE_AFTER):
+            self._result.write_json(self._file)
+            self._last = time.monotonic()
+
+
+def _check_samples(sampler: Sampler, tasks: Sequence[str], lengths: Sequence[int], samples: int) -> None:
+    """What cannot be made is said before anything is answered."""
+    for task in tasks:
+        task_of(task)
+    for task in READING:
+        if task in tasks:
+            questions_for(task, sampler.materials, samples)
+    for task in tasks:
+        for length in lengths:
+            sampler.samples(task, length, [0])
+
+
 def _answer(
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
-    block: Sequence[RulerSample],
+    samples: Sequence[RulerSample],
     cell: Cell,
-    config: SurgeryConfig | None,
-    routers: Mapping[int, PageRouter] | None,
     batch_size: int,
-) -> None:
-    """Adds the answers to ``block`` to ``cell``."""
-    start = time.perf_counter()
-    with nullcontext() if config is None else llama_surgery.operated(model, config, routers=routers):
-        answers = answer_samples(model, tokenizer, block, batch_size)
-        if config is not None:
+) -> Iterator[None]:
+    """Adds the answers to ``samples`` to ``cell``, batch by batch."""
+    before = dict(cell.pairs)
+    for start in range(0, len(samples), batch_size):
+        batch = samples[start : start + batch_size]
+        began = time.perf_counter()
+        answers = answer_samples(model, tokenizer, batch, batch_size)
+        cell.seconds += time.perf_counter() - began
+        cell.answers += answers
+        cell.scores += [sample.score(answer) for sample, answer in zip(batch, answers, strict=True)]
+        if llama_surgery.is_operated(model):  # counted since it was operated, for this call
             read = llama_surgery.statistics(model)
-            for name, pairs in (
-                ("read", read.total_density * read.causal_pairs),
-                ("causal", read.causal_pairs),
-            ):
-                cell.pairs[name] = cell.pairs.get(name, 0.0) + pairs
-    cell.seconds += time.perf_counter() - start
-    cell.answers += answers
-    cell.scores += [sample.score(answer) for sample, answer in zip(block, answers, strict=True)]
+            cell.pairs["read"] = before.get("read", 0.0) + read.total_density * read.causal_pairs
+            cell.pairs["causal"] = before.get("causal", 0.0) + read.causal_pairs
+        yield
 
 
 def _settings(
@@ -202,7 +205,7 @@ def _settings(
     return {
         "model": model_name(model),
         "configs": {name: config.to_dict() for name, config in configs.items()},
-        "routers": _digest(*(str((i, r.state_dict())) for i, r in sorted((routers or {}).items()))),
+        "routers": _router_digest(routers or {}),
         "tasks": list(tasks),
         "lengths": list(lengths),
         "samples": samples,
@@ -210,7 +213,9 @@ def _settings(
         "chat": sampler.chat,
         "haystack": _digest(*sampler.materials.sentences),
         "questions": {
-            task: _digest(*(q.text for q in s.questions)) for task, s in sampler.materials.questions.items()
+            task: _digest(*s.documents, *(q.text for q in s.questions))
+            for task, s in sampler.materials.questions.items()
+            if task in tasks
         },
         "batch_size": batch_size,
         "environment": environment(model),
@@ -220,3 +225,13 @@ def _settings(
 def _digest(*parts: str) -> str:
     """Short fingerprint of texts."""
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
+
+
+def _router_digest(routers: Mapping[int, PageRouter]) -> str:
+    """Fingerprint of learned corrections, whatever device they are on."""
+    parts = [
+        f"{index} {name} {hashlib.sha256(part.detach().float().cpu().numpy().tobytes()).hexdigest()}"
+        for index, router in sorted(routers.items())
+        for name, part in router.tensors().items()
+    ]
+    return _digest(*parts) if parts else ""

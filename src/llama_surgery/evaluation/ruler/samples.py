@@ -13,9 +13,6 @@ from llama_surgery.evaluation.ruler.materials import Materials
 from llama_surgery.evaluation.ruler.tasks import Task, task_of
 from llama_surgery.text import encode, leading_tokens
 
-#: Sizes are tried in steps of about this share of a length.
-_STEP = 0.02
-
 
 @dataclasses.dataclass(frozen=True)
 class RulerSample:
@@ -25,6 +22,7 @@ class RulerSample:
         task: Key of :data:`~llama_surgery.evaluation.ruler.tasks.TASKS`.
         length: Tokens asked for.
         index: Number of the sample within task and length.
+        size: Units of haystack in it: words, lines, list entries or documents, as the task counts.
         text: The whole prompt, from chat template to unfinished answer.
         chat: Whether ``text`` holds a chat template, and with it all special tokens.
         tokens: Of the prompt; with ``new_tokens`` at most ``length``.
@@ -35,11 +33,17 @@ class RulerSample:
     task: str
     length: int
     index: int
+    size: int
     text: str
     chat: bool
     tokens: int
     new_tokens: int
     references: tuple[str, ...]
+
+    @property
+    def room(self) -> int:
+        """Tokens that prompt and answer leave of ``length``; negative where they exceed it."""
+        return self.length - self.tokens - self.new_tokens
 
     def input_ids(self, tokenizer: PreTrainedTokenizerBase) -> list[int]:
         """The prompt's tokens."""
@@ -56,6 +60,9 @@ def _ids(tokenizer: PreTrainedTokenizerBase, text: str, chat: bool) -> list[int]
 
 class Sampler:
     """Makes samples; the same arguments give the same samples, one by one or all at once.
+
+    Every sample gets as much haystack as fits: one unit more (a word of prose, a line, an entry of a list, a
+    document) would exceed the length.
 
     Args:
         tokenizer: The model's tokenizer.
@@ -90,50 +97,49 @@ class Sampler:
         """
         task = task_of(name)
         if (name, length) not in self._sizes:
-            self._sizes[name, length] = self._largest(name, task, length)
-        return [self._sample(name, task, length, index) for index in indices]
+            guess = max(0, int((length - task.new_tokens) / task.unit_tokens))
+            self._sizes[name, length] = self._fitted(name, length, 0, guess).size
+        return [self._fitted(name, length, index, self._sizes[name, length]) for index in indices]
 
-    def _sample(self, name: str, task: Task, length: int, index: int) -> RulerSample:
-        """The size that the first sample allows, less where this one comes out longer."""
-        size = self._sizes[name, length]
+    def _fitted(self, name: str, length: int, index: int, size: int) -> RulerSample:
+        """The largest sample that fits, looked for from ``size`` on.
+
+        A size that fits and the next one, which does not, are closed in on by the tokens that a unit takes on
+        average; where that is slow, as units differ, by halves.
+        """
+        task = task_of(name)
+        fits: RulerSample | None = None
+        size, exceeds, steps = max(size, task.smallest), math.inf, 0
         while True:
-            draft = self._draft(name, task, length, index, size)
-            text = self._text(draft)
-            tokens = len(_ids(self.tokenizer, text, self.chat))
-            if tokens + task.new_tokens <= length:
-                return RulerSample(
-                    name, length, index, text, self.chat, tokens, task.new_tokens, draft.references
+            sample = self._sample(name, task, length, index, size)
+            if sample.room >= 0:
+                fits = sample
+            elif size == task.smallest:
+                raise TextError(
+                    f"{name} does not fit into {length} tokens: its shortest prompt and the answer take "
+                    f"{length - sample.room}. Use longer contexts or leave the task out."
                 )
-            if size <= task.smallest:
-                raise TextError(_too_short(name, length, tokens + task.new_tokens))
-            size = max(task.smallest, size - self._step(task, length))
+            else:
+                exceeds = size
+            if fits is not None and exceeds - fits.size <= 1:
+                return fits
+            steps += 1
+            if steps > 4 and fits is not None and exceeds < math.inf:
+                size = (fits.size + int(exceeds)) // 2
+                continue
+            units = sample.room * max(size, 1) / sample.tokens
+            size += max(1, int(units)) if units >= 0 else min(-1, math.floor(units))
+            low = task.smallest if fits is None else fits.size + 1
+            size = max(low, min(size, int(exceeds) - 1) if exceeds < math.inf else size)
 
-    def _largest(self, name: str, task: Task, length: int) -> int:
-        """Largest size at which the first sample fits."""
-
-        def needed(steps: int) -> int:
-            size = task.smallest + steps * step
-            text = self._text(self._draft(name, task, length, 0, size))
-            return len(_ids(self.tokenizer, text, self.chat)) + task.new_tokens
-
-        step = self._step(task, length)
-        if needed(0) > length:
-            raise TextError(_too_short(name, length, needed(0)))
-        low, high = 0, max(1, math.ceil(1 / _STEP))
-        while needed(high) <= length:
-            low, high = high, 2 * high
-        while high - low > 1:
-            middle = (low + high) // 2
-            low, high = (middle, high) if needed(middle) <= length else (low, middle)
-        return task.smallest + low * step
-
-    @staticmethod
-    def _step(task: Task, length: int) -> int:
-        return max(1, int(_STEP * length / task.unit_tokens))
-
-    def _draft(self, name: str, task: Task, length: int, index: int, size: int) -> Draft:
+    def _sample(self, name: str, task: Task, length: int, index: int, size: int) -> RulerSample:
         rng = random.Random(f"{self.seed} {name} {length} {index}")
-        return task.build(Request(rng, size, index, length, self.seed, self.materials))
+        draft = task.build(Request(rng, size, index, length, self.seed, self.materials))
+        text = self._text(draft)
+        tokens = len(_ids(self.tokenizer, text, self.chat))
+        return RulerSample(
+            name, length, index, size, text, self.chat, tokens, task.new_tokens, draft.references
+        )
 
     def _text(self, draft: Draft) -> str:
         if not self.chat:
@@ -141,10 +147,3 @@ class Sampler:
         turn = [{"role": "user", "content": draft.prompt}]
         opened = self.tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
         return f"{opened}{draft.prefix}"
-
-
-def _too_short(name: str, length: int, needed: int) -> str:
-    return (
-        f"{name} does not fit into {length} tokens: its shortest prompt and the answer take {needed}. Use "
-        "longer contexts or leave the task out."
-    )
