@@ -6,6 +6,8 @@ from transformers.cache_utils import CacheLayerMixin
 
 from llama_surgery.config import SurgeryConfig
 from llama_surgery.errors import SurgeryError, UnsupportedModelError
+from llama_surgery.surgery.buffers import PageBuffers, writable
+from llama_surgery.surgery.columns import columns_of
 from llama_surgery.surgery.store import SequenceStore
 
 
@@ -13,27 +15,49 @@ class PagedLayer(CacheLayerMixin):
     """Cache of one operated layer.
 
     Padding is never stored: every sequence holds its real tokens only, at their real positions. While
-    all sequences have one length they share a store; they are kept apart from the first padding on.
+    all sequences have one length they share a store; they are kept apart from the first padding on. The
+    tensors are those of the layer in both cases.
+
+    Args:
+        config: The topology.
+        keep: False for a single call, after which nothing is remembered.
     """
 
     is_sliding = False
     is_croppable = True
     supports_early_init = False
 
-    def __init__(self, config: SurgeryConfig) -> None:
+    def __init__(self, config: SurgeryConfig, *, keep: bool = True) -> None:
         super().__init__()
         self.config = config
+        self.keep = keep
         self.slots = 0  # columns seen, padding included: what transformers calls the length
+        self.maximum: int | None = None  # columns there will ever be, as far as is known
         self.stores: list[SequenceStore] = []
+        self.buffers: PageBuffers | None = None
         self.batch = 0
         self.kv_heads = 0
+        self.recording = False  # a CUDA graph is being captured: what happens on the host is done at replays
         self._expected = False
+        self._device_lengths: torch.Tensor | None = None
+        self._known_lengths: list[int] = []  # what the device holds
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         self.batch, self.kv_heads = key_states.shape[:2]
         self.dtype, self.device = key_states.dtype, key_states.device
-        self.stores = [SequenceStore(self.config)]
+        self.buffers = PageBuffers(self.config, self.batch * self.kv_heads, self.device)
+        self.stores = self._stores([0])
         self.is_initialized = True
+
+    def _stores(self, lengths: list[int]) -> list[SequenceStore]:
+        """A store for each length, of one sequence or, if there is only one, of all."""
+        heads = self.batch * self.kv_heads // len(lengths)
+        return [
+            SequenceStore(
+                self.config, self.buffers, slice(i * heads, (i + 1) * heads), length, keep=self.keep
+            )
+            for i, length in enumerate(lengths)
+        ]
 
     def expect(self) -> None:
         """Announce a call: an attention function of ours will take what the next update hands through."""
@@ -94,24 +118,21 @@ class PagedLayer(CacheLayerMixin):
                 f"attention mask {tuple(mask.shape)}: the cache holds {self.slots} columns and {new} "
                 f"are new, so it must be {(batch, self.slots + new)}."
             )
-        if mask is None or bool(mask.all()):
-            for store in self.stores:
-                self._expect(store, self.slots)
-            taken = self._by_sequence(None)
-        else:
-            self._separate()
-            for store, length in zip(self.stores, mask[:, : self.slots].sum(1).tolist(), strict=True):
-                self._expect(store, length)
-            taken = self._by_sequence(mask[:, self.slots :])
+        lengths, columns = [self.slots] * batch, [None] * batch
+        if self.recording:
+            lengths = self.lengths  # the caller knows them, and room is there
+        elif mask is not None:
+            lengths, columns = columns_of(mask, self.slots)
+            if any(c is not None for c in columns) or any(length != self.slots for length in lengths):
+                self._separate()
+        if self.keep and self.buffers is not None:
+            self.buffers.maximum = self.maximum
+            self.buffers.reserve(max(lengths) + new)
+        for store, length in zip(self.stores, lengths, strict=False):
+            self._expect(store, length)
         self.slots += new
-        return taken
-
-    def _by_sequence(
-        self, real: torch.Tensor | None
-    ) -> list[tuple[SequenceStore, slice, torch.Tensor | None]]:
-        if real is None and len(self.stores) == 1:
-            return [(self.stores[0], slice(None), None)]
-        columns = [None if real is None else real[b].nonzero().squeeze(1) for b in range(self.batch)]
+        if len(self.stores) == 1:
+            return [(self.stores[0], slice(None), columns[0])]
         return [(s, slice(b, b + 1), columns[b]) for b, s in enumerate(self.stores)]
 
     def _expect(self, store: SequenceStore, length: int) -> None:
@@ -123,19 +144,48 @@ class PagedLayer(CacheLayerMixin):
                 "pass the same attention_mask, extended, in every call on one cache."
             )
 
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens of every sequence."""
+        each = self.batch // max(1, len(self.stores))
+        return [store.length for store in self.stores for _ in range(each)]
+
+    def device_lengths(self) -> torch.Tensor:
+        """(batch,) int32 on the device: :attr:`lengths`. Whoever adds to it also calls :meth:`advance`."""
+        lengths, held = self.lengths, self._device_lengths
+        if held is None or len(held) != len(lengths) or not writable(held):
+            held = self._device_lengths = torch.zeros(len(lengths), dtype=torch.int32, device=self.device)
+            self._known_lengths = [0] * len(lengths)
+        if self._known_lengths != lengths:
+            if len(set(lengths)) == 1:
+                held.fill_(lengths[0])
+            else:
+                held.copy_(torch.tensor(lengths, dtype=torch.int32))
+            self._known_lengths = lengths
+        return held
+
+    def advance(self, new: int) -> None:
+        """Count tokens that a decode step wrote; chunks that are full now are laid out."""
+        for store in self.stores:
+            store.advance(new)
+        self._known_lengths = self.lengths
+
     def _separate(self) -> None:
         if len(self.stores) < self.batch:
-            index = torch.arange(self.batch, device=self.device)
-            self.stores = [self.stores[0].select(index[b : b + 1]) for b in range(self.batch)]
+            self.stores = self._stores([self.stores[0].length] * self.batch)
 
     def _select(self, indices: torch.Tensor) -> None:
-        if not self.is_initialized:
+        if not self.is_initialized or self.buffers is None:
             return
-        if len(self.stores) == 1:
-            self.stores = [self.stores[0].select(indices)]
-        else:
-            self.stores = [self.stores[i].fork() for i in indices.tolist()]
+        indices = indices.to(self.device)
+        heads = torch.arange(self.kv_heads, device=self.device)
+        self.buffers = self.buffers.select((indices[:, None] * self.kv_heads + heads).flatten())
+        lengths = [self.stores[0].length]
+        if len(self.stores) > 1:
+            lengths = [self.stores[i].length for i in indices.tolist()]
         self.batch = len(indices)
+        self.stores = self._stores(lengths)
+        self._device_lengths = None
 
     def get_seq_length(self) -> int:
         return self.slots
@@ -150,8 +200,8 @@ class PagedLayer(CacheLayerMixin):
         return -1
 
     def reset(self) -> None:
-        self.slots, self.batch, self.stores = 0, 0, []
-        self.is_initialized = False
+        self.slots, self.batch, self.stores, self.buffers = 0, 0, [], None
+        self.is_initialized, self._device_lengths = False, None
 
     def crop(self, tokens: int) -> None:
         """Remove ``-tokens`` columns; a positive number is the length to keep (older transformers)."""
@@ -194,3 +244,18 @@ class PagedCache(DynamicCache):
         self.settle_last_tile = False
         for index in layers:
             self.layers[index] = PagedLayer(surgery)
+
+    @property
+    def paged(self) -> list[PagedLayer]:
+        """The layers of operated attention."""
+        return [layer for layer in self.layers if isinstance(layer, PagedLayer)]
+
+    @property
+    def recording(self) -> bool:
+        """Is a step being captured?"""
+        return any(layer.recording for layer in self.paged)
+
+    def expect_length(self, tokens: int) -> None:
+        """Say that no sequence will exceed ``tokens`` tokens: memory is then kept for those, and not more."""
+        for layer in self.paged:
+            layer.maximum = tokens

@@ -16,6 +16,7 @@ from llama_surgery.attention.api import attend
 from llama_surgery.config import SurgeryConfig
 from llama_surgery.errors import SurgeryError, UnsupportedModelError
 from llama_surgery.surgery.cache import PagedCache, PagedLayer
+from llama_surgery.surgery.decoding import decode_step, kernels_decode
 from llama_surgery.surgery.statistics import Counters
 from llama_surgery.surgery.store import SequenceStore
 from llama_surgery.topology.geometry import closed_chunks
@@ -180,14 +181,23 @@ def _operated(
         settle = cache.settle_last_tile
     else:
         # Without a cache all keys are new: a fresh one holds them for this call alone.
-        paged = PagedLayer(layer.config)
+        paged = PagedLayer(layer.config, keep=False)
         paged.expect()
         decode = key.shape[2] > new and new == 1
     tile = 1 if decode else layer.config.tile
+    taken = paged.take(mask, batch, key.shape[2], (key, value))
+    real = all(columns is None for _, _, columns in taken)
+    if decode and cache is not None and real and kernels_decode(layer, paged, query, key, value):
+        return decode_step(layer, paged, query, key, value, keywords)
+    if paged.recording:
+        raise SurgeryError(
+            "a step can be captured only where the decode kernels run it: a GPU, no float64, no gradients, "
+            "no learned corrections, no coarse_to_fine, no pages_per_row."
+        )
     # Allocated as it is returned, so that it is contiguous: some architectures take views of it.
     returned = query.new_zeros(batch, new, heads, value.shape[-1])
     out = returned.transpose(1, 2)
-    for store, rows, columns in paged.take(mask, batch, key.shape[2], (key, value)):
+    for store, rows, columns in taken:
         q, k, v = query[rows], key[rows], value[rows]
         skip = key.shape[2] - new  # keys before the queries, where there is no paged cache
         if columns is not None:

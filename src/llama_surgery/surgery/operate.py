@@ -312,6 +312,8 @@ def _model_hook(model: PreTrainedModel, args: tuple, kwargs: dict[str, Any]) -> 
         )
     position_ids = kwargs.get("position_ids")
     counted = kwargs.get("attention_mask") is None and position_ids is not None and position_ids.dim() == 2
+    given = given_cache(kwargs)
+    counted = counted and not (isinstance(given, PagedCache) and given.recording)  # no questions in a graph
     if counted and bool((position_ids.diff(dim=-1) < 1).any()):
         # Without a cache transformers would make a mask of them; with one, it mixes the sequences in silence.
         raise UnsupportedModelError(
@@ -335,8 +337,8 @@ def _prepare(
     generation_config: Any,
     model_kwargs: dict[str, Any],
     generation_mode: Any,
-    *args: Any,
-    **kwargs: Any,
+    batch_size: int,
+    max_cache_length: int,
 ) -> None:
     """Stands in for transformers' own cache preparation in ``generate()``."""
     wanted = generation_config.cache_implementation
@@ -346,10 +348,11 @@ def _prepare(
         )
     if given_cache(model_kwargs) is None and generation_config.use_cache is not False:
         model_kwargs[CACHE_NAME] = paged_cache(model)
-    prepare(generation_config, model_kwargs, generation_mode, *args, **kwargs)
+    prepare(generation_config, model_kwargs, generation_mode, batch_size, max_cache_length)
     cache = given_cache(model_kwargs)
     if isinstance(cache, PagedCache):
         # Assisted generation verifies several tokens in one call: decode steps too.
         assisted = str(getattr(generation_mode, "value", generation_mode)) == "assisted_generation"
         cache.decode_rows = cache.surgery.chunk_size if assisted else 1
         cache.settle_last_tile = True
+        cache.expect_length(max_cache_length)

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 
 from llama_surgery.attention.api import AttentionResult
+from llama_surgery.surgery.buffers import writable
 
 
 class Counters:
@@ -21,6 +22,32 @@ class Counters:
         self.far_pairs: torch.Tensor | None = None  # (kv_heads,) int64
         self.visible_pairs: torch.Tensor | None = None
         self.pages: torch.Tensor | None = None
+        self._tally: torch.Tensor | None = None  # (2, kv_heads) int64, pages opened and read
+        self._page_size = 0
+
+    def tally(self, kv_heads: int, page_size: int, device: torch.device) -> torch.Tensor:
+        """(2, kv_heads) int64, to which kernels add the pages that single rows opened and read."""
+        if self._tally is None:
+            self._tally = torch.zeros(2, kv_heads, dtype=torch.int64, device=device)
+            self._page_size = page_size
+        elif not writable(self._tally):
+            self._tally = self._tally.clone()
+        return self._tally
+
+    def count(self, rows: int, near_pairs: int, causal_pairs: int) -> None:
+        """Count rows of all sequences, and their pairs, whose pages are tallied."""
+        self.rows += rows
+        self.near_pairs += near_pairs
+        self.causal_pairs += causal_pairs
+
+    def totals(self, name: str) -> list[int]:
+        """``far_pairs``, ``visible_pairs`` or ``pages`` of every KV head; empty before the first call."""
+        parts = [] if getattr(self, name) is None else [getattr(self, name).tolist()]
+        if self._tally is not None:
+            opened, read = self._tally.tolist()
+            pages = opened if name == "visible_pairs" else read
+            parts.append([n * (1 if name == "pages" else self._page_size) for n in pages])
+        return [sum(column) for column in zip(*parts, strict=True)]
 
     def add(self, result: AttentionResult, kv_heads: int, page_size: int) -> None:
         """Count one call: ``result`` over (sequences * kv_heads) streams."""
@@ -116,7 +143,7 @@ def _sums(counters: list[Counters]) -> dict[str, Any]:
     """Sums over counters of one layer, lists over KV heads."""
 
     def heads(name: str) -> list[int]:
-        rows = [getattr(c, name).tolist() for c in counters if getattr(c, name) is not None]
+        rows = [totals for c in counters if (totals := c.totals(name))]
         return [sum(column) for column in zip(*rows, strict=True)]
 
     return {

@@ -1,18 +1,12 @@
 """Keys and values of sequences of one length: full chunks in tree order, the open chunk as it came."""
 
-import copy
-
 import torch
 
-from llama_surgery.attention.api import build_layout
+from llama_surgery.attention.api import build_layout, kernels_serve
 from llama_surgery.config import SurgeryConfig
 from llama_surgery.errors import SurgeryError
-from llama_surgery.topology.layout import (
-    Layout,
-    Moments,
-    extend_layout,
-    restore,
-)
+from llama_surgery.surgery.buffers import PageBuffers
+from llama_surgery.topology.layout import Layout, restore
 from llama_surgery.topology.router import PageRouter
 
 
@@ -20,19 +14,41 @@ class SequenceStore:
     """What a layer remembers of one or more sequences that have equally many tokens.
 
     A chunk is rewritten in tree order once, in the call that fills it, whatever call that is (law 1).
-    Tensors are replaced, never written in place, so a shallow copy is a fork.
+
+    Args:
+        config: The topology.
+        buffers: Tensors of the layer, of which ``streams`` are the store's own; its own if None.
+        streams: Streams are (sequence, KV head) flattened.
+        length: Tokens that are there already.
+        keep: False for a single call, after which nothing is remembered: nothing is copied either.
 
     Attributes:
         length: Tokens of each sequence.
-        layout: Full chunks, or None; streams are (sequence, KV head) flattened.
     """
 
-    def __init__(self, config: SurgeryConfig) -> None:
+    def __init__(
+        self,
+        config: SurgeryConfig,
+        buffers: PageBuffers | None = None,
+        streams: slice = slice(None),
+        length: int = 0,
+        *,
+        keep: bool = True,
+    ) -> None:
         self.config = config
-        self.length = 0
-        self.layout: Layout | None = None
-        self._open_keys: torch.Tensor | None = None  # (sequences, kv_heads, < chunk_size, head_dim)
-        self._open_values: torch.Tensor | None = None
+        self.length = length
+        self._buffers = buffers
+        self._streams = streams
+        self._keep = keep
+        self._passing: Layout | None = None
+
+    @property
+    def layout(self) -> Layout | None:
+        """Full chunks, or None where there is none."""
+        chunks = self.length // self.config.chunk_size
+        if not self._keep or not chunks or self._buffers is None:
+            return self._passing
+        return self._buffers.layout(self._streams, chunks)
 
     def append(
         self, keys: torch.Tensor, values: torch.Tensor, since: int, router: PageRouter | None = None
@@ -56,104 +72,81 @@ class SequenceStore:
                 "the keys hold NaN or infinity: no order can be made of them. Check the weights and "
                 "the inputs, and that the dtype has the range the model needs."
             )
+        keys, values = keys.flatten(0, 1), values.flatten(0, 1)
         near = self._near(keys, values, since)
-        size, new = self.config.chunk_size, keys.shape[2]
-        opened = self.length % size
-        if opened and self._open_keys is not None and self._open_values is not None:
-            keys = torch.cat((self._open_keys, keys), 2)
-            values = torch.cat((self._open_values, values), 2)
-        full = (opened + new) // size * size
-        if full:
-            more = build_layout(
-                keys[:, :, :full].flatten(0, 1), values[:, :, :full].flatten(0, 1), self.config, router
+        size, stop = self.config.chunk_size, self.length + keys.shape[1]
+        if not self._keep:
+            full = stop // size * size
+            self._passing = (
+                build_layout(keys[:, :full], values[:, :full], self.config, router) if full else None
             )
-            self.layout = more if self.layout is None else extend_layout(self.layout, more)
-        # Cloned, so that a view of a few tokens does not keep the whole call's keys alive.
-        self._open_keys, self._open_values = keys[:, :, full:].clone(), values[:, :, full:].clone()
-        self.length += new
+            self.length = stop
+            return near
+        if self._buffers is None:
+            self._buffers = PageBuffers(self.config, keys.shape[0], keys.device)
+        self._buffers.reserve(stop)
+        opened = self.length % size
+        begin, full = self.length - opened, (opened + keys.shape[1]) // size * size
+        if full:
+            whole_keys, whole_values = keys, values
+            if opened:
+                old_keys, old_values = self._buffers.read(self._streams, begin, self.length)
+                whole_keys = torch.cat((old_keys, keys[:, : full - opened]), 1)
+                whole_values = torch.cat((old_values, values[:, : full - opened]), 1)
+            self._lay_out(begin, whole_keys[:, :full], whole_values[:, :full], router)
+            keys, values = keys[:, full - opened :], values[:, full - opened :]
+        self._buffers.write(self._streams, stop - keys.shape[1], keys, values)
+        self.length = stop
         return near
+
+    def advance(self, new: int) -> None:
+        """Count ``new`` tokens that were written into the buffers; chunks that are full now are laid out."""
+        size = self.config.chunk_size
+        begin = self.length // size * size
+        self.length += new
+        full = self.length // size * size
+        if full > begin:
+            assert self._buffers is not None
+            self._lay_out(begin, *self._buffers.read(self._streams, begin, full), None)
+
+    def _lay_out(
+        self, start: int, keys: torch.Tensor, values: torch.Tensor, router: PageRouter | None
+    ) -> None:
+        assert self._buffers is not None
+        layout = build_layout(keys, values, self.config, router)
+        kernels = kernels_serve(self.config, keys, values, routed=router is not None)
+        self._buffers.write_chunks(self._streams, start, layout, kernels=kernels)
 
     def _near(
         self, keys: torch.Tensor, values: torch.Tensor, since: int
     ) -> tuple[torch.Tensor, torch.Tensor]:
         if since >= self.length:
             skip = since - self.length
-            return keys[:, :, skip:].flatten(0, 1), values[:, :, skip:].flatten(0, 1)
-        parts_k, parts_v = [], []
-        if self.layout is not None and since < self.layout.chunks * self.config.chunk_size:
-            order = self.layout.order[:, since // self.config.chunk_size :]
-            parts_k.append(restore(self.layout.keys[:, since:], order))
-            parts_v.append(restore(self.layout.values[:, since:], order))
-        if self._open_keys is not None and self._open_values is not None:
-            parts_k.append(self._open_keys.flatten(0, 1))
-            parts_v.append(self._open_values.flatten(0, 1))
-        parts_k.append(keys.flatten(0, 1))
-        parts_v.append(values.flatten(0, 1))
-        return torch.cat(parts_k, 1), torch.cat(parts_v, 1)
+            return keys[:, skip:], values[:, skip:]
+        assert self._buffers is not None
+        parts, size = [], self.config.chunk_size
+        full = self.length // size * size
+        if since < full:
+            parts.append(self._restored(since, full))
+        parts.append(self._buffers.read(self._streams, max(since, full), self.length))
+        parts.append((keys, values))
+        near_keys, near_values = (torch.cat(states, 1) for states in zip(*parts, strict=True))
+        return near_keys, near_values
+
+    def _restored(self, start: int, stop: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values of full chunks in order of position."""
+        assert self._buffers is not None
+        order = self._buffers.order(self._streams, start, stop)
+        keys, values = self._buffers.read(self._streams, start, stop)
+        return restore(keys, order), restore(values, order)
 
     def truncate(self, length: int) -> None:
         """Forget all tokens from position ``length`` on; a chunk cut open returns to its order."""
         if length >= self.length:
             return
         size = self.config.chunk_size
-        full = length // size
-        if self.layout is not None and full < self.layout.chunks:
-            kv_heads = self._kv_heads()
-            chunk, order = (
-                slice(full * size, (full + 1) * size),
-                self.layout.order[:, full : full + 1],
-            )
-            keys = restore(self.layout.keys[:, chunk], order).unflatten(0, (-1, kv_heads))
-            values = restore(self.layout.values[:, chunk], order).unflatten(0, (-1, kv_heads))
-            self._open_keys, self._open_values = keys, values
-            self.layout = _cut(self.layout, full, self.config)
-        if self._open_keys is not None and self._open_values is not None:
-            rest = length - full * size
-            self._open_keys = self._open_keys[:, :, :rest].clone()
-            self._open_values = self._open_values[:, :, :rest].clone()
+        begin = length // size * size
+        if begin < length and begin < self.length // size * size:
+            assert self._buffers is not None
+            self._buffers.write(self._streams, begin, *self._restored(begin, begin + size))
         self.length = length
-
-    def select(self, sequences: torch.Tensor) -> "SequenceStore":
-        """A store of the given sequences (int64 indices, repeats allowed)."""
-        chosen = self.fork()
-        if self._open_keys is None or self._open_values is None:
-            return chosen
-        kv_heads = self._kv_heads()
-        sequences = sequences.to(self._open_keys.device)
-        chosen._open_keys = self._open_keys.index_select(0, sequences)
-        chosen._open_values = self._open_values.index_select(0, sequences)
-        if self.layout is not None:
-            heads = torch.arange(kv_heads, device=sequences.device)
-            streams = (sequences[:, None] * kv_heads + heads).flatten()
-            chosen.layout = _map_layout(self.layout, lambda x: x.index_select(0, streams))
-        return chosen
-
-    def fork(self) -> "SequenceStore":
-        """A copy that grows on its own; tensors are shared until either grows."""
-        return copy.copy(self)
-
-    def _kv_heads(self) -> int:
-        assert self._open_keys is not None  # set by the first append
-        return self._open_keys.shape[1]
-
-
-def _map_layout(layout: Layout, function) -> Layout:
-    moments = layout.moments
-    return Layout(
-        function(layout.keys),
-        function(layout.values),
-        function(layout.order),
-        Moments(function(moments.mean), function(moments.variance), moments.size),
-    )
-
-
-def _cut(layout: Layout, chunks: int, config: SurgeryConfig) -> Layout | None:
-    if chunks == 0:
-        return None
-    keys = chunks * config.chunk_size
-    return Layout(
-        layout.keys[:, :keys],
-        layout.values[:, :keys],
-        layout.order[:, :chunks],
-        layout.moments.first(chunks * config.pages_per_chunk * config.balls_per_page),
-    )

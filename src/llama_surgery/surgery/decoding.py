@@ -1,0 +1,108 @@
+"""Decode steps of an operated layer through the Triton kernels: one launch for all sequences of a batch."""
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from llama_surgery.attention.api import backend_name, kernels_serve
+from llama_surgery.surgery.cache import PagedLayer
+from llama_surgery.surgery.statistics import Counters
+from llama_surgery.topology.geometry import closed_chunks
+
+if TYPE_CHECKING:
+    from llama_surgery.surgery.interface import LayerSurgery
+
+
+def kernels_decode(
+    layer: "LayerSurgery",
+    paged: PagedLayer,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+) -> bool:
+    """Can the decode kernels run this call? What they refuse is executed as every other call.
+
+    Args:
+        layer: The operated layer.
+        paged: Its cache.
+        query: (batch, heads, new, head_dim).
+        key: (batch, kv_heads, new, head_dim).
+        value: (batch, kv_heads, new, value_dim).
+
+    Raises:
+        SurgeryError: The backend asked for by name cannot run the call at all.
+    """
+    options = {"listening": layer.listener is not None, "routed": layer.router is not None}
+    if backend_name(layer.config, query, value, 1, **options) != "triton":
+        return False
+    from llama_surgery.attention.impl.triton.decode import decode_obstacle
+
+    recorded = torch.is_grad_enabled() and (key.requires_grad or value.requires_grad)
+    held = paged.buffers is not None and not paged.buffers.empty
+    return (
+        held
+        and not recorded
+        and query.dtype == paged.buffers.keys.dtype  # type: ignore[union-attr]
+        and kernels_serve(layer.config, key, value)
+        and decode_obstacle(layer.config, query, value) is None
+    )
+
+
+def decode_step(
+    layer: "LayerSurgery",
+    paged: PagedLayer,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    keywords: dict[str, Any],
+) -> torch.Tensor:
+    """Attention of the newest tokens, which are real for every sequence. Asks nothing of the device.
+
+    Shapes are those of :func:`kernels_decode`, ``keywords`` what transformers passes to attention functions.
+
+    Returns:
+        (batch, new, heads, value_dim), contiguous.
+    """
+    from llama_surgery.attention.impl.triton.decode import decode
+    from llama_surgery.attention.impl.triton.decode_cache import DecodeCache, append_tokens
+
+    (batch, heads, rows, _), kv_heads = query.shape, key.shape[1]
+    buffers, lengths = paged.buffers, paged.device_lengths()
+    assert buffers is not None
+    sinks = keywords.get("s_aux")
+    if sinks is not None:
+        sinks = sinks.detach().view(kv_heads, heads // kv_heads).repeat(batch, 1)
+    cache = DecodeCache(layer.config, *buffers.read_by_kernels(), lengths)
+    append_tokens(cache, key.flatten(0, 1), value.flatten(0, 1))
+    result = decode(
+        query.unflatten(1, (kv_heads, heads // kv_heads)).flatten(0, 1),
+        cache,
+        scale=keywords.get("scaling"),
+        softcap=keywords.get("softcap"),
+        sink_logit=sinks,
+        tally=tally_of(layer, paged),
+    )
+    lengths.add_(rows)
+    if not paged.recording:
+        settle(layer, paged, rows)
+    return result.out.view(batch, heads, rows, -1).transpose(1, 2).contiguous()
+
+
+def settle(layer: "LayerSurgery", paged: PagedLayer, rows: int) -> None:
+    """What the host does about a step that is launched: count it, and lay out chunks that it filled."""
+    near = causal = 0
+    for length in paged.lengths:
+        for position in range(length, length + rows):
+            near += position + 1 - closed_chunks(position, layer.config, 1) * layer.config.chunk_size
+            causal += position + 1
+    _counters(layer).count(rows * len(paged.lengths), near, causal)
+    paged.advance(rows)
+
+
+def tally_of(layer: "LayerSurgery", paged: PagedLayer) -> torch.Tensor:
+    """(2, kv_heads) int64, to which the layer's steps add the pages they opened and read."""
+    return _counters(layer).tally(paged.kv_heads, layer.config.page_size, paged.device)
+
+
+def _counters(layer: "LayerSurgery") -> Counters:
+    return layer.counters.setdefault(1, Counters())
