@@ -1,0 +1,197 @@
+"""Times decode attention over a paged cache beside dense rivals.
+
+A graph holds one call on each of several caches, together more than four times the L2 cache that a call finds
+empty; times are per call. Every timing follows a check against float64 on the planted pages. A step run
+appends a token, attends, and fills chunks when they are due: its p99 and its worst step are the latencies of
+generation.
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from llama_surgery.attention.impl.triton.decode import decode
+from llama_surgery.attention.impl.triton.decode_cache import append_tokens, fill_chunks
+from llama_surgery.bench import decode_case as case
+from llama_surgery.bench.decode_case import Layer, Setting
+from llama_surgery.bench.dense import ways
+from llama_surgery.bench.measure import Deadline, Rows, graphed, quantiles, say, synchronise, times
+from llama_surgery.errors import SurgeryError
+
+SETTINGS = (
+    Setting(1 << 17, 1),
+    Setting(1 << 15, 1),
+    Setting(1 << 17, 8),
+    Setting(1 << 15, 8),
+    Setting(1 << 17, 1, ball=16),
+    Setting(1 << 17, 8, ball=16),
+    Setting(1 << 17, 1, page=32, ball=32),
+    Setting(1 << 17, 1, page=32, ball=8),
+    Setting(1 << 17, 1, rows=4),
+)
+
+
+def bench_decode(
+    settings: tuple[Setting, ...],
+    out: Path,
+    *,
+    deadline: Deadline,
+    device: torch.device,
+    dtype: torch.dtype = torch.bfloat16,
+    flex: bool = True,
+) -> list[dict[str, Any]]:
+    """Time all settings, the most telling first; rows are written as they are measured.
+
+    Without ``flex`` FlexAttention, whose compilation takes most of the time, is left out.
+    """
+    rows = Rows(out, device, dtype=str(dtype).split(".")[-1], peak_bytes_per_s=peak_bandwidth(device))
+    for setting in settings:
+        if deadline.passed(str(setting)):
+            break
+        time_setting(rows, setting, device, dtype, flex=flex)
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+    return rows.rows
+
+
+def time_setting(
+    rows: Rows, setting: Setting, device: torch.device, dtype: torch.dtype, *, flex: bool = True
+) -> None:
+    """All rows of one setting."""
+    layers, gap = case.build(setting, copies_for(setting, device), device, dtype)
+    results = [decode(x.queries, x.cache) for x in layers]
+    errors = [case.check(setting, x, r) for x, r in zip(layers, results, strict=True)]
+    facts = case.facts_of(setting, results) | {
+        "theta": layers[0].cache.config.theta_for(1),
+        "gap": gap,
+        "copies": len(layers),
+        "error": max(e for e, _ in errors),
+        "plain_error": max(p for _, p in errors),
+    }
+    ours = measure(layers, lambda x: decode(x.queries, x.cache))
+    p50, fastest, winner = ours["p50_ms"], math.inf, "none"
+    dense_bytes = setting.batch * case.KV_HEADS * setting.length * 2 * case.DIM * dtype.itemsize
+    for name, call in rivals(setting, device, flex=flex) if setting.rows == 1 else ():
+        try:
+            case.check_dense(setting, layers[0], call(layers[0]).reshape(-1, case.HEADS, case.DIM))
+            found = measure(layers, call)
+        except Exception as problem:  # a rival that does not run must not end the program
+            say(f"{name} did not run: {str(problem).splitlines()[0][:200]}")
+            synchronise(device)
+            continue
+        times_ours = found["p50_ms"] / p50
+        rows.add(
+            **setting.label, part=name, **found, **_rate(rows, dense_bytes, found), over_decode=times_ours
+        )
+        if found["p50_ms"] < fastest and name != "topology=dense":
+            fastest, winner = found["p50_ms"], name
+    moved = case.bytes_of(setting, results)
+    rows.add(
+        **setting.label, part="decode", **ours, **_rate(rows, moved, ours),
+        speedup=fastest / p50, fastest_rival=winner, **facts,
+    )  # fmt: skip
+    steps = step_run(layers, setting, device)
+    rows.add(**setting.label, part="step", **steps, p99_speedup=fastest / steps["p99_ms"])
+
+
+def _rate(rows: Rows, moved: float, found: dict[str, float]) -> dict[str, float]:
+    rate = moved / found["p50_ms"] * 1e3
+    return {"bytes": int(moved), "GB_per_s": rate / 1e9, "of_peak": rate / rows.common["peak_bytes_per_s"]}
+
+
+def measure(layers: list[Layer], call: Callable[[Layer], Any], budget_ms: float = 400.0) -> dict[str, float]:
+    """Quantiles of milliseconds per call, on each layer in turn."""
+    device = layers[0].queries.device
+    replay = graphed(lambda: [call(x) for x in layers], device)
+    middle = times(replay, device, 3)[1]
+    count = max(20, min(400, int(budget_ms / middle))) if device.type == "cuda" else 1
+    return quantiles([ms / len(layers) for ms in times(replay, device, count)])
+
+
+def step_run(layers: list[Layer], setting: Setting, device: torch.device) -> dict[str, float]:
+    """Quantiles, mean and maximum of single steps per layer while the text grows.
+
+    Raises:
+        SurgeryError: A chunk was not filled.
+    """
+    lengths = layers[0].cache.lengths
+
+    def step() -> None:
+        for layer in layers:
+            append_tokens(layer.cache, *layer.new)
+            decode(layer.queries, layer.cache)
+        lengths.add_(setting.rows)
+
+    def fill() -> None:
+        for layer in layers:
+            fill_chunks(layer.cache)
+
+    replay_fill = graphed(fill, device)  # first: capturing runs the call, and nothing is due yet
+    replay_step = graphed(step, device)
+    lengths.fill_(setting.start)
+    size, done = setting.config.chunk_size, 0
+
+    def one() -> None:
+        nonlocal done
+        replay_step()
+        before = setting.start + done * setting.rows
+        done += 1
+        if before // size < (before + setting.rows) // size:
+            replay_fill()
+
+    measured = times(one, device, case.STEPS // setting.rows - 8)
+    filled = (setting.start + done * setting.rows) // size
+    if layers[-1].cache.filled is None or not (layers[-1].cache.filled == filled).all():
+        raise SurgeryError(f"{setting}: chunks were not filled.")
+    lengths.fill_(setting.start)
+    each = [ms / len(layers) for ms in measured]
+    return quantiles(each) | {"max_ms": each[-1]}
+
+
+def rivals(
+    setting: Setting, device: torch.device, *, flex: bool = True
+) -> Iterator[tuple[str, Callable[[Layer], torch.Tensor]]]:
+    """Dense attention of one row over the same keys: name and call."""
+
+    def states(layer: Layer) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        k, v = (x.unflatten(0, (setting.batch, -1)) for x in (layer.cache.keys, layer.cache.values))
+        q = layer.queries.unflatten(0, (setting.batch, -1)).flatten(1, 2)
+        return q, k[:, :, : setting.length], v[:, :, : setting.length]
+
+    for way in ways(device, 1):
+        yield way.name, lambda layer, way=way: way(*states(layer))
+    if flex and device.type == "cuda":
+        from torch.nn.attention.flex_attention import flex_attention
+
+        compiled = torch.compile(functools.partial(flex_attention, enable_gqa=True), dynamic=False)
+        yield "FlexAttention", lambda layer: compiled(*states(layer))
+
+    def dense_topology(layer: Layer) -> torch.Tensor:
+        config = dataclasses.replace(setting.config, topology="dense")
+        return decode(layer.queries, dataclasses.replace(layer.cache, config=config)).out
+
+    yield "topology=dense", dense_topology
+
+
+def peak_bandwidth(device: torch.device) -> float:
+    """Bytes per second of the memory interface where the driver says, else NaN."""
+    if device.type != "cuda":
+        return math.nan
+    properties = torch.cuda.get_device_properties(device)
+    clock = getattr(properties, "memory_clock_rate", math.nan)
+    return 2 * clock * 1e3 * getattr(properties, "memory_bus_width", math.nan) / 8
+
+
+def copies_for(setting: Setting, device: torch.device) -> int:
+    """Caches whose touched bytes are more than four times the L2 cache."""
+    if device.type != "cuda":
+        return 1
+    touched = (setting.far * setting.length + setting.config.chunk_size) * 2 * case.DIM * 2
+    touched += setting.length / setting.ball * 2 * case.DIM * 2
+    cache = torch.cuda.get_device_properties(device).L2_cache_size
+    return max(2, math.ceil(4 * cache / (touched * setting.batch * case.KV_HEADS)) + 1)

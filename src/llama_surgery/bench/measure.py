@@ -1,0 +1,126 @@
+"""Times, memory, graphs, a deadline, and a table whose rows are written as they are measured."""
+
+import datetime
+import importlib.metadata
+import platform
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from llama_surgery.evaluation.io import write_csv
+
+
+class Deadline:
+    """Says when no further part should begin."""
+
+    def __init__(self, seconds: float) -> None:
+        self.begin, self.seconds = time.perf_counter(), seconds
+
+    @property
+    def spent(self) -> float:
+        return time.perf_counter() - self.begin
+
+    def passed(self, part: str) -> bool:
+        """True, with a message, if time is up."""
+        if self.spent < self.seconds:
+            return False
+        say(f"{self.spent:.0f} s are spent: {part} is not run (give more --seconds)")
+        return True
+
+
+class Rows:
+    """Rows of a CSV, printed and written as they come."""
+
+    def __init__(self, path: Path, device: torch.device, **common: Any) -> None:
+        self.path, self.common, self.rows = path, environment(device) | common, list[dict[str, Any]]()
+
+    def add(self, **row: Any) -> dict[str, Any]:
+        """Add a row; numbers are rounded to four digits."""
+        row = {k: float(f"{v:.4g}") if isinstance(v, float) else v for k, v in row.items()}
+        say(" ".join(f"{key}={value}" for key, value in row.items()))
+        self.rows.append(row | self.common)
+        write_csv(self.path, self.rows)
+        return row
+
+
+def say(line: str) -> None:
+    """Print a line of progress at once."""
+    print(line, flush=True)
+
+
+def environment(device: torch.device) -> dict[str, str]:
+    """What a figure depends on: date, device, versions."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
+    versions = {p: importlib.metadata.version(p) for p in ("torch", "transformers")}
+    try:
+        versions["triton"] = importlib.metadata.version("triton")
+    except importlib.metadata.PackageNotFoundError:
+        versions["triton"] = ""
+    return {"date": datetime.date.today().isoformat(), "device": name} | versions
+
+
+def synchronise(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def once(run: Callable[[], object], device: torch.device) -> float:
+    """Milliseconds of one call, the device idle before."""
+    synchronise(device)
+    begin = time.perf_counter()
+    run()
+    synchronise(device)
+    return (time.perf_counter() - begin) * 1e3
+
+
+def times(run: Callable[[], object], device: torch.device, count: int) -> list[float]:
+    """Sorted milliseconds of ``count`` calls; on a GPU they are enqueued without waiting."""
+    if device.type != "cuda":
+        return sorted(once(run, device) for _ in range(count))
+    events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(count)]
+    for begin, end in events:
+        begin.record()
+        run()
+        end.record()
+    torch.cuda.synchronize(device)
+    return sorted(begin.elapsed_time(end) for begin, end in events)
+
+
+def quantiles(measured: list[float]) -> dict[str, float]:
+    """p20, p50, p80, p99 and mean of sorted milliseconds."""
+    last = len(measured) - 1
+    found = {f"p{p}_ms": measured[min(last, len(measured) * p // 100)] for p in (20, 50, 80, 99)}
+    return found | {"mean_ms": sum(measured) / len(measured)}
+
+
+def capture(run: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
+    """Replay of a CUDA graph of the call, and what the call returned while it was captured."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        run()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        returned = run()
+    return graph.replay, returned
+
+
+def forget_peak(device: torch.device) -> None:
+    """Start measuring peak memory anew, with no cached blocks left over."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+
+
+def peak_gib(device: torch.device) -> float:
+    """Peak of allocated memory since :func:`forget_peak`; NaN where it is not known."""
+    return torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else float("nan")
+
+
+def graphed(run: Callable[[], Any], device: torch.device) -> Callable[[], Any]:
+    """A replay of the call on a GPU, the call itself elsewhere."""
+    return capture(run)[0] if device.type == "cuda" else run
