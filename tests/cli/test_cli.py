@@ -11,7 +11,17 @@ from tests.cli.runner import SMALL, run
 from llama_surgery.cli.topology import config_for
 from llama_surgery.config import SurgeryConfig
 
-COMMANDS = ("demo", "operate", "learn", "evaluate", "generate", "report")
+COMMANDS = (
+    "demo",
+    "operate",
+    "learn",
+    "evaluate",
+    "generate",
+    "export-topology",
+    "lm-eval",
+    "ruler",
+    "report",
+)
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -3,7 +3,7 @@
 import enum
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -106,6 +106,27 @@ DensityOption = Annotated[
         rich_help_panel="Topology",
     ),
 ]
+
+
+def split_values(given: Sequence[str]) -> list[str]:
+    """Values of an option that may be repeated and may hold several after commas, each once."""
+    parts = [part.strip() for item in given for part in item.split(",")]
+    return list(dict.fromkeys(part for part in parts if part))
+
+
+def token_counts(given: Sequence[str]) -> list[int]:
+    """Numbers of tokens such as ``8192`` or ``8k`` (1,024 tokens each), ascending.
+
+    Raises:
+        SurgeryError: One is no such number.
+    """
+    counts = set()
+    for part in split_values(given):
+        number, factor = (part[:-1], 1024) if part[-1] in "kK" else (part, 1)
+        if not number.isascii() or not number.isdigit() or not int(number):
+            raise SurgeryError(f"length {part!r}: give a number of tokens, such as 8192 or 8k.")
+        counts.add(int(number) * factor)
+    return sorted(counts)
 
 
 def escape(text: str) -> str:

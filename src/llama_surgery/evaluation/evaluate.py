@@ -191,6 +191,17 @@ def model_name(model: nn.Module) -> str:
     return name or type(inner).__name__
 
 
+def context_length(model: nn.Module) -> int | None:
+    """Tokens that a model was made for, by its configuration; None where that does not say."""
+    text = inner_model(model).config.get_text_config()
+    longest = getattr(text, "max_position_embeddings", None)
+    scaling = getattr(text, "rope_parameters", None) or {}
+    factor, original = scaling.get("factor"), scaling.get("original_max_position_embeddings")
+    if longest and factor and original:
+        longest = max(longest, int(factor * original))
+    return longest
+
+
 def environment(model: nn.Module) -> dict[str, Any]:
     """Versions, device, precision and threads that a measurement was made with."""
     inner = inner_model(model)

@@ -36,11 +36,6 @@ class Cell:
     seconds: float = 0.0
     pairs: dict[str, float] = dataclasses.field(default_factory=dict)
 
-    @property
-    def density(self) -> float:
-        """Pairs read over causal pairs."""
-        return self.pairs["read"] / self.pairs["causal"] if self.pairs.get("causal") else 1.0
-
 
 @dataclasses.dataclass
 class RulerResult:
@@ -74,18 +69,33 @@ class RulerResult:
         full = [cell for cell in self.cells if len(cell.scores) == self.settings["samples"]]
         return len(full) == wanted
 
+    def scores(self, name: str, *, task: str | None = None, length: int | None = None) -> list[float]:
+        """Scores 0…1 of a model's samples, of one task and one length or of all."""
+        return [score for cell in self._chosen(name, task, length) for score in cell.scores]
+
+    def density(self, name: str, *, task: str | None = None, length: int | None = None) -> float:
+        """Pairs read over causal pairs, of one task and one length or of all."""
+        cells = [cell.pairs for cell in self._chosen(name, task, length) if cell.pairs]
+        causal = sum(pairs["causal"] for pairs in cells)
+        return sum(pairs["read"] for pairs in cells) / causal if causal else 1.0
+
+    def _chosen(self, name: str, task: str | None, length: int | None) -> list[Cell]:
+        return [
+            cell
+            for cell in self.cells
+            if cell.name == name and task in (None, cell.task) and length in (None, cell.length)
+        ]
+
     def pairs(
         self, name: str, *, task: str | None = None, length: int | None = None
     ) -> dict[tuple[str, int], tuple[list[float], list[float]]]:
         """Dense and operated scores by task and length, of the samples that both have answered."""
         found = {}
-        for cell in self.cells:
-            wanted = task in (None, cell.task) and length in (None, cell.length)
-            if cell.name == name and wanted and cell.scores:
-                dense = self.cell(DENSE, cell.task, cell.length).scores
-                both = min(len(dense), len(cell.scores))
-                if both:
-                    found[cell.task, cell.length] = (dense[:both], cell.scores[:both])
+        for cell in self._chosen(name, task, length):
+            dense = self.scores(DENSE, task=cell.task, length=cell.length)
+            both = min(len(dense), len(cell.scores))
+            if both:
+                found[cell.task, cell.length] = (dense[:both], cell.scores[:both])
         return found
 
     def changes(
@@ -127,7 +137,10 @@ class RulerResult:
             mean, low, high = mean_interval(cell.scores)
             row = {"name": cell.name, "task": cell.task, "length": cell.length, "samples": len(cell.scores)}
             row |= {"score": 100 * mean, "score_low": 100 * low, "score_high": 100 * high}
-            row |= {"seconds": cell.seconds, "total_density": cell.density}
+            row |= {
+                "seconds": cell.seconds,
+                "total_density": self.density(cell.name, task=cell.task, length=cell.length),
+            }
             paired = self.pairs(cell.name, task=cell.task, length=cell.length)
             if cell.name != DENSE and paired:
                 change = paired_change(list(paired.values()))

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 import llama_surgery
 from llama_surgery.config import SurgeryConfig
 from llama_surgery.errors import SurgeryError
-from llama_surgery.evaluation.evaluate import check_dense, environment, model_name
+from llama_surgery.evaluation.evaluate import check_dense, context_length, environment, model_name
 from llama_surgery.evaluation.generation import continue_greedily, end_tokens
 from llama_surgery.evaluation.io import Progress
 from llama_surgery.evaluation.result import DENSE
@@ -101,7 +101,8 @@ def run_ruler(
         progress: Told as ``progress(stage, samples done, samples in all)``.
 
     Raises:
-        SurgeryError: The model is operated or in training mode, or ``file`` holds another run.
+        SurgeryError: The model is operated, in training mode or not made for such lengths, or ``file`` holds
+            another run.
         TextError: A task does not exist, or its samples cannot be made.
     """
     check_dense(model, configs)
@@ -111,6 +112,11 @@ def run_ruler(
             f"{batch_size} and turns of {turn}: at least one of each is needed."
         )
     tasks, lengths = list(dict.fromkeys(tasks)), sorted(set(lengths))
+    context = context_length(model)
+    if context is not None and lengths[-1] > context:
+        raise SurgeryError(
+            f"{lengths[-1]} tokens: {model_name(model)} was made for {context}. Leave longer lengths out."
+        )
     settings = _settings(model, sampler, configs, tasks, lengths, samples, routers, batch_size)
     result = RulerResult(settings) if file is None else RulerResult.load(file, settings)
     _check_samples(sampler, tasks, lengths, samples)
