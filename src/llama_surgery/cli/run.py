@@ -7,7 +7,6 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from llama_surgery.config import SurgeryConfig
-from llama_surgery.surgery.compat import CACHE_NAME
 
 if TYPE_CHECKING:
     import torch
@@ -110,6 +109,8 @@ def measured(
 def decode_ms(model: Any, ids: "torch.Tensor") -> float:
     """Median milliseconds of a decode step after ``ids`` (1, length)."""
     import torch
+
+    from llama_surgery.surgery.compat import CACHE_NAME
 
     ids = ids.to(model.device)
     last = STEPS + WARM_UP
