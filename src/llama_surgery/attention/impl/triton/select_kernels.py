@@ -140,7 +140,18 @@ def totals_kernel(
             if CAP:
                 factor = 1.0
             end = tl.max(tl.where(live, position, -1), 0) + 1
-            for block in range(least * CHUNK, end, BLOCK_NEAR):
+            masked = least * CHUNK
+            if TILES_BLOCK == 1:
+                # Keys up to the tile's first query are seen by every row: only what follows needs the mask.
+                seen = (first_tile + tl.program_id(0) // head_blocks) * TILE + 1 - masked
+                masked += tl.maximum(seen, 0) // BLOCK_NEAR * BLOCK_NEAR
+                for block in range(least * CHUNK, masked, BLOCK_NEAR):
+                    key = block + tl.arange(0, BLOCK_NEAR)
+                    k = load_rows(k_base, key - near_start, near_k_row, live, DIM, DIM_PAD, False)
+                    products = tl.dot(q, tl.trans(k), input_precision=EXACT)
+                    logits = cap_logits(products, scale, softcap, CAP) * factor
+                    total, top = sum_step(total, top, logits)
+            for block in range(masked, end, BLOCK_NEAR):
                 key = block + tl.arange(0, BLOCK_NEAR)
                 k = load_rows(k_base, key - near_start, near_k_row, key < end, DIM, DIM_PAD, True)
                 products = tl.dot(q, tl.trans(k), input_precision=EXACT)

@@ -1,0 +1,206 @@
+"""From which position on the sparse path is faster than the dense one, on this device: ``dense_until``."""
+
+import dataclasses
+import functools
+import json
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from llama_surgery.attention.api import AttentionResult, attend, build_layout
+from llama_surgery.bench.dense import fastest
+from llama_surgery.bench.measure import Deadline, Rows, say, times
+from llama_surgery.bench.states import clustered_states
+from llama_surgery.config import SurgeryConfig
+from llama_surgery.errors import AdapterError, SurgeryError
+from llama_surgery.files import write_json
+from llama_surgery.surgery.adapter import CONFIG_FILE
+
+#: Halvings of log θ between LOWEST and 0.
+HALVINGS, LOWEST = 10, math.log(1e-6)
+
+
+class Heads(NamedTuple):
+    """Attention heads of a layer."""
+
+    heads: int
+    kv_heads: int
+    head_dim: int
+
+
+class Point(NamedTuple):
+    """Milliseconds of attention over a text of ``length`` tokens.
+
+    Attributes:
+        dense_ms: All rows dense, as rows below ``dense_until`` are executed.
+        operated_ms: No row dense; layout and selection included.
+        rival_ms: PyTorch's SDPA with the fastest of its backends.
+    """
+
+    length: int
+    dense_ms: float
+    operated_ms: float
+    rival_ms: float
+
+
+def heads_of(path: Path) -> Heads:
+    """Heads of a model, from its ``config.json`` or the folder that holds it.
+
+    Raises:
+        SurgeryError: There is none, or it names no heads.
+    """
+    path = path / "config.json" if path.is_dir() else path
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        values = values.get("text_config") or values
+        heads = int(values["num_attention_heads"])
+        dim = values.get("head_dim") or values["hidden_size"] // heads
+        return Heads(heads, int(values.get("num_key_value_heads") or heads), int(dim))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise SurgeryError(
+            f"{path}: no configuration of a transformers model ({error!r}). Give the config.json of a "
+            "checkpoint, or its folder."
+        ) from error
+
+
+def recommend(points: Sequence[Point], tile: int) -> int:
+    """``dense_until``: the smallest measured position after which every stretch costs less sparse than dense.
+
+    Costs are those of the stretch between two lengths, since a row below ``dense_until`` is dense and one
+    above is not, whatever the length of the text. Rounded up to a multiple of ``tile``. The largest measured
+    length where the last stretch is still cheaper dense.
+    """
+    until, before = 0, Point(0, 0.0, 0.0, 0.0)
+    for point in points:
+        if point.operated_ms - before.operated_ms >= point.dense_ms - before.dense_ms:
+            until = point.length
+        before = point
+    return -(-until // tile) * tile
+
+
+def measure_crossover(
+    shape: Heads,
+    config: SurgeryConfig,
+    lengths: Sequence[int],
+    density: float | None,
+    out: Path,
+    *,
+    seconds: float,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> tuple[int, list[Point]]:
+    """Measure attention of one layer at rising lengths, keys clustered as those of text are.
+
+    Args:
+        shape: Heads of the layer.
+        config: The topology.
+        lengths: Ascending.
+        density: Executed far density at the largest length, for which θ is found; None to keep θ.
+        out: CSV, written as lengths are measured.
+        seconds: No further length begins after this many.
+
+    Returns:
+        ``dense_until`` and the measured points.
+
+    Raises:
+        SurgeryError: Not even one length was measured, or an answer is wrong.
+    """
+    deadline, rows, points = Deadline(seconds), Rows(out, device, **shape._asdict()), list[Point]()
+    config = dataclasses.replace(config, dense_until=0)
+    group = shape.heads // shape.kv_heads
+    q, k, v = clustered_states(shape.kv_heads, group, lengths[-1], shape.head_dim, device, dtype)
+    if density is not None and config.pages_per_row is None:
+        config = _with_density(config, q, k, v, density)
+    for length in lengths:
+        if points and deadline.passed(f"{length} tokens"):
+            break
+        states = q[:, :, :length], k[:, :length], v[:, :length]
+        _check(config, *states)
+        way = fastest(states[0].flatten(0, 1)[None], states[1][None], states[2][None])[1]
+        dense = dataclasses.replace(config, topology="dense")
+        measured = [_middle(functools.partial(_attend, c, *states), device) for c in (dense, config)]
+        points.append(Point(length, *measured, min(way.values())))
+        found = _attend(config, *states)
+        far = _far_density(found, config)
+        rows.add(
+            **points[-1]._asdict(), theta=config.theta, far_density=far,
+            total_density=far + found.near_pairs / found.causal_pairs,
+        )  # fmt: skip
+    return recommend(points, config.tile), points
+
+
+def write_dense_until(folder: Path, dense_until: int) -> None:
+    """Set ``dense_until`` in a saved adapter.
+
+    Raises:
+        AdapterError: There is no adapter in ``folder``.
+        SurgeryError: The position does not fit its tile, or the file cannot be written.
+    """
+    path = folder / CONFIG_FILE
+    try:
+        description = json.loads(path.read_text(encoding="utf-8"))
+        surgery = SurgeryConfig.from_dict(description["surgery"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise AdapterError(
+            f"{path}: no adapter to write to ({error}). Make one with 'llama-surgery operate'."
+        ) from error
+    description["surgery"] = dataclasses.replace(surgery, dense_until=dense_until).to_dict()
+    write_json(path, description)
+
+
+def adapter_config(folder: Path) -> SurgeryConfig:
+    """The topology of a saved adapter.
+
+    Raises:
+        AdapterError: There is none in ``folder``.
+    """
+    try:
+        return SurgeryConfig.from_dict(json.loads((folder / CONFIG_FILE).read_text("utf-8"))["surgery"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise AdapterError(f"{folder}: no adapter ({error}).") from error
+
+
+def _attend(config: SurgeryConfig, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> AttentionResult:
+    full = 0 if config.topology == "dense" else q.shape[2] // config.chunk_size * config.chunk_size
+    layout = build_layout(k[:, :full], v[:, :full], config) if full else None
+    return attend(q, k, v, layout, config=config, start=0)
+
+
+def _check(config: SurgeryConfig, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
+    """With everything open both paths must agree."""
+    opened = dataclasses.replace(config, theta=0.0, theta_decode=0.0, pages_per_row=None)
+    dense = dataclasses.replace(opened, topology="dense")
+    rows = min(q.shape[2], 2048)
+    part = q[:, :, :rows], k[:, :rows], v[:, :rows]
+    one, other = (_attend(c, *part).out.float() for c in (opened, dense))
+    error = float((one - other).norm() / other.norm())
+    if not error < 0.02:
+        raise SurgeryError(f"with everything open, sparse and dense attention differ by {error:.2e}.")
+
+
+def _middle(run: Callable[[], Any], device: torch.device) -> float:
+    run()
+    return times(run, device, 5)[2]
+
+
+def _far_density(result: AttentionResult, config: SurgeryConfig) -> float:
+    pairs = sum(float(plan.executed_pairs(config.page_size).double().mean()) for plan in result.plans)
+    return pairs / result.causal_pairs
+
+
+def _with_density(
+    config: SurgeryConfig, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, density: float
+) -> SurgeryConfig:
+    low, high, best, nearest = LOWEST, 0.0, config, math.inf
+    for _ in range(HALVINGS):
+        middle = math.exp((low + high) / 2)
+        tried = dataclasses.replace(config, theta=middle, theta_decode=middle)
+        got = _far_density(_attend(tried, q, k, v), tried)
+        low, high = (math.log(middle), high) if got > density else (low, math.log(middle))
+        if abs(got - density) < abs(nearest - density):
+            best, nearest = tried, got
+    say(f"θ {best.theta:.3e}: far density {nearest:.4f} for {density} at {q.shape[2]} tokens")
+    return best

@@ -1,0 +1,329 @@
+"""Time to first token and time of a decode step of a whole model, dense and operated.
+
+    python benchmarks/end_to_end.py benchmarks/configs/llama-3.1-8b-shapes.json --length 128k
+
+The model has the shapes of a ``config.json`` and random weights. The dense side reads a preallocated
+``StaticCache`` through the backend of PyTorch's SDPA that is fastest for the very shapes, found first and
+named. Decode steps of both sides are replays of CUDA graphs of the whole model, one step each; the operated
+side's include the filling of chunks. θ is found for the densities asked for; those that came out are printed.
+"""
+
+import argparse
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from llama_surgery.attention.api import backend_name
+from llama_surgery.bench import model as models
+from llama_surgery.bench.dense import DenseModel, fastest, repeat_static
+from llama_surgery.bench.measure import (
+    Deadline,
+    Rows,
+    capture,
+    forget_peak,
+    once,
+    peak_gib,
+    quantiles,
+    say,
+    times,
+)
+from llama_surgery.config import SurgeryConfig
+from llama_surgery.errors import SurgeryError
+from llama_surgery.surgery.compat import cache_name
+from llama_surgery.surgery.operate import config_of, operated, reset_statistics, set_config, statistics
+from llama_surgery.surgery.steps import GraphedSteps
+
+#: Tokens of the prompt on which the operated model is checked.
+CHECKED = 2048
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """What is compared.
+
+    Attributes:
+        config: The topology; θ is found, unless ``pages_per_row`` is given.
+        length: Tokens of the prompt.
+        batch: Sequences of a decode step.
+        density: Executed far density of the prefill.
+        decode_density: Of a decode step.
+        steps: Decode steps that are timed.
+        prefills: Prefills that are timed.
+    """
+
+    config: SurgeryConfig
+    length: int
+    batch: int = 4
+    density: float = 0.05
+    decode_density: float = 0.03
+    steps: int = 64
+    prefills: int = 2
+
+    @property
+    def room(self) -> int:
+        """Tokens of the longest sequence."""
+        return self.length + self.steps + 16
+
+
+@torch.inference_mode()
+def end_to_end(
+    path: Path, tasks: list[Task], out: Path, *, seconds: float, device: torch.device, dtype: torch.dtype
+) -> list[dict[str, Any]]:
+    """Run the tasks; rows are written as they are measured.
+
+    Args:
+        path: ``config.json`` of the model, or its folder.
+        tasks: The most telling first.
+        out: CSV.
+        seconds: No further part begins after this many.
+
+    Raises:
+        SurgeryError: There is no such model, or an answer is wrong.
+    """
+    deadline, rows = Deadline(seconds), Rows(out, device, model=path.stem, dtype=str(dtype).split(".")[-1])
+    model = models.random_model(path, device, dtype)
+    parameters = sum(p.numel() for p in model.parameters())
+    say(f"{path}: {parameters / 1e9:.2f} billion parameters, {deadline.spent:.0f} s")
+    for task in tasks:
+        if deadline.passed(f"{task.length} tokens"):
+            break
+        length = min(CHECKED, task.length)
+        error, own = models.check_against_dense(model, task.config, length)
+        say(
+            f"everything open, {length} tokens: logits differ by {error:.2e}, of two dense backends {own:.2e}"
+        )
+        dense = _dense(model, task, rows, deadline)
+        _operated(model, task, rows, deadline, dense)
+    say(f"{len(rows.rows)} rows in {out}, {deadline.spent:.0f} s")
+    return rows.rows
+
+
+def _dense(model: PreTrainedModel, task: Task, rows: Rows, deadline: Deadline) -> dict[str, float]:
+    """Measure the dense side: milliseconds and GiB by part."""
+    device, found = model.device, dict[str, float]()
+    ids = models.random_ids(model, 1, task.length)
+    side = DenseModel(model, task.length, task.room)
+    try:
+        side.way = fastest(*_states(model, 1, task.length, task.length))[0]
+        side.visible = min(1024, task.length)
+        models.prefill(model, ids[:, : side.visible], side.cache())  # libraries wake up
+        side.visible = task.length
+        measured = []
+        for _ in range(task.prefills):
+            if measured and deadline.passed("another dense prefill"):
+                break
+            cache = None  # the last one's memory is not this one's
+            forget_peak(device)
+            cache = side.cache()
+            measured.append(once(lambda c=cache: models.prefill(model, ids, c), device))
+        found["prefill"], found["prefill GiB"] = min(measured), peak_gib(device)
+        rows.add(
+            part="prefill", side="dense", backend=side.way.name, length=task.length, batch=1,
+            **quantiles(sorted(measured)), peak_gib=found["prefill GiB"],
+        )  # fmt: skip
+        if deadline.passed("dense decode"):
+            return found
+        repeat_static(cache, task.batch)
+        side.visible = task.length + 1
+        side.way = fastest(*_states(model, task.batch, 1, side.visible))[0]
+        forget_peak(device)
+        step = _dense_step(model, ids, cache, task)
+        measured = times(step, device, task.steps)
+        found["decode"], found["decode GiB"] = measured[len(measured) // 2], peak_gib(device)
+        rows.add(
+            part="decode", side="dense", backend=side.way.name, length=task.length, batch=task.batch,
+            **quantiles(measured), peak_gib=found["decode GiB"],
+        )  # fmt: skip
+    finally:
+        side.close()
+    return found
+
+
+def _dense_step(model: PreTrainedModel, ids: torch.Tensor, cache: Any, task: Task) -> Any:
+    """A decode step: a replay on a GPU. It reads as many keys every time, wherever it writes."""
+    last = ids[:, -1:].repeat(task.batch, 1)
+    positions = torch.full_like(last, task.length)
+
+    def step() -> torch.Tensor:
+        return model(last, position_ids=positions, use_cache=True, **{cache_name(model): cache}).logits
+
+    step()
+    return capture(step)[0] if model.device.type == "cuda" else step
+
+
+def _operated(
+    model: PreTrainedModel, task: Task, rows: Rows, deadline: Deadline, dense: dict[str, float]
+) -> None:
+    """Measure the operated side."""
+    if deadline.passed("the operated side"):
+        return
+    device, ids = model.device, models.random_ids(model, 1, task.length)
+    with operated(model, task.config):
+        if task.config.pages_per_row is None:
+            theta = models.prefill_theta(model, ids, task.density, say)
+            set_config(model, dataclasses.replace(task.config, theta=theta, theta_decode=theta))
+        else:
+            models.prefill(model, ids, models.fresh_cache(model, task.room))
+        measured = []
+        for _ in range(task.prefills):
+            cache = None
+            if measured and deadline.passed("another operated prefill"):
+                break
+            forget_peak(device)
+            reset_statistics(model)
+            cache = models.fresh_cache(model, task.room)
+            measured.append(once(lambda c=cache: models.prefill(model, ids, c), device))
+        rows.add(
+            part="prefill", side="operated", backend=_executor(model), length=task.length, batch=1,
+            **quantiles(sorted(measured)), peak_gib=peak_gib(device),
+            **_against(dense, "prefill", min(measured), peak_gib(device)), **_densities(model),
+        )  # fmt: skip
+        if cache is None or deadline.passed("operated decode"):
+            return
+        cache.batch_repeat_interleave(task.batch)
+        last = ids[:, -1:].repeat(task.batch, 1)
+        if task.config.pages_per_row is None:
+            models.decode_theta(model, last, cache, task.decode_density, say)
+        forget_peak(device)
+        reset_statistics(model)
+        try:
+            steps, name = _steps(model, cache, last, graph=device.type == "cuda")
+            steps()
+        except SurgeryError as problem:
+            say(f"no graph of the operated steps: {problem}")
+            steps, name = _steps(model, cache, last, graph=False)
+            steps()
+        reset_statistics(model)
+        steps()  # counters started anew: the graph is captured anew
+        measured = times(steps, device, task.steps - 2)
+        middle = measured[len(measured) // 2]
+        rows.add(
+            part="decode", side="operated", backend=name, length=task.length, batch=task.batch,
+            **quantiles(measured), peak_gib=peak_gib(device),
+            **_against(dense, "decode", middle, peak_gib(device)), **_densities(model),
+        )  # fmt: skip
+
+
+def _executor(model: PreTrainedModel) -> str:
+    """Who executes the calls of an operated model's prefill."""
+    keys = _states(model, 1, 1, 1)[1]
+    return backend_name(config_of(model), keys, keys, config_of(model).tile)
+
+
+def _steps(model: PreTrainedModel, cache: Any, last: torch.Tensor, *, graph: bool) -> tuple[Any, str]:
+    """A call for the next decode step, and how it is executed."""
+    if not graph:
+        return lambda: model(last, use_cache=True, **{cache_name(model): cache}), "eager"
+    graphed = GraphedSteps(model, cache)
+    return lambda: graphed.step(last), "CUDA graph"
+
+
+def _against(dense: dict[str, float], part: str, ms: float, gib: float) -> dict[str, float]:
+    if part not in dense:
+        return {}
+    return {"speedup": dense[part] / ms, "memory_of_dense": gib / dense[f"{part} GiB"]}
+
+
+def _densities(model: PreTrainedModel) -> dict[str, float]:
+    found, config = statistics(model), config_of(model)
+    return {
+        "total_density": found.total_density,
+        "far_density": found.far_density,
+        "visible_far_density": found.visible_far_density,
+        "theta": config.theta,
+        "theta_decode": config.theta_for(1),
+        "page_size": config.page_size,
+        "ball": config.ball_size,
+        "tile": config.tile,
+        "coarse_totals": config.coarse_totals,
+        "variance_pool": config.variance_pool,
+        "dense_until": config.dense_until,
+    }
+
+
+def _states(model: PreTrainedModel, batch: int, rows: int, length: int) -> tuple[torch.Tensor, ...]:
+    """Random queries, keys and values of one layer."""
+    text = model.config.get_text_config()
+    heads = text.num_attention_heads
+    kv_heads = getattr(text, "num_key_value_heads", None) or heads
+    dim = getattr(text, "head_dim", None) or text.hidden_size // heads
+    dtype = next(model.parameters()).dtype
+
+    def normal(heads: int, n: int) -> torch.Tensor:
+        return torch.randn(batch, heads, n, dim, device=model.device, dtype=dtype)
+
+    return normal(heads, rows), normal(kv_heads, length), normal(kv_heads, length)
+
+
+def parse_length(text: str) -> int:
+    """``128k`` to 131072.
+
+    Raises:
+        SurgeryError: It is no length.
+    """
+    try:
+        return int(text[:-1]) * 1024 if text.lower().endswith("k") else int(text)
+    except ValueError:
+        raise SurgeryError(f"length {text!r}: give tokens, as in 32768 or 32k.") from None
+
+
+def main() -> None:
+    """The command line of ``benchmarks/end_to_end.py``."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("config", type=Path, help="config.json of the model, or its folder")
+    parser.add_argument("--length", nargs="+", default=["128k"], help="tokens of the prompt, as 32768 or 32k")
+    parser.add_argument("--batch", type=int, default=4, help="sequences of a decode step")
+    parser.add_argument("--density", type=float, default=0.05, help="executed far density of prefill")
+    parser.add_argument("--decode-density", type=float, default=0.03, help="of decode steps")
+    parser.add_argument("--pages-per-row", type=int, help="fixed count instead of densities")
+    parser.add_argument("--page-size", type=int, default=64)
+    parser.add_argument("--moment-size", type=int, default=64)
+    parser.add_argument("--tile", type=int, default=32)
+    parser.add_argument("--variance-pool", type=int, default=1, help="channels whose variances are averaged")
+    parser.add_argument("--coarse-totals", action="store_true", help="a cheaper estimate of rows' totals")
+    parser.add_argument("--steps", type=int, default=64, help="decode steps that are timed")
+    parser.add_argument("--prefills", type=int, default=2, help="prefills that are timed")
+    parser.add_argument("--seconds", type=float, default=300.0, help="no further part begins after this")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--dtype", choices=["bfloat16", "float16", "float32"], default="bfloat16")
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/end_to_end.csv"))
+    given = parser.parse_args()
+    try:
+        config = SurgeryConfig(
+            page_size=given.page_size,
+            moment_size=given.moment_size,
+            tile=given.tile,
+            pages_per_row=given.pages_per_row,
+            coarse_totals=given.coarse_totals,
+            variance_pool=given.variance_pool,
+        )
+        tasks = [
+            Task(
+                config,
+                parse_length(length),
+                given.batch,
+                given.density,
+                given.decode_density,
+                given.steps,
+                given.prefills,
+            )
+            for length in given.length
+        ]
+        rows = end_to_end(
+            given.config,
+            tasks,
+            given.out,
+            seconds=given.seconds,
+            device=torch.device(given.device),
+            dtype=getattr(torch, given.dtype),
+        )
+        from llama_surgery.bench.plot import plot_end_to_end
+
+        plot_end_to_end(rows, given.out.with_suffix(".svg"))
+    except SurgeryError as error:
+        raise SystemExit(f"Error: {error}") from None

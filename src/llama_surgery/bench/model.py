@@ -1,0 +1,201 @@
+"""A model of given shapes with random weights, and thresholds that give it a density."""
+
+import contextlib
+import dataclasses
+import json
+import math
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from llama_surgery.config import SurgeryConfig
+from llama_surgery.errors import SurgeryError
+from llama_surgery.surgery.cache import PagedCache
+from llama_surgery.surgery.compat import CACHE_NAME, cache_name
+from llama_surgery.surgery.operate import (
+    attention_modules,
+    config_of,
+    operated,
+    paged_cache,
+    reset_statistics,
+    set_config,
+    statistics,
+)
+
+#: Halvings of an interval of log θ, its ends, and layers that are run for one.
+HALVINGS, LOWEST, HIGHEST, LAYERS = 12, math.log(1e-6), math.log(0.9), 2
+
+#: Of the difference between two dense backends, how much an operated model's may be, and what is nothing.
+FACTOR, NEGLIGIBLE = 2.5, 1e-4
+
+
+class _Stop(Exception):
+    """Ends a forward pass early."""
+
+
+def random_model(path: Path, device: torch.device, dtype: torch.dtype, seed: int = 0) -> PreTrainedModel:
+    """A model with random weights.
+
+    Args:
+        path: A ``config.json``, or a folder with one.
+
+    Raises:
+        SurgeryError: No configuration is there, or it is of a model whose attention is not full and causal.
+    """
+    path = path / "config.json" if path.is_dir() else path
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        config = AutoConfig.for_model(values.pop("model_type"), **values)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise SurgeryError(
+            f"{path}: no configuration of a transformers model ({error}). Give the config.json of a "
+            "checkpoint, or its folder."
+        ) from error
+    torch.manual_seed(seed)
+    with torch.device(device):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
+    model = model.to(device).eval()
+    operated = attention_modules(model)
+    if sorted(operated) != list(range(config.get_text_config().num_hidden_layers)):
+        raise SurgeryError(f"{path}: only some layers have full attention; this comparison needs all.")
+    return model
+
+
+def random_ids(model: PreTrainedModel, batch: int, length: int, seed: int = 0) -> torch.Tensor:
+    """(batch, length) int64."""
+    generator = torch.Generator().manual_seed(seed)
+    vocabulary = model.config.get_text_config().vocab_size
+    return torch.randint(vocabulary, (batch, length), generator=generator).to(model.device)
+
+
+def prefill(model: PreTrainedModel, ids: torch.Tensor, cache: Any) -> torch.Tensor:
+    """Logits (batch, 1, vocabulary) after the prompt."""
+    return model(ids, logits_to_keep=1, use_cache=True, **{cache_name(model): cache}).logits
+
+
+def prefill_theta(
+    model: PreTrainedModel, ids: torch.Tensor, density: float, say: Callable[[str], None]
+) -> float:
+    """θ of tiles that gives the first layers of an operated model an executed far density.
+
+    Leaves the model's configuration changed.
+    """
+
+    def measured(theta: float, config: SurgeryConfig) -> float:
+        set_config(model, dataclasses.replace(config, theta=theta, theta_decode=theta))
+        reset_statistics(model)
+        with _first_layers(model), contextlib.suppress(_Stop):
+            model(ids, logits_to_keep=1, use_cache=False)
+        return statistics(model).far_density
+
+    return _bisect(model, measured, density, "prefill", say)
+
+
+def decode_theta(
+    model: PreTrainedModel, ids: torch.Tensor, cache: PagedCache, density: float, say: Callable[[str], None]
+) -> float:
+    """θ of decode steps that gives one after the cache's content an executed far density.
+
+    The cache is left as it was, but for its configuration, which is set on the model too.
+    """
+
+    def measured(theta: float, config: SurgeryConfig) -> float:
+        set_decode_theta(model, cache, theta)
+        reset_statistics(model)
+        model(ids, use_cache=True, **{cache_name(model): cache})
+        cache.crop(-ids.shape[1])
+        return statistics(model).far_density
+
+    theta = _bisect(model, measured, density, "decode", say)
+    set_decode_theta(model, cache, theta)
+    return theta
+
+
+def set_decode_theta(model: PreTrainedModel, cache: PagedCache, theta: float) -> None:
+    """Change θ of decode steps; what the cache holds does not depend on it."""
+    config = dataclasses.replace(cache.surgery, theta_decode=theta)
+    cache.surgery = config
+    set_config(model, config)
+    for paged in cache.paged:
+        paged.config = config
+
+
+def _bisect(
+    model: PreTrainedModel,
+    measured: Callable[[float, SurgeryConfig], float],
+    density: float,
+    what: str,
+    say: Callable[[str], None],
+) -> float:
+    low, high, config = LOWEST, HIGHEST, config_of(model)
+    best, nearest = HIGHEST, math.inf
+    for _ in range(HALVINGS):
+        middle = (low + high) / 2
+        got = measured(math.exp(middle), config)
+        low, high = (middle, high) if got > density else (low, middle)
+        if abs(got - density) < abs(nearest - density):
+            best, nearest = middle, got
+    say(f"θ of {what} {math.exp(best):.3e}: far density {nearest:.4f} for {density}")
+    return math.exp(best)
+
+
+@contextlib.contextmanager
+def _first_layers(model: PreTrainedModel) -> Iterator[None]:
+    """Forward passes end before the attention of layer LAYERS."""
+
+    def stop(*_: object) -> None:
+        raise _Stop
+
+    module = attention_modules(model).get(LAYERS)
+    handle = None if module is None else module.register_forward_pre_hook(stop, prepend=True)
+    try:
+        yield
+    finally:
+        if handle is not None:
+            handle.remove()
+
+
+def check_against_dense(model: PreTrainedModel, config: SurgeryConfig, length: int) -> tuple[float, float]:
+    """Relative difference of the operated model's logits to the dense model's, everything open.
+
+    The last token of a prompt and some decode steps; the model is dense before and after.
+
+    Returns:
+        The difference, and that between two of PyTorch's own backends.
+
+    Raises:
+        SurgeryError: The first exceeds the second by more than FACTOR.
+    """
+    opened = dataclasses.replace(config, theta=0.0, theta_decode=0.0, pages_per_row=None)
+    ids = random_ids(model, 1, length + 4, seed=1)
+
+    def run() -> torch.Tensor:
+        out = model(ids[:, :length], use_cache=True, logits_to_keep=1)
+        cache, logits = out[CACHE_NAME], [out.logits]
+        for at in range(length, length + 4):
+            logits.append(model(ids[:, at : at + 1], use_cache=True, **{cache_name(model): cache}).logits)
+        return torch.cat(logits, 1).float()
+
+    with sdpa_kernel(SDPBackend.MATH):
+        expected = run()
+    other = run()
+    with operated(model, opened):
+        got = run()
+    error, own = (float((x - expected).norm() / expected.norm()) for x in (got, other))
+    if not error <= max(FACTOR * own, NEGLIGIBLE):
+        raise SurgeryError(
+            f"operated with everything open, the model's logits differ from the dense ones by {error:.2e}, "
+            f"and those of two dense backends by {own:.2e}: something is wrong, nothing is timed."
+        )
+    return error, own
+
+
+def fresh_cache(model: PreTrainedModel, tokens: int) -> PagedCache:
+    """An empty paged cache with room for ``tokens`` and no more."""
+    cache = paged_cache(model)
+    cache.expect_length(tokens)
+    return cache

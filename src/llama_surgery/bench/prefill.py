@@ -1,0 +1,223 @@
+"""Times sparse prefill attention, whole and part by part, beside dense rivals and FlexAttention."""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from llama_surgery.attention.impl.triton import prefill
+from llama_surgery.attention.impl.triton.job import Job, make_job, make_levels
+from llama_surgery.attention.impl.triton.layout import build_layout
+from llama_surgery.attention.impl.triton.tiled_plan import ENTRY, TiledPlan
+from llama_surgery.bench import prefill_case as case
+from llama_surgery.bench.dense import check, ways
+from llama_surgery.bench.measure import Deadline, Rows, once, quantiles, say, times
+from llama_surgery.config import SurgeryConfig
+from llama_surgery.errors import SurgeryError
+
+#: Length from which on FlexAttention is left out: on these pages it ended in an illegal memory access.
+FLEX_LIMIT = 1 << 17
+
+
+#: Length beyond which only the first dense way is timed, once: it takes seconds.
+RIVALS_LIMIT = 1 << 17
+
+
+class Setting(NamedTuple):
+    """What is timed at a length.
+
+    Attributes:
+        config: The topology; θ is found.
+        density: Executed far density.
+        flex: Time FlexAttention on the same plan too.
+        parts: Time every part alone too.
+    """
+
+    config: SurgeryConfig
+    density: float
+    flex: bool = False
+    parts: bool = False
+
+
+def bench_prefill(
+    lengths: Iterable[int],
+    settings: Callable[[int], Iterable[Setting]],
+    out: Path,
+    *,
+    deadline: Deadline,
+    device: torch.device,
+    dtype: torch.dtype = torch.bfloat16,
+) -> list[dict[str, Any]]:
+    """Time the lengths in turn; rows are written as they are measured.
+
+    Args:
+        lengths: Multiples of the tile.
+        settings: What to time at a length, the most telling first.
+        out: CSV.
+        deadline: Nothing further begins after it.
+    """
+    rows = Rows(out, device, dtype=str(dtype).split(".")[-1])
+    for length in lengths:
+        if deadline.passed(f"prefill of {length} tokens"):
+            break
+        data = case.make_data(length, device, dtype)
+        dense = _time_dense(rows, data)
+        for setting in settings(length):
+            if deadline.passed(f"{length} tokens, {setting.config}"):
+                break
+            _Timed(rows, data, setting, dense).run()
+            if device.type == "cuda":
+                torch.cuda.empty_cache()
+    return rows.rows
+
+
+def _time_dense(rows: Rows, data: case.Data) -> dict[str, float]:
+    """Median milliseconds of every way PyTorch's SDPA runs this length."""
+    length, device = data.keys.shape[1], data.keys.device
+    q = data.queries.reshape(1, case.STREAMS * case.HEADS, length, case.DIM)
+    k, v = (x[None] for x in (data.keys, data.values))
+    found: dict[str, float] = {}
+    for way in ways(device, length):
+        try:
+            check(way, q, k, v)
+            measured = _measure(functools.partial(way, q, k, v), device)
+        except (RuntimeError, SurgeryError) as problem:  # a rival that does not run must not end the program
+            say(f"{way.name} is out: {str(problem).splitlines()[0][:160]}")
+            continue
+        found[way.name] = measured["p50_ms"]
+        rows.add(n=length, part=way.name, **measured, **_rate(case.causal_pairs(length), measured))
+        if length > RIVALS_LIMIT:
+            break
+    return found
+
+
+class _Timed:
+    """One setting: found θ, checked answers, then times."""
+
+    def __init__(self, rows: Rows, data: case.Data, setting: Setting, dense: dict[str, float]) -> None:
+        self.rows, self.data, self.setting, self.dense = rows, data, setting, dense
+        self.length, self.device = data.keys.shape[1], data.keys.device
+        config = setting.config
+        layout = build_layout(data.keys, data.values, config)
+        job = make_job(data.queries, data.keys, data.values, layout, config=config, start=0)
+        self.totals = [prefill.row_totals(job, strip) for strip in job.strips() if strip.pages]
+        theta = case.calibrate(job, self.totals, setting.density)
+        self.config = dataclasses.replace(config, theta=theta, theta_decode=theta)
+        self.job: Job = dataclasses.replace(job, config=self.config)
+        self.label = {
+            "n": self.length,
+            "page": config.page_size,
+            "tile": config.tile,
+            "ball": config.ball_size,
+            "variance_pool": config.variance_pool,
+            "stride": config.score_stride,
+            "totals": "coarse" if config.coarse_totals else "fine",
+            "far": setting.density,
+        }
+
+    def attend(self, keep_lists: bool = False) -> prefill.TiledResult:
+        """Everything: layout, selection, attention."""
+        data = self.data
+        layout = build_layout(data.keys, data.values, self.config)
+        return prefill.attend(
+            data.queries, data.keys, data.values, layout, config=self.config, start=0, keep_lists=keep_lists
+        )
+
+    def run(self) -> None:
+        result = self.attend(keep_lists=True)
+        error, plain = case.check_tiles(self.job, result.plans, result.out)
+        differing = case.check_selection(self.job, result.plans)
+        if torch.isnan(result.out).any() or torch.isnan(result.lse).any():
+            raise SurgeryError("the sparse path wrote NaN.")
+        executed = case.executed_density(result.plans, self.config.page_size, self.length)
+        visible = sum(int(p.visible_pairs(self.config.page_size).sum()) for p in result.plans)
+        pages = torch.cat([plan.counts.flatten() for plan in result.plans]).float().sort().values
+        if self.setting.parts:
+            self.time_parts(result.plans, result.near_pairs)
+        measured = _measure(self.attend, self.device)
+        speedups = {f"over_{name}": ms / measured["p50_ms"] for name, ms in self.dense.items()}
+        self.rows.add(
+            **self.label, part="attention with layout and selection", **measured, **speedups,
+            theta=self.config.theta, executed_far=executed, total_density=executed
+            + result.near_pairs / result.causal_pairs, visible_far=visible / case.STREAMS
+            / result.causal_pairs, pages_p50=float(pages[len(pages) // 2]),
+            pages_p95=float(pages[int(0.95 * (len(pages) - 1))]), error=error, plain_error=plain,
+            differing=differing,
+        )  # fmt: skip
+        if self.setting.flex and self.length < FLEX_LIMIT and self.device.type == "cuda":
+            self.time_flex(result.plans)
+
+    def add(self, part: str, call: Callable[[], Any], pairs: float | None = None) -> None:
+        measured = _measure(call, self.device)
+        rate = {} if pairs is None else _rate(pairs, measured)
+        self.rows.add(**self.label, part=part, **measured, **rate)
+
+    def time_parts(self, plans: list[TiledPlan], near_pairs: int) -> None:
+        """Layout, features, totals, lists, near field and far pages, each alone."""
+        data, job, config = self.data, self.job, self.config
+        strips = list(job.strips())
+        far = [strip for strip in strips if strip.pages]
+        out = torch.full_like(data.queries, torch.nan)
+        lse = torch.full(out.shape[:3], torch.nan, device=out.device)
+        assert job.layout is not None
+        moments = job.layout.moments
+
+        def totals(**options: bool) -> None:
+            for strip in far:
+                prefill.row_totals(job, strip, **options)
+
+        def lists() -> None:
+            for strip, total in zip(far, self.totals, strict=True):
+                prefill.list_pages(job, strip, total)
+
+        def attention(plans: list[TiledPlan], near: bool = True, pages: bool = True) -> None:
+            left = iter(plans)
+            for strip in strips:
+                plan = next(left) if strip.pages else None
+                if near or plan is not None:
+                    prefill.attend_strip(job, strip, plan if pages else None, out, lse, near=near)
+
+        attention(plans)
+        case.check_tiles(job, plans, out)
+        far_pairs = case.executed_pairs(plans, config.page_size)
+        self.add("layout", lambda: build_layout(data.keys, data.values, config))
+        self.add("features", lambda: make_levels(moments, config, data.keys.dtype))
+        self.add("totals, near field", lambda: totals(far=False))
+        self.add("totals, pages", lambda: totals(near=False))
+        self.add("totals", totals)
+        self.add("lists", lists)
+        self.add("near field", lambda: attention(plans, pages=False), near_pairs)
+        self.add("far pages", lambda: attention(plans, near=False), far_pairs)
+        self.add("near field and far pages", lambda: attention(plans), near_pairs + far_pairs)
+        scattered = case.scattered_plans(job, plans, self.setting.density)
+        attention(scattered)
+        case.check_tiles(job, scattered, out)
+        pairs = case.executed_pairs(scattered, config.page_size)
+        self.add("far pages, scattered", lambda: attention(scattered, near=False), pairs)
+
+    def time_flex(self, plans: list[TiledPlan]) -> None:
+        """FlexAttention knows no first-open rows: a page is open for a whole tile."""
+        opened = [dataclasses.replace(p, entries=p.entries // ENTRY * ENTRY) for p in plans]  # type: ignore[operator]
+        try:
+            call = case.flex_call(self.job, opened)
+            case.check_tiles(self.job, opened, call())
+            self.add("FlexAttention", call)
+        except Exception as problem:  # a rival that does not run must not end the program
+            say(f"FlexAttention did not run: {str(problem).splitlines()[0][:200]}")
+
+
+def _rate(pairs: float, measured: dict[str, float]) -> dict[str, float]:
+    flops = pairs * case.STREAMS * case.HEADS * 4 * case.DIM
+    return {"flops": flops, "tflops": flops / measured["p50_ms"] / 1e9}
+
+
+def _measure(run: Callable[[], Any], device: torch.device, budget_ms: float = 250.0) -> dict[str, float]:
+    """Quantiles of milliseconds of calls after the first, which is the one reported if it takes seconds."""
+    first = once(run, device)
+    if first > 8 * budget_ms or device.type != "cuda":
+        return quantiles([first])
+    again = times(run, device, 1)[0]
+    return quantiles(times(run, device, max(3, min(50, int(budget_ms / again)))))

@@ -1,0 +1,250 @@
+"""Prefill attention at a length: clustered keys, plans of a density, checks, FlexAttention on the same plan.
+
+Shapes are those of an 8-billion-parameter Llama: 32 query, 8 KV heads of 128, batch 1. Keys and queries are
+clustered, so that pages differ as those of text do.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.nn.functional import scaled_dot_product_attention as sdpa
+
+from llama_surgery.attention.impl.triton import prefill
+from llama_surgery.attention.impl.triton.job import Job
+from llama_surgery.attention.impl.triton.tiled_plan import ENTRY, TiledPlan
+from llama_surgery.bench.states import clustered_states
+from llama_surgery.errors import SurgeryError
+from llama_surgery.topology.geometry import closed_chunks
+from llama_surgery.topology.layout import Moments, merge_moments
+from llama_surgery.topology.selection import Scorer
+
+STREAMS, HEADS, DIM = 8, 4, 128
+
+
+@dataclasses.dataclass
+class Data:
+    """Queries (streams, heads, n, dim), keys and values (streams, n, dim) of one layer."""
+
+    queries: torch.Tensor
+    keys: torch.Tensor
+    values: torch.Tensor
+
+
+def make_data(length: int, device: torch.device, dtype: torch.dtype, seed: int = 0) -> Data:
+    return Data(*clustered_states(STREAMS, HEADS, length, DIM, device, dtype, seed))
+
+
+def causal_pairs(length: int) -> int:
+    return length * (length + 1) // 2
+
+
+def plans_of(job: Job, theta: float, totals: list[torch.Tensor]) -> list[TiledPlan]:
+    config = dataclasses.replace(job.config, theta=theta, theta_decode=theta)
+    job = dataclasses.replace(job, config=config)
+    far = [strip for strip in job.strips() if strip.pages]
+    return [prefill.list_pages(job, s, t) for s, t in zip(far, totals, strict=True)]
+
+
+def executed_pairs(plans: list[TiledPlan], page_size: int) -> float:
+    """Far pairs that one query head reads, mean over streams."""
+    return sum(int(p.executed_pairs(page_size).sum()) for p in plans) / STREAMS
+
+
+def executed_density(plans: list[TiledPlan], page_size: int, length: int) -> float:
+    return executed_pairs(plans, page_size) / causal_pairs(length)
+
+
+def calibrate(job: Job, totals: list[torch.Tensor], density: float) -> float:
+    """θ whose executed far density is nearest to ``density``."""
+    low, high = math.log(1e-7), math.log(0.9)
+    for _ in range(14):
+        middle = (low + high) / 2
+        plans = plans_of(job, math.exp(middle), totals)
+        got = executed_density(plans, job.config.page_size, job.stop)
+        low, high = (middle, high) if got > density else (low, middle)
+    return math.exp((low + high) / 2)
+
+
+def check_tiles(job: Job, plans: list[TiledPlan], out: torch.Tensor, samples: int = 6) -> tuple[float, float]:
+    """Largest relative error of sampled tiles against float64 on the plan's own pages, and that of plain
+    PyTorch in the queries' dtype on the same keys.
+
+    Raises:
+        SurgeryError: The first exceeds the second by more than a half.
+    """
+    worst, plain = 0.0, 0.0
+    size, config, layout = job.tile, job.config, job.layout
+    tiles = job.stop // size
+    for sample in range(samples):
+        tile = tiles - 1 - sample * (tiles // samples)
+        stream = (sample * 3) % STREAMS
+        rows = slice(tile * size, (tile + 1) * size)
+        first = closed_chunks(tile * size, config, size) * config.chunk_size
+        q = job.queries[stream, :, rows].double()
+        k, v = (x[stream, first : rows.stop] for x in (job.near_keys, job.near_values))
+        row = torch.arange(size, device=q.device)
+        key = torch.arange(first, rows.stop, device=q.device)
+        visible = key[None] <= (row + rows.start)[:, None]
+        for plan in plans:
+            index = tile - plan.start // size
+            if layout is None or not 0 <= index < plan.counts.shape[1]:
+                continue
+            entries = plan.entries[stream, index, : plan.counts[stream, index]]  # type: ignore[index]
+            slot = torch.arange(config.page_size, device=q.device)
+            slots = (entries.long() // ENTRY * config.page_size)[:, None] + slot
+            k = torch.cat((k, layout.keys[stream, slots.flatten()]))
+            v = torch.cat((v, layout.values[stream, slots.flatten()]))
+            seen = (row[:, None] >= entries % ENTRY).repeat_interleave(config.page_size, 1)
+            visible = torch.cat((visible, seen), 1)
+        exact, rough = (
+            sdpa(q.to(t), k.to(t).expand(HEADS, -1, -1), v.to(t).expand(HEADS, -1, -1), visible).double()
+            for t in (torch.float64, job.queries.dtype)
+        )
+        got = out[stream, :, rows].double()
+        worst = max(worst, float((got - exact).norm() / exact.norm()))
+        plain = max(plain, float((rough - exact).norm() / exact.norm()))
+    if not worst <= 1.5 * plain + 1e-3:
+        raise SurgeryError(f"wrong answer: error {worst:.2e}, plain low precision {plain:.2e}.")
+    return worst, plain
+
+
+def check_selection(job: Job, plans: list[TiledPlan]) -> float:
+    """Share of decisions of sampled tiles that differ from float32 selection from the same moments.
+
+    A page whose share is within 10% of θ may differ.
+
+    Raises:
+        SurgeryError: Another page differs.
+    """
+    config, layout, size, bar = job.config, job.layout, job.tile, math.log(job.config.theta)
+    differing = decisions = 0
+    assert layout is not None
+    for plan in plans:
+        for index in (0, plan.counts.shape[1] // 2, plan.counts.shape[1] - 1):
+            tile = plan.start // size + index
+            closed = closed_chunks(tile * size, config, size)
+            if not closed:
+                continue
+            stream = index % STREAMS
+            rows = slice(tile * size, (tile + 1) * size, size // job.slots)
+            balls = closed * config.pages_per_chunk * config.balls_per_page
+            q = job.queries[stream, :, rows].float() * job.scale
+            scorer = Scorer(1.0, config.alpha, pool=config.variance_pool)
+            one = slice(stream, stream + 1)
+            moments = Moments(
+                layout.moments.mean[one, :balls], layout.moments.variance[one, :balls], config.ball_size
+            )
+            scores = scorer(q, moments).unflatten(-1, (-1, config.balls_per_page)).logsumexp(-1)
+            summed = scores
+            if config.coarse_totals:
+                summed = scorer(q, merge_moments(moments, config.balls_per_page * config.coarse_fan))
+            first = closed * config.chunk_size
+            key = torch.arange(first, tile * size + size, device=q.device)
+            near = q @ job.near_keys[stream, first : tile * size + size].float().T
+            position = torch.arange(rows.start, rows.stop, rows.step, device=q.device)
+            near = near.masked_fill(key[None] > position[:, None], -math.inf)
+            total = torch.cat((summed, near), -1).logsumexp(-1, keepdim=True)
+            share = (scores - total).amax((0, 1))  # over heads and rows
+            wanted = share > bar
+            wanted[layout.sink_pages(config.page_size)[stream]] = True
+            got = torch.zeros_like(wanted)
+            entries = plan.entries[stream, index, : plan.counts[stream, index]]  # type: ignore[index]
+            got[entries.long() // ENTRY] = True
+            clear = (share - bar).abs() > 0.1
+            if bool(((got != wanted) & clear).any()):
+                raise SurgeryError(f"wrong pages in tile {tile} of stream {stream}.")
+            differing += int((got != wanted).sum())
+            decisions += int(wanted.sum())
+    return differing / max(1, decisions)
+
+
+def scattered_plans(job: Job, plans: list[TiledPlan], density: float) -> list[TiledPlan]:
+    """As many pages for every tile as visible ones allow at this density, spread at random."""
+    share = density * causal_pairs(job.stop) / sum(
+        job.tile * job.config.page_size * strip.tiles * 0.5 * (strip.pages + first)
+        for strip, first in (
+            (s, job.pages_of(s.first_tile)) for s in job.strips() if s.pages
+        )
+    )  # fmt: skip
+    made = []
+    for strip, plan in zip((s for s in job.strips() if s.pages), plans, strict=True):
+        closed = [job.pages_of(strip.first_tile + t) for t in range(strip.tiles)]
+        pages = torch.tensor(closed, device=plan.counts.device)
+        counts = (pages * min(1.0, share)).round().clamp_min(1).minimum(pages).int()
+        most = int(counts.max())
+        place = torch.arange(most, device=pages.device)
+        jitter = torch.rand(STREAMS, strip.tiles, most, device=pages.device)
+        width = pages / counts.clamp_min(1)
+        page = ((place + jitter) * width[:, None]).int().minimum((pages - 1).clamp_min(0)[:, None])
+        opened = torch.randint(0, job.tile // 2, page.shape, device=pages.device)
+        entries = torch.zeros_like(plan.entries)  # type: ignore[arg-type]
+        entries[..., :most] = (page * ENTRY + opened).int()
+        counts = counts.expand(STREAMS, -1).contiguous()
+        made.append(dataclasses.replace(plan, counts=counts, entries=entries))
+    return made
+
+
+def flex_call(job: Job, plans: list[TiledPlan]) -> Callable[[], torch.Tensor]:
+    """FlexAttention on the same pages: tree-ordered far keys, then all keys in order of position."""
+    from torch.nn.attention.flex_attention import BlockMask, flex_attention
+
+    config, layout, size, page = job.config, job.layout, job.tile, job.config.page_size
+    assert layout is not None
+    device, length = job.queries.device, job.stop
+    far_keys = layout.keys.shape[1]
+    tiles, far_pages, near_pages = length // size, far_keys // page, -(-length // page)
+    full = torch.zeros(STREAMS, tiles, far_pages + near_pages, dtype=torch.int32, device=device)
+    full_count = torch.zeros(STREAMS, tiles, dtype=torch.int32, device=device)
+    for plan in plans:
+        at = slice(plan.start // size, plan.start // size + plan.counts.shape[1])
+        entries = plan.entries
+        assert entries is not None
+        listed = torch.arange(entries.shape[-1], device=device) < plan.counts[..., None]
+        full[:, at, : entries.shape[-1]] = (entries // ENTRY).where(listed, 0)
+        full_count[:, at] = plan.counts
+    # Near pages that lie before the tile are full, those with the diagonal are partial.
+    anchor = torch.arange(tiles, device=device) * size
+    first = (anchor - config.window).clamp_min(0) // config.chunk_size * config.chunk_size
+    whole = (anchor - first) // page
+    most = int(whole.max())
+    step = torch.arange(most, device=device)
+    spot = full_count[..., None].long() + step
+    near = (far_pages + first // page)[:, None] + step
+    for stream in range(STREAMS):
+        tile, j = torch.nonzero(step < whole[:, None], as_tuple=True)
+        full[stream, tile, spot[stream, tile, j]] = near[tile, j].int()
+    full_count += whole.int()
+    partial = torch.zeros(1, 1, tiles, far_pages + near_pages, dtype=torch.int32, device=device)
+    begin, end = first // page + whole, (anchor + size - 1) // page
+    spans = int((end - begin + 1).max())
+    partial[0, 0, :, :spans] = (far_pages + begin[:, None] + torch.arange(spans, device=device)).int()
+    partial_count = (end - begin + 1).int()[None, None]
+
+    def visible(b: Any, h: Any, q: Any, kv: Any) -> Any:
+        return kv - far_keys <= q
+
+    mask = BlockMask.from_kv_blocks(
+        partial_count.expand(STREAMS, -1, -1).contiguous(),
+        partial.expand(STREAMS, -1, -1, -1),
+        full_count[:, None],
+        full[:, None],
+        BLOCK_SIZE=(size, page),
+        mask_mod=visible,
+        seq_lengths=(length, far_keys + near_pages * page),
+        compute_q_blocks=False,
+    )
+    pad = near_pages * page - length
+    keys, values = (
+        torch.cat((a, torch.nn.functional.pad(b, (0, 0, 0, pad))), 1)[:, None]
+        for a, b in ((layout.keys, job.near_keys), (layout.values, job.near_values))
+    )
+    compiled = torch.compile(flex_attention, dynamic=False)
+    options = {"BLOCK_M": min(size, 128), "BLOCK_N": min(page, 128)}
+
+    def call() -> torch.Tensor:
+        return compiled(job.queries, keys, values, block_mask=mask, enable_gqa=True, kernel_options=options)
+
+    return call

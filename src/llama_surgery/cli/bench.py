@@ -1,0 +1,118 @@
+"""``llama-surgery bench``."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from llama_surgery.cli.common import DeviceOption, Dtype, checked_output, out
+
+_SIZES = "What is measured"
+
+
+def bench(
+    *,
+    end_to_end: Annotated[
+        Path | None,
+        typer.Option(
+            help="Measure a whole model with random weights, of the shapes of this config.json (or folder of "
+            "a checkpoint), instead of the kernels alone."
+        ),
+    ] = None,
+    length: Annotated[
+        list[str] | None,
+        typer.Option(help="Tokens, as 32768 or 32k. May be repeated.", rich_help_panel=_SIZES),
+    ] = None,
+    batch: Annotated[
+        int, typer.Option(min=1, help="Sequences of a model's decode step.", rich_help_panel=_SIZES)
+    ] = 4,
+    density: Annotated[
+        float, typer.Option(help="Executed far density of prefill.", rich_help_panel=_SIZES)
+    ] = 0.05,
+    decode_density: Annotated[
+        float, typer.Option(help="Executed far density of decode steps.", rich_help_panel=_SIZES)
+    ] = 0.03,
+    page_size: Annotated[int, typer.Option(help="Keys of a page.", rich_help_panel=_SIZES)] = 64,
+    moment_size: Annotated[
+        int, typer.Option(help="Keys of the balls that pages are scored by.", rich_help_panel=_SIZES)
+    ] = 64,
+    tile: Annotated[
+        int, typer.Option(min=1, help="Neighbouring tokens that share pages.", rich_help_panel=_SIZES)
+    ] = 32,
+    variance_pool: Annotated[
+        int, typer.Option(min=1, help="Channels whose variances are averaged.", rich_help_panel=_SIZES)
+    ] = 1,
+    coarse_totals: Annotated[
+        bool,
+        typer.Option(
+            "--coarse-totals", help="A cheaper estimate of what rows add up to.", rich_help_panel=_SIZES
+        ),
+    ] = False,
+    pages_per_row: Annotated[
+        int | None,
+        typer.Option(help="A fixed count of pages instead of a density.", rich_help_panel=_SIZES),
+    ] = None,
+    steps: Annotated[
+        int, typer.Option(min=4, help="Decode steps of the model.", rich_help_panel=_SIZES)
+    ] = 64,
+    seconds: Annotated[float, typer.Option(min=1, help="No further part begins after this many.")] = 300.0,
+    out_folder: Annotated[
+        Path, typer.Option("--out", help="Folder for CSV files and plots; rows are written as measured.")
+    ] = Path("out/bench"),
+    device: DeviceOption = "auto",
+    dtype: Dtype = Dtype.bfloat16,
+) -> None:
+    """Time the operated path beside dense attention, on this device.
+
+    Without --end-to-end: attention of prefill (layout, scoring and selection included) and of decode steps,
+    beside every backend of PyTorch's SDPA and FlexAttention. Each time follows a check of the answer. It
+    needs a GPU. With --end-to-end: time to first token and decode step of a whole model, and its peak memory,
+    dense and operated. Example:
+
+    llama-surgery bench --end-to-end benchmarks/configs/llama-3.1-8b-shapes.json --length 128k
+    """
+    checked_output(out_folder, folder=True)
+    import torch
+
+    from llama_surgery.bench.end_to_end import Task, parse_length
+    from llama_surgery.cli.common import _device
+    from llama_surgery.config import SurgeryConfig
+    from llama_surgery.errors import SurgeryError
+
+    config = SurgeryConfig(
+        page_size=page_size,
+        moment_size=moment_size,
+        tile=tile,
+        pages_per_row=pages_per_row,
+        coarse_totals=coarse_totals,
+        variance_pool=variance_pool,
+        theta_decode=None if tile == 1 else 0.01,
+    )
+    lengths = [parse_length(text) for text in length or ["128k"]]
+    target, precision = _device(device), getattr(torch, "bfloat16" if dtype is Dtype.auto else dtype.value)
+    if end_to_end is not None:
+        from llama_surgery.bench.end_to_end import end_to_end as measure
+        from llama_surgery.bench.plot import plot_end_to_end
+
+        tasks = [Task(config, n, batch, density, decode_density, steps) for n in lengths]
+        path = out_folder / "end_to_end.csv"
+        rows = measure(end_to_end, tasks, path, seconds=seconds, device=target, dtype=precision)
+        plot_end_to_end(rows, path.with_suffix(".svg"))
+    else:
+        if target.type != "cuda":
+            raise SurgeryError(
+                f"device {target.type!r}: the kernels run on a GPU. What a CPU saves: --end-to-end, or "
+                "'llama-surgery crossover'."
+            )
+        from llama_surgery.bench.decode import SETTINGS, bench_decode
+        from llama_surgery.bench.measure import Deadline
+        from llama_surgery.bench.plot import plot_decode, plot_prefill
+        from llama_surgery.bench.prefill import Setting, bench_prefill
+
+        deadline, asked = Deadline(seconds), [Setting(config, density, flex=True, parts=True)]
+        shared = {"deadline": deadline, "device": target, "dtype": precision}
+        path = out_folder / "prefill.csv"
+        plot_prefill(bench_prefill(lengths, lambda _: asked, path, **shared), path.with_suffix(".svg"))
+        path = out_folder / "decode.csv"
+        plot_decode(bench_decode(SETTINGS, path, **shared), path.with_suffix(".svg"))
+    out.print(f"Written: {out_folder.resolve()}", soft_wrap=True, highlight=False)

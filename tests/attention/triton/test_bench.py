@@ -1,0 +1,30 @@
+"""What ``llama-surgery bench`` times: every part runs, checks its answer and leaves its row."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from llama_surgery.bench import prefill, prefill_case
+from llama_surgery.bench.measure import Deadline
+from llama_surgery.config import SurgeryConfig
+
+
+def test_prefill(device: torch.device, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"STREAMS": 1, "HEADS": 2, "DIM": 16}.items():
+        monkeypatch.setattr(prefill_case, name, value)
+    monkeypatch.setattr(prefill, "FLEX_LIMIT", 0)
+    config = SurgeryConfig(
+        chunk_size=64, page_size=16, window=32, tile=32, moment_size=16, directions="position"
+    )
+    setting = prefill.Setting(config, 0.1, parts=True)
+    given = {"device": device, "dtype": torch.float32}
+    out = tmp_path / "p.csv"
+    rows = prefill.bench_prefill([192], lambda _: [setting], out, deadline=Deadline(100), **given)
+    found = {row["part"]: row for row in rows}
+    assert {"layout", "totals", "lists", "near field", "far pages", "far pages, scattered"} < found.keys()
+    whole = found["attention with layout and selection"]
+    assert 0.05 < whole["executed_far"] < 0.2 and whole["error"] < 1e-5 and whole["differing"] == 0
+    assert len(out.read_text(encoding="utf-8").splitlines()) == len(rows) + 1

@@ -1,0 +1,144 @@
+"""``bench`` and ``crossover``: the whole commands on shapes small enough for a test."""
+
+import csv
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from tests.cli.runner import SMALL, run
+
+from llama_surgery.bench.crossover import Heads, Point, heads_of, recommend
+from llama_surgery.bench.end_to_end import parse_length
+from llama_surgery.errors import SurgeryError
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def shapes(tmp_path: Path) -> Path:
+    values = {
+        "model_type": "llama",
+        "hidden_size": 32,
+        "intermediate_size": 32,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "vocab_size": 60,
+    }
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(values), encoding="utf-8")
+    return path
+
+
+def read(path: Path) -> list[dict[str, str]]:
+    with path.open(encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.mark.parametrize("command", ["bench", "crossover"])
+def test_the_commands_explain_themselves(command: str) -> None:
+    result = run(command, "--help")
+    assert result.exit_code == 0 and len(result.output) > 500
+
+
+def test_a_model_is_measured_end_to_end(shapes: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    given = ["--length", "1k", "--batch", "2", "--steps", "5", "--device", "cpu", "--dtype", "float32"]
+    given += ["--density", "0.08", "--decode-density", "0.1"]
+    result = run("bench", "--end-to-end", shapes, *given, "--out", out)
+    assert result.exit_code == 0, result.output
+    assert "logits differ" in result.output and "far density" in result.output
+    rows = read(out / "end_to_end.csv")
+    assert [(r["part"], r["side"]) for r in rows] == [
+        ("prefill", "dense"),
+        ("decode", "dense"),
+        ("prefill", "operated"),
+        ("decode", "operated"),
+    ]
+    assert all(float(r["p50_ms"]) > 0 and r["backend"] for r in rows)
+    assert 0.04 < float(rows[2]["far_density"]) < 0.12
+    assert 0 < float(rows[3]["far_density"]) < 0.3
+    assert float(rows[3]["speedup"]) == pytest.approx(
+        float(rows[1]["p50_ms"]) / float(rows[3]["p50_ms"]), rel=1e-2
+    )
+    assert (out / "end_to_end.svg").read_text(encoding="utf-8").startswith("<svg")
+
+
+def test_the_script_runs_without_the_command_line_and_keeps_its_time(shapes: Path, tmp_path: Path) -> None:
+    code = (
+        "import sys, runpy; sys.modules['typer'] = None; sys.modules['rich'] = None;"
+        "runpy.run_path(sys.argv.pop(1), run_name='__main__')"
+    )
+    script = ROOT / "benchmarks" / "end_to_end.py"
+    given = ["--length", "512", "--seconds", "0", "--device", "cpu", "--dtype", "float32"]
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(script), str(shapes), *given, "--out", str(tmp_path / "r.csv")],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "512 tokens is not run" in done.stdout and "0 rows" in done.stdout
+
+
+def test_a_fixed_count_of_pages(shapes: Path, tmp_path: Path) -> None:
+    given = ["--length", "1k", "--batch", "1", "--steps", "4", "--device", "cpu", "--dtype", "float32"]
+    result = run("bench", "--end-to-end", shapes, *given, "--pages-per-row", "2", "--out", tmp_path)
+    assert result.exit_code == 0, result.output
+    assert float(read(tmp_path / "end_to_end.csv")[2]["far_density"]) > 0
+
+
+def test_what_cannot_be_measured_is_said_in_a_line(shapes: Path, tmp_path: Path) -> None:
+    for arguments, message in (
+        (["bench", "--device", "cpu", "--out", tmp_path / "o"], "the kernels run on a GPU"),
+        (["bench", "--end-to-end", tmp_path / "none.json", "--out", tmp_path / "o"], "no configuration"),
+        (["bench", "--length", "many", "--out", tmp_path / "o"], "'many'"),
+        (["crossover", tmp_path / "none.json"], "no configuration"),
+        (["crossover", shapes, "--adapter", tmp_path], "no adapter"),
+    ):
+        result = run(*arguments)
+        assert result.exit_code == 1 and message in result.output, result.output
+    assert run("crossover", shapes, "--write").exit_code == 2
+
+
+def test_crossover_recommends_and_writes(model: Path, text: Path, tmp_path: Path) -> None:
+    adapter = tmp_path / "adapter"
+    made = run(
+        "operate", model, "--out", adapter, "--text", text, "--density", "0.3", "--length", "512", *SMALL
+    )
+    assert made.exit_code == 0, made.output
+    given = ["--length", "256", "--length", "512", "--device", "cpu", "--csv", tmp_path / "c.csv"]
+    result = run("crossover", model, "--adapter", adapter, *given, "--density", "0.3", "--write", "--json")
+    assert result.exit_code == 0, result.output
+    found = json.loads(result.stdout[result.stdout.index("{") :])
+    assert [p["length"] for p in found["points"]] == [256, 512] and found["dense_until"] % 16 == 0
+    assert len(read(tmp_path / "c.csv")) == 2
+    saved = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
+    assert saved["surgery"]["dense_until"] == found["dense_until"]
+    shown = run(
+        "evaluate", model, "--adapter", adapter, "--text", text, "--length", "256", "--windows", "1", "--json"
+    )
+    assert json.loads(shown.stdout)["operated"][0]["config"]["dense_until"] == found["dense_until"]
+
+
+def test_the_recommendation_weighs_stretches_and_not_whole_texts() -> None:
+    def point(length: int, dense: float, operated: float) -> Point:
+        return Point(length, dense, operated, dense)
+
+    # Behind 1,000 each stretch is cheaper sparse, though the whole text is not until 4,000.
+    points = [point(1000, 1, 3), point(2000, 4, 5), point(4000, 16, 9)]
+    assert recommend(points, 1) == 1000
+    assert recommend(points, 32) == 1024
+    assert recommend([point(1000, 2, 1), point(2000, 8, 3)], 32) == 0
+    assert recommend([point(1000, 1, 2), point(2000, 3, 6)], 32) == 2016
+
+
+def test_heads_and_lengths_are_read(shapes: Path) -> None:
+    assert heads_of(shapes) == Heads(4, 2, 8) == heads_of(shapes.parent)
+    assert parse_length("2k") == 2048 and parse_length("300") == 300
+    with pytest.raises(SurgeryError, match="tokens"):
+        parse_length("k")
