@@ -1,0 +1,281 @@
+"""``llama-surgery compare`` and ``llama-surgery gate``."""
+
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.table import Table
+
+from llama_surgery.cli.common import (
+    DeviceOption,
+    Dtype,
+    DtypeOption,
+    JsonOption,
+    ModelArgument,
+    checked_output,
+    err,
+    escape,
+    load_model,
+    out,
+    print_json,
+    progress,
+)
+from llama_surgery.cli.topology import config_for, topology_options
+
+_SAMPLES = "Samples"
+_RUN = "Run"
+#: Exit code of a gate that does not let pass.
+CLOSED = 3
+
+
+@topology_options
+def compare(
+    *,
+    model: ModelArgument,
+    text: Annotated[
+        Path,
+        typer.Option(help="Text to measure on: a .txt file or a folder of them. Not the calibration text."),
+    ],
+    calibration_text: Annotated[
+        Path, typer.Option(help="Text that knobs and thresholds are set on, and that rules learn from.")
+    ],
+    folder: Annotated[
+        Path, typer.Option("--out", help="Folder of the results. A folder of an earlier run is gone on with.")
+    ],
+    rule: Annotated[
+        list[str] | None,
+        typer.Option(help="Compare this rule alone with dense. May be repeated. All if left out."),
+    ] = None,
+    density: Annotated[
+        list[float] | None,
+        typer.Option(help="Total density wanted of every rule, near field included. May be repeated."),
+    ] = None,
+    tile: Annotated[
+        int, typer.Option(min=1, help="Neighbouring tokens that share pages.", rich_help_panel="Topology")
+    ] = 32,
+    length: Annotated[
+        int, typer.Option(min=2, help="Tokens of a perplexity window.", rich_help_panel=_SAMPLES)
+    ] = 8192,
+    windows: Annotated[int, typer.Option(min=1, help="Perplexity windows.", rich_help_panel=_SAMPLES)] = 24,
+    needles: Annotated[
+        int,
+        typer.Option(min=1, help="Planted facts, answered by real generation.", rich_help_panel=_SAMPLES),
+    ] = 200,
+    needle_length: Annotated[
+        list[int] | None,
+        typer.Option(
+            min=1,
+            help="Tokens of a needle prompt. May be repeated. A quarter, half and all of --length if left "
+            "out, the shorter ones twice as often.",
+            rich_help_panel=_SAMPLES,
+        ),
+    ] = None,
+    needle_variant: Annotated[
+        list[str] | None,
+        typer.Option(help="Kinds of needles. May be repeated. All if left out.", rich_help_panel=_SAMPLES),
+    ] = None,
+    needle_batch: Annotated[
+        int, typer.Option(min=1, help="Prompts answered together.", rich_help_panel=_SAMPLES)
+    ] = 8,
+    seed: Annotated[
+        int, typer.Option(help="Same seed, same windows and prompts.", rich_help_panel=_SAMPLES)
+    ] = 0,
+    seconds: Annotated[
+        float | None,
+        typer.Option(
+            min=0,
+            help="Begin nothing after this many seconds; run again to go on. 0 only merges.",
+            rich_help_panel=_RUN,
+        ),
+    ] = None,
+    shard: Annotated[
+        str,
+        typer.Option(
+            help="i/n: take every n-th rule from the i-th. Processes with one --out share the work.",
+            rich_help_panel=_RUN,
+        ),
+    ] = "1/1",
+    tf32: Annotated[
+        bool,
+        typer.Option("--tf32", help="Multiply float32 matrices in TF32 on a GPU.", rich_help_panel="Model"),
+    ] = False,
+    device: DeviceOption = "auto",
+    dtype: DtypeOption = Dtype.auto,
+    json: JsonOption = False,
+    settings: dict[str, Any],
+) -> None:
+    """Compare this package's topology and published selection rules with dense, at equal density.
+
+    Every rule is run at five or more total densities, from its own floor on, its own knob set on the
+    calibration text. Perplexity and planted facts are measured for each, on the same windows and prompts.
+    What is finished is kept: the same command goes on where an interrupted one stopped. Example:
+
+    llama-surgery compare demo/books-26m --text demo/text/evaluation.txt
+    --calibration-text demo/text/calibration.txt --length 2048 --windows 4 --needles 20 --out out/compare
+    """
+    part = _shard(shard)
+    checked_output(folder, folder=True)
+    from llama_surgery.evaluation.compare import FORMS, shard_of
+
+    wanted = FORMS if not rule else tuple(name for name in FORMS if name in ("dense", *rule))
+    unknown = [name for name in rule or [] if name not in FORMS]
+    if unknown:
+        raise typer.BadParameter(f"--rule {unknown[0]}: there are {', '.join(FORMS)}.")
+    complete = False
+    if seconds != 0:
+        began = time.monotonic()
+        import torch
+
+        from llama_surgery.evaluation.compare import DENSITIES, Comparison
+        from llama_surgery.evaluation.needle_variants import VARIANTS
+        from llama_surgery.text import read_texts
+
+        if tf32:
+            torch.set_float32_matmul_precision("high")
+        quarter = length // 4
+        llm, tokenizer = load_model(model, device, dtype)
+        comparison = Comparison(
+            llm,
+            tokenizer,
+            folder,
+            texts=read_texts(text),
+            calibration=read_texts(calibration_text),
+            config=config_for(settings, tile),
+            length=length,
+            windows=windows,
+            needles=needles,
+            needle_lengths=needle_length or [quarter, quarter, 2 * quarter, 2 * quarter, length],
+            needle_variants=needle_variant or list(VARIANTS),
+            needle_batch=needle_batch,
+            densities=density or DENSITIES,
+            seed=seed,
+        )
+        with progress() as tell:
+            deadline = None if seconds is None else began + seconds
+            complete = comparison.run(shard_of(wanted, part), deadline, tell)
+    results = write_comparison(folder)
+    if json:
+        print_json(results)
+        return
+    out.print(comparison_table(results))
+    names = "results.json, comparison.csv, comparison.svg"
+    out.print(f"Written to {folder.resolve()}: {names}.", soft_wrap=True, highlight=False)
+    if not complete:
+        err.print("Not everything is finished: run the command again to go on.", highlight=False)
+
+
+def _shard(text: str) -> tuple[int, int]:
+    index, slash, count = text.partition("/")
+    if not slash or not index.isdigit() or not count.isdigit() or not 1 <= int(index) <= int(count):
+        raise typer.BadParameter(f"--shard {text}: give i/n, as 1/4 … 4/4.")
+    return int(index), int(count)
+
+
+def write_comparison(folder: Path) -> dict[str, Any]:
+    """Merge what is finished into results.json, comparison.csv and comparison.svg.
+
+    Raises:
+        SurgeryError: The dense model is not measured yet, or nothing can be written.
+    """
+    from llama_surgery.evaluation.compare_result import merge
+    from llama_surgery.evaluation.io import write_csv
+    from llama_surgery.files import write_atomically, write_json
+    from llama_surgery.report.comparison import comparison
+
+    results = merge(folder)
+    write_json(folder / "results.json", results)
+    if results["rows"]:
+        write_csv(folder / "comparison.csv", results["rows"])
+        svg = comparison(results["rows"])
+        write_atomically(folder / "comparison.svg", lambda path: path.write_text(svg, encoding="utf-8"))
+    return results
+
+
+def comparison_table(results: dict[str, Any]) -> Table:
+    """Every rule at every density."""
+    settings, dense = results["settings"], results["dense"]
+    ppl = "–" if dense["perplexity"] is None else f"{dense['perplexity']:.3f}"
+    right = "–" if dense["needle"] is None else f"{dense['needle'][0]:.1%}"
+    table = Table(
+        title=f"{settings['model']}, {settings['windows']} windows of {settings['length']:,} tokens, "
+        f"{settings['needles']} needles; dense: perplexity {ppl}, needles {right}",
+        caption="* a row of a prompt may see what later rows chose. Needles kept: of those that the dense "
+        "model answered. Intervals are 95%.",
+        title_justify="left",
+        caption_justify="left",
+    )
+    for name in ("", "floor", "density", "perplexity ÷ dense", "needles", "needles kept", "decode density"):
+        table.add_column(name, justify="right" if name else "left", no_wrap=True)
+    before = None
+    for row in results["rows"]:
+        if row["form"] != before:
+            table.add_section()
+        name = row["title"] + (" *" if row["ahead"] else "") if row["form"] != before else ""
+        floor = f"{row['floor']:.1%}" if row["form"] != before and row["floor"] < 1 else ""
+        before = row["form"]
+        shown = row["total_density"] or row.get("prefill_density")
+        table.add_row(
+            escape(name),
+            floor,
+            "–" if shown is None else f"{shown:.1%}",
+            _span(row, ("perplexity_ratio", "ratio_low", "ratio_high"), "{:.4f}"),
+            "–" if row.get("needle") is None else f"{row['needle']:.1%}",
+            _span(row, ("needle_kept", "needle_kept_low", "needle_kept_high"), "{:.1%}"),
+            "–" if row.get("decode_density") is None else f"{row['decode_density']:.1%}",
+        )
+    return table
+
+
+def _span(row: dict[str, Any], names: tuple[str, str, str], shape: str) -> str:
+    if row.get(names[0]) is None:
+        return "–"
+    value, low, high = (shape.format(row[name]) for name in names)
+    return f"{value} ({low} … {high})"
+
+
+def gate(
+    *,
+    results: Annotated[
+        Path, typer.Argument(help="results.json of 'compare', or a file of 'evaluate --out'.")
+    ],
+    rule: Annotated[
+        str | None,
+        typer.Option(help="Rule of a comparison, or name of an operated model, to judge. All if left out."),
+    ] = None,
+    density: Annotated[
+        float | None, typer.Option(help="Of a comparison: what was asked for this total density alone.")
+    ] = None,
+    max_perplexity_ratio: Annotated[
+        float | None,
+        typer.Option(help="Limit on the upper end of the 95% interval of perplexity over dense."),
+    ] = None,
+    max_needle_loss: Annotated[
+        float | None,
+        typer.Option(help="Limit on the upper 95% bound of needle accuracy lost, as a share: 0.05."),
+    ] = None,
+    json: JsonOption = False,
+) -> None:
+    """Exit with 3 when a model loses more than it may: for deployment pipelines.
+
+    Limits are held against what the loss may be, the bound of its interval, and not against its mean: few
+    samples do not pass. Example:
+
+    llama-surgery gate out/compare/results.json --rule pages --density 0.18
+    --max-perplexity-ratio 1.02 --max-needle-loss 0.05
+    """
+    if max_perplexity_ratio is None and max_needle_loss is None:
+        raise typer.BadParameter("give --max-perplexity-ratio, --max-needle-loss or both.")
+    from llama_surgery.evaluation.gate import read_losses
+
+    losses = read_losses(results, rule, density)
+    failures = [told for loss in losses for told in loss.failures(max_perplexity_ratio, max_needle_loss)]
+    if json:
+        print_json({"passed": not failures, "failures": failures})
+    else:
+        for told in failures:
+            out.print(escape(told), soft_wrap=True, highlight=False)
+        if not failures:
+            out.print(f"Within the limits: {', '.join(loss.name for loss in losses)}.", highlight=False)
+    if failures:
+        raise typer.Exit(CLOSED)

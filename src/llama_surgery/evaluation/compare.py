@@ -1,0 +1,279 @@
+"""Every form of a model at every density on every task, in cells that are measured once."""
+
+import hashlib
+import json
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from llama_surgery.config import SurgeryConfig
+from llama_surgery.errors import SurgeryError
+from llama_surgery.evaluation.compare_forms import (
+    DenseForm,
+    Form,
+    FullForm,
+    PagesForm,
+    PeerForm,
+    densities_between,
+)
+from llama_surgery.evaluation.evaluate import check_dense, environment, model_name, named_progress
+from llama_surgery.evaluation.io import Progress, read_started
+from llama_surgery.evaluation.logits import Head
+from llama_surgery.evaluation.needle import NeedlePrompt, needle_prompts, score_needles
+from llama_surgery.evaluation.needle_variants import VARIANTS
+from llama_surgery.evaluation.peers.registry import PEERS
+from llama_surgery.evaluation.perplexity import perplexity
+from llama_surgery.files import write_json
+from llama_surgery.text import windows as cut_windows
+
+#: Name of this package's own form.
+PAGES = "pages"
+#: Everything that can be compared, in order of tables.
+FORMS = ("dense", PAGES, *PEERS, "full")
+#: Total densities that every form is asked for, if its floor allows, and the one that is measured first.
+DENSITIES, FIRST = (0.05, 0.1, 0.18, 0.3, 0.5), 0.18
+#: Calibration windows: that densities are measured on, and that rules learn from.
+CALIBRATION_WINDOWS, TRAINING_WINDOWS = 2, 16
+_TASKS = ("perplexity", "needles")
+
+
+class Comparison:
+    """A comparison in a folder, which holds all that is finished.
+
+    Args:
+        model: A dense causal language model of transformers, in evaluation mode. It stays dense.
+        tokenizer: Its tokenizer.
+        folder: Where to; the folder of an interrupted run is gone on with.
+        texts: Documents that nothing was tuned on.
+        calibration: Other documents, for knobs, thresholds and rules that learn.
+        config: This package's topology; thresholds are set for each density.
+        length: Tokens of a perplexity window.
+        windows: Perplexity windows.
+        needles: Needle prompts, of all variants in equal parts.
+        needle_lengths: Their lengths; one that is named twice is given to twice as many.
+        needle_variants: Keys of :data:`~llama_surgery.evaluation.needle_variants.VARIANTS`.
+        needle_batch: Prompts of equal length that are answered together.
+        densities: Total densities wanted of every form.
+        seed: Of windows, prompts and learning.
+
+    Raises:
+        SurgeryError: The model is operated or in training mode, or the folder holds another comparison.
+        TextError: The texts are too short.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        tokenizer: PreTrainedTokenizerBase,
+        folder: Path,
+        *,
+        texts: Sequence[str],
+        calibration: Sequence[str],
+        config: SurgeryConfig,
+        length: int,
+        windows: int,
+        needles: int,
+        needle_lengths: Sequence[int],
+        needle_variants: Sequence[str] = tuple(VARIANTS),
+        needle_batch: int = 8,
+        densities: Sequence[float] = DENSITIES,
+        seed: int = 0,
+    ) -> None:
+        check_dense(model, {})
+        if not densities or not all(0 < density < 1 for density in densities):
+            raise SurgeryError(f"densities {list(densities)}: give total densities between 0 and 1.")
+        self.folder, self.densities = folder, densities
+        self._model, self._batch = model, needle_batch
+        versions = environment(model)
+        self._device = {name: versions.pop(name) for name in ("device", "threads")}
+        self._ids = cut_windows(tokenizer, texts, length, windows, seed)
+        self._prompts = needle_prompts(
+            tokenizer,
+            texts,
+            count=needles,
+            lengths=needle_lengths,
+            variants=needle_variants,
+            seed=seed,
+        )
+        settings = {
+            "model": model_name(model),
+            "parameters": sum(p.numel() for p in model.parameters()),
+            **versions,
+            "tf32": torch.get_float32_matmul_precision() != "highest",
+            "config": {k: v for k, v in config.to_dict().items() if k not in ("theta", "theta_decode")},
+            "length": length,
+            "windows": windows,
+            "needles": needles,
+            "needle_lengths": list(needle_lengths),
+            "needle_variants": list(needle_variants),
+            "densities": list(densities),
+            "seed": seed,
+            "text": _digest(texts),
+            "calibration_text": _digest(calibration),
+        }
+        file = folder / "comparison.json"
+        if read_started(file, settings) is None:
+            write_json(file, {"settings": settings, "prompts": [_described(p) for p in self._prompts]})
+        ids = cut_windows(tokenizer, calibration, length, CALIBRATION_WINDOWS, seed)
+        self._forms: dict[str, Callable[[], Form]] = {
+            "dense": DenseForm,
+            PAGES: lambda: PagesForm(PAGES, config, model, tokenizer, texts=calibration, ids=ids),
+            "full": lambda: FullForm(model),
+        }
+
+        def peer(name: str) -> Callable[[], Form]:
+            def make() -> Form:
+                learns = PEERS[name].learn is not None
+                training = (
+                    cut_windows(tokenizer, calibration, length, TRAINING_WINDOWS, seed) if learns else ids
+                )
+                return PeerForm(
+                    name, PEERS[name], model, ids=ids, training=training, folder=folder / "learned"
+                )
+
+            return make
+
+        self._forms |= {name: peer(name) for name in PEERS}
+
+    def run(
+        self, forms: Sequence[str] = FORMS, deadline: float | None = None, progress: Progress | None = None
+    ) -> bool:
+        """Measures what is not there yet: every form at its first density, then at its second, and so on.
+
+        Args:
+            forms: Names of :data:`FORMS`. Processes that share a folder take different ones.
+            deadline: ``time.monotonic()`` after which nothing further is begun.
+            progress: Told after each step of a cell.
+
+        Returns:
+            Whether all cells of these forms are finished.
+
+        Raises:
+            SurgeryError: A form does not exist, or a loss is not finite.
+        """
+        unknown = [name for name in forms if name not in self._forms]
+        if unknown:
+            raise SurgeryError(f"forms {', '.join(unknown)}: there are {', '.join(FORMS)}.")
+        made: dict[str, Form] = {}
+        head = None
+        turn, left = 0, list(forms)
+
+        def late() -> bool:
+            return deadline is not None and time.monotonic() > deadline
+
+        while left:
+            for name in list(left):
+                if late():
+                    return False
+                form = made.setdefault(name, self._forms[name]())
+                budgets = _Budgets(self.folder, form, self.densities)
+                if turn >= len(budgets.targets):
+                    left.remove(name)
+                    continue
+                target = budgets.targets[turn]
+                for task in _TASKS:
+                    cell = self.folder / "cells" / f"{name}-{target:.4f}-{task}.json"
+                    if cell.exists():
+                        continue
+                    if late():
+                        return False
+                    head = head or Head(self._model, self._ids[0])
+                    tell = named_progress(progress, f"{name} at {target:.3f}")
+                    measured = self._measure(form, budgets.setting(target), task, head, tell)
+                    write_json(cell, {"form": name, "target": target, "task": task, **measured})
+            turn += 1
+        return True
+
+    def _measure(
+        self,
+        form: Form,
+        setting: dict[str, Any],
+        task: str,
+        head: Head,
+        progress: Progress | None,
+    ) -> dict[str, Any]:
+        found: dict[str, Any] = {}
+        began = time.perf_counter()
+        with form.running(setting) as densities:
+            if task == "perplexity":
+                found["per_window"] = perplexity(self._model, self._ids, progress, head=head).per_window
+            else:
+                found["answers"] = score_needles(self._model, self._prompts, self._batch, progress)
+        seconds = time.perf_counter() - began
+        return {**found, "density": densities, "setting": setting, "seconds": seconds, **self._device}
+
+
+class _Budgets:
+    """Densities and settings of a form, kept in a file so that a later run has the same ones."""
+
+    def __init__(self, folder: Path, form: Form, requested: Sequence[float]) -> None:
+        self._file, self._form = folder / "budgets" / f"{form.name}.json", form
+        if self._file.exists():
+            self._content = json.loads(self._file.read_text(encoding="utf-8"))
+            return
+        floor = form.floor()
+        targets = [1.0]
+        if floor < 1:
+            targets = densities_between(floor, requested)
+            targets.sort(key=lambda target: abs(math.log(target / FIRST)))
+        if form.name == PAGES:
+            targets.append(1.0)  # the check that a full budget is dense
+        self._content = {
+            "title": form.title,
+            "ahead": form.ahead,
+            "floor": floor,
+            "targets": targets,
+            "settings": {},
+        }
+        write_json(self._file, self._content)
+
+    @property
+    def targets(self) -> list[float]:
+        return self._content["targets"]
+
+    def setting(self, target: float) -> dict[str, Any]:
+        settings = self._content["settings"]
+        if str(target) not in settings:
+            settings[str(target)] = self._form.setting(target)
+            write_json(self._file, self._content)
+        return settings[str(target)]
+
+
+def _described(prompt: NeedlePrompt) -> dict[str, Any]:
+    return {name: getattr(prompt, name) for name in ("variant", "kind", "form", "depth", "length", "name")}
+
+
+def _digest(texts: Sequence[str]) -> str:
+    return hashlib.sha256("\n".join(texts).encode()).hexdigest()[:16]
+
+
+def shard_of(forms: Sequence[str], shard: tuple[int, int]) -> list[str]:
+    """The forms that the ``i``-th of ``n`` processes measures, counted from 1.
+
+    Raises:
+        SurgeryError: There is no such process.
+    """
+    index, count = shard
+    if not 1 <= index <= count:
+        raise SurgeryError(f"shard {index}/{count}: give 1/{count} … {count}/{count}.")
+    return list(forms[index - 1 :: count])
+
+
+def settings_of(folder: Path) -> Mapping[str, Any]:
+    """Settings and prompts of the comparison in ``folder``.
+
+    Raises:
+        SurgeryError: There is none.
+    """
+    try:
+        return json.loads((folder / "comparison.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise SurgeryError(
+            f"{folder} holds no comparison ({error}): give the folder of 'llama-surgery compare'."
+        ) from error

@@ -1,0 +1,271 @@
+"""Forms of one model that are compared, each with its own way to keep a density."""
+
+import contextlib
+import dataclasses
+import itertools
+import math
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+import llama_surgery
+from llama_surgery.config import SurgeryConfig
+from llama_surgery.evaluation.peers.attach import running
+from llama_surgery.evaluation.peers.registry import Learned, Peer
+from llama_surgery.evaluation.peers.rule import Everything, Rule
+from llama_surgery.evaluation.phases import Phases
+from llama_surgery.files import write_atomically
+from llama_surgery.surgery.operate import inner_model
+
+#: Passes over the calibration windows that are spent on one density, and how near is near enough.
+TRIES, NEAR = 6, 0.02
+
+#: Densities by phase, ``prefill`` and ``decode``, complete when the form's context ends.
+Densities = dict[str, float]
+
+
+class Form(Protocol):
+    """The dense model or a sparse form of it.
+
+    Attributes:
+        name: In file names and options.
+        title: In tables and figures.
+        ahead: Whether a row of a prompt may see keys that later rows chose.
+    """
+
+    name: str
+    title: str
+    ahead: bool
+
+    def floor(self) -> float:
+        """Smallest total density that the form can have, measured on calibration text."""
+
+    def setting(self, density: float) -> dict[str, Any]:
+        """What gives nearly this total density, from :meth:`floor` to 1, on calibration text."""
+
+    def running(self, setting: dict[str, Any]) -> contextlib.AbstractContextManager[Densities]:
+        """The model follows the form; what it read is known at the end."""
+
+
+@dataclasses.dataclass
+class DenseForm:
+    """The model as it is."""
+
+    name: str = "dense"
+    title: str = "dense"
+    ahead: bool = False
+
+    def floor(self) -> float:
+        return 1.0
+
+    def setting(self, density: float) -> dict[str, Any]:
+        return {}
+
+    @contextlib.contextmanager
+    def running(self, setting: dict[str, Any]) -> Iterator[Densities]:
+        yield {"prefill": 1.0, "decode": 1.0}
+
+
+class PeerForm:
+    """A peer's rule.
+
+    Args:
+        name: Key of :data:`~llama_surgery.evaluation.peers.registry.PEERS`.
+        peer: The rule.
+        model: A dense model.
+        ids: (windows, length) int64, calibration windows that densities are measured on.
+        training: (windows, length) int64, calibration windows for rules that learn.
+        folder: Where what was learned is kept.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        peer: Peer,
+        model: nn.Module,
+        *,
+        ids: torch.Tensor,
+        training: torch.Tensor,
+        folder: Path,
+    ) -> None:
+        self.name, self.title, self.ahead = name, peer.title, peer.ahead
+        self._peer, self._model, self._ids, self._training = peer, model, ids, training
+        self._file = folder / f"{name}.safetensors"
+        self._learned: Learned | None = None
+        self._probes: dict[float, float] = {}
+
+    def floor(self) -> float:
+        return self._density(self._number(0.0))
+
+    def setting(self, density: float) -> dict[str, Any]:
+        x = solve(lambda x: self._density(self._number(x)), density)
+        return {"knob": self._peer.knob, "number": self._number(x)}
+
+    @contextlib.contextmanager
+    def running(self, setting: dict[str, Any]) -> Iterator[Densities]:
+        densities: Densities = {}
+        with running(self._model, self._rule(setting["number"])) as count:
+            yield densities
+        densities.update(count.densities())
+
+    def _number(self, x: float) -> float:
+        return self._peer.number(x, self._ids.shape[1], self._tensors())
+
+    def _rule(self, number: float) -> Rule:
+        return self._peer.make(number, self._tensors())
+
+    def _density(self, number: float) -> float:
+        if number not in self._probes:
+            with running(self._model, self._rule(number)) as count:
+                _run(self._model, self._ids)
+            self._probes[number] = count.densities()["prefill"]
+        return self._probes[number]
+
+    def _tensors(self) -> Learned:
+        if self._learned is None:
+            if self._peer.learn is None:
+                self._learned = {}
+            elif self._file.exists():
+                self._learned = load_file(self._file)
+            else:
+                tensors = self._peer.learn(self._model, self._training)
+                write_atomically(self._file, lambda path: save_file(tensors, path))
+                self._learned = tensors
+        return self._learned
+
+
+@dataclasses.dataclass
+class FullForm:
+    """Everything visible, through the peers' executor: what their executor itself costs."""
+
+    model: nn.Module
+    name: str = "full"
+    title: str = "full budget, peers' executor"
+    ahead: bool = False
+
+    def floor(self) -> float:
+        return 1.0
+
+    def setting(self, density: float) -> dict[str, Any]:
+        return {}
+
+    @contextlib.contextmanager
+    def running(self, setting: dict[str, Any]) -> Iterator[Densities]:
+        densities: Densities = {}
+        with running(self.model, Everything()) as count:
+            yield densities
+        densities.update(count.densities())
+
+
+class PagesForm:
+    """This package's own topology.
+
+    Args:
+        name: In file names and options.
+        config: The topology; thresholds are set for each density.
+        model: A dense model.
+        tokenizer: Its tokenizer.
+        texts: Calibration text.
+        ids: (windows, length) int64, calibration windows that the floor is measured on.
+    """
+
+    ahead = False
+
+    def __init__(
+        self,
+        name: str,
+        config: SurgeryConfig,
+        model: nn.Module,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        texts: Sequence[str],
+        ids: torch.Tensor,
+    ) -> None:
+        self.name, self.title = name, f"pages, tile {config.tile} (this package)"
+        self._config, self._model, self._tokenizer = config, model, tokenizer
+        self._texts, self._ids = list(texts), ids
+        self._measured: tuple[float, float] | None = None
+
+    def floor(self) -> float:
+        return self._floor()[0]
+
+    def setting(self, density: float) -> dict[str, Any]:
+        total, near = self._floor()
+        # What is always open varies a little from text to text: just above it nothing can be aimed at.
+        if density >= 1 or density - near < 1.1 * (total - near):
+            # No share exceeds 1, and every share exceeds 0.
+            return self._with_theta(0.0 if density >= 1 else 1.0).to_dict()
+        with llama_surgery.operated(
+            self._model,
+            self._config,
+            density=density - near,
+            text=self._texts,
+            tokenizer=self._tokenizer,
+            length=self._ids.shape[1],
+        ):
+            return llama_surgery.config_of(self._model).to_dict()
+
+    @contextlib.contextmanager
+    def running(self, setting: dict[str, Any]) -> Iterator[Densities]:
+        densities: Densities = {}
+        with llama_surgery.operated(self._model, SurgeryConfig.from_dict(setting)):
+            with Phases(self._model) as phases:
+                yield densities
+            densities.update((phase, read["total_density"]) for phase, read in phases.densities().items())
+
+    def _floor(self) -> tuple[float, float]:
+        """Total and near density with nothing opened but the page of the first token."""
+        if self._measured is None:
+            with llama_surgery.operated(self._model, self._with_theta(1.0)):
+                _run(self._model, self._ids)
+                read = llama_surgery.statistics(self._model)
+            self._measured = read.total_density, read.near_density
+        return self._measured
+
+    def _with_theta(self, theta: float) -> SurgeryConfig:
+        return dataclasses.replace(self._config, theta=theta, theta_decode=theta)
+
+
+@torch.inference_mode()
+def _run(model: nn.Module, ids: torch.Tensor) -> None:
+    for window in ids:
+        model(input_ids=window[None].to(inner_model(model).device), use_cache=False, logits_to_keep=1)
+
+
+def solve(density: Callable[[float], float], target: float) -> float:
+    """The budget x in 0…1 at which a rising ``density`` comes nearest to ``target``.
+
+    ``density(1)`` is taken to be 1. Regula falsi on the logarithm; what was tried is kept by the caller.
+    """
+    tried = {0.0: density(0.0), 1.0: 1.0}
+
+    def nearest() -> float:
+        return min(tried, key=lambda x: abs(math.log(tried[x] / target)))
+
+    for _ in range(TRIES):
+        if abs(math.log(tried[nearest()] / target)) <= NEAR:
+            break
+        low = max((x for x in tried if tried[x] <= target), default=0.0)
+        high = min((x for x in tried if x > low), default=1.0)
+        part = math.log(target / tried[low]) / max(math.log(tried[high] / tried[low]), 1e-9)
+        x = low + (high - low) * min(0.9, max(0.1, part))
+        tried[x] = density(x)
+    return nearest()
+
+
+def densities_between(floor: float, requested: Sequence[float], fewest: int = 5) -> list[float]:
+    """Total densities at which a form is measured: its floor, the requested ones above it, and between them
+    further ones until there are ``fewest``."""
+    points = [floor, *sorted({t for t in requested if 1 > t > 1.03 * floor})]
+    if len(points) == 1:
+        points.append((1 + floor) / 2)
+    while len(points) < fewest:
+        gaps = [b / a for a, b in itertools.pairwise(points)]
+        widest = gaps.index(max(gaps))
+        points.insert(widest + 1, math.sqrt(points[widest] * points[widest + 1]))
+    return [round(point, 4) for point in points]

@@ -1,0 +1,152 @@
+"""Finished cells of a comparison as one table: quality against measured density, with intervals."""
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from llama_surgery.errors import SurgeryError
+from llama_surgery.evaluation.compare import FORMS, settings_of
+from llama_surgery.evaluation.intervals import mean_interval
+from llama_surgery.evaluation.paired import paired_difference, perplexity_ratio
+
+FORMAT, FORMAT_VERSION = "llama-surgery comparison", 1
+#: Settings that every row repeats, so that a CSV stands alone.
+_SHARED = (
+    "model",
+    "length",
+    "windows",
+    "needles",
+    "seed",
+    "dtype",
+    "tf32",
+    "llama_surgery",
+    "torch",
+    "transformers",
+)
+
+
+def merge(folder: Path) -> dict[str, Any]:
+    """All that is finished in the folder of a comparison, whichever processes measured it.
+
+    Returns:
+        ``format``, ``format_version``, ``settings``, ``floors`` (smallest total density by form), ``dense``
+        (``perplexity``, ``needle`` with its 95% interval, and both by variant) and ``rows``: see
+        :func:`_row`. What was not measured is None.
+
+    Raises:
+        SurgeryError: There is no comparison, or the dense model is not measured yet.
+    """
+    content = settings_of(folder)
+    settings, prompts = content["settings"], content["prompts"]
+    cells: dict[tuple[str, float], dict[str, Any]] = {}
+    for file in sorted((folder / "cells").glob("*.json")):
+        cell = json.loads(file.read_text(encoding="utf-8"))
+        cells.setdefault((cell["form"], cell["target"]), {})[cell["task"]] = cell
+    dense = cells.pop(("dense", 1.0), {})
+    if not dense:
+        raise SurgeryError(f"{folder}: the dense model is not measured yet, so that nothing can be compared.")
+    budgets = {
+        file.stem: json.loads(file.read_text(encoding="utf-8"))
+        for file in sorted((folder / "budgets").glob("*.json"))
+    }
+    order = sorted(cells, key=lambda key: (FORMS.index(key[0]), key[1]))
+    shared = {name: settings[name] for name in _SHARED}
+    rows = [
+        {**_row(key, cells[key], budgets[key[0]], dense, prompts, settings["seed"]), **shared}
+        for key in order
+    ]
+    return {
+        "format": FORMAT,
+        "format_version": FORMAT_VERSION,
+        "settings": settings,
+        "floors": {name: budget["floor"] for name, budget in budgets.items() if budget["floor"] < 1},
+        "dense": _dense(dense, prompts),
+        "rows": rows,
+    }
+
+
+def _dense(cells: Mapping[str, Any], prompts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    losses, answers = _found(cells, "perplexity", "per_window"), _found(cells, "needles", "answers")
+    return {
+        "perplexity": None if losses is None else _perplexity(losses),
+        "needle": None if answers is None else mean_interval(answers),
+        "needle_by_variant": {} if answers is None else _by_variant(answers, prompts),
+    }
+
+
+def _row(
+    key: tuple[str, float],
+    cells: Mapping[str, Any],
+    budget: Mapping[str, Any],
+    dense: Mapping[str, Any],
+    prompts: Sequence[Mapping[str, Any]],
+    seed: int,
+) -> dict[str, Any]:
+    """One form at one density.
+
+    Densities are measured on what was asked: ``total_density`` over the perplexity windows,
+    ``prefill_density`` and ``decode_density`` while the needles were answered. ``needle`` is over all
+    prompts, ``needle_kept`` over those that the dense model answered, each with Wilson's 95% interval;
+    ``needle_bound`` is the one-sided 95% lower bound of the paired difference to dense, in closed form, and
+    ``needle_changed`` counts prompts that one of both answered alone.
+    """
+    any_cell = next(iter(cells.values()))
+    row: dict[str, Any] = {
+        "form": key[0],
+        "title": budget["title"],
+        "ahead": budget["ahead"],
+        "floor": budget["floor"],
+        "target_density": key[1],
+        "total_density": None,
+        "knob": any_cell["setting"].get("knob", "theta" if "theta" in any_cell["setting"] else ""),
+        "number": any_cell["setting"].get("number", any_cell["setting"].get("theta")),
+    }
+    losses, dense_losses = (_found(c, "perplexity", "per_window") for c in (cells, dense))
+    if losses is not None and dense_losses is not None:
+        ratio = perplexity_ratio(dense_losses, losses, seed)
+        row |= {
+            "total_density": cells["perplexity"]["density"]["prefill"],
+            "perplexity": _perplexity(losses),
+            "dense_perplexity": _perplexity(dense_losses),
+            "perplexity_ratio": ratio.ratio,
+            "ratio_low": ratio.low,
+            "ratio_high": ratio.high,
+        }
+    answers, dense_answers = (_found(c, "needles", "answers") for c in (cells, dense))
+    if answers is not None and dense_answers is not None:
+        kept = [float(after) for before, after in zip(dense_answers, answers, strict=True) if before]
+        paired = paired_difference(dense_answers, answers, seed)
+        row |= _named("needle", mean_interval(answers))
+        row |= _named("needle_kept", mean_interval(kept) if kept else (None, None, None))
+        row |= {
+            "dense_needle": paired.dense,
+            "needle_difference": paired.difference,
+            "needle_bound": paired.bound_closed,
+            "needle_changed": paired.lost + paired.won,
+        }
+        row |= {f"{phase}_density": value for phase, value in cells["needles"]["density"].items()}
+        row |= {f"needle_{name}": share for name, share in _by_variant(answers, prompts).items()}
+    row["seconds"] = sum(cell["seconds"] for cell in cells.values())
+    row["device"] = any_cell["device"]
+    return row
+
+
+def _found(cells: Mapping[str, Any], task: str, what: str) -> list[Any] | None:
+    return cells[task][what] if task in cells else None
+
+
+def _perplexity(losses: Sequence[float]) -> float:
+    return math.exp(sum(losses) / len(losses))
+
+
+def _named(name: str, interval: Sequence[float | None]) -> dict[str, float | None]:
+    return dict(zip((name, f"{name}_low", f"{name}_high"), interval, strict=True))
+
+
+def _by_variant(answers: Sequence[bool], prompts: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    by_variant: dict[str, list[bool]] = {}
+    for right, prompt in zip(answers, prompts, strict=True):
+        by_variant.setdefault(prompt["variant"], []).append(right)
+    return {name: sum(rights) / len(rights) for name, rights in by_variant.items()}

@@ -1,0 +1,70 @@
+"""The figure of a comparison: quality against measured density, for every rule."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from matplotlib.ticker import FuncFormatter, NullFormatter
+
+from llama_surgery.report.style import BLUE, GREEN, GREY, INK, ORANGE, PURPLE, SKY, VERMILION, figure, to_svg
+
+_MARKERS = ("s", "^", "D", "v", "P", "X", "<", ">", "p", "h")
+_COLOURS = (VERMILION, GREEN, PURPLE, ORANGE, SKY)
+
+
+def comparison(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Perplexity over dense, and needles kept of those the dense model answered, against total density.
+
+    Args:
+        rows: Of :func:`llama_surgery.evaluation.compare_result.merge`; what was not measured is left out, and
+            so are full budgets.
+
+    Returns:
+        An SVG element. Bars are 95% intervals. Rules of which a row may see what later rows chose are dashed.
+    """
+    rows = [row for row in rows if row["target_density"] < 1]
+    titles = list(dict.fromkeys(row["title"] for row in rows))
+    with figure(10.4, 6.2) as fig:
+        panels = fig.subplots(1, 2)
+        rest = 0
+        for title in titles:
+            own = [row for row in rows if row["title"] == title]
+            if own[0]["form"] == "pages":
+                style: dict[str, Any] = {"color": BLUE, "marker": "o", "lw": 2.6, "ms": 6, "zorder": 5}
+            elif "oracle" in own[0]["form"]:
+                style = {
+                    "color": INK if "block" in own[0]["form"] else GREY,
+                    "marker": "*",
+                    "lw": 1.2,
+                    "ms": 7,
+                }
+            else:
+                colour, marker = _COLOURS[rest % len(_COLOURS)], _MARKERS[rest % len(_MARKERS)]
+                style, rest = {"color": colour, "marker": marker, "lw": 1.3, "ms": 5}, rest + 1
+            style["ls"] = "--" if own[0]["ahead"] else "-"
+            for panel, density, name, low, high in (
+                (panels[0], "total_density", "perplexity_ratio", "ratio_low", "ratio_high"),
+                (panels[1], "prefill_density", "needle_kept", "needle_kept_low", "needle_kept_high"),
+            ):
+                points = sorted((row for row in own if row.get(name) is not None), key=lambda r: r[density])
+                x, y = [[row[key] for row in points] for key in (density, name)]
+                below = [max(0.0, row[name] - row[low]) for row in points]
+                above = [max(0.0, row[high] - row[name]) for row in points]
+                panel.errorbar(x, y, yerr=[below, above], elinewidth=0.7, label=title, **style)
+        for panel in panels:
+            panel.set_xscale("log")
+            panel.xaxis.set_major_formatter(_percent)
+            panel.xaxis.set_minor_formatter(NullFormatter())
+            panel.set_xticks([0.02, 0.05, 0.1, 0.2, 0.5])
+            panel.axhline(1, color=GREY, lw=1.2, ls=":")
+        panels[0].set_xlabel("total density, near field included")
+        panels[1].set_xlabel("total density of the prompts")
+        panels[0].set_title("Perplexity ÷ dense (lower is better)")
+        panels[1].set_title("Needles kept of those dense answers (higher is better)")
+        panels[1].yaxis.set_major_formatter(_percent)
+        panels[0].set_ylim(0.99, 1.15)
+        handles, labels = panels[0].get_legend_handles_labels()
+        fig.legend(handles, labels, loc="outside lower center", ncols=3)
+        return to_svg(fig, f"Quality against measured density of {len(titles)} selection rules")
+
+
+_percent = FuncFormatter(lambda value, _: f"{100 * value:.3g}%")
