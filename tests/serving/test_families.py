@@ -10,7 +10,7 @@ import transformers
 
 pytest.importorskip("vllm", reason="needs vLLM: make serve-test")
 
-from tests.serving.conftest import Reference, Server, complete, exported
+from tests.serving.harness import Reference, Server, complete, exported
 
 from llama_surgery import SurgeryConfig
 
@@ -20,7 +20,7 @@ CONFIG = SurgeryConfig(chunk_size=64, page_size=16, window=32, tile=16, theta=0.
 
 
 @pytest.mark.parametrize("family", ["Mistral", "Qwen2", "Qwen3"])
-def test_family(family: str, demo_model_path: Path, tmp_path: Path) -> None:
+def test_family(family: str, demo_model_path: Path, tmp_path: Path, summary: list[str]) -> None:
     torch.manual_seed(0)
     config = getattr(transformers, f"{family}Config")(
         vocab_size=4096,
@@ -45,7 +45,7 @@ def test_family(family: str, demo_model_path: Path, tmp_path: Path) -> None:
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(demo_model_path / name, source)
     served = exported(model, source, tmp_path, CONFIG)
-    reference = Reference(model, None, torch.randint(1, 4096, (2000,)).tolist())
+    reference = Reference(model, torch.randint(1, 4096, (2000,)).tolist(), summary)
     prompts = reference.prompts(8, 20, 900)
     want = reference.write(prompts, CONFIG)
     server = Server(served, tmp_path / "log.txt").start()
@@ -54,4 +54,4 @@ def test_family(family: str, demo_model_path: Path, tmp_path: Path) -> None:
             got = list(pool.map(lambda prompt: complete(server.client(), prompt), prompts))
     finally:
         server.kill()
-    reference.assert_equal(prompts, want, got)
+    reference.assert_equal(f"{family}, random weights, 8 at once", prompts, want, got)

@@ -1,6 +1,5 @@
 """The operated demo model behind the engine's own server, asked by an OpenAI client."""
 
-import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -10,20 +9,9 @@ import torch
 
 pytest.importorskip("vllm", reason="needs vLLM: make serve-test")
 
-from tests.serving.conftest import (
-    DENSE_LIMIT,
-    NEW,
-    SPARSE,
-    Reference,
-    Server,
-    complete,
-    exported,
-    post,
-    post_json,
-)
+from tests.serving.harness import SPARSE, Reference, Server, complete, post, post_json
 
 from llama_surgery import eject, operate
-from llama_surgery.topology.router import PageRouter
 
 pytestmark = [pytest.mark.serve, pytest.mark.timeout(1800)]
 
@@ -50,26 +38,23 @@ def test_theta_zero_writes_what_the_dense_model_writes(
             got = list(pool.map(lambda prompt: complete(server.client(), prompt), prompts))
     finally:
         server.kill()
-    assert DENSE_LIMIT.theta == 0
-    reference.assert_equal(prompts, want, got)
-
-
-def test_operated_model_writes_what_generate_writes(
-    server: Server, reference: Reference, prompts: list[list[int]], written: list[list[int]]
-) -> None:
-    got = [complete(server.client(), prompt) for prompt in prompts]
-    reference.assert_equal(prompts, written, got)
-    assert server.text().count("llama-surgery is active: 8 layers operated") == 1
+    reference.assert_equal("θ = 0 against the dense model, 4 at once", prompts, want, got)
 
 
 def test_sixteen_requests_at_once(
     server: Server, reference: Reference, prompts: list[list[int]], written: list[list[int]]
 ) -> None:
-    chosen = slice(1, 33, 2)
     with ThreadPoolExecutor(16) as pool:
-        got = list(pool.map(lambda prompt: complete(server.client(), prompt), prompts[chosen]))
-    assert len(got) == 16
-    reference.assert_equal(prompts[chosen], written[chosen], got)
+        got = list(pool.map(lambda prompt: complete(server.client(), prompt), prompts))
+    reference.assert_equal("operated at density 0.06, 16 at once", prompts, written, got)
+    assert server.text().count("llama-surgery is active: 8 layers operated") == 1
+
+
+def test_one_by_one_out_of_the_cache(
+    server: Server, reference: Reference, prompts: list[list[int]], written: list[list[int]]
+) -> None:
+    got = [complete(server.client(), prompt) for prompt in prompts]
+    reference.assert_equal("operated, again one by one", prompts, written, got)
 
 
 def test_shared_prefix_is_cached(server: Server, reference: Reference) -> None:
@@ -81,25 +66,40 @@ def test_shared_prefix_is_cached(server: Server, reference: Reference) -> None:
     before = server.metric(hits), server.metric(queries)
     got += [complete(server.client(), prompt) for prompt in shared[1:]]
     hit, asked = server.metric(hits) - before[0], server.metric(queries) - before[1]
-    print(f"prefix cache: {hit:.0f} of {asked:.0f} tokens ({hit / asked:.1%})")
-    assert hit == 2 * (3000 // 512) * 512
-    reference.assert_equal(shared, want, got)
+    reference.summary.append(
+        f"prefix cache: {hit:.0f} of {asked:.0f} prompt tokens hit ({hit / asked:.1%}) after the first of "
+        f"{len(shared)} prompts with {len(prefix)} tokens in common"
+    )
+    assert hit == (len(shared) - 1) * (len(prefix) // SPARSE.chunk_size) * SPARSE.chunk_size
+    reference.assert_equal("operated, prefix cached", shared, want, got)
 
 
-def test_after_an_aborted_request(
+def abort(server: Server, prompt: list[int], tokens: int) -> None:
+    """Leave a request after it has written ``tokens``; 0: while its prompt is being computed."""
+    stream = server.client().completions.create(
+        model="books", prompt=prompt, max_tokens=2000, temperature=0, stream=True
+    )
+    for _ in range(tokens):
+        next(iter(stream))
+    assert server.wait_for(lambda running: running > 0), "it has ended before it could be left"
+    stream.close()
+    assert server.wait_for(lambda running: running == 0), "it runs on although nobody reads it"
+
+
+def test_after_aborted_requests(
     server: Server, reference: Reference, prompts: list[list[int]], written: list[list[int]]
 ) -> None:
-    stream = server.client().completions.create(
-        model="books", prompt=prompts[20], max_tokens=2000, temperature=0, stream=True
-    )
-    next(iter(stream))
-    stream.close()
-    end = time.monotonic() + 60
-    while server.metric("vllm:num_requests_running") and time.monotonic() < end:
-        time.sleep(0.2)
-    assert server.metric("vllm:num_requests_running") == 0
+    abort(server, prompts[20], tokens=1)
     got = [complete(server.client(), prompt) for prompt in prompts[20:23]]
-    reference.assert_equal(prompts[20:23], written[20:23], got)
+    reference.assert_equal("operated, after an aborted answer", prompts[20:23], written[20:23], got)
+
+    new = reference.prompts(1, 5000, 5000, seed=9)
+    want = reference.write(new, SPARSE)
+    before = server.metric("vllm:generation_tokens_total")
+    abort(server, new[0], tokens=0)
+    assert server.metric("vllm:generation_tokens_total") == before
+    got = [complete(server.client(), new[0])]
+    reference.assert_equal("operated, after its own prompt was aborted half-way", new, want, got)
 
 
 def test_streaming_chat_stop_and_logprobs(server: Server, reference: Reference) -> None:
@@ -122,12 +122,15 @@ def test_streaming_chat_stop_and_logprobs(server: Server, reference: Reference) 
     assert all(
         p == max(top.values()) for p, top in zip(probable.token_logprobs, probable.top_logprobs, strict=True)
     )
+    reference.summary.append(
+        "streaming, chat completions, stop strings, logprobs: one answer, as it should be"
+    )
 
 
 def test_logprobs_are_those_of_the_operated_model(
     server: Server, reference: Reference, prompts: list[list[int]]
 ) -> None:
-    prompt = prompts[-1]
+    prompt = prompts[-6]
     operate(reference.model, SPARSE)
     try:
         ids = torch.tensor([prompt])
@@ -145,19 +148,26 @@ def test_logprobs_are_those_of_the_operated_model(
     answer = server.client().completions.create(
         model="books", prompt=prompt, max_tokens=1, temperature=0, logprobs=1
     )
-    assert answer.choices[0].logprobs.token_logprobs[0] == pytest.approx(want, abs=1e-3)
+    got = answer.choices[0].logprobs.token_logprobs[0]
+    reference.summary.append(
+        f"log-probability after {len(prompt)} tokens: {got:.6f}, generate() has {want:.6f}"
+    )
+    assert got == pytest.approx(want, abs=1e-3)
 
 
 def test_bad_requests_are_refused_and_the_server_lives_on(server: Server, reference: Reference) -> None:
     path, prompt = "/v1/completions", "Once upon a time"
-    assert post(server, path, b"{not json") == 400
-    assert post_json(server, path) in (400, 422)
-    assert post_json(server, path, prompt=prompt, max_tokens=-1) == 400
-    assert post_json(server, path, prompt=prompt, temperature="hot") in (400, 422)
-    assert post_json(server, path, prompt=reference.text[:9000], max_tokens=1) == 400
-    assert post_json(server, path, prompt=reference.text[:8000], max_tokens=1000) == 400
-    assert post_json(server, path, prompt=[[5000]], max_tokens=1) == 400
-    assert post_json(server, path, model="another", prompt=prompt) == 404
+    statuses = [
+        post(server, path, b"{not json"),
+        post_json(server, path),
+        post_json(server, path, prompt=prompt, max_tokens=-1),
+        post_json(server, path, prompt=prompt, temperature="hot"),
+        post_json(server, path, prompt=reference.text[:8193], max_tokens=1),  # the model's context is 8,192
+        post_json(server, path, prompt=[[5000]], max_tokens=1),
+        post_json(server, path, model="another", prompt=prompt),
+    ]
+    reference.summary.append(f"malformed and over-long requests: {statuses}, and the server answers the next")
+    assert all(400 <= status < 500 for status in statuses)
     assert post_json(server, path, prompt=prompt, max_tokens=1) == 200
 
 
@@ -167,85 +177,3 @@ def test_counters_are_logged(server: Server) -> None:
     densities = [float(line.split("far density ")[1].split(",")[0]) for line in lines]
     assert max(densities) > 0 and all(0 <= density < 0.5 for density in densities)
     assert any("dense fallbacks" in line and "pages read" in line for line in lines)
-
-
-def learned(layers: int) -> dict[int, PageRouter]:
-    """Corrections as learning gives them, if with random numbers: for all layers but the first."""
-    generator = torch.Generator().manual_seed(0)
-    return {
-        layer: PageRouter(
-            offset=0.5 * torch.randn(4, 2, generator=generator),
-            mean_weight=1 + 0.1 * torch.randn(4, 2, 64, generator=generator),
-            variance_weight=1 + 0.1 * torch.randn(4, 2, 64, generator=generator),
-            key_map=torch.eye(64) + 0.05 * torch.randn(4, 64, 64, generator=generator),
-        )
-        for layer in range(1, layers)
-    }
-
-
-def test_killed_server_restarts(reference: Reference, demo_model_path: Path, tmp_path: Path) -> None:
-    """A model with learned corrections. On the second start the cache is so small that sequences which need
-    one more block while they write are preempted and computed again."""
-    routers = learned(8)
-    folder = exported(reference.model, demo_model_path, tmp_path, SPARSE, routers)
-    prompts = [reference.prompts(1, n, n, seed=n)[0] for n in (1000, 1010, 2020, 2030, 1500, 1510)]
-    want = reference.write(prompts, SPARSE, 4 * NEW, routers)
-    small = ("--num-gpu-blocks-override", "16", "--max-model-len", "4096")
-    server = Server(folder, tmp_path / "log.txt", *small)
-    server.start().kill()
-    server.start()
-    try:
-        with ThreadPoolExecutor(6) as pool:
-            got = list(pool.map(lambda prompt: complete(server.client(), prompt, 4 * NEW), prompts))
-        preempted = server.metric("vllm:num_preemptions_total")
-    finally:
-        server.kill()
-    assert preempted > 0
-    reference.assert_equal(prompts, want, got)
-
-
-def test_two_tensor_ranks(reference: Reference, demo_model_path: Path, tmp_path: Path) -> None:
-    routers = learned(8)
-    folder = exported(reference.model, demo_model_path, tmp_path, SPARSE, routers)
-    prompts = reference.prompts(6, 300, 2500, seed=2)
-    want = reference.write(prompts, SPARSE, NEW, routers)
-    server = Server(folder, tmp_path / "log.txt", "--tensor-parallel-size", "2", OMP_NUM_THREADS="1").start()
-    try:
-        with ThreadPoolExecutor(3) as pool:
-            got = list(pool.map(lambda prompt: complete(server.client(), prompt), prompts))
-    finally:
-        server.kill()
-    reference.assert_equal(prompts, want, got)
-
-
-@pytest.mark.parametrize(
-    ("options", "reason"),
-    [
-        (("--kv-cache-dtype", "fp8"), "quantised keys and values"),
-        (("--block-size", "128"), "a cache block must be a whole chunk"),
-        (
-            (
-                "--speculative-config",
-                '{"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 3}',
-            ),
-            "--speculative-config is not supported",
-        ),
-        (("--tensor-parallel-size", "8"), "4 KV heads on 8 tensor ranks"),
-        (("--max-num-seqs", "500"), "--max-num-batched-tokens 512"),
-    ],
-    ids=lambda value: value[0] if isinstance(value, tuple) else "",
-)
-def test_unsupported_options_stop_the_start(
-    sparse_folder: Path, tmp_path: Path, options: tuple[str, ...], reason: str
-) -> None:
-    server = Server(sparse_folder, tmp_path / "log.txt", *options)
-    server.launch()
-    assert server.wait() not in (None, 0)
-    assert reason in server.text()
-
-
-def test_without_the_plugin_there_is_no_server(sparse_folder: Path, tmp_path: Path) -> None:
-    server = Server(sparse_folder, tmp_path / "log.txt", VLLM_PLUGINS="none")
-    server.launch()
-    assert server.wait() not in (None, 0)
-    assert "SurgeryLlamaForCausalLM" in server.text()

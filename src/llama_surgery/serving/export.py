@@ -25,15 +25,18 @@ from llama_surgery.topology.router import PageRouter
 ROUTER_FILE = "router.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 #: Weights in other formats: left behind, the engine and transformers read the safetensors.
-_LEFT_BEHIND = (".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx")
+_OTHER_WEIGHTS = (".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx")
+#: A second copy of the model in Mistral's own layout. Where the engine finds one it never looks at
+#: ``config.json``, and would serve the dense model.
+_SECOND_COPY = ("params.json", "consolidated*")
 
 
 def export(model: str | Path, out: str | Path, adapter: str | Path | None = None) -> SurgeryConfig:
     """Write the dense checkpoint ``model``, operated as ``adapter`` says, to the folder ``out``.
 
-    Weights are copied byte for byte. ``config.json`` gets an architecture name of its own and the operation;
-    transformers' ``from_pretrained`` still opens the folder as the dense model. The folder appears whole or
-    not at all.
+    The safetensors are copied byte for byte; weights in other formats are left out. ``config.json`` gets an
+    architecture name of its own and the operation; transformers' ``from_pretrained`` still opens the folder
+    as the dense model. The folder appears whole or not at all.
 
     Args:
         model: Folder of a Hugging Face checkpoint in safetensors.
@@ -60,11 +63,13 @@ def export(model: str | Path, out: str | Path, adapter: str | Path | None = None
         "routers": {str(layer): sorted(router.tensors()) for layer, router in routers.items()},
     }
     written = {**description, "architectures": [architecture], BLOCK: block}
+    # It names the dense model's code, which the engine would fall back on where it knows no architecture.
+    written.pop("auto_map", None)
     temporary = out.with_name(f".{out.name}.{secrets.token_hex(4)}")
     try:
         temporary.mkdir(parents=True)
         for file in sorted(model.iterdir()):
-            if file.is_file() and file.name != "config.json" and file.suffix not in _LEFT_BEHIND:
+            if file.is_file() and file.name != "config.json" and not _left_behind(file):
                 shutil.copyfile(file, temporary / file.name)
         _write_routers(temporary, routers)
         write_json(temporary / "config.json", written)
@@ -79,6 +84,10 @@ def export(model: str | Path, out: str | Path, adapter: str | Path | None = None
     return config
 
 
+def _left_behind(file: Path) -> bool:
+    return file.suffix in _OTHER_WEIGHTS or any(map(file.match, _SECOND_COPY))
+
+
 def _read_config(model: Path) -> dict[str, Any]:
     try:
         description = json.loads((model / "config.json").read_text(encoding="utf-8"))
@@ -88,7 +97,7 @@ def _read_config(model: Path) -> dict[str, Any]:
         ) from error
     except ValueError as error:
         raise SurgeryError(f"{model / 'config.json'} is damaged: {error}.") from error
-    if not any(model.glob("*.safetensors")):
+    if all(_left_behind(file) for file in model.glob("*.safetensors")):
         raise SurgeryError(
             f"{model} holds no safetensors: save it with model.save_pretrained() of a recent transformers."
         )

@@ -8,18 +8,16 @@ from llama_surgery.errors import SurgeryError
 SUPPORTED = ("0.32",)
 
 
-def check_version() -> None:
-    """
-    Raises:
-        SurgeryError: The installed engine is of a release that was not tested.
-    """
+def unsupported_version() -> str | None:
+    """Why the installed engine is not served on; None where it is of a release that was tested."""
     from vllm.version import __version__
 
-    if ".".join(__version__.split(".")[:2]) not in SUPPORTED:
-        raise SurgeryError(
-            f"vLLM {__version__}: this release of llama-surgery serves on {', '.join(SUPPORTED)}.x. Install "
-            "one of them, or a newer llama-surgery."
-        )
+    if ".".join(__version__.split(".")[:2]) in SUPPORTED:
+        return None
+    return (
+        f"vLLM {__version__}: this release of llama-surgery serves on {', '.join(SUPPORTED)}.x. Install one "
+        "of them, or a newer llama-surgery."
+    )
 
 
 def own_block_size(vllm_config: Any, size: int) -> None:

@@ -89,6 +89,13 @@ def operate_layers(model: torch.nn.Module, vllm_config: Any) -> None:
         # Not a submodule of the layer: the corrections belong to the attention module, where weights look.
         layer.__dict__["surgery"] = LayerSurgery(config, shard, side, counters)
         operated += 1
+    left = [name for name, layer in context.items() if isinstance(layer, Attention)]
+    left = [name for name in left if not hasattr(context[name], "surgery")]
+    if left or not operated:
+        raise UnsupportedModelError(
+            f"{operated} layers operated, left dense: {', '.join(left) or 'all'}. No server may be dense in "
+            "silence; serve the dense checkpoint instead."
+        )
     logger.info(
         "llama-surgery is active: %d layers operated, topology %s, chunks of %d, θ %.4g in prefill, %.4g in "
         "decode",

@@ -18,9 +18,8 @@ class StartUp(VerifyAndUpdateConfig):
     def verify_and_update_config(vllm_config: Any) -> None:
         """
         Raises:
-            SurgeryError: The engine's version or an option is not supported, with the reason.
+            SurgeryError: An option is not supported, with the reason.
         """
-        compat.check_version()
         config, _ = read_block(getattr(vllm_config.model_config.hf_config, BLOCK, None))
         _refuse(vllm_config, config)
         compat.own_block_size(vllm_config, config.chunk_size)
@@ -47,11 +46,23 @@ def _refuse(vllm_config: Any, config: SurgeryConfig) -> None:
     text = vllm_config.model_config.hf_text_config
     kv_heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
     kv_heads_of_rank(kv_heads, 0, parallel.tensor_parallel_size)
-    scheduler = vllm_config.scheduler_config
-    least = config.tile + scheduler.max_num_seqs - 1
-    if scheduler.max_num_batched_tokens < least:
+    _refuse_small_steps(vllm_config.scheduler_config, config.tile)
+
+
+def _refuse_small_steps(scheduler: Any, tile: int) -> None:
+    """Prompts are cut at whole tiles: a step without room for one would never get on with its prompt."""
+    least = tile + scheduler.max_num_seqs - 1
+    for option in ("max_num_batched_tokens", "max_num_scheduled_tokens"):
+        tokens = getattr(scheduler, option)
+        if tokens is not None and tokens < least:
+            raise SurgeryError(
+                f"--{option.replace('_', '-')} {tokens}: with --max-num-seqs {scheduler.max_num_seqs} at "
+                f"least {least} are needed, so that a whole tile of a prompt ({tile} tokens) fits beside a "
+                "token of every other sequence."
+            )
+    threshold = scheduler.long_prefill_token_threshold
+    if 0 < threshold < tile:
         raise SurgeryError(
-            f"--max-num-batched-tokens {scheduler.max_num_batched_tokens}: with --max-num-seqs "
-            f"{scheduler.max_num_seqs} at least {least} are needed, so that a whole tile of a prompt fits "
-            "beside a token of every other sequence."
+            f"--long-prefill-token-threshold {threshold}: a piece of a prompt is at least a tile. Use {tile} "
+            "or more, or leave the option out."
         )

@@ -1,0 +1,238 @@
+"""Operated attention on an engine's paged cache by the Triton kernels.
+
+Decode rows read keys, values and features where the engine put them, through block tables: static shapes, no
+host synchronisation, so that a step can be captured in a CUDA graph. :func:`attend_paged` says the same in
+plain PyTorch. Learned corrections are not in the kernels: such layers keep :class:`PagedStates`.
+"""
+
+import dataclasses
+
+import torch
+
+from llama_surgery.attention.api import (
+    AttentionResult,
+    attend,
+    build_layout,
+    kernel_features,
+    kernel_moments,
+)
+from llama_surgery.config import SurgeryConfig
+from llama_surgery.errors import SurgeryError
+from llama_surgery.serving.paged import PagedStates
+from llama_surgery.topology.geometry import closed_chunks
+from llama_surgery.topology.layout import Layout
+from llama_surgery.topology.router import PageRouter
+
+#: The side cache of a chunk begins and ends at multiples of so many bytes, so that loads are wide.
+ALIGNMENT = 64
+
+
+def kernel_side_bytes(config: SurgeryConfig, head_dim: int, dtype: torch.dtype) -> int:
+    """Bytes of the side cache for one chunk of one KV head.
+
+    They are features of balls in the keys' dtype, the chunk's order (int16) and the page of its first token
+    (int32).
+    """
+    features = _balls(config) * _feature_width(config, head_dim) * dtype.itemsize
+    orders = 2 * (config.chunk_size + config.chunk_size % 2)
+    return -(-(features + features % 4 + orders + 4) // ALIGNMENT) * ALIGNMENT
+
+
+@dataclasses.dataclass(frozen=True)
+class KernelStates(PagedStates):
+    """One layer's caches, of which the side cache holds what the kernels score pages by.
+
+    Attributes:
+        states: (blocks, kv_heads, chunk_size, 2 * head_dim), keys before values, any strides but the last.
+        side: (blocks, kv_heads, kernel_side_bytes / 4 or more) float32, the last stride 1.
+        config: The topology.
+    """
+
+    def fill(self, blocks: torch.Tensor, router: PageRouter | None = None) -> None:
+        """Rewrite full chunks in tree order; keep their order, their features and where they begin.
+
+        Args:
+            blocks: (n,) int64, blocks whose last row was just written.
+            router: Must be None.
+
+        Raises:
+            SurgeryError: There are learned corrections.
+        """
+        if router is not None:
+            raise SurgeryError("learned corrections are not in the kernels: use PagedStates for this layer.")
+        if not len(blocks):
+            return
+        heads, dim = self.states.shape[1], self.head_dim
+        states = self.states[blocks].flatten(0, 1)  # (n * kv_heads, chunk_size, 2 * head_dim)
+        layout = build_layout(states[..., :dim], states[..., dim:], self.config)
+        self.states[blocks] = torch.cat((layout.keys, layout.values), -1).unflatten(0, (-1, heads))
+        features = kernel_features(layout.moments, self.config, self.states.dtype)[-1]
+        if self.config.variance_pool == 1:
+            features = features.transpose(1, 2).flatten(2)  # a ball's two halves side by side
+        self._features[blocks] = features.unflatten(0, (-1, heads))
+        self._orders[blocks] = layout.order[:, 0].unflatten(0, (-1, heads))
+        first = layout.sink_pages(self.config.page_size).int()
+        self.first_pages[blocks] = first.unflatten(0, (-1, heads))
+
+    @property
+    def first_pages(self) -> torch.Tensor:
+        """(blocks, kv_heads) int32: the page that holds a chunk's first token."""
+        return self.side.view(torch.int32)[..., self._order_end // 4]
+
+    @property
+    def means(self) -> torch.Tensor:
+        """(blocks, kv_heads, balls, head_dim): μ of the balls of full chunks."""
+        return self._features[..., : self.head_dim]
+
+    @property
+    def spreads(self) -> torch.Tensor:
+        """(blocks, kv_heads, balls, head_dim / variance_pool): α·½·σ², likewise."""
+        return self._features[..., self.head_dim :]
+
+    def order(self, blocks: torch.Tensor) -> torch.Tensor:
+        """(kv_heads, n, chunk_size) int16: original offsets of the slots of full chunks."""
+        return self._orders[blocks].transpose(0, 1)
+
+    def layout(self, blocks: torch.Tensor) -> Layout:
+        """Order, features and moments of full chunks; keys and values stay where they are."""
+        none = self.states[:0, 0]
+        features = self._features[blocks].transpose(0, 1).flatten(1, 2)
+        if self.config.variance_pool == 1:
+            features = features.unflatten(-1, (2, -1)).transpose(1, 2)
+        levels = () if self.config.coarse_totals or self.config.coarse_to_fine else (features,)
+        return Layout(none, none, self.order(blocks), kernel_moments(features, self.config), levels)
+
+    @property
+    def _features(self) -> torch.Tensor:
+        width = _feature_width(self.config, self.head_dim)
+        halves = self.side.view(self.states.dtype)[..., : _balls(self.config) * width]
+        return halves.unflatten(-1, (-1, width))
+
+    @property
+    def _orders(self) -> torch.Tensor:
+        stop = self._order_end // 2 - self.config.chunk_size % 2
+        return self.side.view(torch.int16)[..., stop - self.config.chunk_size : stop]
+
+    @property
+    def _order_end(self) -> int:
+        features = _balls(self.config) * _feature_width(self.config, self.head_dim)
+        features *= self.states.dtype.itemsize
+        return features + features % 4 + 2 * (self.config.chunk_size + self.config.chunk_size % 2)
+
+
+def _balls(config: SurgeryConfig) -> int:
+    return config.pages_per_chunk * config.balls_per_page
+
+
+def _feature_width(config: SurgeryConfig, head_dim: int) -> int:
+    return head_dim + head_dim // config.variance_pool
+
+
+def decode_rows(
+    queries: torch.Tensor,
+    cache: KernelStates,
+    tables: torch.Tensor,
+    positions: torch.Tensor,
+    *,
+    scale: float | None = None,
+    softcap: float | None = None,
+    tally: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Attention of the decode rows of a scheduled batch, one of each sequence, in three launches.
+
+    Nothing is asked of the device. Work is split by the width of ``tables``: pass no more columns than the longest
+    sequence has chunks, where it is known.
+
+    Args:
+        queries: (sequences, heads, head_dim), rotary embedding applied; query heads of a KV head are
+            neighbours.
+        cache: With the rows' own keys and values written. Full chunks are in tree order, also those that
+            these rows filled.
+        tables: (sequences, chunks) int32, block of every chunk; entries behind a sequence's end are not read.
+        positions: (sequences,) int32, position of each row; -1 for a row that only pads the batch, whose output
+            is zero.
+        scale: Scaling of q·k, default ``head_dim**-0.5``.
+        softcap: Cap of the logits, or None.
+        tally: (2, kv_heads) int64, to which pages opened and pages read are added, or None.
+
+    Returns:
+        (sequences, heads, head_dim), contiguous, the queries' dtype.
+
+    Raises:
+        SurgeryError: Shapes or dtypes that do not fit, or a rule that the kernels do not run.
+    """
+    from llama_surgery.attention.impl.triton.decode import decode
+    from llama_surgery.attention.impl.triton.decode_cache import DecodeCache
+
+    sequences, heads, dim = queries.shape
+    blocks, kv_heads = cache.states.shape[:2]
+    for name, given, shape in (
+        ("tables", tables, (sequences, tables.shape[-1])),
+        ("positions", positions, (sequences,)),
+    ):
+        if given.dtype != torch.int32 or given.shape != shape:
+            raise SurgeryError(
+                f"{name} {tuple(given.shape)} {given.dtype}: expected {shape} torch.int32 for queries "
+                f"{tuple(queries.shape)}."
+            )
+    if heads % kv_heads:
+        raise SurgeryError(f"{heads} query heads for {kv_heads} KV heads: not a multiple.")
+
+    def everyone(tensor: torch.Tensor) -> torch.Tensor:
+        """(blocks, kv_heads, …) as the kernels take it: (sequences, kv_heads, blocks, …), a view."""
+        by_head = tensor.transpose(0, 1)
+        return by_head.expand(sequences, *by_head.shape)
+
+    view = DecodeCache(
+        cache.config,
+        everyone(cache.states[..., :dim]),
+        everyone(cache.states[..., dim:]),
+        everyone(cache.means),
+        everyone(cache.spreads),
+        everyone(cache.first_pages),
+        positions,
+        tables,
+    )
+    grouped = queries.view(sequences * kv_heads, heads // kv_heads, 1, dim)
+    result = decode(grouped, view, scale=scale, softcap=softcap, tally=tally)
+    return result.out.view(sequences, heads, dim)
+
+
+def attend_piece(
+    queries: torch.Tensor,
+    cache: KernelStates,
+    blocks: torch.Tensor,
+    part: tuple[int, int, int],
+    length: int,
+    *,
+    scale: float | None = None,
+) -> AttentionResult:
+    """Attention of a piece of one sequence's prompt, by the kernels of prefill.
+
+    These take contiguous keys. A copy of the sequence's closed chunks is made for the call: it reads and writes
+    once what the cache holds of the sequence, 4 · kv_heads · head_dim elements a token, so a prompt of n tokens in
+    pieces of m costs about n² / 2m tokens of such copies. Long pieces are cheap, short ones are not.
+
+    Args:
+        queries: (kv_heads, group, rows, head_dim).
+        cache: With all the sequence's keys written and its full chunks in tree order.
+        blocks: (chunks,) int64, the sequence's blocks.
+        part: Position of the first row, one past the last one's, and the queries of a tile.
+        length: Tokens of the sequence that are in the cache.
+        scale: Scaling of q·k, default ``head_dim**-0.5``.
+    """
+    first, last, tile = part
+    config, size, dim = cache.config, cache.config.chunk_size, cache.head_dim
+    closed = closed_chunks(first, config, tile)
+    near = cache.near(blocks[closed : (last - 1) // size + 1], max(0, length // size - closed))
+    near = near[:, : last - closed * size]
+    far = blocks[: closed_chunks(last - 1, config, tile)]
+    layout = None
+    if len(far):
+        states = cache.states[far].transpose(0, 1).flatten(1, 2)
+        layout = dataclasses.replace(
+            cache.layout(far), keys=states[..., :dim].contiguous(), values=states[..., dim:].contiguous()
+        )
+    return attend(
+        queries, near[..., :dim], near[..., dim:], layout, config=config, start=first, tile=tile, scale=scale
+    )
