@@ -1,0 +1,57 @@
+"""``llama-surgery compare`` and ``llama-surgery gate``."""
+
+import csv
+import json
+from pathlib import Path
+
+from tests.cli.runner import SMALL, run
+
+
+def test_compare_resumes_and_feeds_the_gate(model: Path, text: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "compared"
+    small = ["--length", "256", "--windows", "1", "--needles", "2", "--needle-length", "256"]
+    small += ["--needle-variant", "one-fact", "--density", "0.7", *SMALL]
+    given = ["compare", model, "--text", text, "--calibration-text", text, "--out", folder, *small]
+    first = run(*given, "--rule", "streaming", "--shard", "1/2")
+    assert first.exit_code == 0, first.output
+    assert "dense" in first.stdout
+    second = run(*given, "--rule", "streaming", "--shard", "2/2")
+    assert second.exit_code == 0, second.output
+    for told in ("sink + window (StreamingLLM)", "needles kept", "comparison.csv"):
+        assert told in second.stdout
+    results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
+    assert len(results["rows"]) >= 5 and {row["form"] for row in results["rows"]} == {"streaming"}
+    with open(folder / "comparison.csv", encoding="utf-8") as file:
+        assert [row["form"] for row in csv.DictReader(file)] == ["streaming"] * len(results["rows"])
+    assert (folder / "comparison.svg").read_text(encoding="utf-8").startswith("<svg")
+
+    merged = run(*given, "--seconds", "0", "--json")
+    assert merged.exit_code == 0 and json.loads(merged.stdout)["rows"] == results["rows"]
+    other = run(*given, "--seed", "1")
+    assert other.exit_code == 1 and "seed: 0 there, 1 now" in other.stderr
+
+    judged = ["gate", folder / "results.json", "--rule", "streaming"]
+    assert run(*judged, "--max-perplexity-ratio", "100").exit_code == 0
+    closed = run(*judged, "--max-perplexity-ratio", "0.5", "--max-needle-loss", "2", "--json")
+    assert closed.exit_code == 3
+    assert len(json.loads(closed.stdout)["failures"]) == len(results["rows"])
+
+
+def test_the_gate_reads_what_evaluate_wrote(model: Path, text: Path, tmp_path: Path) -> None:
+    path = tmp_path / "r.json"
+    samples = ["--length", "512", "--windows", "2"]
+    assert run("evaluate", model, "--text", text, *samples, "--out", path, *SMALL).exit_code == 0
+    passed = run("gate", path, "--max-perplexity-ratio", "100")
+    assert passed.exit_code == 0 and "Within the limits: T = 16" in passed.stdout
+    unmeasured = run("gate", path, "--max-needle-loss", "0.1")
+    assert unmeasured.exit_code == 3 and "was not measured" in unmeasured.stdout
+    assert run("gate", path, "--max-needle-loss", "0.1", "--density", "0.2").exit_code == 1
+
+
+def test_wrong_usage(model: Path, text: Path, tmp_path: Path) -> None:
+    given = ["compare", model, "--text", text, "--calibration-text", text, "--out", tmp_path / "out"]
+    assert run(*given, "--shard", "3/2").exit_code == 2
+    assert run(*given, "--rule", "nonsense").exit_code == 2
+    assert run("gate", tmp_path / "r.json").exit_code == 2
+    empty = run(*given, "--seconds", "0")
+    assert empty.exit_code == 1 and "holds no comparison" in empty.stderr

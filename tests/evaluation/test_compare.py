@@ -1,0 +1,171 @@
+"""Comparisons: budgets, cells, resuming, merging, the gate."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from llama_surgery import SurgeryConfig, is_operated
+from llama_surgery.errors import SurgeryError
+from llama_surgery.evaluation import compare
+from llama_surgery.evaluation.compare import FORMS, Comparison, shard_of
+from llama_surgery.evaluation.compare_forms import densities_between, solve
+from llama_surgery.evaluation.compare_result import merge
+from llama_surgery.evaluation.gate import read_losses
+from llama_surgery.evaluation.peers import gate as seer
+
+CONFIG = SurgeryConfig(chunk_size=64, page_size=16, window=32, tile=16)
+
+
+@pytest.fixture
+def comparison(
+    tiny_llama: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: list[str], tmp_path: Path
+):
+    for layer in tiny_llama.model.layers:
+        layer.self_attn.q_proj.weight.data.mul_(0.2)  # attention spread out: every density can be reached
+
+    def make(**changed) -> Comparison:
+        arguments = {
+            "texts": texts[:1],
+            "calibration": texts[1:],
+            "config": CONFIG,
+            "length": 256,
+            "windows": 2,
+            "needles": 2,
+            "needle_lengths": [256],
+            "needle_variants": ["one-fact"],
+            "densities": [0.6],
+        }
+        return Comparison(tiny_llama, tokenizer, tmp_path, **(arguments | changed))
+
+    return make
+
+
+def test_a_density_is_solved_for() -> None:
+    asked = []
+
+    def density(x: float) -> float:
+        asked.append(x)
+        return 0.02 * 50 ** (x**2)
+
+    for target in (0.05, 0.18, 0.5):
+        assert density(solve(density, target)) == pytest.approx(target, rel=0.03)
+    assert solve(density, 0.02) == 0 and len(asked) < 30
+    # A knob in coarse steps: the nearest there is.
+    assert math.floor(solve(lambda x: 0.1 + 0.3 * math.floor(3 * x), 0.45) * 3) == 1
+
+
+def test_at_least_five_densities_from_the_floor_on() -> None:
+    assert densities_between(0.02, (0.5, 0.1, 0.05, 0.3, 0.18)) == [0.02, 0.05, 0.1, 0.18, 0.3, 0.5]
+    few = densities_between(0.2, (0.05, 0.3, 0.5))
+    assert few[0] == 0.2 and few[-1] == 0.5 and 0.3 in few and len(few) == 5 and few == sorted(few)
+    assert len(densities_between(0.7, (0.5,))) == 5
+
+
+def test_every_form_is_measured_and_merged(comparison, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(seer, "STEPS", 5)
+    monkeypatch.setattr(compare, "TRAINING_WINDOWS", 4)
+    monkeypatch.setattr(compare, "densities_between", lambda floor, requested: [0.6])
+    # Retrieval heads stream over more keys than these windows have.
+    forms = [name for name in FORMS if name != "duo"]
+    assert comparison().run(forms)
+    results = merge(tmp_path)
+    rows = {(row["form"], row["target_density"]): row for row in results["rows"]}
+    assert {form for form, _ in rows} == set(forms) - {"dense"}
+    for form, target in rows:
+        row = rows[form, target]
+        assert row["model"] == "LlamaForCausalLM" and row["seed"] == 0 and row["needles"] == 2
+        assert row["ratio_low"] <= row["perplexity_ratio"] <= row["ratio_high"]
+        assert 0 <= row["needle_low"] <= row["needle"] <= row["needle_high"] <= 1
+        assert row["floor"] <= row["total_density"] * 1.05
+        if target < 1 and form not in ("minference", "xattention", "flexprefill"):
+            assert row["total_density"] == pytest.approx(0.6, abs=0.1)
+    for form in ("full", "pages"):
+        row = rows[form, 1.0]
+        assert row["perplexity_ratio"] == pytest.approx(1, abs=1e-6) and row["needle_changed"] == 0
+        assert row["total_density"] == row["prefill_density"] == row["decode_density"] == 1
+    # Two blocks of 128, the first and the own one, are all of these windows.
+    assert results["floors"].keys() == set(forms) - {"dense", "full", "xattention", "flexprefill"}
+    assert results["rows"][0]["form"] == "pages"
+
+
+def test_an_interrupted_run_goes_on(comparison, tiny_llama, tmp_path: Path, monkeypatch) -> None:
+    forms = ["dense", "streaming"]
+    assert not comparison().run(forms, deadline=0.0)
+    with pytest.raises(SurgeryError, match="dense model is not measured"):
+        merge(tmp_path)
+    # The second cell fails, as a process that dies.
+    measure, count = Comparison._measure, iter(range(100))
+
+    def dies(self, *arguments):
+        if next(count) == 3:
+            raise KeyboardInterrupt
+        return measure(self, *arguments)
+
+    monkeypatch.setattr(Comparison, "_measure", dies)
+    with pytest.raises(KeyboardInterrupt):
+        comparison().run(forms)
+    assert not is_operated(tiny_llama)
+    finished = {file: file.read_bytes() for file in (tmp_path / "cells").iterdir()}
+    assert len(finished) == 3
+    budget = (tmp_path / "budgets" / "streaming.json").read_text(encoding="utf-8")
+    assert comparison().run(forms)
+    assert {file: file.read_bytes() for file in finished} == finished
+    again = json.loads((tmp_path / "budgets" / "streaming.json").read_text(encoding="utf-8"))
+    assert again["targets"] == json.loads(budget)["targets"]
+    assert len(list((tmp_path / "cells").iterdir())) == 2 + 2 * len(again["targets"])
+    stops = next(count)
+    assert comparison().run(forms) and next(count) == stops + 1  # nothing is measured again
+
+
+def test_other_settings_need_another_folder(comparison) -> None:
+    comparison()
+    with pytest.raises(SurgeryError, match="seed: 0 there, 1 now"):
+        comparison(seed=1)
+    with pytest.raises(SurgeryError, match="between 0 and 1"):
+        comparison(densities=[1.5])
+    with pytest.raises(SurgeryError, match="forms nonsense: there are dense, pages"):
+        comparison().run(["nonsense"])
+
+
+def test_shards_share_out_all_forms() -> None:
+    parts = [shard_of(FORMS, (index, 4)) for index in (1, 2, 3, 4)]
+    assert sorted(name for part in parts for name in part) == sorted(FORMS) and "dense" in parts[0]
+    with pytest.raises(SurgeryError, match="1/4 … 4/4"):
+        shard_of(FORMS, (5, 4))
+
+
+def results_file(path: Path, **row) -> Path:
+    rows = [
+        {"form": "pages", "target_density": 0.18, "ratio_high": 1.01, "needle_bound": -0.03} | row,
+        {"form": "moba", "target_density": 0.18, "ratio_high": 1.09, "needle_bound": -0.3},
+    ]
+    path.write_text(json.dumps({"format": "llama-surgery comparison", "rows": rows}), encoding="utf-8")
+    return path
+
+
+def test_limits_are_held_against_bounds(tmp_path: Path) -> None:
+    path = results_file(tmp_path / "r.json")
+    (loss,) = read_losses(path, "pages", 0.18)
+    assert loss.failures(1.01, 0.03) == []
+    assert loss.failures(1.005, None) == [
+        "pages at 0.18: perplexity over dense may be 1.0100, and its limit is 1.005."
+    ]
+    assert [told.split(":")[0] for told in loss.failures(1.0, 0.0)] == ["pages at 0.18"] * 2
+    assert len(read_losses(path)) == 2
+    (unmeasured,) = read_losses(results_file(tmp_path / "r.json", needle_bound=None), "pages")
+    assert "was not measured" in unmeasured.failures(None, 0.05)[0]
+    (broken,) = read_losses(results_file(tmp_path / "r.json", ratio_high=math.nan), "pages")
+    assert broken.failures(1.01, None)
+
+
+def test_the_gate_names_what_there_is(tmp_path: Path) -> None:
+    path = results_file(tmp_path / "r.json")
+    with pytest.raises(SurgeryError, match="no quest; there is pages, moba"):
+        read_losses(path, "quest")
+    with pytest.raises(SurgeryError, match=r"at a density of 0\.3; there is nothing"):
+        read_losses(path, density=0.3)
+    with pytest.raises(SurgeryError, match="cannot be read"):
+        read_losses(tmp_path / "nowhere.json")
