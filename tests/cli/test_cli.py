@@ -20,6 +20,7 @@ COMMANDS = (
     "export-topology",
     "lm-eval",
     "ruler",
+    "verify",
     "report",
 )
 

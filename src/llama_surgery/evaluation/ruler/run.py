@@ -52,16 +52,17 @@ def answer_samples(
     ends = end_tokens(model)
 
     def text(row: Sequence[int]) -> str:
-        return tokenizer.decode([token for token in row if token not in ends])
+        return str(tokenizer.decode([token for token in row if token not in ends]))
 
     for start in range(0, len(samples), batch_size):
         batch = samples[start : start + batch_size]
-        rows = continue_greedily(
-            model,
-            [sample.input_ids(tokenizer) for sample in batch],
-            max(sample.new_tokens for sample in batch),
-            enough=lambda index, row, batch=batch: batch[index].score(text(row)) == 1,
-        )
+
+        def enough(index: int, row: list[int], batch: Sequence[RulerSample] = batch) -> bool:
+            return batch[index].score(text(row)) == 1
+
+        prompts = [sample.input_ids(tokenizer) for sample in batch]
+        longest = max(sample.new_tokens for sample in batch)
+        rows = continue_greedily(model, prompts, longest, enough=enough)
         answers += [text(row[: sample.new_tokens]) for sample, row in zip(batch, rows, strict=True)]
     return answers
 
@@ -217,9 +218,9 @@ def _settings(
         "samples": samples,
         "seed": sampler.seed,
         "chat": sampler.chat,
-        "haystack": _digest(*sampler.materials.sentences),
+        "haystack": text_digest(*sampler.materials.sentences),
         "questions": {
-            task: _digest(*s.documents, *(q.text for q in s.questions))
+            task: text_digest(*s.documents, *(q.text for q in s.questions))
             for task, s in sampler.materials.questions.items()
             if task in tasks
         },
@@ -228,7 +229,7 @@ def _settings(
     }
 
 
-def _digest(*parts: str) -> str:
+def text_digest(*parts: str) -> str:
     """Short fingerprint of texts."""
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
 
@@ -240,4 +241,4 @@ def _router_digest(routers: Mapping[int, PageRouter]) -> str:
         for index, router in sorted(routers.items())
         for name, part in router.tensors().items()
     ]
-    return _digest(*parts) if parts else ""
+    return text_digest(*parts) if parts else ""
