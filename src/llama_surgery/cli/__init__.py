@@ -2,13 +2,21 @@
 
 import typer
 
+from llama_surgery.cli.bench import bench
 from llama_surgery.cli.common import Commands, show_version
+from llama_surgery.cli.compare import compare, gate
+from llama_surgery.cli.crossover import crossover
 from llama_surgery.cli.demo import demo
 from llama_surgery.cli.evaluate import evaluate
+from llama_surgery.cli.export import export
+from llama_surgery.cli.export_topology import export_topology
 from llama_surgery.cli.generate import generate
 from llama_surgery.cli.learn import learn
+from llama_surgery.cli.lm_eval import lm_eval
 from llama_surgery.cli.operate import operate
 from llama_surgery.cli.report import report
+from llama_surgery.cli.ruler import ruler
+from llama_surgery.cli.verify import verify
 
 __all__ = ["app"]
 
@@ -38,5 +46,13 @@ app.command()(demo)
 app.command()(operate)
 app.command()(learn)
 app.command()(evaluate)
+app.command()(compare)
 app.command()(generate)
+app.command()(export)
+app.command()(export_topology)
+app.command()(lm_eval)
+app.command()(ruler)
+app.command()(verify)
 app.command()(report)
+app.command()(bench)
+app.command()(crossover)
