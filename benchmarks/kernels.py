@@ -91,19 +91,26 @@ def tune(length: int, seconds: float) -> None:
         "near": lambda job: prefill.attend_strip(job, strip, None, out, lse),
         "far": lambda job: prefill.attend_strip(job, strip, plan, out, lse, near=False),
     }
+    fine = dataclasses.replace(CHEAP, moment_size=16)
+    for config, place in ((CHEAP, 0), (fine, 1)):
+        kept = layout_module.SPLIT_WARPS
+        for warps in (2, 4, 8, 16):
+            layout_module.SPLIT_WARPS = (warps, kept[1]) if place == 0 else (kept[0], warps)
+            milliseconds = _middle(lambda config=config: build_layout(data.keys, data.values, config))
+            say(
+                f"layout, balls of {config.ball_size}: {milliseconds:.3f} ms with {layout_module.SPLIT_WARPS}"
+            )
+        layout_module.SPLIT_WARPS = kept
     grids: dict[tuple[str, ...], dict[str, tuple[int, ...]]] = {
         ("totals", "lists"): {
-            "score_rows": (128, 64),
             "score_warps": (4, 8),
-            "score_stages": (1, 2, 3),
-            "block_balls": (64, 128, 32),
+            "block_balls": (64, 128),
+            "score_stages": (1, 2),
             "block_near": (64, 128),
         },
         ("near", "far"): {
-            "rows": (128, 64),
             "attend_warps": (4, 8),
             "attend_stages": (2, 3),
-            "keys_per_step": (32, 128),
             "block_near": (64, 128),
         },
     }
@@ -120,10 +127,6 @@ def tune(length: int, seconds: float) -> None:
         for name in names:
             for milliseconds, change in sorted(found[name])[:3]:
                 say(f"{name} {milliseconds:.3f} ms {change}")
-    for many, few in itertools.product((4, 8, 16), (1, 2, 4, 8)):
-        layout_module.SPLIT_WARPS = (many, few)
-        milliseconds = _middle(lambda: build_layout(data.keys, data.values, CHEAP))
-        say(f"layout {milliseconds:.3f} ms, {many} warps for large nodes, {few} for small ones")
 
 
 def _middle(call: Callable[[], object]) -> float:

@@ -59,9 +59,10 @@ def test_strided_views_give_the_same_layout(device: torch.device) -> None:
 def test_equal_keys_stay_in_order(dtype: torch.dtype, device: torch.device) -> None:
     if dtype == torch.bfloat16 and device.type == "cpu":
         pytest.skip("Triton's interpreter does not know bfloat16")
-    keys = torch.full((1, 64, 20), 0.75, dtype=dtype, device=device)
-    order = build_layout(keys, keys, CONFIG).order
-    assert order.flatten().tolist() == list(range(64))
+    for config in (CONFIG, SurgeryConfig(chunk_size=256, page_size=64, window=32, tile=16)):
+        keys = torch.full((1, config.chunk_size, 20), 0.7, dtype=dtype, device=device)
+        order = build_layout(keys, keys, config).order
+        assert order.flatten().tolist() == list(range(config.chunk_size))
 
 
 def test_ties_are_broken_by_position_and_splits_follow_the_direction(device: torch.device) -> None:

@@ -12,6 +12,9 @@ from llama_surgery.topology.tree import POWER_STEPS
 #: Keys that are held at once.
 BLOCK = 64
 
+#: Blocks of keys on their way while one is worked on.
+STAGES = 3
+
 #: Warps of a program that splits a node of more than BLOCK keys, and of any other.
 SPLIT_WARPS = (8, 4)
 
@@ -57,6 +60,7 @@ def build_layout(keys: torch.Tensor, values: torch.Tensor, config: SurgeryConfig
                     DIM=dim,
                     DIM_PAD=dim_pad,
                     STEPS=POWER_STEPS,
+                    STAGES=STAGES,
                     num_warps=SPLIT_WARPS[0] if node > BLOCK else SPLIT_WARPS[1],
                 )
                 order, children = children, order

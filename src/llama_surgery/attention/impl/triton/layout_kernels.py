@@ -17,14 +17,6 @@ def _node_keys(keys, order, first, chunk_first, key_row, NODE, BLOCK: tl.constex
 
 
 @triton.jit
-def _unit(vector):
-    """The vector at length one; zero stays zero."""
-    # Scaled by its largest entry first, so that squares neither overflow nor vanish.
-    vector = vector / tl.maximum(tl.max(tl.abs(vector), 0), 1e-37)
-    return vector / tl.maximum(tl.sqrt(tl.sum(vector * vector, 0)), 1e-37)
-
-
-@triton.jit
 def split_kernel(
     keys_ptr,
     order_ptr,
@@ -41,6 +33,7 @@ def split_kernel(
     DIM: tl.constexpr,
     DIM_PAD: tl.constexpr,
     STEPS: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     """Split every node of one level into equal children along its principal direction.
 
@@ -48,7 +41,9 @@ def split_kernel(
     each. ``projections`` (streams, slots) float32 is scratch. Grid: (nodes of a stream, streams). The
     arithmetic is that of ``topology.tree``; nodes of at most BLOCK keys stay in registers and do without the
     covariance matrix, X'(X v) in place of (X'X) v. Its start, the covariance's column of the widest channel,
-    is one step from that channel's axis: hence one step more here.
+    is one step from that channel's axis: hence one step more here. Directions are not brought to length one
+    on the way, which would make all threads wait: with the covariance at trace one, v'C^k v of the widest
+    channel's axis v is at least (v'Cv)^k, head_dim^-k or more, and so far from underflow.
     """
     stream = tl.program_id(1).to(tl.int64)
     first = tl.program_id(0) * NODE
@@ -62,7 +57,7 @@ def split_kernel(
         # Many keys: their covariance is formed once, on the matrix units.
         total = tl.zeros([DIM_PAD], tl.float32)
         gram = tl.zeros([DIM_PAD, DIM_PAD], tl.float32)
-        for block in range(0, NODE, BLOCK):
+        for block in tl.range(0, NODE, BLOCK, num_stages=STAGES):
             x, place, present = _node_keys(
                 keys, order, block, chunk_first, key_row, NODE, BLOCK, DIM, DIM_PAD
             )
@@ -70,11 +65,14 @@ def split_kernel(
             gram = tl.dot(tl.trans(x), x, gram, input_precision=EXACT)
         mean = total / NODE
         gram -= total[:, None] * mean[None, :]
-        widest = tl.argmax(tl.sum(tl.where(channel[:, None] == channel[None, :], gram, 0.0), 0), 0)
-        direction = (channel == widest).to(tl.float32)
+        spread = tl.sum(tl.where(channel[:, None] == channel[None, :], gram, 0.0), 0)
+        # What equal keys leave is rounding error of their squares: it must not be blown up.
+        trace, noise = tl.sum(spread, 0), 1e-6 * tl.sum(spread + total * mean, 0)
+        gram /= tl.maximum(tl.maximum(trace, noise), 1e-30)
+        direction = (channel == tl.argmax(spread, 0)).to(tl.float32)
         for _ in range(STEPS + 1):
-            direction = _unit(tl.sum(gram * direction[:, None], 0))
-        for block in range(0, NODE, BLOCK):
+            direction = tl.sum(gram * direction[None, :], 1)
+        for block in tl.range(0, NODE, BLOCK, num_stages=STAGES):
             x, place, present = _node_keys(
                 keys, order, block, chunk_first, key_row, NODE, BLOCK, DIM, DIM_PAD
             )
@@ -85,9 +83,11 @@ def split_kernel(
         x = x.to(tl.float32)
         mean = tl.sum(x, 0) / NODE
         x = tl.where(present[:, None], x - mean[None, :], 0.0)
-        direction = (channel == tl.argmax(tl.sum(x * x, 0), 0)).to(tl.float32)
+        spread = tl.sum(x * x, 0)
+        scaled = x * tl.rsqrt(tl.maximum(tl.sum(spread, 0), 1e-30))
+        direction = (channel == tl.argmax(spread, 0)).to(tl.float32)
         for _ in range(STEPS + 1):
-            direction = _unit(tl.sum(x * tl.sum(x * direction[None, :], 1)[:, None], 0))
+            direction = tl.sum(scaled * tl.sum(scaled * direction[None, :], 1)[:, None], 0)
         tl.store(projections + place, tl.sum(x * direction[None, :], 1), mask=present)
     tl.debug_barrier()
 
