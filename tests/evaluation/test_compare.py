@@ -132,7 +132,10 @@ def test_other_settings_need_another_folder(comparison) -> None:
 
 def test_shards_share_out_all_forms() -> None:
     parts = [shard_of(FORMS, (index, 4)) for index in (1, 2, 3, 4)]
-    assert sorted(name for part in parts for name in part) == sorted(FORMS) and "dense" in parts[0]
+    assert sorted(name for part in parts for name in part) == sorted(FORMS)
+    assert all(part == [name for name in FORMS if name in part] for part in parts)
+    assert parts[0] == ["pages"] and {len(part) for part in parts[1:]} == {4}
+    assert shard_of(FORMS, (1, 1)) == list(FORMS)
     with pytest.raises(SurgeryError, match="1/4 … 4/4"):
         shard_of(FORMS, (5, 4))
 

@@ -154,6 +154,9 @@ def compare(
         with progress() as tell:
             deadline = None if seconds is None else began + seconds
             complete = comparison.run(shard_of(wanted, part), deadline, tell)
+    if part[1] > 1 and not list((folder / "cells").glob("dense-*.json")):
+        err.print("This part ended before another one measured the dense model: nothing to show yet.")
+        return
     results = write_comparison(folder)
     if json:
         print_json(results)

@@ -9,6 +9,8 @@ from llama_surgery.report.style import BLUE, GREEN, GREY, INK, ORANGE, PURPLE, S
 
 _MARKERS = ("s", "^", "D", "v", "P", "X", "<", ">", "p", "h")
 _COLOURS = (VERMILION, GREEN, PURPLE, ORANGE, SKY)
+#: Perplexity over dense up to which the figure goes: beyond, differences no longer matter.
+_HIGHEST = 1.15
 
 
 def comparison(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -58,10 +60,12 @@ def comparison(rows: Sequence[Mapping[str, Any]]) -> str:
             panel.axhline(1, color=GREY, lw=1.2, ls=":")
         panels[0].set_xlabel("total density, near field included")
         panels[1].set_xlabel("total density of the prompts")
-        panels[0].set_title("Perplexity ÷ dense (lower is better)")
-        panels[1].set_title("Needles kept of those dense answers (higher is better)")
+        worst = max((row["ratio_high"] for row in rows if row.get("ratio_high") is not None), default=1.0)
+        cut = f", cut at {_HIGHEST}" if worst > _HIGHEST else ""
+        panels[0].set_title(f"Perplexity ÷ dense (lower is better{cut})")
+        panels[0].set_ylim(top=min(worst + 0.005, _HIGHEST))
+        panels[1].set_title("Needles kept (higher is better)")
         panels[1].yaxis.set_major_formatter(_percent)
-        panels[0].set_ylim(0.99, 1.15)
         handles, labels = panels[0].get_legend_handles_labels()
         fig.legend(handles, labels, loc="outside lower center", ncols=3)
         return to_svg(fig, f"Quality against measured density of {len(titles)} selection rules")
