@@ -1,0 +1,218 @@
+"""Writes the tables of README.md and docs/*.md from the CSV files in benchmarks/results.
+
+    python benchmarks/tables.py           # write them
+    python benchmarks/tables.py --check   # fail if one is not what its CSV says
+
+A table stands between two comments, ``<!-- NAME: begin -->`` and ``<!-- NAME: end -->``, where NAME is a key
+of TABLES. Everything else of a page is left alone.
+"""
+
+import argparse
+import csv
+import re
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+
+Row = dict[str, str]
+
+
+def read(name: str) -> list[Row]:
+    with (RESULTS / name).open(encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def markdown(header: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+    header = list(header)
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def quality() -> str:
+    """Dense and operated, with the conditions below."""
+    rows = read("acceptance.csv")
+    cells = []
+    for row in rows:
+        line = [row["name"], f"{float(row['perplexity']):.2f}"]
+        if row["name"] == "dense":
+            line += ["–", percent(row["needle_accuracy"]), "–", "100%"]
+        else:
+            line[0] = f"operated, {row['name']}"
+            ratio, low, high = (float(row[name]) for name in ("perplexity_ratio", "ratio_low", "ratio_high"))
+            line.append(f"{ratio:.4f} ({low:.4f} … {high:.4f})")
+            line += [percent(row[name]) for name in ("needle_accuracy", "far_density", "total_density")]
+        cells.append(line)
+    first = rows[0]
+    conditions = (
+        f"{first['model']}, {int(first['windows'])} windows of {int(first['length']):,} tokens, "
+        f"{first['needles']} needles by greedy generation, seed {first['seed']}, "
+        f"{first['dtype']} on {first['device']}, PyTorch {first['torch']}, "
+        f"transformers {first['transformers']}."
+    )
+    names = ("", "perplexity", "÷ dense (95% interval)", "needles answered", "far density", "total density")
+    return markdown(names, cells) + f"\n\n{conditions}"
+
+
+#: The row of a whole call in kernels.csv.
+WHOLE = "attention with layout and selection"
+
+
+def prefill() -> str:
+    """Attention of a prompt, everything included, against the dense rivals of the same run."""
+    rows = read("kernels.csv")
+    cells = []
+    for row in rows:
+        if row["part"] != WHOLE:
+            continue
+        flex = [r for r in rows if r["part"] == "FlexAttention" and same(r, row, "n", "far", "page", "balls")]
+        cells.append(
+            [
+                tokens(row["n"]), row["far"], f"{float(row['total_density']):.3f}",
+                milliseconds(row["p50_ms"]),
+                *(times(row.get(f"over_{name}")) for name in ("cuDNN", "FlashAttention-2")),
+                f"{float(flex[0]['p50_ms']) / float(row['p50_ms']):.1f} ×" if flex else "–",
+            ]
+        )  # fmt: skip
+    names = (
+        "tokens", "far density", "total density", "milliseconds", "cuDNN ÷", "FlashAttention-2 ÷",
+        "FlexAttention, same pages ÷",
+    )  # fmt: skip
+    return markdown(names, cells) + f"\n\n{conditions(rows[0])}"
+
+
+def parts() -> str:
+    """Each part of a prompt's attention alone."""
+    rows = read("kernels.csv")
+    settings = [row for row in rows if row["part"] == "layout"]
+    names = list(dict.fromkeys(row["part"] for row in rows if row["far"]))
+    cells = []
+    for name in names:
+        line = [name]
+        for setting in settings:
+            found = [r for r in rows if r["part"] == name and same(r, setting, *LABEL)]
+            text = milliseconds(found[0]["p50_ms"]) if found else "–"
+            if found and found[0].get("tflops"):
+                text += f" ({float(found[0]['tflops']):.0f} TFLOP/s)"
+            line.append(text)
+        cells.append(line)
+    header = ("milliseconds", *(f"{tokens(s['n'])}, far {s['far']}" for s in settings))
+    return markdown(header, cells) + f"\n\n{conditions(rows[0])}"
+
+
+#: What names a setting in kernels.csv.
+LABEL = ("n", "page", "tile", "ball", "variance_pool", "stride", "totals", "far")
+
+
+def decode() -> str:
+    """Attention of a decode step, beside the fastest dense rival of the same run."""
+    rows = read("decode.csv")
+    cells = []
+    for row in rows:
+        if row["part"] != "decode":
+            continue
+        step = [
+            r for r in rows if r["part"] == "step" and same(r, row, "n", "batch", "page", "balls", "rows")
+        ]
+        cells.append(
+            [
+                tokens(row["n"]), row["batch"], f"{row['page']} / {row['balls']}", row["rows"],
+                f"{1e3 * float(row['p50_ms']):.0f}", f"{float(row['executed_far']):.3f}",
+                f"{float(row['GB_per_s']):.0f} ({percent(row['of_peak'])})", row["fastest_rival"],
+                times(row["speedup"]), times(step[0]["p99_speedup"]) if step else "–",
+            ]
+        )  # fmt: skip
+    names = (
+        "tokens", "batch", "page / balls", "rows", "µs", "far density", "GB/s (of peak)",
+        "fastest dense rival", "rival ÷", "rival ÷ p99 of steps",
+    )  # fmt: skip
+    return markdown(names, cells) + f"\n\n{conditions(rows[0])}"
+
+
+def end_to_end() -> str:
+    """Time to first token and decode step of a whole model."""
+    rows = read("end_to_end.csv")
+    cells = []
+    for row in rows:
+        what = "time to first token" if row["part"] == "prefill" else "decode step"
+        density = row["total_density"] and f"{float(row['total_density']):.3f}"
+        cells.append(
+            [
+                what, row["side"], tokens(row["length"]), row["batch"], milliseconds(row["p50_ms"]),
+                times(row["speedup"]), density or "1", f"{float(row['peak_gib']):.1f}", row["backend"],
+            ]
+        )  # fmt: skip
+    names = (
+        "", "side", "tokens", "batch", "milliseconds", "dense ÷", "total density", "peak GiB", "executed by",
+    )  # fmt: skip
+    return markdown(names, cells) + f"\n\n{rows[0]['model']}, random weights. {conditions(rows[0])}"
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "results": quality,
+    "prefill": prefill,
+    "parts": parts,
+    "decode": decode,
+    "end-to-end": end_to_end,
+}
+
+
+def same(one: Row, other: Row, *names: str) -> bool:
+    return all(one.get(name) == other.get(name) for name in names)
+
+
+def percent(value: str) -> str:
+    return f"{float(value):.1%}" if value else "–"
+
+
+def milliseconds(value: str) -> str:
+    return f"{float(value):.3g}" if float(value) < 1000 else f"{float(value):,.0f}"
+
+
+def times(value: str | None) -> str:
+    return f"{float(value):.1f} ×" if value else "–"
+
+
+def tokens(value: str) -> str:
+    return f"{int(value):,}"
+
+
+def conditions(row: Row) -> str:
+    return f"{row['device']}, {row['dtype']}, PyTorch {row['torch']}, Triton {row['triton']}, {row['date']}."
+
+
+def filled(text: str) -> str:
+    """The page with every table in it made anew."""
+    for name in re.findall(r"<!-- ([\w-]+): begin -->", text):
+        if name not in TABLES:
+            raise SystemExit(f"there is no table {name!r}: known are {', '.join(TABLES)}.")
+        begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
+        before, rest = text.split(begin)
+        text = f"{before}{begin}\n{TABLES[name]()}\n{end}{rest.split(end)[1]}"
+    return text
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument(
+        "--check", action="store_true", help="write nothing; fail where a table is out of date"
+    )
+    given = parser.parse_args()
+    stale = []
+    for page in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))):
+        old = page.read_text(encoding="utf-8")
+        new = filled(old)
+        if old != new:
+            stale.append(str(page.relative_to(ROOT)))
+            if not given.check:
+                page.write_text(new, encoding="utf-8")
+    if given.check and stale:
+        print(f"out of date: {', '.join(stale)}. Run: python benchmarks/tables.py", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
