@@ -5,11 +5,12 @@ import math
 from pathlib import Path
 
 import pytest
+import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from llama_surgery import SurgeryConfig, is_operated
-from llama_surgery.errors import SurgeryError
-from llama_surgery.evaluation import compare
+from llama_surgery.errors import SurgeryError, TextError
+from llama_surgery.evaluation import compare, compare_samples
 from llama_surgery.evaluation.compare import FORMS, Comparison, shard_of
 from llama_surgery.evaluation.compare_forms import densities_between, solve
 from llama_surgery.evaluation.compare_result import merge
@@ -66,7 +67,6 @@ def test_at_least_five_densities_from_the_floor_on() -> None:
 
 def test_every_form_is_measured_and_merged(comparison, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr(seer, "STEPS", 5)
-    monkeypatch.setattr(compare, "TRAINING_WINDOWS", 4)
     monkeypatch.setattr(compare, "densities_between", lambda floor, requested: [0.6])
     # Retrieval heads stream over more keys than these windows have.
     forms = [name for name in FORMS if name != "duo"]
@@ -128,6 +128,25 @@ def test_other_settings_need_another_folder(comparison) -> None:
         comparison(densities=[1.5])
     with pytest.raises(SurgeryError, match="forms nonsense: there are dense, pages"):
         comparison().run(["nonsense"])
+
+
+def test_samples_are_made_once(comparison, tmp_path: Path, monkeypatch) -> None:
+    first = comparison()
+    (file,) = tmp_path.glob("samples-*.json")
+    monkeypatch.setattr(compare_samples, "needle_prompts", None)
+    monkeypatch.setattr(compare_samples, "cut_windows", None)
+    again = comparison()
+    assert again._prompts == first._prompts and torch.equal(again._ids, first._ids)
+    with pytest.raises(TypeError):  # other samples have to be made
+        comparison(windows=1)
+    assert list(tmp_path.glob("samples-*.json")) == [file]
+
+
+def test_short_calibration_text_is_used_as_far_as_it_goes(tokenizer, texts) -> None:
+    found = compare_samples._calibration_windows(tokenizer, [texts[0]], 2048, 0)
+    assert found.shape == (4, 2048)
+    with pytest.raises(TextError, match="2 windows of 8192 tokens were asked for"):
+        compare_samples._calibration_windows(tokenizer, [texts[0]], 8192, 0)
 
 
 def test_shards_share_out_all_forms() -> None:

@@ -1,6 +1,5 @@
 """Every form of a model at every density on every task, in cells that are measured once."""
 
-import hashlib
 import json
 import math
 import time
@@ -22,15 +21,15 @@ from llama_surgery.evaluation.compare_forms import (
     PeerForm,
     densities_between,
 )
+from llama_surgery.evaluation.compare_samples import digest, make_samples
 from llama_surgery.evaluation.evaluate import check_dense, environment, model_name, named_progress
 from llama_surgery.evaluation.io import Progress, read_started
 from llama_surgery.evaluation.logits import Head
-from llama_surgery.evaluation.needle import NeedlePrompt, needle_prompts, score_needles
+from llama_surgery.evaluation.needle import NeedlePrompt, score_needles
 from llama_surgery.evaluation.needle_variants import VARIANTS
 from llama_surgery.evaluation.peers.registry import PEERS
 from llama_surgery.evaluation.perplexity import perplexity
 from llama_surgery.files import write_json
-from llama_surgery.text import windows as cut_windows
 
 #: Name of this package's own form.
 PAGES = "pages"
@@ -38,8 +37,8 @@ PAGES = "pages"
 FORMS = ("dense", PAGES, *PEERS, "full")
 #: Total densities that every form is asked for, if its floor allows, and the one that is measured first.
 DENSITIES, FIRST = (0.05, 0.1, 0.18, 0.3, 0.5), 0.18
-#: Calibration windows: that densities are measured on, and that rules learn from.
-CALIBRATION_WINDOWS, TRAINING_WINDOWS = 2, 16
+#: Calibration windows that densities are measured on.
+CALIBRATION_WINDOWS = 2
 #: Work of a form, where it differs much from that of most peers. Pages are calibrated at every density.
 _WORK = {"dense": 0.2, "full": 0.2, PAGES: 5.0}
 _TASKS = ("perplexity", "needles")
@@ -94,15 +93,19 @@ class Comparison:
         self._model, self._batch = model, needle_batch
         versions = environment(model)
         self._device = {name: versions.pop(name) for name in ("device", "threads")}
-        self._ids = cut_windows(tokenizer, texts, length, windows, seed)
-        self._prompts = needle_prompts(
+        samples = make_samples(
             tokenizer,
             texts,
-            count=needles,
-            lengths=needle_lengths,
-            variants=needle_variants,
+            calibration,
+            folder,
+            length=length,
+            windows=windows,
+            needles=needles,
+            needle_lengths=needle_lengths,
+            needle_variants=needle_variants,
             seed=seed,
         )
+        self._ids, self._prompts = samples.windows, samples.prompts
         settings = {
             "model": model_name(model),
             "parameters": sum(p.numel() for p in model.parameters()),
@@ -116,13 +119,13 @@ class Comparison:
             "needle_variants": list(needle_variants),
             "densities": list(densities),
             "seed": seed,
-            "text": _digest(texts),
-            "calibration_text": _digest(calibration),
+            "text": digest(*texts),
+            "calibration_text": digest(*calibration),
         }
         file = folder / "comparison.json"
         if read_started(file, settings) is None:
             write_json(file, {"settings": settings, "prompts": [_described(p) for p in self._prompts]})
-        ids = cut_windows(tokenizer, calibration, length, CALIBRATION_WINDOWS, seed)
+        training, ids = samples.calibration, samples.calibration[:CALIBRATION_WINDOWS]
         self._forms: dict[str, Callable[[], Form]] = {
             "dense": DenseForm,
             PAGES: lambda: PagesForm(PAGES, config, model, tokenizer, texts=calibration, ids=ids),
@@ -130,16 +133,8 @@ class Comparison:
         }
 
         def peer(name: str) -> Callable[[], Form]:
-            def make() -> Form:
-                learns = PEERS[name].learn is not None
-                training = (
-                    cut_windows(tokenizer, calibration, length, TRAINING_WINDOWS, seed) if learns else ids
-                )
-                return PeerForm(
-                    name, PEERS[name], model, ids=ids, training=training, folder=folder / "learned"
-                )
-
-            return make
+            learned = folder / "learned"
+            return lambda: PeerForm(name, PEERS[name], model, ids=ids, training=training, folder=learned)
 
         self._forms |= {name: peer(name) for name in PEERS}
 
@@ -249,10 +244,6 @@ class _Budgets:
 
 def _described(prompt: NeedlePrompt) -> dict[str, Any]:
     return {name: getattr(prompt, name) for name in ("variant", "kind", "form", "depth", "length", "name")}
-
-
-def _digest(texts: Sequence[str]) -> str:
-    return hashlib.sha256("\n".join(texts).encode()).hexdigest()[:16]
 
 
 def shard_of(forms: Sequence[str], shard: tuple[int, int]) -> list[str]:
