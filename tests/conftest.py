@@ -12,6 +12,10 @@ import hypothesis
 import pytest
 import torch
 
+# Without a GPU the Triton kernels run under its interpreter, asked for before anything imports them.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 ROOT = Path(__file__).resolve().parent.parent
 
 # One thread unless asked otherwise: results do not depend on the machine's number of cores, and

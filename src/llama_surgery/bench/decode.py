@@ -159,7 +159,7 @@ def rivals(
     """Dense attention of one row over the same keys: name and call."""
 
     def states(layer: Layer) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        k, v = (x.unflatten(0, (setting.batch, -1)) for x in (layer.cache.keys, layer.cache.values))
+        k, v = (x.flatten(2, 3) for x in (layer.cache.keys, layer.cache.values))
         q = layer.queries.unflatten(0, (setting.batch, -1)).flatten(1, 2)
         return q, k[:, :, : setting.length], v[:, :, : setting.length]
 

@@ -12,12 +12,17 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
 from llama_surgery.attention.impl.triton.decode import DecodeResult
-from llama_surgery.attention.impl.triton.decode_cache import DecodeCache, append_tokens, make_cache
+from llama_surgery.attention.impl.triton.decode_cache import (
+    DecodeCache,
+    append_tokens,
+    feature_blocks,
+    make_cache,
+)
 from llama_surgery.attention.impl.triton.job import page_features
 from llama_surgery.config import SurgeryConfig
 from llama_surgery.errors import SurgeryError
 from llama_surgery.topology.geometry import closed_chunks
-from llama_surgery.topology.layout import moments_of
+from llama_surgery.topology.layout import moments_of, pool_channels
 
 KV_HEADS, HEADS, DIM = 8, 4, 128
 #: Length of the planted part of a key and of a query.
@@ -66,6 +71,11 @@ class Layer:
     pages: list[torch.Tensor]
 
 
+def by_slot(blocks: torch.Tensor) -> torch.Tensor:
+    """(streams, slots, …) view of a contiguous cache's (sequences, kv_heads, chunks, slots of a chunk, …)."""
+    return blocks.flatten(0, 1).flatten(1, 2)
+
+
 # --- data -------------------------------------------------------------------------------------
 
 
@@ -97,12 +107,14 @@ def make_layer(setting: Setting, lengths: torch.Tensor, dtype: torch.dtype, seed
     pull = torch.randn(streams, DIM, generator=generator, device=device)
     pull = pull / pull.norm(dim=-1, keepdim=True)
     full = setting.start // config.chunk_size * config.chunk_size
+    keys, means, spreads = (by_slot(x) for x in (cache.keys, cache.means, cache.spreads))
     for stream, planted in enumerate(pages):
-        keys = cache.keys[stream].unflatten(0, (-1, setting.page))
-        keys[planted[1:].to(device)] += (KEY_PULL * pull[stream]).to(dtype)
-        moments = moments_of(cache.keys[stream : stream + 1, :full], config.ball_size)
-        features = page_features(moments, config.alpha, dtype)
-        cache.features[stream : stream + 1, :, : features.shape[2]] = features
+        by_page = keys[stream].unflatten(0, (-1, setting.page))
+        by_page[planted[1:].to(device)] += (KEY_PULL * pull[stream]).to(dtype)
+        moments = moments_of(keys[stream : stream + 1, :full], config.ball_size)
+        features = page_features(moments, config.alpha, dtype, config.variance_pool)
+        for held, fresh in zip((means, spreads), feature_blocks(features, config, 1), strict=True):
+            held[stream, : full // config.ball_size] = by_slot(fresh)[0]
     cache.filled.fill_(full // config.chunk_size)
     shape = (streams, HEADS, setting.rows, DIM)
     queries = torch.randn(shape, generator=generator, device=device) + QUERY_PULL * pull[:, None, None]
@@ -116,12 +128,15 @@ def place_theta(setting: Setting, layers: list[Layer]) -> tuple[float, float]:
     config = setting.config
     balls = setting.closed_pages * config.balls_per_page
     for layer in layers:
+        cache = layer.cache
+        keys, means, spreads = (by_slot(x) for x in (cache.keys, cache.means, cache.spreads))
         for stream, planted in enumerate(layer.pages):
             q = layer.queries[stream].flatten(0, 1).float() * DIM**-0.5
-            mean, spread = layer.cache.features[stream, :, :balls].float()
-            scores = q @ mean.T + q.square() @ spread.T + math.log(config.ball_size)
+            mean, spread = means[stream, :balls].float(), spreads[stream, :balls].float()
+            scores = q @ mean.T + pool_channels(q.square(), config.variance_pool) @ spread.T
+            scores = scores + math.log(config.ball_size)
             scores = scores.unflatten(-1, (-1, config.balls_per_page)).logsumexp(-1)
-            near = layer.cache.keys[stream, setting.closed_pages * setting.page : setting.length]
+            near = keys[stream, setting.closed_pages * setting.page : setting.length]
             total = torch.cat((scores, q @ near.float().T), -1).logsumexp(-1, keepdim=True)
             share = (scores - total).unflatten(0, (HEADS, -1)).amax(0)
             opened = torch.zeros(setting.closed_pages, dtype=torch.bool, device=q.device)
@@ -156,11 +171,12 @@ def check(setting: Setting, layer: Layer, result: DecodeResult, samples: int = 4
     if not (result.opened == counts[:, None]).all():
         raise SurgeryError(f"{setting}: wrong pages, {result.opened[:, 0].tolist()} for {counts.tolist()}")
     streams, worst, plain = len(layer.pages), 0.0, 0.0
+    keys, values = by_slot(layer.cache.keys), by_slot(layer.cache.values)
     near = torch.arange(setting.closed_pages * setting.page, setting.length)
     for stream in range(0, streams, max(1, streams // samples)):
         slots = layer.pages[stream][:, None] * setting.page + torch.arange(setting.page)
         slots = torch.cat((slots.flatten(), near)).to(counts.device)
-        k, v = (x[stream, slots].expand(HEADS, -1, -1) for x in (layer.cache.keys, layer.cache.values))
+        k, v = (x[stream, slots].expand(HEADS, -1, -1) for x in (keys, values))
         position = setting.start + torch.arange(setting.rows, device=counts.device)
         visible = (slots < setting.closed_pages * setting.page) | (slots <= position[:, None])
         q = layer.queries[stream]
@@ -175,7 +191,9 @@ def check(setting: Setting, layer: Layer, result: DecodeResult, samples: int = 4
 def check_dense(setting: Setting, layer: Layer, out: torch.Tensor) -> None:
     """A rival's output (streams, heads, DIM) of a single row, against float32."""
     for stream in range(0, len(layer.pages), max(1, len(layer.pages) // 2)):
-        k, v = (x[stream, : setting.length].float() for x in (layer.cache.keys, layer.cache.values))
+        k, v = (
+            by_slot(x)[stream, : setting.length].float() for x in (layer.cache.keys, layer.cache.values)
+        )
         q = layer.queries[stream, :, 0].float()
         exact = (q @ k.T * DIM**-0.5).softmax(-1) @ v
         error = float((out[stream].float() - exact).norm() / exact.norm())

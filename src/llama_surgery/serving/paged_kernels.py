@@ -140,8 +140,8 @@ def decode_rows(
 ) -> torch.Tensor:
     """Attention of the decode rows of a scheduled batch, one of each sequence, in three launches.
 
-    Nothing is asked of the device. Work is split by the width of ``tables``: pass no more columns than the longest
-    sequence has chunks, where it is known.
+    Nothing is asked of the device. Work is split by the width of ``tables``: pass no more columns than the
+    longest sequence has chunks, where it is known.
 
     Args:
         queries: (sequences, heads, head_dim), rotary embedding applied; query heads of a KV head are
@@ -149,8 +149,8 @@ def decode_rows(
         cache: With the rows' own keys and values written. Full chunks are in tree order, also those that
             these rows filled.
         tables: (sequences, chunks) int32, block of every chunk; entries behind a sequence's end are not read.
-        positions: (sequences,) int32, position of each row; -1 for a row that only pads the batch, whose output
-            is zero.
+        positions: (sequences,) int32, position of each row; -1 for a row that only pads the batch, whose
+            output is zero.
         scale: Scaling of q·k, default ``head_dim**-0.5``.
         softcap: Cap of the logits, or None.
         tally: (2, kv_heads) int64, to which pages opened and pages read are added, or None.
@@ -165,7 +165,7 @@ def decode_rows(
     from llama_surgery.attention.impl.triton.decode_cache import DecodeCache
 
     sequences, heads, dim = queries.shape
-    blocks, kv_heads = cache.states.shape[:2]
+    kv_heads = cache.states.shape[1]
     for name, given, shape in (
         ("tables", tables, (sequences, tables.shape[-1])),
         ("positions", positions, (sequences,)),
@@ -209,9 +209,9 @@ def attend_piece(
 ) -> AttentionResult:
     """Attention of a piece of one sequence's prompt, by the kernels of prefill.
 
-    These take contiguous keys. A copy of the sequence's closed chunks is made for the call: it reads and writes
-    once what the cache holds of the sequence, 4 · kv_heads · head_dim elements a token, so a prompt of n tokens in
-    pieces of m costs about n² / 2m tokens of such copies. Long pieces are cheap, short ones are not.
+    These take contiguous keys, so the sequence's closed chunks are copied for the call: 2·kv_heads·head_dim
+    elements a token are read and written. A prompt of n tokens in pieces of m copies n² / 2m tokens in
+    all: little beside the attention of long pieces, much beside that of short ones.
 
     Args:
         queries: (kv_heads, group, rows, head_dim).

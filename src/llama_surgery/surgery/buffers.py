@@ -62,10 +62,14 @@ class PageBuffers:
         return self._tensors["values"]
 
     def finest_features(self) -> torch.Tensor:
-        """What decode kernels score, μ and α·½·σ²: (streams, 2, capacity / ball, head_dim)."""
+        """What decode kernels score, as ``kernel_features`` gives it for ``capacity`` tokens."""
         if FINEST not in self._tensors:
+            pool, keys = self.config.variance_pool, self.keys
+            like = keys[:, None].expand(-1, 2, -1, -1)
+            if pool > 1:
+                like = keys[..., :1].expand(-1, -1, keys.shape[-1] // pool * (pool + 1))
             self._units[FINEST] = self.config.ball_size
-            self._tensors[FINEST] = self._empty(FINEST, self.keys[:, None].expand(-1, 2, -1, -1))
+            self._tensors[FINEST] = self._empty(FINEST, like)
         return self._tensors[FINEST]
 
     def read_by_kernels(self) -> tuple[torch.Tensor, ...]:

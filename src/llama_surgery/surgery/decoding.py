@@ -64,7 +64,11 @@ def decode_step(
         (batch, new, heads, value_dim), contiguous.
     """
     from llama_surgery.attention.impl.triton.decode import decode
-    from llama_surgery.attention.impl.triton.decode_cache import DecodeCache, append_tokens
+    from llama_surgery.attention.impl.triton.decode_cache import (
+        DecodeCache,
+        append_tokens,
+        feature_blocks,
+    )
 
     (batch, heads, rows, _), kv_heads = query.shape, key.shape[1]
     buffers, lengths = paged.buffers, paged.device_lengths()
@@ -72,7 +76,15 @@ def decode_step(
     sinks = keywords.get("s_aux")
     if sinks is not None:
         sinks = sinks.detach().view(kv_heads, heads // kv_heads).repeat(batch, 1)
-    cache = DecodeCache(layer.config, *buffers.read_by_kernels(), lengths)
+    keys, values, features, sink_page = buffers.read_by_kernels()
+    by_chunk = (x.view(batch, kv_heads, -1, layer.config.chunk_size, x.shape[-1]) for x in (keys, values))
+    cache = DecodeCache(
+        layer.config,
+        *by_chunk,
+        *feature_blocks(features, layer.config, kv_heads),
+        sink_page.view(batch, kv_heads, 1),
+        lengths,
+    )
     append_tokens(cache, key.flatten(0, 1), value.flatten(0, 1))
     result = decode(
         query.unflatten(1, (kv_heads, heads // kv_heads)).flatten(0, 1),

@@ -1,13 +1,9 @@
-"""Without a GPU the kernels run under Triton's interpreter: it must be asked for before they are imported."""
+"""Where the kernels run, and memory that shows what they leave unwritten."""
 
-import os
 from collections.abc import Iterator
 
 import pytest
 import torch
-
-if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 @pytest.fixture

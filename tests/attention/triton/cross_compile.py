@@ -50,6 +50,7 @@ PROCESSORS = 132
 KERNELS = {
     prefill: ("totals_kernel", "list_kernel", "descend_kernel", "attend_kernel"),
     layout: ("split_kernel", "arrange_kernel"),
+    job: ("feature_kernel",),
     backward_pass: (
         "query_gradient_kernel",
         "near_gradient_kernel",
@@ -136,13 +137,18 @@ def launch_decode(states: torch.Tensor, config: SurgeryConfig, family: str, extr
     streams, _, _, dim = states.shape
     tuning = decode_tuning_for(family)
     decode.processors_of = lambda _: PROCESSORS  # type: ignore[assignment]
-    for rule in (config, dataclasses.replace(config, page_size=64, moment_size=64)):
+    coarse = dataclasses.replace(config, page_size=64, moment_size=64, variance_pool=8)
+    for rule in (config, coarse):
         cache = decode_cache.make_cache(rule, 1, streams, 1 << 16, dim, dtype=states.dtype, device="cpu")
         for rows in (1, 4):
             queries, new = states[:, :, :rows], states[:, 0, :rows]
             decode_cache.append_tokens(cache, new, new)
             tally = torch.zeros(2, streams, dtype=torch.int64)
             decode.decode(queries, cache, tally=tally, tuning=tuning, **extra)
+        table = torch.zeros(1, cache.chunks, dtype=torch.int32)
+        paged = dataclasses.replace(cache, table=table, filled=None)
+        decode_cache.append_tokens(paged, new[:, :1], new[:, :1])
+        decode.decode(queries[:, :, :1], paged, tuning=tuning, **extra)
 
 
 def compile_all(

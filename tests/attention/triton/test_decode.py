@@ -83,25 +83,37 @@ def poisoned_cache(case: Case, config: SurgeryConfig, device: torch.device) -> D
         dtype=case.dtype,
         device=device,
     )
-    for tensor in (cache.keys, cache.values, cache.features):
+    for tensor in (cache.keys, cache.values, cache.means, cache.spreads):
         tensor.fill_(torch.nan)
     return cache
+
+
+def loaded_cache(texts: list[Text], case: Case, config: SurgeryConfig, device: torch.device) -> DecodeCache:
+    """A poisoned cache that holds all but the new rows."""
+    cache = poisoned_cache(case, config, device)
+    for index, text in enumerate(texts):
+        full = 0 if text.layout is None else text.layout.chunks * config.chunk_size
+        span = slice(full, text.length)
+        load_sequence(cache, index, text.layout, text.keys[:, span], text.values[:, span])
+    return cache
+
+
+def append(cache: DecodeCache, texts: list[Text]) -> None:
+    """Write the new rows of all texts."""
+    append_tokens(
+        cache,
+        torch.cat([t.keys[:, t.length :] for t in texts]),
+        torch.cat([t.values[:, t.length :] for t in texts]),
+    )
 
 
 def run(
     case: Case, config: SurgeryConfig, device: torch.device, tuning: DecodeTuning | None = None
 ) -> tuple[DecodeResult, list[api.AttentionResult]]:
     """The kernels' result and, for every sequence, the reference's."""
-    texts, cache = make_texts(case, config, device), poisoned_cache(case, config, device)
-    for index, text in enumerate(texts):
-        full = 0 if text.layout is None else text.layout.chunks * config.chunk_size
-        span = slice(full, text.length)
-        load_sequence(cache, index, text.layout, text.keys[:, span], text.values[:, span])
-    append_tokens(
-        cache,
-        torch.cat([t.keys[:, t.length :] for t in texts]),
-        torch.cat([t.values[:, t.length :] for t in texts]),
-    )
+    texts = make_texts(case, config, device)
+    cache = loaded_cache(texts, case, config, device)
+    append(cache, texts)
     sink = None
     if case.sink:
         generator = torch.Generator().manual_seed(3)
@@ -173,6 +185,11 @@ class TestAgainstReference:
     @pytest.mark.parametrize("moment_size", [4, 8, 16])
     def test_balls(self, moment_size: int, device: torch.device) -> None:
         check(Case((300, 400), 2), dataclasses.replace(CONFIG, moment_size=moment_size), device)
+
+    @pytest.mark.parametrize("dim", [16, 40])
+    def test_pooled_variances(self, dim: int, device: torch.device) -> None:
+        config = dataclasses.replace(CONFIG, variance_pool=4, moment_size=8)
+        check(Case((300, 97), 2, dim=dim), config, device)
 
     @pytest.mark.parametrize("sink", [False, True])
     @pytest.mark.parametrize("softcap", [None, 3.0])
@@ -249,6 +266,47 @@ def test_half_precision_is_as_good_as_plain_half_precision(dtype: torch.dtype, d
 
 
 @pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("rows", [1, 5])
+@pytest.mark.parametrize(("chunk_size", "page_size", "moment_size"), [(64, 16, 4), (48, 12, 12)])
+def test_blocks_may_lie_anywhere(
+    rows: int, chunk_size: int, page_size: int, moment_size: int, device: torch.device
+) -> None:
+    """The same chunks, shuffled in one pool of blocks behind a table: the same numbers, bit by bit."""
+    sizes = {"chunk_size": chunk_size, "page_size": page_size, "moment_size": moment_size}
+    config = dataclasses.replace(CONFIG, **sizes)
+    case = Case((250, 0, 97, 191), rows, dim=24)
+    texts = make_texts(case, config, device)
+    cache = loaded_cache(texts, case, config, device)
+    sequences = len(texts)
+    order = torch.randperm(sequences * cache.chunks, generator=torch.Generator().manual_seed(1)).to(device)
+
+    def pooled(tensor: torch.Tensor) -> torch.Tensor:
+        """(sequences, kv_heads, chunks, …) as one pool, in another order, seen by every sequence."""
+        blocks = torch.empty_like(tensor.transpose(0, 1).flatten(1, 2).transpose(0, 1))
+        blocks[order] = tensor.transpose(1, 2).flatten(0, 1)
+        return blocks.transpose(0, 1).expand(sequences, *blocks.transpose(0, 1).shape)
+
+    paged = dataclasses.replace(
+        cache,
+        keys=pooled(cache.keys),
+        values=pooled(cache.values),
+        means=pooled(cache.means),
+        spreads=pooled(cache.spreads),
+        sink_page=pooled(cache.sink_page.expand(-1, -1, cache.chunks)),
+        table=order.int().view(sequences, -1),
+        filled=None,
+    )
+    queries = torch.cat([t.queries for t in texts])
+    results = []
+    for each in (cache, paged):
+        append(each, texts)
+        results.append(decode(queries, each))
+    for name in ("out", "lse", "opened", "read"):
+        assert torch.equal(getattr(results[0], name), getattr(results[1], name)), name
+    assert results[0].out.isfinite().all() and results[0].opened.any()
+
+
+@pytest.mark.usefixtures("poisoned")
 def test_texts_grow_by_accepted_drafts(device: torch.device) -> None:
     """Two sequences of different lengths, of whose new tokens some are rejected; chunks filled when due."""
     config = SurgeryConfig(
@@ -302,7 +360,7 @@ def test_filling_where_nothing_is_due_changes_nothing(device: torch.device) -> N
         full = index * CONFIG.chunk_size
         span = slice(full, text.length)
         load_sequence(cache, index, text.layout, text.keys[:, span], text.values[:, span])
-    tensors = (cache.keys, cache.values, cache.features, cache.filled, cache.sink_page)
+    tensors = (cache.keys, cache.values, cache.means, cache.spreads, cache.filled, cache.sink_page)
     before = [t.clone() for t in tensors]
     fill_chunks(cache)
     for tensor, old in zip(tensors, before, strict=True):

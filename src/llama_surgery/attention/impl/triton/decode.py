@@ -105,21 +105,23 @@ def decode(
     dense_until = EVERYWHERE if config.topology == "dense" else config.dense_until
     cap = 1.0 if softcap is None else softcap
     factor = dim**-0.5 if scale is None else scale
-    where = (*queries.stride()[:3], *cache.keys.stride()[:2], *cache.values.stride()[:2])
+    where = (*queries.stride()[:3], *cache.strides())
     blocks = streams * triton.cdiv(rows, shape.rows_block)
     with device_of(queries):
         score_kernel[(shape.splits, blocks)](
             queries,
             cache.keys,
             cache.values,
-            cache.features,
+            cache.means,
+            cache.spreads,
             cache.lengths,
+            cache.table,
             scores,
             sums,
             part_out,
             part_lse,
             *where,
-            *cache.features.stride()[:2],
+            *cache.means.stride()[:4],
             cache.capacity,
             shape.splits,
             parts,
@@ -127,7 +129,7 @@ def decode(
             factor,
             cap,
             **shape.constants(queries, cache, capped=softcap is not None),
-            **shape.score_constants(config),
+            **shape.score_constants(cache),
         )
         if shape.far_splits:
             theta = config.theta_for(1)
@@ -136,6 +138,7 @@ def decode(
                 cache.keys,
                 cache.values,
                 cache.lengths,
+                cache.table,
                 cache.sink_page,
                 sink_logit,
                 scores,
@@ -144,6 +147,7 @@ def decode(
                 part_lse,
                 counts,
                 *where,
+                *cache.sink_page.stride(),
                 cache.capacity,
                 shape.splits,
                 shape.far_splits,
@@ -245,11 +249,15 @@ class _Shape(NamedTuple):
             "WINDOW": config.window,
             "PAGE": config.page_size,
             "CAP": capped,
+            "PAGED": cache.table is not None,
         }
 
-    def score_constants(self, config: SurgeryConfig) -> dict[str, float]:
+    def score_constants(self, cache: DecodeCache) -> dict[str, float]:
+        config, spread = cache.config, cache.spreads.shape[-1]
         balls_pad = triton.next_power_of_2(config.balls_per_page)
         return {
+            "SPREAD": spread,
+            "SPREAD_PAD": max(16, triton.next_power_of_2(spread)),
             "BALLS": config.balls_per_page,
             "BALLS_PAD": balls_pad,
             "LOG2_BALL": math.log2(config.ball_size),
@@ -287,8 +295,6 @@ def decode_obstacle(config: SurgeryConfig, queries: torch.Tensor, values: torch.
         )
     if torch.is_grad_enabled() and queries.requires_grad:
         return "decode steps are not differentiated; use torch.no_grad()"
-    if config.variance_pool > 1:
-        return "pooled variances are not in the decode kernels"
     if config.coarse_to_fine:
         return "single rows score all pages, but the configuration says coarse_to_fine"
     return obstacle(config, queries, values, 1)
@@ -296,10 +302,7 @@ def decode_obstacle(config: SurgeryConfig, queries: torch.Tensor, values: torch.
 
 def _check(queries: torch.Tensor, cache: DecodeCache, sink_logit: torch.Tensor | None) -> None:
     config = cache.config
-    if queries.dim() != 4 or (queries.shape[0], queries.shape[3]) != (
-        cache.keys.shape[0],
-        cache.keys.shape[2],
-    ):
+    if queries.dim() != 4 or (queries.shape[0], queries.shape[3]) != (cache.streams, cache.keys.shape[-1]):
         raise SurgeryError(
             f"queries {tuple(queries.shape)} do not fit cached keys {tuple(cache.keys.shape)}: expected "
             "(streams, heads, rows, head_dim)."

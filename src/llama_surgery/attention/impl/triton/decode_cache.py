@@ -18,8 +18,10 @@ from llama_surgery.topology.layout import Layout
 class DecodeCache:
     """Keys and values of one layer in tensors that never move, so that a CUDA graph can hold them.
 
-    A *stream* is one KV head of one sequence; streams of a sequence follow each other. Slots up to
-    ``filled * chunk_size`` are in tree order chunk by chunk; behind them slot and position are one.
+    They lie in blocks of one chunk: a sequence's chunks are blocks of its own one after the other
+    (:func:`make_cache`), or blocks of a pool that a table names (an engine's paged cache, whose tensors are
+    expanded to all sequences). A *stream* is one KV head of one sequence; streams of a sequence follow each
+    other. Full chunks are in tree order, the last one in order of position.
 
     A step is: :func:`append_tokens`, then ``decode``, for every layer; then ``lengths += kept``, where
     ``kept`` is how many of the new tokens stay (in speculative decoding perhaps not all). Layers may share
@@ -28,29 +30,51 @@ class DecodeCache:
     of the device, and the step of every token is not burdened with what happens once in ``chunk_size``.
 
     Attributes:
-        keys: (streams, capacity, head_dim).
-        values: (streams, capacity, value_dim).
-        features: (streams, 2, capacity / moment_size, head_dim), μ and α·½·σ² of balls, the keys' dtype.
-        sink_page: (streams,) int32, the page that holds position 0.
+        keys: (sequences, kv_heads, blocks, chunk_size, head_dim), any strides but the last, which is 1.
+        values: (sequences, kv_heads, blocks, chunk_size, value_dim), likewise.
+        means: (sequences, kv_heads, blocks, balls of a chunk, head_dim), μ of balls, the keys' dtype.
+        spreads: (sequences, kv_heads, blocks, balls of a chunk, head_dim / variance_pool), α·½·σ², strides of
+            ``means``. See :func:`feature_blocks`.
+        sink_page: (sequences, kv_heads, blocks) int32, page of a block that holds its first position; looked
+            up for a sequence's first chunk.
         lengths: (sequences,) int32, tokens that are settled: all before the step's new ones.
+        table: (sequences, chunks) int32, block of every chunk, entries behind the last chunk not looked at;
+            None where the blocks are the chunks.
         filled: (sequences,) int32, chunks in tree order; None where someone else lays out chunks.
     """
 
     config: SurgeryConfig
     keys: torch.Tensor
     values: torch.Tensor
-    features: torch.Tensor
+    means: torch.Tensor
+    spreads: torch.Tensor
     sink_page: torch.Tensor
     lengths: torch.Tensor
+    table: torch.Tensor | None = None
     filled: torch.Tensor | None = None
 
     @property
     def kv_heads(self) -> int:
-        return self.keys.shape[0] // self.lengths.shape[0]
+        return self.keys.shape[1]
+
+    @property
+    def streams(self) -> int:
+        return self.lengths.shape[0] * self.kv_heads
+
+    @property
+    def chunks(self) -> int:
+        """Chunks that a sequence has room for."""
+        return self.keys.shape[2] if self.table is None else self.table.shape[1]
 
     @property
     def capacity(self) -> int:
-        return self.keys.shape[1]
+        """Tokens that a sequence has room for."""
+        return self.chunks * self.config.chunk_size
+
+    def strides(self) -> tuple[int, ...]:
+        """What the kernels know of where keys, values and the table lie."""
+        row = 0 if self.table is None else self.table.stride(0)
+        return *self.keys.stride()[:4], *self.values.stride()[:4], row
 
 
 def make_cache(
@@ -85,22 +109,57 @@ def make_cache(
         raise SurgeryError(
             f"lengths {tuple(lengths.shape)} {lengths.dtype}: expected ({sequences},) torch.int32."
         )
-    streams, balls = sequences * kv_heads, capacity // config.ball_size
+
+    def blocks(*size: int) -> torch.Tensor:
+        shape = (sequences, kv_heads, capacity // config.chunk_size, *size)
+        return torch.empty(shape, dtype=dtype, device=device)
+
+    features = blocks(balls_of(config), head_dim + head_dim // config.variance_pool)
     return DecodeCache(
         config,
-        torch.empty(streams, capacity, head_dim, dtype=dtype, device=device),
-        torch.empty(streams, capacity, value_dim or head_dim, dtype=dtype, device=device),
-        torch.empty(streams, 2, balls, head_dim, dtype=dtype, device=device),
-        torch.zeros(streams, dtype=torch.int32, device=device),
+        blocks(config.chunk_size, head_dim),
+        blocks(config.chunk_size, value_dim or head_dim),
+        features[..., :head_dim],
+        features[..., head_dim:],
+        torch.zeros(sequences, kv_heads, 1, dtype=torch.int32, device=device),
         lengths,
-        torch.zeros(sequences, dtype=torch.int32, device=device),
+        filled=torch.zeros(sequences, dtype=torch.int32, device=device),
     )
+
+
+def balls_of(config: SurgeryConfig) -> int:
+    """Balls of a chunk."""
+    return config.pages_per_chunk * config.balls_per_page
+
+
+def feature_blocks(
+    features: torch.Tensor, config: SurgeryConfig, kv_heads: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Views of what :func:`job.page_features` gives, by blocks of one chunk.
+
+    Args:
+        features: For whole chunks of streams, (streams, 2, balls, head_dim), or (streams, balls, head_dim +
+            head_dim / variance_pool) with pooled variances.
+
+    Returns:
+        Means and spreads (sequences, kv_heads, blocks, balls of a chunk, …).
+    """
+    if config.variance_pool == 1:
+        halves: tuple[torch.Tensor, ...] = features.unbind(1)
+    else:
+        groups = features.shape[-1] // (config.variance_pool + 1)
+        halves = features.split((features.shape[-1] - groups, groups), -1)
+    by_chunk = (half.unflatten(1, (-1, balls_of(config))) for half in halves)
+    means, spreads = (half.unflatten(0, (-1, kv_heads)) for half in by_chunk)
+    return means, spreads
 
 
 def load_sequence(
     cache: DecodeCache, sequence: int, layout: Layout | None, keys: torch.Tensor, values: torch.Tensor
 ) -> None:
-    """Take over a sequence after prefill; whatever was at its place is forgotten.
+    """Take over a sequence after prefill, into a cache of :func:`make_cache`.
+
+    Whatever was at its place is forgotten.
 
     Args:
         sequence: Place in the cache.
@@ -119,15 +178,17 @@ def load_sequence(
         raise SurgeryError(
             f"a sequence of {length} tokens for a cache of {cache.capacity}: make a larger one."
         )
-    streams = slice(sequence * heads, (sequence + 1) * heads)
+    held_keys, held_values = (x[sequence].view(heads, cache.capacity, -1) for x in (cache.keys, cache.values))
     if layout is not None:
-        features = page_features(layout.moments, config.alpha, cache.features.dtype)
-        cache.keys[streams, :full] = layout.keys
-        cache.values[streams, :full] = layout.values
-        cache.features[streams, :, : features.shape[2]] = features
-        cache.sink_page[streams] = layout.sink_pages(config.page_size).int()
-    cache.keys[streams, full:length] = keys
-    cache.values[streams, full:length] = values
+        features = page_features(layout.moments, config.alpha, cache.means.dtype, config.variance_pool)
+        means, spreads = feature_blocks(features, config, heads)
+        held_keys[:, :full] = layout.keys
+        held_values[:, :full] = layout.values
+        cache.means[sequence, :, :chunks] = means[0]
+        cache.spreads[sequence, :, :chunks] = spreads[0]
+        cache.sink_page[sequence, :, 0] = layout.sink_pages(config.page_size).int()
+    held_keys[:, full:length] = keys
+    held_values[:, full:length] = values
     cache.lengths[sequence] = length
     if cache.filled is not None:
         cache.filled[sequence] = chunks
@@ -152,10 +213,10 @@ def append_tokens(cache: DecodeCache, keys: torch.Tensor, values: torch.Tensor) 
             cache.keys,
             cache.values,
             cache.lengths,
+            cache.table,
             *keys.stride()[:2],
             *values.stride()[:2],
-            *cache.keys.stride()[:2],
-            *cache.values.stride()[:2],
+            *cache.strides(),
             cache.capacity,
             KV_HEADS=cache.kv_heads,
             ROWS=rows,
@@ -164,6 +225,8 @@ def append_tokens(cache: DecodeCache, keys: torch.Tensor, values: torch.Tensor) 
             DIM_PAD=triton.next_power_of_2(dim),
             VALUE_DIM=value_dim,
             VALUE_PAD=triton.next_power_of_2(value_dim),
+            CHUNK=cache.config.chunk_size,
+            PAGED=cache.table is not None,
         )
 
 
@@ -175,23 +238,25 @@ def fill_chunks(cache: DecodeCache) -> None:
     is due, nothing changes.
     """
     config = cache.config
-    size = config.chunk_size
-    chunks = cache.capacity // size
-    assert cache.filled is not None
-    due = (cache.filled + 1) * size <= cache.lengths
-    stream = torch.arange(cache.keys.shape[0], device=cache.keys.device)
-    due_stream = due.repeat_interleave(cache.kv_heads)
-    chunk = cache.filled.clamp_max(chunks - 1).repeat_interleave(cache.kv_heads).long()
-    keys, values = (x.unflatten(1, (chunks, size)) for x in (cache.keys, cache.values))
-    features = cache.features.unflatten(2, (chunks, -1)).transpose(1, 2)
-    old_keys, old_values = keys[stream, chunk], values[stream, chunk]
-    mask = due_stream[:, None, None]
+    assert cache.filled is not None and cache.table is None
+    due = (cache.filled + 1) * config.chunk_size <= cache.lengths
+    of = torch.arange(len(due), device=due.device)
+    chunk = cache.filled.clamp_max(cache.chunks - 1).long()
+    old_keys, old_values = cache.keys[of, :, chunk], cache.values[of, :, chunk]
+    mask = due[:, None, None, None]
     # Memory that holds no chunk yet may hold anything, NaN included.
-    layout = build_layout(torch.where(mask, old_keys, 0.0), old_values, config)
-    fresh = page_features(layout.moments, config.alpha, cache.features.dtype)
-    keys[stream, chunk] = torch.where(mask, layout.keys, old_keys)
-    values[stream, chunk] = torch.where(mask, layout.values, old_values)
-    features[stream, chunk] = torch.where(mask[..., None], fresh, features[stream, chunk])
-    sink_page = layout.sink_pages(config.page_size).int()
-    cache.sink_page.copy_(torch.where(due_stream & (chunk == 0), sink_page, cache.sink_page))
+    known = torch.where(mask, old_keys, 0.0)
+    layout = build_layout(known.flatten(0, 1), old_values.flatten(0, 1), config)
+    features = page_features(layout.moments, config.alpha, cache.means.dtype, config.variance_pool)
+    means, spreads = (x.squeeze(2) for x in feature_blocks(features, config, cache.kv_heads))
+    for held, fresh in (
+        (cache.keys, layout.keys.view_as(old_keys)),
+        (cache.values, layout.values.view_as(old_values)),
+        (cache.means, means),
+        (cache.spreads, spreads),
+    ):
+        held[of, :, chunk] = torch.where(mask, fresh, held[of, :, chunk])
+    sink_page = layout.sink_pages(config.page_size).int().view(-1, cache.kv_heads)
+    first = (due & (chunk == 0))[:, None]
+    cache.sink_page[..., 0] = torch.where(first, sink_page, cache.sink_page[..., 0])
     cache.filled.add_(due)

@@ -3,6 +3,10 @@
 Row m of a matrix tile is head ``m % HEADS_PAD`` of query ``m // HEADS_PAD`` of the program's ROWS_BLOCK
 queries. Query r of a stream is at position ``length + r`` and is a tile of its own. Grids follow from the
 cache's capacity; what a program does follows from the length it reads, so that a launch can be captured.
+
+A cache lies in blocks of one chunk. ``_sequence``, ``_head``, ``_block`` and ``_row`` are elements of a tensor
+from one sequence, KV head, block and row of a block to the next. With PAGED a table says which block holds a
+sequence's chunk; without, chunk and block are one.
 """
 
 import triton
@@ -16,10 +20,19 @@ from llama_surgery.attention.impl.triton.helpers import (
     cap_logits,
     closed_chunks,
     load_rows,
-    scaled_squares,
+    pooled_squares,
     softmax_step,
     sum_step,
 )
+
+
+@triton.jit
+def block_of(table_ptr, entry, chunk, PAGED: tl.constexpr):
+    """Blocks, as int64, of a sequence's chunks, whose table begins at ``entry``."""
+    if PAGED:
+        return tl.load(table_ptr + entry + chunk).to(tl.int64)
+    else:
+        return tl.cast(chunk, tl.int64)
 
 
 @triton.jit
@@ -29,14 +42,20 @@ def append_kernel(
     k_ptr,
     v_ptr,
     lengths_ptr,
+    table_ptr,
     new_k_stream,
     new_k_row,
     new_v_stream,
     new_v_row,
-    k_stream,
+    k_sequence,
+    k_head,
+    k_block,
     k_row,
-    v_stream,
+    v_sequence,
+    v_head,
+    v_block,
     v_row,
+    table_row,
     capacity,
     KV_HEADS: tl.constexpr,
     ROWS: tl.constexpr,
@@ -45,20 +64,29 @@ def append_kernel(
     DIM_PAD: tl.constexpr,
     VALUE_DIM: tl.constexpr,
     VALUE_PAD: tl.constexpr,
+    CHUNK: tl.constexpr,
+    PAGED: tl.constexpr,
 ):
     """Write ROWS new keys and values behind the cached ones. Grid: (streams,)."""
     stream = tl.program_id(0).to(tl.int64)
+    sequence, kv_head = stream // KV_HEADS, stream % KV_HEADS
     row = tl.arange(0, ROWS_PAD)
-    slot = tl.load(lengths_ptr + stream // KV_HEADS) + row
-    present = (row < ROWS) & (slot < capacity)
+    slot = tl.load(lengths_ptr + sequence) + row
+    present = (row < ROWS) & (slot >= 0) & (slot < capacity)
     k = load_rows(new_k_ptr + stream * new_k_stream, row, new_k_row, present, DIM, DIM_PAD, True)
     v = load_rows(new_v_ptr + stream * new_v_stream, row, new_v_row, present, VALUE_DIM, VALUE_PAD, True)
+    chunk = tl.where(present, slot, 0) // CHUNK
+    block = block_of(table_ptr, sequence * table_row, chunk, PAGED)
+    slot = (slot % CHUNK).to(tl.int64)
+    k_cells = sequence * k_sequence + kv_head * k_head + block * k_block + slot * k_row
+    v_cells = sequence * v_sequence + kv_head * v_head + block * v_block + slot * v_row
     column, value_column = tl.arange(0, DIM_PAD), tl.arange(0, VALUE_PAD)
-    slot = slot.to(tl.int64)[:, None]
-    k_cells = k_ptr + stream * k_stream + slot * k_row + column[None, :]
-    v_cells = v_ptr + stream * v_stream + slot * v_row + value_column[None, :]
-    tl.store(k_cells, k, mask=present[:, None] & (column < DIM)[None, :])
-    tl.store(v_cells, v, mask=present[:, None] & (value_column < VALUE_DIM)[None, :])
+    tl.store(k_ptr + k_cells[:, None] + column[None, :], k, mask=present[:, None] & (column < DIM)[None, :])
+    tl.store(
+        v_ptr + v_cells[:, None] + value_column[None, :],
+        v,
+        mask=present[:, None] & (value_column < VALUE_DIM)[None, :],
+    )
 
 
 @triton.jit
@@ -106,8 +134,10 @@ def score_kernel(
     q_ptr,
     k_ptr,
     v_ptr,
-    features_ptr,
+    mean_ptr,
+    spread_ptr,
     lengths_ptr,
+    table_ptr,
     scores_ptr,
     sums_ptr,
     part_out_ptr,
@@ -115,12 +145,19 @@ def score_kernel(
     q_stream,
     q_head,
     q_row,
-    k_stream,
+    k_sequence,
+    k_head,
+    k_block,
     k_row,
-    v_stream,
+    v_sequence,
+    v_head,
+    v_block,
     v_row,
-    features_stream,
-    features_half,
+    table_row,
+    mean_sequence,
+    mean_head,
+    mean_block,
+    mean_row,
     capacity,
     splits,
     parts,
@@ -137,6 +174,8 @@ def score_kernel(
     DIM_PAD: tl.constexpr,
     VALUE_DIM: tl.constexpr,
     VALUE_PAD: tl.constexpr,
+    SPREAD: tl.constexpr,
+    SPREAD_PAD: tl.constexpr,
     CHUNK: tl.constexpr,
     WINDOW: tl.constexpr,
     PAGE: tl.constexpr,
@@ -146,22 +185,25 @@ def score_kernel(
     BLOCK_NEAR: tl.constexpr,
     BLOCK_PAGES: tl.constexpr,
     CAP: tl.constexpr,
+    PAGED: tl.constexpr,
 ):
     """Near field and page scores, cut into steps that are dealt to ``splits`` programs.
 
-    Grid: (splits, streams * blocks of queries). Writes, all float32 in log2 units: scores (streams,
-    pages, queries, heads); sums (streams, splits, queries, heads), the program's log-sum-exp of scores;
-    and the near field's partial results (streams, parts, queries, heads[, VALUE_DIM]).
+    Grid: (splits, streams * blocks of queries). Spreads lie as means do. Writes, all float32 in log2
+    units: scores (streams, pages, queries, heads); sums (streams, splits, queries, heads), the program's
+    log-sum-exp of scores; and the near field's partial results (streams, parts, queries, heads[, VALUE_DIM]).
     """
     stream, _, length, row, head, closed, live = rows_of(
         lengths_ptr, dense_until, KV_HEADS, HEADS, HEADS_PAD, ROWS, ROWS_PAD, ROWS_BLOCK, CHUNK, WINDOW
     )
+    sequence, kv_head = stream // KV_HEADS, stream % KV_HEADS
+    entry = sequence * table_row
     rows: tl.constexpr = ROWS_PAD * HEADS_PAD
     per_chunk: tl.constexpr = CHUNK // PAGE
     split = tl.program_id(0)
     most = tl.max(closed, 0)
     begin = tl.min(tl.where(live, closed, most), 0) * CHUNK
-    end = tl.minimum(tl.max(tl.where(live, length + row, 0), 0) + 1, capacity)
+    end = tl.minimum(tl.max(tl.where(live, length + row, -1), 0) + 1, capacity)
     pages = most * per_chunk
     near_steps = (end - begin + BLOCK_NEAR - 1) // BLOCK_NEAR
     steps = near_steps + (pages + BLOCK_PAGES - 1) // BLOCK_PAGES
@@ -178,15 +220,20 @@ def score_kernel(
     factor = scale * LOG2E
     if CAP:
         factor = 1.0
-    k_base = k_ptr + stream * k_stream
-    v_base = v_ptr + stream * v_stream
+    k_base = k_ptr + sequence * k_sequence + kv_head * k_head
+    v_base = v_ptr + sequence * v_sequence + kv_head * v_head
     near_last = tl.minimum(last_step, near_steps)
     for step in range(first_step, near_last):
         # Keys of the open chunk, this call's own among them, lie in order of position; all others
         # precede the queries. So a slot's number says whether a query may see it.
-        key = begin + step * BLOCK_NEAR + tl.arange(0, BLOCK_NEAR)
-        k = load_rows(k_base, key, k_row, key < end, DIM, DIM_PAD, True)
-        v = load_rows(v_base, key, v_row, key < end, VALUE_DIM, VALUE_PAD, True)
+        first_key = begin + step * BLOCK_NEAR
+        key = first_key + tl.arange(0, BLOCK_NEAR)
+        chunk = first_key // CHUNK if CHUNK % BLOCK_NEAR == 0 else tl.minimum(key, end - 1) // CHUNK
+        block = block_of(table_ptr, entry, chunk, PAGED)
+        slot = (key % CHUNK).to(tl.int64)
+        k_cells, v_cells = block * k_block + slot * k_row, block * v_block + slot * v_row
+        k = load_rows(k_base, k_cells, 1, key < end, DIM, DIM_PAD, True)
+        v = load_rows(v_base, v_cells, 1, key < end, VALUE_DIM, VALUE_PAD, True)
         products = tl.dot(q, tl.trans(k), input_precision=EXACT)
         products = cap_logits(products, scale, softcap, CAP)
         visible = (key[None, :] >= (closed * CHUNK)[:, None]) & (key[None, :] <= (length + row)[:, None])
@@ -197,17 +244,20 @@ def score_kernel(
 
     top = tl.full([rows], FLOOR, tl.float32)
     total = tl.zeros([rows], tl.float32)
-    squares = scaled_squares(q, scale)
-    base = features_ptr + stream * features_stream
+    squares = pooled_squares(q, scale, DIM, SPREAD, SPREAD_PAD)
+    mean_base = mean_ptr + sequence * mean_sequence + kv_head * mean_head
+    spread_base = spread_ptr + sequence * mean_sequence + kv_head * mean_head
     scores_base = scores_ptr + stream * (capacity // PAGE) * ROWS * HEADS
     index = tl.arange(0, BLOCK_PAGES * BALLS_PAD)
     for step in range(tl.maximum(first_step, near_steps) - near_steps, last_step - near_steps):
         page = step * BLOCK_PAGES + tl.arange(0, BLOCK_PAGES)
         ball_page = step * BLOCK_PAGES + index // BALLS_PAD
         present = (index % BALLS_PAD < BALLS) & (ball_page < pages)
-        ball = ball_page * BALLS + index % BALLS_PAD
-        mean = load_rows(base, ball, DIM, present, DIM, DIM_PAD, True)
-        spread = load_rows(base + features_half, ball, DIM, present, DIM, DIM_PAD, True)
+        block = block_of(table_ptr, entry, tl.minimum(ball_page, pages - 1) // per_chunk, PAGED)
+        ball = ball_page % per_chunk * BALLS + index % BALLS_PAD
+        cells = block * mean_block + ball.to(tl.int64) * mean_row
+        mean = load_rows(mean_base, cells, 1, present, DIM, DIM_PAD, True)
+        spread = load_rows(spread_base, cells, 1, present, SPREAD, SPREAD_PAD, True)
         scores = ball_scores(q, squares, mean, spread, scale, softcap, LOG2_BALL, CAP)
         if BALLS > 1:
             scores = tl.where(present[None, :], scores, FLOOR)

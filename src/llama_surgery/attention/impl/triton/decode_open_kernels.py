@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from llama_surgery.attention.impl.triton.decode_kernels import rows_of, store_part
+from llama_surgery.attention.impl.triton.decode_kernels import block_of, rows_of, store_part
 from llama_surgery.attention.impl.triton.helpers import (
     EXACT,
     FLOOR,
@@ -25,6 +25,7 @@ def open_kernel(
     k_ptr,
     v_ptr,
     lengths_ptr,
+    table_ptr,
     sink_page_ptr,
     sink_ptr,
     scores_ptr,
@@ -35,10 +36,18 @@ def open_kernel(
     q_stream,
     q_head,
     q_row,
-    k_stream,
+    k_sequence,
+    k_head,
+    k_block,
     k_row,
-    v_stream,
+    v_sequence,
+    v_head,
+    v_block,
     v_row,
+    table_row,
+    sink_page_sequence,
+    sink_page_head,
+    sink_page_block,
     capacity,
     splits,
     far_splits,
@@ -63,6 +72,7 @@ def open_kernel(
     SPLITS_PAD: tl.constexpr,
     SINK: tl.constexpr,
     CAP: tl.constexpr,
+    PAGED: tl.constexpr,
 ):
     """Open pages by their shares and attend to them; every program takes each ``far_splits``-th page.
 
@@ -73,6 +83,8 @@ def open_kernel(
     stream, first, length, row, head, closed, live = rows_of(
         lengths_ptr, dense_until, KV_HEADS, HEADS, HEADS_PAD, ROWS, ROWS_PAD, ROWS_BLOCK, CHUNK, WINDOW
     )
+    sequence, kv_head = stream // KV_HEADS, stream % KV_HEADS
+    entry = sequence * table_row
     rows: tl.constexpr = ROWS_PAD * HEADS_PAD
     per_chunk: tl.constexpr = CHUNK // PAGE
     split = tl.program_id(0)
@@ -95,10 +107,11 @@ def open_kernel(
         factor = scale * LOG2E
         if CAP:
             factor = 1.0
-        k_base = k_ptr + stream * k_stream
-        v_base = v_ptr + stream * v_stream
+        k_base = k_ptr + sequence * k_sequence + kv_head * k_head
+        v_base = v_ptr + sequence * v_sequence + kv_head * v_head
         scores_base = scores_ptr + stream * (capacity // PAGE) * ROWS * HEADS
-        sink_page = tl.load(sink_page_ptr + stream)
+        sink_page_ptr += sequence * sink_page_sequence + kv_head * sink_page_head
+        sink_page = tl.load(sink_page_ptr + block_of(table_ptr, entry, 0, PAGED) * sink_page_block)
         far = closed_chunks(length + first + query, CHUNK, WINDOW, dense_until) * per_chunk
         far = tl.where(is_query, far, 0)
         place = tl.arange(0, WORD)
@@ -118,6 +131,8 @@ def open_kernel(
             opened_pages += tl.sum(opened, 0).to(tl.int32)
             read_pages += count
             bits = tl.sum(some * bit, 0)
+            if PAGED:  # looked up here: in the loop below its loads would wait for those of the table
+                blocks = tl.load(table_ptr + entry + tl.minimum(page, pages - 1) // per_chunk)
             row_bits = tl.sum(opened * bit[:, None], 0)
             row_bits = tl.reshape(tl.broadcast_to(row_bits[:, None], [ROWS_PAD, HEADS_PAD]), [rows])
             for step in range(0, count * pieces):
@@ -127,11 +142,16 @@ def open_kernel(
                 piece = step % pieces
                 bits = tl.where(piece == pieces - 1, bits ^ lowest, bits)
                 within = piece * BLOCK_KEYS + tl.arange(0, BLOCK_KEYS)
-                slot = (split + (word + at) * far_splits) * PAGE + within
-                k = load_rows(k_base, slot, k_row, within < PAGE, DIM, DIM_PAD, PAGE % BLOCK_KEYS != 0)
-                v = load_rows(
-                    v_base, slot, v_row, within < PAGE, VALUE_DIM, VALUE_PAD, PAGE % BLOCK_KEYS != 0
-                )
+                at_page = split + (word + at) * far_splits
+                if PAGED:
+                    block = tl.sum(tl.where(place == at, blocks, 0), 0).to(tl.int64)
+                else:
+                    block = (at_page // per_chunk).to(tl.int64)
+                slot = (at_page % per_chunk * PAGE + within).to(tl.int64)
+                k_cells, v_cells = block * k_block + slot * k_row, block * v_block + slot * v_row
+                partial: tl.constexpr = PAGE % BLOCK_KEYS != 0
+                k = load_rows(k_base, k_cells, 1, within < PAGE, DIM, DIM_PAD, partial)
+                v = load_rows(v_base, v_cells, 1, within < PAGE, VALUE_DIM, VALUE_PAD, partial)
                 products = tl.dot(q, tl.trans(k), input_precision=EXACT)
                 products = cap_logits(products, scale, softcap, CAP)
                 if PAGE % BLOCK_KEYS != 0:
@@ -222,6 +242,8 @@ def merge_kernel(
     total = tl.sum(tl.exp2(lse - peak), 0)
     if SINK:
         total += tl.exp2(sink - peak)
+    # A row that only pads the batch saw nothing.
+    total = tl.where(total > 0.0, total, 1.0)
     column = tl.arange(0, VALUE_PAD)
     out = tl.zeros([VALUE_PAD], tl.float32)
     for first in range(0, parts, BLOCK):

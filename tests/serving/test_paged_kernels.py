@@ -1,0 +1,164 @@
+"""Kernels on an engine's caches say what plain PyTorch says: shuffled tables, any strides, shared blocks."""
+
+import dataclasses
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from llama_surgery.config import SurgeryConfig
+from llama_surgery.errors import SurgeryError
+from llama_surgery.serving.paged import PagedStates, attend_paged, side_bytes
+from llama_surgery.serving.paged_kernels import KernelStates, attend_piece, decode_rows, kernel_side_bytes
+from llama_surgery.topology.router import PageRouter
+
+KV_HEADS, GROUP, DIM = 2, 3, 16
+SCALE = 0.3
+CONFIG = SurgeryConfig(chunk_size=64, page_size=16, window=32, tile=8, theta=0.05, theta_decode=0.02)
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@dataclasses.dataclass
+class Served:
+    """Caches with sequences of ``lengths`` tokens in them."""
+
+    cache: KernelStates
+    lengths: list[int]
+    tables: torch.Tensor  # (sequences, chunks) int32
+
+    def blocks(self, index: int) -> torch.Tensor:
+        chunks = -(-self.lengths[index] // self.cache.config.chunk_size)
+        return self.tables[index, :chunks].long()
+
+    def oracle(self, queries: torch.Tensor, index: int) -> torch.Tensor:
+        """The last row's attention in plain PyTorch."""
+        last, rows = self.lengths[index], queries[index].view(KV_HEADS, GROUP, 1, DIM)
+        part = (last - 1, last, 1)
+        result = attend_paged(rows, self.cache, self.blocks(index), part, last, scale=SCALE)
+        return result.out.reshape(-1, DIM)
+
+
+def serve(config: SurgeryConfig, lengths: list[int], shared: int = 0) -> Served:
+    """Fill poisoned caches whose strides are an engine's; the first ``shared`` blocks belong to all."""
+    generator = torch.Generator().manual_seed(sum(lengths))
+    size, most = config.chunk_size, max(lengths)
+    chunks = [-(-n // size) for n in lengths]
+    count = 1 + sum(chunks)
+    nan, width = float("nan"), kernel_side_bytes(config, DIM, torch.float32) // 4
+    # The engine keeps a block's rows before its heads, and pages of other layers between two blocks.
+    states = torch.full((count, 3, size, KV_HEADS, 2 * DIM), nan, device=DEVICE)[:, 1].transpose(1, 2)
+    side = torch.full((count, 2, KV_HEADS, width + 16), nan, device=DEVICE)[:, 0]
+    cache = KernelStates(states, side, config)
+    numbers = torch.randperm(count - 1, generator=generator) + 1  # block 0 is nobody's
+    tables = torch.full((len(lengths), max(chunks) + 1), 2**30, dtype=torch.int32)
+    draw = torch.randn(2, most, KV_HEADS, DIM, generator=generator)
+    for index, length in enumerate(lengths):
+        mine, numbers = numbers[: chunks[index]], numbers[chunks[index] :]
+        tables[index, : chunks[index]] = mine
+        tables[index, :shared] = tables[0, :shared]
+        rows = torch.randn(2, length, KV_HEADS, DIM, generator=generator)
+        rows[:, : shared * size] = draw[:, : shared * size]
+        at = torch.arange(length)
+        slots = tables[index, at // size].long() * size + at % size
+        cache.write(*rows.to(DEVICE), slots.to(DEVICE))
+        new = slice(shared if index else 0, length // size)
+        cache.fill(tables[index, new].long().to(DEVICE))
+    return Served(cache, lengths, tables.to(DEVICE))
+
+
+def queries_for(served: Served) -> torch.Tensor:
+    shape = (len(served.lengths), KV_HEADS * GROUP, DIM)
+    return (3 * torch.randn(shape, generator=torch.Generator().manual_seed(1))).to(DEVICE)
+
+
+def positions_of(served: Served) -> torch.Tensor:
+    return torch.tensor(served.lengths, dtype=torch.int32, device=DEVICE) - 1
+
+
+def check(config: SurgeryConfig, lengths: list[int], shared: int = 0) -> torch.Tensor:
+    """Decode rows equal the oracle; pages opened and read."""
+    served = serve(config, lengths, shared)
+    queries, tally = queries_for(served), torch.zeros(2, KV_HEADS, dtype=torch.int64, device=DEVICE)
+    got = decode_rows(queries, served.cache, served.tables, positions_of(served), scale=SCALE, tally=tally)
+    for index in range(len(lengths)):
+        torch.testing.assert_close(got[index], served.oracle(queries, index), rtol=3e-5, atol=3e-5)
+    return tally
+
+
+class TestDecodeRows:
+    def test_a_ragged_batch_with_a_shared_prefix(self) -> None:
+        # A first token, rows that fill a chunk and that begin one, chunks that just closed.
+        tally = check(CONFIG, [300, 128, 129, 333, 191, 192], shared=2)
+        assert (tally > 0).all()
+        check(CONFIG, [1, 63, 64, 65, 95, 96, 97, 420])
+
+    @pytest.mark.parametrize(
+        "change",
+        [
+            {"moment_size": 4},
+            {"variance_pool": 4},
+            {"variance_pool": 4, "moment_size": 16, "coarse_totals": True},
+            {"chunk_size": 216, "page_size": 24, "window": 24, "tile": 12, "arity": 3, "moment_size": 8},
+            {"topology": "dense"},
+            {"dense_until": 160},
+            {"theta": 0.0, "theta_decode": 0.0},
+        ],
+        ids=str,
+    )
+    def test_configurations(self, change: dict[str, object]) -> None:
+        check(dataclasses.replace(CONFIG, **change), [150, 460])  # type: ignore[arg-type]
+
+    def test_padding_of_the_batch_is_zero(self) -> None:
+        served = serve(CONFIG, [200, 1])
+        tables, positions = served.tables.clone(), positions_of(served)
+        tables[1], positions[1] = 0, -1  # block 0 holds NaN
+        got = decode_rows(queries_for(served), served.cache, tables, positions)
+        assert not got[1].any() and got[0].isfinite().all() and got[0].any()
+
+    def test_what_does_not_fit_is_refused(self) -> None:
+        served = serve(CONFIG, [70])
+        queries, positions = queries_for(served), positions_of(served)
+        with pytest.raises(SurgeryError, match=r"tables .*int64: expected"):
+            decode_rows(queries, served.cache, served.tables.long(), positions)
+        with pytest.raises(SurgeryError, match=r"positions \(2,\)"):
+            decode_rows(queries, served.cache, served.tables, positions.repeat(2))
+        with pytest.raises(SurgeryError, match="5 query heads for 2"):
+            decode_rows(queries[:, :5], served.cache, served.tables, positions)
+        with pytest.raises(SurgeryError, match="learned corrections"):
+            served.cache.fill(served.blocks(0)[:1], PageRouter())
+
+
+@pytest.mark.parametrize("pool", [1, 4])
+@pytest.mark.parametrize("part", [(0, 40, 8), (232, 290, 8), (296, 300, 1)])
+def test_pieces_of_prompts(part: tuple[int, int, int], pool: int) -> None:
+    config = dataclasses.replace(CONFIG, variance_pool=pool)
+    served = serve(config, [300])
+    shape = (KV_HEADS, GROUP, part[1] - part[0], DIM)
+    queries = (3 * torch.randn(shape, generator=torch.Generator().manual_seed(2))).to(DEVICE)
+    arguments = (queries, served.cache, served.blocks(0), part, 300)
+    got, want = attend_piece(*arguments, scale=SCALE), attend_paged(*arguments, scale=SCALE)
+    torch.testing.assert_close(got.out, want.out, rtol=3e-5, atol=3e-5)
+    torch.testing.assert_close(got.lse, want.lse, rtol=3e-5, atol=3e-5)
+
+
+def test_side_caches_agree_and_cost_what_is_said() -> None:
+    """The same chunks in both kinds of side cache, in half precision too."""
+    served = serve(CONFIG, [150])
+    plain = PagedStates(
+        served.cache.states,
+        torch.zeros(len(served.cache.states), KV_HEADS, side_bytes(CONFIG, DIM) // 4, device=DEVICE),
+        CONFIG,
+    )
+    blocks = served.blocks(0)[:2]
+    states, order = served.cache.states.clone(), served.cache.order(blocks)
+    served.cache.states[blocks] = served.cache.near(blocks, 2).unflatten(1, (2, -1)).transpose(0, 1)
+    plain.fill(blocks, None)
+    assert torch.equal(plain.states[blocks], states[blocks]) and torch.equal(plain.order(blocks), order)
+    ours, theirs = served.cache.layout(blocks).moments, plain.layout(blocks).moments
+    torch.testing.assert_close(ours.mean, theirs.mean)
+    torch.testing.assert_close(ours.variance, theirs.variance)
+    config = SurgeryConfig()
+    half = kernel_side_bytes(config, 128, torch.bfloat16)
+    assert half % 64 == 0 and half < side_bytes(config, 128) * 0.6
+    assert kernel_side_bytes(dataclasses.replace(config, variance_pool=8), 128, torch.bfloat16) < 0.6 * half
