@@ -191,9 +191,7 @@ def check(setting: Setting, layer: Layer, result: DecodeResult, samples: int = 4
 def check_dense(setting: Setting, layer: Layer, out: torch.Tensor) -> None:
     """A rival's output (streams, heads, DIM) of a single row, against float32."""
     for stream in range(0, len(layer.pages), max(1, len(layer.pages) // 2)):
-        k, v = (
-            by_slot(x)[stream, : setting.length].float() for x in (layer.cache.keys, layer.cache.values)
-        )
+        k, v = (by_slot(x)[stream, : setting.length].float() for x in (layer.cache.keys, layer.cache.values))
         q = layer.queries[stream, :, 0].float()
         exact = (q @ k.T * DIM**-0.5).softmax(-1) @ v
         error = float((out[stream].float() - exact).norm() / exact.norm())

@@ -4,7 +4,7 @@ Row m of a matrix tile is head ``m % HEADS_PAD`` of query ``m // HEADS_PAD`` of 
 queries. Query r of a stream is at position ``length + r`` and is a tile of its own. Grids follow from the
 cache's capacity; what a program does follows from the length it reads, so that a launch can be captured.
 
-A cache lies in blocks of one chunk. ``_sequence``, ``_head``, ``_block`` and ``_row`` are elements of a tensor
+A cache lies in blocks of one chunk. ``_sequence``, ``_head``, ``_block`` and ``_row`` are a tensor's elements
 from one sequence, KV head, block and row of a block to the next. With PAGED a table says which block holds a
 sequence's chunk; without, chunk and block are one.
 """
