@@ -14,10 +14,10 @@ def summary(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention over the pages that rows do not see, each ball a single key.
 
-    A ball's logit is its score, which estimates the log of what its keys weigh together, and its value is the
-    mean of theirs. With ``chunk`` the unseen pages of a chunk are one key of their joint weight, whose value
-    is the mean of the whole chunk. Where a row sees everything nothing needs standing in for: the log-sum-exp
-    is -inf.
+    A ball's logit is the log of what its keys are expected to weigh together
+    (:meth:`~llama_surgery.topology.selection.Scorer.weights`), and its value is the mean of theirs. With
+    ``chunk`` the unseen pages of a chunk are one key of their joint weight, whose value is the mean of the
+    whole chunk. Where a row sees everything nothing needs standing in for: the log-sum-exp is -inf.
 
     Args:
         queries: (streams, heads, rows, head_dim), the rows of the plan's block.
@@ -31,7 +31,7 @@ def summary(
     """
     heads, rows = queries.shape[1:3]
     pages = plan.block.closed * config.pages_per_chunk
-    scores = scorer(queries.flatten(1, 2), layout.moments.first(pages * config.balls_per_page))
+    scores = scorer.weights(queries.flatten(1, 2), layout.moments.first(pages * config.balls_per_page))
     seen, size = page_mask(plan, pages), config.page_size
     if config.summary == "ball":
         seen, size = seen.repeat_interleave(config.balls_per_page, -1), config.ball_size

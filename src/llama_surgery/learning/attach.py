@@ -109,7 +109,7 @@ def gates_in(model: torch.nn.Module, gates: Gates) -> Iterator[None]:
         )
     modules = attention_modules(inner)
     norms: dict[int, torch.Tensor] = {}
-    handles = [_watch_residual(inner, index, module, norms) for index, module in modules.items()]
+    handles = [watch_residual(inner, index, module, norms) for index, module in modules.items()]
     operated = {id(module): index for index, module in modules.items()}
     AttentionInterface.register(NAME, functools.partial(_attention, base, gates, operated, norms))
     AttentionMaskInterface.register(NAME, functools.partial(surgery_mask, base))
@@ -124,10 +124,13 @@ def gates_in(model: torch.nn.Module, gates: Gates) -> Iterator[None]:
             handle.remove()
 
 
-def _watch_residual(
+def watch_residual(
     inner: torch.nn.Module, index: int, module: torch.nn.Module, norms: dict[int, torch.Tensor]
 ) -> Any:
-    """Note the mean square of what enters the decoder layer around ``module``: errors are relative to it."""
+    """Note the mean square of what enters the decoder layer around ``module``: errors are relative to it.
+
+    ``norms[index]`` becomes (batch,), float32.
+    """
     layer = next(
         (m for m in inner.modules() if m is not module and any(child is module for child in m.children())),
         None,
@@ -137,7 +140,7 @@ def _watch_residual(
 
     def note(_: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         hidden = args[0] if args else kwargs["hidden_states"]
-        norms[index] = hidden.detach().float().square().sum(-1).mean()
+        norms[index] = hidden.detach().float().square().sum(-1).mean(-1)
 
     return layer.register_forward_pre_hook(note, with_kwargs=True)
 
@@ -158,21 +161,32 @@ def _attention(
     dense = dense_function(base, module)
     if index is None or gates.mode == "dense":
         return dense(module, query, key, value, attention_mask, **keywords)
-    if attention_mask is not None or key.shape[2] != query.shape[2]:
-        raise SurgeryError("learning takes whole windows without padding and without a cache.")
-    if keywords.get("softcap") is not None or keywords.get("s_aux") is not None:
-        raise UnsupportedModelError(
-            f"{type(module).__name__} caps its logits or has attention sinks: learning does not support it."
-        )
+    refuse_unlearnable(module, query, key, attention_mask, keywords)
     scale = keywords.get("scaling") or query.shape[-1] ** -0.5
     router = gates.corrections[str(index)].router()
     if gates.mode == "gated":
         return gated_layer(query, key, value, router, gates, scale).transpose(1, 2), None
     with torch.no_grad():
         returned = dense(module, query, key, value, attention_mask, **keywords)[0]
-    error = _local_error(module, query, key, value, returned, router, gates, scale)
-    gates.reading.errors.append(error / norms[index].to(error.device))
+    error = local_error(projection_of(module), query, key, value, returned, router, gates, scale)
+    gates.reading.errors.append(error / norms[index].mean().to(error.device))
     return returned, None
+
+
+def refuse_unlearnable(
+    module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor, mask: Any, keywords: dict[str, Any]
+) -> None:
+    """
+    Raises:
+        SurgeryError: The call is not of a whole window.
+        UnsupportedModelError: Attention is of a kind that gates do not know.
+    """
+    if mask is not None or key.shape[2] != query.shape[2]:
+        raise SurgeryError("learning takes whole windows without padding and without a cache.")
+    if keywords.get("softcap") is not None or keywords.get("s_aux") is not None:
+        raise UnsupportedModelError(
+            f"{type(module).__name__} caps its logits or has attention sinks: learning does not support it."
+        )
 
 
 def gated_layer(
@@ -203,8 +217,8 @@ def gated_layer(
     return out.to(query.dtype)
 
 
-def _local_error(
-    module: torch.nn.Module,
+def local_error(
+    projection: torch.Tensor | None,
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
@@ -215,7 +229,17 @@ def _local_error(
 ) -> torch.Tensor:
     """Mean squared error of the layer's projected output over sampled tiles.
 
-    ``dense`` is (batch, n, heads, value_dim). Densities are estimated from the sampled tiles of each block.
+    Densities are estimated from the sampled tiles of each block and added to ``gates.reading``.
+
+    Args:
+        projection: (hidden, heads * value_dim) weight of the output projection; None to compare unprojected.
+        query: (batch, heads, n, head_dim).
+        key: (batch, kv_heads, n, head_dim).
+        value: (batch, kv_heads, n, value_dim).
+        dense: (batch, n, heads, value_dim), the dense layer's output.
+        router: The layer's corrections, with gradient.
+        gates: θ, homotopy, geometry and the generator that chooses tiles.
+        scale: Scaling of q·k.
     """
     layer = _Layer.of(query.detach(), key.detach(), value.detach(), router, gates)
     tile, square, count = gates.config.tile, dense.new_zeros((), dtype=torch.float32), 0
@@ -232,18 +256,18 @@ def _local_error(
             out.unflatten(0, (query.shape[0], -1)).flatten(1, 2).transpose(1, 2)
         )  # (batch, rows, heads, dim)
         change = (out - dense[:, position].to(out.dtype)).flatten(2)
-        square = square + _projected(module, change).float().square().sum()
+        if projection is not None:
+            change = change @ projection.to(change.dtype).T
+        square = square + change.float().square().sum()
         count += change.shape[0] * change.shape[1]
     layer.count(gates.reading)
     return square / max(1, count)
 
 
-def _projected(module: torch.nn.Module, change: torch.Tensor) -> torch.Tensor:
-    """``change`` through the output projection, or as it is where the module names it otherwise."""
+def projection_of(module: torch.nn.Module) -> torch.Tensor | None:
+    """Weight of an attention module's output projection, or None where the module names it otherwise."""
     weight = getattr(getattr(module, "o_proj", None), "weight", None)
-    if weight is None:
-        return change
-    return change @ weight.detach().to(change.dtype).T
+    return None if weight is None else weight.detach()
 
 
 @dataclasses.dataclass(frozen=True)

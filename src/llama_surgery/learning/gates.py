@@ -14,7 +14,6 @@ import torch
 
 from llama_surgery.config import SurgeryConfig
 from llama_surgery.learning.soft_tree import Balls
-from llama_surgery.topology.layout import Moments
 from llama_surgery.topology.router import PageRouter
 from llama_surgery.topology.selection import Scorer
 
@@ -107,7 +106,9 @@ def gated_rows(
 
     near_lse = logits[..., far:].masked_fill(hidden, -torch.inf).logsumexp(-1)
     pages = rows.closed * config.pages_per_chunk
-    scores = _ball_scores(queries, balls.moments, router, config, scale, pages)
+    scorer = Scorer(scale, config.alpha, None, router, config.variance_pool)
+    moments = balls.moments.first(pages * config.balls_per_page)
+    scores = scorer(queries.flatten(1, 2), moments).unflatten(1, (heads, count))
     shares = _log_shares(scores, near_lse, pages)
     expected = shares.detach().exp().mean(1)  # (streams, rows, pages)
     if router.offset is not None:
@@ -131,25 +132,12 @@ def gated_rows(
     whole = torch.cat((by_key.to(logits.dtype), causal.expand(streams, -1, -1)), -1)
     logits = logits + whole[:, None]
     if config.summary != "none":
-        means, terms = _summary(values[:, :far], scores, bias, balls, router, rows.closed, config)
+        weights = scorer.weights(queries.flatten(1, 2), moments).unflatten(1, (heads, count))
+        means, terms = _summary(values[:, :far], weights, bias, balls, router, rows.closed, config)
         logits, values = torch.cat((terms.to(logits.dtype), logits), -1), torch.cat((means, values), 1)
     weights = torch.softmax(logits, -1)
     out = (weights.flatten(1, 2) @ values).unflatten(1, (heads, count))
     return Gated(out, soft, hard, slope, lost)
-
-
-def _ball_scores(
-    queries: torch.Tensor,
-    moments: Moments,
-    router: PageRouter,
-    config: SurgeryConfig,
-    scale: float,
-    pages: int,
-) -> torch.Tensor:
-    """(streams, heads, rows, balls) scores of the balls of the first ``pages`` pages."""
-    scorer = Scorer(scale, config.alpha, None, router, config.variance_pool)
-    scores = scorer(queries.flatten(1, 2), moments.first(pages * config.balls_per_page))
-    return scores.unflatten(1, queries.shape[1:3])
 
 
 def _log_shares(scores: torch.Tensor, near_lse: torch.Tensor, pages: int) -> torch.Tensor:
@@ -162,14 +150,17 @@ def _log_shares(scores: torch.Tensor, near_lse: torch.Tensor, pages: int) -> tor
 
 def _summary(
     values: torch.Tensor,
-    scores: torch.Tensor,
+    weights: torch.Tensor,
     bias: torch.Tensor,
     balls: Balls,
     router: PageRouter,
     closed: int,
     config: SurgeryConfig,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean values of what is summarised, and their logits: the score, weighted by how far the page is closed.
+    """Mean values of what is summarised, and their logits, weighted by how far the page is closed.
+
+    Args:
+        weights: (streams, heads, rows, balls), logs of what the balls are expected to weigh.
 
     Returns:
         (streams, terms, value_dim) and (streams, heads, rows, terms), lowered by NOTHING where all is open.
@@ -179,12 +170,12 @@ def _summary(
         bias = bias.repeat_interleave(config.balls_per_page, -1)
     else:
         member = balls.pages(config)[:, :closed]
-        scores = scores.unflatten(-1, (pages, -1)).logsumexp(-1)
+        weights = weights.unflatten(-1, (pages, -1)).logsumexp(-1)
     if router.summary is not None:
-        scores = scores + router.summary.to(scores.dtype)[..., None, None]
+        weights = weights + router.summary.to(weights.dtype)[..., None, None]
     # A bias of b leaves a page's keys e^b of their weight; the summary has the rest, and none where b is 0.
     rest = torch.expm1(bias.where(bias < 0, -1.0)).neg().clamp_min(1e-12)
-    terms = scores + rest.log().masked_fill(bias >= 0, NOTHING).unsqueeze(1)
+    terms = weights + rest.log().masked_fill(bias >= 0, NOTHING).unsqueeze(1)
     chunked = values.unflatten(1, (closed, -1))
     if config.summary == "chunk":
         return chunked.mean(2), terms.unflatten(-1, (closed, -1)).logsumexp(-1)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
 
 from llama_surgery.config import SurgeryConfig
 from llama_surgery.errors import SurgeryError
@@ -75,50 +76,99 @@ def learn(
     Raises:
         SurgeryError: The model cannot be learned on, or the checkpoint is of another run.
     """
-    _check(model, config, windows, settings)
+    check_settings(config, windows, settings)
+    if model.training:
+        raise SurgeryError("the model is in training mode: call model.eval() first.")
     inner = inner_model(model)
     if start is None:
-        modules = attention_modules(inner)
-        shapes = {index: head_shape(inner, module) for index, module in modules.items()}
-        start = Corrections.build(shapes, settings.parts, settings.seed)
+        start = fresh_corrections(inner, settings)
     start = start.to(inner.device)
-    half = inner.dtype == torch.float16
-    state = first_state(start, settings, math.log(config.theta), half)
-    about = {"settings": settings.to_dict(), "config": config.to_dict(), "windows": _digest(windows)}
-    if checkpoint_file is not None:
-        state.load(checkpoint_file, about)
+    state = first_state(start, settings, math.log(config.theta), half=inner.dtype == torch.float16)
     gates = Gates(state.corrections, config, state.price.log_theta, sampled_tiles=settings.sampled_tiles)
-    begun = saved = time.monotonic()
+
+    def measure(number: int) -> torch.Tensor:
+        ids = windows[number][None].to(inner.device)
+        loss = (_divergence if settings.stage == "logits" else _local_loss)(model, ids, settings, gates)
+        soft = gates.reading.soft_density()
+        ((loss.to(soft.device) + state.price.value * soft) * state.scale).backward()
+        return loss.detach()
+
     with frozen(model), gates_in(model, gates):
-        while state.step < settings.steps:
-            measured = _step(model, windows, settings, state, gates)
-            if progress is not None:
-                progress(dataclasses.replace(measured, seconds=time.monotonic() - begun))
-            due = time.monotonic() - saved >= every_seconds or state.step == settings.steps
-            if checkpoint_file is not None and due:
-                state.save(checkpoint_file, about)
-                saved = time.monotonic()
+        run(
+            measure,
+            state,
+            gates,
+            windows,
+            settings,
+            checkpoint_file=checkpoint_file,
+            every_seconds=every_seconds,
+            progress=progress,
+        )
     return state.corrections
 
 
-def _step(
-    model: torch.nn.Module,
+def fresh_corrections(inner: PreTrainedModel, settings: LearningSettings) -> Corrections:
+    """Corrections of a model that are still the training-free topology."""
+    shapes = {index: head_shape(inner, module) for index, module in attention_modules(inner).items()}
+    return Corrections.build(shapes, settings.parts, settings.seed)
+
+
+def run(
+    measure: Callable[[int], torch.Tensor],
+    state: LearningState,
+    gates: Gates,
     windows: torch.Tensor,
+    settings: LearningSettings,
+    *,
+    checkpoint_file: Path | None,
+    every_seconds: float,
+    progress: Callable[[Step], None] | None,
+) -> None:
+    """Take the steps that are left.
+
+    Args:
+        measure: Given the number of a window, computes the loss of ``state.corrections`` there, adds the
+            gradients of ``(loss + price · soft density) · scale`` and fills ``gates.reading``; returns the
+            loss.
+        state: Where to begin, unless the checkpoint file says more; changed.
+        gates: What ``measure`` reads; set anew for every step.
+        windows: (count, length) int64.
+        settings: How.
+        checkpoint_file: Where the state is kept.
+        every_seconds: Time between checkpoints.
+        progress: Told every step.
+
+    Raises:
+        SurgeryError: The checkpoint is of another run.
+    """
+    about = {"settings": settings.to_dict(), "config": gates.config.to_dict(), "windows": _digest(windows)}
+    if checkpoint_file is not None:
+        state.load(checkpoint_file, about)
+    begun = saved = time.monotonic()
+    while state.step < settings.steps:
+        measured = _step(measure, state.step % len(windows), settings, state, gates)
+        if progress is not None:
+            progress(dataclasses.replace(measured, seconds=time.monotonic() - begun))
+        due = time.monotonic() - saved >= every_seconds or state.step == settings.steps
+        if checkpoint_file is not None and due:
+            state.save(checkpoint_file, about)
+            saved = time.monotonic()
+
+
+def _step(
+    measure: Callable[[int], torch.Tensor],
+    number: int,
     settings: LearningSettings,
     state: LearningState,
     gates: Gates,
 ) -> Step:
     """One step: forward, backward, update. What is random in it is a function of seed and step."""
-    ids = windows[state.step % len(windows)][None].to(inner_model(model).device)
-    generator = torch.Generator().manual_seed(settings.seed * 1_000_003 + state.step)
     gates.homotopy = homotopy_at(state.step, settings)
-    gates.log_theta, gates.generator, gates.reading = state.price.log_theta, generator, Reading()
-    loss = (_divergence if settings.stage == "logits" else _local_loss)(model, ids, settings, gates)
-    reading = gates.reading
-    soft = reading.soft_density()
-    objective = loss.to(soft.device) + state.price.value * soft
+    gates.generator = torch.Generator().manual_seed(settings.seed * 1_000_003 + state.step)
+    gates.log_theta, gates.reading = state.price.log_theta, Reading()
     state.optimiser.zero_grad(set_to_none=True)
-    (objective * state.scale).backward()
+    loss = measure(number)
+    reading = gates.reading
     if state.unscale():
         state.price.account(state.offset_gradient(), reading.density_slope())
         state.set_rate(rate_at(state.step, settings))
@@ -129,9 +179,9 @@ def _step(
     state.step += 1
     return Step(
         step=state.step,
-        loss=float(loss.detach()),
+        loss=float(loss),
         density=density,
-        soft_density=float(soft.detach()),
+        soft_density=float(reading.soft_density().detach()),
         mass_lost=reading.mass_lost(),
         theta=math.exp(state.price.log_theta),
         seconds=0.0,
@@ -181,11 +231,11 @@ def _local_loss(
     return torch.stack([error.to(errors[0].device) for error in errors]).mean()
 
 
-def _check(
-    model: torch.nn.Module, config: SurgeryConfig, windows: torch.Tensor, settings: LearningSettings
-) -> None:
-    if model.training:
-        raise SurgeryError("the model is in training mode: call model.eval() first.")
+def check_settings(config: SurgeryConfig, windows: torch.Tensor, settings: LearningSettings) -> None:
+    """
+    Raises:
+        SurgeryError: Configuration, windows and settings do not fit together.
+    """
     if config.theta <= 0 or config.pages_per_row is not None or config.topology != "pages":
         raise SurgeryError(
             "learning starts from pages opened by a threshold: calibrate θ for the density first."

@@ -20,6 +20,8 @@ ShareListener = Callable[[torch.Tensor, Block], None]
 
 #: Share of θ that a ball must promise by its own moments for what it holds to be looked at (coarse to fine).
 CANDIDATE_SHARE = 0.25
+#: Least variance term that a root is taken of: its derivative stays finite.
+_LEAST = 1e-8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,21 +56,56 @@ class Scorer:
         Returns:
             (streams, rows, balls), the moments' dtype.
         """
-        queries = queries.to(moments.mean.dtype) * self.scale
-        spread = queries.square() * (0.5 * self.alpha)
-        if self.router is not None:
-            queries, spread = self.router.weigh(queries, spread)
-        spread = pool_channels(spread, self.pool)
-        variance = pool_channels(moments.variance, self.pool) / self.pool
+        queries, spread, variance = self._factors(queries, moments)
         if self.softcap is None:
             # One matrix product of [q, q²] with [μ, ½σ²].
             features = torch.cat((moments.mean, variance), -1).transpose(1, 2)
             scores = torch.cat((queries, spread), -1) @ features
         else:
-            mean = torch.tanh(queries @ moments.mean.transpose(1, 2) / self.softcap)
-            scores = spread @ variance.transpose(1, 2) * (1 - mean.square()).square()
-            scores = scores + self.softcap * mean
+            scores = torch.add(*self._terms(queries, spread, moments.mean, variance))
         return scores.add_(math.log(moments.size))
+
+    def weights(self, queries: torch.Tensor, moments: Moments) -> torch.Tensor:
+        """Log of what every ball weighs, where it stands in for its keys.
+
+        The score with its variance term t put in bounds: ``log cosh √(2t)``, which is t while that is small
+        and is exact for two equally large groups of keys on both sides of their mean. The second-order term
+        itself grows without end: right for opening a page rather than missing one, but where nothing is
+        opened it gives balls more than their largest key could.
+
+        Args:
+            queries: (streams, rows, head_dim), rows of all heads of the group.
+            moments: Of the balls.
+
+        Returns:
+            (streams, rows, balls), the moments' dtype.
+        """
+        queries, spread, variance = self._factors(queries, moments)
+        mean, variance = self._terms(queries, spread, moments.mean, variance)
+        root = (2 * variance).clamp_min(_LEAST).sqrt()
+        bounded = root + torch.log1p(torch.exp(-2 * root)) - math.log(2)
+        return mean + bounded + math.log(moments.size)
+
+    def _factors(
+        self, queries: torch.Tensor, moments: Moments
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """What multiplies means and variances, with the learned weights of channels, and the variances."""
+        queries = queries.to(moments.mean.dtype) * self.scale
+        spread = queries.square() * (0.5 * self.alpha)
+        if self.router is not None:
+            queries, spread = self.router.weigh(queries, spread)
+        variance = pool_channels(moments.variance, self.pool) / self.pool
+        return queries, pool_channels(spread, self.pool), variance
+
+    def _terms(
+        self, queries: torch.Tensor, spread: torch.Tensor, mean: torch.Tensor, variance: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Mean and variance term of every ball, through the cap if there is one."""
+        linear, quadratic = queries @ mean.transpose(1, 2), spread @ variance.transpose(1, 2)
+        if self.softcap is None:
+            return linear, quadratic
+        capped = torch.tanh(linear / self.softcap)
+        return self.softcap * capped, quadratic * (1 - capped.square()).square()
 
     def largest(self, shares: torch.Tensor) -> torch.Tensor:
         """Log shares (streams, heads, rows, balls), consumed, less the heads' learned offsets: the largest
