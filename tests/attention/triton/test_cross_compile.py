@@ -18,6 +18,7 @@ KERNELS = {
     "attend_kernel",
     "split_kernel",
     "arrange_kernel",
+    "feature_kernel",
     "query_gradient_kernel",
     "near_gradient_kernel",
     "far_gradient_kernel",
@@ -35,6 +36,7 @@ KERNELS = {
 #: Kernels that multiply no matrices.
 WITHOUT_PRODUCTS = {
     "split_kernel",
+    "feature_kernel",
     "arrange_kernel",
     "place_kernel",
     "reader_kernel",

@@ -1,5 +1,8 @@
 """Small pieces that the kernels share. Logits and log-sum-exps inside kernels are in log2 units."""
 
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
 import triton
 import triton.language as tl
 
@@ -14,6 +17,11 @@ FLOOR = tl.constexpr(-1.0e30)
 
 #: A list entry is ``page * ENTRY + first_open``; ``first_open`` fits because tiles hold at most 128 rows.
 ENTRY = tl.constexpr(256)
+
+
+def device_of(tensor: torch.Tensor) -> AbstractContextManager[object]:
+    """Kernels launch on the current device: make it the tensor's."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
 
 
 @triton.jit

@@ -5,13 +5,16 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
+import triton
 
 from llama_surgery.attention.impl.triton import obstacle
+from llama_surgery.attention.impl.triton.feature_kernels import feature_kernel
+from llama_surgery.attention.impl.triton.helpers import device_of
 from llama_surgery.attention.impl.triton.tuning import Tuning, family_of, tuning_for
 from llama_surgery.config import SurgeryConfig
 from llama_surgery.errors import SurgeryError
 from llama_surgery.topology.geometry import closed_chunks
-from llama_surgery.topology.layout import Layout, Moments, merge_moments, pool_channels
+from llama_surgery.topology.layout import Layout, Moments
 
 #: Most bytes that the page lists of one strip of tiles take. A list has room for every closed page, so
 #: that none is ever lost; long calls run in strips to keep that cheap.
@@ -19,6 +22,9 @@ STRIP_BYTES = 1 << 28
 
 #: Squares beyond it would overflow in float16.
 LARGEST_SQUARE = 6.0e4
+
+#: Balls of a program that makes features.
+FEATURE_BALLS = 16
 
 #: A position beyond every text: tiles below it have no far field.
 EVERYWHERE = 2**31 - 1
@@ -182,8 +188,8 @@ def make_levels(moments: Moments, config: SurgeryConfig, dtype: torch.dtype) -> 
     """Steps of selection over the balls of ``moments``."""
 
     def level(page: int, ball: int) -> Level:
-        merged = moments if ball == moments.size else merge_moments(moments, ball // moments.size)
-        return Level(page_features(merged, config.alpha, dtype, config.variance_pool), page, ball)
+        children = ball // moments.size
+        return Level(page_features(moments, config.alpha, dtype, config.variance_pool, children), page, ball)
 
     return tuple(level(page, ball) for page, ball in level_sizes(config))
 
@@ -198,15 +204,44 @@ def level_sizes(config: SurgeryConfig) -> tuple[tuple[int, int], ...]:
     return ((page, ball),)
 
 
-def page_features(moments: Moments, alpha: float, dtype: torch.dtype, pool: int = 1) -> torch.Tensor:
+def page_features(
+    moments: Moments, alpha: float, dtype: torch.dtype, pool: int = 1, children: int = 1
+) -> torch.Tensor:
     """What selection multiplies queries with: (streams, 2, balls, head_dim), μ and α·½·σ².
 
-    With pooled variances (streams, balls, head_dim + head_dim / pool): the two side by side.
+    With pooled variances (streams, balls, head_dim + head_dim / pool): the two side by side. The balls are
+    those of ``moments`` (float32), or parents of ``children`` neighbours each.
+
+    Raises:
+        SurgeryError: ``pool`` does not divide head_dim.
     """
-    spread = (pool_channels(moments.variance, pool) * (0.5 * alpha / pool)).clamp_max(LARGEST_SQUARE)
-    if pool > 1:
-        return torch.cat((moments.mean.to(dtype), spread.to(dtype)), -1)
-    return torch.stack((moments.mean.to(dtype), spread.to(dtype)), 1)
+    means, variances = moments.mean.contiguous(), moments.variance.contiguous()
+    (streams, balls, dim), spread = means.shape, means.shape[-1] // pool
+    if dim % pool:
+        raise SurgeryError(
+            f"variance_pool={pool} does not divide head_dim={dim}: choose an even divisor or 1."
+        )
+    balls //= children
+    shape = (2, balls, dim) if pool == 1 else (balls, dim + spread)
+    features = means.new_empty(streams, *shape, dtype=dtype)
+    with device_of(means):
+        feature_kernel[(triton.cdiv(balls, FEATURE_BALLS), streams)](
+            means,
+            variances,
+            features,
+            means.stride(0),
+            *feature_strides(features, dim),
+            balls,
+            0.5 * alpha,
+            LARGEST_SQUARE,
+            CHILDREN=children,
+            DIM=dim,
+            DIM_PAD=max(16, triton.next_power_of_2(dim)),
+            SPREAD=spread,
+            SPREAD_PAD=max(16, triton.next_power_of_2(spread)),
+            BALLS=FEATURE_BALLS,
+        )
+    return features
 
 
 def moments_from(features: torch.Tensor, config: SurgeryConfig) -> Moments:

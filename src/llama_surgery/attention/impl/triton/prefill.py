@@ -3,7 +3,6 @@
 import dataclasses
 import itertools
 import math
-from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
 import torch
@@ -11,6 +10,7 @@ import triton
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from llama_surgery.attention.impl.triton.attend_kernel import attend_kernel
+from llama_surgery.attention.impl.triton.helpers import device_of
 from llama_surgery.attention.impl.triton.job import Job, Level, Strip, feature_strides, make_job
 from llama_surgery.attention.impl.triton.list_kernels import descend_kernel, list_kernel
 from llama_surgery.attention.impl.triton.select_kernels import totals_kernel
@@ -382,11 +382,6 @@ def _described(states: torch.Tensor, rows: int, dim: int) -> TensorDescriptor:
         if states.data_ptr() % 16:
             states = states.clone()
     return TensorDescriptor.from_tensor(states, [1, rows, dim])
-
-
-def device_of(tensor: torch.Tensor) -> AbstractContextManager[object]:
-    """Kernels launch on the current device: make it the tensor's."""
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
 
 
 def _triangle(n: int) -> int:

@@ -1,0 +1,60 @@
+"""The kernel that turns moments into what selection multiplies queries with."""
+
+import triton
+import triton.language as tl
+
+from llama_surgery.attention.impl.triton.helpers import EXACT, load_rows
+
+
+@triton.jit
+def feature_kernel(
+    mean_ptr,
+    variance_ptr,
+    out_ptr,
+    moment_stream,
+    out_stream,
+    out_row,
+    out_half,
+    balls,
+    half_alpha,
+    largest,
+    CHILDREN: tl.constexpr,
+    DIM: tl.constexpr,
+    DIM_PAD: tl.constexpr,
+    SPREAD: tl.constexpr,
+    SPREAD_PAD: tl.constexpr,
+    BALLS: tl.constexpr,
+):
+    """μ and α·½·σ² of balls of CHILDREN balls each, σ² pooled over DIM / SPREAD channels.
+
+    Moments (streams, balls * CHILDREN, DIM) float32, rows contiguous. Grid: (balls / BALLS rounded up,
+    streams). A parent's variance is the mean of its children's plus the variance of their means.
+    """
+    stream = tl.program_id(1).to(tl.int64)
+    ball = tl.program_id(0) * BALLS + tl.arange(0, BALLS)
+    present = ball < balls
+    means, variances = mean_ptr + stream * moment_stream, variance_ptr + stream * moment_stream
+    mean = tl.zeros([BALLS, DIM_PAD], tl.float32)
+    variance = tl.zeros([BALLS, DIM_PAD], tl.float32)
+    for child in range(CHILDREN):
+        mean += load_rows(means, ball * CHILDREN + child, DIM, present, DIM, DIM_PAD, True)
+        variance += load_rows(variances, ball * CHILDREN + child, DIM, present, DIM, DIM_PAD, True)
+    mean /= CHILDREN
+    if CHILDREN > 1:
+        for child in range(CHILDREN):
+            apart = load_rows(means, ball * CHILDREN + child, DIM, present, DIM, DIM_PAD, True) - mean
+            variance += apart * apart
+    spread = variance * (half_alpha / CHILDREN)
+    channel, group = tl.arange(0, DIM_PAD), tl.arange(0, SPREAD_PAD)
+    if SPREAD < DIM:
+        # As a product with a matrix of ones and zeros: head dims need not be powers of two.
+        member = channel % (DIM // 2) // (DIM // (2 * SPREAD))
+        member = (member[:, None] == group[None, :]) & (channel < DIM)[:, None]
+        spread = tl.dot(spread, member.to(tl.float32), input_precision=EXACT) * (SPREAD / DIM)
+    spread = tl.minimum(spread, largest)
+    row = out_ptr + stream * out_stream + ball.to(tl.int64)[:, None] * out_row
+    dtype = out_ptr.dtype.element_ty
+    tl.store(row + channel[None, :], mean.to(dtype), mask=present[:, None] & (channel < DIM)[None, :])
+    tl.store(
+        row + out_half + group[None, :], spread.to(dtype), mask=present[:, None] & (group < SPREAD)[None, :]
+    )
