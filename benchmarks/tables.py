@@ -150,10 +150,23 @@ def end_to_end() -> str:
     return markdown(names, cells) + f"\n\n{rows[0]['model']}, random weights. {conditions(rows[0])}"
 
 
+def growth() -> str:
+    """Time per token of each part, as a multiple of that at the shortest length."""
+    rows = [row for row in read("growth.csv") if row["far"]]
+    lengths = sorted({int(row["n"]) for row in rows})
+    cells = []
+    for part in dict.fromkeys(row["part"] for row in rows):
+        per_token = {int(r["n"]): float(r["p50_ms"]) / int(r["n"]) for r in rows if r["part"] == part}
+        if lengths[0] in per_token:
+            cells.append([part, *(f"{per_token[n] / per_token[lengths[0]]:.2f}" for n in lengths)])
+    return markdown(("time per token ÷", *map("{:,}".format, lengths)), cells) + f"\n\n{conditions(rows[0])}"
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "results": quality,
     "prefill": prefill,
     "parts": parts,
+    "growth": growth,
     "decode": decode,
     "end-to-end": end_to_end,
 }
