@@ -41,21 +41,21 @@ def plot_end_to_end(rows: list[dict[str, Any]], path: Path) -> None:
 
 def plot_prefill(rows: list[dict[str, Any]], path: Path) -> None:
     """Lines: attention of a prompt against its length, every way of computing it."""
-    _plot_lengths(rows, path, "n", "Attention of a prompt, one layer")
+    _plot_lengths(rows, path, "Attention of a prompt, one layer")
 
 
 def plot_decode(rows: list[dict[str, Any]], path: Path) -> None:
     """Lines: attention of one decode step, batch 1, pages of 64 keys scored as wholes."""
-    chosen = [row for row in rows if row.get("batch") == 1 and row.get("page") == row.get("ball") == 64]
-    _plot_lengths(chosen, path, "length", "Attention of a decode step, one layer, batch 1")
+    chosen = [row for row in rows if row["batch"] == 1 and row["page"] == row["balls"] == 64]
+    _plot_lengths(chosen, path, "Attention of a decode step, one layer, batch 1")
 
 
-def _plot_lengths(rows: list[dict[str, Any]], path: Path, key: str, title: str) -> None:
+def _plot_lengths(rows: list[dict[str, Any]], path: Path, title: str) -> None:
     """One line for each part that was timed at every length, the operated path in colour."""
-    lengths = sorted({row[key] for row in rows})
+    lengths = sorted({row["n"] for row in rows})
     by_part: dict[str, dict[int, float]] = {}
     for row in rows:
-        by_part.setdefault(row["part"], {}).setdefault(row[key], row["p50_ms"])
+        by_part.setdefault(row["part"], {}).setdefault(row["n"], row["p50_ms"])
     lines = {part: found for part, found in by_part.items() if part in LINES}
     if not lines:
         return
