@@ -203,38 +203,37 @@ def comparison_table(results: dict[str, Any]) -> Table:
     table = Table(
         title=f"{settings['model']}, {settings['windows']} windows of {settings['length']:,} tokens, "
         f"{settings['needles']} needles; dense: perplexity {ppl}, needles {right}",
-        caption="* a row of a prompt may see what later rows chose. Needles kept: of those that the dense "
-        "model answered. Intervals are 95%.",
+        caption="* a row of a prompt may see what later rows chose. From: the rule's smallest density. "
+        "Needles kept: of those that the dense model answered. Intervals are 95%.",
         title_justify="left",
         caption_justify="left",
     )
-    for name in ("", "floor", "density", "perplexity ÷ dense", "needles", "needles kept", "decode density"):
-        table.add_column(name, justify="right" if name else "left", no_wrap=True)
+    table.add_column("")
+    for name in ("density", "perplexity ÷ dense", "needles kept", "in decode"):
+        table.add_column(name, justify="right", no_wrap=True)
     before = None
     for row in results["rows"]:
+        name = ""
         if row["form"] != before:
             table.add_section()
-        name = row["title"] + (" *" if row["ahead"] else "") if row["form"] != before else ""
-        floor = f"{row['floor']:.1%}" if row["form"] != before and row["floor"] < 1 else ""
+            name = row["title"] + (" *" if row["ahead"] else "")
+            name += f", from {row['floor']:.1%}" if row["floor"] < 1 else ""
         before = row["form"]
         shown = row["total_density"] or row.get("prefill_density")
         table.add_row(
             escape(name),
-            floor,
             "–" if shown is None else f"{shown:.1%}",
-            _span(row, ("perplexity_ratio", "ratio_low", "ratio_high"), "{:.4f}"),
-            "–" if row.get("needle") is None else f"{row['needle']:.1%}",
-            _span(row, ("needle_kept", "needle_kept_low", "needle_kept_high"), "{:.1%}"),
+            _span(row, "perplexity_ratio", "ratio", "{:.3f}"),
+            _span(row, "needle_kept", "needle_kept", "{:.0%}"),
             "–" if row.get("decode_density") is None else f"{row['decode_density']:.1%}",
         )
     return table
 
 
-def _span(row: dict[str, Any], names: tuple[str, str, str], shape: str) -> str:
-    if row.get(names[0]) is None:
+def _span(row: dict[str, Any], name: str, ends: str, shape: str) -> str:
+    if row.get(name) is None:
         return "–"
-    value, low, high = (shape.format(row[name]) for name in names)
-    return f"{value} ({low} … {high})"
+    return f"{shape} ({shape}–{shape})".format(row[name], row[f"{ends}_low"], row[f"{ends}_high"])
 
 
 def gate(
