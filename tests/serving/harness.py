@@ -57,7 +57,8 @@ class Server:
             *("--enforce-eager", *self.options),
         ]
         environment = {
-            **os.environ,
+            # The interpreter is for tests of the kernels in this process.
+            **{name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"},
             "HF_HUB_OFFLINE": "1",
             "VLLM_NO_USAGE_STATS": "1",
             "DO_NOT_TRACK": "1",

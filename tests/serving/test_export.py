@@ -159,7 +159,7 @@ def test_clear_errors(checkpoint: Path, tmp_path: Path) -> None:
         (None, "no whole 'surgery' block"),
         ({"version": 1}, "no whole 'surgery' block"),
         ({"version": 99, "config": {}}, "version 99"),
-        ({"version": 1, "config": {"backend": "triton"}}, "plain PyTorch"),
+        ({"version": 1, "config": {"backend": "flex"}}, "backend='flex' does not serve"),
     ],
 )
 def test_damaged_blocks(block: Any, message: str) -> None:

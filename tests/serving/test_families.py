@@ -1,5 +1,6 @@
-"""A small random model of every other family behind the server writes what generate() writes."""
+"""Small random models behind the server write what generate() writes: other families, and the kernels."""
 
+import dataclasses
 import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -19,8 +20,16 @@ pytestmark = [pytest.mark.serve, pytest.mark.timeout(1800)]
 CONFIG = SurgeryConfig(chunk_size=64, page_size=16, window=32, tile=16, theta=0.02, theta_decode=0.01)
 
 
-@pytest.mark.parametrize("family", ["Mistral", "Qwen2", "Qwen3"])
-def test_family(family: str, demo_model_path: Path, tmp_path: Path, summary: list[str]) -> None:
+def check(
+    family: str,
+    backend: str,
+    lengths: tuple[int, int, int],
+    demo_model_path: Path,
+    folder: Path,
+    summary: list[str],
+    **environment: str,
+) -> Server:
+    """Serve a model, compare, and stop. ``lengths``: how many prompts, the shortest and the longest."""
     torch.manual_seed(0)
     config = getattr(transformers, f"{family}Config")(
         vocab_size=4096,
@@ -40,18 +49,31 @@ def test_family(family: str, demo_model_path: Path, tmp_path: Path, summary: lis
         for weight in model.parameters():
             if weight.dim() > 1:  # sharp enough to attend unevenly
                 weight.normal_(0, 0.15)
-    source = tmp_path / "source"
+    source = folder / "source"
     model.save_pretrained(source)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(demo_model_path / name, source)
-    served = exported(model, source, tmp_path, CONFIG)
+    served = exported(model, source, folder, dataclasses.replace(CONFIG, backend=backend))  # type: ignore[arg-type]
     reference = Reference(model, torch.randint(1, 4096, (2000,)).tolist(), summary)
-    prompts = reference.prompts(8, 20, 900)
+    prompts = reference.prompts(*lengths)
     want = reference.write(prompts, CONFIG)
-    server = Server(served, tmp_path / "log.txt").start()
+    server = Server(served, folder / "log.txt", **environment).start()
     try:
         with ThreadPoolExecutor(8) as pool:
             got = list(pool.map(lambda prompt: complete(server.client(), prompt), prompts))
     finally:
         server.kill()
-    reference.assert_equal(f"{family}, random weights, 8 at once", prompts, want, got)
+    reference.assert_equal(f"{family}, random weights, backend {backend}, all at once", prompts, want, got)
+    return server
+
+
+@pytest.mark.parametrize("family", ["Mistral", "Qwen2", "Qwen3"])
+def test_family(family: str, demo_model_path: Path, tmp_path: Path, summary: list[str]) -> None:
+    server = check(family, "auto", (8, 20, 900), demo_model_path, tmp_path, summary)
+    assert "2 layers executed by plain PyTorch" in server.text()
+
+
+def test_kernels_read_the_engine_s_cache(demo_model_path: Path, tmp_path: Path, summary: list[str]) -> None:
+    """Under Triton's interpreter, where there is no GPU."""
+    server = check("Llama", "triton", (3, 60, 300), demo_model_path, tmp_path, summary, TRITON_INTERPRET="1")
+    assert "2 layers executed by Triton kernels" in server.text()

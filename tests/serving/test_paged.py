@@ -1,131 +1,20 @@
 """Attention on a paged cache equals the same attention on a contiguous one, whatever the batches were."""
 
-import dataclasses
-
 import pytest
 import torch
-
-from llama_surgery.attention.api import attend
-from llama_surgery.config import SurgeryConfig
-from llama_surgery.serving.paged import (
-    PagedStates,
-    Scheduled,
-    attend_paged,
-    filled_blocks,
-    piece,
-    side_bytes,
+from tests.serving.batches import (
+    CONFIG,
+    DIM,
+    GROUP,
+    KV_HEADS,
+    empty_cache,
+    reference,
+    sequences,
+    step,
 )
-from llama_surgery.surgery.store import SequenceStore
-from llama_surgery.topology.geometry import closed_chunks
+
+from llama_surgery.serving.paged import piece
 from llama_surgery.topology.router import PageRouter
-
-KV_HEADS, GROUP, DIM = 2, 2, 16
-CONFIG = SurgeryConfig(chunk_size=64, page_size=16, window=32, tile=8, theta=0.05, theta_decode=0.02)
-SCALE = DIM**-0.5
-
-
-@dataclasses.dataclass
-class Sequence:
-    """A sequence with its states, its blocks and what attention must give."""
-
-    queries: torch.Tensor  # (kv_heads, group, n, dim)
-    keys: torch.Tensor  # (kv_heads, n, dim)
-    values: torch.Tensor
-    prompt: int
-    blocks: torch.Tensor
-    want: torch.Tensor  # (kv_heads, group, n, dim)
-    done: int = 0
-
-    @property
-    def length(self) -> int:
-        return self.keys.shape[1]
-
-
-def reference(
-    queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, prompt: int, router: PageRouter | None
-) -> torch.Tensor:
-    """As in generate(): the prompt in one call, its incomplete last tile row by row, then decode steps."""
-    outs, length = [], keys.shape[1]
-    border = prompt - prompt % CONFIG.tile
-    parts = [(0, border, CONFIG.tile), *((row, row + 1, 1) for row in range(border, length))]
-    store = SequenceStore(CONFIG)
-    for start, stop, tile in parts:
-        if start == stop:
-            continue
-        since = closed_chunks(start, CONFIG, tile) * CONFIG.chunk_size
-        near = store.append(keys[None, :, start:stop], values[None, :, start:stop], since, router)
-        outs.append(
-            attend(
-                queries[:, :, start:stop],
-                *near,
-                store.layout,
-                config=CONFIG,
-                start=start,
-                tile=tile,
-                router=router,
-            ).out
-        )
-    return torch.cat(outs, 2)
-
-
-def sequences(lengths: list[tuple[int, int]], router: PageRouter | None) -> list[Sequence]:
-    generator = torch.Generator().manual_seed(3)
-    count = sum(-(-length // CONFIG.chunk_size) for _, length in lengths)
-    numbers = torch.randperm(count, generator=generator) + 1  # block 0 is nobody's
-    found = []
-    for prompt, length in lengths:
-        blocks = -(-length // CONFIG.chunk_size)
-        mine, numbers = numbers[:blocks], numbers[blocks:]
-        shape = (KV_HEADS, length, DIM)
-        q = 3 * torch.randn(KV_HEADS, GROUP, length, DIM, generator=generator, dtype=torch.float64)
-        k, v = (torch.randn(shape, generator=generator, dtype=torch.float64) for _ in range(2))
-        found.append(Sequence(q, k, v, prompt, mine, reference(q, k, v, prompt, router)))
-    return found
-
-
-def empty_cache(blocks: int) -> PagedStates:
-    """Poisoned, and with strides that are not those of a contiguous tensor."""
-    nan = float("nan")
-    states = torch.full((blocks, CONFIG.chunk_size, KV_HEADS, 2 * DIM), nan, dtype=torch.float64).transpose(
-        1, 2
-    )
-    side = torch.full((blocks, KV_HEADS, side_bytes(CONFIG, DIM) // 4), nan)
-    return PagedStates(states, side, CONFIG)
-
-
-def step(
-    cache: PagedStates, batch: list[tuple[Sequence, int]], router: PageRouter | None
-) -> list[tuple[Sequence, torch.Tensor]]:
-    """Run one scheduled batch: ``new`` rows of every sequence; their attention."""
-    scheduled, keys, values, slots, row = [], [], [], [], 0
-    for sequence, new in batch:
-        start, stop = sequence.done, sequence.done + new
-        blocks = sequence.blocks[: -(-stop // CONFIG.chunk_size)]
-        scheduled.append(Scheduled(start, stop, row, start < sequence.prompt, blocks))
-        position = torch.arange(start, stop)
-        slots.append(blocks[position // CONFIG.chunk_size] * CONFIG.chunk_size + position % CONFIG.chunk_size)
-        keys.append(sequence.keys[:, start:stop].transpose(0, 1))
-        values.append(sequence.values[:, start:stop].transpose(0, 1))
-        row += new
-    cache.write(torch.cat(keys), torch.cat(values), torch.cat(slots))
-    cache.fill(filled_blocks(scheduled, CONFIG.chunk_size), router)
-    outs = []
-    for (sequence, new), entry in zip(batch, scheduled, strict=True):
-        parts = [
-            attend_paged(
-                sequence.queries[:, :, part[0] : part[1]],
-                cache,
-                entry.blocks,
-                part,
-                entry.stop,
-                scale=SCALE,
-                router=router,
-            ).out
-            for part in entry.parts(CONFIG.tile)
-        ]
-        sequence.done += new
-        outs.append((sequence, torch.cat(parts, 2)))
-    return outs
 
 
 def learned() -> PageRouter:

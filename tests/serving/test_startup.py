@@ -1,5 +1,6 @@
 """Starting: kills and restarts, tensor ranks, and what must stop a start with its reason."""
 
+import dataclasses
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -79,6 +80,16 @@ def refusal(folder: Path, log: Path, *options: str, **environment: str) -> str:
 def test_unsupported_option_stops_the_start(sparse_folder: Path, tmp_path: Path, summary: list[str]) -> None:
     reason = "--kv-cache-dtype fp8: quantised keys and values are not supported"
     assert reason in refusal(sparse_folder, tmp_path / "log.txt", "--kv-cache-dtype", "fp8")
+    summary.append(f"refused at start-up: {reason}")
+
+
+def test_kernels_asked_for_by_name_are_not_replaced(
+    reference: Reference, demo_model_path: Path, tmp_path: Path, summary: list[str]
+) -> None:
+    config = dataclasses.replace(SPARSE, backend="triton")
+    folder = exported(reference.model, demo_model_path, tmp_path, config)
+    reason = "backend='triton' cannot serve this model: it needs a GPU"
+    assert reason in refusal(folder, tmp_path / "log.txt")
     summary.append(f"refused at start-up: {reason}")
 
 

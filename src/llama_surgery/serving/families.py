@@ -43,9 +43,9 @@ def check_servable(config: SurgeryConfig) -> None:
     """
     if config.summary != "none":
         raise SurgeryError(f"summary={config.summary!r}: not served yet. Use an adapter with summary='none'.")
-    if config.backend not in ("auto", "gather"):
+    if config.backend not in ("auto", "gather", "triton"):
         raise SurgeryError(
-            f"backend={config.backend!r}: the server executes plans in plain PyTorch. Use 'auto' or 'gather'."
+            f"backend={config.backend!r} does not serve. Use 'auto', 'gather' (plain PyTorch) or 'triton'."
         )
 
 

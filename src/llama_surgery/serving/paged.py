@@ -18,6 +18,9 @@ from llama_surgery.topology.plan import Plan
 from llama_surgery.topology.router import PageRouter
 from llama_surgery.topology.selection import Scorer, select
 
+#: Position of the first row, one past the position of the last one, queries of a tile.
+Part = tuple[int, int, int]
+
 
 @dataclasses.dataclass(frozen=True)
 class Scheduled:
@@ -37,8 +40,8 @@ class Scheduled:
     prefilling: bool
     blocks: torch.Tensor
 
-    def parts(self, tile: int) -> list[tuple[int, int, int]]:
-        """(first, last, tile) of runs of rows with one tile size.
+    def parts(self, tile: int) -> list[Part]:
+        """Runs of rows with one tile size.
 
         The rows that end a prompt inside a tile are decode steps, as in ``generate()``. A piece of a prompt
         that is not its end must end at a multiple of ``tile``.
@@ -97,11 +100,9 @@ class PagedStates:
         return 2 * self.head_dim * self.config.pages_per_chunk * self.config.balls_per_page
 
     def write(self, keys: torch.Tensor, values: torch.Tensor, slots: torch.Tensor) -> None:
-        """Store (rows, kv_heads, head_dim) at ``slots`` (rows,), block · chunk_size + offset; -1: nowhere."""
-        real = slots >= 0
-        rows = torch.cat((keys, values), -1)[real].to(self.states.dtype)
-        slots, size = slots[real], self.config.chunk_size
-        self.states[slots // size, :, slots % size] = rows
+        """Store (rows, kv_heads, head_dim) at ``slots`` (rows,), block · chunk_size + offset."""
+        size = self.config.chunk_size
+        self.states[slots // size, :, slots % size] = torch.cat((keys, values), -1).to(self.states.dtype)
 
     def fill(self, blocks: torch.Tensor, router: PageRouter | None) -> None:
         """Rewrite full chunks in tree order and keep their order and moments.
@@ -158,7 +159,7 @@ def attend_paged(
     queries: torch.Tensor,
     cache: PagedStates,
     blocks: torch.Tensor,
-    part: tuple[int, int, int],
+    part: Part,
     length: int,
     *,
     scale: float,
@@ -170,7 +171,7 @@ def attend_paged(
         queries: (kv_heads, group, rows, head_dim).
         cache: With all the sequence's keys written and its full chunks in tree order.
         blocks: (chunks,) int64, the sequence's blocks.
-        part: Position of the first row, one past the last one's, and the queries of a tile.
+        part: Which rows.
         length: Tokens of the sequence that are in the cache.
         scale: Scaling of q·k.
         router: Learned corrections of the layer, or None.

@@ -14,7 +14,9 @@ from vllm.v1.attention.backend import (
 )
 
 from llama_surgery.errors import UnsupportedModelError
-from llama_surgery.serving.paged import PagedStates, Scheduled, attend_paged, filled_blocks
+from llama_surgery.serving.execution import Batch
+from llama_surgery.serving.families import read_block
+from llama_surgery.serving.paged import Scheduled
 from llama_surgery.serving.vllm import compat
 from llama_surgery.serving.vllm.counters import report
 
@@ -39,25 +41,23 @@ class SurgeryBackend(AttentionBackend):
 
 @dataclasses.dataclass
 class SurgeryMetadata(AttentionMetadata):
-    """A scheduled batch: prompts' pieces and decode steps mixed, as they come.
+    """What the engine hands to every layer.
 
     Attributes:
-        batch: Its sequences.
-        slots: (rows,) int64: where every row's key and value go, -1 for padding.
-        filled: (n,) int64: blocks whose chunks become full.
+        batch: The scheduled batch.
     """
 
-    batch: list[Scheduled]
-    slots: torch.Tensor
-    filled: torch.Tensor
+    batch: Batch
 
 
 class SurgeryMetadataBuilder(AttentionMetadataBuilder[SurgeryMetadata]):
+    """Sequences and their blocks, out of the engine's description of a step."""
+
     def __init__(
         self, kv_cache_spec: Any, layer_names: list[str], vllm_config: Any, device: torch.device
     ) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
-        self.chunk_size = kv_cache_spec.block_size
+        self.config, _ = read_block(vllm_config.model_config.hf_config.surgery)
 
     def build(
         self,
@@ -66,21 +66,20 @@ class SurgeryMetadataBuilder(AttentionMetadataBuilder[SurgeryMetadata]):
         fast_build: bool = False,
     ) -> SurgeryMetadata:
         """See the engine's builder."""
-        common = common_attn_metadata
-        rows = common.query_start_loc_cpu.tolist()
+        common, size = common_attn_metadata, self.config.chunk_size
+        rows, tables = common.query_start_loc_cpu.tolist(), common.block_table_tensor
         prefilling = common.is_prefilling.tolist()
-        batch = []
+        sequences = []
+        # Rows of the batch that only pad it come last, with no tokens.
         for index, stop in enumerate(compat.sequence_lengths(common)):
             count = rows[index + 1] - rows[index]
-            if count <= 0:  # padding
-                continue
-            chunks = -(-stop // self.chunk_size)
-            blocks = common.block_table_tensor[index, :chunks].long()
-            batch.append(Scheduled(stop - count, stop, rows[index], prefilling[index], blocks))
+            if count <= 0:
+                break
+            blocks = tables[index, : -(-stop // size)].long()
+            sequences.append(Scheduled(stop - count, stop, rows[index], prefilling[index], blocks))
         report()
-        return SurgeryMetadata(
-            batch, common.slot_mapping[: rows[-1]].long(), filled_blocks(batch, self.chunk_size)
-        )
+        slots = common.slot_mapping[: rows[len(sequences)]].long()
+        return SurgeryMetadata(Batch(sequences, tables[: len(sequences)], slots, self.config))
 
 
 class SideBackend(SurgeryBackend):
@@ -139,7 +138,7 @@ class SurgeryImpl(AttentionImpl):
     ) -> torch.Tensor:
         """
         Args:
-            layer: The operated attention layer, with its side cache, corrections and counters.
+            layer: The operated attention layer; ``layer.surgery`` is its :class:`LayerSurgery`.
             query: (rows, heads, head_dim); ``output`` alike.
             key: (rows, kv_heads, head_dim); ``value`` alike.
             kv_cache: (blocks, kv_heads, chunk_size, 2 * head_dim).
@@ -153,21 +152,19 @@ class SurgeryImpl(AttentionImpl):
         if attn_metadata is None:
             return output.zero_()
         surgery = layer.surgery
-        router = surgery.shard.router()
-        cache = PagedStates(kv_cache, surgery.side.kv_cache.flatten(2), surgery.config)
-        rows = len(attn_metadata.slots)
+        batch, router = attn_metadata.batch, surgery.shard.router()
+        cache = surgery.executor.states(kv_cache, surgery.side.kv_cache.flatten(2))
+        rows = len(batch.slots)
         # All keys first: a sequence may share a block that another one fills in this very step.
-        cache.write(key[:rows], value[:rows], attn_metadata.slots)
-        cache.fill(attn_metadata.filled, router)
-        for sequence in attn_metadata.batch:
-            for part in sequence.parts(surgery.config.tile):
-                where = slice(
-                    sequence.row + part[0] - sequence.start, sequence.row + part[1] - sequence.start
-                )
-                heads = query[where].unflatten(1, (self.num_kv_heads, -1)).permute(1, 2, 0, 3)
-                result = attend_paged(
-                    heads, cache, sequence.blocks, part, sequence.stop, scale=self.scale, router=router
-                )
-                output[where] = result.out.permute(2, 0, 1, 3).flatten(1, 2)
-                surgery.counters.add(part[2], result, self.num_kv_heads)
+        cache.write(key[:rows], value[:rows], batch.slots)
+        cache.fill(batch.filled, router)
+        surgery.executor.attend(
+            query[:rows],
+            cache,
+            batch,
+            output[:rows],
+            scale=self.scale,
+            router=router,
+            counters=surgery.counters,
+        )
         return output

@@ -1,6 +1,7 @@
 """Operated attention layers: the engine's own, with another backend, a side cache and corrections."""
 
 import dataclasses
+from collections import Counter
 from typing import Any
 
 import torch
@@ -11,14 +12,13 @@ from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm.model_executor.models.utils import extract_layer_index
 
-from llama_surgery.config import SurgeryConfig
 from llama_surgery.errors import UnsupportedModelError
+from llama_surgery.serving.counting import LayerCounters
+from llama_surgery.serving.execution import Executor, executor_for
 from llama_surgery.serving.families import read_block
-from llama_surgery.serving.paged import side_bytes
 from llama_surgery.serving.sharding import RouterShard
-from llama_surgery.serving.vllm import compat
+from llama_surgery.serving.vllm import compat, counters
 from llama_surgery.serving.vllm.backend import SideBackend, SurgeryBackend
-from llama_surgery.serving.vllm.counters import LayerCounters
 
 logger = init_logger("vllm.llama_surgery")
 
@@ -45,9 +45,9 @@ class SideCache(torch.nn.Module, AttentionLayerBase):
 
 @dataclasses.dataclass(frozen=True)
 class LayerSurgery:
-    """What an operated layer carries: topology, this rank's corrections, side cache and counters."""
+    """What an operated layer carries: its executor, this rank's corrections, side cache and counters."""
 
-    config: SurgeryConfig
+    executor: Executor
     shard: RouterShard
     side: SideCache
     counters: LayerCounters
@@ -62,7 +62,7 @@ def operate_layers(model: torch.nn.Module, vllm_config: Any) -> None:
     config, routers = read_block(vllm_config.model_config.hf_config.surgery)
     context = vllm_config.compilation_config.static_forward_context
     rank, ranks = get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size()
-    operated = 0
+    operated, executors = 0, Counter[tuple[str, str]]()
     for module in list(model.modules()):
         dense = getattr(module, "attn", None)
         if type(dense) is not Attention:
@@ -83,12 +83,22 @@ def operate_layers(model: torch.nn.Module, vllm_config: Any) -> None:
         )
         group, heads = dense.num_heads // dense.num_kv_heads, dense.num_kv_heads
         shard = RouterShard(routers.get(index, []), heads * ranks, group, dense.head_size, rank, ranks)
-        side = SideCache(f"{dense.layer_name}.side", heads, side_bytes(config, dense.head_size))
-        counters = LayerCounters(index, config.page_size, quiet=rank > 0)
+        executor = executor_for(
+            config,
+            dense.head_size,
+            device=vllm_config.device_config.device,
+            dtype=vllm_config.model_config.dtype,
+            cache_dtype=layer.kv_cache_torch_dtype,
+            routed=index in routers,
+        )
+        side = SideCache(f"{dense.layer_name}.side", heads, executor.side_bytes())
+        counted = LayerCounters(config, heads, quiet=rank > 0)
+        counters.register(index, counted)
         module.attn, module.router = layer, shard
         # Not a submodule of the layer: the corrections belong to the attention module, where weights look.
-        layer.__dict__["surgery"] = LayerSurgery(config, shard, side, counters)
+        layer.__dict__["surgery"] = LayerSurgery(executor, shard, side, counted)
         operated += 1
+        executors[executor.name, executor.reason] += 1
     left = [name for name, layer in context.items() if isinstance(layer, Attention)]
     left = [name for name in left if not hasattr(context[name], "surgery")]
     if left or not operated:
@@ -105,3 +115,5 @@ def operate_layers(model: torch.nn.Module, vllm_config: Any) -> None:
         config.theta,
         config.theta_decode,
     )
+    for (name, reason), count in executors.items():
+        logger.info("llama-surgery: %d layers executed by %s%s", count, name, reason and f": {reason}")

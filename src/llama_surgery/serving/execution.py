@@ -1,0 +1,298 @@
+"""Who executes a scheduled batch on the paged cache: plain PyTorch, or the Triton kernels on a GPU."""
+
+import abc
+import dataclasses
+import functools
+from typing import ClassVar
+
+import torch
+
+from llama_surgery.config import SurgeryConfig
+from llama_surgery.errors import SurgeryError
+from llama_surgery.serving.counting import LayerCounters
+from llama_surgery.serving.paged import (
+    PagedStates,
+    Part,
+    Scheduled,
+    attend_paged,
+    filled_blocks,
+    side_bytes,
+)
+from llama_surgery.topology.router import PageRouter
+
+
+@dataclasses.dataclass(frozen=True)
+class SingleRows:
+    """Rows that are tiles of one query, each as a sequence of its own to the decode kernels.
+
+    Attributes:
+        where: (n,) int64, their indices in the batch.
+        tables: (n, chunks) int32, the blocks of every row's sequence.
+        positions: (n,) int32.
+        positions_list: The same on the host.
+    """
+
+    where: torch.Tensor
+    tables: torch.Tensor
+    positions: torch.Tensor
+    positions_list: list[int]
+
+
+@dataclasses.dataclass
+class Batch:
+    """A scheduled batch: prompts' pieces and decode steps mixed, as they come. All layers share it.
+
+    Attributes:
+        sequences: What is computed.
+        tables: (sequences, chunks) int32: their blocks, anything behind a sequence's end.
+        slots: (rows,) int64: where every row's key and value go.
+        config: The topology.
+    """
+
+    sequences: list[Scheduled]
+    tables: torch.Tensor
+    slots: torch.Tensor
+    config: SurgeryConfig
+
+    @functools.cached_property
+    def filled(self) -> torch.Tensor:
+        """(n,) int64: blocks whose chunks become full."""
+        return filled_blocks(self.sequences, self.config.chunk_size)
+
+    @functools.cached_property
+    def parts(self) -> list[tuple[Scheduled, Part]]:
+        """All rows, as runs of one sequence with one tile size."""
+        return [(sequence, part) for sequence in self.sequences for part in sequence.parts(self.config.tile)]
+
+    @functools.cached_property
+    def long_parts(self) -> list[tuple[Scheduled, Part]]:
+        """All rows but :attr:`single_rows`."""
+        return [
+            (sequence, (part[0], self._first_single(sequence, part), part[2]))
+            for sequence, part in self.parts
+            if part[0] < self._first_single(sequence, part)
+        ]
+
+    @functools.cached_property
+    def single_rows(self) -> SingleRows | None:
+        """The rows that the decode kernels can compute, or None where there is none."""
+        where, owners, positions = [], [], []
+        for owner, sequence in enumerate(self.sequences):
+            for part in sequence.parts(self.config.tile):
+                for position in range(self._first_single(sequence, part), part[1]):
+                    where.append(sequence.row + position - sequence.start)
+                    owners.append(owner)
+                    positions.append(position)
+        if not where:
+            return None
+        chunks = max(positions) // self.config.chunk_size + 1
+        rows = torch.tensor([where, owners, positions], device=self.tables.device)
+        tables = self.tables[:, :chunks].index_select(0, rows[1]).int()
+        return SingleRows(rows[0], tables, rows[2].int(), positions)
+
+    def _first_single(self, sequence: Scheduled, part: Part) -> int:
+        """First position of the part's rows that are single ones; the part's end where none is.
+
+        The decode kernels take the keys up to a row's own for the first ones of its chunk. In a chunk that
+        was filled, and so reordered, in this step they are only if the row is its last.
+        """
+        first, last, tile = part
+        if tile > 1 or (sequence.prefilling and self.config.tile == 1):
+            return last
+        if first + 1 == last == sequence.stop:
+            return first
+        size = self.config.chunk_size
+        return min(last, max(first, sequence.stop // size * size))
+
+
+class Executor(abc.ABC):
+    """Attention of an operated layer on the engine's caches.
+
+    Args:
+        config: The topology.
+        head_dim: Of keys and values.
+        dtype: Of keys and values as they are kept.
+        reason: Why not another one, for the log; or empty.
+    """
+
+    name: ClassVar[str]
+
+    def __init__(self, config: SurgeryConfig, head_dim: int, dtype: torch.dtype, reason: str = "") -> None:
+        self.config, self.head_dim, self.dtype, self.reason = config, head_dim, dtype, reason
+
+    @abc.abstractmethod
+    def side_bytes(self) -> int:
+        """Bytes of the side cache for one chunk of one KV head."""
+
+    @abc.abstractmethod
+    def states(self, states: torch.Tensor, side: torch.Tensor) -> PagedStates:
+        """One layer's caches.
+
+        Args:
+            states: (blocks, kv_heads, chunk_size, 2 * head_dim).
+            side: (blocks, kv_heads, side_bytes / 4) float32.
+        """
+
+    @abc.abstractmethod
+    def attend(
+        self,
+        queries: torch.Tensor,
+        cache: PagedStates,
+        batch: Batch,
+        out: torch.Tensor,
+        *,
+        scale: float,
+        router: PageRouter | None,
+        counters: LayerCounters,
+    ) -> None:
+        """Attention of all rows of a batch.
+
+        Args:
+            queries: (rows, heads, head_dim); query heads of a KV head are neighbours.
+            cache: What :meth:`states` gave, with the batch's keys written and its full chunks laid out.
+            batch: The batch.
+            out: (rows, heads, head_dim), written.
+            scale: Scaling of q·k.
+            router: Learned corrections of the layer, or None.
+            counters: Count what is read.
+        """
+
+
+class PlainExecutor(Executor):
+    """Plain PyTorch on any device, one sequence after the other."""
+
+    name = "plain PyTorch"
+
+    def side_bytes(self) -> int:
+        return side_bytes(self.config, self.head_dim)
+
+    def states(self, states: torch.Tensor, side: torch.Tensor) -> PagedStates:
+        return PagedStates(states, side, self.config)
+
+    def attend(
+        self,
+        queries: torch.Tensor,
+        cache: PagedStates,
+        batch: Batch,
+        out: torch.Tensor,
+        *,
+        scale: float,
+        router: PageRouter | None,
+        counters: LayerCounters,
+    ) -> None:
+        for sequence, part in batch.parts:
+            rows = _rows(sequence, part)
+            result = attend_paged(
+                _by_kv_head(queries[rows], cache),
+                cache,
+                sequence.blocks,
+                part,
+                sequence.stop,
+                scale=scale,
+                router=router,
+            )
+            out[rows] = result.out.permute(2, 0, 1, 3).flatten(1, 2)
+            counters.add_part(part, result)
+
+
+class KernelExecutor(Executor):
+    """The Triton kernels: decode rows of all sequences in one call, pieces of prompts one after the other."""
+
+    name = "Triton kernels"
+
+    def side_bytes(self) -> int:
+        from llama_surgery.serving.paged_kernels import kernel_side_bytes
+
+        return kernel_side_bytes(self.config, self.head_dim, self.dtype)
+
+    def states(self, states: torch.Tensor, side: torch.Tensor) -> PagedStates:
+        from llama_surgery.serving.paged_kernels import KernelStates
+
+        return KernelStates(states, side, self.config)
+
+    def attend(
+        self,
+        queries: torch.Tensor,
+        cache: PagedStates,
+        batch: Batch,
+        out: torch.Tensor,
+        *,
+        scale: float,
+        router: PageRouter | None,
+        counters: LayerCounters,
+    ) -> None:
+        from llama_surgery.serving.paged_kernels import KernelStates, attend_piece, decode_rows
+
+        assert isinstance(cache, KernelStates) and router is None
+        for sequence, part in batch.long_parts:
+            rows = _rows(sequence, part)
+            heads = _by_kv_head(queries[rows], cache)
+            result = attend_piece(heads, cache, sequence.blocks, part, sequence.stop, scale=scale)
+            out[rows] = result.out.permute(2, 0, 1, 3).flatten(1, 2)
+            counters.add_part(part, result)
+        single = batch.single_rows
+        if single is not None:
+            tally = counters.tally(out.device)
+            chosen = queries[single.where]
+            out[single.where] = decode_rows(
+                chosen, cache, single.tables, single.positions, scale=scale, tally=tally
+            )
+            counters.add_rows(single.positions_list)
+
+
+def executor_for(
+    config: SurgeryConfig,
+    head_dim: int,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    cache_dtype: torch.dtype,
+    routed: bool,
+) -> Executor:
+    """The executor that ``config.backend`` asks for, or for ``auto`` the fastest that can.
+
+    Args:
+        config: The topology.
+        head_dim: Of keys and values.
+        device: Where the caches are.
+        dtype: Of the queries.
+        cache_dtype: Of keys and values as they are kept.
+        routed: The layer has learned corrections.
+
+    Raises:
+        SurgeryError: The kernels were asked for by name and cannot run the layer.
+    """
+    if config.backend == "gather" or (config.backend == "auto" and device.type != "cuda"):
+        return PlainExecutor(config, head_dim, cache_dtype)
+    problem = _kernel_obstacle(config, torch.empty(1, head_dim, device=device, dtype=dtype))
+    if problem is None and routed:
+        problem = "learned corrections are not in the kernels"
+    if problem is None and dtype != cache_dtype:
+        problem = f"queries are {dtype}, cached keys {cache_dtype}"
+    if problem is None:
+        return KernelExecutor(config, head_dim, cache_dtype)
+    if config.backend == "triton":
+        raise SurgeryError(f"backend='triton' cannot serve this model: {problem}.")
+    return PlainExecutor(config, head_dim, cache_dtype, problem)
+
+
+def _kernel_obstacle(config: SurgeryConfig, queries: torch.Tensor) -> str | None:
+    from llama_surgery.attention.impl import triton
+
+    problem = triton.obstacle(config, queries, queries, config.tile)
+    if problem is not None:
+        return problem
+    from llama_surgery.attention.impl.triton.decode import decode_obstacle
+
+    return decode_obstacle(config, queries, queries)
+
+
+def _rows(sequence: Scheduled, part: Part) -> slice:
+    """Rows of the batch that hold a part of a sequence."""
+    before = sequence.row - sequence.start
+    return slice(before + part[0], before + part[1])
+
+
+def _by_kv_head(queries: torch.Tensor, cache: PagedStates) -> torch.Tensor:
+    """(rows, heads, head_dim) as (kv_heads, group, rows, head_dim)."""
+    return queries.unflatten(1, (cache.states.shape[1], -1)).permute(1, 2, 0, 3)

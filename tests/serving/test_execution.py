@@ -1,0 +1,71 @@
+"""The Triton kernels execute a scheduled batch as plain PyTorch does, and count the same."""
+
+import dataclasses
+
+import pytest
+import torch
+from tests.serving.batches import CONFIG, DIM, KV_HEADS, empty_cache, sequences, step
+
+pytest.importorskip("triton")
+
+from llama_surgery.errors import SurgeryError
+from llama_surgery.serving.counting import LayerCounters
+from llama_surgery.serving.execution import Executor, KernelExecutor, PlainExecutor, executor_for
+from llama_surgery.surgery.statistics import Statistics, summarise
+
+#: (prompt, length) of sequences, and how many of their tokens come in each step. The second one is computed
+#: again after a preemption, from its prompt's end on: a piece of single rows that fills chunks.
+LENGTHS = [(150, 152), (40, 135), (129, 130)]
+STEPS = [(96, 40, 64), (54, 95, 65), (1, 0, 1), (1, 0, 0)]
+
+
+def run(executor: Executor) -> tuple[list[torch.Tensor], LayerCounters, list[torch.Tensor]]:
+    """Attention of every sequence, what was counted, and what it should be."""
+    waiting = sequences(LENGTHS, None)
+    cache = empty_cache(1 + sum(len(s.blocks) for s in waiting), executor)
+    counters = LayerCounters(CONFIG, KV_HEADS)
+    got: dict[int, list[torch.Tensor]] = {id(s): [] for s in waiting}
+    for news in STEPS:
+        batch = [(s, new) for s, new in zip(waiting, news, strict=True) if new]
+        for sequence, out in step(cache, batch, None, executor, counters):
+            got[id(sequence)].append(out)
+    return [torch.cat(parts, 2) for parts in got.values()], counters, [s.want for s in waiting]
+
+
+def statistics(counters: LayerCounters) -> Statistics:
+    return summarise({0: counters.by_tile}, CONFIG.page_size)
+
+
+def test_kernels_do_what_plain_pytorch_does() -> None:
+    got, counted, want = run(KernelExecutor(CONFIG, DIM, torch.float32))
+    _, expected, _ = run(PlainExecutor(CONFIG, DIM, torch.float32))
+    for ours, theirs in zip(got, want, strict=True):
+        torch.testing.assert_close(ours.double(), theirs, rtol=3e-5, atol=3e-5)
+    assert statistics(counted) == statistics(expected)
+    assert counted.dense_rows == expected.dense_rows > 0
+    assert statistics(counted).by_tile.keys() == {"1", "8"} and statistics(counted).pages_read > 0
+
+
+def choose(
+    *, backend: str = "triton", routed: bool = False, cache: torch.dtype = torch.float32, **changes: object
+) -> Executor:
+    config = dataclasses.replace(CONFIG, backend=backend, **changes)  # type: ignore[arg-type]
+    cpu = torch.device("cpu")
+    return executor_for(config, DIM, device=cpu, dtype=torch.float32, cache_dtype=cache, routed=routed)
+
+
+def test_who_executes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Asked for by name, the kernels run or say why they cannot."""
+    assert type(choose(backend="auto")) is PlainExecutor  # no GPU; the interpreter is for tests
+    assert type(choose(backend="gather")) is PlainExecutor
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert type(choose()) is KernelExecutor
+    with pytest.raises(SurgeryError, match="learned corrections are not in the kernels"):
+        choose(routed=True)
+    with pytest.raises(SurgeryError, match=r"queries are torch.float32, cached keys torch.bfloat16"):
+        choose(cache=torch.bfloat16)
+    with pytest.raises(SurgeryError, match="coarse_to_fine"):
+        choose(coarse_to_fine=True)
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    with pytest.raises(SurgeryError, match="cannot serve this model: it needs a GPU"):
+        choose()
