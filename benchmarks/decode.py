@@ -38,6 +38,10 @@ def tune(setting: Setting, seconds: float) -> DecodeTuning:
         "score_warps": (1, 2, 4, 8),
         "score_stages": (1, 2, 3, 4),
         "step_bytes": (1 << 13, 1 << 14, 1 << 15, 1 << 16),
+        "merge_parts": (32, 64, 128),
+        "merge_warps": (4, 8),
+        "most_steps": (4, 8, 16),
+        "most_pages": (32, 64, 128, 256),
     }
     tried = set[DecodeTuning]()
     for name, values in itertools.chain(fields.items(), fields.items()):

@@ -12,6 +12,7 @@ from llama_surgery.attention.impl.triton.decode_cache import DecodeCache
 from llama_surgery.attention.impl.triton.decode_kernels import score_kernel
 from llama_surgery.attention.impl.triton.decode_open_kernels import merge_kernel, open_kernel
 from llama_surgery.attention.impl.triton.decode_tuning import (
+    MERGED_ELEMENTS,
     MOST_ROWS,
     DecodeTuning,
     decode_tuning_for,
@@ -176,12 +177,10 @@ def decode(
             ROWS=rows,
             VALUE_DIM=value_dim,
             VALUE_PAD=shape.value_pad,
-            PARTS_PAD=triton.next_power_of_2(parts),
             FAR_PAD=triton.next_power_of_2(shape.far_splits) if shape.far_splits else 0,
-            BLOCK=32,
             SINK=sink_logit is not None,
             TALLY=tally is not None,
-            num_warps=4,
+            **shape.merge_constants(),
         )
     return result
 
@@ -266,6 +265,12 @@ class _Shape(NamedTuple):
             "num_warps": self.warps(self.tuning.score_warps),
             "num_stages": self.tuning.score_stages,
         }
+
+    def merge_constants(self) -> dict[str, int]:
+        parts_pad = triton.next_power_of_2(self.splits + self.far_splits)
+        fit = max(1, MERGED_ELEMENTS // self.value_pad)
+        block = min(parts_pad, self.tuning.merge_parts, fit)
+        return {"PARTS_PAD": parts_pad, "BLOCK": block, "num_warps": self.tuning.merge_warps}
 
     def open_constants(self, config: SurgeryConfig) -> dict[str, int]:
         page_pad = max(16, triton.next_power_of_2(config.page_size))

@@ -98,31 +98,30 @@ def open_kernel(
     total = tl.zeros([rows], tl.float32)
     acc = tl.zeros([rows, VALUE_PAD], tl.float32)
     if split < pages:
+        # What waits for nothing but the length is asked for first.
+        place = tl.arange(0, WORD)
+        scores_base = scores_ptr + stream * (capacity // PAGE) * ROWS * HEADS
+        score = _scores_of(scores_base, split + place * far_splits, pages, row, head, live, HEADS, ROWS)
+        q_offset = head.to(tl.int64) * q_head + row.to(tl.int64) * q_row
+        q = load_rows(q_ptr + stream * q_stream, q_offset, 1, live, DIM, DIM_PAD, True)
+        sink_page_ptr += sequence * sink_page_sequence + kv_head * sink_page_head
+        sink_page = tl.load(sink_page_ptr + block_of(table_ptr, entry, 0, PAGED) * sink_page_block)
         row_total = _row_totals(
             sums_ptr, part_lse_ptr, sink_ptr, stream, row, head, live, splits, far_splits,
             HEADS, ROWS, SPLITS_PAD, SINK,
         )  # fmt: skip
-        q_offset = head.to(tl.int64) * q_head + row.to(tl.int64) * q_row
-        q = load_rows(q_ptr + stream * q_stream, q_offset, 1, live, DIM, DIM_PAD, True)
         factor = scale * LOG2E
         if CAP:
             factor = 1.0
         k_base = k_ptr + sequence * k_sequence + kv_head * k_head
         v_base = v_ptr + sequence * v_sequence + kv_head * v_head
-        scores_base = scores_ptr + stream * (capacity // PAGE) * ROWS * HEADS
-        sink_page_ptr += sequence * sink_page_sequence + kv_head * sink_page_head
-        sink_page = tl.load(sink_page_ptr + block_of(table_ptr, entry, 0, PAGED) * sink_page_block)
         far = closed_chunks(length + first + query, CHUNK, WINDOW, dense_until) * per_chunk
         far = tl.where(is_query, far, 0)
-        place = tl.arange(0, WORD)
         bit = tl.full([WORD], 1, tl.int64) << place.to(tl.int64)
         pieces: tl.constexpr = (PAGE + BLOCK_KEYS - 1) // BLOCK_KEYS
         mine = (pages - split + far_splits - 1) // far_splits
         for word in range(0, mine, WORD):
             page = split + (word + place) * far_splits
-            score_cells = scores_base + (page[:, None] * ROWS + row[None, :]) * HEADS + head[None, :]
-            wanted = live[None, :] & (page < pages)[:, None]
-            score = tl.load(score_cells, mask=wanted, other=float("-inf"))
             share = tl.reshape(score - row_total[None, :], [WORD, ROWS_PAD, HEADS_PAD])
             opened = (tl.max(share, 2) > log2_bar) | (page == sink_page)[:, None]
             opened = (opened & (page[:, None] < far[None, :])).to(tl.int64)
@@ -160,11 +159,20 @@ def open_kernel(
                 acc, total, top = softmax_step(
                     acc, total, top, products, factor, v, sees, ROWS_BLOCK > 1
                 )  # fmt: skip
+            page = split + (word + WORD + place) * far_splits
+            score = _scores_of(scores_base, page, pages, row, head, live, HEADS, ROWS)
     seen = tl.max(read_pages, 0) > 0
     store_part(part_out_ptr, part_lse_ptr, part, acc, total, top, seen, live, VALUE_DIM, VALUE_PAD)
     counted = ((stream * far_splits + split) * ROWS + first + query) * 2
     tl.store(counts_ptr + counted, opened_pages, mask=is_query)
     tl.store(counts_ptr + counted + 1, read_pages, mask=is_query)
+
+
+@triton.jit
+def _scores_of(base, page, pages, row, head, live, HEADS: tl.constexpr, ROWS: tl.constexpr):
+    """Scores (pages, rows) that the first kernel left, -inf beyond the closed pages."""
+    cells = base + (page[:, None] * ROWS + row[None, :]) * HEADS + head[None, :]
+    return tl.load(cells, mask=live[None, :] & (page < pages)[:, None], other=float("-inf"))
 
 
 @triton.jit

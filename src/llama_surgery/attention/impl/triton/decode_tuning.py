@@ -11,9 +11,11 @@ from llama_surgery.config import SurgeryConfig
 #: Most programs that share the work of one stream in one kernel.
 MOST_SPLITS = 128
 
-#: Closed pages that one program of the second kernel looks through, at least and at most (below
-#: MOST_SPLITS programs).
-FEWEST_PAGES, MOST_PAGES = 16, 64
+#: Closed pages that one program of the second kernel looks through, at least.
+FEWEST_PAGES = 16
+
+#: Elements of partial results (parts x value dim) that one program of the third kernel holds.
+MERGED_ELEMENTS = 1 << 14
 
 #: Most rows (queries x heads) of a matrix tile, unless one query's heads alone are more.
 MOST_ROWS = 64
@@ -27,7 +29,11 @@ class DecodeTuning:
         step_bytes: Bytes of keys and values (or of a ball's moments) of a step.
         score_warps, score_stages: Of the first kernel: near field and scores.
         open_warps, open_stages: Of the second kernel: opened pages.
+        merge_parts, merge_warps: Of the third kernel: partial results of a step, at most.
         programs: Programs per processor that the streams are split into, at least.
+        most_steps: Steps of a program of the first kernel, at most.
+        most_pages: Closed pages that a program of the second kernel looks through, at most. Both bounds hold
+            up to MOST_SPLITS programs a stream; they keep long sequences of a ragged batch from ending last.
     """
 
     step_bytes: int = 1 << 15
@@ -35,7 +41,11 @@ class DecodeTuning:
     score_stages: int = 2
     open_warps: int = 4
     open_stages: int = 3
+    merge_parts: int = 128
+    merge_warps: int = 8
     programs: int = 4
+    most_steps: int = 8
+    most_pages: int = 64
 
     def keys_per_step(self, head_dim: int, value_dim: int, element_size: int) -> int:
         """Keys of a step: a power of two, 16 to 128."""
@@ -76,7 +86,7 @@ def score_splits(units: int, streams: int, processors: int, tuning: DecodeTuning
         units: Most steps that a stream's near field and scores can take.
         streams: Rows of the grid.
     """
-    wanted = math.ceil(tuning.programs * processors / streams)
+    wanted = max(math.ceil(tuning.programs * processors / streams), math.ceil(units / tuning.most_steps))
     return max(1, min(units, wanted, MOST_SPLITS))
 
 
@@ -91,7 +101,7 @@ def open_splits(
     Args:
         pages: Most closed pages.
     """
-    wanted = max(math.ceil(tuning.programs * processors / streams), math.ceil(pages / MOST_PAGES))
+    wanted = max(math.ceil(tuning.programs * processors / streams), math.ceil(pages / tuning.most_pages))
     splits = max(1, min(wanted, math.ceil(pages / FEWEST_PAGES), MOST_SPLITS))
     while math.gcd(splits, config.pages_per_chunk) > 1:
         splits += 1
