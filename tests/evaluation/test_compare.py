@@ -73,7 +73,7 @@ def test_every_form_is_measured_and_merged(comparison, tmp_path: Path, monkeypat
     assert comparison().run(forms)
     results = merge(tmp_path)
     rows = {(row["form"], row["target_density"]): row for row in results["rows"]}
-    assert {form for form, _ in rows} == set(forms) - {"dense"}
+    assert {form for form, _ in rows} == set(forms)
     for form, target in rows:
         row = rows[form, target]
         assert row["model"] == "LlamaForCausalLM" and row["seed"] == 0 and row["needles"] == 2
@@ -82,13 +82,13 @@ def test_every_form_is_measured_and_merged(comparison, tmp_path: Path, monkeypat
         assert row["floor"] <= row["total_density"] * 1.05
         if target < 1 and form not in ("minference", "xattention", "flexprefill"):
             assert row["total_density"] == pytest.approx(0.6, abs=0.1)
-    for form in ("full", "pages"):
+    for form in ("dense", "full", "pages"):
         row = rows[form, 1.0]
         assert row["perplexity_ratio"] == pytest.approx(1, abs=1e-6) and row["needle_changed"] == 0
         assert row["total_density"] == row["prefill_density"] == row["decode_density"] == 1
     # Two blocks of 128, the first and the own one, are all of these windows.
     assert results["floors"].keys() == set(forms) - {"dense", "full", "xattention", "flexprefill"}
-    assert results["rows"][0]["form"] == "pages"
+    assert [row["form"] for row in results["rows"][:2]] == ["dense", "pages"]
 
 
 def test_an_interrupted_run_goes_on(comparison, tiny_llama, tmp_path: Path, monkeypatch) -> None:
@@ -177,6 +177,7 @@ def test_limits_are_held_against_bounds(tmp_path: Path) -> None:
     ]
     assert [told.split(":")[0] for told in loss.failures(1.0, 0.0)] == ["pages at 0.18"] * 2
     assert len(read_losses(path)) == 2
+    assert len(read_losses(results_file(tmp_path / "r.json", target_density=1.0))) == 1
     (unmeasured,) = read_losses(results_file(tmp_path / "r.json", needle_bound=None), "pages")
     assert "was not measured" in unmeasured.failures(None, 0.05)[0]
     (broken,) = read_losses(results_file(tmp_path / "r.json", ratio_high=math.nan), "pages")

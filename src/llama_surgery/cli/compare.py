@@ -188,18 +188,17 @@ def write_comparison(folder: Path) -> dict[str, Any]:
 
     results = merge(folder)
     write_json(folder / "results.json", results)
-    if results["rows"]:
-        write_csv(folder / "comparison.csv", results["rows"])
-        svg = comparison(results["rows"])
-        write_atomically(folder / "comparison.svg", lambda path: path.write_text(svg, encoding="utf-8"))
+    write_csv(folder / "comparison.csv", results["rows"])
+    svg = comparison(results["rows"])
+    write_atomically(folder / "comparison.svg", lambda path: path.write_text(svg, encoding="utf-8"))
     return results
 
 
 def comparison_table(results: dict[str, Any]) -> Table:
     """Every rule at every density."""
-    settings, dense = results["settings"], results["dense"]
-    ppl = "–" if dense["perplexity"] is None else f"{dense['perplexity']:.3f}"
-    right = "–" if dense["needle"] is None else f"{dense['needle'][0]:.1%}"
+    settings, dense = results["settings"], results["rows"][0]
+    ppl = "–" if dense.get("perplexity") is None else f"{dense['perplexity']:.3f}"
+    right = "–" if dense.get("needle") is None else f"{dense['needle']:.1%}"
     table = Table(
         title=f"{settings['model']}, {settings['windows']} windows of {settings['length']:,} tokens, "
         f"{settings['needles']} needles; dense: perplexity {ppl}, needles {right}",
@@ -212,7 +211,7 @@ def comparison_table(results: dict[str, Any]) -> Table:
     for name in ("density", "perplexity ÷ dense", "needles kept", "in decode"):
         table.add_column(name, justify="right", no_wrap=True)
     before = None
-    for row in results["rows"]:
+    for row in results["rows"][1:]:
         name = ""
         if row["form"] != before:
             table.add_section()

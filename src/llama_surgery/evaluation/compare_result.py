@@ -31,9 +31,8 @@ def merge(folder: Path) -> dict[str, Any]:
     """All that is finished in the folder of a comparison, whichever processes measured it.
 
     Returns:
-        ``format``, ``format_version``, ``settings``, ``floors`` (smallest total density by form), ``dense``
-        (``perplexity``, ``needle`` with its 95% interval, and both by variant) and ``rows``: see
-        :func:`_row`. What was not measured is None.
+        ``format``, ``format_version``, ``settings``, ``floors`` (smallest total density by form) and
+        ``rows``, the dense model's first: see :func:`_row`. What was not measured is missing or None.
 
     Raises:
         SurgeryError: There is no comparison, or the dense model is not measured yet.
@@ -44,7 +43,7 @@ def merge(folder: Path) -> dict[str, Any]:
     for file in sorted((folder / "cells").glob("*.json")):
         cell = json.loads(file.read_text(encoding="utf-8"))
         cells.setdefault((cell["form"], cell["target"]), {})[cell["task"]] = cell
-    dense = cells.pop(("dense", 1.0), {})
+    dense = cells.get(("dense", 1.0), {})
     if not dense:
         raise SurgeryError(f"{folder}: the dense model is not measured yet, so that nothing can be compared.")
     budgets = {
@@ -62,17 +61,7 @@ def merge(folder: Path) -> dict[str, Any]:
         "format_version": FORMAT_VERSION,
         "settings": settings,
         "floors": {name: budget["floor"] for name, budget in budgets.items() if budget["floor"] < 1},
-        "dense": _dense(dense, prompts),
         "rows": rows,
-    }
-
-
-def _dense(cells: Mapping[str, Any], prompts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    losses, answers = _found(cells, "perplexity", "per_window"), _found(cells, "needles", "answers")
-    return {
-        "perplexity": None if losses is None else _perplexity(losses),
-        "needle": None if answers is None else mean_interval(answers),
-        "needle_by_variant": {} if answers is None else _by_variant(answers, prompts),
     }
 
 

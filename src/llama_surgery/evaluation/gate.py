@@ -45,7 +45,7 @@ def read_losses(path: Path, form: str | None = None, density: float | None = Non
 
     Args:
         path: The file.
-        form: Name of the form, or of the operated model, to look at; None for all.
+        form: Name of the form, or of the operated model, to look at; None for all that are sparse.
         density: Of a comparison only what was asked for this total density; None for all.
 
     Raises:
@@ -61,7 +61,8 @@ def read_losses(path: Path, form: str | None = None, density: float | None = Non
         found = [
             (row["form"], _of_row(row))
             for row in content["rows"]
-            if density is None or abs(row["target_density"] - density) < 1e-4
+            if (density is None or abs(row["target_density"] - density) < 1e-4)
+            and (form is not None or row["target_density"] < 1)
         ]
     elif density is not None:
         raise SurgeryError(f"{path} is no comparison of densities: leave the density out.")
