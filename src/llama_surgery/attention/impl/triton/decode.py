@@ -20,8 +20,8 @@ from llama_surgery.attention.impl.triton.decode_tuning import (
     processors_of,
     score_splits,
 )
+from llama_surgery.attention.impl.triton.helpers import device_of
 from llama_surgery.attention.impl.triton.job import EVERYWHERE
-from llama_surgery.attention.impl.triton.prefill import device_of
 from llama_surgery.attention.impl.triton.tuning import family_of
 from llama_surgery.config import SurgeryConfig
 from llama_surgery.errors import SurgeryError

@@ -6,9 +6,9 @@ import torch
 import triton
 
 from llama_surgery.attention.impl.triton.decode_kernels import append_kernel
+from llama_surgery.attention.impl.triton.helpers import device_of
 from llama_surgery.attention.impl.triton.job import page_features
 from llama_surgery.attention.impl.triton.layout import build_layout
-from llama_surgery.attention.impl.triton.prefill import device_of
 from llama_surgery.config import SurgeryConfig
 from llama_surgery.errors import SurgeryError
 from llama_surgery.topology.layout import Layout
