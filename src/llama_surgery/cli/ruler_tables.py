@@ -71,7 +71,10 @@ def _add_worst(table: Table, changes: dict[str, dict[str, Any]]) -> None:
     cells = ["", ""]
     for by_task in changes.values():
         worst = min(by_task, key=lambda task: by_task[task].difference, default=None)
-        cells += ["", "", "", ""] if worst is None else [worst, _change(by_task[worst]), "", ""]
+        if worst is None or by_task[worst].difference >= 0:
+            cells += ["none lost", "", "", ""]
+        else:
+            cells += [worst, _change(by_task[worst]), "", ""]
     table.add_row("worst task", *cells)
 
 
