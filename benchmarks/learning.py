@@ -57,6 +57,8 @@ IDEAS: dict[str, tuple[str, tuple[tuple[str, tuple[str, ...]], ...]]] = {
     "chunk+channels+tree": ("chunk", (("logits", ("channels", "tree", "summary")),)),
     "page+channels+tree": ("page", (("logits", ("channels", "tree", "summary")),)),
     "ball+channels+tree": ("ball", (("logits", ("channels", "tree", "summary")),)),
+    "page+budgets": ("page", (("logits", ("summary",)),)),
+    "ball+budgets": ("ball", (("logits", ("summary",)),)),
     "page+local": ("page", (("local", ("scores", "summary")),)),
     "page+local+logits": ("page", (("local", ("scores", "summary")), ("logits", ("scores", "summary")))),
 }
@@ -241,14 +243,15 @@ def _measure(bench: Bench, idea: str, tile: int, target: float, seed: int, learn
     if learned is not None and tile == options.learn_tile and options.learn_density in (None, target):
         config = dataclasses.replace(config, theta=learned.theta, theta_decode=None)
     calibrating: dict = {}
-    if bench.needles:  # decode steps need their own θ, which the matching below leaves alone
+    asked = bool(bench.needles) and (idea != "default" or options.default_needles)
+    if asked:  # decode steps need their own θ, which the matching below leaves alone
         calibrating = {"density": target, "text": bench.train, "tokenizer": bench.tokenizer}
         calibrating["length"] = options.length
     routers = None if learned is None else scorer_parameters(learned.corrections)
     with operated(bench.model, config, routers=routers, **calibrating):
         measured = matched(bench.model, bench.ids, options.window_batch, target)
         right, generated = [], None
-        if bench.needles:
+        if asked:
             reset_statistics(bench.model)
             right = score_needles(bench.model, bench.needles, options.needle_batch)
             generated = statistics(bench.model).by_tile["1"]["far_density"]
@@ -393,6 +396,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--window-batch", type=int, default=8, help="windows of an operated model measured together")
     add("--needles", type=int, default=0)
     add("--needle-batch", type=int, default=8)
+    add("--default-needles", action="store_true", help="ask them of the default too")
     add("--evaluation-seed", type=int, default=0)
     add("--chunk-size", type=int)
     add("--page-size", type=int)

@@ -44,6 +44,13 @@ class Reading:
         for name in ("soft", "hard", "slope", "lost"):
             getattr(self, name).append(getattr(gated, name).sum() * weight)
 
+    def include(self, other: "Reading") -> None:
+        """Count what another pass gathered, without its gradients."""
+        for name in ("soft", "hard", "slope", "lost"):
+            getattr(self, name).extend(part.detach() for part in getattr(other, name))
+        self.causal += other.causal
+        self.rows += other.rows
+
     def soft_density(self) -> torch.Tensor:
         """Expected executed far density, with gradient, on the first layer's device."""
         device = self.soft[0].device

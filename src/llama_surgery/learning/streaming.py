@@ -1,0 +1,240 @@
+"""The local stage for models larger than memory.
+
+It needs nothing of the model but what its attention layers read and write when it is dense, and that does not
+change while corrections are learned. So the model is run once, one layer in memory at a time, several windows
+together, and queries, keys, values and outputs of every attention layer go to disk. Steps then read one
+layer's states of one window at a time. A run that is killed goes on from the windows that are complete and
+from the last checkpoint.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+
+from llama_surgery.config import SurgeryConfig
+from llama_surgery.errors import SurgeryError
+from llama_surgery.files import write_atomically
+from llama_surgery.learning.attach import (
+    Gates,
+    Reading,
+    local_error,
+    refuse_unlearnable,
+    watch_residual,
+)
+from llama_surgery.learning.corrections import Corrections
+from llama_surgery.learning.settings import LearningSettings
+from llama_surgery.learning.state import first_state
+from llama_surgery.learning.trainer import Step, check_settings, fresh_corrections, run
+from llama_surgery.learning.weights import Weights, streamed
+from llama_surgery.surgery.interface import INTERFACE_NAMES, dense_function, surgery_mask
+from llama_surgery.surgery.operate import attention_modules
+
+NAME = "surgery_capture"
+#: Windows that pass through a layer together while it is in memory.
+TOGETHER = 8
+
+
+@dataclasses.dataclass(frozen=True)
+class Captured:
+    """States of the attention layers of a dense model on some windows, on disk.
+
+    A file holds one layer's states of one window, in the model's dtype: ``query`` (heads, n, head_dim),
+    ``key`` and ``value`` (kv_heads, n, …), ``out`` (n, heads, value_dim), and in float32 ``norm``, the mean
+    square of what enters the decoder layer, and ``scale``, the scaling of q·k.
+
+    Attributes:
+        folder: Where the files are.
+    """
+
+    folder: Path
+
+    def file(self, layer: int, window: int) -> Path:
+        return self.folder / f"{window:05d}-{layer:03d}.safetensors"
+
+    def save(self, layer: int, window: int, tensors: dict[str, torch.Tensor]) -> None:
+        """Write one layer's states of one window, atomically.
+
+        Raises:
+            SurgeryError: The disk is full or the folder cannot be written.
+        """
+        content = save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()})
+        write_atomically(self.file(layer, window), lambda file: file.write_bytes(content))
+
+    def load(self, layer: int, window: int, device: torch.device) -> dict[str, torch.Tensor]:
+        """Read them back, with a batch dimension of one.
+
+        Raises:
+            SurgeryError: The file is missing or damaged.
+        """
+        file = self.file(layer, window)
+        try:
+            return {name: tensor.to(device)[None] for name, tensor in load_file(file).items()}
+        except (OSError, SafetensorError) as error:
+            raise SurgeryError(f"{file} cannot be read ({error}): remove {self.folder}.") from error
+
+
+def capture(
+    model: PreTrainedModel,
+    weights: Weights,
+    windows: torch.Tensor,
+    captured: Captured,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    progress: Callable[[int, int], None] | None = None,
+) -> None:
+    """Write the attention states of the windows that are not complete yet.
+
+    Args:
+        model: A skeleton.
+        weights: Its checkpoint.
+        windows: (count, length) int64.
+        captured: Where to.
+        device: Where layers compute.
+        dtype: In which precision.
+        progress: Told windows done and all of them.
+    """
+    layers = list(attention_modules(model))
+    missing = [n for n in range(len(windows)) if not all(captured.file(i, n).exists() for i in layers)]
+    for start in range(0, len(missing), TOGETHER):
+        numbers = missing[start : start + TOGETHER]
+        with (
+            torch.inference_mode(),
+            streamed(model, weights, device, dtype),
+            _capturing(model, captured, numbers),
+        ):
+            model.get_decoder()(input_ids=windows[numbers].to(device), use_cache=False)
+        if progress is not None:
+            progress(len(windows) - len(missing) + start + len(numbers), len(windows))
+
+
+@contextlib.contextmanager
+def _capturing(model: PreTrainedModel, captured: Captured, numbers: list[int]) -> Iterator[None]:
+    """Let the attention layers of ``model`` write what they read and give, for windows ``numbers``."""
+    base = model.config.get_text_config()._attn_implementation
+    if base not in INTERFACE_NAMES:
+        raise SurgeryError(f"attention implementation {base!r}: supported are {', '.join(INTERFACE_NAMES)}.")
+    modules, norms = attention_modules(model), {}
+    handles = [watch_residual(model, index, module, norms) for index, module in modules.items()]
+    indices = {id(module): index for index, module in modules.items()}
+
+    def attention(
+        module: torch.nn.Module, query: Any, key: Any, value: Any, mask: Any, **keywords: Any
+    ) -> Any:
+        dense = dense_function(base, module)
+        index = indices.get(id(module))
+        if index is None:
+            return dense(module, query, key, value, mask, **keywords)
+        refuse_unlearnable(module, query, key, mask, keywords)
+        out = dense(module, query, key, value, mask, **keywords)[0]
+        scale = torch.tensor(keywords.get("scaling") or query.shape[-1] ** -0.5)
+        for row, number in enumerate(numbers):
+            tensors = {"query": query[row], "key": key[row], "value": value[row], "out": out[row]}
+            captured.save(index, number, tensors | {"norm": norms[index][row], "scale": scale})
+        return out, None
+
+    AttentionInterface.register(NAME, attention)
+    AttentionMaskInterface.register(NAME, functools.partial(surgery_mask, base))
+    model.set_attn_implementation(NAME)
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(base)
+        for table in (AttentionInterface, AttentionMaskInterface):
+            table._global_mapping.pop(NAME, None)
+        for handle in handles:
+            handle.remove()
+
+
+def learn_streamed(
+    model: PreTrainedModel,
+    weights: Weights,
+    config: SurgeryConfig,
+    windows: torch.Tensor,
+    settings: LearningSettings,
+    captured: Captured,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    checkpoint_file: Path | None = None,
+    every_seconds: float = 60.0,
+    capturing: Callable[[int, int], None] | None = None,
+    progress: Callable[[Step], None] | None = None,
+) -> tuple[Corrections, float]:
+    """The local stage of :func:`~llama_surgery.learning.trainer.learn` on a model that stays on disk.
+
+    Same steps, same losses, same order of random numbers: the result is that of learning in memory, to
+    rounding.
+
+    Args:
+        model: A skeleton of the checkpoint (:func:`~llama_surgery.learning.weights.skeleton`).
+        weights: The checkpoint.
+        config: The topology to correct; θ is where learning begins and follows the density.
+        windows: (count, length) int64 training windows.
+        settings: What to learn and how; the stage must be ``local``.
+        captured: Where attention states are kept; what is complete there is not computed again.
+        device: Where to compute.
+        dtype: Precision of the model.
+        checkpoint_file: Where the state is kept between steps.
+        every_seconds: Time between checkpoints.
+        capturing: Told windows captured and all of them.
+        progress: Told every step.
+
+    Returns:
+        The corrections, and θ at which the executed far density of tiles was the one asked for.
+
+    Raises:
+        SurgeryError: Settings do not fit, or files are of another run or damaged.
+        UnsupportedModelError: The model cannot be learned on, or not streamed.
+    """
+    check_settings(config, windows, settings)
+    if settings.stage != "local":
+        raise SurgeryError(f"stage={settings.stage!r}: only the local stage needs no whole model in memory.")
+    modules = attention_modules(model)
+    names = {id(module): name for name, module in model.named_modules()}
+    capture(model, weights, windows, captured, device=device, dtype=dtype, progress=capturing)
+    corrections = fresh_corrections(model, settings).to(device)
+    state = first_state(corrections, settings, math.log(config.theta), half=dtype == torch.float16)
+    gates = Gates(corrections, config, state.price.log_theta, sampled_tiles=settings.sampled_tiles)
+
+    def measure(number: int) -> torch.Tensor:
+        whole, losses = gates.reading, []
+        for index, module in modules.items():
+            states = captured.load(index, number, device)
+            gates.reading = Reading()
+            projection = None
+            if hasattr(module, "o_proj"):
+                name = f"{names[id(module)]}.o_proj.weight"
+                projection = weights.read([name])[name].to(device, dtype)
+            router = corrections[str(index)].router()
+            parts = (states["query"], states["key"], states["value"], states["out"])
+            error = local_error(projection, *parts, router, gates, float(states["scale"])) / states["norm"][0]
+            # The layer's part of mean error and of density: all layers have as many causal pairs.
+            density = gates.reading.soft_density()
+            objective = (error + state.price.value * density) / len(modules)
+            (objective * state.scale).backward()
+            losses.append(error.detach())
+            whole.include(gates.reading)
+        gates.reading = whole
+        return torch.stack(losses).mean()
+
+    run(
+        measure,
+        state,
+        gates,
+        windows,
+        settings,
+        checkpoint_file=checkpoint_file,
+        every_seconds=every_seconds,
+        progress=progress,
+    )
+    return corrections, math.exp(state.price.log_theta)

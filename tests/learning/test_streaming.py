@@ -1,0 +1,135 @@
+"""Learning with the weights on disk: the result of learning in memory, within less memory than the model."""
+
+import dataclasses
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from tests.learning.test_trainer import SETTINGS, vector, windows
+from tests.surgery.tiny import SPARSE, build
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from llama_surgery import SurgeryError, UnsupportedModelError
+from llama_surgery.learning.settings import LearningSettings
+from llama_surgery.learning.streaming import Captured, learn_streamed
+from llama_surgery.learning.trainer import Step, learn
+from llama_surgery.learning.weights import Weights, skeleton
+
+LOCAL = dataclasses.replace(SETTINGS, stage="local", steps=6, parts=("scores", "tree"), sampled_tiles=2)
+CPU = {"device": torch.device("cpu"), "dtype": torch.float32}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("model")
+    build("Llama", dtype=torch.float32).save_pretrained(path)
+    return path
+
+
+def streamed(folder: Path, spill: Path, settings: LearningSettings = LOCAL, **options: object) -> tuple:
+    return learn_streamed(
+        skeleton(folder), Weights(folder), SPARSE, windows(3), settings, Captured(spill), **CPU, **options
+    )
+
+
+def test_it_equals_learning_in_memory(folder: Path, tmp_path: Path) -> None:
+    seen: list[Step] = []
+    expected: list[Step] = []
+    learned, theta = streamed(folder, tmp_path, progress=seen.append)
+    model = build("Llama", dtype=torch.float32)
+    in_memory = learn(model, SPARSE, windows(3), LOCAL, progress=expected.append)
+    torch.testing.assert_close(vector(learned), vector(in_memory), rtol=1e-5, atol=1e-6)
+    assert vector(learned).abs().max() > 0.01 and theta == pytest.approx(expected[-1].theta)
+    for ours, theirs in zip(seen, expected, strict=True):
+        assert dataclasses.asdict(ours) | {"seconds": 0} == pytest.approx(
+            dataclasses.asdict(theirs) | {"seconds": 0}, rel=1e-4
+        )
+
+
+def test_a_killed_run_goes_on(folder: Path, tmp_path: Path) -> None:
+    class Killed(Exception):
+        pass
+
+    def kill(step: Step) -> None:
+        if step.step == 4:
+            raise Killed
+
+    file, counted = tmp_path / "checkpoint.pt", []
+    options = {"checkpoint_file": file, "every_seconds": 0}
+    with pytest.raises(Killed):
+        streamed(folder, tmp_path, progress=kill, **options)
+    (tmp_path / "00001-001.safetensors").unlink()  # as if it had been killed while the second window ran
+    rest: list[Step] = []
+    resumed, _ = streamed(
+        folder, tmp_path, progress=rest.append, capturing=lambda *done: counted.append(done), **options
+    )
+    assert [step.step for step in rest] == [4, 5, 6] and counted == [(3, 3)]
+    whole, _ = streamed(folder, tmp_path / "other")
+    torch.testing.assert_close(vector(resumed), vector(whole), rtol=0, atol=0)
+
+
+def test_what_cannot_be_streamed_is_said(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(SurgeryError, match="only the local stage"):
+        streamed(folder, tmp_path, dataclasses.replace(LOCAL, stage="logits"))
+    with pytest.raises(SurgeryError, match="no safetensors checkpoint"):
+        Weights(tmp_path)
+    with pytest.raises(UnsupportedModelError, match="holds no tensor"):
+        Weights(folder).read(["model.nothing"])
+
+
+#: Fails with MemoryError or a RuntimeError of PyTorch's allocator where more is allocated than is allowed.
+LIMITED = """
+import resource, sys, torch
+from pathlib import Path
+from tests.learning.test_streaming import CPU, LARGE, SPARSE, Captured, Weights, learn_streamed, skeleton
+from tests.surgery.tiny import tokens
+from transformers import LlamaForCausalLM
+torch.set_num_threads(1)
+folder, spill, allowed, how = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
+ids = tokens(2, LARGE.length, seed=3)
+used = int(Path("/proc/self/status").read_text().split("VmData:")[1].split()[0]) * 1024
+resource.setrlimit(resource.RLIMIT_DATA, (used + allowed, used + allowed))
+if how == "stream":
+    learn_streamed(skeleton(folder), Weights(folder), SPARSE, ids, LARGE, Captured(spill), **CPU)
+else:
+    LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32)
+print("done")
+"""
+LARGE = LearningSettings(density=0.15, length=128, steps=2, rate=0.1, stage="local", sampled_tiles=1)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="RLIMIT_DATA bounds what is mapped on Linux only")
+def test_a_model_larger_than_memory(tmp_path: Path) -> None:
+    config = LlamaConfig(
+        hidden_size=512,
+        intermediate_size=2048,
+        num_hidden_layers=12,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=97,
+        max_position_embeddings=512,
+    )
+    model = LlamaForCausalLM(config)
+    size = sum(p.numel() * p.element_size() for p in model.parameters())
+    model.save_pretrained(tmp_path / "model", max_shard_size="16MB")
+    del model
+    allowed = size // 3
+    root = Path(__file__).parents[2]
+
+    def run(how: str) -> subprocess.CompletedProcess:
+        command = [
+            sys.executable,
+            "-c",
+            LIMITED,
+            str(tmp_path / "model"),
+            str(tmp_path / "spill"),
+            str(allowed),
+            how,
+        ]
+        return subprocess.run(command, cwd=root, capture_output=True, text=True)
+
+    streams = run("stream")
+    assert streams.returncode == 0 and streams.stdout.strip() == "done", streams.stderr[-2000:]
+    assert run("load").returncode != 0
