@@ -77,12 +77,12 @@ def sequences(lengths: list[tuple[int, int]], router: PageRouter | None) -> list
     return found
 
 
-def empty_cache(blocks: int, executor: Executor | None = None) -> PagedStates:
+def empty_cache(blocks: int, executor: Executor | None = None, device: str = "cpu") -> PagedStates:
     """Poisoned, and with strides that are not those of a contiguous tensor."""
     executor = executor or PlainExecutor(CONFIG, DIM, torch.float64)
     shape = (blocks, CONFIG.chunk_size, KV_HEADS, 2 * DIM)
-    states = torch.full(shape, float("nan"), dtype=executor.dtype).transpose(1, 2)
-    side = torch.full((blocks, KV_HEADS, executor.side_bytes() // 4), float("nan"))
+    states = torch.full(shape, float("nan"), dtype=executor.dtype, device=device).transpose(1, 2)
+    side = torch.full((blocks, KV_HEADS, executor.side_bytes() // 4), float("nan"), device=device)
     return executor.states(states, side)
 
 
@@ -100,14 +100,15 @@ def step(
     """
     executor = executor or PlainExecutor(CONFIG, DIM, cache.states.dtype)
     counters = counters or LayerCounters(CONFIG, KV_HEADS)
-    size, dtype = CONFIG.chunk_size, cache.states.dtype
+    size, here = CONFIG.chunk_size, cache.states
     tables = torch.full((len(batch), max(len(s.blocks) for s, _ in batch)), 2**30, dtype=torch.int32)
     scheduled, slots, row = [], [], 0
     for index, (sequence, new) in enumerate(batch):
         start, stop = sequence.done, sequence.done + new
         blocks = sequence.blocks[: -(-stop // size)]
         tables[index, : len(blocks)] = blocks
-        scheduled.append(Scheduled(start, stop, row, start < sequence.prompt, blocks))
+        prefilling = start < sequence.prompt
+        scheduled.append(Scheduled(start, stop, row, prefilling, blocks.to(here.device)))
         position = torch.arange(start, stop)
         slots.append(blocks[position // size] * size + position % size)
         row += new
@@ -118,9 +119,9 @@ def step(
             getattr(sequence, name).flatten(0, -3)[:, sequence.done : sequence.done + new]
             for sequence, new in batch
         ]
-        return torch.cat(parts, 1).transpose(0, 1).to(dtype)
+        return torch.cat(parts, 1).transpose(0, 1).to(here)
 
-    work = Batch(scheduled, tables, torch.cat(slots), CONFIG)
+    work = Batch(scheduled, tables.to(here.device), torch.cat(slots).to(here.device), CONFIG)
     cache.write(rows("keys"), rows("values"), work.slots)
     cache.fill(work.filled, router)
     queries = rows("queries")
@@ -130,5 +131,5 @@ def step(
     for (sequence, new), entry in zip(batch, scheduled, strict=True):
         mine = out[entry.row : entry.row + new].unflatten(1, (KV_HEADS, GROUP)).permute(1, 2, 0, 3)
         sequence.done += new
-        outs.append((sequence, mine))
+        outs.append((sequence, mine.cpu()))
     return outs

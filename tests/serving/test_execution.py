@@ -22,7 +22,8 @@ STEPS = [(96, 40, 64), (54, 95, 65), (1, 0, 1), (1, 0, 0)]
 def run(executor: Executor) -> tuple[list[torch.Tensor], LayerCounters, list[torch.Tensor]]:
     """Attention of every sequence, what was counted, and what it should be."""
     waiting = sequences(LENGTHS, None)
-    cache = empty_cache(1 + sum(len(s.blocks) for s in waiting), executor)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    cache = empty_cache(1 + sum(len(s.blocks) for s in waiting), executor, device)
     counters = LayerCounters(CONFIG, KV_HEADS)
     got: dict[int, list[torch.Tensor]] = {id(s): [] for s in waiting}
     for news in STEPS:

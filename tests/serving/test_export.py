@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from tests.cli.runner import run
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from llama_surgery import SurgeryConfig, SurgeryError, eject, operate, save_adapter
@@ -133,6 +134,16 @@ def test_what_is_not_served_is_not_exported(checkpoint: Path, tmp_path: Path, su
     with pytest.raises(SurgeryError, match="not served yet"):
         export(checkpoint, tmp_path / "out", adapter)
     assert not (tmp_path / "out").exists()
+
+
+def test_command_line(checkpoint: Path, tmp_path: Path) -> None:
+    adapter = adapter_of(checkpoint, tmp_path / "adapter")
+    done = run("export", checkpoint, adapter, tmp_path / "out")
+    assert done.exit_code == 0 and "θ = 20.000% in prefill, 10.000% in decode" in done.output
+    done = run("export", checkpoint, tmp_path / "plain", "--json")
+    assert json.loads(done.stdout)["config"] == SurgeryConfig().to_dict()
+    assert run("export", checkpoint, tmp_path / "plain").exit_code == 1
+    assert run("export", checkpoint, adapter, tmp_path / "a", tmp_path / "b").exit_code == 2
 
 
 def test_clear_errors(checkpoint: Path, tmp_path: Path) -> None:

@@ -68,8 +68,10 @@ def serve(config: SurgeryConfig, lengths: list[int], shared: int = 0) -> Served:
 
 
 def queries_for(served: Served) -> torch.Tensor:
-    shape = (len(served.lengths), KV_HEADS * GROUP, DIM)
-    return (3 * torch.randn(shape, generator=torch.Generator().manual_seed(1))).to(DEVICE)
+    """As an engine hands them over: the first columns of a wider product."""
+    shape = (len(served.lengths), 2 * KV_HEADS * GROUP, DIM)
+    wide = (3 * torch.randn(shape, generator=torch.Generator().manual_seed(1))).to(DEVICE)
+    return wide[:, : KV_HEADS * GROUP]
 
 
 def positions_of(served: Served) -> torch.Tensor:
