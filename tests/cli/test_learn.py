@@ -45,11 +45,30 @@ def test_learn_writes_an_adapter_that_runs(model: Path, text: Path, tmp_path: Pa
     assert evaluated.exit_code == 0, evaluated.output
 
 
+def test_learn_with_the_model_on_disk(model: Path, text: Path, tmp_path: Path) -> None:
+    command = ["learn", model, "--text", text, "--density", "0.2", "--out", tmp_path / "adapter", *SMALL]
+    command += ["--steps", "3", "--windows", "2", "--stage", "local", "--stream", "--json", "--device", "cpu"]
+    result = run(*command)
+    assert result.exit_code == 0, result.output
+    told = json.loads(result.stdout)
+    assert told["last_step"]["step"] == 3 and 0 < told["config"]["theta"] < 1
+    states = tmp_path / "adapter" / "states"
+    assert len(list(states.glob("*.safetensors"))) == 2 * 2  # windows × layers
+    loaded = load_adapter(AutoModelForCausalLM.from_pretrained(model), tmp_path / "adapter")
+    assert sorted(routers_of(loaded)) == [0, 1]
+
+    again = run(*command)
+    assert again.exit_code == 0 and json.loads(again.stdout)["config"] == told["config"]
+
+
 def test_wrong_settings_end_in_one_line(model: Path, text: Path, tmp_path: Path) -> None:
     base = ["learn", model, "--text", text, "--out", tmp_path / "adapter", *SMALL]
     for arguments, told in (
         (["--density", "2"], "density=2.0"),
         (["--density", "0.2", "--part", "magic"], "magic"),
+        (["--density", "0.2", "--stream"], "--stage local"),
+        (["--density", "0.2", "--stage", "local", "--local-steps", "2"], "--steps alone"),
+        (["--density", "0.2", "--stage", "far"], "stage='far'"),
         (["--density", "0.2", "--windows", "1", "--text", tmp_path / "none"], "no such file"),
     ):
         result = run(*base, *arguments)

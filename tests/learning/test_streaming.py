@@ -70,6 +70,14 @@ def test_a_killed_run_goes_on(folder: Path, tmp_path: Path) -> None:
     torch.testing.assert_close(vector(resumed), vector(whole), rtol=0, atol=0)
 
 
+def test_states_of_other_windows_are_not_used(folder: Path, tmp_path: Path) -> None:
+    one = dataclasses.replace(LOCAL, steps=1)
+    streamed(folder, tmp_path, one)
+    with pytest.raises(SurgeryError, match="another run \\(windows differ"):
+        learn_streamed(skeleton(folder), Weights(folder), SPARSE, windows(2), one, Captured(tmp_path), **CPU)
+    streamed(folder, tmp_path, dataclasses.replace(one, seed=3))
+
+
 def test_what_cannot_be_streamed_is_said(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(SurgeryError, match="only the local stage"):
         streamed(folder, tmp_path, dataclasses.replace(LOCAL, stage="logits"))

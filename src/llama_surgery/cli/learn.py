@@ -13,6 +13,7 @@ from llama_surgery.cli.common import (
     DtypeOption,
     JsonOption,
     ModelArgument,
+    _device,
     checked_output,
     err,
     load_model,
@@ -22,11 +23,17 @@ from llama_surgery.cli.common import (
 )
 from llama_surgery.cli.run import calibrated
 from llama_surgery.cli.topology import config_for, topology_options
+from llama_surgery.config import SurgeryConfig
+from llama_surgery.errors import SurgeryError
 
 if TYPE_CHECKING:
+    from llama_surgery.learning.settings import LearningSettings
     from llama_surgery.learning.trainer import Step
 
 _LEARNING = "Learning"
+#: Windows whose attention states are kept on disk unless more are asked for: at 8,192 tokens a window of a
+#: model of 70 billion parameters takes about 24 GB.
+STREAMED_WINDOWS = 16
 
 
 @topology_options
@@ -67,18 +74,41 @@ def learn(
             rich_help_panel=_LEARNING,
         ),
     ] = 0,
+    stage: Annotated[
+        str,
+        typer.Option(
+            help="What --steps learn from: 'logits', the model's own distributions, or 'local', the output "
+            "of every attention layer.",
+            rich_help_panel=_LEARNING,
+        ),
+    ] = "logits",
+    stream: Annotated[
+        bool,
+        typer.Option(
+            "--stream",
+            help="Keep the model on disk and load it layer by layer, for models larger than memory. Needs "
+            "--stage local and the folder of a checkpoint.",
+            rich_help_panel=_LEARNING,
+        ),
+    ] = False,
     part: Annotated[
         list[str] | None,
         typer.Option(
-            help="What is learned beside the heads' budgets: scores, channels, tree. May be repeated. "
-            "scores if left out.",
+            help="What is learned beside the heads' budgets: scores, channels, tree, summary. May be "
+            "repeated. scores if left out.",
             rich_help_panel=_LEARNING,
         ),
     ] = None,
     rate: Annotated[float, typer.Option(help="Learning rate.", rich_help_panel=_LEARNING)] = 0.03,
     windows: Annotated[
-        int, typer.Option(min=1, help="Training windows, taken in turn.", rich_help_panel=_LEARNING)
-    ] = 200,
+        int | None,
+        typer.Option(
+            min=1,
+            help="Training windows, taken in turn. 200 if left out, 16 with --stream, which keeps their "
+            "states on disk.",
+            rich_help_panel=_LEARNING,
+        ),
+    ] = None,
     seed: Annotated[int, typer.Option(help="Of windows and starting values.", rich_help_panel=_LEARNING)] = 0,
     checkpoint_seconds: Annotated[
         float, typer.Option(min=0, help="Time between checkpoints.", rich_help_panel=_LEARNING)
@@ -107,7 +137,19 @@ def learn(
         parts=tuple(part or ["scores"]),  # type: ignore[arg-type]
         rate=rate,
         seed=seed,
+        stage=stage,  # type: ignore[arg-type]
     )
+    if stage == "local" and local_steps:
+        raise SurgeryError("--local-steps is a stage before logits: with --stage local give --steps alone.")
+    if stream:
+        if stage != "local":
+            raise SurgeryError("--stream learns from the output of every layer: add --stage local.")
+        count = STREAMED_WINDOWS if windows is None else windows
+        result = _streamed(
+            model, texts, config, planned, out_folder, length, count, checkpoint_seconds, device, dtype
+        )
+        _told(out_folder, *result, json)
+        return
     llm, tokenizer = load_model(model, device, dtype)
     from llama_surgery.learning.corrections import scorer_parameters
     from llama_surgery.learning.trainer import learn as learn_on
@@ -120,7 +162,7 @@ def learn(
     length -= length % tile
     planned = dataclasses.replace(planned, length=length)
     stages = [dataclasses.replace(planned, stage="local", steps=local_steps)] if local_steps else []
-    ids = cut_windows(tokenizer, texts, length, windows, seed)
+    ids = cut_windows(tokenizer, texts, length, 200 if windows is None else windows, seed)
     corrections, last = None, None
     with progress() as tell:
         config = calibrated(
@@ -151,13 +193,79 @@ def learn(
 
         config = config_of(llm)
         save_adapter(llm, out_folder)
+    _told(out_folder, config, last, json)
+
+
+def _told(folder: Path, config: SurgeryConfig, last: "Step | None", json: bool) -> None:
+    """Say what was learned."""
     if json:
         measured = None if last is None else dataclasses.asdict(last)
-        print_json({"adapter": str(out_folder), "config": config.to_dict(), "last_step": measured})
+        print_json({"adapter": str(folder), "config": config.to_dict(), "last_step": measured})
         return
     if last is not None:
         out.print(_described(last))
-    out.print(f"Adapter: {out_folder.resolve()}", soft_wrap=True, highlight=False)
+    out.print(f"Adapter: {folder.resolve()}", soft_wrap=True, highlight=False)
+
+
+def _streamed(
+    model: str,
+    texts: list[str],
+    config: SurgeryConfig,
+    planned: "LearningSettings",
+    folder: Path,
+    length: int | None,
+    windows: int,
+    checkpoint_seconds: float,
+    device: str,
+    dtype: Dtype,
+) -> "tuple[SurgeryConfig, Step | None]":
+    """Learn with the model on disk and write the adapter: its configuration and the last step.
+
+    θ of tiles is where learning held the density; that of decode steps keeps its default share of it, as no
+    text passes through an operated model that is not in memory.
+    """
+    import torch
+    from transformers import AutoTokenizer
+
+    from llama_surgery.learning.corrections import scorer_parameters
+    from llama_surgery.learning.streaming import Captured, learn_streamed
+    from llama_surgery.learning.weights import Weights, loaded, skeleton
+    from llama_surgery.surgery.adapter import write_adapter
+    from llama_surgery.surgery.operate import attention_modules
+    from llama_surgery.text import windows as cut_windows
+
+    target = _device(device)
+    precision = getattr(torch, "float32" if dtype is Dtype.auto else dtype.value)
+    weights, bones = Weights(model), skeleton(model)
+    if dtype is Dtype.auto and target.type != "cpu":
+        precision = bones.config.dtype or torch.bfloat16
+    if length is None:
+        length = min(8192, bones.config.get_text_config().max_position_embeddings)
+    length -= length % config.tile
+    planned = dataclasses.replace(planned, length=length)
+    ids = cut_windows(AutoTokenizer.from_pretrained(model), texts, length, windows, planned.seed)
+    with progress() as tell:
+        report, seen = _reporter(planned.stage, planned.steps, tell)
+        corrections, theta = learn_streamed(
+            bones,
+            weights,
+            config,
+            ids,
+            planned,
+            Captured(folder / "states"),
+            device=target,
+            dtype=precision,
+            checkpoint_file=folder / "checkpoint-local.pt",
+            every_seconds=checkpoint_seconds,
+            capturing=lambda done, total: tell("running the dense model", done, total),
+            progress=report,
+        )
+    config = dataclasses.replace(config, theta=theta, theta_decode=None)
+    first = next(iter(attention_modules(bones).values()))
+    name = next(name for name, module in bones.named_modules() if module is first)
+    with loaded(first, name, weights, torch.device("cpu"), precision):
+        write_adapter(folder, bones, config, scorer_parameters(corrections))
+    return config, seen[-1] if seen else None
 
 
 def _reporter(

@@ -10,6 +10,7 @@ from the last checkpoint.
 import contextlib
 import dataclasses
 import functools
+import json
 import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -22,7 +23,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 
 from llama_surgery.config import SurgeryConfig
 from llama_surgery.errors import SurgeryError
-from llama_surgery.files import write_atomically
+from llama_surgery.files import write_atomically, write_json
 from llama_surgery.learning.attach import (
     Gates,
     Reading,
@@ -33,12 +34,13 @@ from llama_surgery.learning.attach import (
 from llama_surgery.learning.corrections import Corrections
 from llama_surgery.learning.settings import LearningSettings
 from llama_surgery.learning.state import first_state
-from llama_surgery.learning.trainer import Step, check_settings, fresh_corrections, run
+from llama_surgery.learning.trainer import Step, check_settings, digest, fresh_corrections, run
 from llama_surgery.learning.weights import Weights, streamed
 from llama_surgery.surgery.interface import INTERFACE_NAMES, dense_function, surgery_mask
 from llama_surgery.surgery.operate import attention_modules
 
 NAME = "surgery_capture"
+ABOUT_FILE = "about.json"
 #: Windows that pass through a layer together while it is in memory.
 TOGETHER = 8
 
@@ -56,6 +58,27 @@ class Captured:
     """
 
     folder: Path
+
+    def claim(self, about: dict[str, Any]) -> None:
+        """Note what the states are of, or check that those that are there are of the same.
+
+        Raises:
+            SurgeryError: They are of something else, or the folder cannot be written.
+        """
+        file = self.folder / ABOUT_FILE
+        if not file.exists():
+            write_json(file, about)
+            return
+        try:
+            found = json.loads(file.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise SurgeryError(f"{file} is damaged ({error}): remove {self.folder}.") from error
+        differing = sorted(key for key in about if found.get(key) != about[key])
+        if differing:
+            raise SurgeryError(
+                f"{self.folder} holds states of another run ({', '.join(differing)} differ): remove it, or "
+                "name another."
+            )
 
     def file(self, layer: int, window: int) -> Path:
         return self.folder / f"{window:05d}-{layer:03d}.safetensors"
@@ -102,7 +125,12 @@ def capture(
         device: Where layers compute.
         dtype: In which precision.
         progress: Told windows done and all of them.
+
+    Raises:
+        SurgeryError: The states that are there are of another model or other windows.
     """
+    about = {"model": weights.folder.name, "tensors": len(weights.files), "dtype": str(dtype)}
+    captured.claim(about | {"windows": digest(windows)})
     layers = list(attention_modules(model))
     missing = [n for n in range(len(windows)) if not all(captured.file(i, n).exists() for i in layers)]
     for start in range(0, len(missing), TOGETHER):

@@ -141,7 +141,7 @@ def run(
     Raises:
         SurgeryError: The checkpoint is of another run.
     """
-    about = {"settings": settings.to_dict(), "config": gates.config.to_dict(), "windows": _digest(windows)}
+    about = {"settings": settings.to_dict(), "config": gates.config.to_dict(), "windows": digest(windows)}
     if checkpoint_file is not None:
         state.load(checkpoint_file, about)
     begun = saved = time.monotonic()
@@ -256,7 +256,7 @@ def check_settings(config: SurgeryConfig, windows: torch.Tensor, settings: Learn
         )
 
 
-def _digest(windows: torch.Tensor) -> list[int]:
+def digest(windows: torch.Tensor) -> list[int]:
     """A few numbers by which other windows are told apart."""
     weights = torch.arange(windows.numel()).reshape(windows.shape) % 1009 + 1
     return [*windows.shape, int((windows.cpu() * weights).sum())]

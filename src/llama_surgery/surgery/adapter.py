@@ -1,6 +1,7 @@
 """Saving and loading an operation: a small folder in the shape adapters usually have."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -41,16 +42,27 @@ def save_adapter(model: torch.nn.Module, folder: str | Path) -> None:
     Raises:
         SurgeryError: The model is not operated, or the folder cannot be written.
     """
+    write_adapter(folder, model, config_of(model), routers_of(model))
+
+
+def write_adapter(
+    folder: str | Path, model: torch.nn.Module, config: SurgeryConfig, routers: Mapping[int, PageRouter]
+) -> None:
+    """Write an adapter of ``model``, which need not be operated, nor in memory but for its first attention.
+
+    Raises:
+        SurgeryError: The folder cannot be written.
+    """
     folder = Path(folder)
     tensors = {"fingerprint": _fingerprint(model)}
-    for index, router in routers_of(model).items():
+    for index, router in routers.items():
         for name, part in router.tensors().items():
             tensors[f"{ROUTER}.{index}.{name}"] = part.detach().float().cpu().contiguous()
     description = {
         "peft_type": FORMAT,
         "format_version": FORMAT_VERSION if len(tensors) > 1 else PLAIN_VERSION,
         "base_model": _describe(model),
-        "surgery": config_of(model).to_dict(),
+        "surgery": config.to_dict(),
     }
     # As bytes: the library's own writing does not raise OSError where the disk is full.
     write_atomically(folder / TENSOR_FILE, lambda file: file.write_bytes(save(tensors)))
