@@ -6,9 +6,6 @@ from pathlib import Path
 import pytest
 from tests.cli.runner import SMALL, run
 
-from llama_surgery.cli.common import token_counts
-from llama_surgery.errors import SurgeryError
-
 SQUAD = Path(__file__).resolve().parents[1] / "fixtures" / "ruler" / "squad.json"
 
 
@@ -75,10 +72,3 @@ def test_what_is_wrong_is_said(model: Path, tmp_path: Path) -> None:
     ):
         result = run("ruler", model, "--task", "vt", "--length", "1k", *arguments)
         assert result.exit_code == 1 and told in result.stderr, result.output
-
-
-def test_token_counts() -> None:
-    assert token_counts(["8k,4096", "16K", "8192"]) == [4096, 8192, 16384]
-    for wrong in ("k", "0", "-1", "4.5k", "²"):
-        with pytest.raises(SurgeryError, match="give a number of tokens"):
-            token_counts([wrong])

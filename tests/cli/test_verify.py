@@ -28,7 +28,7 @@ def test_one_command_calibrates_compares_and_tells(given: list[str | Path], tmp_
         assert told in result.stdout
     assert (folder / "adapter" / "adapter_config.json").is_file()
     report = json.loads((folder / "verify.json").read_text(encoding="utf-8"))
-    assert report["verdict"] == "open" and report["limits"]["task"] == 0.1
+    assert report["verdict"] == "open" and report["limits"]["single"] == 0.1
     again = run(*given, "--out", folder, "--json", "--max-perplexity", "0.5")
     assert json.loads(again.stdout)["limits"]["perplexity"] == 0.5
     assert json.loads(again.stdout)["text"] == report["text"]  # measured once

@@ -7,6 +7,7 @@ import pytest
 from llama_surgery.evaluation.result import DENSE
 from llama_surgery.evaluation.ruler.result import Cell, RulerResult
 from llama_surgery.evaluation.verdict import (
+    MEASURES,
     Finding,
     Limits,
     ruler_findings,
@@ -15,7 +16,7 @@ from llama_surgery.evaluation.verdict import (
     verdict,
 )
 
-LIMITS = Limits(perplexity=0.01, average=0.03, task=0.1)
+LIMITS = Limits(perplexity=0.01, average=0.03, single=0.1)
 
 
 def ratio(low: float, high: float, count: int = 12) -> dict:
@@ -46,12 +47,13 @@ def result(lost: dict[str, int], samples: int = 200, dense: float = 1.0) -> Rule
     return RulerResult(settings, cells)
 
 
-def test_ruler_is_judged_by_length_on_average_and_by_task_over_all_lengths() -> None:
-    average_1, average_2, worst = ruler_findings(result({"vt": 40, "fwe": 0}), "operated", LIMITS)
-    assert (average_1.length, average_2.length, worst.length) == (1, 2, None)
-    assert average_1.loss == pytest.approx(0.1) and average_1.state == "exceeded"
+def test_ruler_is_judged_on_average_by_task_and_by_length() -> None:
+    average, worst, length = ruler_findings(result({"vt": 40, "fwe": 0}), "operated", LIMITS)
+    assert average.loss == pytest.approx(0.1) and average.state == "exceeded" and average.count == 400
     assert worst.task == "vt" and worst.loss == pytest.approx(0.2)
     assert 0.1 < worst.low < 0.2 < worst.high and worst.state == "exceeded"
+    assert length.length in (1, 2) and length.loss == pytest.approx(0.1) and length.state == "open"
+    assert length.count == 200
     assert {f.state for f in ruler_findings(result({"vt": 0, "fwe": 0}), "operated", LIMITS)} == {"kept"}
 
 
@@ -65,7 +67,7 @@ def test_bounds_of_the_worst_task_are_those_of_any_task() -> None:
     both = result({"vt": 10, "fwe": 30})
     both.cells = both.cells[2:]  # vt at one length only
     both.cells[0].scores, both.cells[1].scores = [1.0] * 4, [1.0] * 4
-    worst, by_task = ruler_findings(both, "operated", LIMITS)[-1], both.changes("operated", "task")
+    worst, by_task = ruler_findings(both, "operated", LIMITS)[1], both.changes("operated", "task")
     assert worst.task == "fwe"
     assert worst.low == -by_task["fwe"].high and worst.high == -by_task["vt"].low
 
@@ -76,11 +78,9 @@ def test_what_dense_cannot_do_does_not_count() -> None:
 
 def test_verdict_needs_every_measure() -> None:
     kept = Finding(measure="perplexity", length=1, loss=0, low=0, high=0, limit=1, count=1)
-    all_kept = [
-        dataclasses.replace(kept, measure=m) for m in ("perplexity", "RULER average", "RULER worst task")
-    ]
+    all_kept = [dataclasses.replace(kept, measure=m) for m in MEASURES]
     assert verdict(all_kept) == "kept"
-    assert verdict(all_kept[:2]) == "open" and unmeasured(all_kept[:2]) == ["RULER worst task"]
+    assert verdict(all_kept[:3]) == "open" and unmeasured(all_kept[:3]) == ["RULER worst length"]
     assert verdict([]) == "open"
     beyond = dataclasses.replace(kept, low=2, high=3)
     assert verdict([beyond]) == verdict([*all_kept, beyond]) == "exceeded"

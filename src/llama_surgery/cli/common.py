@@ -5,6 +5,7 @@ import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -70,7 +71,8 @@ ModelArgument = Annotated[
 DeviceOption = Annotated[
     str,
     typer.Option(
-        help="Where to run: cpu, cuda, cuda:1, mps … 'auto' takes a GPU if there is one.",
+        help="Where to run: cpu, cuda, cuda:1, mps … 'auto' takes a GPU if there is one, 'split' spreads the "
+        "layers over all GPUs (needs accelerate).",
         rich_help_panel="Model",
     ),
 ]
@@ -149,7 +151,11 @@ def load_model(path: str, device: str, dtype: Dtype) -> "tuple[PreTrainedModel, 
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    target = _device(device)
+    target, placed = _device("auto" if device == "split" else device), {}
+    if device == "split":
+        if find_spec("accelerate") is None:
+            raise SurgeryError("device 'split' needs accelerate: pip install accelerate.")
+        placed = {"device_map": "auto"}
     if dtype is Dtype.auto:
         wanted: Any = torch.float32 if target.type == "cpu" else "auto"
     else:
@@ -157,8 +163,8 @@ def load_model(path: str, device: str, dtype: Dtype) -> "tuple[PreTrainedModel, 
     try:
         with err.status(f"Loading {escape(path)} …"):
             tokenizer = AutoTokenizer.from_pretrained(path)
-            model = AutoModelForCausalLM.from_pretrained(path, dtype=wanted)
-            model = model.to(target).eval()
+            model = AutoModelForCausalLM.from_pretrained(path, dtype=wanted, **placed)
+            model = (model if placed else model.to(target)).eval()
     except (OSError, ValueError, RuntimeError) as error:
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise SurgeryError(

@@ -105,9 +105,13 @@ def verify(
             min=0, help="Allowed loss of the mean RULER score, points of 100.", rich_help_panel=_LIMITS
         ),
     ] = 3.0,
-    max_task: Annotated[
+    max_single: Annotated[
         float,
-        typer.Option(min=0, help="Allowed loss on any single task, points of 100.", rich_help_panel=_LIMITS),
+        typer.Option(
+            min=0,
+            help="Allowed loss of any single task, or at any single length, points of 100.",
+            rich_help_panel=_LIMITS,
+        ),
     ] = 10.0,
     device: DeviceOption = "auto",
     dtype: DtypeOption = Dtype.auto,
@@ -159,7 +163,7 @@ def verify(
             samples=samples,
             windows=windows,
             batch_size=batch,
-            limits=Limits(perplexity=max_perplexity, average=max_average / 100, task=max_task / 100),
+            limits=Limits(perplexity=max_perplexity, average=max_average / 100, single=max_single / 100),
             progress=tell,
         )
     if json:

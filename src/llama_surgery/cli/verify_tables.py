@@ -28,10 +28,11 @@ def findings_table(report: dict[str, Any]) -> Table:
         loss, low, high = (100 * finding[name] for name in ("loss", "low", "high"))
         few = "" if finding["trusted"] else ", too few"
         count = f"{finding['count']} {'windows' if unit else 'samples'}{few}"
+        where = "all lengths" if finding["length"] is None else f"{finding['length']:,} tokens"
         style = _STYLES[finding["state"]]
         table.add_row(
             finding["measure"] + (f": {finding['task']}" if finding["task"] else ""),
-            "all lengths" if finding["length"] is None else f"{finding['length']:,} tokens",
+            where,
             count,
             f"{loss:+.2f}{unit} ({low:+.2f} … {high:+.2f})",
             f"{100 * finding['limit']:g}{unit}",

@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
+from llama_surgery.evaluation.intervals import Change
 from llama_surgery.evaluation.result import DENSE
 from llama_surgery.evaluation.ruler.result import RulerResult
 
@@ -13,7 +14,7 @@ FEW_WINDOWS = 10
 FEW_POINTS = 0.1
 
 #: What is held against a limit.
-MEASURES = ("perplexity", "RULER average", "RULER worst task")
+MEASURES = ("perplexity", "RULER average", "RULER worst task", "RULER worst length")
 
 State = Literal["kept", "exceeded", "open"]
 
@@ -24,13 +25,14 @@ class Limits:
 
     Attributes:
         perplexity: Relative increase of the perplexity at a length: 0.01 is one percent.
-        average: Of the mean RULER score over tasks at a length, 0…1: 0.03 is three points.
-        task: Of the RULER score of any single task over all lengths, 0…1.
+        average: Of the mean RULER score over tasks, all lengths together, 0…1: 0.03 is three points.
+        single: Of the RULER score of any single task over all lengths, and of the mean over tasks at any
+            single length, 0…1. Wider than ``average``, since each stands on fewer samples.
     """
 
     perplexity: float = 0.01
     average: float = 0.03
-    task: float = 0.1
+    single: float = 0.1
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -39,8 +41,8 @@ class Finding:
 
     Attributes:
         measure: One of :data:`MEASURES`.
-        length: Tokens; None over all lengths.
-        task: The task that lost most, where there is one.
+        length: Tokens; None over all lengths. Of a worst length, the one that lost most.
+        task: The task that lost most, where one is meant.
         loss, low, high: Relative for perplexity, of scores 0…1 for RULER.
         limit: What is allowed.
         count: Windows or samples.
@@ -96,10 +98,7 @@ def telling_tasks(result: RulerResult) -> list[str]:
 
 
 def ruler_findings(result: RulerResult, name: str, limits: Limits) -> list[Finding]:
-    """The average at each length, and the worst task over all lengths.
-
-    Every task's interval holds together with those of the others, so the worst task has lost at least as
-    much as the largest of the lower ends, and at most as much as the largest of the upper ends.
+    """The average, the worst task over all lengths, and the worst length over all tasks.
 
     Args:
         result: Dense and operated on the same samples.
@@ -107,35 +106,42 @@ def ruler_findings(result: RulerResult, name: str, limits: Limits) -> list[Findi
         limits: What is allowed.
     """
     tasks = telling_tasks(result)
-    found = []
-    for length, change in sorted(result.changes(name, "length", tasks=tasks).items()):
-        found.append(
-            Finding(
-                measure=MEASURES[1],
-                length=length,
-                loss=-change.difference,
-                low=-change.high,
-                high=-change.low,
-                limit=limits.average,
-                count=change.count,
-            )
-        )
+    average = result.average(name, tasks=tasks)
+    if average is None:
+        return []
     by_task = result.changes(name, "task", tasks=tasks)
-    if by_task:
-        worst = min(by_task, key=lambda task: by_task[task].difference)
-        found.append(
-            Finding(
-                measure=MEASURES[2],
-                length=None,
-                task=worst,
-                loss=-by_task[worst].difference,
-                low=max(-change.high for change in by_task.values()),
-                high=max(-change.low for change in by_task.values()),
-                limit=limits.task,
-                count=min(change.count for change in by_task.values()),
-            )
-        )
-    return found
+    by_length = result.changes(name, "length", tasks=tasks)
+    task, length = (min(by, key=lambda key: by[key].difference) for by in (by_task, by_length))
+    return [
+        _worst(MEASURES[1], {None: average}, limits.average),
+        _worst(MEASURES[2], by_task, limits.single, task=task),
+        _worst(MEASURES[3], by_length, limits.single, length=length),
+    ]
+
+
+def _worst(
+    measure: str,
+    changes: Mapping[Any, Change],
+    limit: float,
+    task: str | None = None,
+    length: int | None = None,
+) -> Finding:
+    """The largest loss of several.
+
+    Their intervals hold together, so whichever is really worst has lost at least as much as the largest of
+    the lower ends, and at most as much as the largest of the upper ends.
+    """
+    parts = changes.values()
+    return Finding(
+        measure=measure,
+        length=length,
+        task=task,
+        loss=max(-change.difference for change in parts),
+        low=max(-change.high for change in parts),
+        high=max(-change.low for change in parts),
+        limit=limit,
+        count=min(change.count for change in parts),
+    )
 
 
 def verdict(findings: Sequence[Finding]) -> State:

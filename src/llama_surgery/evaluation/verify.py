@@ -43,6 +43,8 @@ LENGTHS = (8192, 16384, 32768, 65536)
 OPERATED = "operated"
 #: Samples of a cell before the next one has its turn: few, so that no task is left out when time is over.
 TURN = 4
+#: Time is shared out as if a prompt cost its tokens, and its answer, which is made step by step, these.
+ANSWER_COST = 8192
 #: Share of a text that thresholds are set on.
 CALIBRATION_SHARE = 0.25
 
@@ -88,8 +90,9 @@ def verify(
 ) -> dict[str, Any]:
     """Measures perplexity and RULER tasks length by length, and holds the bounds against limits.
 
-    What time is left is shared out evenly over the lengths left, and within one over its tasks. The same
-    call goes on where an earlier one stopped: windows are not measured twice, and RULER gets further samples.
+    What time is left is shared out over the lengths left, so that each gets about as many samples, and
+    within one over its tasks. The same call goes on where an earlier one stopped: windows are not measured
+    twice, and RULER gets further samples.
 
     Args:
         model: A dense causal language model of transformers, in evaluation mode. It comes back dense.
@@ -147,9 +150,10 @@ def verify(
         tell = named_progress(progress, f"{length:,} tokens")
         now = time.monotonic()
         if now >= deadline:
-            run.skipped += [f"{left:,} tokens: time was over" for left in within[number:]]
+            run.skipped += [f"{other:,} tokens: time was over" for other in within[number:]]
             break
-        until = now + (deadline - now) / (len(within) - number)
+        left = sum(other + ANSWER_COST for other in within[number:])
+        until = now + (deadline - now) * (length + ANSWER_COST) / left
         try:
             run.read(texts, length, windows, tell)
             run.ask(tasks, length, samples, batch_size, until, tell)
