@@ -1,6 +1,6 @@
 """The preprint's router: perplexity at its measured density, by arity and radius.
 
-    python benchmarks/gumbel.py MODEL --train-text DIR --text DIR --device cuda --arities 2 3 4 5
+    python -m benchmarks.gumbel MODEL --train-text DIR --text DIR --device cuda --arities 2 3 4 5
 
 A router is trained for each arity with the language-model loss, then measured at the radii asked for, or at
 the smallest whose measured total density is not below ``--total``. Rows go to ``--out`` as they are measured.
@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 
 import torch
-from matching import losses_of
+from benchmarks.matching import losses_of
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from llama_surgery.evaluation.io import write_csv

@@ -1,6 +1,6 @@
 """What learning is worth: each idea against the training-free default at equal measured executed far density.
 
-    python benchmarks/learning.py MODEL --train-text DIR --text DIR --device cuda --tf32
+    python -m benchmarks.learning MODEL --train-text DIR --text DIR --device cuda --tf32
 
 An idea is learned once for each density and seed, in tiles of ``--learn-tile`` queries, and measured in all
 ``--tiles``. θ is moved until the far density executed on the measured windows is the one asked for, for the
@@ -20,7 +20,7 @@ from pathlib import Path
 
 import torch
 import transformers
-from matching import Measured, gap_closed, losses_of, matched, summary_density
+from benchmarks.matching import Measured, gap_closed, losses_of, matched, summary_density
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from llama_surgery import SurgeryConfig, config_of, operated, reset_statistics, save_adapter, statistics

@@ -14,6 +14,7 @@ from llama_surgery.cli.generate import generate
 from llama_surgery.cli.learn import learn
 from llama_surgery.cli.lm_eval import lm_eval
 from llama_surgery.cli.operate import operate
+from llama_surgery.cli.plan import plan
 from llama_surgery.cli.report import report
 from llama_surgery.cli.ruler import ruler
 from llama_surgery.cli.verify import verify
@@ -44,6 +45,7 @@ def main(version: show_version = False) -> None:
 
 app.command()(demo)
 app.command()(operate)
+app.command()(plan)
 app.command()(learn)
 app.command()(evaluate)
 app.command()(compare)

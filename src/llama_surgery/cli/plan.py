@@ -1,0 +1,164 @@
+"""``llama-surgery plan``."""
+
+import dataclasses
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.table import Table
+
+from llama_surgery.cli.common import JsonOption, err, out, print_json, split_values, token_counts
+from llama_surgery.cli.topology import config_for, topology_options
+
+if TYPE_CHECKING:
+    from llama_surgery.learning.forecast import Learning, Length, Shape
+
+_LEARNING, _RATES = "Learning", "Rates assumed"
+
+
+@topology_options
+def plan(
+    *,
+    model: Annotated[
+        str,
+        typer.Argument(
+            help="Folder of a checkpoint, a config.json, or a name on the Hub: no weights are read."
+        ),
+    ],
+    density: Annotated[
+        float,
+        typer.Option(
+            min=0.0, max=1.0, help="Executed far density that θ is set for.", rich_help_panel="Topology"
+        ),
+    ] = 0.06,
+    calibrated: Annotated[
+        str, typer.Option(help="Tokens of the windows that θ is set on.", rich_help_panel="Topology")
+    ] = "8k",
+    tile: Annotated[
+        int,
+        typer.Option(
+            min=1, help="Neighbouring tokens that share what they read.", rich_help_panel="Topology"
+        ),
+    ] = 32,
+    summary: Annotated[
+        str,
+        typer.Option(
+            help="What stands in for unseen pages: none, chunk, page, ball.", rich_help_panel="Topology"
+        ),
+    ] = "none",
+    length: Annotated[
+        list[str] | None,
+        typer.Option(help="Tokens of a text, as 8192 or 8k. May be repeated, or several after commas."),
+    ] = None,
+    part: Annotated[
+        list[str] | None,
+        typer.Option(help="What is learned beside budgets. scores if left out.", rich_help_panel=_LEARNING),
+    ] = None,
+    windows: Annotated[int, typer.Option(min=1, help="Training windows.", rich_help_panel=_LEARNING)] = 16,
+    steps: Annotated[int, typer.Option(min=1, help="Steps.", rich_help_panel=_LEARNING)] = 200,
+    tflops: Annotated[
+        float, typer.Option(min=0.001, help="What the device computes, in TFLOP/s.", rich_help_panel=_RATES)
+    ] = 100.0,
+    disk: Annotated[
+        float, typer.Option(min=0.001, help="What the disk reads, in GB/s.", rich_help_panel=_RATES)
+    ] = 2.0,
+    json: JsonOption = False,
+    settings: dict[str, Any],
+) -> None:
+    """Say what operating on a model, and learning for it, will take, before anything runs.
+
+    Density and speed-up at several lengths, in multiplications; and for 'learn --stage local --stream'
+    memory, disk, time and the share of the model that is learned. All of it is counted from the
+    configuration; what is assumed is printed. Example:
+
+    llama-surgery plan demo/books-26m --length 8k,32k,128k
+    """
+    config = dataclasses.replace(config_for(settings, tile), summary=summary)  # type: ignore[arg-type]
+    lengths = token_counts(length or ["8k", "32k", "128k"])
+    window = token_counts([calibrated])[0]
+    with err.status("Loading PyTorch and transformers …"):
+        from llama_surgery.learning.forecast import at_length, learning_of, shape_of
+        from llama_surgery.learning.settings import LearningSettings
+        from llama_surgery.learning.streaming import TOGETHER
+        from llama_surgery.learning.weights import skeleton
+
+    parts = tuple(split_values(part or ["scores"]))
+    # Checks what is given; its sampling is what is counted.
+    learning = LearningSettings(density=density, length=window, steps=steps, parts=parts)  # type: ignore[arg-type]
+    shape = shape_of(skeleton(model))
+    texts = [at_length(shape, config, density, window, tokens) for tokens in lengths]
+    learned = learning_of(
+        shape,
+        config,
+        learning.parts,
+        length=window,
+        windows=windows,
+        steps=steps,
+        sampled_tiles=learning.sampled_tiles,
+        together=min(windows, TOGETHER),
+        multiplications_per_second=tflops * 1e12 / 2,
+        bytes_per_second=disk * 1e9,
+    )
+    if json:
+        print_json(
+            {
+                "model": dataclasses.asdict(shape),
+                "config": config.to_dict(),
+                "texts": [dataclasses.asdict(text) for text in texts],
+                "learning": dataclasses.asdict(learned),
+            }
+        )
+        return
+    _print(shape, texts, learned, window, density, tflops, disk)
+
+
+def _print(
+    shape: "Shape",
+    texts: "list[Length]",
+    learned: "Learning",
+    window: int,
+    density: float,
+    tflops: float,
+    disk: float,
+) -> None:
+    table = Table(title=f"A text of one sequence, {shape.parameters / 1e9:.3g} billion parameters")
+    for name in ("tokens", "near", "far", "scores", "summary", "attention ÷", "model ÷", "keys and values"):
+        table.add_column(name, justify="right")
+    for text in texts:
+        table.add_row(
+            f"{text.length:,}",
+            f"{text.near_density:.3f}",
+            f"{text.far_density:.4f}",
+            f"{text.scoring:.4f}",
+            f"{text.summary:.4f}",
+            f"{text.attention_speedup:.1f}",
+            f"{text.model_speedup:.2f}",
+            _bytes(text.cache_bytes),
+        )
+    out.print(table)
+    out.print(
+        "Shares are of attention over all causal pairs. ÷: multiplications of the dense prefill over those "
+        f"of the operated one, not measured time. Far density {density:g} is taken to hold up to {window:,} "
+        "tokens, where θ is set, and to fall as 1 / tokens beyond, because a row opens at most 1/θ pages at "
+        "any length. Every weight is taken to be used by every token (experts are not)."
+    )
+    out.print(
+        f"\nlearn --stage local --stream: {learned.corrections:,} corrections, "
+        f"{learned.corrections_share:.4%} of the model; memory {_bytes(learned.memory)}; disk "
+        f"{_bytes(learned.states)} of attention states; {_bytes(learned.read)} moved to and from disk; "
+        f"{_seconds(learned.seconds)} at {tflops:g} TFLOP/s and {disk:g} GB/s, which are assumptions: give "
+        "--tflops and --disk."
+    )
+
+
+def _bytes(count: float) -> str:
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:.3g} TB"
+
+
+def _seconds(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"

@@ -1,0 +1,221 @@
+"""What operating on a model and learning for it will take, said before anything runs.
+
+Everything here is counted from the model's configuration; nothing is measured. Where a rate is needed (what a
+device multiplies in a second, what a disk reads) it is an argument.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+
+import torch
+from transformers import PreTrainedModel
+
+from llama_surgery.config import SurgeryConfig
+from llama_surgery.learning.corrections import LayerCorrections, Part
+from llama_surgery.learning.weights import parts_of
+from llama_surgery.surgery.operate import attention_modules, head_shape
+from llama_surgery.topology.geometry import query_blocks
+
+#: Multiplications that a step of the local stage takes for each of the forward pass over its sampled rows:
+#: forward, the same again while going back, and two products for every one of the way back.
+STEP_FACTOR = 4
+#: Bytes of a correction while it is learned: itself, its gradient and Adam's two moments, in float32.
+CORRECTION_BYTES = 16
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+    """What of a model's configuration costs depend on.
+
+    Attributes:
+        parameters: Of the whole model.
+        largest_part: Parameters of its largest part: a layer, or the embedding.
+        hidden: Width of the residual stream.
+        layers: KV heads, query heads of a group and head_dim of every operated layer, by index.
+        dtype_bytes: Of a weight.
+    """
+
+    parameters: int
+    largest_part: int
+    hidden: int
+    layers: Mapping[int, tuple[int, int, int]]
+    dtype_bytes: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Length:
+    """An operated text of one length.
+
+    Attributes:
+        length: Tokens.
+        near_density: Near field over causal pairs, exact.
+        far_density: Executed far pairs over causal pairs: what was asked for, or less where θ, set at the
+            calibration length, leaves less.
+        scoring: Scores of balls, in units of attention over all causal pairs.
+        summary: The same for the products with means of unseen pages or balls.
+        attention_speedup: Multiplications of dense attention over those of near field, far field, scoring
+            and summary.
+        model_speedup: The same for the whole model in prefill, with its projections.
+        cache_bytes: Keys and values of one text.
+    """
+
+    length: int
+    near_density: float
+    far_density: float
+    scoring: float
+    summary: float
+    attention_speedup: float
+    model_speedup: float
+    cache_bytes: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Learning:
+    """The local stage with the model on disk.
+
+    Attributes:
+        corrections: Parameters learned.
+        corrections_share: Of the model's.
+        memory: Bytes at once: the largest part, what one window's states of a layer take in float32, one
+            strip of logits, and the corrections with their gradients and moments.
+        states: Bytes on disk: attention states of all windows.
+        read: Bytes read from disk: the checkpoint once for every eight windows, and in every step the states
+            of a window and the output projections.
+        multiplications: Of the dense passes and of all steps.
+        seconds: At the given rates.
+    """
+
+    corrections: int
+    corrections_share: float
+    memory: int
+    states: int
+    read: int
+    multiplications: float
+    seconds: float
+
+
+def shape_of(model: PreTrainedModel) -> Shape:
+    """What costs depend on; parameters may be on the meta device.
+
+    Raises:
+        UnsupportedModelError: The model cannot be operated.
+    """
+    dtype = getattr(model.config.get_text_config(), "dtype", None) or torch.float32
+    return Shape(
+        parameters=sum(parameter.numel() for parameter in model.parameters()),
+        largest_part=max(sum(p.numel() for p in part.parameters()) for part in parts_of(model).values()),
+        hidden=model.config.get_text_config().hidden_size,
+        layers={index: head_shape(model, module) for index, module in attention_modules(model).items()},
+        dtype_bytes=dtype.itemsize,
+    )
+
+
+def corrections_of(shape: Shape, parts: tuple[Part, ...]) -> int:
+    """Parameters that learning ``parts`` adds, over all layers."""
+    total = 0
+    for kv_heads, group, head_dim in shape.layers.values():
+        layer = LayerCorrections(kv_heads, group, head_dim, parts, seed=0)
+        total += sum(parameter.numel() for parameter in layer.parameters())
+    return total
+
+
+def at_length(shape: Shape, config: SurgeryConfig, density: float, calibrated: int, length: int) -> Length:
+    """Costs of one text.
+
+    The far density at a length N that θ was not calibrated at is taken as ``density · calibrated / N`` above
+    it, since with one θ a row opens at most so many pages whatever the length, and as ``density`` below.
+    Scoring is 1 / ball_size of the score products of dense attention for means and, with ``variance_pool``
+    channels together, that over the pool for variances; each is half of what attention multiplies for a pair.
+
+    Args:
+        density: Executed far density at ``calibrated`` tokens.
+        calibrated: Tokens of the windows that θ is set on.
+        length: Tokens of the text.
+    """
+    causal = length * (length + 1) / 2
+    near = closed = 0.0
+    for block in query_blocks(0, length, config, config.tile):
+        first, rows = block.closed * config.chunk_size, block.stop - block.start
+        closed += first * rows
+        near += (block.stop - first) * (block.stop - first + 1) / 2
+        near -= (block.start - first) * (block.start - first + 1) / 2
+    closed, near = closed / causal, near / causal
+    far = min(closed, density * min(1.0, calibrated / length))
+    scoring = closed / config.ball_size / 2 * (1 + 1 / config.variance_pool)
+    size = {"none": 0, "chunk": config.chunk_size, "page": config.page_size, "ball": config.ball_size}
+    summary = closed / size[config.summary] / 2 if size[config.summary] else 0.0
+    sparse = near + far + scoring + summary
+    # Multiplications a token: two products of head_dim with every key for every query head, and all weights.
+    dense = sum(2 * kv * group * dim for kv, group, dim in shape.layers.values()) * causal / length
+    per_token = shape.parameters
+    return Length(
+        length=length,
+        near_density=near,
+        far_density=far,
+        scoring=scoring,
+        summary=summary,
+        attention_speedup=1 / sparse,
+        model_speedup=(per_token + dense) / (per_token + dense * sparse),
+        cache_bytes=sum(2 * kv * dim for kv, _, dim in shape.layers.values()) * length * shape.dtype_bytes,
+    )
+
+
+def learning_of(
+    shape: Shape,
+    config: SurgeryConfig,
+    parts: tuple[Part, ...],
+    *,
+    length: int,
+    windows: int,
+    steps: int,
+    sampled_tiles: int,
+    together: int,
+    multiplications_per_second: float,
+    bytes_per_second: float,
+) -> Learning:
+    """Costs of the local stage.
+
+    Args:
+        parts: What is learned beside budgets.
+        length: Tokens of a window.
+        windows: Training windows.
+        steps: Steps, one window each.
+        sampled_tiles: Tiles of each block whose rows are compared.
+        together: Windows that pass through a layer while it is loaded.
+        multiplications_per_second: Multiply-adds that the device makes.
+        bytes_per_second: That the disk reads and writes.
+    """
+    widths = {i: (kv * dim, kv * group * dim) for i, (kv, group, dim) in shape.layers.items()}
+    state = {i: length * 2 * (kv + q) * shape.dtype_bytes for i, (kv, q) in widths.items()}
+    projections = sum(q * shape.hidden for _, q in widths.values()) * shape.dtype_bytes
+    corrections = corrections_of(shape, parts)
+    pairs = length * (length + 1) / 2
+    dense = windows * (shape.parameters * length + sum(2 * q for _, q in widths.values()) * pairs)
+    rows = min(sampled_tiles * config.tile, config.chunk_size)
+    share = rows / config.chunk_size
+    steps_cost = steps * STEP_FACTOR * share * sum(2 * q for _, q in widths.values()) * pairs
+    sweeps = -(-windows // together)
+    read = (
+        sweeps * shape.parameters * shape.dtype_bytes
+        + windows * sum(state.values())
+        + steps * (sum(state.values()) + projections)
+    )
+    heads = max(kv * group for kv, group, _ in shape.layers.values())
+    strip = rows * length * heads * 4
+    memory = (
+        shape.largest_part * shape.dtype_bytes
+        + together * length * shape.hidden * shape.dtype_bytes * 4
+        + max(state.values()) * 4 // shape.dtype_bytes
+        + strip * 8
+        + corrections * CORRECTION_BYTES
+    )
+    total = dense + steps_cost
+    return Learning(
+        corrections=corrections,
+        corrections_share=corrections / shape.parameters,
+        memory=int(memory),
+        states=windows * sum(state.values()),
+        read=int(read),
+        multiplications=total,
+        seconds=total / multiplications_per_second + read / bytes_per_second,
+    )
