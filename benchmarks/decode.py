@@ -3,6 +3,7 @@
     python benchmarks/decode.py --seconds 400
     python benchmarks/decode.py --tune --first 3 --seconds 200
     python benchmarks/decode.py --profile --first 3
+    python benchmarks/decode.py --paged --output paged.csv
 
 What is timed and checked: ``llama_surgery.bench.decode``.
 """
@@ -18,7 +19,7 @@ import torch
 from llama_surgery.attention.impl.triton.decode import DecodeResult, decode
 from llama_surgery.attention.impl.triton.decode_tuning import DecodeTuning, decode_tuning_for
 from llama_surgery.attention.impl.triton.tuning import family_of
-from llama_surgery.bench.decode import SETTINGS, bench_decode, copies_for, measure
+from llama_surgery.bench.decode import PAGED_SETTINGS, SETTINGS, bench_decode, copies_for, measure
 from llama_surgery.bench.decode_case import Layer, Setting, build, check
 from llama_surgery.bench.measure import Deadline, capture
 
@@ -86,13 +87,16 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=400.0, help="no new setting after this")
     parser.add_argument("--tune", action="store_true", help="sweep launch configurations instead")
     parser.add_argument("--profile", action="store_true", help="time of each kernel instead")
-    parser.add_argument("--first", type=int, default=len(SETTINGS), help="only so many settings, in order")
+    parser.add_argument("--first", type=int, default=None, help="only so many settings, in order")
+    parser.add_argument(
+        "--paged", action="store_true", help="an engine's cache beside a contiguous one instead"
+    )
     parser.add_argument("--without-flex", action="store_true", help="leave FlexAttention out")
     parser.add_argument("--output", type=Path, default=RESULTS)
     given = parser.parse_args()
     if not torch.cuda.is_available():
         raise SystemExit("needs a GPU: PyTorch sees none.")
-    chosen = SETTINGS[: given.first]
+    chosen = (PAGED_SETTINGS if given.paged else SETTINGS)[: given.first]
     if given.tune:
         for setting in chosen:
             tune(setting, given.seconds / len(chosen))

@@ -19,6 +19,7 @@ from llama_surgery.attention.impl.triton.decode import decode
 from llama_surgery.attention.impl.triton.decode_cache import append_tokens, fill_chunks
 from llama_surgery.bench import decode_case as case
 from llama_surgery.bench.decode_case import Layer, Setting
+from llama_surgery.bench.decode_paged import paged, same
 from llama_surgery.bench.dense import ways
 from llama_surgery.bench.measure import Deadline, Rows, graphed, quantiles, say, synchronise, times
 from llama_surgery.errors import SurgeryError
@@ -34,6 +35,9 @@ SETTINGS = (
     Setting(1 << 17, 1, page=32, ball=8),
     Setting(1 << 17, 1, rows=4),
 )
+
+#: Of the comparison with an engine's paged cache.
+PAGED_SETTINGS = tuple(Setting(1 << 17, batch, ragged=True) for batch in (1, 4, 16, 64))
 
 
 def bench_decode(
@@ -53,7 +57,8 @@ def bench_decode(
     for setting in settings:
         if deadline.passed(str(setting)):
             break
-        time_setting(rows, setting, device, dtype, flex=flex)
+        time = time_paged if setting.ragged else functools.partial(time_setting, flex=flex)
+        time(rows, setting, device, dtype)
         if device.type == "cuda":
             torch.cuda.empty_cache()
     return rows.rows
@@ -97,6 +102,33 @@ def time_setting(
     )  # fmt: skip
     steps = step_run(layers, setting, device)
     rows.add(**setting.label, part="step", **steps, p99_speedup=fastest / steps["p99_ms"])
+
+
+def time_paged(rows: Rows, setting: Setting, device: torch.device, dtype: torch.dtype) -> None:
+    """The same sequences in a contiguous cache and in an engine's: ``lost`` is what the latter costs more.
+
+    Both are timed twice, in turn, and the faster median of each counts.
+    """
+    layers, gap = case.build(setting, copies_for(setting, device), device, dtype)
+    scattered = [paged(setting, layer, seed) for seed, layer in enumerate(layers)]
+    same(setting, layers, scattered)
+    results = [decode(x.queries, x.cache) for x in scattered]
+    errors = [case.check(setting, x, r) for x, r in zip(layers, results, strict=True)]
+    facts = case.facts_of(setting, results) | {"gap": gap, "copies": len(layers)}
+    facts |= {"error": max(e for e, _ in errors), "plain_error": max(p for _, p in errors)}
+    kinds = {"contiguous": layers, "paged": scattered}
+    found: dict[str, dict[str, float]] = {}
+    for _ in range(2):
+        for name, chosen in kinds.items():
+            new = measure(chosen, lambda x: decode(x.queries, x.cache), 200.0)
+            found[name] = min(found.get(name, new), new, key=lambda times: times["p50_ms"])
+    lost = found["paged"]["p50_ms"] / found["contiguous"]["p50_ms"] - 1
+    moved = case.bytes_of(setting, results)
+    for name, times_ in found.items():
+        rows.add(
+            **setting.label, part=name, **times_, **_rate(rows, moved, times_),
+            lost=lost if name == "paged" else 0.0, tokens=sum(setting.lengths), **facts,
+        )  # fmt: skip
 
 
 def _rate(rows: Rows, moved: float, found: dict[str, float]) -> dict[str, float]:
@@ -191,7 +223,8 @@ def copies_for(setting: Setting, device: torch.device) -> int:
     """Caches whose touched bytes are more than four times the L2 cache."""
     if device.type != "cuda":
         return 1
-    touched = (setting.far * setting.length + setting.config.chunk_size) * 2 * case.DIM * 2
-    touched += setting.length / setting.ball * 2 * case.DIM * 2
+    tokens = sum(setting.lengths)
+    touched = (setting.far * tokens + setting.batch * setting.config.chunk_size) * 2 * case.DIM * 2
+    touched += tokens / setting.ball * 2 * case.DIM * 2
     cache = torch.cuda.get_device_properties(device).L2_cache_size
-    return max(2, math.ceil(4 * cache / (touched * setting.batch * case.KV_HEADS)) + 1)
+    return max(2, math.ceil(4 * cache / (touched * case.KV_HEADS)) + 1)

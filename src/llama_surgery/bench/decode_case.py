@@ -26,14 +26,23 @@ from llama_surgery.topology.layout import moments_of, pool_channels
 
 KV_HEADS, HEADS, DIM = 8, 4, 128
 #: Length of the planted part of a key and of a query.
-KEY_PULL, QUERY_PULL = 8.0, 10.0
+KEY_PULL, QUERY_PULL = 8.0, 12.0
 #: Steps of a step run, and the room that a cache has for them.
 STEPS = 1200
 
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
-    """What is timed: ``length`` counts the new rows too."""
+    """What is timed.
+
+    Attributes:
+        length: Tokens of the longest sequence, the new rows included; of all, unless ``ragged``.
+        batch: Sequences.
+        page, ball: Keys of a page, and of the balls it is scored by.
+        rows: New rows of a sequence.
+        far: Far density.
+        ragged: Lengths of the others go down from ``length`` by equal factors, to a 128th of it.
+    """
 
     length: int
     batch: int
@@ -41,23 +50,42 @@ class Setting:
     ball: int = 64
     rows: int = 1
     far: float = 0.03
+    ragged: bool = False
 
     @property
     def config(self) -> SurgeryConfig:
         return SurgeryConfig(page_size=self.page, moment_size=self.ball, theta_decode=0.01)
 
     @property
-    def start(self) -> int:
-        return self.length - self.rows
+    def lengths(self) -> list[int]:
+        """Tokens of every sequence."""
+        if not self.ragged:
+            return [self.length] * self.batch
+        share = 7.0 / max(1, self.batch - 1)
+        return [round(self.length * 2.0 ** -(share * index)) for index in range(self.batch)]
 
     @property
-    def closed_pages(self) -> int:
-        return closed_chunks(self.start, self.config, 1) * self.config.pages_per_chunk
+    def start(self) -> int:
+        """Position of the longest sequence's first new row."""
+        return self.length - self.rows
+
+    def pages(self, length: int) -> int:
+        """Closed pages of a sequence of ``length`` tokens."""
+        return closed_chunks(length - self.rows, self.config, 1) * self.config.pages_per_chunk
+
+    def near(self, length: int) -> int:
+        """Tokens of its near field."""
+        return length - self.pages(length) * self.page
+
+    def streams(self) -> list[int]:
+        """Length of every stream."""
+        return [length for length in self.lengths for _ in range(KV_HEADS)]
 
     @property
     def label(self) -> dict[str, object]:
         return {
-            "n": self.length, "batch": self.batch, "page": self.page, "balls": self.ball, "rows": self.rows
+            "n": self.length, "batch": self.batch, "page": self.page, "balls": self.ball, "rows": self.rows,
+            "ragged": self.ragged,
         }  # fmt: skip
 
 
@@ -81,14 +109,16 @@ def by_slot(blocks: torch.Tensor) -> torch.Tensor:
 
 def choose_pages(setting: Setting, generator: torch.Generator) -> list[torch.Tensor]:
     """Pages that each stream opens: as many as the density asks for on average, in pairs of siblings."""
-    streams, available = setting.batch * KV_HEADS, setting.closed_pages
-    weight = torch.randn(streams, generator=generator).mul(0.6).exp()
-    wanted = weight / weight.mean() * setting.far * setting.length / setting.page
+    lengths = setting.streams()
+    weight = torch.randn(len(lengths), generator=generator).mul(0.6).exp()
+    weight = weight / weight.mean()
     chosen = []
-    for count in wanted.round().long().clamp(2, available).tolist():
-        pair = torch.randperm(available // 2 - 1, generator=generator)[: count // 2] + 1
-        pages = (pair[:, None] * 2 + torch.arange(2)).flatten()[: count - 1]
-        chosen.append(torch.cat((torch.zeros(1, dtype=torch.long), pages)))
+    for length, more in zip(lengths, weight.tolist(), strict=True):
+        available = setting.pages(length)
+        count = min(max(round(more * setting.far * length / setting.page), 4), available)
+        pair = torch.randperm(max(0, available // 2 - 1), generator=generator)[: count // 2] + 1
+        pages = (pair[:, None] * 2 + torch.arange(2)).flatten()[: max(0, count - 1)]
+        chosen.append(torch.cat((torch.zeros(min(1, available), dtype=torch.long), pages)))
     return chosen
 
 
@@ -96,7 +126,8 @@ def make_layer(setting: Setting, lengths: torch.Tensor, dtype: torch.dtype, seed
     """A full cache with planted pages. Page 0 is the sink page, open without being planted."""
     config, device = setting.config, lengths.device
     streams = setting.batch * KV_HEADS
-    room = -(-(setting.length + STEPS) // config.chunk_size) * config.chunk_size
+    steps = 0 if setting.ragged else STEPS
+    room = -(-(setting.length + steps) // config.chunk_size) * config.chunk_size
     cache = make_cache(
         config, setting.batch, KV_HEADS, room, DIM, dtype=dtype, device=device, lengths=lengths
     )
@@ -106,16 +137,18 @@ def make_layer(setting: Setting, lengths: torch.Tensor, dtype: torch.dtype, seed
     cache.values.normal_(generator=generator)
     pull = torch.randn(streams, DIM, generator=generator, device=device)
     pull = pull / pull.norm(dim=-1, keepdim=True)
-    full = setting.start // config.chunk_size * config.chunk_size
+    fulls = [(n - setting.rows) // config.chunk_size * config.chunk_size for n in setting.streams()]
     keys, means, spreads = (by_slot(x) for x in (cache.keys, cache.means, cache.spreads))
-    for stream, planted in enumerate(pages):
+    for stream, (planted, full) in enumerate(zip(pages, fulls, strict=True)):
         by_page = keys[stream].unflatten(0, (-1, setting.page))
         by_page[planted[1:].to(device)] += (KEY_PULL * pull[stream]).to(dtype)
+        if not full:
+            continue
         moments = moments_of(keys[stream : stream + 1, :full], config.ball_size)
         features = page_features(moments, config.alpha, dtype, config.variance_pool)
         for held, fresh in zip((means, spreads), feature_blocks(features, config, 1), strict=True):
             held[stream, : full // config.ball_size] = by_slot(fresh)[0]
-    cache.filled.fill_(full // config.chunk_size)
+    cache.filled.copy_(torch.tensor(fulls[::KV_HEADS]) // config.chunk_size)
     shape = (streams, HEADS, setting.rows, DIM)
     queries = torch.randn(shape, generator=generator, device=device) + QUERY_PULL * pull[:, None, None]
     new = torch.randn(2, streams, setting.rows, DIM, generator=generator, device=device)
@@ -125,21 +158,24 @@ def make_layer(setting: Setting, lengths: torch.Tensor, dtype: torch.dtype, seed
 def place_theta(setting: Setting, layers: list[Layer]) -> tuple[float, float]:
     """θ between the shares of pages to be opened and of all others, and the factor between the two."""
     least, most = math.inf, -math.inf
-    config = setting.config
-    balls = setting.closed_pages * config.balls_per_page
+    config, lengths = setting.config, setting.streams()
     for layer in layers:
         cache = layer.cache
         keys, means, spreads = (by_slot(x) for x in (cache.keys, cache.means, cache.spreads))
         for stream, planted in enumerate(layer.pages):
+            length, pages = lengths[stream], setting.pages(lengths[stream])
+            if len(planted) == pages:  # nothing is to stay closed, or there is nothing
+                continue
             q = layer.queries[stream].flatten(0, 1).float() * DIM**-0.5
+            balls = pages * config.balls_per_page
             mean, spread = means[stream, :balls].float(), spreads[stream, :balls].float()
             scores = q @ mean.T + pool_channels(q.square(), config.variance_pool) @ spread.T
             scores = scores + math.log(config.ball_size)
             scores = scores.unflatten(-1, (-1, config.balls_per_page)).logsumexp(-1)
-            near = keys[stream, setting.closed_pages * setting.page : setting.length]
+            near = keys[stream, length - setting.near(length) : length]
             total = torch.cat((scores, q @ near.float().T), -1).logsumexp(-1, keepdim=True)
             share = (scores - total).unflatten(0, (HEADS, -1)).amax(0)
-            opened = torch.zeros(setting.closed_pages, dtype=torch.bool, device=q.device)
+            opened = torch.zeros(pages, dtype=torch.bool, device=q.device)
             opened[planted.to(q.device)] = True
             most = max(most, float(share[:, ~opened].max()))
             opened[0] = False
@@ -153,7 +189,7 @@ def build(
     setting: Setting, copies: int, device: torch.device, dtype: torch.dtype
 ) -> tuple[list[Layer], float]:
     """Caches with one length tensor, as those of a model's layers, with θ in place; and θ's gap."""
-    lengths = torch.full((setting.batch,), setting.start, dtype=torch.int32, device=device)
+    lengths = torch.tensor(setting.lengths, dtype=torch.int32, device=device) - setting.rows
     layers = [make_layer(setting, lengths, dtype, seed) for seed in range(copies)]
     for layer in layers:
         append_tokens(layer.cache, *layer.new)
@@ -172,13 +208,15 @@ def check(setting: Setting, layer: Layer, result: DecodeResult, samples: int = 4
         raise SurgeryError(f"{setting}: wrong pages, {result.opened[:, 0].tolist()} for {counts.tolist()}")
     streams, worst, plain = len(layer.pages), 0.0, 0.0
     keys, values = by_slot(layer.cache.keys), by_slot(layer.cache.values)
-    near = torch.arange(setting.closed_pages * setting.page, setting.length)
+    lengths = setting.streams()
     for stream in range(0, streams, max(1, streams // samples)):
+        length = lengths[stream]
+        closed = length - setting.near(length)
         slots = layer.pages[stream][:, None] * setting.page + torch.arange(setting.page)
-        slots = torch.cat((slots.flatten(), near)).to(counts.device)
+        slots = torch.cat((slots.flatten(), torch.arange(closed, length))).to(counts.device)
         k, v = (x[stream, slots].expand(HEADS, -1, -1) for x in (keys, values))
-        position = setting.start + torch.arange(setting.rows, device=counts.device)
-        visible = (slots < setting.closed_pages * setting.page) | (slots <= position[:, None])
+        position = length - setting.rows + torch.arange(setting.rows, device=counts.device)
+        visible = (slots < closed) | (slots <= position[:, None])
         q = layer.queries[stream]
         exact, rough = (sdpa(q.to(t), k.to(t), v.to(t), visible).double() for t in (torch.float64, q.dtype))
         worst = max(worst, float((result.out[stream].double() - exact).norm() / exact.norm()))
@@ -201,25 +239,24 @@ def check_dense(setting: Setting, layer: Layer, out: torch.Tensor) -> None:
 
 def bytes_of(setting: Setting, results: list[DecodeResult]) -> float:
     """Bytes that a call must move: pages read, moments, near field; scores written and read."""
-    size, streams = results[0].out.element_size(), setting.batch * KV_HEADS
+    size, lengths = results[0].out.element_size(), setting.streams()
     blocks = -(-setting.rows // results[0].rows_block)
     pages = sum(float(r.read[:, :: r.rows_block].sum()) for r in results) / len(results)
-    near = setting.length - setting.closed_pages * setting.page
-    keys = pages * setting.page + streams * blocks * (
-        near + setting.closed_pages * setting.page / setting.ball
-    )
-    scores = 2 * 4 * streams * setting.rows * HEADS * setting.closed_pages
+    closed, near = (sum(map(count, lengths)) for count in (setting.pages, setting.near))
+    keys = pages * setting.page + blocks * (near + closed * setting.page / setting.ball)
+    scores = 2 * 4 * setting.rows * HEADS * closed
     return keys * 2 * DIM * size + scores
 
 
 def facts_of(setting: Setting, results: list[DecodeResult]) -> dict[str, Any]:
     """Counts and densities of what was really read."""
     read = torch.cat([r.read.flatten() for r in results]).float().sort().values
-    far = float(read.mean()) * setting.page / setting.length
-    near = setting.length - setting.closed_pages * setting.page
+    lengths = setting.streams()
+    mean = sum(lengths) / len(lengths)
+    far = float(read.mean()) * setting.page / mean
     return {
         "pages_p50": float(read[len(read) // 2]),
         "pages_p95": float(read[int(0.95 * (len(read) - 1))]),
         "executed_far": far,
-        "total_density": far + near / setting.length,
+        "total_density": far + sum(map(setting.near, lengths)) / sum(lengths),
     }

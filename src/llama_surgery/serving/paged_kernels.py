@@ -6,6 +6,7 @@ plain PyTorch. Learned corrections are not in the kernels: such layers keep :cla
 """
 
 import dataclasses
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -22,6 +23,9 @@ from llama_surgery.serving.paged import PagedStates
 from llama_surgery.topology.geometry import closed_chunks
 from llama_surgery.topology.layout import Layout
 from llama_surgery.topology.router import PageRouter
+
+if TYPE_CHECKING:
+    from llama_surgery.attention.impl.triton.decode_cache import DecodeCache
 
 #: The side cache of a chunk begins and ends at multiples of so many bytes, so that loads are wide.
 ALIGNMENT = 64
@@ -162,7 +166,6 @@ def decode_rows(
         SurgeryError: Shapes or dtypes that do not fit, or a rule that the kernels do not run.
     """
     from llama_surgery.attention.impl.triton.decode import decode
-    from llama_surgery.attention.impl.triton.decode_cache import DecodeCache
 
     sequences, heads, dim = queries.shape
     kv_heads = cache.states.shape[1]
@@ -177,25 +180,31 @@ def decode_rows(
             )
     if heads % kv_heads:
         raise SurgeryError(f"{heads} query heads for {kv_heads} KV heads: not a multiple.")
+    view = kernel_view(cache, tables, positions)
+    grouped = queries.reshape(sequences * kv_heads, heads // kv_heads, 1, dim)
+    result = decode(grouped, view, scale=scale, softcap=softcap, tally=tally)
+    return result.out.view(sequences, heads, dim)
+
+
+def kernel_view(cache: KernelStates, tables: torch.Tensor, positions: torch.Tensor) -> "DecodeCache":
+    """The caches as the decode kernels take them, copied nowhere; arguments as in :func:`decode_rows`."""
+    from llama_surgery.attention.impl.triton.decode_cache import DecodeCache
 
     def everyone(tensor: torch.Tensor) -> torch.Tensor:
-        """(blocks, kv_heads, …) as the kernels take it: (sequences, kv_heads, blocks, …), a view."""
+        """(blocks, kv_heads, …) as (sequences, kv_heads, blocks, …)."""
         by_head = tensor.transpose(0, 1)
-        return by_head.expand(sequences, *by_head.shape)
+        return by_head.expand(len(positions), *by_head.shape)
 
-    view = DecodeCache(
+    return DecodeCache(
         cache.config,
-        everyone(cache.states[..., :dim]),
-        everyone(cache.states[..., dim:]),
+        everyone(cache.states[..., : cache.head_dim]),
+        everyone(cache.states[..., cache.head_dim :]),
         everyone(cache.means),
         everyone(cache.spreads),
         everyone(cache.first_pages),
         positions,
         tables,
     )
-    grouped = queries.view(sequences * kv_heads, heads // kv_heads, 1, dim)
-    result = decode(grouped, view, scale=scale, softcap=softcap, tally=tally)
-    return result.out.view(sequences, heads, dim)
 
 
 def attend_piece(

@@ -1,0 +1,48 @@
+"""A benchmark's cache as an engine would keep it: shuffled blocks, the engine's strides, a block table."""
+
+import dataclasses
+
+import torch
+
+from llama_surgery.attention.impl.triton.decode import DecodeResult, decode
+from llama_surgery.bench.decode_case import Layer, Setting
+from llama_surgery.errors import SurgeryError
+from llama_surgery.serving.paged_kernels import KernelStates, kernel_side_bytes, kernel_view
+
+
+def paged(setting: Setting, layer: Layer, seed: int = 0) -> Layer:
+    """The layer with its chunks scattered over an engine's blocks, its own cache left as it is."""
+    cache, size = layer.cache, layer.cache.config.chunk_size
+    device, heads, dim = cache.keys.device, cache.kv_heads, cache.keys.shape[-1]
+    chunks = [-(-length // size) for length in setting.lengths]
+    count = 1 + sum(chunks)
+    generator = torch.Generator().manual_seed(seed)
+    numbers = (torch.randperm(count - 1, generator=generator) + 1).to(device)  # block 0 is nobody's
+    states = torch.empty(count, size, heads, 2 * dim, dtype=cache.keys.dtype, device=device).transpose(1, 2)
+    width = kernel_side_bytes(cache.config, dim, cache.keys.dtype) // 4
+    engine = KernelStates(states, torch.empty(count, heads, width, device=device), cache.config)
+    tables = torch.zeros(setting.batch, max(chunks), dtype=torch.int32, device=device)
+    for sequence, own in enumerate(numbers.split(chunks)):
+        tables[sequence, : len(own)] = own
+        for target, source in (
+            (states[..., :dim], cache.keys),
+            (states[..., dim:], cache.values),
+            (engine.means, cache.means),
+            (engine.spreads, cache.spreads),
+        ):
+            target[own] = source[sequence, :, : len(own)].transpose(0, 1)
+        engine.first_pages[own] = cache.sink_page[sequence, :, 0]
+    return dataclasses.replace(layer, cache=kernel_view(engine, tables, cache.lengths))
+
+
+def same(setting: Setting, layers: list[Layer], scattered: list[Layer]) -> None:
+    """Check that both kinds of cache give the same numbers.
+
+    Raises:
+        SurgeryError: They do not.
+    """
+    for one, other in zip(layers, scattered, strict=True):
+        results: list[DecodeResult] = [decode(x.queries, x.cache) for x in (one, other)]
+        for name in ("out", "lse", "opened", "read"):
+            if not torch.equal(getattr(results[0], name), getattr(results[1], name)):
+                raise SurgeryError(f"{setting}: {name} of the paged cache differs from the contiguous one's.")
