@@ -93,8 +93,8 @@ def decode_step(
         softcap=keywords.get("softcap"),
         sink_logit=sinks,
         tally=tally_of(layer, paged),
+        advance=True,
     )
-    lengths.add_(rows)
     if not paged.recording:
         settle(layer, paged, rows)
     return result.out.view(batch, heads, rows, -1).transpose(1, 2).contiguous()

@@ -306,6 +306,17 @@ def test_blocks_may_lie_anywhere(
     assert results[0].out.isfinite().all() and results[0].opened.any()
 
 
+def test_rows_are_settled_on_demand(device: torch.device) -> None:
+    case = Case((100, 3, 70), 2)
+    texts = make_texts(case, CONFIG, device)
+    cache = loaded_cache(texts, case, CONFIG, device)
+    queries = torch.cat([t.queries for t in texts])
+    append(cache, texts)
+    for advance, lengths in ((False, [100, 3, 70]), (True, [102, 5, 72])):
+        decode(queries, cache, advance=advance)
+        assert cache.lengths.tolist() == lengths
+
+
 @pytest.mark.usefixtures("poisoned")
 def test_texts_grow_by_accepted_drafts(device: torch.device) -> None:
     """Two sequences of different lengths, of whose new tokens some are rejected; chunks filled when due."""
@@ -384,9 +395,7 @@ def test_a_captured_step_follows_the_length(device: torch.device) -> None:
 
     def step() -> DecodeResult:
         append_tokens(cache, text.keys[:, 290:], text.values[:, 290:])
-        result = decode(text.queries, cache)
-        cache.lengths.add_(1)
-        return result
+        return decode(text.queries, cache, advance=True)
 
     eager = step()
     cache.lengths.sub_(1)

@@ -61,11 +61,12 @@ def decode(
     softcap: float | None = None,
     sink_logit: torch.Tensor | None = None,
     tally: torch.Tensor | None = None,
+    advance: bool = False,
     tuning: DecodeTuning | None = None,
 ) -> DecodeResult:
     """Attention of the tokens that :func:`append_tokens` wrote last. Every row is a tile of one query.
 
-    Row r of a sequence is at position ``lengths + r``. The cache is not changed.
+    Row r of a sequence is at position ``lengths + r``.
 
     Args:
         queries: (streams, heads, rows, head_dim), rotary embedding applied, 1 to 8 rows.
@@ -74,6 +75,8 @@ def decode(
         softcap: Cap of the logits, or None.
         sink_logit: (streams, heads) attention-sink parameters, or None.
         tally: (2, kv_heads) int64, contiguous: pages opened and pages read are added to it. Or None.
+        advance: Settle all rows in the end: add their number to ``cache.lengths``. Else the cache is not
+            changed.
         tuning: Launch configuration, default that of the GPU's family.
 
     Raises:
@@ -170,6 +173,7 @@ def decode(
             result.opened,
             result.read,
             tally,
+            cache.lengths,
             parts,
             shape.far_splits,
             KV_HEADS=cache.kv_heads,
@@ -180,6 +184,7 @@ def decode(
             FAR_PAD=triton.next_power_of_2(shape.far_splits) if shape.far_splits else 0,
             SINK=sink_logit is not None,
             TALLY=tally is not None,
+            ADVANCE=advance,
             **shape.merge_constants(),
         )
     return result

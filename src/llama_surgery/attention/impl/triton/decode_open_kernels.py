@@ -219,6 +219,7 @@ def merge_kernel(
     opened_ptr,
     read_ptr,
     tally_ptr,
+    lengths_ptr,
     parts,
     far_splits,
     KV_HEADS: tl.constexpr,
@@ -231,12 +232,14 @@ def merge_kernel(
     BLOCK: tl.constexpr,
     SINK: tl.constexpr,
     TALLY: tl.constexpr,
+    ADVANCE: tl.constexpr,
 ):
     """Merge partial results by their log-sum-exp. Grid: (heads * queries, streams), one program a row.
 
     Writes out (streams, heads, queries, VALUE_DIM) and lse (streams, heads, queries) in natural units, and
     the sums of counts, opened and read (streams, queries). With TALLY, these are also added to
-    tally (2, KV_HEADS) int64.
+    tally (2, KV_HEADS) int64. With ADVANCE the queries are added to the sequences' lengths, which no program
+    of this kernel reads for anything else.
     """
     stream = tl.program_id(1).to(tl.int64)
     head, row = tl.program_id(0) // ROWS, tl.program_id(0) % ROWS
@@ -282,3 +285,7 @@ def merge_kernel(
             kv_head = stream % KV_HEADS
             tl.atomic_add(tally_ptr + kv_head, tl.cast(opened, tl.int64))
             tl.atomic_add(tally_ptr + KV_HEADS + kv_head, tl.cast(read, tl.int64))
+    if ADVANCE:
+        one = (tl.program_id(0) == 0) & (stream % KV_HEADS == 0)
+        length_ptr = lengths_ptr + stream // KV_HEADS
+        tl.store(length_ptr, tl.load(length_ptr, mask=one, other=0) + ROWS, mask=one)
