@@ -56,13 +56,13 @@ def quality() -> str:
     return markdown(names, cells) + f"\n\n{conditions}"
 
 
-#: The row of a whole call in kernels.csv.
+#: The row of a whole call in prefill.csv.
 WHOLE = "attention with layout and selection"
 
 
 def prefill() -> str:
     """Attention of a prompt, everything included, against the dense rivals of the same run."""
-    rows = read("kernels.csv")
+    rows = read("prefill.csv")
     cells = []
     for row in rows:
         if row["part"] != WHOLE:
@@ -85,7 +85,7 @@ def prefill() -> str:
 
 def parts() -> str:
     """Each part of a prompt's attention alone."""
-    rows = read("kernels.csv")
+    rows = read("prefill.csv")
     settings = [row for row in rows if row["part"] == "layout"]
     names = list(dict.fromkeys(row["part"] for row in rows if row["far"]))
     cells = []
@@ -102,7 +102,7 @@ def parts() -> str:
     return markdown(header, cells) + f"\n\n{conditions(rows[0])}"
 
 
-#: What names a setting in kernels.csv.
+#: What names a setting in prefill.csv.
 LABEL = ("n", "page", "tile", "ball", "variance_pool", "stride", "totals", "far")
 
 

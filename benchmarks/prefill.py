@@ -1,9 +1,9 @@
 """Times every part of sparse prefill attention by itself, beside dense rivals, and writes a CSV.
 
-    python benchmarks/kernels.py --lengths 8k 32k 128k --seconds 400
-    python benchmarks/kernels.py --growth --lengths 32k 128k 512k
-    python benchmarks/kernels.py --tune --seconds 100
-    python benchmarks/kernels.py --profile
+    python benchmarks/prefill.py --lengths 8k 32k 128k --seconds 400
+    python benchmarks/prefill.py --growth --lengths 32k 128k 512k
+    python benchmarks/prefill.py --tune --seconds 100
+    python benchmarks/prefill.py --profile
 
 What is timed and checked: ``llama_surgery.bench.prefill``. ``--growth`` keeps the number of pages that a
 tile reads, instead of the density, the same at all lengths. ``--tune`` sweeps launch configurations instead,
@@ -28,7 +28,7 @@ from llama_surgery.bench.prefill import Setting, bench_prefill
 from llama_surgery.bench.prefill_case import Data, calibrate, make_data
 from llama_surgery.config import SurgeryConfig
 
-RESULTS = Path(__file__).parent / "results" / "kernels.csv"
+RESULTS = Path(__file__).parent / "results" / "prefill.csv"
 CUDA = torch.device("cuda")
 
 #: Cheap selection at page 64: whole pages scored, variances of eight channels, totals from coarse balls.
