@@ -22,7 +22,7 @@ def test_one_command_calibrates_compares_and_tells(given: list[str | Path], tmp_
         "what the operated model loses",
         "2 windows, too few",
         "What the operated model reads",
-        "8,192 tokens: tiny0 was made for 1,024",
+        f"8,192 tokens: {given[1].name} was made for 1,024",
         "Open: ",
     ):
         assert told in result.stdout

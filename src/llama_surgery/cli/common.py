@@ -86,6 +86,13 @@ DtypeOption = Annotated[
 JsonOption = Annotated[
     bool, typer.Option("--json", help="Print JSON instead of tables (progress goes to standard error).")
 ]
+SeedOption = Annotated[int, typer.Option(help="Same seed, same samples.", rich_help_panel="Samples")]
+BatchOption = Annotated[
+    int,
+    typer.Option(
+        min=1, help="Samples answered together: more is faster on a GPU.", rich_help_panel="Samples"
+    ),
+]
 AdapterOption = Annotated[
     Path | None,
     typer.Option(help="Adapter folder written by 'llama-surgery operate'.", rich_help_panel="Topology"),

@@ -8,11 +8,13 @@ import typer
 
 from llama_surgery.cli.common import (
     AdapterOption,
+    BatchOption,
     DeviceOption,
     Dtype,
     DtypeOption,
     JsonOption,
     ModelArgument,
+    SeedOption,
     checked_output,
     err,
     load_model,
@@ -77,13 +79,8 @@ def ruler(
             rich_help_panel=_TASKS,
         ),
     ] = False,
-    batch: Annotated[
-        int,
-        typer.Option(
-            min=1, help="Samples answered together: more is faster on a GPU.", rich_help_panel=_SAMPLES
-        ),
-    ] = 1,
-    seed: Annotated[int, typer.Option(help="Same seed, same samples.", rich_help_panel=_SAMPLES)] = 0,
+    batch: BatchOption = 1,
+    seed: SeedOption = 0,
     out_file: Annotated[
         Path | None,
         typer.Option("--out", help="Results as JSON. A run that was interrupted goes on from this file."),

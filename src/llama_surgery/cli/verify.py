@@ -8,12 +8,14 @@ import typer
 
 from llama_surgery.cli.common import (
     AdapterOption,
+    BatchOption,
     CalibrationOption,
     DeviceOption,
     Dtype,
     DtypeOption,
     JsonOption,
     ModelArgument,
+    SeedOption,
     checked_output,
     load_model,
     out,
@@ -83,9 +85,7 @@ def verify(
     windows: Annotated[
         int, typer.Option(min=1, help="Most perplexity windows at a length.", rich_help_panel=_SAMPLES)
     ] = 12,
-    batch: Annotated[
-        int, typer.Option(min=1, help="Samples answered together.", rich_help_panel=_SAMPLES)
-    ] = 1,
+    batch: BatchOption = 1,
     chat: Annotated[
         bool | None,
         typer.Option(
@@ -94,7 +94,7 @@ def verify(
             rich_help_panel=_SAMPLES,
         ),
     ] = None,
-    seed: Annotated[int, typer.Option(help="Same seed, same samples.", rich_help_panel=_SAMPLES)] = 0,
+    seed: SeedOption = 0,
     max_perplexity: Annotated[
         float,
         typer.Option(min=0, help="Allowed rise of the perplexity, relative.", rich_help_panel=_LIMITS),

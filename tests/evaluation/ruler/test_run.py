@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import time
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -72,8 +73,11 @@ def test_an_answer_ends_with_its_last_reference_and_scores_as_if_it_had_gone_on(
 
 def test_batches_answer_as_single_samples_do(tiny_llama, sampler) -> None:
     samples = sampler.samples("fwe", 640, range(3))
-    single = answer_samples(tiny_llama, sampler.tokenizer, samples)
-    assert answer_samples(tiny_llama, sampler.tokenizer, samples, batch_size=3) == single
+    assert len({sample.tokens for sample in samples}) > 1  # so that there is padding
+    for config in (None, SPARSE):
+        with nullcontext() if config is None else llama_surgery.operated(tiny_llama, config):
+            single = answer_samples(tiny_llama, sampler.tokenizer, samples)
+            assert answer_samples(tiny_llama, sampler.tokenizer, samples, batch_size=3) == single
 
 
 class Interrupted(Exception):
