@@ -94,7 +94,7 @@ def tune(length: int, seconds: float) -> None:
     fine = dataclasses.replace(CHEAP, moment_size=16)
     for config, place in ((CHEAP, 0), (fine, 1)):
         kept = layout_module.SPLIT_WARPS
-        for warps in (2, 4, 8, 16):
+        for warps in (1, 2, 4) if place else (4, 8):
             layout_module.SPLIT_WARPS = (warps, kept[1]) if place == 0 else (kept[0], warps)
             milliseconds = _middle(lambda config=config: build_layout(data.keys, data.values, config))
             say(
@@ -103,13 +103,11 @@ def tune(length: int, seconds: float) -> None:
         layout_module.SPLIT_WARPS = kept
     grids: dict[tuple[str, ...], dict[str, tuple[int, ...]]] = {
         ("totals", "lists"): {
+            "pooled_stages": (2, 1, 3),
             "score_warps": (4, 8),
             "block_balls": (64, 128),
-            "score_stages": (1, 2),
-            "block_near": (64, 128),
         },
         ("near", "far"): {
-            "attend_warps": (4, 8),
             "attend_stages": (2, 3),
             "block_near": (64, 128),
         },

@@ -12,7 +12,7 @@ import torch
 
 from llama_surgery.attention.api import AttentionResult, attend, build_layout
 from llama_surgery.bench.dense import fastest
-from llama_surgery.bench.measure import Deadline, Rows, say, times
+from llama_surgery.bench.measure import Deadline, Rows, graphed, say, times
 from llama_surgery.bench.states import clustered_states
 from llama_surgery.config import SurgeryConfig
 from llama_surgery.errors import AdapterError, SurgeryError
@@ -183,7 +183,7 @@ def _check(config: SurgeryConfig, q: torch.Tensor, k: torch.Tensor, v: torch.Ten
 
 def _middle(run: Callable[[], Any], device: torch.device) -> float:
     run()
-    return times(run, device, 5)[2]
+    return times(graphed(run, device), device, 5)[2]
 
 
 def _far_density(result: AttentionResult, config: SurgeryConfig) -> float:

@@ -256,6 +256,13 @@ def moments_from(features: torch.Tensor, config: SurgeryConfig) -> Moments:
     return Moments(mean, spread / half if half else torch.zeros_like(mean), config.ball_size)
 
 
+def feature_parts(features: torch.Tensor, head_dim: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Views of :func:`page_features`: μ (streams, balls, head_dim) and α·½·σ² (streams, balls, …)."""
+    if features.dim() == 4:
+        return features[:, 0], features[:, 1]
+    return features[..., :head_dim], features[..., head_dim:]
+
+
 def feature_strides(features: torch.Tensor, head_dim: int) -> tuple[int, int, int]:
     """Elements from stream to stream, from ball to ball, and from μ to α·½·σ², of :func:`page_features`."""
     if features.dim() == 4:

@@ -3,8 +3,8 @@
 import torch
 import triton
 
-from llama_surgery.attention.impl.triton.layout_kernels import arrange_kernel, split_kernel
 from llama_surgery.attention.impl.triton.helpers import device_of
+from llama_surgery.attention.impl.triton.layout_kernels import arrange_kernel, split_kernel
 from llama_surgery.config import SurgeryConfig
 from llama_surgery.topology.layout import Layout, Moments
 from llama_surgery.topology.tree import POWER_STEPS

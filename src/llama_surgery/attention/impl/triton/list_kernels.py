@@ -112,7 +112,8 @@ def _above(
 )
 def list_kernel(
     q_ptr,
-    features_ptr,
+    means,
+    spreads,
     totals_ptr,
     sink_page_ptr,
     entries_ptr,
@@ -121,9 +122,6 @@ def list_kernel(
     q_stream,
     q_head,
     q_row,
-    features_stream,
-    features_row,
-    features_half,
     tiles,
     capacity,
     start,
@@ -166,7 +164,6 @@ def list_kernel(
     block_pages: tl.constexpr = BLOCK_BALLS // BALLS_PAD
     stream = tl.program_id(1).to(tl.int64)
     block_id = tl.program_id(0)
-    base = features_ptr + stream * features_stream
 
     tile = block_id * TILES_BLOCK + tl.arange(0, TILES_BLOCK)
     q_first = (first_tile + tile) * TILE
@@ -194,9 +191,14 @@ def list_kernel(
         page = block + tl.arange(0, block_pages)
         index = tl.arange(0, BLOCK_BALLS)
         present = (block + index // BALLS_PAD < last) & (index % BALLS_PAD < BALLS)
-        ball = (block + index // BALLS_PAD) * BALLS + index % BALLS_PAD
-        mean = load_rows(base, ball, features_row, present, DIM, DIM_PAD, True)
-        spread = load_rows(base + features_half, ball, features_row, present, SPREAD, SPREAD_PAD, True)
+        # What lies behind the last page may be anything: it is not listed.
+        if BALLS == BALLS_PAD:
+            mean = means.load([tl.program_id(1), block * BALLS, 0])
+            spread = spreads.load([tl.program_id(1), block * BALLS, 0])
+        else:
+            mean = means.load([tl.program_id(1), block, 0, 0])
+            spread = spreads.load([tl.program_id(1), block, 0, 0])
+        mean, spread = mean.reshape(BLOCK_BALLS, DIM_PAD), spread.reshape(BLOCK_BALLS, SPREAD_PAD)
         first = tl.full([block_pages, TILES_BLOCK], TILE, tl.int32)
         for head_block in tl.static_range(head_blocks):
             if head_blocks > 1:

@@ -3,7 +3,7 @@
 import dataclasses
 import itertools
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -11,7 +11,14 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from llama_surgery.attention.impl.triton.attend_kernel import attend_kernel
 from llama_surgery.attention.impl.triton.helpers import device_of
-from llama_surgery.attention.impl.triton.job import Job, Level, Strip, feature_strides, make_job
+from llama_surgery.attention.impl.triton.job import (
+    Job,
+    Level,
+    Strip,
+    feature_parts,
+    feature_strides,
+    make_job,
+)
 from llama_surgery.attention.impl.triton.list_kernels import descend_kernel, list_kernel
 from llama_surgery.attention.impl.triton.select_kernels import totals_kernel
 from llama_surgery.attention.impl.triton.tiled_plan import TiledPlan
@@ -96,16 +103,17 @@ def row_totals(job: Job, strip: Strip, *, near: bool = True, far: bool = True) -
     totals = job.queries.new_empty(streams, strip.tiles, job.slots, heads, dtype=torch.float32)
     shape = _ScoreShape.of(job, strip)
     level = job.total_level
-    features = level.features
+    head_dim, block_balls = job.queries.shape[-1], job.tuning.block_balls
+    mean, spread = feature_parts(level.features, head_dim)
+    constants = _score_constants(job, shape)
     totals_kernel[(shape.blocks * shape.head_blocks, streams)](
         job.queries,
-        job.near_keys,
-        features,
+        _described(job.near_keys, job.tuning.block_near, constants["DIM_PAD"]),
+        _described(mean, block_balls, constants["DIM_PAD"]),
+        _described(spread, block_balls, constants["SPREAD_PAD"]),
         job.sink_logit,
         totals,
         *job.queries.stride()[:3],
-        *job.near_keys.stride()[:2],
-        *feature_strides(features, job.queries.shape[-1]),
         strip.tiles,
         job.start,
         job.stop,
@@ -114,13 +122,13 @@ def row_totals(job: Job, strip: Strip, *, near: bool = True, far: bool = True) -
         job.dense_until,
         job.scale,
         1.0 if job.softcap is None else job.softcap,
-        **_score_constants(job, shape),
+        **constants,
         TILES_BLOCK=shape.tiles_block,
         CHUNK=job.config.chunk_size,
         WINDOW=job.config.window,
         BALL=level.ball,
         LOG2_BALL=math.log2(level.ball),
-        BLOCK_BALLS=job.tuning.block_balls,
+        BLOCK_BALLS=block_balls,
         BLOCK_NEAR=job.tuning.block_near,
         NEAR=near,
         FAR=far,
@@ -141,19 +149,28 @@ def list_pages(job: Job, strip: Strip, totals: torch.Tensor) -> TiledPlan:
 def _list_level(job: Job, strip: Strip, totals: torch.Tensor, level: Level, *, last: bool) -> TiledPlan:
     shape = _ScoreShape.of(job, strip)
     plan, outputs = _new_plan(job, strip, level)
+    constants = _score_constants(job, shape) | _page_constants(job, level)
+    balls, balls_pad, block = (constants[name] for name in ("BALLS", "BALLS_PAD", "BLOCK_BALLS"))
+    described = []
+    for part, pad in zip(
+        feature_parts(level.features, job.queries.shape[-1]), ("DIM_PAD", "SPREAD_PAD"), strict=True
+    ):
+        if balls == balls_pad:
+            described.append(_described(part, block, constants[pad]))
+        else:  # pages one by one, each padded to a power of two
+            by_page = part.unflatten(1, (-1, balls))
+            described.append(_described(by_page, block // balls_pad, balls_pad, constants[pad]))
     list_kernel[(shape.blocks, job.queries.shape[0])](
         job.queries,
-        level.features,
+        *described,
         totals,
         *outputs,
         *job.queries.stride()[:3],
-        *feature_strides(level.features, job.queries.shape[-1]),
         strip.tiles,
         outputs[1].shape[-1],
         *_where(job, strip),
         _log2_bar(job, last=last),
-        **_score_constants(job, shape),
-        **_page_constants(job, level),
+        **constants,
         TILES_BLOCK=shape.tiles_block,
         CHUNK=job.config.chunk_size,
         WINDOW=job.config.window,
@@ -335,7 +352,7 @@ class _ScoreShape(NamedTuple):
         )
 
 
-def _score_constants(job: Job, shape: _ScoreShape) -> dict[str, object]:
+def _score_constants(job: Job, shape: _ScoreShape) -> dict[str, Any]:
     head_dim = job.queries.shape[-1]
     spread = head_dim // job.config.variance_pool
     return {
@@ -350,11 +367,11 @@ def _score_constants(job: Job, shape: _ScoreShape) -> dict[str, object]:
         "SPREAD_PAD": max(16, triton.next_power_of_2(spread)),
         "CAP": job.softcap is not None,
         "num_warps": job.tuning.score_warps,
-        "num_stages": job.tuning.score_stages,
+        "num_stages": job.tuning.score_stages if spread == head_dim else job.tuning.pooled_stages,
     }
 
 
-def _page_constants(job: Job, level: Level) -> dict[str, float]:
+def _page_constants(job: Job, level: Level) -> dict[str, Any]:
     balls = level.page // level.ball
     balls_pad = triton.next_power_of_2(balls)
     return {
@@ -371,17 +388,17 @@ def _block(heads: int, rows: int, tile_pad: int) -> int:
     return max(min(triton.next_power_of_2(heads), most), 16 // tile_pad, 1)
 
 
-def _described(states: torch.Tensor, rows: int, dim: int) -> TensorDescriptor:
-    """A descriptor of (streams, keys, dim) states that loads ``rows`` keys of one stream, zeros beyond.
+def _described(states: torch.Tensor, *block: int) -> TensorDescriptor:
+    """A descriptor of (streams, …, dim) states that loads a ``block`` of one stream, zeros beyond.
 
     Tensor maps want rows that begin at multiples of 16 bytes: others are copied.
     """
     unit = 16 // states.element_size()
-    if states.data_ptr() % 16 or any(stride % unit for stride in states.stride()[:2]):
-        states = torch.nn.functional.pad(states, (0, dim - states.shape[-1])).contiguous()
+    if states.data_ptr() % 16 or any(stride % unit for stride in states.stride()[:-1]):
+        states = torch.nn.functional.pad(states, (0, block[-1] - states.shape[-1])).contiguous()
         if states.data_ptr() % 16:
             states = states.clone()
-    return TensorDescriptor.from_tensor(states, [1, rows, dim])
+    return TensorDescriptor.from_tensor(states, [1, *block])
 
 
 def _triangle(n: int) -> int:

@@ -57,18 +57,14 @@ def slots_of(
 )
 def totals_kernel(
     q_ptr,
-    near_k_ptr,
-    features_ptr,
+    near_k,
+    means,
+    spreads,
     sink_ptr,
     totals_ptr,
     q_stream,
     q_head,
     q_row,
-    near_k_stream,
-    near_k_row,
-    features_stream,
-    features_row,
-    features_half,
     tiles,
     start,
     stop,
@@ -105,7 +101,8 @@ def totals_kernel(
     Writes (streams, tiles, SLOTS, HEADS) float32. NEAR and FAR leave a part out, for timing.
     """
     head_blocks: tl.constexpr = (HEADS + HEADS_BLOCK - 1) // HEADS_BLOCK
-    stream = tl.program_id(1).to(tl.int64)
+    stream = tl.program_id(1)
+    wide_stream = stream.to(tl.int64)
     tile, slot, head, position, live = slots_of(
         tl.program_id(0) // head_blocks,
         tl.program_id(0) % head_blocks,
@@ -126,7 +123,7 @@ def totals_kernel(
     least = tl.min(tl.where(live, closed, most), 0)
     if most > 0:
         q_offset = head.to(tl.int64) * q_head + (position - start).to(tl.int64) * q_row
-        q = load_rows(q_ptr + stream * q_stream, q_offset, 1, live, DIM, DIM_PAD, True)
+        q = load_rows(q_ptr + wide_stream * q_stream, q_offset, 1, live, DIM, DIM_PAD, True)
         rows: tl.constexpr = TILES_BLOCK * SLOTS_PAD * HEADS_BLOCK
         top = tl.full([rows], FLOOR, tl.float32)
         total = tl.zeros([rows], tl.float32)
@@ -135,7 +132,6 @@ def totals_kernel(
             top = tl.maximum(sink.to(tl.float32) * LOG2E, FLOOR)
             total = total + 1.0
         if NEAR:
-            k_base = near_k_ptr + stream * near_k_stream
             factor = scale * LOG2E
             if CAP:
                 factor = 1.0
@@ -146,39 +142,33 @@ def totals_kernel(
                 seen = (first_tile + tl.program_id(0) // head_blocks) * TILE + 1 - masked
                 masked += tl.maximum(seen, 0) // BLOCK_NEAR * BLOCK_NEAR
                 for block in range(least * CHUNK, masked, BLOCK_NEAR):
-                    key = block + tl.arange(0, BLOCK_NEAR)
-                    k = load_rows(k_base, key - near_start, near_k_row, live, DIM, DIM_PAD, False)
+                    k = near_k.load([stream, block - near_start, 0]).reshape(BLOCK_NEAR, DIM_PAD)
                     products = tl.dot(q, tl.trans(k), input_precision=EXACT)
                     logits = cap_logits(products, scale, softcap, CAP) * factor
                     total, top = sum_step(total, top, logits)
             for block in range(masked, end, BLOCK_NEAR):
                 key = block + tl.arange(0, BLOCK_NEAR)
-                k = load_rows(k_base, key - near_start, near_k_row, key < end, DIM, DIM_PAD, True)
+                k = near_k.load([stream, block - near_start, 0]).reshape(BLOCK_NEAR, DIM_PAD)
                 products = tl.dot(q, tl.trans(k), input_precision=EXACT)
                 logits = cap_logits(products, scale, softcap, CAP) * factor
                 visible = (key[None, :] >= (closed * CHUNK)[:, None]) & (key[None, :] <= position[:, None])
                 total, top = sum_step(total, top, tl.where(visible, logits, float("-inf")))
         if FAR:
             squares = pooled_squares(q, scale, DIM, SPREAD, SPREAD_PAD)
-            base = features_ptr + stream * features_stream
             per_chunk: tl.constexpr = CHUNK // BALL
             # Balls closed for every row of the block need no mask.
             common = least * per_chunk // BLOCK_BALLS * BLOCK_BALLS
             for block in range(0, common, BLOCK_BALLS):
-                ball = block + tl.arange(0, BLOCK_BALLS)
-                mean = load_rows(base, ball, features_row, live, DIM, DIM_PAD, False)
-                spread = load_rows(base + features_half, ball, features_row, live, SPREAD, SPREAD_PAD, False)
+                mean = means.load([stream, block, 0]).reshape(BLOCK_BALLS, DIM_PAD)
+                spread = spreads.load([stream, block, 0]).reshape(BLOCK_BALLS, SPREAD_PAD)
                 scores = ball_scores(q, squares, mean, spread, scale, softcap, LOG2_BALL, CAP)
                 total, top = sum_step(total, top, scores)
             for block in range(common, most * per_chunk, BLOCK_BALLS):
                 ball = block + tl.arange(0, BLOCK_BALLS)
-                present = ball < most * per_chunk
-                mean = load_rows(base, ball, features_row, present, DIM, DIM_PAD, True)
-                spread = load_rows(
-                    base + features_half, ball, features_row, present, SPREAD, SPREAD_PAD, True
-                )
+                mean = means.load([stream, block, 0]).reshape(BLOCK_BALLS, DIM_PAD)
+                spread = spreads.load([stream, block, 0]).reshape(BLOCK_BALLS, SPREAD_PAD)
                 scores = ball_scores(q, squares, mean, spread, scale, softcap, LOG2_BALL, CAP)
                 far = ball[None, :] < (closed * per_chunk)[:, None]
                 total, top = sum_step(total, top, tl.where(far, scores, float("-inf")))
-        cell = ((stream * tiles + tile) * SLOTS + slot) * HEADS + head
+        cell = ((wide_stream * tiles + tile) * SLOTS + slot) * HEADS + head
         tl.store(totals_ptr + cell, top + tl.log2(total), mask=live)

@@ -9,8 +9,8 @@ import torch
 import triton
 
 from llama_surgery.attention.impl.triton import obstacle
-from llama_surgery.attention.impl.triton.job import STRIP_BYTES
 from llama_surgery.attention.impl.triton.helpers import device_of
+from llama_surgery.attention.impl.triton.job import STRIP_BYTES
 from llama_surgery.attention.impl.triton.token_mask_kernels import (
     ball_kernel,
     ball_list_kernel,

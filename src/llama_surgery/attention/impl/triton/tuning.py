@@ -18,6 +18,7 @@ class Tuning:
         score_rows: Most rows of a matrix tile in selection.
         block_balls: Balls of a step of selection.
         score_warps, score_stages: Of the selection kernels.
+        pooled_stages: Instead of ``score_stages`` with pooled variances, whose features take half the room.
     """
 
     rows: int = 128
@@ -29,6 +30,7 @@ class Tuning:
     block_balls: int = 64
     score_warps: int = 8
     score_stages: int = 2
+    pooled_stages: int = 2
 
 
 #: For the families whose processors have 99 KiB of shared memory.
@@ -42,8 +44,8 @@ TABLE = {
     "sm120": _SMALL,
     "sm90": Tuning(keys_per_step=32, attend_warps=4, attend_stages=2, score_warps=4, score_stages=1),
     "sm100": Tuning(attend_stages=3, score_stages=3),
-    "gfx942": Tuning(attend_stages=1, score_stages=1),
-    "gfx950": Tuning(attend_stages=2, score_stages=1),
+    "gfx942": Tuning(attend_stages=1, score_stages=1, pooled_stages=1),
+    "gfx950": Tuning(attend_stages=2, score_stages=1, pooled_stages=1),
 }
 
 
@@ -72,9 +74,16 @@ def tuning_for(family: str, head_dim: int, element_size: int) -> Tuning:
             score_rows=tuning.score_rows // 2,
             block_balls=tuning.block_balls // 2,
             score_stages=min(tuning.score_stages, 2),
+            pooled_stages=min(tuning.pooled_stages, 2),
         )
     if bytes_per_row > 512:
         tuning = dataclasses.replace(
-            tuning, rows=32, score_rows=32, attend_stages=1, score_stages=1, attend_warps=4
+            tuning,
+            rows=32,
+            score_rows=32,
+            attend_stages=1,
+            score_stages=1,
+            pooled_stages=1,
+            attend_warps=4,
         )
     return tuning
