@@ -1,12 +1,13 @@
 """Generators: what they ask can be answered from the prompt, fits the length and depends on the seed."""
 
+import random
 import re
 
 import pytest
 from tests.evaluation.ruler.solvers import solve
 
 from llama_surgery.errors import TextError
-from llama_surgery.evaluation.ruler.materials import Materials
+from llama_surgery.evaluation.ruler.materials import Materials, distinct_words
 from llama_surgery.evaluation.ruler.samples import Sampler
 from llama_surgery.evaluation.ruler.tasks import READING, TASKS
 
@@ -92,6 +93,11 @@ def test_common_words_occur_as_often_as_they_should(tokenizer, materials) -> Non
     entries = re.findall(r"\d+\. (\w+)", sample.text.rpartition("Below is")[2])
     assert {entries.count(word) for word in sample.references} == {30}
     assert {entries.count(word) for word in set(entries) - set(sample.references)} == {3}
+
+
+def test_word_lists_grow_at_their_end() -> None:
+    few, many = (distinct_words(random.Random(1), count) for count in (50, 6000))
+    assert many[:50] == few and len(set(many)) == 6000
 
 
 def test_haystack_text_can_be_given(tokenizer) -> None:

@@ -104,9 +104,11 @@ def _vocabulary() -> tuple[str, ...]:
 
 
 def distinct_words(rng: random.Random, count: int) -> list[str]:
-    """Different lower-case words, in random order: English ones, filled up with invented ones."""
-    known = _vocabulary()
-    words = dict.fromkeys(known)
+    """Different lower-case words, in random order: English ones, then invented ones if there are too few.
+
+    The words of a smaller count are the first ones of a larger count, so that a prompt grows word by word.
+    """
+    words = dict.fromkeys(rng.sample(_vocabulary(), len(_vocabulary())))
     while len(words) < count:
         words["".join(rng.choices(SYLLABLES, k=4))] = None
-    return rng.sample(list(words), count)
+    return list(words)[:count]
