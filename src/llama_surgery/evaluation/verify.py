@@ -196,8 +196,10 @@ class _Run:
         if str(length) in self._text:
             return
         tokenizer = self._sampler.tokenizer
-        body = length - len(leading_tokens(tokenizer))
-        count = min(windows, sum(len(encode(tokenizer, text)) // body for text in texts))
+        body, count = length - len(leading_tokens(tokenizer)), 0
+        for text in texts:  # until there are enough, since tokenising is slow
+            if count < windows:
+                count = min(windows, count + len(encode(tokenizer, text)) // body)
         if not count:
             self.skipped.append(f"perplexity at {length:,} tokens: the text holds no window of that length")
             return
