@@ -62,7 +62,7 @@ def test_full_budget_keeps_everything(tiny_llama, sampler, texts, oracle, tmp_pa
         ("RULER worst length", 640),
     ]
     assert json.loads((tmp_path / "verify.json").read_text(encoding="utf-8"))["verdict"] == "kept"
-    for name in ("model", "config", "seed", "environment"):
+    for name in ("model", "config", "seed", "versions"):
         assert name in report["settings"]
     # Again: nothing is measured twice.
     asked = oracle(0.0)

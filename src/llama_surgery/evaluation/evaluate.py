@@ -202,6 +202,16 @@ def context_length(model: nn.Module) -> int | None:
     return longest
 
 
+def versions(model: nn.Module) -> dict[str, str]:
+    """Versions and precision: what a run that goes on with an earlier one must have in common with it."""
+    return {
+        "llama_surgery": llama_surgery.__version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "dtype": str(inner_model(model).dtype).removeprefix("torch."),
+    }
+
+
 def environment(model: nn.Module) -> dict[str, Any]:
     """Versions, device, precision and threads that a measurement was made with."""
     inner = inner_model(model)
@@ -211,11 +221,8 @@ def environment(model: nn.Module) -> dict[str, Any]:
     else:
         device_name = platform.processor() or platform.machine()
     return {
-        "llama_surgery": llama_surgery.__version__,
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
+        **versions(model),
         "python": platform.python_version(),
         "device": f"{device.type}: {device_name}",
-        "dtype": str(inner.dtype).removeprefix("torch."),
         "threads": torch.get_num_threads(),
     }

@@ -14,10 +14,10 @@ from llama_surgery.errors import SurgeryError, TextError
 from llama_surgery.evaluation.evaluate import (
     check_dense,
     context_length,
-    environment,
     evaluate,
     model_name,
     named_progress,
+    versions,
 )
 from llama_surgery.evaluation.io import Progress, read_started
 from llama_surgery.evaluation.ruler.result import RulerResult
@@ -130,7 +130,7 @@ def verify(
         "text": text_digest(*texts),
         "windows": windows,
         "seed": sampler.seed,
-        "environment": environment(model),
+        "versions": versions(model),
     }
     context, file = context_length(model), folder / "verify.json"
     run = _Run(

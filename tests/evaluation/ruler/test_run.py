@@ -11,6 +11,7 @@ import torch
 import llama_surgery
 from llama_surgery import SurgeryConfig
 from llama_surgery.errors import SurgeryError, TextError
+from llama_surgery.evaluation.evaluate import environment
 from llama_surgery.evaluation.result import DENSE
 from llama_surgery.evaluation.ruler import run
 from llama_surgery.evaluation.ruler.run import answer_samples, run_ruler
@@ -104,7 +105,9 @@ def test_an_interrupted_run_goes_on_without_answering_twice(
     assert not llama_surgery.is_operated(tiny_llama)
     assert not json.loads(file.read_text(encoding="utf-8"))["complete"]
     stop = None
+    monkeypatch.setattr(run, "environment", lambda model: {"device": "another"})
     result = run_ruler(tiny_llama, sampler, **settings, file=file)
+    assert [e["device"] for e in result.environments][1:] == ["another"]
     assert result.complete and len(asked) == len(set(asked)) == 2 * 2 * 4
     assert run_ruler(tiny_llama, sampler, **settings).cells == [
         dataclasses.replace(cell, seconds=pytest.approx(cell.seconds, abs=60)) for cell in result.cells
@@ -126,7 +129,8 @@ def test_a_run_with_other_settings_is_not_gone_on_with(tiny_llama, sampler, tmp_
     with pytest.raises(SurgeryError, match=r"other settings \(routers: '' there, '\w+' now\)"):
         run_ruler(tiny_llama, sampler, **TINY, **given, routers=routers)
     assert file.read_bytes() == kept
-    for name in ("model", "configs", "seed", "environment", "haystack"):
+    assert result.environments == json.loads(kept)["environments"] == [environment(tiny_llama)]
+    for name in ("model", "configs", "seed", "versions", "haystack"):
         assert result.settings[name] == json.loads(kept)["settings"][name]
     for other in ("{", "[]", '{"settings": {}}'):
         file.write_text(other, encoding="utf-8")

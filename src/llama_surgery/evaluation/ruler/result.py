@@ -44,10 +44,12 @@ class RulerResult:
     Attributes:
         settings: All that decides the scores: model, configurations, tasks, lengths, seed, versions.
         cells: In the order in which they were begun.
+        environments: Of every machine that answered some of it.
     """
 
     settings: dict[str, Any]
     cells: list[Cell] = dataclasses.field(default_factory=list)
+    environments: list[dict[str, Any]] = dataclasses.field(default_factory=list)
 
     def cell(self, name: str, task: str, length: int) -> Cell:
         """The cell of that model, task and length; an empty one is added where there is none."""
@@ -167,6 +169,7 @@ class RulerResult:
         return {
             "version": VERSION,
             "settings": self.settings,
+            "environments": self.environments,
             "complete": self.complete,
             "summaries": summaries,
             "cells": [dataclasses.asdict(cell) for cell in self.cells],
@@ -199,7 +202,8 @@ class RulerResult:
         if content is None:
             return cls(dict(settings))
         try:
-            return cls(content["settings"], [Cell(**cell) for cell in content["cells"]])
+            cells = [Cell(**cell) for cell in content["cells"]]
+            return cls(content["settings"], cells, list(content["environments"]))
         except (KeyError, TypeError) as error:
             raise SurgeryError(
                 f"{path} is not the result of a RULER run ({error!r}). Give another file or remove it."

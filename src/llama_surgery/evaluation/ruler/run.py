@@ -13,7 +13,13 @@ from transformers import PreTrainedTokenizerBase
 import llama_surgery
 from llama_surgery.config import SurgeryConfig
 from llama_surgery.errors import SurgeryError
-from llama_surgery.evaluation.evaluate import check_dense, context_length, environment, model_name
+from llama_surgery.evaluation.evaluate import (
+    check_dense,
+    context_length,
+    environment,
+    model_name,
+    versions,
+)
 from llama_surgery.evaluation.generation import continue_greedily, end_tokens
 from llama_surgery.evaluation.io import Progress
 from llama_surgery.evaluation.result import DENSE
@@ -123,6 +129,8 @@ def run_ruler(
     _check_samples(sampler, tasks, lengths, samples)
     forms: dict[str, SurgeryConfig | None] = {DENSE: None, **configs}
     saver = _Saver(result, file)
+    if not result.complete and environment(model) not in result.environments:
+        result.environments.append(environment(model))
     for start in range(0, samples, turn):
         indices = range(start, min(start + turn, samples))
         for length in lengths:
@@ -225,7 +233,7 @@ def _settings(
             if task in tasks
         },
         "batch_size": batch_size,
-        "environment": environment(model),
+        "versions": versions(model),
     }
 
 
