@@ -39,12 +39,6 @@ def plan(
             min=1, help="Neighbouring tokens that share what they read.", rich_help_panel="Topology"
         ),
     ] = 32,
-    summary: Annotated[
-        str,
-        typer.Option(
-            help="What stands in for unseen pages: none, chunk, page, ball.", rich_help_panel="Topology"
-        ),
-    ] = "none",
     length: Annotated[
         list[str] | None,
         typer.Option(help="Tokens of a text, as 8192 or 8k. May be repeated, or several after commas."),
@@ -72,7 +66,7 @@ def plan(
 
     llama-surgery plan demo/books-26m --length 8k,32k,128k
     """
-    config = dataclasses.replace(config_for(settings, tile), summary=summary)  # type: ignore[arg-type]
+    config = config_for(settings, tile)
     lengths = token_counts(length or ["8k", "32k", "128k"])
     window = token_counts([calibrated])[0]
     with err.status("Loading PyTorch and transformers …"):

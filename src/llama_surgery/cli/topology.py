@@ -38,6 +38,9 @@ _FIELDS: dict[str, Any] = {
     "score_stride": _option(int, "Score only every n-th token of a tile."),
     "coarse_to_fine": _option(bool, "Score coarse balls first and descend only where it pays."),
     "coarse_totals": _option(bool, "Add up a row's far field from coarse balls, which costs less."),
+    "summary": _option(
+        str, "What stands in for pages that are not read: none, chunk, page or ball. Plain PyTorch only."
+    ),
     "backend": _option(str, "Who executes the plan: auto, reference, gather, flex, triton."),
 }
 

@@ -244,6 +244,8 @@ def check_settings(config: SurgeryConfig, windows: torch.Tensor, settings: Learn
         raise SurgeryError(
             "coarse_to_fine, coarse_totals and score_stride cannot be learned through: set them afterwards."
         )
+    if "summary" in settings.parts and config.summary == "none":
+        raise SurgeryError("parts='summary': the configuration has no summary to weigh, set one.")
     if windows.dim() != 2 or windows.shape[1] != settings.length or settings.length % config.tile:
         raise SurgeryError(
             f"windows {tuple(windows.shape)}: expected (count, {settings.length}), a multiple of "
