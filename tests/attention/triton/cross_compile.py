@@ -133,22 +133,19 @@ def launch_backward(
 
 
 def launch_decode(states: torch.Tensor, config: SurgeryConfig, family: str, extra: dict[str, Any]) -> None:
-    """One step of one row and one of four, balls as large as pages and smaller, on a cache for long texts."""
+    """Steps on caches for long texts: small balls; pooled balls as large as pages; a block table."""
     streams, _, _, dim = states.shape
     tuning = decode_tuning_for(family)
     decode.processors_of = lambda _: PROCESSORS  # type: ignore[assignment]
     coarse = dataclasses.replace(config, page_size=64, moment_size=64, variance_pool=8)
-    for rule in (config, coarse):
+    for rule, rows, paged in ((config, 1, False), (coarse, 4, False), (coarse, 1, True)):
         cache = decode_cache.make_cache(rule, 1, streams, 1 << 16, dim, dtype=states.dtype, device="cpu")
-        for rows in (1, 4):
-            queries, new = states[:, :, :rows], states[:, 0, :rows]
-            decode_cache.append_tokens(cache, new, new)
-            tally = torch.zeros(2, streams, dtype=torch.int64)
-            decode.decode(queries, cache, tally=tally, tuning=tuning, **extra)
-        table = torch.zeros(1, cache.chunks, dtype=torch.int32)
-        paged = dataclasses.replace(cache, table=table, filled=None)
-        decode_cache.append_tokens(paged, new[:, :1], new[:, :1])
-        decode.decode(queries[:, :, :1], paged, tuning=tuning, **extra)
+        if paged:
+            cache = dataclasses.replace(cache, table=torch.zeros(1, cache.chunks, dtype=torch.int32))
+        queries, new = states[:, :, :rows], states[:, 0, :rows]
+        decode_cache.append_tokens(cache, new, new)
+        tally = torch.zeros(2, streams, dtype=torch.int64)
+        decode.decode(queries, cache, tally=tally, advance=not paged, tuning=tuning, **extra)
 
 
 def compile_all(
