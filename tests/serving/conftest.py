@@ -60,4 +60,5 @@ def server(sparse_folder: Path, tmp_path_factory: Any, summary: list[str]) -> It
     finally:
         server.kill()
         told = [line for line in server.text().splitlines() if "far density" in line]
-        summary.append(f"the engine's log, last of {len(told)}: " + "".join(told[-1:]).partition("] ")[2])
+        busiest = max(told, key=lambda line: int(line.split("pages read ")[1].split(",")[0]), default="")
+        summary.append(f"of {len(told)} lines in the engine's log: {busiest.partition('] ')[2]}")

@@ -203,7 +203,7 @@ class Reference:
             told.append(f"prompt of {len(prompt)} at new token {at}, dense margin {margin:.1e}")
         lengths, tokens = [len(prompt) for prompt in prompts], sum(map(len, want))
         line = (
-            f"{what}: {len(prompts)} prompts of {min(lengths)}–{max(lengths)} tokens, {tokens} new tokens, "
+            f"{what}: {len(prompts)} prompts of {min(lengths)} to {max(lengths)} tokens, {tokens} new ones, "
             f"{len(told)} divergences"
         )
         self.summary.append(": ".join((line, *filter(None, ["; ".join(told)]))))

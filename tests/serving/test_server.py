@@ -34,11 +34,11 @@ def test_theta_zero_writes_what_the_dense_model_writes(
     want = reference.write(prompts, None)
     server = Server(dense_limit_folder, tmp_path / "log.txt").start()
     try:
-        with ThreadPoolExecutor(4) as pool:
+        with ThreadPoolExecutor(16) as pool:
             got = list(pool.map(lambda prompt: complete(server.client(), prompt), prompts))
     finally:
         server.kill()
-    reference.assert_equal("θ = 0 against the dense model, 4 at once", prompts, want, got)
+    reference.assert_equal("θ = 0 against the dense model, 16 at once", prompts, want, got)
 
 
 def test_sixteen_requests_at_once(
@@ -152,6 +152,7 @@ def test_logprobs_are_those_of_the_operated_model(
     reference.summary.append(
         f"log-probability after {len(prompt)} tokens: {got:.6f}, generate() has {want:.6f}"
     )
+    # Keys that tie to rounding may lie in other pages, and then the error is more than that of a sum.
     assert got == pytest.approx(want, abs=1e-3)
 
 
