@@ -220,11 +220,11 @@ def peak_bandwidth(device: torch.device) -> float:
 
 
 def copies_for(setting: Setting, device: torch.device) -> int:
-    """Caches whose touched bytes are more than four times the L2 cache."""
+    """Caches whose touched bytes are more than four times the L2 cache; one that empties it by itself."""
     if device.type != "cuda":
         return 1
     tokens = sum(setting.lengths)
     touched = (setting.far * tokens + setting.batch * setting.config.chunk_size) * 2 * case.DIM * 2
     touched += tokens / setting.ball * 2 * case.DIM * 2
-    cache = torch.cuda.get_device_properties(device).L2_cache_size
-    return max(2, math.ceil(4 * cache / (touched * case.KV_HEADS)) + 1)
+    fits = torch.cuda.get_device_properties(device).L2_cache_size / (touched * case.KV_HEADS)
+    return 1 if fits < 1 / 8 else max(2, math.ceil(4 * fits) + 1)
