@@ -39,12 +39,12 @@ CHEAP = SurgeryConfig(page_size=64, moment_size=64, variance_pool=8, coarse_tota
 PAGES = 48
 
 
-def settings(length: int, *, full: bool, growth: bool) -> Iterator[Setting]:
+def settings(length: int, *, full: bool, growth: bool, flex: bool) -> Iterator[Setting]:
     """What is timed at a length, the most telling first."""
     if growth:
         yield Setting(CHEAP, 2 * PAGES * CHEAP.page_size / length, parts=True)
         return
-    yield Setting(CHEAP, 0.05, flex=True, parts=True)
+    yield Setting(CHEAP, 0.05, flex=flex, parts=True)
     if length == 1 << 15:
         yield Setting(CHEAP, 0.07)
     if length >= 1 << 15:
@@ -164,6 +164,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=400.0, help="no new setting after this")
     parser.add_argument("--full", action="store_true", help="other page sizes, tiles and ways of scoring too")
     parser.add_argument("--growth", action="store_true", help="equally many pages a tile at every length")
+    parser.add_argument("--without-flex", action="store_true", help="leave FlexAttention out")
     parser.add_argument("--tune", action="store_true", help="sweep launch configurations instead")
     parser.add_argument("--profile", action="store_true", help="time of each kernel instead")
     parser.add_argument("--output", type=Path, default=RESULTS)
@@ -179,7 +180,7 @@ def main() -> None:
         deadline = Deadline(given.seconds)
 
         def asked(length: int) -> Iterator[Setting]:
-            return settings(length, full=given.full, growth=given.growth)
+            return settings(length, full=given.full, growth=given.growth, flex=not given.without_flex)
 
         rows = bench_prefill(lengths, asked, given.output, deadline=deadline, device=CUDA)
         plot_prefill([r for r in rows if r.get("far", 0.05) == 0.05], given.output.with_suffix(".svg"))
