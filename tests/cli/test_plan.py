@@ -11,7 +11,7 @@ from llama_surgery.learning.corrections import Corrections
 from llama_surgery.learning.forecast import Shape, at_length, corrections_of
 from llama_surgery.topology.geometry import closed_chunks
 
-SHAPE = Shape(1_000_000, 100_000, 64, {0: (2, 2, 16), 3: (2, 2, 16)}, 2)
+SHAPE = Shape(1_000_000, 100_000, 64, 256, {0: (2, 2, 16), 3: (2, 2, 16)}, 2)
 
 
 def test_densities_are_those_of_a_loop() -> None:

@@ -11,7 +11,9 @@ from tests.surgery.tiny import SINGLE, in_pieces, llama, logits, tokens
 from llama_surgery import SurgeryConfig, operated
 from llama_surgery.attention.api import attend, build_layout
 from llama_surgery.learning.corrections import scorer_parameters
+from llama_surgery.topology.layout import moments_of
 from llama_surgery.topology.mask import page_mask
+from llama_surgery.topology.selection import Scorer
 
 CONFIG = SurgeryConfig(
     chunk_size=16, page_size=8, moment_size=4, window=8, tile=4, theta=0.1, theta_decode=0.1
@@ -55,6 +57,19 @@ def test_a_slow_loop_agrees(summary: str) -> None:
             values.append(kept.mean(0))
         share = torch.softmax(torch.tensor(weights, dtype=torch.float64), 0)
         torch.testing.assert_close(result.out[0, head, -1], share @ torch.stack(values))
+
+
+def test_weights_are_exact_for_two_groups_and_never_above_the_score() -> None:
+    generator = torch.Generator().manual_seed(0)
+    centre, apart, q = (torch.randn(1, n, 6, dtype=torch.float64, generator=generator) for n in (3, 3, 5))
+    apart = apart * torch.eye(6, dtype=torch.float64)[:3]  # each pair differs in one channel
+    keys = torch.stack((centre + apart, centre - apart), 2).flatten(1, 2)
+    moments, scorer = moments_of(keys, 2), Scorer(2.0)
+    exact = (2.0 * q @ keys.transpose(1, 2)).unflatten(-1, (3, 2)).logsumexp(-1)
+    torch.testing.assert_close(scorer.weights(q, moments), exact, rtol=0, atol=1e-7)
+    assert (scorer.weights(q, moments) <= scorer(q, moments) + 1e-7).all()
+    capped = Scorer(2.0, softcap=3.0)
+    assert (capped.weights(q, moments) <= capped(q, moments) + 1e-7).all()
 
 
 @pytest.mark.parametrize("config", [CHUNKS, PAGES, BALLS])

@@ -31,6 +31,7 @@ class Shape:
         parameters: Of the whole model.
         largest_part: Parameters of its largest part: a layer, or the embedding.
         hidden: Width of the residual stream.
+        intermediate: Width inside a feed-forward block.
         layers: KV heads, query heads of a group and head_dim of every operated layer, by index.
         dtype_bytes: Of a weight.
     """
@@ -38,6 +39,7 @@ class Shape:
     parameters: int
     largest_part: int
     hidden: int
+    intermediate: int
     layers: Mapping[int, tuple[int, int, int]]
     dtype_bytes: int
 
@@ -76,8 +78,9 @@ class Learning:
     Attributes:
         corrections: Parameters learned.
         corrections_share: Of the model's.
-        memory: Bytes at once: the largest part, what one window's states of a layer take in float32, one
-            strip of logits, and the corrections with their gradients and moments.
+        memory: Bytes at once, as if all of it were: the largest part and the windows that pass through it
+            together, one window's states of a layer in float32, a strip of logits and what is made of it,
+            and the corrections with their gradients and moments.
         states: Bytes on disk: attention states of all windows.
         read: Bytes read from disk: the checkpoint once for every eight windows, and in every step the states
             of a window and the output projections.
@@ -100,11 +103,13 @@ def shape_of(model: PreTrainedModel) -> Shape:
     Raises:
         UnsupportedModelError: The model cannot be operated.
     """
-    dtype = getattr(model.config.get_text_config(), "dtype", None) or torch.float32
+    text = model.config.get_text_config()
+    dtype = getattr(text, "dtype", None) or torch.float32
     return Shape(
         parameters=sum(parameter.numel() for parameter in model.parameters()),
         largest_part=max(sum(p.numel() for p in part.parameters()) for part in parts_of(model).values()),
-        hidden=model.config.get_text_config().hidden_size,
+        hidden=text.hidden_size,
+        intermediate=getattr(text, "intermediate_size", None) or 4 * text.hidden_size,
         layers={index: head_shape(model, module) for index, module in attention_modules(model).items()},
         dtype_bytes=dtype.itemsize,
     )
@@ -204,7 +209,7 @@ def learning_of(
     strip = rows * length * heads * 4
     memory = (
         shape.largest_part * shape.dtype_bytes
-        + together * length * shape.hidden * shape.dtype_bytes * 4
+        + together * length * (4 * shape.hidden + 3 * shape.intermediate) * shape.dtype_bytes
         + max(state.values()) * 4 // shape.dtype_bytes
         + strip * 8
         + corrections * CORRECTION_BYTES
