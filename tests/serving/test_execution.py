@@ -47,6 +47,17 @@ def test_kernels_do_what_plain_pytorch_does() -> None:
     assert statistics(counted).by_tile.keys() == {"1", "8"} and statistics(counted).pages_read > 0
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision(dtype: torch.dtype) -> None:
+    """The kernels' error is that of plain PyTorch in the same dtype."""
+    if dtype == torch.bfloat16 and not torch.cuda.is_available():
+        pytest.skip("Triton's interpreter multiplies bfloat16 as integers")
+    got, _, want = run(KernelExecutor(CONFIG, DIM, dtype))
+    plain, _, _ = run(PlainExecutor(CONFIG, DIM, dtype))
+    for ours, theirs, true in zip(got, plain, want, strict=True):
+        assert (ours.double() - true).abs().mean() <= 1.5 * (theirs.double() - true).abs().mean()
+
+
 def choose(
     *, backend: str = "triton", routed: bool = False, cache: torch.dtype = torch.float32, **changes: object
 ) -> Executor:
