@@ -1,5 +1,7 @@
 """What an operated layer of a server reads, counted between two reports."""
 
+import dataclasses
+
 import torch
 
 from llama_surgery.attention.api import AttentionResult
@@ -7,6 +9,30 @@ from llama_surgery.config import SurgeryConfig
 from llama_surgery.serving.paged import Part
 from llama_surgery.surgery.statistics import Counters
 from llama_surgery.topology.geometry import closed_chunks, query_blocks
+
+
+@dataclasses.dataclass(frozen=True)
+class RowCount:
+    """Single rows of a batch, the same for every layer.
+
+    Attributes:
+        rows: How many.
+        near_pairs: (query, key) pairs of their near fields, for one query head.
+        causal_pairs: Pairs that dense attention would read.
+        dense_rows: Rows for which no chunk is closed.
+    """
+
+    rows: int
+    near_pairs: int
+    causal_pairs: int
+    dense_rows: int
+
+    @classmethod
+    def of(cls, positions: list[int], config: SurgeryConfig) -> "RowCount":
+        """Count the rows at ``positions``."""
+        closed = [closed_chunks(position, config, 1) for position in positions]
+        causal = sum(positions) + len(positions)
+        return cls(len(positions), causal - sum(closed) * config.chunk_size, causal, closed.count(0))
 
 
 class LayerCounters:
@@ -39,16 +65,12 @@ class LayerCounters:
         blocks = query_blocks(first, last, self.config, tile)
         self.dense_rows += sum(block.stop - block.start for block in blocks if not block.closed)
 
-    def add_rows(self, positions: list[int]) -> None:
+    def add_rows(self, count: RowCount) -> None:
         """Count single rows, whose pages are tallied."""
         if self.quiet:
             return
-        near = 0
-        for position in positions:
-            closed = closed_chunks(position, self.config, 1)
-            near += position + 1 - closed * self.config.chunk_size
-            self.dense_rows += not closed
-        self._of(1).count(len(positions), near, sum(positions) + len(positions))
+        self._of(1).count(count.rows, count.near_pairs, count.causal_pairs)
+        self.dense_rows += count.dense_rows
 
     def tally(self, device: torch.device) -> torch.Tensor | None:
         """(2, kv_heads) int64, to which kernels add the pages that single rows opened and read."""

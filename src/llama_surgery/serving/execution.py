@@ -9,7 +9,7 @@ import torch
 
 from llama_surgery.config import SurgeryConfig
 from llama_surgery.errors import SurgeryError
-from llama_surgery.serving.counting import LayerCounters
+from llama_surgery.serving.counting import LayerCounters, RowCount
 from llama_surgery.serving.paged import (
     PagedStates,
     Part,
@@ -29,13 +29,13 @@ class SingleRows:
         where: (n,) int64, their indices in the batch.
         tables: (n, chunks) int32, the blocks of every row's sequence.
         positions: (n,) int32.
-        positions_list: The same on the host.
+        count: What of them is known beforehand.
     """
 
     where: torch.Tensor
     tables: torch.Tensor
     positions: torch.Tensor
-    positions_list: list[int]
+    count: RowCount
 
 
 @dataclasses.dataclass
@@ -88,7 +88,7 @@ class Batch:
         chunks = max(positions) // self.config.chunk_size + 1
         rows = torch.tensor([where, owners, positions], device=self.tables.device)
         tables = self.tables[:, :chunks].index_select(0, rows[1]).int()
-        return SingleRows(rows[0], tables, rows[2].int(), positions)
+        return SingleRows(rows[0], tables, rows[2].int(), RowCount.of(positions, self.config))
 
     def _first_single(self, sequence: Scheduled, part: Part) -> int:
         """First position of the part's rows that are single ones; the part's end where none is.
@@ -237,7 +237,7 @@ class KernelExecutor(Executor):
             out[single.where] = decode_rows(
                 chosen, cache, single.tables, single.positions, scale=scale, tally=tally
             )
-            counters.add_rows(single.positions_list)
+            counters.add_rows(single.count)
 
 
 def executor_for(
