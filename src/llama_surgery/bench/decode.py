@@ -19,7 +19,7 @@ from llama_surgery.attention.impl.triton.decode import decode
 from llama_surgery.attention.impl.triton.decode_cache import append_tokens, fill_chunks
 from llama_surgery.bench import decode_case as case
 from llama_surgery.bench.decode_case import Layer, Setting
-from llama_surgery.bench.decode_paged import paged, same
+from llama_surgery.bench.decode_paged import block_tables, paged, same
 from llama_surgery.bench.dense import ways
 from llama_surgery.bench.measure import Deadline, Rows, graphed, quantiles, say, synchronise, times
 from llama_surgery.errors import SurgeryError
@@ -110,7 +110,8 @@ def time_paged(rows: Rows, setting: Setting, device: torch.device, dtype: torch.
     Both are timed twice, in turn, and the faster median of each counts.
     """
     layers, gap = case.build(setting, copies_for(setting, device), device, dtype)
-    scattered = [paged(setting, layer, seed) for seed, layer in enumerate(layers)]
+    tables = block_tables(setting, device)
+    scattered = [paged(layer, tables) for layer in layers]
     same(setting, layers, scattered)
     results = [decode(x.queries, x.cache) for x in scattered]
     errors = [case.check(setting, x, r) for x, r in zip(layers, results, strict=True)]

@@ -10,20 +10,32 @@ from llama_surgery.errors import SurgeryError
 from llama_surgery.serving.paged_kernels import KernelStates, kernel_side_bytes, kernel_view
 
 
-def paged(setting: Setting, layer: Layer, seed: int = 0) -> Layer:
-    """The layer with its chunks scattered over an engine's blocks, its own cache left as it is."""
+def block_tables(setting: Setting, device: torch.device) -> torch.Tensor:
+    """(sequences, chunks) int32: blocks of all chunks, shuffled; block 0 is nobody's."""
+    size = setting.config.chunk_size
+    chunks = [-(-length // size) for length in setting.lengths]
+    numbers = torch.randperm(sum(chunks), generator=torch.Generator().manual_seed(0)) + 1
+    tables = torch.zeros(setting.batch, max(chunks), dtype=torch.int32)
+    for sequence, own in enumerate(numbers.split(chunks)):
+        tables[sequence, : len(own)] = own
+    return tables.to(device)
+
+
+def paged(layer: Layer, tables: torch.Tensor) -> Layer:
+    """The layer with its chunks in an engine's blocks, its own cache left as it is.
+
+    Args:
+        layer: With a contiguous cache.
+        tables: From :func:`block_tables`; the same tensor for all layers, as an engine has it.
+    """
     cache, size = layer.cache, layer.cache.config.chunk_size
     device, heads, dim = cache.keys.device, cache.kv_heads, cache.keys.shape[-1]
-    chunks = [-(-length // size) for length in setting.lengths]
-    count = 1 + sum(chunks)
-    generator = torch.Generator().manual_seed(seed)
-    numbers = (torch.randperm(count - 1, generator=generator) + 1).to(device)  # block 0 is nobody's
+    count = int(tables.max()) + 1
     states = torch.empty(count, size, heads, 2 * dim, dtype=cache.keys.dtype, device=device).transpose(1, 2)
     width = kernel_side_bytes(cache.config, dim, cache.keys.dtype) // 4
     engine = KernelStates(states, torch.empty(count, heads, width, device=device), cache.config)
-    tables = torch.zeros(setting.batch, max(chunks), dtype=torch.int32, device=device)
-    for sequence, own in enumerate(numbers.split(chunks)):
-        tables[sequence, : len(own)] = own
+    for sequence, blocks in enumerate(tables):
+        own = blocks[blocks > 0].long()
         for target, source in (
             (states[..., :dim], cache.keys),
             (states[..., dim:], cache.values),

@@ -38,7 +38,7 @@ def test_paged(device: torch.device, tmp_path: Path) -> None:
     assert [row["part"] for row in rows] == ["contiguous", "paged"] and rows[1]["error"] < 1e-5
     assert rows[1]["tokens"] == 2246 and 0 < rows[1]["executed_far"] < 0.5
     layers, _ = decode_case.build(setting, 1, device, torch.float32)
-    scattered = decode_paged.paged(setting, layers[0])
+    scattered = decode_paged.paged(layers[0], decode_paged.block_tables(setting, device))
     scattered.cache.keys[0, 0, scattered.cache.table[0, 0]] += 1.0
     with pytest.raises(SurgeryError, match="paged cache differs"):
         decode_paged.same(setting, layers, [scattered])

@@ -101,7 +101,9 @@ def open_kernel(
         # What waits for nothing but the length is asked for first.
         place = tl.arange(0, WORD)
         scores_base = scores_ptr + stream * (capacity // PAGE) * ROWS * HEADS
-        score = _scores_of(scores_base, split + place * far_splits, pages, row, head, live, HEADS, ROWS)
+        page = split + place * far_splits
+        score = _scores_of(scores_base, page, pages, row, head, live, HEADS, ROWS)
+        blocks = _blocks_of(table_ptr, entry, page, pages, per_chunk, PAGED)
         q_offset = head.to(tl.int64) * q_head + row.to(tl.int64) * q_row
         q = load_rows(q_ptr + stream * q_stream, q_offset, 1, live, DIM, DIM_PAD, True)
         sink_page_ptr += sequence * sink_page_sequence + kv_head * sink_page_head
@@ -121,7 +123,6 @@ def open_kernel(
         pieces: tl.constexpr = (PAGE + BLOCK_KEYS - 1) // BLOCK_KEYS
         mine = (pages - split + far_splits - 1) // far_splits
         for word in range(0, mine, WORD):
-            page = split + (word + place) * far_splits
             share = tl.reshape(score - row_total[None, :], [WORD, ROWS_PAD, HEADS_PAD])
             opened = (tl.max(share, 2) > log2_bar) | (page == sink_page)[:, None]
             opened = (opened & (page[:, None] < far[None, :])).to(tl.int64)
@@ -130,8 +131,6 @@ def open_kernel(
             opened_pages += tl.sum(opened, 0).to(tl.int32)
             read_pages += count
             bits = tl.sum(some * bit, 0)
-            if PAGED:  # looked up here: in the loop below its loads would wait for those of the table
-                blocks = tl.load(table_ptr + entry + tl.minimum(page, pages - 1) // per_chunk)
             row_bits = tl.sum(opened * bit[:, None], 0)
             row_bits = tl.reshape(tl.broadcast_to(row_bits[:, None], [ROWS_PAD, HEADS_PAD]), [rows])
             for step in range(0, count * pieces):
@@ -142,8 +141,8 @@ def open_kernel(
                 bits = tl.where(piece == pieces - 1, bits ^ lowest, bits)
                 within = piece * BLOCK_KEYS + tl.arange(0, BLOCK_KEYS)
                 at_page = split + (word + at) * far_splits
-                if PAGED:
-                    block = tl.sum(tl.where(place == at, blocks, 0), 0).to(tl.int64)
+                if PAGED:  # not looked up here: loads of keys would wait for that
+                    block = tl.sum(tl.where(place == at, blocks, 0), 0)
                 else:
                     block = (at_page // per_chunk).to(tl.int64)
                 slot = (at_page % per_chunk * PAGE + within).to(tl.int64)
@@ -161,6 +160,7 @@ def open_kernel(
                 )  # fmt: skip
             page = split + (word + WORD + place) * far_splits
             score = _scores_of(scores_base, page, pages, row, head, live, HEADS, ROWS)
+            blocks = _blocks_of(table_ptr, entry, page, pages, per_chunk, PAGED)
     seen = tl.max(read_pages, 0) > 0
     store_part(part_out_ptr, part_lse_ptr, part, acc, total, top, seen, live, VALUE_DIM, VALUE_PAD)
     counted = ((stream * far_splits + split) * ROWS + first + query) * 2
@@ -173,6 +173,12 @@ def _scores_of(base, page, pages, row, head, live, HEADS: tl.constexpr, ROWS: tl
     """Scores (pages, rows) that the first kernel left, -inf beyond the closed pages."""
     cells = base + (page[:, None] * ROWS + row[None, :]) * HEADS + head[None, :]
     return tl.load(cells, mask=live[None, :] & (page < pages)[:, None], other=float("-inf"))
+
+
+@triton.jit
+def _blocks_of(table_ptr, entry, page, pages, per_chunk: tl.constexpr, PAGED: tl.constexpr):
+    """Blocks that hold pages, of the last closed one beyond these."""
+    return block_of(table_ptr, entry, tl.minimum(page, pages - 1) // per_chunk, PAGED)
 
 
 @triton.jit
