@@ -20,6 +20,7 @@ from llama_surgery.evaluation.peers.registry import Learned, Peer
 from llama_surgery.evaluation.peers.rule import Everything, Rule
 from llama_surgery.evaluation.phases import Phases
 from llama_surgery.files import write_atomically
+from llama_surgery.surgery.calibrate import PASSES, calibrate
 from llama_surgery.surgery.operate import inner_model
 
 #: Passes over the calibration windows that are spent on one density, and how near is near enough.
@@ -190,6 +191,7 @@ class PagesForm:
         self._config, self._model, self._tokenizer = config, model, tokenizer
         self._texts, self._ids = list(texts), ids
         self._measured: tuple[float, float] | None = None
+        self._solved: SurgeryConfig | None = None
 
     def floor(self) -> float:
         return self._floor()[0]
@@ -200,15 +202,14 @@ class PagesForm:
         if density >= 1 or density - near < 1.1 * (total - near):
             # No share exceeds 1, and every share exceeds 0.
             return self._with_theta(0.0 if density >= 1 else 1.0).to_dict()
-        with llama_surgery.operated(
-            self._model,
-            self._config,
-            density=density - near,
-            text=self._texts,
-            tokenizer=self._tokenizer,
-            length=self._ids.shape[1],
-        ):
-            return llama_surgery.config_of(self._model).to_dict()
+        # From the θ of another density one pass comes as near as three from the default.
+        passes = PASSES if self._solved is None else 1
+        with llama_surgery.operated(self._model, self._solved or self._config):
+            length = self._ids.shape[1]
+            self._solved = calibrate(
+                self._model, self._tokenizer, self._texts, density - near, length, passes
+            )
+        return self._solved.to_dict()
 
     @contextlib.contextmanager
     def running(self, setting: dict[str, Any]) -> Iterator[Densities]:

@@ -65,7 +65,12 @@ class ShareHistogram:
 
 
 def calibrate(
-    model: torch.nn.Module, tokenizer: Any, text: list[str], density: float, length: int | None
+    model: torch.nn.Module,
+    tokenizer: Any,
+    text: list[str],
+    density: float,
+    length: int | None,
+    passes: int = PASSES,
 ) -> SurgeryConfig:
     """Configuration of an operated model with θ set for an executed far density.
 
@@ -79,6 +84,7 @@ def calibrate(
         text: Documents.
         density: Executed far pairs over causal pairs, at most.
         length: Tokens of a window; the model's context, at most 8,192, if None.
+        passes: Fewer do where the model's θ is near already.
 
     Raises:
         SurgeryError: ``density`` is out of range or out of reach.
@@ -100,7 +106,7 @@ def calibrate(
             f"{config.window + config.chunk_size} tokens to have a far field."
         )
     ids = windows(tokenizer, text, length, WINDOWS, seed=0).to(inner.device)
-    for _ in range(PASSES):
+    for _ in range(passes):
         # Kernels do not hand out shares.
         listened = "gather" if config.backend == "triton" else config.backend
         set_config(model, dataclasses.replace(config, backend=listened))
