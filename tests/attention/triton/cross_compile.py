@@ -21,6 +21,7 @@ from llama_surgery.attention.impl.triton import (
     backward_pass,
     decode,
     decode_cache,
+    decode_shape,
     job,
     layout,
     prefill,
@@ -136,7 +137,7 @@ def launch_decode(states: torch.Tensor, config: SurgeryConfig, family: str, extr
     """Steps on caches for long texts: small balls; pooled balls as large as pages; a block table."""
     streams, _, _, dim = states.shape
     tuning = decode_tuning_for(family)
-    decode.processors_of = lambda _: PROCESSORS  # type: ignore[assignment]
+    decode_shape.processors_of = lambda _: PROCESSORS  # type: ignore[assignment]
     coarse = dataclasses.replace(config, page_size=64, moment_size=64, variance_pool=8)
     for rule, rows, paged in ((config, 1, False), (coarse, 4, False), (coarse, 1, True)):
         cache = decode_cache.make_cache(rule, 1, streams, 1 << 16, dim, dtype=states.dtype, device="cpu")
