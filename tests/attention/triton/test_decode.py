@@ -380,10 +380,13 @@ def test_filling_where_nothing_is_due_changes_nothing(device: torch.device) -> N
 
 def test_pages_at_one_place_of_their_chunks_are_spread() -> None:
     config = SurgeryConfig(page_size=64)
-    for streams in (1, 8, 64):
+    for streams in (1, 8, 64, 512):
         splits = open_splits(config, 2048, streams, 132, DecodeTuning())
         taken = {page % splits for page in range(0, 2048, config.pages_per_chunk)}
         assert len(taken) == min(splits, 2048 // config.pages_per_chunk)
+        # Enough programs to fill a GPU, short lists where there are few of them, not too many in all.
+        assert splits * streams >= min(4 * 132, streams * 128)
+        assert splits >= (32 if streams <= 64 else 8) and splits * streams < 5000
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

@@ -14,6 +14,10 @@ MOST_SPLITS = 128
 #: Closed pages that one program of the second kernel looks through, at least.
 FEWEST_PAGES = 16
 
+#: Programs per processor beyond which the second kernel is not split for balance: each costs something, also
+#: where a sequence is short and leaves it nothing to do.
+MOST_PROGRAMS = 16
+
 #: Elements of partial results (parts x value dim) that one program of the third kernel holds.
 MERGED_ELEMENTS = 1 << 14
 
@@ -32,8 +36,9 @@ class DecodeTuning:
         merge_parts, merge_warps: Of the third kernel: partial results of a step, at most.
         programs: Programs per processor that the streams are split into, at least.
         most_steps: Steps of a program of the first kernel, at most.
-        most_pages: Closed pages that a program of the second kernel looks through, at most. Both bounds hold
-            up to MOST_SPLITS programs a stream; they keep long sequences of a ragged batch from ending last.
+        most_pages: Closed pages that a program of the second kernel looks through, at most; four times as
+            many where there would be more than MOST_PROGRAMS. Both bounds hold up to MOST_SPLITS programs a
+            stream; they keep long sequences of a ragged batch from ending last.
     """
 
     step_bytes: int = 1 << 15
@@ -101,7 +106,9 @@ def open_splits(
     Args:
         pages: Most closed pages.
     """
-    wanted = max(math.ceil(tuning.programs * processors / streams), math.ceil(pages / tuning.most_pages))
+    bound = min(math.ceil(pages / tuning.most_pages), math.ceil(MOST_PROGRAMS * processors / streams))
+    bound = max(bound, math.ceil(pages / (4 * tuning.most_pages)))
+    wanted = max(math.ceil(tuning.programs * processors / streams), bound)
     splits = max(1, min(wanted, math.ceil(pages / FEWEST_PAGES), MOST_SPLITS))
     while math.gcd(splits, config.pages_per_chunk) > 1:
         splits += 1
