@@ -16,7 +16,7 @@ BLOCK = 64
 STAGES = 3
 
 #: Warps of a program that splits a node of more than BLOCK keys, and of any other.
-SPLIT_WARPS = (4, 2)
+SPLIT_WARPS = (8, 4)
 
 #: Widest head whose covariance fits the registers of a program.
 WIDEST_GRAM = 128
