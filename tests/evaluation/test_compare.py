@@ -130,6 +130,20 @@ def test_other_settings_need_another_folder(comparison) -> None:
         comparison().run(["nonsense"])
 
 
+def test_longer_prompts_are_answered_in_smaller_batches(comparison, tmp_path: Path, monkeypatch) -> None:
+    asked = []
+
+    def score(model, prompts, batch, progress):
+        asked.append(({prompt.length for prompt in prompts}, batch))
+        return [prompt.length == 512 for prompt in prompts]
+
+    monkeypatch.setattr(compare, "score_needles", score)
+    compared = comparison(needles=6, needle_lengths=[256, 512, 512], needle_batch=4)
+    right = compared._answer(None)
+    assert asked == [({256}, 4), ({512}, 2)]
+    assert right == [prompt.length == 512 for prompt in compared._prompts]
+
+
 def test_samples_are_made_once(comparison, tmp_path: Path, monkeypatch) -> None:
     first = comparison()
     (file,) = tmp_path.glob("samples-*.json")

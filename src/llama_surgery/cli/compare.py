@@ -76,7 +76,12 @@ def compare(
         typer.Option(help="Kinds of needles. May be repeated. All if left out.", rich_help_panel=_SAMPLES),
     ] = None,
     needle_batch: Annotated[
-        int, typer.Option(min=1, help="Prompts answered together.", rich_help_panel=_SAMPLES)
+        int,
+        typer.Option(
+            min=1,
+            help="Prompts of the shortest length answered together; of longer ones fewer.",
+            rich_help_panel=_SAMPLES,
+        ),
     ] = 8,
     seed: Annotated[
         int, typer.Option(help="Same seed, same windows and prompts.", rich_help_panel=_SAMPLES)

@@ -59,7 +59,7 @@ class Comparison:
         needles: Needle prompts, of all variants in equal parts.
         needle_lengths: Their lengths; one that is named twice is given to twice as many.
         needle_variants: Keys of :data:`~llama_surgery.evaluation.needle_variants.VARIANTS`.
-        needle_batch: Prompts of equal length that are answered together.
+        needle_batch: Prompts of the shortest length that are answered together; of longer ones fewer.
         densities: Total densities wanted of every form.
         seed: Of windows, prompts and learning.
 
@@ -201,9 +201,22 @@ class Comparison:
             if task == "perplexity":
                 found["per_window"] = perplexity(self._model, self._ids, progress, head=head).per_window
             else:
-                found["answers"] = score_needles(self._model, self._prompts, self._batch, progress)
+                found["answers"] = self._answer(progress)
         seconds = time.perf_counter() - began
         return {**found, "density": densities, "setting": setting, "seconds": seconds, **self._device}
+
+    def _answer(self, progress: Progress | None) -> list[bool]:
+        """Answers to all prompts, length by length, so that a batch has about the same number of tokens."""
+        answers = [False] * len(self._prompts)
+        lengths = sorted({prompt.length for prompt in self._prompts})
+        for length in lengths:
+            chosen = [i for i, prompt in enumerate(self._prompts) if prompt.length == length]
+            batch = max(1, self._batch * lengths[0] // length)
+            tell = named_progress(progress, f"{length:,} tokens")
+            found = score_needles(self._model, [self._prompts[i] for i in chosen], batch, tell)
+            for index, right in zip(chosen, found, strict=True):
+                answers[index] = right
+        return answers
 
 
 class _Budgets:
