@@ -120,6 +120,19 @@ def test_an_interrupted_run_goes_on(comparison, tiny_llama, tmp_path: Path, monk
     assert comparison().run(forms) and next(count) == stops + 1  # nothing is measured again
 
 
+def test_a_cell_without_memory_is_left_for_the_next_run(comparison, tmp_path: Path, monkeypatch) -> None:
+    def fails(self, progress):
+        raise torch.OutOfMemoryError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Comparison, "_answer", fails)
+        compared = comparison()
+        assert not compared.run(["dense", "full"])
+        assert compared.no_memory == ["dense at 1, needles", "full at 1, needles"]
+    assert len(list((tmp_path / "cells").iterdir())) == 2
+    assert compared.run(["dense", "full"]) and compared.no_memory == []
+
+
 def test_other_settings_need_another_folder(comparison) -> None:
     comparison()
     with pytest.raises(SurgeryError, match="seed: 0 there, 1 now"):

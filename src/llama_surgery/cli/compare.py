@@ -159,6 +159,8 @@ def compare(
         with progress() as tell:
             deadline = None if seconds is None else began + seconds
             complete = comparison.run(shard_of(wanted, part), deadline, tell)
+        for cell in comparison.no_memory:
+            err.print(f"Out of memory: {cell}. Lower --needle-batch and run again.", highlight=False)
     if part[1] > 1 and not list((folder / "cells").glob("dense-*.json")):
         err.print("This part ended before another one measured the dense model: nothing to show yet.")
         return

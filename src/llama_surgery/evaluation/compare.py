@@ -91,6 +91,9 @@ class Comparison:
             raise SurgeryError(f"densities {list(densities)}: give total densities between 0 and 1.")
         self.folder, self.densities = folder, densities
         self._model, self._batch = model, needle_batch
+        self._head: Head | None = None
+        #: Cells of the last run for which there was not enough memory: the next run tries them again.
+        self.no_memory: list[str] = []
         versions = environment(model)
         self._device = {name: versions.pop(name) for name in ("device", "threads")}
         samples = make_samples(
@@ -158,8 +161,8 @@ class Comparison:
         if unknown:
             raise SurgeryError(f"forms {', '.join(unknown)}: there are {', '.join(FORMS)}.")
         made: dict[str, Form] = {}
-        head = None
         turn, left = 0, list(forms)
+        self.no_memory = []
 
         def late() -> bool:
             return deadline is not None and time.monotonic() > deadline
@@ -180,26 +183,25 @@ class Comparison:
                         continue
                     if late():
                         return False
-                    head = head or Head(self._model, self._ids[0])
                     tell = named_progress(progress, f"{name} at {target:.3f}")
-                    measured = self._measure(form, budgets.setting(target), task, head, tell)
+                    try:
+                        measured = self._measure(form, budgets.setting(target), task, tell)
+                    except torch.OutOfMemoryError:
+                        self.no_memory.append(f"{name} at {target:.3g}, {task}")
+                        continue
                     write_json(cell, {"form": name, "target": target, "task": task, **measured})
             turn += 1
-        return True
+        return not self.no_memory
 
     def _measure(
-        self,
-        form: Form,
-        setting: dict[str, Any],
-        task: str,
-        head: Head,
-        progress: Progress | None,
+        self, form: Form, setting: dict[str, Any], task: str, progress: Progress | None
     ) -> dict[str, Any]:
+        self._head = self._head or Head(self._model, self._ids[0])
         found: dict[str, Any] = {}
         began = time.perf_counter()
         with form.running(setting) as densities:
             if task == "perplexity":
-                found["per_window"] = perplexity(self._model, self._ids, progress, head=head).per_window
+                found["per_window"] = perplexity(self._model, self._ids, progress, head=self._head).per_window
             else:
                 found["answers"] = self._answer(progress)
         seconds = time.perf_counter() - began
