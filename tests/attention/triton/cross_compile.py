@@ -8,6 +8,7 @@ The launches of real calls are recorded instead of run; one line of JSON is prin
 import argparse
 import dataclasses
 import json
+import re
 from typing import Any
 
 import torch
@@ -114,6 +115,37 @@ class Recorder:
             self.compiled[key] = triton.compile(source, target=self.target, options=options)
 
 
+def filled_while_read(ttgir: str) -> bool:
+    """Does a loop copy into a buffer that it has one of, while an asynchronous product may still read it?
+
+    Triton's pipelining does that for loads whose addresses are loaded too: the product is waited for one step
+    late, as if there were two buffers.
+    """
+    lines = re.sub(r" loc\([^)]*\)", "", ttgir).splitlines()
+    buffer: dict[str, str] = {}  # views of buffers that there is one of
+    loops: list[tuple[int, set[str], set[str], list[int]]] = []
+    for line in lines:
+        indent = len(line) - len(line.lstrip())
+        made = re.match(r"\s*(%\w+) = ttg\.(local_alloc : \(\) -> !ttg\.memdesc<1x|memdesc_\w+ (%\w+))", line)
+        if made and (made[3] is None or made[3] in buffer):
+            buffer[made[1]] = made[1] if made[3] is None else buffer[made[3]]
+        if re.search(r"\bscf\.(for|while)\b", line):
+            loops.append((indent, set(), set(), []))
+        elif loops and indent == loops[-1][0] and line.lstrip().startswith("}"):
+            _, filled, read, late = loops.pop()
+            if filled & read and max(late, default=0) > 0:
+                return True
+        elif loops:
+            names = {buffer[name] for name in re.findall(r"%\w+", line) if name in buffer}
+            if "copy_global_to_local" in line:
+                loops[-1][1].update(names)
+            elif "warp_group_dot_wait" in line:
+                loops[-1][3].extend(map(int, re.findall(r"pendings = (\d+)", line)))
+            elif "warp_group_dot " in line:
+                loops[-1][2].update(names)
+    return False
+
+
 def launch_backward(
     states: torch.Tensor, keys: torch.Tensor, built: Layout, config: SurgeryConfig, extra: dict[str, Any]
 ) -> None:
@@ -194,6 +226,7 @@ def compile_all(
             )
             if target.backend == "cuda":
                 rows[-1]["wgmma"] = "wgmma.mma_async" in kernel.asm["ptx"]
+                rows[-1]["filled_while_read"] = filled_while_read(kernel.asm["ttgir"])
     return rows
 
 

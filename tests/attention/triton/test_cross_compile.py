@@ -105,7 +105,8 @@ def test_caps_sinks_and_single_precision(target: str) -> None:
     check(target, "--wide", "--dtype", "float32", "--heads", "3")
 
 
-def test_hopper_uses_its_matrix_units() -> None:
+def test_hopper_uses_its_matrix_units_and_waits_for_them() -> None:
     rows = compile_for("cuda:90")
     without = WITHOUT_PRODUCTS | SMALL_TILES
     assert all(row["wgmma"] for row in rows if row["kernel"] not in without), rows
+    assert not [row["kernel"] for row in rows if row["filled_while_read"]]

@@ -12,9 +12,6 @@ from llama_surgery.topology.tree import POWER_STEPS
 #: Keys that are held at once.
 BLOCK = 64
 
-#: Blocks of keys on their way while one is worked on.
-STAGES = 3
-
 #: Warps of a program that splits a node of more than BLOCK keys, and of any other.
 SPLIT_WARPS = (8, 4)
 
@@ -60,7 +57,9 @@ def build_layout(keys: torch.Tensor, values: torch.Tensor, config: SurgeryConfig
                     DIM=dim,
                     DIM_PAD=dim_pad,
                     STEPS=POWER_STEPS,
-                    STAGES=STAGES,
+                    # Loads ahead would be wrong: for loads by way of ``order`` Triton (3.6, 3.9) keeps one buffer,
+                    # and fills it while Hopper's matrix units still read it.
+                    num_stages=1,
                     num_warps=SPLIT_WARPS[0] if node > BLOCK else SPLIT_WARPS[1],
                 )
                 order, children = children, order

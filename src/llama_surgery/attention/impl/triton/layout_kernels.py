@@ -33,7 +33,6 @@ def split_kernel(
     DIM: tl.constexpr,
     DIM_PAD: tl.constexpr,
     STEPS: tl.constexpr,
-    STAGES: tl.constexpr,
 ):
     """Split every node of one level into equal children along its principal direction.
 
@@ -57,7 +56,7 @@ def split_kernel(
         # Many keys: their covariance is formed once, on the matrix units.
         total = tl.zeros([DIM_PAD], tl.float32)
         gram = tl.zeros([DIM_PAD, DIM_PAD], tl.float32)
-        for block in tl.range(0, NODE, BLOCK, num_stages=STAGES):
+        for block in range(0, NODE, BLOCK):
             x, place, present = _node_keys(
                 keys, order, block, chunk_first, key_row, NODE, BLOCK, DIM, DIM_PAD
             )
@@ -72,7 +71,7 @@ def split_kernel(
         direction = (channel == tl.argmax(spread, 0)).to(tl.float32)
         for _ in range(STEPS + 1):
             direction = tl.sum(gram * direction[None, :], 1)
-        for block in tl.range(0, NODE, BLOCK, num_stages=STAGES):
+        for block in range(0, NODE, BLOCK):
             x, place, present = _node_keys(
                 keys, order, block, chunk_first, key_row, NODE, BLOCK, DIM, DIM_PAD
             )
