@@ -27,6 +27,9 @@ from llama_surgery.topology.layout import moments_of, pool_channels
 KV_HEADS, HEADS, DIM = 8, 4, 128
 #: Length of the planted part of a key and of a query.
 KEY_PULL, QUERY_PULL = 8.0, 12.0
+#: Least factor between the shares of planted pages and of others: rounding moves a share by some percent.
+GAP = 2.0
+
 #: Steps of a step run, and the room that a cache has for them.
 STEPS = 1200
 
@@ -180,7 +183,7 @@ def place_theta(setting: Setting, layers: list[Layer]) -> tuple[float, float]:
             most = max(most, float(share[:, ~opened].max()))
             opened[0] = False
             least = min(least, float(share[:, opened].min()))
-    if least - most < math.log(4.0):
+    if least - most < math.log(GAP):
         raise SurgeryError(f"{setting}: planted pages do not stand out ({least:.2f} against {most:.2f})")
     return math.exp((least + most) / 2), math.exp(least - most)
 
