@@ -104,7 +104,7 @@ def bench(
                 f"device {target.type!r}: the kernels run on a GPU. What a CPU saves: --end-to-end, or "
                 "'llama-surgery crossover'."
             )
-        from llama_surgery.bench.decode import SETTINGS, bench_decode
+        from llama_surgery.bench.decode import PAGED_SETTINGS, SETTINGS, bench_decode
         from llama_surgery.bench.measure import Deadline
         from llama_surgery.bench.plot import plot_decode, plot_prefill
         from llama_surgery.bench.prefill import Setting, bench_prefill
@@ -114,5 +114,5 @@ def bench(
         path = out_folder / "prefill.csv"
         plot_prefill(bench_prefill(lengths, lambda _: asked, path, **shared), path.with_suffix(".svg"))
         path = out_folder / "decode.csv"
-        plot_decode(bench_decode(SETTINGS, path, **shared), path.with_suffix(".svg"))
+        plot_decode(bench_decode((*SETTINGS, *PAGED_SETTINGS), path, **shared), path.with_suffix(".svg"))
     out.print(f"Written: {out_folder.resolve()}", soft_wrap=True, highlight=False)
