@@ -150,6 +150,31 @@ def end_to_end() -> str:
     return markdown(names, cells) + f"\n\n{rows[0]['model']}, random weights. {conditions(rows[0])}"
 
 
+def speed() -> str:
+    """The figures of a first look: prompts of 128k, decode steps, a whole model."""
+    lines = []
+    for row in read("prefill.csv"):
+        if row["part"] == WHOLE and int(row["n"]) == 1 << 17:
+            density = f"total density {float(row['total_density']):.3f}"
+            name = f"attention of a prompt of {tokens(row['n'])} tokens, {density}"
+            against = (f"{times(row[f'over_{rival}'])} {rival}" for rival in ("cuDNN", "FlashAttention-2"))
+            lines.append((name, ", ".join(against)))
+    for row in read("decode.csv"):
+        if row["part"] == "decode" and row["page"] == row["balls"] == "64" and int(row["n"]) == 1 << 17:
+            density = f"far density {float(row['executed_far']):.2f}, batch {row['batch']}"
+            name = f"attention of a decode step at {tokens(row['n'])} tokens, {density}"
+            lines.append((name, f"{times(row['speedup'])} {row['fastest_rival']}"))
+    for row in read("end_to_end.csv"):
+        if row["side"] == "operated":
+            what = (
+                "time to first token" if row["part"] == "prefill" else f"decode step, batch {row['batch']},"
+            )
+            name = f"{what} of {tokens(row['length'])} tokens, shapes of an 8B Llama"
+            lines.append((name, f"{times(row['speedup'])} the best dense backend"))
+    first = read("prefill.csv")[0]
+    return markdown((f"{first['device']}, {first['dtype']}", "faster than dense by"), lines)
+
+
 def growth() -> str:
     """Time per token of each part, as a multiple of that at the shortest length."""
     rows = [row for row in read("growth.csv") if row["far"]]
@@ -164,6 +189,7 @@ def growth() -> str:
 
 TABLES: dict[str, Callable[[], str]] = {
     "results": quality,
+    "speed": speed,
     "prefill": prefill,
     "parts": parts,
     "growth": growth,
