@@ -50,6 +50,7 @@ check: $(DEV_STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	$(BIN)/python benchmarks/tables.py --check
 
 # Two processes of one thread each: more threads than cores make the small tests slower, not faster.
 test: check
