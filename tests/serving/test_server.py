@@ -89,9 +89,9 @@ def abort(server: Server, prompt: list[int], tokens: int) -> None:
 def test_after_aborted_requests(
     server: Server, reference: Reference, prompts: list[list[int]], written: list[list[int]]
 ) -> None:
-    abort(server, prompts[20], tokens=1)
-    got = [complete(server.client(), prompt) for prompt in prompts[20:23]]
-    reference.assert_equal("operated, after an aborted answer", prompts[20:23], written[20:23], got)
+    abort(server, prompts[27], tokens=1)
+    got = [complete(server.client(), prompt) for prompt in prompts[27:30]]
+    reference.assert_equal("operated, after an aborted answer", prompts[27:30], written[27:30], got)
 
     new = reference.prompts(1, 5000, 5000, seed=9)
     want = reference.write(new, SPARSE)
