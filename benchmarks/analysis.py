@@ -53,8 +53,8 @@ def tree_distances(model: torch.nn.Module, ids: torch.Tensor) -> dict[int, torch
 
 
 def by_lag(apart: torch.Tensor) -> list[float]:
-    """Mean tree distance at each of LAGS, of (..., keys, keys) distances."""
-    return [float(apart.diagonal(lag, -2, -1).mean()) for lag in LAGS]
+    """Mean tree distance at each of LAGS inside the chunk, of (..., keys, keys) distances."""
+    return [float(apart.diagonal(lag, -2, -1).mean()) for lag in LAGS if lag < apart.shape[-1]]
 
 
 def domains(model: torch.nn.Module, tokenizer: object, options: argparse.Namespace) -> None:
@@ -71,12 +71,11 @@ def domains(model: torch.nn.Module, tokenizer: object, options: argparse.Namespa
             labels.append(name)
             for layer, apart in found.items():
                 row = {"domain": name, "document": number, "layer": layer}
-                lags.append(row | dict(zip((f"lag_{lag}" for lag in LAGS), by_lag(apart), strict=True)))
+                lags.append(row | dict(zip((f"lag_{lag}" for lag in LAGS), by_lag(apart), strict=False)))
             write_csv(options.out / "tree-distances.csv", lags)
         matrices[name] = (total / count).numpy()
-        print(
-            f"{name}: mean distance {matrices[name].mean():.3f} of the depth, {count} documents", flush=True
-        )
+        near, far = (matrices[name].diagonal(lag).mean() for lag in (1, 64))
+        print(f"{name}: distance ÷ depth {near:.3f} of neighbours, {far:.3f} 64 tokens apart, {count} texts")
     points, accuracy = fingerprints(np.array(prints).reshape(len(prints), -1), labels)
     rows = [{"domain": n, "x": p[0], "y": p[1]} for n, p in zip(labels, points, strict=True)]
     write_csv(options.out / "fingerprints.csv", rows)
