@@ -321,6 +321,7 @@ class _Layer:
             gates.config,
             scale,
             use_reentrant=False,
+            preserve_rng_state=False,  # nothing is random in it, and keeping a GPU's state waits for it
         )
         gates.reading.add(gated, weight)
         return gated.out

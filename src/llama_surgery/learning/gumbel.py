@@ -220,7 +220,7 @@ def _attention(
     for start in range(0, new, STRIP):
         stop = min(start + STRIP, new)
         rows = torch.arange(count - new + start, count - new + stop, device=query.device)
-        run = functools.partial(checkpoint, _strip, use_reentrant=False) if gumbel.training else _strip
+        run = _checkpointed if gumbel.training else _strip
         seen = count - new + stop
         out, visible = run(
             query[:, :, start:stop].to(dtype) * scale,
@@ -269,6 +269,9 @@ def _strip(
         visible = visible + hard.sum()
         outs.append(weights @ values[:, heads_of])
     return torch.cat(outs, 1), visible
+
+
+_checkpointed = functools.partial(checkpoint, _strip, use_reentrant=False, preserve_rng_state=False)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -208,7 +208,11 @@ def _divergence(
     student = model(ids, use_cache=False, logits_to_keep=kept).logits[0]
     parts = [
         checkpoint(
-            _kl, teacher[part : part + LOGIT_ROWS], student[part : part + LOGIT_ROWS], use_reentrant=False
+            _kl,
+            teacher[part : part + LOGIT_ROWS],
+            student[part : part + LOGIT_ROWS],
+            use_reentrant=False,
+            preserve_rng_state=False,
         )
         for part in range(0, len(kept), LOGIT_ROWS)
     ]
