@@ -54,7 +54,7 @@ check: $(DEV_STAMP)
 
 # Two processes of one thread each: more threads than cores make the small tests slower, not faster.
 test: check
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist worksteal $(PYTEST_ARGS)
 
 # A venv of its own: the engine pins its own versions. It brings packages for images and sound that do not fit
 # PyTorch's CPU build and are not needed, so they are taken out again.
