@@ -71,8 +71,6 @@ class KernelStates(PagedStates):
         layout = build_layout(states[..., :dim], states[..., dim:], self.config)
         self.states[blocks] = torch.cat((layout.keys, layout.values), -1).unflatten(0, (-1, heads))
         features = kernel_features(layout.moments, self.config, self.states.dtype)[-1]
-        if self.config.variance_pool == 1:
-            features = features.transpose(1, 2).flatten(2)  # a ball's two halves side by side
         self._features[blocks] = features.unflatten(0, (-1, heads))
         self._orders[blocks] = layout.order[:, 0].unflatten(0, (-1, heads))
         first = layout.sink_pages(self.config.page_size).int()
@@ -101,8 +99,6 @@ class KernelStates(PagedStates):
         """Order, features and moments of full chunks; keys and values stay where they are."""
         none = self.states[:0, 0]
         features = self._features[blocks].transpose(0, 1).flatten(1, 2)
-        if self.config.variance_pool == 1:
-            features = features.unflatten(-1, (2, -1)).transpose(1, 2)
         levels = () if self.config.coarse_totals or self.config.coarse_to_fine else (features,)
         return Layout(none, none, self.order(blocks), kernel_moments(features, self.config), levels)
 

@@ -65,9 +65,7 @@ class PageBuffers:
         """What decode kernels score, as ``kernel_features`` gives it for ``capacity`` tokens."""
         if FINEST not in self._tensors:
             pool, keys = self.config.variance_pool, self.keys
-            like = keys[:, None].expand(-1, 2, -1, -1)
-            if pool > 1:
-                like = keys[..., :1].expand(-1, -1, keys.shape[-1] // pool * (pool + 1))
+            like = keys[..., :1].expand(-1, -1, keys.shape[-1] // pool * (pool + 1))
             self._units[FINEST] = self.config.ball_size
             self._tensors[FINEST] = self._empty(FINEST, like)
         return self._tensors[FINEST]

@@ -88,8 +88,8 @@ class Layout:
         values: (streams, chunks * chunk_size, value_dim), the same order.
         order: (streams, chunks, chunk_size) int16, the original offset of every slot.
         moments: Moments of balls of ``moment_size`` keys.
-        features: What kernels score the pages by, where it was kept: (streams, 2, balls, head_dim) for each
-            level, coarse to fine.
+        features: What kernels score the pages by, where it was kept: μ and α·½·σ² side by side,
+            (streams, balls, head_dim + head_dim / variance_pool) for each level, coarse to fine.
     """
 
     keys: torch.Tensor

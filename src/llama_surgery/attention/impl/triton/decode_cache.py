@@ -7,7 +7,7 @@ import triton
 
 from llama_surgery.attention.impl.triton.decode_kernels import append_kernel
 from llama_surgery.attention.impl.triton.helpers import device_of
-from llama_surgery.attention.impl.triton.job import page_features
+from llama_surgery.attention.impl.triton.job import feature_parts, page_features
 from llama_surgery.attention.impl.triton.layout import build_layout
 from llama_surgery.config import SurgeryConfig
 from llama_surgery.errors import SurgeryError
@@ -138,17 +138,13 @@ def feature_blocks(
     """Views of what :func:`job.page_features` gives, by blocks of one chunk.
 
     Args:
-        features: For whole chunks of streams, (streams, 2, balls, head_dim), or (streams, balls, head_dim +
-            head_dim / variance_pool) with pooled variances.
+        features: For whole chunks of streams, (streams, balls, head_dim + head_dim / variance_pool).
 
     Returns:
         Means and spreads (sequences, kv_heads, blocks, balls of a chunk, …).
     """
-    if config.variance_pool == 1:
-        halves: tuple[torch.Tensor, ...] = features.unbind(1)
-    else:
-        groups = features.shape[-1] // (config.variance_pool + 1)
-        halves = features.split((features.shape[-1] - groups, groups), -1)
+    groups = features.shape[-1] // (config.variance_pool + 1)
+    halves = feature_parts(features, features.shape[-1] - groups)
     by_chunk = (half.unflatten(1, (-1, balls_of(config))) for half in halves)
     means, spreads = (half.unflatten(0, (-1, kv_heads)) for half in by_chunk)
     return means, spreads

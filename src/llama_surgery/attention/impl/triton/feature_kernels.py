@@ -14,7 +14,6 @@ def feature_kernel(
     moment_stream,
     out_stream,
     out_row,
-    out_half,
     balls,
     half_alpha,
     largest,
@@ -55,6 +54,4 @@ def feature_kernel(
     row = out_ptr + stream * out_stream + ball.to(tl.int64)[:, None] * out_row
     dtype = out_ptr.dtype.element_ty
     tl.store(row + channel[None, :], mean.to(dtype), mask=present[:, None] & (channel < DIM)[None, :])
-    tl.store(
-        row + out_half + group[None, :], spread.to(dtype), mask=present[:, None] & (group < SPREAD)[None, :]
-    )
+    tl.store(row + DIM + group[None, :], spread.to(dtype), mask=present[:, None] & (group < SPREAD)[None, :])

@@ -207,10 +207,9 @@ def level_sizes(config: SurgeryConfig) -> tuple[tuple[int, int], ...]:
 def page_features(
     moments: Moments, alpha: float, dtype: torch.dtype, pool: int = 1, children: int = 1
 ) -> torch.Tensor:
-    """What selection multiplies queries with: (streams, 2, balls, head_dim), μ and α·½·σ².
+    """What selection multiplies queries with: (streams, balls, head_dim + head_dim / pool), μ and α·½·σ².
 
-    With pooled variances (streams, balls, head_dim + head_dim / pool): the two side by side. The balls are
-    those of ``moments`` (float32), or parents of ``children`` neighbours each.
+    The balls are those of ``moments`` (float32), or parents of ``children`` neighbours each.
 
     Raises:
         SurgeryError: ``pool`` does not divide head_dim.
@@ -222,15 +221,14 @@ def page_features(
             f"variance_pool={pool} does not divide head_dim={dim}: choose an even divisor or 1."
         )
     balls //= children
-    shape = (2, balls, dim) if pool == 1 else (balls, dim + spread)
-    features = means.new_empty(streams, *shape, dtype=dtype)
+    features = means.new_empty(streams, balls, dim + spread, dtype=dtype)
     with device_of(means):
         feature_kernel[(triton.cdiv(balls, FEATURE_BALLS), streams)](
             means,
             variances,
             features,
             means.stride(0),
-            *feature_strides(features, dim),
+            *features.stride()[:2],
             balls,
             0.5 * alpha,
             LARGEST_SQUARE,
@@ -247,24 +245,13 @@ def page_features(
 def moments_from(features: torch.Tensor, config: SurgeryConfig) -> Moments:
     """Moments back from :func:`page_features`; pooled channels get the mean of their variances."""
     pool, half = config.variance_pool, 0.5 * config.alpha
-    if pool == 1:
-        mean, spread = features[:, 0].float(), features[:, 1].float()
-    else:
-        groups = features.shape[-1] // (pool + 1)
-        mean, spread = features.float().split((groups * pool, groups), -1)
+    groups = features.shape[-1] // (pool + 1)
+    mean, spread = feature_parts(features.float(), groups * pool)
+    if pool > 1:
         spread = spread.repeat_interleave(pool // 2, -1).repeat(1, 1, 2)
     return Moments(mean, spread / half if half else torch.zeros_like(mean), config.ball_size)
 
 
 def feature_parts(features: torch.Tensor, head_dim: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Views of :func:`page_features`: μ (streams, balls, head_dim) and α·½·σ² (streams, balls, …)."""
-    if features.dim() == 4:
-        return features[:, 0], features[:, 1]
     return features[..., :head_dim], features[..., head_dim:]
-
-
-def feature_strides(features: torch.Tensor, head_dim: int) -> tuple[int, int, int]:
-    """Elements from stream to stream, from ball to ball, and from μ to α·½·σ², of :func:`page_features`."""
-    if features.dim() == 4:
-        return features.stride(0), features.stride(2), features.stride(1)
-    return features.stride(0), features.stride(1), head_dim

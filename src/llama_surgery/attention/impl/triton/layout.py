@@ -57,8 +57,8 @@ def build_layout(keys: torch.Tensor, values: torch.Tensor, config: SurgeryConfig
                     DIM=dim,
                     DIM_PAD=dim_pad,
                     STEPS=POWER_STEPS,
-                    # Loads ahead would be wrong: for loads by way of ``order`` Triton (3.6, 3.9) keeps one buffer,
-                    # and fills it while Hopper's matrix units still read it.
+                    # Loads ahead would be wrong: for loads by way of ``order`` Triton (3.6, 3.9) keeps one
+                    # buffer, and fills it while Hopper's matrix units still read it.
                     num_stages=1,
                     num_warps=SPLIT_WARPS[0] if node > BLOCK else SPLIT_WARPS[1],
                 )

@@ -246,7 +246,6 @@ def descend_kernel(
     q_row,
     features_stream,
     features_row,
-    features_half,
     tiles,
     coarse_capacity,
     capacity,
@@ -310,7 +309,7 @@ def descend_kernel(
         entry = tl.load(coarse + at, mask=at < coarse_count, other=0)
         ball = (entry // ENTRY * FAN + of_parent) * BALLS + index % BALLS_PAD
         mean = load_rows(base, ball, features_row, present, DIM, DIM_PAD, True)
-        spread = load_rows(base + features_half, ball, features_row, present, SPREAD, SPREAD_PAD, True)
+        spread = load_rows(base + DIM, ball, features_row, present, SPREAD, SPREAD_PAD, True)
         index = tl.arange(0, block_pages)
         at = place + index // FAN_PAD
         entry = tl.load(coarse + at, mask=at < coarse_count, other=0)

@@ -16,7 +16,6 @@ from llama_surgery.attention.impl.triton.job import (
     Level,
     Strip,
     feature_parts,
-    feature_strides,
     make_job,
 )
 from llama_surgery.attention.impl.triton.list_kernels import descend_kernel, list_kernel
@@ -200,7 +199,7 @@ def _descend(
         coarse.counts,
         *outputs[1:],
         *job.queries.stride()[:3],
-        *feature_strides(level.features, job.queries.shape[-1]),
+        *level.features.stride()[:2],
         strip.tiles,
         coarse.entries.shape[-1],
         outputs[1].shape[-1],
