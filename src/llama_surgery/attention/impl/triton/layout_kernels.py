@@ -56,12 +56,13 @@ def split_kernel(
         # Many keys: their covariance is formed once, on the matrix units.
         total = tl.zeros([DIM_PAD], tl.float32)
         gram = tl.zeros([DIM_PAD, DIM_PAD], tl.float32)
-        for block in range(0, NODE, BLOCK):
-            x, place, present = _node_keys(
-                keys, order, block, chunk_first, key_row, NODE, BLOCK, DIM, DIM_PAD
-            )
+        # The next block is on its way, in registers, while one is multiplied.
+        x, _, _ = _node_keys(keys, order, 0, chunk_first, key_row, NODE, BLOCK, DIM, DIM_PAD)
+        for block in range(BLOCK, NODE + BLOCK, BLOCK):
+            ahead, _, _ = _node_keys(keys, order, block, chunk_first, key_row, NODE, BLOCK, DIM, DIM_PAD)
             total += tl.sum(x.to(tl.float32), 0)
             gram = tl.dot(tl.trans(x), x, gram, input_precision=EXACT)
+            x = ahead
         mean = total / NODE
         gram -= total[:, None] * mean[None, :]
         spread = tl.sum(tl.where(channel[:, None] == channel[None, :], gram, 0.0), 0)
