@@ -76,4 +76,4 @@ serve-test: $(SERVE_STAMP)
 
 clean:
 	rm -rf out dist .pytest_cache .ruff_cache .mypy_cache .hypothesis
-	find src tests benchmarks examples -name __pycache__ -type d -prune -exec rm -rf {} +
+	find src tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
