@@ -255,8 +255,8 @@ def backend_name(
     problem = triton.obstacle(config, queries, values, tile)
     if problem is None and listening:
         problem = "shares are not handed out (calibration): use backend='auto' or 'gather'"
-    if problem is None and (routed or config.summary != "none"):
-        problem = "learned corrections and summaries are not in the kernels: use backend='auto' or 'gather'"
+    if problem is None and routed:
+        problem = "learned corrections are not in the kernels: use backend='auto' or 'gather'"
     if problem is None:
         return "triton"
     if config.backend == "triton":

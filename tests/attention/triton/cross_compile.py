@@ -39,6 +39,7 @@ TYPES = {
     torch.float32: "*fp32",
     torch.float16: "*fp16",
     torch.bfloat16: "*bf16",
+    torch.uint8: "*u8",
     torch.int16: "*i16",
     torch.int32: "*i32",
     torch.int64: "*i64",
@@ -50,7 +51,7 @@ PROCESSORS = 132
 
 #: Kernels by the module that launches them.
 KERNELS = {
-    prefill: ("totals_kernel", "list_kernel", "descend_kernel", "attend_kernel"),
+    prefill: ("totals_kernel", "list_kernel", "descend_kernel", "attend_kernel", "summary_kernel"),
     layout: ("split_kernel", "arrange_kernel"),
     job: ("feature_kernel",),
     backward_pass: (
@@ -202,8 +203,9 @@ def compile_all(
     built = build_layout(keys[:, :1536], keys[:, :1536], config)
     layout.build_layout(keys[:, :1536], keys[:, :1536], config)
     extra: dict[str, Any] = {"softcap": 50.0, "sink_logit": torch.zeros(8, heads)} if wide else {}
-    pooled = dataclasses.replace(config, variance_pool=8)
-    for rule in (config, pooled, dataclasses.replace(config, coarse_to_fine=True)):
+    pooled = dataclasses.replace(config, variance_pool=8, summary="page")
+    by_ball = dataclasses.replace(config, summary="ball")
+    for rule in (config, pooled, by_ball, dataclasses.replace(config, coarse_to_fine=True)):
         prefill.attend(states, keys, keys, built, config=rule, start=0, **extra)
     launch_decode(states, config, family, extra)
     launch_backward(states, keys, built, config, extra)

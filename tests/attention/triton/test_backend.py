@@ -33,7 +33,7 @@ def tiny(device: torch.device) -> LlamaForCausalLM:
     return LlamaForCausalLM(config).to(device).eval()
 
 
-@pytest.mark.parametrize("change", [{}, {"coarse_to_fine": True}])
+@pytest.mark.parametrize("change", [{}, {"coarse_to_fine": True}, {"summary": "ball"}])
 def test_a_model_answers_as_with_gather(change: dict[str, object], device: torch.device) -> None:
     model = tiny(device)
     ids = torch.randint(64, (2, 75), generator=torch.Generator().manual_seed(1)).to(device)

@@ -16,6 +16,7 @@ KERNELS = {
     "list_kernel",
     "descend_kernel",
     "attend_kernel",
+    "summary_kernel",
     "split_kernel",
     "arrange_kernel",
     "feature_kernel",

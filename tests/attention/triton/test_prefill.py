@@ -134,6 +134,22 @@ class TestAgainstReference:
         config = dataclasses.replace(CONFIG, moment_size=8, coarse_totals=True)
         check(Case(83, 121, 4, tile=tile), config, device)
 
+    @pytest.mark.parametrize("summary", ["page", "ball"])
+    @pytest.mark.parametrize("moment_size", [8, 16])
+    def test_summaries(self, moment_size: int, summary: str, device: torch.device) -> None:
+        config = dataclasses.replace(CONFIG, summary=summary, moment_size=moment_size)
+        check(Case(83, 121, 4), config, device)
+        check(Case(3, 197, 4, tile=1), config, device)
+        pooled = dataclasses.replace(config, variance_pool=8, coarse_totals=True, dense_until=144)
+        check(Case(200, 0, 3, 40, softcap=3.0, sink=True), pooled, device)
+
+    def test_summaries_of_sizes_that_are_no_powers_of_two(self, device: torch.device) -> None:
+        config = SurgeryConfig(
+            chunk_size=216, page_size=24, window=24, tile=12, arity=3, theta=0.03, moment_size=8
+        )
+        for summary in ("page", "ball"):
+            check(Case(61, 260, 3, 24), dataclasses.replace(config, summary=summary), device)
+
     @pytest.mark.parametrize(("dim", "pool"), [(16, 4), (64, 8), (80, 8), (96, 2)])
     def test_pooled_variances(self, dim: int, pool: int, device: torch.device) -> None:
         config = dataclasses.replace(CONFIG, variance_pool=pool, moment_size=8, coarse_totals=True)
@@ -206,6 +222,8 @@ def test_half_precision_is_as_good_as_plain_half_precision(dtype: torch.dtype, d
     [
         ({}, torch.float64, "float64"),
         ({"pages_per_row": 2}, torch.float32, "pages_per_row"),
+        ({"summary": "chunk"}, torch.float32, "summarises pages or balls"),
+        ({"summary": "page", "coarse_to_fine": True}, torch.float32, "not with coarse_to_fine"),
     ],
 )
 def test_what_the_kernels_do_not_run_is_refused(

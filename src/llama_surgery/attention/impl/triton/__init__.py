@@ -43,6 +43,10 @@ def obstacle(config: SurgeryConfig, queries: torch.Tensor, values: torch.Tensor,
         )
     if config.pages_per_row is not None:
         return "it opens pages by theta, not by pages_per_row"
+    if config.summary == "chunk" or (config.summary != "none" and config.coarse_to_fine):
+        return "it summarises pages or balls, and not with coarse_to_fine"
+    if config.summary != "none" and _differentiable(queries, values):
+        return "it does not differentiate summaries"
     return None
 
 

@@ -197,6 +197,8 @@ def decode_obstacle(config: SurgeryConfig, queries: torch.Tensor, values: torch.
         )
     if torch.is_grad_enabled() and queries.requires_grad:
         return "decode steps are not differentiated; use torch.no_grad()"
+    if config.summary != "none":
+        return "summaries are not in the decode kernels"
     if config.coarse_to_fine:
         return "single rows score all pages, but the configuration says coarse_to_fine"
     return obstacle(config, queries, values, 1)

@@ -119,6 +119,7 @@ def list_kernel(
     entries_ptr,
     counts_ptr,
     seen_ptr,
+    first_ptr,
     q_stream,
     q_head,
     q_row,
@@ -156,7 +157,8 @@ def list_kernel(
     (streams, tiles, capacity) int32; their number (streams, tiles) int32; and how many of the tile's
     rows see each of them, summed (streams, tiles) int32. ``capacity`` is at least the number of closed
     pages of the launch's last tile, so that a list cannot overflow. Grid: (blocks of tiles, streams).
-    A *page* is any run of PAGE slots, ``log2_bar`` the log2 of the share that opens it.
+    With ``first_ptr`` (streams, tiles, capacity) uint8 also the first row of every closed page, TILE where
+    none opened it. A *page* is any run of PAGE slots, ``log2_bar`` the log2 of the share that opens it.
     """
     head_blocks: tl.constexpr = (HEADS + HEADS_BLOCK - 1) // HEADS_BLOCK
     per_chunk: tl.constexpr = CHUNK // PAGE
@@ -216,6 +218,10 @@ def list_kernel(
             opened = tl.reshape(opened, [block_pages, TILES_BLOCK, per_tile])
             first = tl.minimum(first, tl.min(opened, 2))
         first = tl.where((page == sink_page)[:, None], 0, first)
+        if first_ptr is not None:
+            table = first_ptr + (stream * tiles + tile.to(tl.int64)) * capacity
+            closed_page = page[:, None] < pages[None, :]
+            tl.store(table[None, :] + page[:, None], first.to(tl.uint8), mask=closed_page)
         listed = (first < TILE) & (page[:, None] < pages[None, :])
         rank = count[None, :] + tl.cumsum(listed.to(tl.int32), 0) - 1
         tl.store(list_base[None, :] + rank, page[:, None] * ENTRY + first, mask=listed)

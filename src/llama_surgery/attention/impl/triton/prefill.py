@@ -20,6 +20,7 @@ from llama_surgery.attention.impl.triton.job import (
 )
 from llama_surgery.attention.impl.triton.list_kernels import descend_kernel, list_kernel
 from llama_surgery.attention.impl.triton.select_kernels import totals_kernel
+from llama_surgery.attention.impl.triton.summary_kernel import summary_kernel
 from llama_surgery.attention.impl.triton.tiled_plan import TiledPlan
 from llama_surgery.config import SurgeryConfig
 from llama_surgery.topology.geometry import query_blocks
@@ -84,8 +85,11 @@ def attend(
             plan = None
             if strip.pages:
                 plan = list_pages(job, strip, row_totals(job, strip))
-                plans.append(plan if keep_lists else dataclasses.replace(plan, entries=None))
+                kept = plan if keep_lists else dataclasses.replace(plan, entries=None)
+                plans.append(dataclasses.replace(kept, first=None))
             attend_strip(job, strip, plan, out, lse)
+            if plan is not None and config.summary != "none":
+                summarise_strip(job, strip, plan, out, lse)
     near_pairs = sum(
         _triangle(b.stop - b.closed * config.chunk_size) - _triangle(b.start - b.closed * config.chunk_size)
         for b in query_blocks(job.start, job.stop, config, job.tile)
@@ -164,6 +168,7 @@ def _list_level(job: Job, strip: Strip, totals: torch.Tensor, level: Level, *, l
         *described,
         totals,
         *outputs,
+        plan.first,
         *job.queries.stride()[:3],
         strip.tiles,
         outputs[1].shape[-1],
@@ -223,7 +228,8 @@ def _new_plan(job: Job, strip: Strip, level: Level) -> tuple[TiledPlan, tuple[to
     stop = min(job.stop, (strip.first_tile + strip.tiles) * job.tile)
     assert job.layout is not None
     sinks = job.layout.sink_pages(level.page)
-    plan = TiledPlan(start, stop, job.tile, counts, rows_seen, entries)
+    first = None if job.config.summary == "none" else torch.empty_like(entries, dtype=torch.uint8)
+    plan = TiledPlan(start, stop, job.tile, counts, rows_seen, entries, first)
     return plan, (sinks, entries, counts, rows_seen)
 
 
@@ -316,6 +322,65 @@ def attend_strip(
         CAP=job.softcap is not None,
         num_warps=job.tuning.attend_warps,
         num_stages=job.tuning.attend_stages,
+    )
+
+
+def summarise_strip(job: Job, strip: Strip, plan: TiledPlan, out: torch.Tensor, lse: torch.Tensor) -> None:
+    """Add one key for every page, or ball, that rows of a strip do not see to ``out`` and ``lse``."""
+    level, config, layout = job.steps[-1], job.config, job.layout
+    assert layout is not None
+    by_ball = config.summary == "ball"
+    heads, head_dim, value_dim = job.queries.shape[1], job.queries.shape[-1], out.shape[-1]
+    tile_pad = triton.next_power_of_2(job.tile)
+    heads_block = _block(heads, job.tuning.rows, tile_pad)
+    constants = _score_constants(job, _ScoreShape.of(job, strip)) | _page_constants(job, level)
+    balls, balls_pad = constants["BALLS"], constants["BALLS_PAD"]
+    # A matrix tile has at least 16 columns.
+    pages_block = max(constants["BLOCK_BALLS"] // balls_pad, 16 // (balls_pad if by_ball else 1))
+    value_pad = max(16, triton.next_power_of_2(value_dim))
+    mean, spread = (x.unflatten(1, (-1, balls)) for x in feature_parts(level.features, head_dim))
+    size = level.ball if by_ball else level.page
+    values = layout.values[:, : strip.pages * level.page].unflatten(1, (-1, size))
+    values = values.mean(2, dtype=torch.float32).to(out.dtype)
+    unit = (pages_block, balls_pad) if by_ball else (pages_block,)
+    values = values.unflatten(1, (-1, balls)) if by_ball else values
+    summary_kernel[(strip.tiles * triton.cdiv(heads, heads_block), job.queries.shape[0])](
+        job.queries,
+        _described(mean, pages_block, balls_pad, constants["DIM_PAD"]),
+        _described(spread, pages_block, balls_pad, constants["SPREAD_PAD"]),
+        _described(values, *unit, value_pad),
+        plan.first,
+        out,
+        lse,
+        *job.queries.stride()[:3],
+        *out.stride()[:3],
+        *lse.stride()[:2],
+        strip.tiles,
+        strip.pages,
+        job.start,
+        job.stop,
+        strip.first_tile,
+        job.dense_until,
+        job.scale,
+        1.0 if job.softcap is None else job.softcap,
+        HEADS=heads,
+        HEADS_BLOCK=heads_block,
+        TILE=job.tile,
+        TILE_PAD=tile_pad,
+        VALUE_DIM=value_dim,
+        VALUE_PAD=value_pad,
+        CHUNK=config.chunk_size,
+        WINDOW=config.window,
+        PAGE=level.page,
+        BALLS=balls,
+        BALLS_PAD=balls_pad,
+        BLOCK_PAGES=pages_block,
+        LOG_BALL=math.log(level.ball),
+        BY_BALL=by_ball,
+        CAP=job.softcap is not None,
+        **{name: constants[name] for name in ("DIM", "DIM_PAD", "SPREAD", "SPREAD_PAD")},
+        num_warps=max(8, job.tuning.attend_warps),
+        num_stages=1,
     )
 
 

@@ -24,6 +24,8 @@ class TiledPlan:
         rows_seen: (streams, tiles) int32, for how many rows its pages are visible, summed over pages.
         entries: (streams, tiles, capacity) int32 lists, the first ``counts`` of each are valid: ascending
             ``page * ENTRY + first_open``; None where they were not kept.
+        first: (streams, tiles, capacity) uint8, first row of every closed page, ``tile`` where none opened
+            it; kept for summaries alone.
     """
 
     start: int
@@ -32,6 +34,7 @@ class TiledPlan:
     counts: torch.Tensor
     rows_seen: torch.Tensor
     entries: torch.Tensor | None = None
+    first: torch.Tensor | None = None
 
     def executed_pairs(self, page_size: int) -> torch.Tensor:
         """(streams,) int64: (query, key) pairs the far pass reads for one query head."""

@@ -1,0 +1,141 @@
+"""The kernel that lets one key each stand in for the pages, or balls, that a row does not see."""
+
+import triton
+import triton.language as tl
+
+from llama_surgery.attention.impl.triton.helpers import (
+    EXACT,
+    FLOOR,
+    LN2,
+    LOG2E,
+    closed_chunks,
+    load_rows,
+    pooled_squares,
+    softmax_step,
+    tanh,
+)
+
+#: Least variance term: below it the root would have no slope (``topology.selection``).
+LEAST = tl.constexpr(1e-8)
+
+
+@triton.jit(do_not_specialize=["tiles", "capacity", "start", "stop", "first_tile", "dense_until"])
+def summary_kernel(
+    q_ptr,
+    means,
+    spreads,
+    values,
+    first_ptr,
+    out_ptr,
+    lse_ptr,
+    q_stream,
+    q_head,
+    q_row,
+    out_stream,
+    out_head,
+    out_row,
+    lse_stream,
+    lse_head,
+    tiles,
+    capacity,
+    start,
+    stop,
+    first_tile,
+    dense_until,
+    scale,
+    softcap,
+    HEADS: tl.constexpr,
+    HEADS_BLOCK: tl.constexpr,
+    TILE: tl.constexpr,
+    TILE_PAD: tl.constexpr,
+    DIM: tl.constexpr,
+    DIM_PAD: tl.constexpr,
+    SPREAD: tl.constexpr,
+    SPREAD_PAD: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
+    VALUE_PAD: tl.constexpr,
+    CHUNK: tl.constexpr,
+    WINDOW: tl.constexpr,
+    PAGE: tl.constexpr,
+    BALLS: tl.constexpr,
+    BALLS_PAD: tl.constexpr,
+    BLOCK_PAGES: tl.constexpr,
+    LOG_BALL: tl.constexpr,
+    BY_BALL: tl.constexpr,
+    CAP: tl.constexpr,
+):
+    """Add what a tile's rows do not see to their attention, page by page or ball by ball.
+
+    A ball's logit is ``topology.selection.Scorer.weights``, its value the mean of its keys' values; a page's
+    logit is the log-sum-exp of its balls'. ``means``, ``spreads`` and ``values`` are described by pages:
+    (streams, pages, balls, dim), values (streams, pages, dim) unless BY_BALL. ``first_ptr`` (streams, tiles,
+    capacity) uint8 holds the first row of the tile that opened each page, TILE where none did. Rows are those
+    of ``attend_kernel``, whose ``out`` and ``lse`` are read and written. Grid: (tiles of this launch * blocks
+    of heads, streams).
+    """
+    head_blocks: tl.constexpr = (HEADS + HEADS_BLOCK - 1) // HEADS_BLOCK
+    rows: tl.constexpr = TILE_PAD * HEADS_BLOCK
+    balls: tl.constexpr = BLOCK_PAGES * BALLS_PAD
+    tile = tl.program_id(0) // head_blocks
+    stream = tl.program_id(1)
+    wide_stream = stream.to(tl.int64)
+    m = tl.arange(0, rows)
+    row = m % TILE_PAD
+    head = (tl.program_id(0) % head_blocks) * HEADS_BLOCK + m // TILE_PAD
+    q_first = (first_tile + tile) * TILE
+    position = q_first + row
+    live = (row < TILE) & (head < HEADS) & (position >= start) & (position < stop)
+    pages = closed_chunks(q_first, CHUNK, WINDOW, dense_until) * (CHUNK // PAGE)
+    if pages > 0:
+        local = (position - start).to(tl.int64)
+        q_offset = head.to(tl.int64) * q_head + local * q_row
+        q = load_rows(q_ptr + wide_stream * q_stream, q_offset, 1, live, DIM, DIM_PAD, True)
+        squares = pooled_squares(q, scale, DIM, SPREAD, SPREAD_PAD)
+        first_base = first_ptr + (wide_stream * tiles + tile) * capacity
+        index = tl.arange(0, balls)
+        top = tl.full([rows], FLOOR, tl.float32)
+        total = tl.zeros([rows], tl.float32)
+        acc = tl.zeros([rows, VALUE_PAD], tl.float32)
+        for block in range(0, pages, BLOCK_PAGES):
+            mean = means.load([stream, block, 0, 0]).reshape(balls, DIM_PAD)
+            spread = spreads.load([stream, block, 0, 0]).reshape(balls, SPREAD_PAD)
+            along = tl.dot(q, tl.trans(mean), input_precision=EXACT) * scale
+            across = tl.dot(squares, tl.trans(spread), input_precision=EXACT)
+            if CAP:
+                slope = tanh(along / softcap)
+                bend = 1.0 - slope * slope
+                along, across = slope * softcap, across * bend * bend
+            # log cosh of the root: the variance term in bounds.
+            root = tl.sqrt(tl.maximum(2.0 * across, LEAST))
+            bounded = root + (tl.log2(1.0 + tl.exp2(root * (-2.0 * LOG2E))) - 1.0) * LN2
+            logits = (along + bounded + LOG_BALL) * LOG2E
+            ball_page = block + index // BALLS_PAD
+            real = (ball_page < pages) & (index % BALLS_PAD < BALLS)
+            if BY_BALL:
+                first = tl.load(first_base + ball_page, mask=real, other=0).to(tl.int32)
+                v = values.load([stream, block, 0, 0]).reshape(balls, VALUE_PAD)
+            else:
+                page = block + tl.arange(0, BLOCK_PAGES)
+                first = tl.load(first_base + page, mask=page < pages, other=0).to(tl.int32)
+                v = values.load([stream, block, 0]).reshape(BLOCK_PAGES, VALUE_PAD)
+                if BALLS > 1:
+                    logits = tl.where(real[None, :], logits, FLOOR)
+                    logits = tl.reshape(logits, [rows, BLOCK_PAGES, BALLS_PAD])
+                    peak = tl.max(logits, 2)
+                    logits = peak + tl.log2(tl.sum(tl.exp2(logits - peak[:, :, None]), 2))
+            logits = tl.where(row[:, None] >= first[None, :], float("-inf"), logits)
+            acc, total, top = softmax_step(acc, total, top, logits, 1.0, v, live, False)
+
+        column = tl.arange(0, VALUE_PAD)
+        out_offset = wide_stream * out_stream + head.to(tl.int64) * out_head + local * out_row
+        cells = out_ptr + out_offset[:, None] + column[None, :]
+        keep = live[:, None] & (column < VALUE_DIM)[None, :]
+        lse_cells = lse_ptr + wide_stream * lse_stream + head.to(tl.int64) * lse_head + local
+        seen = tl.load(lse_cells, mask=live, other=0.0) * LOG2E
+        seen_out = tl.load(cells, mask=keep, other=0.0).to(tl.float32)
+        new_top = tl.maximum(top, seen)
+        share, rest = tl.exp2(seen - new_top), tl.exp2(top - new_top)
+        whole = share + total * rest
+        out = (seen_out * share[:, None] + acc * rest[:, None]) / whole[:, None]
+        tl.store(cells, out.to(out_ptr.dtype.element_ty), mask=keep)
+        tl.store(lse_cells, (new_top + tl.log2(whole)) * LN2, mask=live)
