@@ -26,6 +26,7 @@ from llama_surgery.attention.impl.triton import (
     job,
     layout,
     prefill,
+    summary,
     token_mask,
     token_mask_rule,
     tuning,
@@ -51,7 +52,8 @@ PROCESSORS = 132
 
 #: Kernels by the module that launches them.
 KERNELS = {
-    prefill: ("totals_kernel", "list_kernel", "descend_kernel", "attend_kernel", "summary_kernel"),
+    prefill: ("totals_kernel", "list_kernel", "descend_kernel", "attend_kernel"),
+    summary: ("summary_kernel",),
     layout: ("split_kernel", "arrange_kernel"),
     job: ("feature_kernel",),
     backward_pass: (

@@ -14,7 +14,7 @@ from llama_surgery.attention.impl.triton.backward_list_kernels import place_kern
 from llama_surgery.attention.impl.triton.backward_query_kernel import query_gradient_kernel
 from llama_surgery.attention.impl.triton.backward_tuning import BackwardTuning, backward_tuning_for
 from llama_surgery.attention.impl.triton.job import Job, make_job
-from llama_surgery.attention.impl.triton.prefill import _block
+from llama_surgery.attention.impl.triton.launch import heads_of_tile
 from llama_surgery.attention.impl.triton.tiled_plan import TiledPlan
 from llama_surgery.attention.impl.triton.tuning import family_of
 from llama_surgery.config import SurgeryConfig
@@ -313,7 +313,7 @@ def _shape(job: Job, tuning: BackwardTuning) -> dict[str, Any]:
     tile_pad = triton.next_power_of_2(job.tile)
     return {
         "HEADS": heads,
-        "HEADS_BLOCK": _block(heads, tuning.rows, tile_pad),
+        "HEADS_BLOCK": heads_of_tile(heads, tuning.rows, tile_pad),
         "TILE": job.tile,
         "TILE_PAD": tile_pad,
         "DIM": dim,

@@ -3,11 +3,9 @@
 import dataclasses
 import itertools
 import math
-from typing import Any, NamedTuple
 
 import torch
 import triton
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from llama_surgery.attention.impl.triton.attend_kernel import attend_kernel
 from llama_surgery.attention.impl.triton.helpers import device_of
@@ -18,9 +16,16 @@ from llama_surgery.attention.impl.triton.job import (
     feature_parts,
     make_job,
 )
+from llama_surgery.attention.impl.triton.launch import (
+    ScoreShape,
+    described,
+    heads_of_tile,
+    page_constants,
+    score_constants,
+)
 from llama_surgery.attention.impl.triton.list_kernels import descend_kernel, list_kernel
 from llama_surgery.attention.impl.triton.select_kernels import totals_kernel
-from llama_surgery.attention.impl.triton.summary_kernel import summary_kernel
+from llama_surgery.attention.impl.triton.summary import summarise_strip
 from llama_surgery.attention.impl.triton.tiled_plan import TiledPlan
 from llama_surgery.config import SurgeryConfig
 from llama_surgery.topology.geometry import query_blocks
@@ -104,16 +109,16 @@ def row_totals(job: Job, strip: Strip, *, near: bool = True, far: bool = True) -
     """
     streams, heads = job.queries.shape[:2]
     totals = job.queries.new_empty(streams, strip.tiles, job.slots, heads, dtype=torch.float32)
-    shape = _ScoreShape.of(job, strip)
+    shape = ScoreShape.of(job, strip)
     level = job.total_level
     head_dim, block_balls = job.queries.shape[-1], job.tuning.block_balls
     mean, spread = feature_parts(level.features, head_dim)
-    constants = _score_constants(job, shape)
+    constants = score_constants(job, shape)
     totals_kernel[(shape.blocks * shape.head_blocks, streams)](
         job.queries,
-        _described(job.near_keys, job.tuning.block_near, constants["DIM_PAD"]),
-        _described(mean, block_balls, constants["DIM_PAD"]),
-        _described(spread, block_balls, constants["SPREAD_PAD"]),
+        described(job.near_keys, job.tuning.block_near, constants["DIM_PAD"]),
+        described(mean, block_balls, constants["DIM_PAD"]),
+        described(spread, block_balls, constants["SPREAD_PAD"]),
         job.sink_logit,
         totals,
         *job.queries.stride()[:3],
@@ -150,22 +155,22 @@ def list_pages(job: Job, strip: Strip, totals: torch.Tensor) -> TiledPlan:
 
 
 def _list_level(job: Job, strip: Strip, totals: torch.Tensor, level: Level, *, last: bool) -> TiledPlan:
-    shape = _ScoreShape.of(job, strip)
+    shape = ScoreShape.of(job, strip)
     plan, outputs = _new_plan(job, strip, level)
-    constants = _score_constants(job, shape) | _page_constants(job, level)
+    constants = score_constants(job, shape) | page_constants(job, level)
     balls, balls_pad, block = (constants[name] for name in ("BALLS", "BALLS_PAD", "BLOCK_BALLS"))
-    described = []
+    features = []
     for part, pad in zip(
         feature_parts(level.features, job.queries.shape[-1]), ("DIM_PAD", "SPREAD_PAD"), strict=True
     ):
         if balls == balls_pad:
-            described.append(_described(part, block, constants[pad]))
+            features.append(described(part, block, constants[pad]))
         else:  # pages one by one, each padded to a power of two
             by_page = part.unflatten(1, (-1, balls))
-            described.append(_described(by_page, block // balls_pad, balls_pad, constants[pad]))
+            features.append(described(by_page, block // balls_pad, balls_pad, constants[pad]))
     list_kernel[(shape.blocks, job.queries.shape[0])](
         job.queries,
-        *described,
+        *features,
         totals,
         *outputs,
         plan.first,
@@ -186,11 +191,11 @@ def _list_level(job: Job, strip: Strip, totals: torch.Tensor, level: Level, *, l
 def _descend(
     job: Job, strip: Strip, totals: torch.Tensor, above: Level, level: Level, coarse: TiledPlan, *, last: bool
 ) -> TiledPlan:
-    shape = _ScoreShape.of(job, strip)._replace(tiles_block=1)
+    shape = ScoreShape.of(job, strip)._replace(tiles_block=1)
     plan, outputs = _new_plan(job, strip, level)
     assert coarse.entries is not None
     fan = above.page // level.page
-    constants = _page_constants(job, level)
+    constants = page_constants(job, level)
     fan_pad = triton.next_power_of_2(fan)
     constants["BLOCK_BALLS"] = max(int(constants["BLOCK_BALLS"]), fan_pad * int(constants["BALLS_PAD"]))
     # A tile alone may have fewer rows than a matrix tile.
@@ -210,7 +215,7 @@ def _descend(
         outputs[1].shape[-1],
         *_where(job, strip),
         _log2_bar(job, last=last),
-        **_score_constants(job, shape._replace(heads_block=heads_block)),
+        **score_constants(job, shape._replace(heads_block=heads_block)),
         **constants,
         FAN=fan,
         FAN_PAD=fan_pad,
@@ -261,7 +266,7 @@ def attend_strip(
     """
     streams, heads = job.queries.shape[:2]
     tile_pad = triton.next_power_of_2(job.tile)
-    heads_block = _block(heads, job.tuning.rows, tile_pad)
+    heads_block = heads_of_tile(heads, job.tuning.rows, tile_pad)
     far_keys, far_values = job.near_keys, job.near_values
     entries = counts = None
     if plan is not None:
@@ -276,10 +281,10 @@ def attend_strip(
     block_near = job.tuning.block_near
     attend_kernel[(strip.tiles * triton.cdiv(heads, heads_block), streams)](
         job.queries,
-        _described(job.near_keys, block_near, dim_pad),
-        _described(job.near_values, block_near, value_pad),
-        _described(far_keys, page_pad, dim_pad),
-        _described(far_values, page_pad, value_pad),
+        described(job.near_keys, block_near, dim_pad),
+        described(job.near_values, block_near, value_pad),
+        described(far_keys, page_pad, dim_pad),
+        described(far_values, page_pad, value_pad),
         far_keys,
         far_values,
         entries,
@@ -323,146 +328,6 @@ def attend_strip(
         num_warps=job.tuning.attend_warps,
         num_stages=job.tuning.attend_stages,
     )
-
-
-def summarise_strip(job: Job, strip: Strip, plan: TiledPlan, out: torch.Tensor, lse: torch.Tensor) -> None:
-    """Add one key for every page, or ball, that rows of a strip do not see to ``out`` and ``lse``."""
-    level, config, layout = job.steps[-1], job.config, job.layout
-    assert layout is not None
-    by_ball = config.summary == "ball"
-    heads, head_dim, value_dim = job.queries.shape[1], job.queries.shape[-1], out.shape[-1]
-    tile_pad = triton.next_power_of_2(job.tile)
-    heads_block = _block(heads, job.tuning.rows, tile_pad)
-    constants = _score_constants(job, _ScoreShape.of(job, strip)) | _page_constants(job, level)
-    balls, balls_pad = constants["BALLS"], constants["BALLS_PAD"]
-    # A matrix tile has at least 16 columns.
-    pages_block = max(constants["BLOCK_BALLS"] // balls_pad, 16 // (balls_pad if by_ball else 1))
-    value_pad = max(16, triton.next_power_of_2(value_dim))
-    mean, spread = (x.unflatten(1, (-1, balls)) for x in feature_parts(level.features, head_dim))
-    size = level.ball if by_ball else level.page
-    values = layout.values[:, : strip.pages * level.page].unflatten(1, (-1, size))
-    values = values.mean(2, dtype=torch.float32).to(out.dtype)
-    unit = (pages_block, balls_pad) if by_ball else (pages_block,)
-    values = values.unflatten(1, (-1, balls)) if by_ball else values
-    summary_kernel[(strip.tiles * triton.cdiv(heads, heads_block), job.queries.shape[0])](
-        job.queries,
-        _described(mean, pages_block, balls_pad, constants["DIM_PAD"]),
-        _described(spread, pages_block, balls_pad, constants["SPREAD_PAD"]),
-        _described(values, *unit, value_pad),
-        plan.first,
-        out,
-        lse,
-        *job.queries.stride()[:3],
-        *out.stride()[:3],
-        *lse.stride()[:2],
-        strip.tiles,
-        strip.pages,
-        job.start,
-        job.stop,
-        strip.first_tile,
-        job.dense_until,
-        job.scale,
-        1.0 if job.softcap is None else job.softcap,
-        HEADS=heads,
-        HEADS_BLOCK=heads_block,
-        TILE=job.tile,
-        TILE_PAD=tile_pad,
-        VALUE_DIM=value_dim,
-        VALUE_PAD=value_pad,
-        CHUNK=config.chunk_size,
-        WINDOW=config.window,
-        PAGE=level.page,
-        BALLS=balls,
-        BALLS_PAD=balls_pad,
-        BLOCK_PAGES=pages_block,
-        LOG_BALL=math.log(level.ball),
-        BY_BALL=by_ball,
-        CAP=job.softcap is not None,
-        **{name: constants[name] for name in ("DIM", "DIM_PAD", "SPREAD", "SPREAD_PAD")},
-        num_warps=max(8, job.tuning.attend_warps),
-        num_stages=1,
-    )
-
-
-class _ScoreShape(NamedTuple):
-    """How selection packs slots and heads into matrix tiles."""
-
-    slots_pad: int
-    heads_block: int
-    head_blocks: int
-    tiles_block: int
-    blocks: int
-
-    @classmethod
-    def of(cls, job: Job, strip: Strip) -> "_ScoreShape":
-        streams, heads = job.queries.shape[:2]
-        slots_pad = triton.next_power_of_2(job.slots)
-        heads_pad = triton.next_power_of_2(heads)
-        rows = job.tuning.score_rows
-        # Fewer rows per program where there would not be two programs for each processor.
-        while rows > 32 and streams * strip.tiles * slots_pad * heads_pad < rows * 256:
-            rows //= 2
-        heads_block = min(heads_pad, max(1, rows // slots_pad))
-        tiles_block = max(1, max(16, rows) // (slots_pad * heads_block))
-        tiles_block = min(tiles_block, triton.next_power_of_2(strip.tiles))
-        # A matrix tile has at least 16 rows.
-        heads_block = max(heads_block, 16 // (slots_pad * tiles_block))
-        return cls(
-            slots_pad,
-            heads_block,
-            triton.cdiv(heads, heads_block),
-            tiles_block,
-            triton.cdiv(strip.tiles, tiles_block),
-        )
-
-
-def _score_constants(job: Job, shape: _ScoreShape) -> dict[str, Any]:
-    head_dim = job.queries.shape[-1]
-    spread = head_dim // job.config.variance_pool
-    return {
-        "HEADS": job.queries.shape[1],
-        "HEADS_BLOCK": shape.heads_block,
-        "SLOTS": job.slots,
-        "SLOTS_PAD": shape.slots_pad,
-        "TILE": job.tile,
-        "DIM": head_dim,
-        "DIM_PAD": max(16, triton.next_power_of_2(head_dim)),
-        "SPREAD": spread,
-        "SPREAD_PAD": max(16, triton.next_power_of_2(spread)),
-        "CAP": job.softcap is not None,
-        "num_warps": job.tuning.score_warps,
-        "num_stages": job.tuning.score_stages if spread == head_dim else job.tuning.pooled_stages,
-    }
-
-
-def _page_constants(job: Job, level: Level) -> dict[str, Any]:
-    balls = level.page // level.ball
-    balls_pad = triton.next_power_of_2(balls)
-    return {
-        "LOG_BALL": math.log(level.ball),
-        "BALLS": balls,
-        "BALLS_PAD": balls_pad,
-        "BLOCK_BALLS": max(job.tuning.block_balls, balls_pad),
-    }
-
-
-def _block(heads: int, rows: int, tile_pad: int) -> int:
-    """Heads of a matrix tile: a power of two, at most ``rows`` rows and at least 16."""
-    most = max(1, rows // tile_pad)
-    return max(min(triton.next_power_of_2(heads), most), 16 // tile_pad, 1)
-
-
-def _described(states: torch.Tensor, *block: int) -> TensorDescriptor:
-    """A descriptor of (streams, …, dim) states that loads a ``block`` of one stream, zeros beyond.
-
-    Tensor maps want rows that begin at multiples of 16 bytes: others are copied.
-    """
-    unit = 16 // states.element_size()
-    if states.data_ptr() % 16 or any(stride % unit for stride in states.stride()[:-1]):
-        states = torch.nn.functional.pad(states, (0, block[-1] - states.shape[-1])).contiguous()
-        if states.data_ptr() % 16:
-            states = states.clone()
-    return TensorDescriptor.from_tensor(states, [1, *block])
 
 
 def _triangle(n: int) -> int:

@@ -1,0 +1,93 @@
+"""How a call is packed into launches: matrix tiles, constants, descriptors."""
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from llama_surgery.attention.impl.triton.job import Job, Level, Strip
+
+
+class ScoreShape(NamedTuple):
+    """How selection packs slots and heads into matrix tiles."""
+
+    slots_pad: int
+    heads_block: int
+    head_blocks: int
+    tiles_block: int
+    blocks: int
+
+    @classmethod
+    def of(cls, job: Job, strip: Strip) -> "ScoreShape":
+        streams, heads = job.queries.shape[:2]
+        slots_pad = triton.next_power_of_2(job.slots)
+        heads_pad = triton.next_power_of_2(heads)
+        rows = job.tuning.score_rows
+        # Fewer rows per program where there would not be two programs for each processor.
+        while rows > 32 and streams * strip.tiles * slots_pad * heads_pad < rows * 256:
+            rows //= 2
+        heads_block = min(heads_pad, max(1, rows // slots_pad))
+        tiles_block = max(1, max(16, rows) // (slots_pad * heads_block))
+        tiles_block = min(tiles_block, triton.next_power_of_2(strip.tiles))
+        # A matrix tile has at least 16 rows.
+        heads_block = max(heads_block, 16 // (slots_pad * tiles_block))
+        return cls(
+            slots_pad,
+            heads_block,
+            triton.cdiv(heads, heads_block),
+            tiles_block,
+            triton.cdiv(strip.tiles, tiles_block),
+        )
+
+
+def score_constants(job: Job, shape: ScoreShape) -> dict[str, Any]:
+    """Constants of every kernel that scores, and how it is launched."""
+    head_dim = job.queries.shape[-1]
+    spread = head_dim // job.config.variance_pool
+    return {
+        "HEADS": job.queries.shape[1],
+        "HEADS_BLOCK": shape.heads_block,
+        "SLOTS": job.slots,
+        "SLOTS_PAD": shape.slots_pad,
+        "TILE": job.tile,
+        "DIM": head_dim,
+        "DIM_PAD": max(16, triton.next_power_of_2(head_dim)),
+        "SPREAD": spread,
+        "SPREAD_PAD": max(16, triton.next_power_of_2(spread)),
+        "CAP": job.softcap is not None,
+        "num_warps": job.tuning.score_warps,
+        "num_stages": job.tuning.score_stages if spread == head_dim else job.tuning.pooled_stages,
+    }
+
+
+def page_constants(job: Job, level: Level) -> dict[str, Any]:
+    """Constants of kernels that score pages by their balls."""
+    balls = level.page // level.ball
+    balls_pad = triton.next_power_of_2(balls)
+    return {
+        "LOG_BALL": math.log(level.ball),
+        "BALLS": balls,
+        "BALLS_PAD": balls_pad,
+        "BLOCK_BALLS": max(job.tuning.block_balls, balls_pad),
+    }
+
+
+def heads_of_tile(heads: int, rows: int, tile_pad: int) -> int:
+    """Heads of a matrix tile: a power of two, at most ``rows`` rows and at least 16."""
+    most = max(1, rows // tile_pad)
+    return max(min(triton.next_power_of_2(heads), most), 16 // tile_pad, 1)
+
+
+def described(states: torch.Tensor, *block: int) -> TensorDescriptor:
+    """A descriptor of (streams, …, dim) states that loads a ``block`` of one stream, zeros beyond.
+
+    Tensor maps want rows that begin at multiples of 16 bytes: others are copied.
+    """
+    unit = 16 // states.element_size()
+    if states.data_ptr() % 16 or any(stride % unit for stride in states.stride()[:-1]):
+        states = torch.nn.functional.pad(states, (0, block[-1] - states.shape[-1])).contiguous()
+        if states.data_ptr() % 16:
+            states = states.clone()
+    return TensorDescriptor.from_tensor(states, [1, *block])

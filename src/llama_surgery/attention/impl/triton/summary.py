@@ -1,0 +1,76 @@
+"""Launches of what stands in for pages that rows do not see."""
+
+import math
+
+import torch
+import triton
+
+from llama_surgery.attention.impl.triton.job import Job, Strip, feature_parts
+from llama_surgery.attention.impl.triton.launch import (
+    ScoreShape,
+    described,
+    heads_of_tile,
+    page_constants,
+    score_constants,
+)
+from llama_surgery.attention.impl.triton.summary_kernel import summary_kernel
+from llama_surgery.attention.impl.triton.tiled_plan import TiledPlan
+
+
+def summarise_strip(job: Job, strip: Strip, plan: TiledPlan, out: torch.Tensor, lse: torch.Tensor) -> None:
+    """Add one key for every page, or ball, that rows of a strip do not see to ``out`` and ``lse``."""
+    level, config, layout = job.steps[-1], job.config, job.layout
+    assert layout is not None
+    by_ball = config.summary == "ball"
+    heads, head_dim, value_dim = job.queries.shape[1], job.queries.shape[-1], out.shape[-1]
+    tile_pad = triton.next_power_of_2(job.tile)
+    heads_block = heads_of_tile(heads, job.tuning.rows, tile_pad)
+    constants = score_constants(job, ScoreShape.of(job, strip)) | page_constants(job, level)
+    balls, balls_pad = constants["BALLS"], constants["BALLS_PAD"]
+    # A matrix tile has at least 16 columns.
+    pages_block = max(constants["BLOCK_BALLS"] // balls_pad, 16 // (balls_pad if by_ball else 1))
+    value_pad = max(16, triton.next_power_of_2(value_dim))
+    mean, spread = (x.unflatten(1, (-1, balls)) for x in feature_parts(level.features, head_dim))
+    size = level.ball if by_ball else level.page
+    values = layout.values[:, : strip.pages * level.page].unflatten(1, (-1, size))
+    values = values.mean(2, dtype=torch.float32).to(out.dtype)
+    unit = (pages_block, balls_pad) if by_ball else (pages_block,)
+    values = values.unflatten(1, (-1, balls)) if by_ball else values
+    summary_kernel[(strip.tiles * triton.cdiv(heads, heads_block), job.queries.shape[0])](
+        job.queries,
+        described(mean, pages_block, balls_pad, constants["DIM_PAD"]),
+        described(spread, pages_block, balls_pad, constants["SPREAD_PAD"]),
+        described(values, *unit, value_pad),
+        plan.first,
+        out,
+        lse,
+        *job.queries.stride()[:3],
+        *out.stride()[:3],
+        *lse.stride()[:2],
+        strip.tiles,
+        strip.pages,
+        job.start,
+        job.stop,
+        strip.first_tile,
+        job.dense_until,
+        job.scale,
+        1.0 if job.softcap is None else job.softcap,
+        HEADS=heads,
+        HEADS_BLOCK=heads_block,
+        TILE=job.tile,
+        TILE_PAD=tile_pad,
+        VALUE_DIM=value_dim,
+        VALUE_PAD=value_pad,
+        CHUNK=config.chunk_size,
+        WINDOW=config.window,
+        PAGE=level.page,
+        BALLS=balls,
+        BALLS_PAD=balls_pad,
+        BLOCK_PAGES=pages_block,
+        LOG_BALL=math.log(level.ball),
+        BY_BALL=by_ball,
+        CAP=job.softcap is not None,
+        **{name: constants[name] for name in ("DIM", "DIM_PAD", "SPREAD", "SPREAD_PAD")},
+        num_warps=max(8, job.tuning.attend_warps),
+        num_stages=1,
+    )
