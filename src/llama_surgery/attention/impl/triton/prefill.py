@@ -25,7 +25,7 @@ from llama_surgery.attention.impl.triton.launch import (
 )
 from llama_surgery.attention.impl.triton.list_kernels import descend_kernel, list_kernel
 from llama_surgery.attention.impl.triton.select_kernels import totals_kernel
-from llama_surgery.attention.impl.triton.summary import summarise_strip
+from llama_surgery.attention.impl.triton.summary import mean_values, summarise_strip
 from llama_surgery.attention.impl.triton.tiled_plan import TiledPlan
 from llama_surgery.config import SurgeryConfig
 from llama_surgery.topology.geometry import query_blocks
@@ -85,6 +85,7 @@ def attend(
     out = queries.new_empty(streams, heads, rows, near_values.shape[-1])
     lse = queries.new_empty(streams, heads, rows, dtype=torch.float32)
     plans = []
+    means = mean_values(job)
     with device_of(queries):
         for strip in job.strips():
             plan = None
@@ -93,8 +94,8 @@ def attend(
                 kept = plan if keep_lists else dataclasses.replace(plan, entries=None)
                 plans.append(dataclasses.replace(kept, first=None))
             attend_strip(job, strip, plan, out, lse)
-            if plan is not None and config.summary != "none":
-                summarise_strip(job, strip, plan, out, lse)
+            if plan is not None and means is not None:
+                summarise_strip(job, strip, plan, means, out, lse)
     near_pairs = sum(
         _triangle(b.stop - b.closed * config.chunk_size) - _triangle(b.start - b.closed * config.chunk_size)
         for b in query_blocks(job.start, job.stop, config, job.tile)

@@ -17,10 +17,26 @@ from llama_surgery.attention.impl.triton.summary_kernel import summary_kernel
 from llama_surgery.attention.impl.triton.tiled_plan import TiledPlan
 
 
-def summarise_strip(job: Job, strip: Strip, plan: TiledPlan, out: torch.Tensor, lse: torch.Tensor) -> None:
-    """Add one key for every page, or ball, that rows of a strip do not see to ``out`` and ``lse``."""
-    level, config, layout = job.steps[-1], job.config, job.layout
-    assert layout is not None
+def mean_values(job: Job) -> torch.Tensor | None:
+    """Mean values of all pages or balls that a call may summarise, (streams, pages or balls, value_dim), the
+    queries' dtype; None where it summarises nothing."""
+    pages = job.whole().pages
+    if job.config.summary == "none" or job.layout is None or not pages:
+        return None
+    level = job.steps[-1]
+    size = level.ball if job.config.summary == "ball" else level.page
+    values = job.layout.values[:, : pages * level.page].unflatten(1, (-1, size))
+    return values.mean(2, dtype=torch.float32).to(job.queries.dtype)
+
+
+def summarise_strip(
+    job: Job, strip: Strip, plan: TiledPlan, means: torch.Tensor, out: torch.Tensor, lse: torch.Tensor
+) -> None:
+    """Add one key for every page, or ball, that rows of a strip do not see to ``out`` and ``lse``.
+
+    ``means`` are those of :func:`mean_values`.
+    """
+    level, config = job.steps[-1], job.config
     by_ball = config.summary == "ball"
     heads, head_dim, value_dim = job.queries.shape[1], job.queries.shape[-1], out.shape[-1]
     tile_pad = triton.next_power_of_2(job.tile)
@@ -31,11 +47,8 @@ def summarise_strip(job: Job, strip: Strip, plan: TiledPlan, out: torch.Tensor, 
     pages_block = max(constants["BLOCK_BALLS"] // balls_pad, 16 // (balls_pad if by_ball else 1))
     value_pad = max(16, triton.next_power_of_2(value_dim))
     mean, spread = (x.unflatten(1, (-1, balls)) for x in feature_parts(level.features, head_dim))
-    size = level.ball if by_ball else level.page
-    values = layout.values[:, : strip.pages * level.page].unflatten(1, (-1, size))
-    values = values.mean(2, dtype=torch.float32).to(out.dtype)
     unit = (pages_block, balls_pad) if by_ball else (pages_block,)
-    values = values.unflatten(1, (-1, balls)) if by_ball else values
+    values = means.unflatten(1, (-1, balls)) if by_ball else means
     summary_kernel[(strip.tiles * triton.cdiv(heads, heads_block), job.queries.shape[0])](
         job.queries,
         described(mean, pages_block, balls_pad, constants["DIM_PAD"]),
