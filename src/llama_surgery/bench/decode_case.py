@@ -26,9 +26,9 @@ from llama_surgery.topology.layout import moments_of, pool_channels
 
 KV_HEADS, HEADS, DIM = 8, 4, 128
 #: Length of the planted part of a key and of a query.
-KEY_PULL, QUERY_PULL = 8.0, 12.0
+KEY_PULL, QUERY_PULL = 8.0, 14.0
 #: Least factor between the shares of planted pages and of others: rounding moves a share by some percent.
-GAP = 2.0
+GAP = 4.0
 
 #: Steps of a step run, and the room that a cache has for them.
 STEPS = 1200
