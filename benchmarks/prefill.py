@@ -22,6 +22,7 @@ from llama_surgery.attention.impl.triton import layout as layout_module
 from llama_surgery.attention.impl.triton import prefill
 from llama_surgery.attention.impl.triton.job import Job, Strip, make_job
 from llama_surgery.attention.impl.triton.layout import build_layout
+from llama_surgery.bench.end_to_end import parse_length
 from llama_surgery.bench.measure import Deadline, quantiles, say, times
 from llama_surgery.bench.plot import plot_prefill
 from llama_surgery.bench.prefill import Setting, bench_prefill
@@ -150,11 +151,6 @@ def profile(length: int) -> None:
         torch.cuda.synchronize()
     for event in sorted(profiler.events(), key=lambda event: -event.device_time)[:20]:
         say(f"{event.name[:60]:60s} {event.device_time / 1e3:8.3f} ms")
-
-
-def parse_length(text: str) -> int:
-    """``8k`` to 8192."""
-    return int(text[:-1]) * 1024 if text.endswith("k") else int(text)
 
 
 def main() -> None:
