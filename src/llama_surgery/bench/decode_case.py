@@ -25,8 +25,8 @@ from llama_surgery.topology.geometry import closed_chunks
 from llama_surgery.topology.layout import moments_of, pool_channels
 
 KV_HEADS, HEADS, DIM = 8, 4, 128
-#: Length of the planted part of a key and of a query.
-KEY_PULL, QUERY_PULL = 8.0, 14.0
+#: Length of the planted part of a key, and logit that it gets from the planted part of a query.
+KEY_PULL, LOGIT = 8.0, 9.9
 #: Least factor between the shares of planted pages and of others: rounding moves a share by some percent.
 GAP = 4.0
 
@@ -153,7 +153,8 @@ def make_layer(setting: Setting, lengths: torch.Tensor, dtype: torch.dtype, seed
             held[stream, : full // config.ball_size] = by_slot(fresh)[0]
     cache.filled.copy_(torch.tensor(fulls[::KV_HEADS]) // config.chunk_size)
     shape = (streams, HEADS, setting.rows, DIM)
-    queries = torch.randn(shape, generator=generator, device=device) + QUERY_PULL * pull[:, None, None]
+    planted_query = LOGIT * DIM**0.5 / KEY_PULL * pull[:, None, None]
+    queries = torch.randn(shape, generator=generator, device=device) + planted_query
     new = torch.randn(2, streams, setting.rows, DIM, generator=generator, device=device)
     return Layer(cache, queries.to(dtype), new.to(dtype), pages)
 
