@@ -70,7 +70,11 @@ def skeleton(folder: str | Path) -> PreTrainedModel:
     try:
         config = AutoConfig.from_pretrained(folder)
     except (OSError, ValueError) as error:
-        raise SurgeryError(f"{folder}: no model configuration that can be read ({error}).") from error
+        first = str(error).strip().partition("\n")[0]
+        raise SurgeryError(
+            f"{folder}: no model configuration that can be read ({first}). Give the folder of a checkpoint, its "
+            "config.json, or its name on the Hub."
+        ) from error
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     for name, module in model.named_modules():
