@@ -72,8 +72,8 @@ def skeleton(folder: str | Path) -> PreTrainedModel:
     except (OSError, ValueError) as error:
         first = str(error).strip().partition("\n")[0]
         raise SurgeryError(
-            f"{folder}: no model configuration that can be read ({first}). Give the folder of a checkpoint, its "
-            "config.json, or its name on the Hub."
+            f"{folder}: no model configuration that can be read ({first}). Give the folder of a checkpoint, "
+            "its config.json, or its name on the Hub."
         ) from error
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
