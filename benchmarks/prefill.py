@@ -43,7 +43,8 @@ PAGES = 48
 def settings(length: int, *, full: bool, growth: bool, flex: bool) -> Iterator[Setting]:
     """What is timed at a length, the most telling first."""
     if growth:
-        yield Setting(CHEAP, 2 * PAGES * CHEAP.page_size / length, parts=True)
+        config = dataclasses.replace(CHEAP, coarse_to_fine=True)
+        yield Setting(config, 2 * PAGES * CHEAP.page_size / length, parts=True)
         return
     yield Setting(CHEAP, 0.05, flex=flex, parts=True)
     if length == 1 << 15:
@@ -103,11 +104,8 @@ def tune(length: int, seconds: float) -> None:
             )
         layout_module.SPLIT_WARPS = kept
     grids: dict[tuple[str, ...], dict[str, tuple[int, ...]]] = {
-        ("totals", "lists"): {
-            "pooled_stages": (2, 1, 3),
-            "score_warps": (4, 8),
-            "block_balls": (64, 128),
-        },
+        ("totals",): {"totals_stages": (2, 3, 4), "totals_warps": (4, 8)},
+        ("lists",): {"pooled_stages": (2, 1, 3), "score_warps": (4, 8)},
         ("near", "far"): {
             "attend_stages": (2, 3),
             "block_near": (64, 128),

@@ -13,7 +13,7 @@ from llama_surgery.topology.tree import POWER_STEPS
 BLOCK = 64
 
 #: Warps of a program that splits a node of more than BLOCK keys, and of any other.
-SPLIT_WARPS = (8, 4)
+SPLIT_WARPS = (4, 1)
 
 #: Widest head whose covariance fits the registers of a program.
 WIDEST_GRAM = 128

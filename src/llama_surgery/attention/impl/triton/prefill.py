@@ -115,6 +115,8 @@ def row_totals(job: Job, strip: Strip, *, near: bool = True, far: bool = True) -
     head_dim, block_balls = job.queries.shape[-1], job.tuning.block_balls
     mean, spread = feature_parts(level.features, head_dim)
     constants = score_constants(job, shape)
+    if job.config.variance_pool > 1:
+        constants |= {"num_warps": job.tuning.totals_warps, "num_stages": job.tuning.totals_stages}
     totals_kernel[(shape.blocks * shape.head_blocks, streams)](
         job.queries,
         described(job.near_keys, job.tuning.block_near, constants["DIM_PAD"]),

@@ -19,6 +19,7 @@ class Tuning:
         block_balls: Balls of a step of selection.
         score_warps, score_stages: Of the selection kernels.
         pooled_stages: Instead of ``score_stages`` with pooled variances, whose features take half the room.
+        totals_warps, totals_stages: Of the kernel of totals with pooled variances.
     """
 
     rows: int = 128
@@ -31,10 +32,12 @@ class Tuning:
     score_warps: int = 8
     score_stages: int = 2
     pooled_stages: int = 2
+    totals_warps: int = 8
+    totals_stages: int = 2
 
 
 #: For the families whose processors have 99 KiB of shared memory.
-_SMALL = Tuning(rows=64, attend_warps=4, score_rows=32, score_warps=4, block_balls=32)
+_SMALL = Tuning(rows=64, attend_warps=4, score_rows=32, score_warps=4, block_balls=32, totals_warps=4)
 
 #: By family, for head dims up to 128. Families that are not listed take the default.
 TABLE = {
@@ -42,10 +45,10 @@ TABLE = {
     "sm86": _SMALL,
     "sm89": _SMALL,
     "sm120": _SMALL,
-    "sm90": Tuning(keys_per_step=32, attend_warps=4, attend_stages=2, score_warps=4, score_stages=1),
+    "sm90": Tuning(keys_per_step=32, attend_warps=4, score_warps=4, score_stages=1, totals_stages=3),
     "sm100": Tuning(attend_stages=3, score_stages=3),
-    "gfx942": Tuning(attend_stages=1, score_stages=1, pooled_stages=1),
-    "gfx950": Tuning(attend_stages=2, score_stages=1, pooled_stages=1),
+    "gfx942": Tuning(attend_stages=1, score_stages=1, pooled_stages=1, totals_stages=1),
+    "gfx950": Tuning(attend_stages=2, score_stages=1, pooled_stages=1, totals_stages=1),
 }
 
 
@@ -75,6 +78,7 @@ def tuning_for(family: str, head_dim: int, element_size: int) -> Tuning:
             block_balls=tuning.block_balls // 2,
             score_stages=min(tuning.score_stages, 2),
             pooled_stages=min(tuning.pooled_stages, 2),
+            totals_stages=min(tuning.totals_stages, 2),
         )
     if bytes_per_row > 512:
         tuning = dataclasses.replace(
@@ -84,6 +88,7 @@ def tuning_for(family: str, head_dim: int, element_size: int) -> Tuning:
             attend_stages=1,
             score_stages=1,
             pooled_stages=1,
+            totals_stages=1,
             attend_warps=4,
         )
     return tuning
