@@ -51,6 +51,8 @@ def settings(length: int, *, full: bool, growth: bool, flex: bool) -> Iterator[S
         yield Setting(CHEAP, 0.07)
     if length >= 1 << 15:
         yield Setting(CHEAP, 0.01, parts=True)
+    if length == 1 << 17:
+        yield Setting(dataclasses.replace(CHEAP, coarse_to_fine=True), 0.01, parts=True)
     if not full:
         return
     fine = dataclasses.replace(CHEAP, variance_pool=1, coarse_totals=False)

@@ -103,7 +103,7 @@ def parts() -> str:
 
 
 #: What names a setting in prefill.csv.
-LABEL = ("n", "page", "tile", "ball", "variance_pool", "stride", "totals", "far")
+LABEL = ("n", "page", "tile", "ball", "variance_pool", "stride", "totals", "selection", "far")
 
 
 def decode() -> str:

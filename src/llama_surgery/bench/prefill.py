@@ -117,7 +117,8 @@ class _Timed:
             "ball": config.ball_size,
             "variance_pool": config.variance_pool,
             "stride": config.score_stride,
-            "totals": "coarse" if config.coarse_totals else "fine",
+            "totals": "coarse" if config.coarse_totals or config.coarse_to_fine else "fine",
+            "selection": "coarse to fine" if config.coarse_to_fine else "flat",
             "far": setting.density,
         }
 

@@ -19,7 +19,7 @@ from llama_surgery.bench.states import clustered_states
 from llama_surgery.errors import SurgeryError
 from llama_surgery.topology.geometry import closed_chunks
 from llama_surgery.topology.layout import Moments, merge_moments
-from llama_surgery.topology.selection import Scorer
+from llama_surgery.topology.selection import CANDIDATE_SHARE, Scorer
 
 STREAMS, HEADS, DIM = 8, 4, 128
 
@@ -114,7 +114,7 @@ def check_tiles(job: Job, plans: list[TiledPlan], out: torch.Tensor, samples: in
 def check_selection(job: Job, plans: list[TiledPlan]) -> float:
     """Share of decisions of sampled tiles that differ from float32 selection from the same moments.
 
-    A page whose share is within 10% of θ may differ.
+    A page whose share is within 10% of θ, or of what makes a candidate, may differ.
 
     Raises:
         SurgeryError: Another page differs.
@@ -138,22 +138,26 @@ def check_selection(job: Job, plans: list[TiledPlan]) -> float:
                 layout.moments.mean[one, :balls], layout.moments.variance[one, :balls], config.ball_size
             )
             scores = scorer(q, moments).unflatten(-1, (-1, config.balls_per_page)).logsumexp(-1)
-            summed = scores
-            if config.coarse_totals:
-                summed = scorer(q, merge_moments(moments, config.balls_per_page * config.coarse_fan))
+            coarse = scorer(q, merge_moments(moments, config.balls_per_page * config.coarse_fan))
+            summed = coarse if config.coarse_totals or config.coarse_to_fine else scores
             first = closed * config.chunk_size
             key = torch.arange(first, tile * size + size, device=q.device)
             near = q @ job.near_keys[stream, first : tile * size + size].float().T
             position = torch.arange(rows.start, rows.stop, rows.step, device=q.device)
             near = near.masked_fill(key[None] > position[:, None], -math.inf)
             total = torch.cat((summed, near), -1).logsumexp(-1, keepdim=True)
-            share = (scores - total).amax((0, 1))  # over heads and rows
-            wanted = share > bar
+            by_row = (scores - total).amax(0)  # over heads
+            clear = (by_row.amax(0) - bar).abs() > 0.1
+            if config.coarse_to_fine:  # only under candidates is anything looked at
+                above = (coarse - total).amax(0).cummax(0).values - bar - math.log(CANDIDATE_SHARE)
+                above = above.repeat_interleave(config.coarse_fan, -1)
+                by_row = by_row.where(above > 0, -math.inf)
+                clear &= (above.abs() > 0.1).all(0)
+            wanted = by_row.amax(0) > bar
             wanted[layout.sink_pages(config.page_size)[stream]] = True
             got = torch.zeros_like(wanted)
             entries = plan.entries[stream, index, : plan.counts[stream, index]]  # type: ignore[index]
             got[entries.long() // ENTRY] = True
-            clear = (share - bar).abs() > 0.1
             if bool(((got != wanted) & clear).any()):
                 raise SurgeryError(f"wrong pages in tile {tile} of stream {stream}.")
             differing += int((got != wanted).sum())

@@ -12,12 +12,21 @@ from llama_surgery.bench.measure import Deadline
 from llama_surgery.config import SurgeryConfig
 
 
-def test_prefill(device: torch.device, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("descend", [False, True], ids=["flat", "coarse to fine"])
+def test_prefill(
+    device: torch.device, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, descend: bool
+) -> None:
     for name, value in {"STREAMS": 1, "HEADS": 2, "DIM": 16}.items():
         monkeypatch.setattr(prefill_case, name, value)
     monkeypatch.setattr(prefill, "FLEX_LIMIT", 0)
     config = SurgeryConfig(
-        chunk_size=64, page_size=16, window=32, tile=32, moment_size=16, directions="position"
+        chunk_size=64,
+        page_size=16,
+        window=32,
+        tile=32,
+        moment_size=16,
+        directions="position",
+        coarse_to_fine=descend,
     )
     setting = prefill.Setting(config, 0.1, parts=True)
     given = {"device": device, "dtype": torch.float32}
