@@ -10,7 +10,7 @@ from typing import Any, Protocol, cast
 
 import torch
 
-from llama_surgery.attention.impl.common import merge
+from llama_surgery.attention.impl.common import differentiable, merge
 from llama_surgery.attention.summary import summary
 from llama_surgery.config import SurgeryConfig
 from llama_surgery.errors import SurgeryError
@@ -153,9 +153,8 @@ def attend(
     rows = queries.shape[2] if queries.dim() == 4 else 0
     stop = start + rows
     _check(queries, near_keys, near_values, layout, config, start, tile, sink_logit)
-    name = backend_name(
-        config, queries, near_values, tile, listening=listener is not None, routed=router is not None
-    )
+    learning = router is not None and differentiable(*router.tensors().values())
+    name = backend_name(config, queries, near_values, tile, listening=listener is not None, learning=learning)
     if name == "triton":
         return _attend_with_kernels(
             queries,
@@ -168,6 +167,7 @@ def attend(
             scale=scale,
             softcap=softcap,
             sink_logit=sink_logit,
+            router=router,
         )
     backend = cast(Backend, importlib.import_module(f"llama_surgery.attention.impl.{name}"))
     if router is not None:
@@ -231,7 +231,7 @@ def backend_name(
     tile: int,
     *,
     listening: bool = False,
-    routed: bool = False,
+    learning: bool = False,
 ) -> str:
     """Who executes a call: the backend asked for, or the fastest that can.
 
@@ -241,7 +241,7 @@ def backend_name(
         values: (..., value_dim).
         tile: Queries of a tile.
         listening: Shares are asked for (calibration).
-        routed: There are learned corrections.
+        learning: Gradients by learned corrections are asked for.
 
     Raises:
         SurgeryError: The backend asked for by name cannot run this call.
@@ -255,8 +255,8 @@ def backend_name(
     problem = triton.obstacle(config, queries, values, tile)
     if problem is None and listening:
         problem = "shares are not handed out (calibration): use backend='auto' or 'gather'"
-    if problem is None and routed:
-        problem = "learned corrections are not in the kernels: use backend='auto' or 'gather'"
+    if problem is None and learning:
+        problem = "it has no gradients by learned corrections: use backend='auto' or 'gather'"
     if problem is None:
         return "triton"
     if config.backend == "triton":
@@ -268,19 +268,16 @@ def build_layout(
     keys: torch.Tensor, values: torch.Tensor, config: SurgeryConfig, router: PageRouter | None = None
 ) -> Layout:
     """Lay out full chunks, on a GPU by kernels; see :func:`llama_surgery.topology.layout.build_layout`."""
-    mapped = router is not None and router.key_map is not None
-    if backend_name(config, keys, values, config.tile, routed=mapped) == "triton":
+    if kernels_serve(config, keys, values):
         from llama_surgery.attention.impl import triton
 
-        return triton.build_layout(keys, values, config)
+        return triton.build_layout(keys, values, config, router)
     return plain_layout(keys, values, config, router)
 
 
-def kernels_serve(
-    config: SurgeryConfig, keys: torch.Tensor, values: torch.Tensor, *, routed: bool = False
-) -> bool:
+def kernels_serve(config: SurgeryConfig, keys: torch.Tensor, values: torch.Tensor) -> bool:
     """Do the Triton kernels execute calls on these keys and values, and so score their pages?"""
-    return backend_name(config, keys, values, config.tile, routed=routed) == "triton"
+    return backend_name(config, keys, values, config.tile) == "triton"
 
 
 def kernel_features(moments: Moments, config: SurgeryConfig, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:

@@ -9,6 +9,7 @@ from llama_surgery.errors import SurgeryError, UnsupportedModelError
 from llama_surgery.surgery.buffers import PageBuffers, writable
 from llama_surgery.surgery.columns import columns_of
 from llama_surgery.surgery.store import SequenceStore
+from llama_surgery.topology.router import PageRouter
 
 
 class PagedLayer(CacheLayerMixin):
@@ -164,10 +165,10 @@ class PagedLayer(CacheLayerMixin):
             self._known_lengths = lengths
         return held
 
-    def advance(self, new: int) -> None:
+    def advance(self, new: int, router: PageRouter | None = None) -> None:
         """Count tokens that a decode step wrote; chunks that are full now are laid out."""
         for store in self.stores:
-            store.advance(new)
+            store.advance(new, router)
         self._known_lengths = self.lengths
 
     def _separate(self) -> None:

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from llama_surgery.attention.api import backend_name, kernels_serve
+from llama_surgery.attention.impl.common import differentiable
 from llama_surgery.surgery.cache import PagedLayer
 from llama_surgery.surgery.statistics import Counters
 from llama_surgery.topology.geometry import closed_chunks
@@ -32,12 +33,12 @@ def kernels_decode(
     Raises:
         SurgeryError: The backend asked for by name cannot run the call at all.
     """
-    options = {"listening": layer.listener is not None, "routed": layer.router is not None}
-    if backend_name(layer.config, query, value, 1, **options) != "triton":
+    if backend_name(layer.config, query, value, 1, listening=layer.listener is not None) != "triton":
         return False
     from llama_surgery.attention.impl.triton.decode import decode_obstacle
 
-    recorded = torch.is_grad_enabled() and (key.requires_grad or value.requires_grad)
+    learned = {} if layer.router is None else layer.router.tensors()
+    recorded = differentiable(key, value, *learned.values())
     held = paged.buffers is not None and not paged.buffers.empty
     return (
         held
@@ -92,6 +93,7 @@ def decode_step(
         scale=keywords.get("scaling"),
         softcap=keywords.get("softcap"),
         sink_logit=sinks,
+        router=layer.router,
         tally=tally_of(layer, paged),
         advance=True,
     )
@@ -108,7 +110,7 @@ def settle(layer: "LayerSurgery", paged: PagedLayer, rows: int) -> None:
             near += position + 1 - closed_chunks(position, layer.config, 1) * layer.config.chunk_size
             causal += position + 1
     _counters(layer).count(rows * len(paged.lengths), near, causal)
-    paged.advance(rows)
+    paged.advance(rows, layer.router)
 
 
 def tally_of(layer: "LayerSurgery", paged: PagedLayer) -> torch.Tensor:

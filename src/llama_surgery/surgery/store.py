@@ -99,7 +99,7 @@ class SequenceStore:
         self.length = stop
         return near
 
-    def advance(self, new: int) -> None:
+    def advance(self, new: int, router: PageRouter | None = None) -> None:
         """Count ``new`` tokens that were written into the buffers; chunks that are full now are laid out."""
         size = self.config.chunk_size
         begin = self.length // size * size
@@ -107,14 +107,14 @@ class SequenceStore:
         full = self.length // size * size
         if full > begin:
             assert self._buffers is not None
-            self._lay_out(begin, *self._buffers.read(self._streams, begin, full), None)
+            self._lay_out(begin, *self._buffers.read(self._streams, begin, full), router)
 
     def _lay_out(
         self, start: int, keys: torch.Tensor, values: torch.Tensor, router: PageRouter | None
     ) -> None:
         assert self._buffers is not None
         layout = build_layout(keys, values, self.config, router)
-        kernels = kernels_serve(self.config, keys, values, routed=router is not None)
+        kernels = kernels_serve(self.config, keys, values)
         self._buffers.write_chunks(self._streams, start, layout, kernels=kernels)
 
     def _near(

@@ -35,6 +35,7 @@ from llama_surgery.attention.impl.triton.decode_tuning import decode_tuning_for
 from llama_surgery.attention.impl.triton.tiled_plan import TiledPlan
 from llama_surgery.config import SurgeryConfig
 from llama_surgery.topology.layout import Layout, build_layout
+from llama_surgery.topology.router import PageRouter
 
 TYPES = {
     torch.float32: "*fp32",
@@ -168,6 +169,12 @@ def launch_backward(
     keys.requires_grad_(False)
 
 
+def corrections(kv_heads: int, group: int, head_dim: int) -> PageRouter:
+    """Learned corrections of every kind."""
+    budgets, weights = torch.zeros(kv_heads, group), torch.zeros(kv_heads, group, head_dim)
+    return PageRouter(budgets, weights, weights, torch.zeros(kv_heads, head_dim, head_dim), budgets)
+
+
 def launch_decode(states: torch.Tensor, config: SurgeryConfig, family: str, extra: dict[str, Any]) -> None:
     """Steps on caches for long texts: small balls; pooled balls as large as pages; a block table."""
     streams, _, _, dim = states.shape
@@ -181,7 +188,8 @@ def launch_decode(states: torch.Tensor, config: SurgeryConfig, family: str, extr
         queries, new = states[:, :, :rows], states[:, 0, :rows]
         decode_cache.append_tokens(cache, new, new)
         tally = torch.zeros(2, streams, dtype=torch.int64)
-        decode.decode(queries, cache, tally=tally, advance=not paged, tuning=tuning, **extra)
+        router = corrections(streams, *states.shape[1::2]) if paged else None
+        decode.decode(queries, cache, router=router, tally=tally, advance=not paged, tuning=tuning, **extra)
 
 
 def compile_all(
@@ -207,8 +215,12 @@ def compile_all(
     extra: dict[str, Any] = {"softcap": 50.0, "sink_logit": torch.zeros(8, heads)} if wide else {}
     pooled = dataclasses.replace(config, variance_pool=8, summary="page")
     by_ball = dataclasses.replace(config, summary="ball")
-    for rule in (config, pooled, by_ball, dataclasses.replace(config, coarse_to_fine=True)):
+    descent = dataclasses.replace(config, coarse_to_fine=True)
+    for rule in (config, pooled, by_ball, descent):
         prefill.attend(states, keys, keys, built, config=rule, start=0, **extra)
+    for rule in (pooled, descent):
+        router = corrections(8, heads, head_dim)
+        prefill.attend(states, keys, keys, built, config=rule, start=0, router=router, **extra)
     launch_decode(states, config, family, extra)
     launch_backward(states, keys, built, config, extra)
     paths = torch.zeros(8, heads, length, dtype=torch.int64)

@@ -24,6 +24,7 @@ from llama_surgery.attention.impl.triton.layout import build_layout as kernel_la
 from llama_surgery.config import SurgeryConfig
 from llama_surgery.errors import SurgeryError
 from llama_surgery.topology.layout import Layout, build_layout
+from llama_surgery.topology.router import PageRouter
 
 CONFIG = SurgeryConfig(chunk_size=64, page_size=16, window=32, tile=16, theta=0.06, theta_decode=0.02)
 
@@ -54,7 +55,9 @@ class Text:
     layout: Layout | None
 
 
-def make_texts(case: Case, config: SurgeryConfig, device: torch.device) -> list[Text]:
+def make_texts(
+    case: Case, config: SurgeryConfig, device: torch.device, router: PageRouter | None = None
+) -> list[Text]:
     generator = torch.Generator().manual_seed(sum(case.lengths) + 7 * case.rows + case.heads + case.dim)
 
     def normal(*shape: int) -> torch.Tensor:
@@ -65,7 +68,7 @@ def make_texts(case: Case, config: SurgeryConfig, device: torch.device) -> list[
         keys = normal(case.kv_heads, length + case.rows, case.dim)
         values = normal(case.kv_heads, length + case.rows, case.value_dim)
         full = length // config.chunk_size * config.chunk_size
-        layout = build_layout(keys[:, :full], values[:, :full], config) if full else None
+        layout = build_layout(keys[:, :full], values[:, :full], config, router) if full else None
         queries = 2 * normal(case.kv_heads, case.heads, case.rows, case.dim)
         texts.append(Text(length, queries, keys, values, layout))
     return texts
@@ -108,10 +111,14 @@ def append(cache: DecodeCache, texts: list[Text]) -> None:
 
 
 def run(
-    case: Case, config: SurgeryConfig, device: torch.device, tuning: DecodeTuning | None = None
+    case: Case,
+    config: SurgeryConfig,
+    device: torch.device,
+    tuning: DecodeTuning | None = None,
+    router: PageRouter | None = None,
 ) -> tuple[DecodeResult, list[api.AttentionResult]]:
     """The kernels' result and, for every sequence, the reference's."""
-    texts = make_texts(case, config, device)
+    texts = make_texts(case, config, device, router)
     cache = loaded_cache(texts, case, config, device)
     append(cache, texts)
     sink = None
@@ -119,7 +126,12 @@ def run(
         generator = torch.Generator().manual_seed(3)
         sink = torch.randn(len(texts) * case.kv_heads, case.heads, generator=generator).to(device)
     result = decode(
-        torch.cat([t.queries for t in texts]), cache, softcap=case.softcap, sink_logit=sink, tuning=tuning
+        torch.cat([t.queries for t in texts]),
+        cache,
+        softcap=case.softcap,
+        sink_logit=sink,
+        router=router,
+        tuning=tuning,
     )
     oracle = dataclasses.replace(config, backend="reference")
     expected = [
@@ -133,6 +145,7 @@ def run(
             tile=1,
             softcap=case.softcap,
             sink_logit=None if sink is None else sink.unflatten(0, (-1, case.kv_heads))[index],
+            router=router,
         )
         for index, text in enumerate(texts)
     ]
@@ -140,10 +153,14 @@ def run(
 
 
 def check(
-    case: Case, config: SurgeryConfig, device: torch.device, tuning: DecodeTuning | None = None
+    case: Case,
+    config: SurgeryConfig,
+    device: torch.device,
+    tuning: DecodeTuning | None = None,
+    router: PageRouter | None = None,
 ) -> DecodeResult:
     """Same pages and the same attention to rounding."""
-    result, expected = run(case, config, device, tuning)
+    result, expected = run(case, config, device, tuning, router)
     for index, wanted in enumerate(expected):
         streams = slice(index * case.kv_heads, (index + 1) * case.kv_heads)
         torch.testing.assert_close(result.out[streams], wanted.out, rtol=2e-5, atol=2e-5)

@@ -11,6 +11,8 @@ from transformers import GptOssConfig, GptOssForCausalLM, LlamaConfig, LlamaForC
 
 pytest.importorskip("triton")
 
+from tests.attention.triton.test_corrections import learned
+
 import llama_surgery as surgery
 from llama_surgery.attention.impl.triton import decode as decode_module
 from llama_surgery.config import SurgeryConfig
@@ -18,6 +20,7 @@ from llama_surgery.surgery import steps as steps_module
 from llama_surgery.surgery.compat import CACHE_NAME
 from llama_surgery.surgery.operate import surgery_of
 from llama_surgery.surgery.steps import GraphedSteps
+from llama_surgery.topology.router import PageRouter
 
 #: Pages in order of position: under the interpreter the layout's kernels would take most of the time.
 CONFIG = SurgeryConfig(
@@ -73,13 +76,18 @@ def counted() -> Iterator[list[int]]:
 
 
 def both(
-    model: PreTrainedModel, ids: torch.Tensor, mask: torch.Tensor, **options: object
+    model: PreTrainedModel,
+    ids: torch.Tensor,
+    mask: torch.Tensor,
+    config: SurgeryConfig = CONFIG,
+    routers: dict[int, PageRouter] | None = None,
+    **options: object,
 ) -> tuple[list[int], surgery.Statistics]:
     """Generate with plain PyTorch and with the kernels: the same tokens, logits and counts."""
     outs, counts = [], []
     for backend in ("gather", "triton"):
         with (
-            surgery.operated(model, dataclasses.replace(CONFIG, backend=backend)),
+            surgery.operated(model, dataclasses.replace(config, backend=backend), routers=routers),
             counted() as rows,
         ):
             outs.append(
@@ -108,6 +116,16 @@ def test_generated_tokens_are_those_of_plain_pytorch(device: torch.device) -> No
     ids = tokens(1, 62).to(device)
     rows, _ = both(tiny(device), ids, torch.ones_like(ids), max_new_tokens=20)
     assert rows == [1] * 19
+
+
+def test_what_was_learned_decodes_in_the_kernels(device: torch.device) -> None:
+    """A chunk fills on the way: its keys are ordered as the learned map sees them."""
+    model, ids = tiny(device), tokens(1, 62).to(device)
+    tree = dataclasses.replace(CONFIG, directions="principal")
+    routers = {0: learned(2, 2, 16, device)}
+    rows, corrected = both(model, ids, torch.ones_like(ids), tree, routers, max_new_tokens=8)
+    assert rows == [1] * 7
+    assert corrected != both(model, ids, torch.ones_like(ids), tree, max_new_tokens=8)[1]
 
 
 def test_left_padded_batches(device: torch.device) -> None:
@@ -183,14 +201,19 @@ def test_statistics_start_anew(device: torch.device) -> None:
         assert set(surgery_of(model)[0].counters) == {1}
 
 
-def test_replayed_steps_say_what_calls_say(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("corrected", [False, True])
+def test_replayed_steps_say_what_calls_say(
+    corrected: bool, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Sequences of two lengths; a chunk fills, the tensors grow and the counters start anew on the way."""
     monkeypatch.setattr(steps_module, "ROOM", 32)
     model, ids = tiny(device), tokens(2, 70).to(device)
     mask = torch.ones_like(ids)
     mask[1, :20] = 0
     start, stop = 62, 67
-    with surgery.operated(model, dataclasses.replace(CONFIG, backend="triton")), torch.no_grad():
+    routers = {0: learned(2, 2, 16, device)} if corrected else None
+    config = dataclasses.replace(CONFIG, backend="triton")
+    with surgery.operated(model, config, routers=routers), torch.no_grad():
         expected, caches = [], [surgery.paged_cache(model) for _ in range(2)]
         for cache in caches:
             positions = (mask.cumsum(1) - 1).clamp_min(0)[:, :start]

@@ -10,6 +10,7 @@ pytest.importorskip("triton")
 from llama_surgery.attention.impl.triton.layout import build_layout
 from llama_surgery.config import SurgeryConfig
 from llama_surgery.topology import layout as plain
+from llama_surgery.topology.router import PageRouter
 from llama_surgery.topology.tree import principal_direction
 
 CONFIG = SurgeryConfig(chunk_size=64, page_size=16, window=32, tile=16, moment_size=8)
@@ -46,6 +47,18 @@ def test_layout_is_the_plain_one(config: SurgeryConfig, dim: int, device: torch.
         torch.testing.assert_close(
             getattr(got.moments, name), getattr(expected.moments, name), rtol=1e-5, atol=1e-5
         )
+
+
+@pytest.mark.usefixtures("poisoned")
+def test_the_tree_sees_mapped_keys(device: torch.device) -> None:
+    """Two sequences of two KV heads, each of which has a map of its own."""
+    keys = torch.cat([states(1, 16, CONFIG.chunk_size, device, seed) for seed in (0, 1)])
+    router = PageRouter(key_map=states(1, 16, 16, device, 2))
+    got, expected = (build(keys, keys, CONFIG, router) for build in (build_layout, plain.build_layout))
+    assert torch.equal(got.order, expected.order) and torch.equal(got.keys, expected.keys)
+    assert not torch.equal(got.order, build_layout(keys, keys, CONFIG).order)
+    half = build_layout(keys.half(), keys.half(), CONFIG, router).order
+    assert (half == got.order).float().mean() > 0.9  # but for keys that fall close to a median
 
 
 def test_strided_views_give_the_same_layout(device: torch.device) -> None:

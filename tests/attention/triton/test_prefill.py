@@ -13,6 +13,7 @@ from llama_surgery.attention.impl.triton.tuning import Tuning
 from llama_surgery.config import SurgeryConfig
 from llama_surgery.errors import SurgeryError
 from llama_surgery.topology.layout import Layout, build_layout
+from llama_surgery.topology.router import PageRouter
 
 CONFIG = SurgeryConfig(chunk_size=64, page_size=16, window=32, tile=16, theta=0.06, theta_decode=0.03)
 
@@ -32,7 +33,9 @@ class Case:
     tile: int | None = None
 
 
-def inputs(case: Case, config: SurgeryConfig, device: torch.device) -> dict[str, object]:
+def inputs(
+    case: Case, config: SurgeryConfig, device: torch.device, router: PageRouter | None = None
+) -> dict[str, object]:
     generator = torch.Generator().manual_seed(case.rows + 7 * case.past + case.heads + case.dim)
     total = case.past + case.rows
 
@@ -45,7 +48,7 @@ def inputs(case: Case, config: SurgeryConfig, device: torch.device) -> dict[str,
     full = total // config.chunk_size * config.chunk_size
     layout: Layout | None = None
     if full:
-        layout = build_layout(keys[:, :full], values[:, :full], config)
+        layout = build_layout(keys[:, :full], values[:, :full], config, router)
     sink = normal(case.streams, case.heads) if case.sink else None
     return {
         "queries": queries,
@@ -56,12 +59,15 @@ def inputs(case: Case, config: SurgeryConfig, device: torch.device) -> dict[str,
         "tile": case.tile,
         "softcap": case.softcap,
         "sink_logit": sink,
+        "router": router,
     }
 
 
-def check(case: Case, config: SurgeryConfig, device: torch.device) -> prefill.TiledResult:
+def check(
+    case: Case, config: SurgeryConfig, device: torch.device, router: PageRouter | None = None
+) -> prefill.TiledResult:
     """Same pages and first-open rows as the reference, and the same attention to rounding."""
-    given = inputs(case, config, device)
+    given = inputs(case, config, device, router)
     result = prefill.attend(**given, config=config, keep_lists=True)  # type: ignore[arg-type]
     oracle = dataclasses.replace(config, backend="reference")
     expected = api.attend(**given, config=oracle)  # type: ignore[arg-type]

@@ -8,6 +8,11 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
 
 
+def differentiable(*tensors: torch.Tensor | None) -> bool:
+    """Does a call on these tensors have to leave a graph for gradients?"""
+    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
+
+
 def cap(logits: torch.Tensor, softcap: float | None) -> torch.Tensor:
     """``c·tanh(logits / c)``, in place where no gradient needs the tanh; unchanged without a cap."""
     if softcap is None:

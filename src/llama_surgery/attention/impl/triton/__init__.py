@@ -10,11 +10,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from llama_surgery.attention.impl.common import differentiable
 from llama_surgery.config import SurgeryConfig
 
 if TYPE_CHECKING:
     from llama_surgery.attention.impl.triton.prefill import TiledResult
     from llama_surgery.topology.layout import Layout
+    from llama_surgery.topology.router import PageRouter
 
 #: Most queries of a tile, and the widest head.
 LARGEST_TILE, LARGEST_HEAD = 128, 256
@@ -45,7 +47,7 @@ def obstacle(config: SurgeryConfig, queries: torch.Tensor, values: torch.Tensor,
         return "it opens pages by theta, not by pages_per_row"
     if config.summary == "chunk" or (config.summary != "none" and config.coarse_to_fine):
         return "it summarises pages or balls, and not with coarse_to_fine"
-    if config.summary != "none" and _differentiable(queries, values):
+    if config.summary != "none" and differentiable(queries, values):
         return "it does not differentiate summaries"
     return None
 
@@ -67,22 +69,20 @@ def attend(
     """See :func:`prefill.attend`, and :func:`backward.attend` where a gradient is asked for."""
     far = () if layout is None else (layout.keys, layout.values)
     call: Any
-    if _differentiable(queries, near_keys, near_values, *far, sink_logit):
+    if differentiable(queries, near_keys, near_values, *far, sink_logit):
         from llama_surgery.attention.impl.triton import backward as call
     else:
         from llama_surgery.attention.impl.triton import prefill as call
     return call.attend(queries, near_keys, near_values, layout, sink_logit=sink_logit, **options)
 
 
-def build_layout(keys: torch.Tensor, values: torch.Tensor, config: SurgeryConfig) -> "Layout":
+def build_layout(
+    keys: torch.Tensor, values: torch.Tensor, config: SurgeryConfig, router: "PageRouter | None" = None
+) -> "Layout":
     """See :func:`layout.build_layout`, and :func:`backward.build_layout` where a gradient is asked for."""
     call: Any
-    if _differentiable(keys, values):
+    if differentiable(keys, values):
         from llama_surgery.attention.impl.triton import backward as call
     else:
         from llama_surgery.attention.impl.triton import layout as call
-    return call.build_layout(keys, values, config)
-
-
-def _differentiable(*tensors: torch.Tensor | None) -> bool:
-    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
+    return call.build_layout(keys, values, config, router)

@@ -18,15 +18,18 @@ from llama_surgery.attention.impl.triton.tiled_plan import TiledPlan
 from llama_surgery.config import SurgeryConfig
 from llama_surgery.errors import SurgeryError
 from llama_surgery.topology.layout import Layout, reorder
+from llama_surgery.topology.router import PageRouter
 
 
-def build_layout(keys: torch.Tensor, values: torch.Tensor, config: SurgeryConfig) -> Layout:
+def build_layout(
+    keys: torch.Tensor, values: torch.Tensor, config: SurgeryConfig, router: PageRouter | None = None
+) -> Layout:
     """:func:`layout.build_layout` whose keys and values are differentiable by those given.
 
     Their order and the moments are constant.
     """
     with torch.no_grad():
-        built = layouts.build_layout(keys, values, config)
+        built = layouts.build_layout(keys, values, config, router)
     return Layout(reorder(keys, built.order), reorder(values, built.order), built.order, built.moments)
 
 
@@ -42,12 +45,14 @@ def attend(
     scale: float | None = None,
     softcap: float | None = None,
     sink_logit: torch.Tensor | None = None,
+    router: PageRouter | None = None,
 ) -> prefill.TiledResult:
     """:func:`prefill.attend`, differentiable.
 
     ``out`` and ``lse`` have gradients by queries, near keys and values, the layout's keys and values and sink
-    logits. A key that is both a near key and in the layout gets the sum where both were made from one tensor
-    by PyTorch, as by :func:`build_layout`. The plans keep their lists: they are what the backward pass walks.
+    logits; by ``router`` there are none. A key that is both a near key and in the layout gets the sum where
+    both were made from one tensor by PyTorch, as by :func:`build_layout`. The plans
+    keep their lists: they are what the backward pass walks.
 
     Raises:
         SurgeryError: A dtype, tile or rule that these kernels do not run.
@@ -64,6 +69,7 @@ def attend(
             scale=scale,
             softcap=softcap,
             sink_logit=sink_logit,
+            router=router,
             keep_lists=True,
         )
     call = Call(config, start, config.tile if tile is None else tile, scale, softcap, tuple(result.plans))

@@ -17,6 +17,7 @@ from llama_surgery.attention.impl.triton.job import EVERYWHERE
 from llama_surgery.attention.impl.triton.tuning import family_of
 from llama_surgery.config import SurgeryConfig
 from llama_surgery.errors import SurgeryError
+from llama_surgery.topology.router import PageRouter
 
 #: Most queries per sequence of one call.
 MOST_QUERIES = 8
@@ -49,6 +50,7 @@ def decode(
     scale: float | None = None,
     softcap: float | None = None,
     sink_logit: torch.Tensor | None = None,
+    router: PageRouter | None = None,
     tally: torch.Tensor | None = None,
     advance: bool = False,
     tuning: DecodeTuning | None = None,
@@ -63,6 +65,7 @@ def decode(
         scale: Scaling of q·k, default ``head_dim**-0.5``.
         softcap: Cap of the logits, or None.
         sink_logit: (streams, heads) attention-sink parameters, or None.
+        router: Learned corrections, one for every KV head, on the cache's device, or None.
         tally: (2, kv_heads) int64, contiguous: pages opened and pages read are added to it. Or None.
         advance: Settle all rows in the end: add their number to ``cache.lengths``. Else the cache is not
             changed.
@@ -76,6 +79,7 @@ def decode(
     if queries.stride(-1) != 1:
         queries = queries.contiguous()
     sink_logit = None if sink_logit is None else sink_logit.contiguous()
+    router = router or PageRouter()
     shape = Shape.of(queries, cache, tuning or decode_tuning_for(family_of(queries.device)))
     streams, heads, rows, dim = queries.shape
     value_dim = cache.values.shape[-1]
@@ -107,6 +111,8 @@ def decode(
             cache.values,
             cache.means,
             cache.spreads,
+            router.mean_weight,
+            router.variance_weight,
             cache.lengths,
             cache.table,
             scores,
@@ -134,6 +140,7 @@ def decode(
                 cache.table,
                 cache.sink_page,
                 sink_logit,
+                router.offset,
                 scores,
                 sums,
                 part_out,

@@ -12,6 +12,7 @@ from llama_surgery.attention.impl.triton.layout import build_layout
 from llama_surgery.config import SurgeryConfig
 from llama_surgery.errors import SurgeryError
 from llama_surgery.topology.layout import Layout
+from llama_surgery.topology.router import PageRouter
 
 
 @dataclasses.dataclass(frozen=True)
@@ -226,12 +227,15 @@ def append_tokens(cache: DecodeCache, keys: torch.Tensor, values: torch.Tensor) 
         )
 
 
-def fill_chunks(cache: DecodeCache) -> None:
+def fill_chunks(cache: DecodeCache, router: PageRouter | None = None) -> None:
     """Rewrite in tree order, with moments, the oldest chunk of every sequence that is full and is not yet so.
 
     What is due is decided on the device: shapes are static and nothing is read back, so it can run eagerly or
     be captured in a graph of its own. It costs the layout of one chunk per stream, due or not; where nothing
     is due, nothing changes.
+
+    Args:
+        router: Learned corrections, one for every KV head, or None.
     """
     config = cache.config
     assert cache.filled is not None and cache.table is None
@@ -242,7 +246,7 @@ def fill_chunks(cache: DecodeCache) -> None:
     mask = due[:, None, None, None]
     # Memory that holds no chunk yet may hold anything, NaN included.
     known = torch.where(mask, old_keys, 0.0)
-    layout = build_layout(known.flatten(0, 1), old_values.flatten(0, 1), config)
+    layout = build_layout(known.flatten(0, 1), old_values.flatten(0, 1), config, router)
     features = page_features(layout.moments, config.alpha, cache.means.dtype, config.variance_pool)
     means, spreads = (x.squeeze(2) for x in feature_blocks(features, config, cache.kv_heads))
     for held, fresh in (

@@ -20,7 +20,7 @@ from llama_surgery.attention.impl.triton.helpers import (
     cap_logits,
     closed_chunks,
     load_rows,
-    pooled_squares,
+    score_factors,
     softmax_step,
     sum_step,
 )
@@ -136,6 +136,8 @@ def score_kernel(
     v_ptr,
     mean_ptr,
     spread_ptr,
+    mean_weight_ptr,
+    variance_weight_ptr,
     lengths_ptr,
     table_ptr,
     scores_ptr,
@@ -189,7 +191,8 @@ def score_kernel(
 ):
     """Near field and page scores, cut into steps that are dealt to ``splits`` programs.
 
-    Grid: (splits, streams * blocks of queries). Spreads lie as means do. Writes, all float32 in log2
+    Grid: (splits, streams * blocks of queries). Spreads lie as means do. Weights of channels, (KV_HEADS *
+    HEADS, DIM) float32 or None, are those of ``score_factors``. Writes, all float32 in log2
     units: scores (streams, pages, queries, heads); sums (streams, splits, queries, heads), the program's
     log-sum-exp of scores; and the near field's partial results (streams, parts, queries, heads[, VALUE_DIM]).
     """
@@ -244,7 +247,10 @@ def score_kernel(
 
     top = tl.full([rows], FLOOR, tl.float32)
     total = tl.zeros([rows], tl.float32)
-    squares = pooled_squares(q, scale, DIM, SPREAD, SPREAD_PAD)
+    q, squares = score_factors(
+        q, scale, mean_weight_ptr, variance_weight_ptr, kv_head * HEADS + head, live,
+        DIM, DIM_PAD, SPREAD, SPREAD_PAD,
+    )  # fmt: skip
     mean_base = mean_ptr + sequence * mean_sequence + kv_head * mean_head
     spread_base = spread_ptr + sequence * mean_sequence + kv_head * mean_head
     scores_base = scores_ptr + stream * (capacity // PAGE) * ROWS * HEADS

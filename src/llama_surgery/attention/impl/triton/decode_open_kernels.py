@@ -28,6 +28,7 @@ def open_kernel(
     table_ptr,
     sink_page_ptr,
     sink_ptr,
+    offset_ptr,
     scores_ptr,
     sums_ptr,
     part_out_ptr,
@@ -78,7 +79,7 @@ def open_kernel(
 
     Grid: (far_splits, streams * blocks of queries). Writes partial results behind those of the first
     ``splits`` programs, and counts (streams, far_splits, queries, 2) int32: pages that the query opened,
-    and pages that its program read.
+    and pages that its program read. ``offset_ptr`` (KV_HEADS, HEADS) float32, or None, is added to log θ.
     """
     stream, first, length, row, head, closed, live = rows_of(
         lengths_ptr, dense_until, KV_HEADS, HEADS, HEADS_PAD, ROWS, ROWS_PAD, ROWS_BLOCK, CHUNK, WINDOW
@@ -112,6 +113,8 @@ def open_kernel(
             sums_ptr, part_lse_ptr, sink_ptr, stream, row, head, live, splits, far_splits,
             HEADS, ROWS, SPLITS_PAD, SINK,
         )  # fmt: skip
+        if offset_ptr is not None:
+            row_total += tl.load(offset_ptr + kv_head * HEADS + head, mask=live, other=0.0) * LOG2E
         factor = scale * LOG2E
         if CAP:
             factor = 1.0

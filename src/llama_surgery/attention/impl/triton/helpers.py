@@ -121,24 +121,50 @@ def sum_step(total, top, logits):
 
 
 @triton.jit
-def scaled_squares(queries, scale):
-    """Squares of scaled queries, in their dtype; clamped where they would overflow in float16."""
-    scaled = queries.to(tl.float32) * scale
-    return tl.minimum(scaled * scaled, 6.0e4).to(queries.dtype)
+def score_factors(
+    queries,
+    scale,
+    mean_weight_ptr,
+    variance_weight_ptr,
+    head,
+    live,
+    DIM: tl.constexpr,
+    DIM_PAD: tl.constexpr,
+    SPREAD: tl.constexpr,
+    SPREAD_PAD: tl.constexpr,
+):
+    """What multiplies means and variances in page scores, both in the queries' dtype.
 
+    Args:
+        queries: (rows, DIM_PAD), unscaled.
+        scale: What queries are multiplied with before they are squared.
+        mean_weight_ptr, variance_weight_ptr: Learned weights of channels (heads, DIM) float32, or None.
+        head: (rows,) row of the weights.
+        live: (rows,) bool: rows that are there.
 
-@triton.jit
-def pooled_squares(queries, scale, DIM: tl.constexpr, SPREAD: tl.constexpr, SPREAD_PAD: tl.constexpr):
-    """:func:`scaled_squares`, summed over the channels whose variances are pooled: (rows, SPREAD_PAD)."""
-    squares = scaled_squares(queries, scale)
+    Returns:
+        The queries (rows, DIM_PAD), and their squares, summed over the channels whose variances are pooled
+        (rows, SPREAD_PAD); clamped where they would overflow in float16.
+    """
+    squares = queries.to(tl.float32) * scale
+    squares = squares * squares
+    if variance_weight_ptr is not None:
+        squares *= load_rows(variance_weight_ptr, head, DIM, live, DIM, DIM_PAD, True)
+        squares = tl.maximum(squares, -6.0e4)
+    squares = tl.minimum(squares, 6.0e4).to(queries.dtype)
     if SPREAD < DIM:
         # As a product with a matrix of ones and zeros: head dims need not be powers of two.
-        channel = tl.arange(0, squares.shape[1])
+        channel = tl.arange(0, DIM_PAD)
         member = channel % (DIM // 2) // (DIM // (2 * SPREAD))
         member = (member[:, None] == tl.arange(0, SPREAD_PAD)[None, :]) & (channel < DIM)[:, None]
         summed = tl.dot(squares, member.to(squares.dtype), input_precision=EXACT)
+        if variance_weight_ptr is not None:
+            summed = tl.maximum(summed, -6.0e4)
         squares = tl.minimum(summed, 6.0e4).to(squares.dtype)
-    return squares
+    if mean_weight_ptr is not None:
+        weight = load_rows(mean_weight_ptr, head, DIM, live, DIM, DIM_PAD, True)
+        queries = (queries.to(tl.float32) * weight).to(queries.dtype)
+    return queries, squares
 
 
 @triton.jit
@@ -155,8 +181,7 @@ def ball_scores(
     """Scores (rows, balls) in log2 units.
 
     Args:
-        queries: (rows, dim), unscaled.
-        squares: (rows, dim) from :func:`scaled_squares`, or (rows, groups) from :func:`pooled_squares`.
+        queries, squares: (rows, dim) and (rows, dim or groups) from :func:`score_factors`.
         mean: (balls, dim) the balls' μ.
         spread: (balls, dim) or (balls, groups) their α·½·σ².
         log2_size: log2 of the keys of a ball.

@@ -15,6 +15,7 @@ from llama_surgery.config import SurgeryConfig
 from llama_surgery.errors import SurgeryError
 from llama_surgery.topology.geometry import closed_chunks
 from llama_surgery.topology.layout import Layout, Moments
+from llama_surgery.topology.router import PageRouter
 
 #: Most bytes that the page lists of one strip of tiles take. A list has room for every closed page, so
 #: that none is ever lost; long calls run in strips to keep that cheap.
@@ -69,6 +70,7 @@ class Job:
         levels: What selection scores, coarse to fine: pages alone, coarse balls for the totals, or steps of
             a descent; none without closed chunks.
         sink_logit: (streams, heads), or None.
+        router: Learned corrections, for streams; every part may be None.
     """
 
     queries: torch.Tensor
@@ -77,6 +79,7 @@ class Job:
     layout: Layout | None
     levels: tuple[Level, ...]
     sink_logit: torch.Tensor | None
+    router: PageRouter
     config: SurgeryConfig
     start: int
     tile: int
@@ -147,6 +150,7 @@ def make_job(
     scale: float | None = None,
     softcap: float | None = None,
     sink_logit: torch.Tensor | None = None,
+    router: PageRouter | None = None,
 ) -> Job:
     """Gather a call's arguments. See :func:`attend`."""
     tile = config.tile if tile is None else tile
@@ -167,6 +171,7 @@ def make_job(
         layout,
         levels,
         None if sink_logit is None else sink_logit.contiguous(),
+        (router or PageRouter()).for_streams(queries.shape[0], queries.device),
         config,
         start,
         tile,

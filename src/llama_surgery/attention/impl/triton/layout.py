@@ -7,6 +7,7 @@ from llama_surgery.attention.impl.triton.helpers import device_of
 from llama_surgery.attention.impl.triton.layout_kernels import arrange_kernel, split_kernel
 from llama_surgery.config import SurgeryConfig
 from llama_surgery.topology.layout import Layout, Moments
+from llama_surgery.topology.router import PageRouter
 from llama_surgery.topology.tree import POWER_STEPS
 
 #: Keys that are held at once.
@@ -19,7 +20,9 @@ SPLIT_WARPS = (4, 1)
 WIDEST_GRAM = 128
 
 
-def build_layout(keys: torch.Tensor, values: torch.Tensor, config: SurgeryConfig) -> Layout:
+def build_layout(
+    keys: torch.Tensor, values: torch.Tensor, config: SurgeryConfig, router: PageRouter | None = None
+) -> Layout:
     """Lay out full chunks; see :func:`llama_surgery.topology.layout.build_layout`, which it equals.
 
     Orders may differ from it where projections tie to rounding. A chunk's layout depends on that chunk
@@ -28,6 +31,7 @@ def build_layout(keys: torch.Tensor, values: torch.Tensor, config: SurgeryConfig
     Args:
         keys: (streams, n * chunk_size, head_dim), float32, float16 or bfloat16.
         values: (streams, n * chunk_size, value_dim).
+        router: Learned corrections, one for every KV head, or None.
     """
     streams, slots, dim = keys.shape
     value_dim = values.shape[-1]
@@ -38,16 +42,17 @@ def build_layout(keys: torch.Tensor, values: torch.Tensor, config: SurgeryConfig
     with device_of(keys):
         if config.directions == "principal":
             children, projections = torch.empty_like(order), torch.empty_like(order, dtype=torch.float32)
+            seen = _mapped(keys, router)
             node = config.chunk_size
             while node > config.ball_size:
                 node_pad = triton.next_power_of_2(node)
                 held = BLOCK if dim_pad <= WIDEST_GRAM else node_pad
                 split_kernel[(slots // node, streams)](
-                    keys,
+                    seen,
                     order,
                     children,
                     projections,
-                    *keys.stride()[:2],
+                    *seen.stride()[:2],
                     slots,
                     CHUNK=config.chunk_size,
                     NODE=node,
@@ -96,3 +101,11 @@ def build_layout(keys: torch.Tensor, values: torch.Tensor, config: SurgeryConfig
             VALUE_PAD=value_pad,
         )
     return layout
+
+
+def _mapped(keys: torch.Tensor, router: PageRouter | None) -> torch.Tensor:
+    """Keys as the tree is to see them, in their own dtype, so that splits go through the matrix units."""
+    if router is None or router.key_map is None:
+        return keys
+    by_head = keys.unflatten(0, (-1, len(router.key_map)))
+    return (by_head @ router.key_map.to(keys).transpose(-1, -2)).flatten(0, 1)

@@ -13,7 +13,7 @@ from llama_surgery.attention.impl.triton.helpers import (
     LOG2E,
     closed_chunks,
     load_rows,
-    pooled_squares,
+    score_factors,
     tanh,
 )
 from llama_surgery.attention.impl.triton.select_kernels import slots_of
@@ -24,6 +24,8 @@ def _rows(
     block_id,
     head_block,
     q_ptr,
+    mean_weight_ptr,
+    variance_weight_ptr,
     totals_ptr,
     q_stream,
     q_head,
@@ -60,7 +62,10 @@ def _rows(
     )  # fmt: skip
     q_offset = head.to(tl.int64) * q_head + (position - start).to(tl.int64) * q_row
     q = load_rows(q_ptr + stream * q_stream, q_offset, 1, live, DIM, DIM_PAD, True)
-    squares = pooled_squares(q, scale if CAP else tl.sqrt(scale), DIM, SPREAD, SPREAD_PAD)
+    q, squares = score_factors(
+        q, scale if CAP else tl.sqrt(scale), mean_weight_ptr, variance_weight_ptr, stream * HEADS + head,
+        live, DIM, DIM_PAD, SPREAD, SPREAD_PAD,
+    )  # fmt: skip
     # Rows that are not there, or have nothing closed, open nothing.
     live = live & ((first_tile + tile) * TILE >= dense_until)
     cell = ((stream * tiles + tile) * SLOTS + slot) * HEADS + head
@@ -114,6 +119,8 @@ def list_kernel(
     q_ptr,
     means,
     spreads,
+    mean_weight_ptr,
+    variance_weight_ptr,
     totals_ptr,
     sink_page_ptr,
     entries_ptr,
@@ -182,8 +189,8 @@ def list_kernel(
 
     if head_blocks == 1:
         queries, squares, bar, row = _rows(
-            block_id, 0, q_ptr, totals_ptr, q_stream, q_head, q_row, tiles, start, stop, first_tile,
-            dense_until, scale, softcap, log2_bar,
+            block_id, 0, q_ptr, mean_weight_ptr, variance_weight_ptr, totals_ptr, q_stream, q_head, q_row,
+            tiles, start, stop, first_tile, dense_until, scale, softcap, log2_bar,
             HEADS, HEADS_BLOCK, SLOTS, SLOTS_PAD, TILES_BLOCK, TILE, DIM, DIM_PAD,
             SPREAD, SPREAD_PAD, CAP,
         )  # fmt: skip
@@ -205,7 +212,8 @@ def list_kernel(
         for head_block in tl.static_range(head_blocks):
             if head_blocks > 1:
                 queries, squares, bar, row = _rows(
-                    block_id, head_block, q_ptr, totals_ptr, q_stream, q_head, q_row,
+                    block_id, head_block, q_ptr, mean_weight_ptr, variance_weight_ptr, totals_ptr,
+                    q_stream, q_head, q_row,
                     tiles, start, stop, first_tile, dense_until, scale, softcap, log2_bar,
                     HEADS, HEADS_BLOCK, SLOTS, SLOTS_PAD, TILES_BLOCK, TILE, DIM, DIM_PAD,
                     SPREAD, SPREAD_PAD, CAP,
@@ -240,6 +248,8 @@ def list_kernel(
 def descend_kernel(
     q_ptr,
     features_ptr,
+    mean_weight_ptr,
+    variance_weight_ptr,
     totals_ptr,
     sink_page_ptr,
     coarse_ptr,
@@ -302,8 +312,8 @@ def descend_kernel(
 
     if head_blocks == 1:
         queries, squares, bar, row = _rows(
-            tile, 0, q_ptr, totals_ptr, q_stream, q_head, q_row, tiles, start, stop, first_tile,
-            dense_until, scale, softcap, log2_bar,
+            tile, 0, q_ptr, mean_weight_ptr, variance_weight_ptr, totals_ptr, q_stream, q_head, q_row,
+            tiles, start, stop, first_tile, dense_until, scale, softcap, log2_bar,
             HEADS, HEADS_BLOCK, SLOTS, SLOTS_PAD, 1, TILE, DIM, DIM_PAD, SPREAD, SPREAD_PAD, CAP,
         )  # fmt: skip
 
@@ -325,7 +335,8 @@ def descend_kernel(
         for head_block in tl.static_range(head_blocks):
             if head_blocks > 1:
                 queries, squares, bar, row = _rows(
-                    tile, head_block, q_ptr, totals_ptr, q_stream, q_head, q_row,
+                    tile, head_block, q_ptr, mean_weight_ptr, variance_weight_ptr, totals_ptr,
+                    q_stream, q_head, q_row,
                     tiles, start, stop, first_tile, dense_until, scale, softcap, log2_bar,
                     HEADS, HEADS_BLOCK, SLOTS, SLOTS_PAD, 1, TILE, DIM, DIM_PAD, SPREAD, SPREAD_PAD, CAP,
                 )  # fmt: skip

@@ -30,6 +30,7 @@ from llama_surgery.attention.impl.triton.tiled_plan import TiledPlan
 from llama_surgery.config import SurgeryConfig
 from llama_surgery.topology.geometry import query_blocks
 from llama_surgery.topology.layout import Layout
+from llama_surgery.topology.router import PageRouter
 from llama_surgery.topology.selection import CANDIDATE_SHARE
 
 
@@ -56,6 +57,7 @@ def attend(
     scale: float | None = None,
     softcap: float | None = None,
     sink_logit: torch.Tensor | None = None,
+    router: PageRouter | None = None,
     keep_lists: bool = False,
 ) -> TiledResult:
     """Attention of consecutive rows through the ``pages`` (or ``dense``) topology.
@@ -80,6 +82,7 @@ def attend(
         scale=scale,
         softcap=softcap,
         sink_logit=sink_logit,
+        router=router,
     )
     streams, heads, rows, _ = queries.shape
     out = queries.new_empty(streams, heads, rows, near_values.shape[-1])
@@ -106,6 +109,7 @@ def attend(
 def row_totals(job: Job, strip: Strip, *, near: bool = True, far: bool = True) -> torch.Tensor:
     """Log-sum-exp, in log2 units, of the scored rows: (streams, tiles, slots, heads) float32.
 
+    Learned offsets are added to it: shares that are measured by it are to be compared with θ.
     ``near`` and ``far`` leave a part out, for timing.
     """
     streams, heads = job.queries.shape[:2]
@@ -123,6 +127,9 @@ def row_totals(job: Job, strip: Strip, *, near: bool = True, far: bool = True) -
         described(mean, block_balls, constants["DIM_PAD"]),
         described(spread, block_balls, constants["SPREAD_PAD"]),
         job.sink_logit,
+        job.router.offset,
+        job.router.mean_weight,
+        job.router.variance_weight,
         totals,
         *job.queries.stride()[:3],
         strip.tiles,
@@ -174,6 +181,8 @@ def _list_level(job: Job, strip: Strip, totals: torch.Tensor, level: Level, *, l
     list_kernel[(shape.blocks, job.queries.shape[0])](
         job.queries,
         *features,
+        job.router.mean_weight,
+        job.router.variance_weight,
         totals,
         *outputs,
         plan.first,
@@ -206,6 +215,8 @@ def _descend(
     descend_kernel[(strip.tiles, job.queries.shape[0])](
         job.queries,
         level.features,
+        job.router.mean_weight,
+        job.router.variance_weight,
         totals,
         outputs[0],
         coarse.entries,

@@ -17,7 +17,7 @@ from llama_surgery.attention.impl.triton.helpers import (
     cap_logits,
     closed_chunks,
     load_rows,
-    pooled_squares,
+    score_factors,
     sum_step,
 )
 
@@ -61,6 +61,9 @@ def totals_kernel(
     means,
     spreads,
     sink_ptr,
+    offset_ptr,
+    mean_weight_ptr,
+    variance_weight_ptr,
     totals_ptr,
     q_stream,
     q_head,
@@ -96,9 +99,11 @@ def totals_kernel(
 ):
     """Log-sum-exp, in log2 units, of every scored row's whole attention as selection sees it.
 
-    The near field is exact, closed balls count by their scores, attention sinks are included. Rows
-    without closed chunks are left unwritten. Grid: (blocks of tiles * blocks of heads, streams).
-    Writes (streams, tiles, SLOTS, HEADS) float32. NEAR and FAR leave a part out, for timing.
+    The near field is exact, closed balls count by their scores, attention sinks are included. With
+    ``offset_ptr`` (streams, HEADS) float32 a head's totals are raised by it: what is added to log θ. Weights
+    of channels are those of ``score_factors``. Rows without closed chunks are left unwritten. NEAR and FAR
+    leave a part out, for timing. Grid: (blocks of tiles * blocks of heads, streams). Writes (streams, tiles,
+    SLOTS, HEADS) float32.
     """
     head_blocks: tl.constexpr = (HEADS + HEADS_BLOCK - 1) // HEADS_BLOCK
     stream = tl.program_id(1)
@@ -154,7 +159,10 @@ def totals_kernel(
                 visible = (key[None, :] >= (closed * CHUNK)[:, None]) & (key[None, :] <= position[:, None])
                 total, top = sum_step(total, top, tl.where(visible, logits, float("-inf")))
         if FAR:
-            squares = pooled_squares(q, scale, DIM, SPREAD, SPREAD_PAD)
+            q, squares = score_factors(
+                q, scale, mean_weight_ptr, variance_weight_ptr, stream * HEADS + head, live,
+                DIM, DIM_PAD, SPREAD, SPREAD_PAD,
+            )  # fmt: skip
             per_chunk: tl.constexpr = CHUNK // BALL
             # Balls closed for every row of the block need no mask.
             common = least * per_chunk // BLOCK_BALLS * BLOCK_BALLS
@@ -171,4 +179,7 @@ def totals_kernel(
                 far = ball[None, :] < (closed * per_chunk)[:, None]
                 total, top = sum_step(total, top, tl.where(far, scores, float("-inf")))
         cell = ((wide_stream * tiles + tile) * SLOTS + slot) * HEADS + head
-        tl.store(totals_ptr + cell, top + tl.log2(total), mask=live)
+        total = top + tl.log2(total)
+        if offset_ptr is not None:
+            total += tl.load(offset_ptr + stream * HEADS + head, mask=live, other=0.0) * LOG2E
+        tl.store(totals_ptr + cell, total, mask=live)

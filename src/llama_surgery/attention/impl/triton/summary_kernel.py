@@ -10,7 +10,7 @@ from llama_surgery.attention.impl.triton.helpers import (
     LOG2E,
     closed_chunks,
     load_rows,
-    pooled_squares,
+    score_factors,
     softmax_step,
     tanh,
 )
@@ -26,6 +26,9 @@ def summary_kernel(
     spreads,
     values,
     first_ptr,
+    mean_weight_ptr,
+    variance_weight_ptr,
+    weight_ptr,
     out_ptr,
     lse_ptr,
     q_stream,
@@ -69,9 +72,10 @@ def summary_kernel(
     A ball's logit is ``topology.selection.Scorer.weights``, its value the mean of its keys' values; a page's
     logit is the log-sum-exp of its balls'. ``means``, ``spreads`` and ``values`` are described by pages:
     (streams, pages, balls, dim), values (streams, pages, dim) unless BY_BALL. ``first_ptr`` (streams, tiles,
-    capacity) uint8 holds the first row of the tile that opened each page, TILE where none did. Rows are those
-    of ``attend_kernel``, whose ``out`` and ``lse`` are read and written. Grid: (tiles of this launch * blocks
-    of heads, streams).
+    capacity) uint8 holds the first row of the tile that opened each page, TILE where none did. ``weight_ptr``
+    (streams, HEADS) float32, if not None, is added to a head's logits; weights of channels are those of
+    ``score_factors``. Rows are those of ``attend_kernel``, whose ``out`` and ``lse`` are read and written.
+    Grid: (tiles of this launch * blocks of heads, streams).
     """
     head_blocks: tl.constexpr = (HEADS + HEADS_BLOCK - 1) // HEADS_BLOCK
     rows: tl.constexpr = TILE_PAD * HEADS_BLOCK
@@ -90,7 +94,12 @@ def summary_kernel(
         local = (position - start).to(tl.int64)
         q_offset = head.to(tl.int64) * q_head + local * q_row
         q = load_rows(q_ptr + wide_stream * q_stream, q_offset, 1, live, DIM, DIM_PAD, True)
-        squares = pooled_squares(q, scale, DIM, SPREAD, SPREAD_PAD)
+        q, squares = score_factors(
+            q, scale, mean_weight_ptr, variance_weight_ptr, stream * HEADS + head, live,
+            DIM, DIM_PAD, SPREAD, SPREAD_PAD,
+        )  # fmt: skip
+        if weight_ptr is not None:
+            weight = tl.load(weight_ptr + stream * HEADS + head, mask=live, other=0.0)
         first_base = first_ptr + (wide_stream * tiles + tile) * capacity
         index = tl.arange(0, balls)
         top = tl.full([rows], FLOOR, tl.float32)
@@ -109,6 +118,8 @@ def summary_kernel(
             root = tl.sqrt(tl.maximum(2.0 * across, LEAST))
             bounded = root + (tl.log2(1.0 + tl.exp2(root * (-2.0 * LOG2E))) - 1.0) * LN2
             logits = (along + bounded + LOG_BALL) * LOG2E
+            if weight_ptr is not None:
+                logits += (weight * LOG2E)[:, None]
             ball_page = block + index // BALLS_PAD
             real = (ball_page < pages) & (index % BALLS_PAD < BALLS)
             if BY_BALL:

@@ -1,0 +1,101 @@
+"""Learned corrections in the kernels: every part alone and all of them, against the reference."""
+
+import dataclasses
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from tests.attention.triton import test_decode, test_prefill
+from tests.attention.triton.test_prefill import Case, check, inputs
+
+from llama_surgery.attention import api
+from llama_surgery.attention.impl.triton.decode_cache import append_tokens, fill_chunks
+from llama_surgery.attention.impl.triton.layout import build_layout
+from llama_surgery.errors import SurgeryError
+from llama_surgery.topology.router import PageRouter
+
+#: A θ high enough for pages to stay closed.
+CONFIG = dataclasses.replace(test_prefill.CONFIG, theta=0.2, theta_decode=0.1)
+
+
+def learned(kv_heads: int, group: int, dim: int, device: torch.device) -> PageRouter:
+    """Corrections of every kind, far from neutral, some weights negative."""
+    generator = torch.Generator().manual_seed(kv_heads + group + dim)
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator).to(device)
+
+    return PageRouter(
+        offset=0.7 * normal(kv_heads, group),
+        mean_weight=1 + 0.5 * normal(kv_heads, group, dim),
+        variance_weight=1 + 0.8 * normal(kv_heads, group, dim),
+        key_map=normal(kv_heads, dim, dim),
+        summary=normal(kv_heads, group),
+    )
+
+
+@pytest.mark.usefixtures("poisoned")
+class TestAgainstReference:
+    @pytest.mark.parametrize("part", ["offset", "mean_weight", "variance_weight"])
+    def test_each_part_alone(self, part: str, device: torch.device) -> None:
+        case = Case(50, 150, 4, streams=4)
+        router = PageRouter(**{part: getattr(learned(2, 4, 16, device), part)})
+        result, plain = check(case, CONFIG, device, router), check(case, CONFIG, device)
+        assert not torch.equal(result.plans[0].rows_seen, plain.plans[0].rows_seen)
+
+    @pytest.mark.parametrize("change", [{}, {"coarse_totals": True}, {"coarse_to_fine": True}])
+    @pytest.mark.parametrize(("heads", "dim", "pool"), [(3, 40, 8), (12, 16, 1)])
+    def test_all_parts(
+        self, heads: int, dim: int, pool: int, change: dict[str, bool], device: torch.device
+    ) -> None:
+        config = dataclasses.replace(CONFIG, moment_size=8, variance_pool=pool, **change)
+        case = Case(40, 170, heads, dim, streams=1, softcap=3.0 if pool > 1 else None, sink=True)
+        check(case, config, device, learned(1, heads, dim, device))
+
+    def test_tiles_of_one_query(self, device: torch.device) -> None:
+        check(Case(3, 197, 4, tile=1), CONFIG, device, learned(2, 4, 16, device))
+
+    @pytest.mark.parametrize("summary", ["page", "ball"])
+    def test_summaries(self, summary: str, device: torch.device) -> None:
+        config = dataclasses.replace(CONFIG, summary=summary, moment_size=8)
+        check(Case(40, 170, 4), config, device, learned(2, 4, 16, device))
+
+
+@pytest.mark.usefixtures("poisoned")
+class TestDecodeAgainstReference:
+    @pytest.mark.parametrize("part", ["offset", "mean_weight", "variance_weight"])
+    def test_each_part_alone(self, part: str, device: torch.device) -> None:
+        case = test_decode.Case((300, 97))
+        router = PageRouter(**{part: getattr(learned(2, 4, 16, device), part)})
+        result = test_decode.check(case, CONFIG, device, router=router)
+        assert not torch.equal(result.opened, test_decode.check(case, CONFIG, device).opened)
+
+    @pytest.mark.parametrize(("heads", "dim", "pool"), [(3, 40, 8), (12, 16, 1)])
+    def test_all_parts(self, heads: int, dim: int, pool: int, device: torch.device) -> None:
+        config = dataclasses.replace(CONFIG, moment_size=8, variance_pool=pool)
+        case = test_decode.Case((170, 290), 3, heads, 2, dim, softcap=3.0 if pool > 1 else None, sink=True)
+        test_decode.check(case, config, device, router=learned(2, heads, dim, device))
+
+
+@pytest.mark.usefixtures("poisoned")
+def test_a_chunk_that_decoding_fills_is_ordered_by_mapped_keys(device: torch.device) -> None:
+    case, router = test_decode.Case((126,), rows=2), learned(2, 4, 16, device)
+    text = test_decode.make_texts(case, CONFIG, device, router)[0]
+    cache = test_decode.loaded_cache([text], case, CONFIG, device)
+    append_tokens(cache, text.keys[:, 126:], text.values[:, 126:])
+    cache.lengths.add_(2)
+    fill_chunks(cache, router)
+    expected = build_layout(text.keys, text.values, CONFIG, router)
+    assert torch.equal(cache.keys.flatten(2, 3)[0], expected.keys)
+
+
+def test_gradients_by_corrections_are_not_the_kernels_business(device: torch.device) -> None:
+    router = PageRouter(summary=torch.zeros(2, 2, device=device, requires_grad=True))
+    named = dataclasses.replace(CONFIG, summary="page", backend="triton")
+    given = inputs(Case(40, 120), named, device, router)
+    with pytest.raises(SurgeryError, match="no gradients by learned corrections"):
+        api.attend(**given, config=named)  # type: ignore[arg-type]
+    api.attend(**given, config=dataclasses.replace(named, backend="gather")).out.sum().backward()  # type: ignore[arg-type]
+    assert router.summary is not None and router.summary.grad is not None
