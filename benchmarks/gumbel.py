@@ -17,7 +17,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from llama_surgery.evaluation.io import write_csv
 from llama_surgery.evaluation.paired import perplexity_ratio
-from llama_surgery.learning.gumbel import GumbelSettings, GumbelStep, gumbel_in, learn_gumbel
+from llama_surgery.learning.gumbel import GumbelSettings
+from llama_surgery.learning.gumbel_attach import gumbel_in
+from llama_surgery.learning.gumbel_trainer import GumbelStep, learn_gumbel
 from llama_surgery.text import read_texts, windows
 
 RESULTS = Path(__file__).parent / "results" / "gumbel.csv"

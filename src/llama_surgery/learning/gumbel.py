@@ -1,26 +1,22 @@
-"""The ``gumbel`` topology: digits by Gumbel-softmax on hidden states, trained with the language-model loss.
+"""The ``gumbel`` topology: digits by Gumbel-softmax on hidden states, soft in training, balls when executed.
 
 The executed mask is the trained one: both compare the same digits from the last level up, token by token.
 """
 
-import contextlib
 import dataclasses
-import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch.utils.checkpoint import checkpoint
-from transformers import AttentionInterface, AttentionMaskInterface
 
+from llama_surgery.attention.balls import BallBackend
 from llama_surgery.errors import SurgeryError
-from llama_surgery.learning.trainer import frozen
-from llama_surgery.surgery.interface import INTERFACE_NAMES, dense_function, surgery_mask
 from llama_surgery.surgery.operate import attention_modules, inner_model
-from llama_surgery.topology.router import ContentRouter, always_visible, content_mask
+from llama_surgery.topology.balls import always_visible, ball_ids
+from llama_surgery.topology.router import ContentRouter
 
-NAME = "surgery_gumbel"
-#: Rows of a strip: logits of a strip are rows × keys × heads.
+#: Rows of a strip in training: logits of a strip are rows × keys × heads.
 STRIP = 256
 
 
@@ -39,6 +35,9 @@ class GumbelSettings:
         first_temperature: Of Gumbel-softmax and soft mask at the start.
         last_temperature: At the end; geometric in between.
         seed: Of routers and noise.
+
+    Raises:
+        SurgeryError: A value is out of range.
     """
 
     length: int = 8192
@@ -52,6 +51,30 @@ class GumbelSettings:
     last_temperature: float = 0.1
     seed: int = 0
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "arities", tuple(self.arities))
+        for name, low in (("length", 2), ("steps", 1), ("window", 1)):
+            if getattr(self, name) < low:
+                raise SurgeryError(f"{name}={getattr(self, name)}: must be at least {low}.")
+        if self.radius is not None and self.radius < 0:
+            raise SurgeryError(f"radius={self.radius}: must be at least 0, or None for half the levels.")
+        if not 0 < self.last_temperature <= self.first_temperature:
+            raise SurgeryError(
+                f"first_temperature={self.first_temperature}, last_temperature={self.last_temperature}: must "
+                "be positive and fall."
+            )
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    def radius_of(self, levels: int) -> int:
+        """Radius of a group of heads whose trees have ``levels`` levels."""
+        return levels // 2 if self.radius is None else self.radius
+
+
+#: Hears the layer and the balls (batch, heads, n) of every executed call.
+BallListener = Callable[[int, torch.Tensor], None]
+
 
 @dataclasses.dataclass
 class Gumbel:
@@ -60,29 +83,47 @@ class Gumbel:
     Attributes:
         routers: One for each operated layer, keyed by its index as text.
         settings: How they are trained, and what is visible.
+        backend: What executes balls when not training.
+        listener: Hears the balls, or None.
         training: Digits are drawn with noise and carry gradients; else they are the likeliest.
         temperature: Of Gumbel-softmax and soft mask.
         generator: Of the noise.
         balances: Load-balance loss of every layer of the last pass.
         visible: Visible pairs counted since the last reset, over heads and layers.
+        executed: Pairs that were multiplied, masked ones included, likewise.
         causal: Causal pairs likewise.
     """
 
     routers: torch.nn.ModuleDict
     settings: GumbelSettings
+    backend: BallBackend = "auto"
+    listener: BallListener | None = None
     training: bool = False
     temperature: float = 1.0
     generator: torch.Generator | None = None
     balances: list[torch.Tensor] = dataclasses.field(default_factory=list)
     visible: torch.Tensor | float = 0.0
+    executed: torch.Tensor | float = 0.0
     causal: float = 0.0
 
     def density(self) -> float:
-        """Measured total density: visible over causal pairs."""
+        """Total density by tokens: visible over causal pairs."""
         return float(self.visible) / max(1.0, self.causal)
 
+    def executed_density(self) -> float:
+        """Total density of what was multiplied: all rows of a tile with all keys of every block it read.
+
+        1 or a little more in training and with ``backend="reference"``, which skip nothing.
+        """
+        return float(self.executed) / max(1.0, self.causal)
+
+    def count(self, visible: torch.Tensor, executed: torch.Tensor | float, causal: float) -> None:
+        """Count pairs; tensors stay on the device: no synchronisation."""
+        self.visible, self.executed = visible + self.visible, executed + self.executed
+        self.causal += causal
+
     def reset(self) -> None:
-        self.visible = self.causal = 0.0
+        self.visible = self.executed = self.causal = 0.0
 
 
 def gumbel_for(model: torch.nn.Module, settings: GumbelSettings) -> Gumbel:
@@ -116,7 +157,7 @@ def gumbel_digits(
         uniform = torch.rand(logits.shape, generator=generator).clamp_(1e-9, 1 - 1e-7)
         logits = logits - torch.log(-torch.log(uniform)).to(logits.device)
     soft = torch.softmax(logits / temperature, -1)
-    hard = torch.nn.functional.one_hot(soft.argmax(-1), logits.shape[-1]).to(soft.dtype)
+    hard = torch.nn.functional.one_hot(logits.argmax(-1), logits.shape[-1]).to(soft.dtype)
     return hard + soft - soft.detach()
 
 
@@ -147,95 +188,59 @@ def load_balance(logits: torch.Tensor) -> torch.Tensor:
     return arity * (share * probability.mean((0, 2))).sum(-1).mean()
 
 
-@contextlib.contextmanager
-def gumbel_in(model: torch.nn.Module, gumbel: Gumbel) -> Iterator[None]:
-    """Let the attention of ``model`` follow content routers for the length of a ``with`` block.
+def balls_of(logits: list[torch.Tensor], settings: GumbelSettings) -> torch.Tensor:
+    """The ball of every token under the likeliest digits, (batch, heads, n) int64.
 
-    ``forward`` on whole windows and ``generate()`` on unpadded prompts work; digits of cached tokens are
-    kept.
+    Args:
+        logits: Of the digits of each group of heads, (batch, heads of it, n, levels, arity).
+        settings: For the radius.
     """
-    inner = inner_model(model)
-    base = inner.config.get_text_config()._attn_implementation
-    if base not in INTERFACE_NAMES:
-        raise SurgeryError(f"attention implementation {base!r}: supported are {', '.join(INTERFACE_NAMES)}.")
-    modules = attention_modules(inner)
-    state: dict[int, list[torch.Tensor]] = {}  # digits of all tokens so far, one-hot, for each group of heads
-    fresh: dict[int, list[torch.Tensor]] = {}
-
-    def route(index: int, module: torch.nn.Module, args: tuple, keywords: dict[str, Any]) -> None:
-        hidden = args[0] if args else keywords["hidden_states"]
-        logits = gumbel.routers[str(index)](hidden.detach() if not gumbel.training else hidden)
-        noise = gumbel.generator if gumbel.training else None
-        fresh[index] = [gumbel_digits(part, gumbel.temperature, noise) for part in logits]
-        if gumbel.training:
-            gumbel.balances.append(torch.stack([load_balance(part) for part in logits]).mean())
-
-    handles = [
-        module.register_forward_pre_hook(functools.partial(route, index), with_kwargs=True)
-        for index, module in modules.items()
-    ]
-    operated = {id(module): index for index, module in modules.items()}
-    AttentionInterface.register(NAME, functools.partial(_attention, base, gumbel, operated, state, fresh))
-    AttentionMaskInterface.register(NAME, functools.partial(surgery_mask, base))
-    inner.set_attn_implementation(NAME)
-    try:
-        yield
-    finally:
-        inner.set_attn_implementation(base)
-        for table in (AttentionInterface, AttentionMaskInterface):
-            table._global_mapping.pop(NAME, None)
-        for handle in handles:
-            handle.remove()
+    balls = [ball_ids(part.argmax(-1), part.shape[-1], settings.radius_of(part.shape[-2])) for part in logits]
+    return torch.cat(balls, 1)
 
 
-def _attention(
-    base: str,
+def soft_attention(
+    queries: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    digits: list[torch.Tensor],
     gumbel: Gumbel,
-    operated: dict[int, int],
-    state: dict[int, list[torch.Tensor]],
-    fresh: dict[int, list[torch.Tensor]],
-    module: torch.nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: Any,
-    **keywords: Any,
-) -> tuple[torch.Tensor, Any]:
-    index = operated.get(id(module))
-    if index is None:
-        return dense_function(base, module)(module, query, key, value, attention_mask, **keywords)
-    if attention_mask is not None and not bool(attention_mask.all()):
-        raise SurgeryError("the gumbel topology is executed on unpadded text only.")
-    new, count = query.shape[2], key.shape[2]
-    digits = fresh.pop(index)
-    if new < count:
-        digits = [torch.cat(parts, 2) for parts in zip(state[index], digits, strict=True)]
-    if not gumbel.training:
-        state[index] = digits
-    scale = keywords.get("scaling") or query.shape[-1] ** -0.5
-    dtype = torch.promote_types(query.dtype, torch.float32)
-    group = query.shape[1] // key.shape[1]
-    keys, values = (x.to(dtype).repeat_interleave(group, 1) for x in (key, value))
+    scale: float,
+) -> torch.Tensor:
+    """Attention of a whole window through straight-through masks, in at least float32; pairs are counted.
+
+    Args:
+        queries: (batch, heads, n, head_dim).
+        keys: (batch, kv_heads, n, head_dim).
+        values: (batch, kv_heads, n, value_dim).
+        digits: One-hot for each group of heads, (batch, heads of it, n, levels, arity).
+        gumbel: For radius, window and temperature.
+        scale: Scaling of q·k.
+
+    Returns:
+        (batch, heads, n, value_dim), the queries' dtype.
+    """
+    batch, heads, n, _ = queries.shape
+    dtype = torch.promote_types(queries.dtype, torch.float32)
+    keys, values = (x.to(dtype).repeat_interleave(heads // keys.shape[1], 1) for x in (keys, values))
     outs = []
-    for start in range(0, new, STRIP):
-        stop = min(start + STRIP, new)
-        rows = torch.arange(count - new + start, count - new + stop, device=query.device)
-        run = _checkpointed if gumbel.training else _strip
-        seen = count - new + stop
-        out, visible = run(
-            query[:, :, start:stop].to(dtype) * scale,
-            keys[:, :, :seen],
-            values[:, :, :seen],
-            [part[:, :, :seen] for part in digits],
-            rows,
+    for start in range(0, n, STRIP):
+        stop = min(start + STRIP, n)
+        out, visible = checkpoint(
+            _strip,
+            queries[:, :, start:stop].to(dtype) * scale,
+            keys[:, :, :stop],
+            values[:, :, :stop],
+            [part[:, :, :stop] for part in digits],
+            torch.arange(start, stop, device=queries.device),
             gumbel,
+            use_reentrant=False,
+            preserve_rng_state=False,
         )
         outs.append(out)
-        gumbel.visible = visible + gumbel.visible  # stays on the device: no synchronisation
-        before = count - new
-        pairs = (stop - start) * before + (stop * (stop + 1) - start * (start + 1)) // 2
-        gumbel.causal += pairs * query.shape[0] * query.shape[1]
-    return torch.cat(outs, 2).to(query.dtype).transpose(1, 2), None
+        causal = (stop * (stop + 1) - start * (start + 1)) // 2
+        gumbel.count(visible, (stop - start) * stop * batch * heads, causal * batch * heads)
+    return torch.cat(outs, 2).to(queries.dtype)
 
 
 def _strip(
@@ -248,79 +253,18 @@ def _strip(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Rows (batch, heads, rows, head_dim) over the keys up to the last of them, and their visible pairs."""
     settings, heads = gumbel.settings, queries.shape[1] // len(digits)
-    position = torch.arange(keys.shape[2], device=keys.device)
+    always, causal = always_visible(rows, torch.arange(keys.shape[2], device=keys.device), settings.window)
     outs, visible = [], torch.zeros((), dtype=torch.float64, device=keys.device)
     for number, part in enumerate(digits):
         heads_of = slice(number * heads, (number + 1) * heads)
-        radius = part.shape[-2] // 2 if settings.radius is None else settings.radius
+        radius = settings.radius_of(part.shape[-2])
         logits = queries[:, heads_of] @ keys[:, heads_of].transpose(-1, -2)
-        if gumbel.training:
-            always, causal = always_visible(rows, position, settings.window)
-            distance = expected_distance(part[:, :, rows], part)
-            hard = always | (causal & (distance <= radius + 0.5))
-            soft = torch.sigmoid((radius - distance) / gumbel.temperature)
-            through = torch.where(always, 1.0, hard.to(soft.dtype) + soft - soft.detach())
-            weights = torch.softmax(logits.masked_fill(~hard, -torch.inf), -1) * through
-            weights = weights / weights.sum(-1, keepdim=True)
-        else:
-            path = part.argmax(-1)
-            hard = content_mask(path[:, :, rows], path, rows, position, settings.window, radius)
-            weights = torch.softmax(logits.masked_fill(~hard, -torch.inf), -1)
+        distance = expected_distance(part[:, :, rows], part)
+        hard = always | (causal & (distance <= radius + 0.5))
+        soft = torch.sigmoid((radius - distance) / gumbel.temperature)
+        through = torch.where(always, 1.0, hard.to(soft.dtype) + soft - soft.detach())
+        weights = torch.softmax(logits.masked_fill(~hard, -torch.inf), -1) * through
+        weights = weights / weights.sum(-1, keepdim=True)
         visible = visible + hard.sum()
         outs.append(weights @ values[:, heads_of])
     return torch.cat(outs, 1), visible
-
-
-_checkpointed = functools.partial(checkpoint, _strip, use_reentrant=False, preserve_rng_state=False)
-
-
-@dataclasses.dataclass(frozen=True)
-class GumbelStep:
-    """Steps done, language-model loss in nats, load balance and measured total density of one window."""
-
-    step: int
-    loss: float
-    balance: float
-    density: float
-
-
-def learn_gumbel(
-    model: torch.nn.Module,
-    windows: torch.Tensor,
-    settings: GumbelSettings,
-    progress: Callable[[GumbelStep], None] | None = None,
-) -> Gumbel:
-    """Train content routers with the language-model loss of the frozen model.
-
-    Args:
-        model: A dense decoder in evaluation mode.
-        windows: (count, length) int64; step s takes window s modulo count.
-        settings: How.
-        progress: Told every step.
-    """
-    gumbel = gumbel_for(model, settings)
-    gumbel.training = True
-    optimiser = torch.optim.Adam(gumbel.routers.parameters(), lr=settings.rate)
-    fall = settings.last_temperature / settings.first_temperature
-    with frozen(model), gumbel_in(model, gumbel):
-        for step in range(settings.steps):
-            done = step / max(1, settings.steps - 1)
-            gumbel.temperature = settings.first_temperature * fall**done
-            gumbel.generator = torch.Generator().manual_seed(settings.seed * 1_000_003 + step)
-            gumbel.balances = []
-            gumbel.reset()
-            ids = windows[step % len(windows)][None].to(inner_model(model).device)
-            loss = model(ids, labels=ids, use_cache=False).loss.float()
-            balance = torch.stack([part.to(loss.device) for part in gumbel.balances]).mean()
-            optimiser.zero_grad(set_to_none=True)
-            (loss + settings.balance * done * balance).backward()
-            norm = torch.nn.utils.clip_grad_norm_(gumbel.routers.parameters(), 1.0)
-            if torch.isfinite(norm):
-                optimiser.step()
-            if progress is not None:
-                progress(
-                    GumbelStep(step + 1, float(loss.detach()), float(balance.detach()), gumbel.density())
-                )
-    gumbel.training = False
-    gumbel.reset()
-    return gumbel

@@ -70,14 +70,13 @@ class LearningState:
             SurgeryError: The disk is full or the folder cannot be written.
         """
         content = {
-            "about": about,
             "corrections": self.corrections.state_dict(),
             "optimiser": self.optimiser.state_dict(),
             "price": dataclasses.asdict(self.price),
             "step": self.step,
             "scale": self.scale,
         }
-        write_atomically(path, lambda file: torch.save(content, file))
+        write_checkpoint(path, about, content)
 
     def load(self, path: Path, about: dict[str, Any]) -> None:
         """Go on from a checkpoint, if there is one.
@@ -85,21 +84,42 @@ class LearningState:
         Raises:
             SurgeryError: It cannot be read, or is of another run.
         """
-        if not path.exists():
+        content = read_checkpoint(path, about)
+        if content is None:
             return
-        try:
-            content = torch.load(path, map_location="cpu", weights_only=True)
-        except Exception as error:
-            raise SurgeryError(f"{path} is damaged ({error}): remove it to start anew.") from error
-        differing = sorted(key for key in about if about[key] != content["about"].get(key))
-        if differing:
-            raise SurgeryError(
-                f"{path} is of another run ({', '.join(differing)} differ): remove it, or name another."
-            )
         self.corrections.load_state_dict(content["corrections"])
         self.optimiser.load_state_dict(content["optimiser"])
         self.price = Price(**content["price"])
         self.step, self.scale = content["step"], content["scale"]
+
+
+def write_checkpoint(path: Path, about: dict[str, Any], content: dict[str, Any]) -> None:
+    """Keep what a run consists of between two steps, and what it is a run of, atomically.
+
+    Raises:
+        SurgeryError: The disk is full or the folder cannot be written.
+    """
+    write_atomically(path, lambda file: torch.save({"about": about, **content}, file))
+
+
+def read_checkpoint(path: Path, about: dict[str, Any]) -> dict[str, Any] | None:
+    """What :func:`write_checkpoint` kept, tensors on the CPU, or None if there is no such file.
+
+    Raises:
+        SurgeryError: It cannot be read, or is of another run.
+    """
+    if not path.exists():
+        return None
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise SurgeryError(f"{path} is damaged ({error}): remove it to start anew.") from error
+    differing = sorted(key for key in about if about[key] != content["about"].get(key))
+    if differing:
+        raise SurgeryError(
+            f"{path} is of another run ({', '.join(differing)} differ): remove it, or name another."
+        )
+    return content
 
 
 def first_state(

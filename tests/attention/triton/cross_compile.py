@@ -28,7 +28,6 @@ from llama_surgery.attention.impl.triton import (
     prefill,
     summary,
     token_mask,
-    token_mask_rule,
     tuning,
 )
 from llama_surgery.attention.impl.triton.decode_tuning import decode_tuning_for
@@ -205,7 +204,7 @@ def compile_all(
             setattr(module, name, recorders[-1])
     chosen = tuning.tuning_for(family, head_dim, dtype.itemsize)
     job.tuning_for = lambda *_: chosen  # type: ignore[assignment]
-    job.obstacle = token_mask.obstacle = decode.obstacle = lambda *_: None  # nothing is run
+    job.obstacle = decode.obstacle = lambda *_: None  # nothing is run
     backward_pass.family_of = token_mask.family_of = lambda _: family  # type: ignore[assignment]
     length = 2048
     states = torch.zeros(8, heads, length, head_dim, dtype=dtype)
@@ -223,9 +222,10 @@ def compile_all(
         prefill.attend(states, keys, keys, built, config=rule, start=0, router=router, **extra)
     launch_decode(states, config, family, extra)
     launch_backward(states, keys, built, config, extra)
-    paths = torch.zeros(8, heads, length, dtype=torch.int64)
-    ball_rule = token_mask_rule.BallRule(levels=11, radius=5)
-    token_mask.attend_balls(states, keys, keys, paths, paths[:, 0], ball_rule, softcap=extra.get("softcap"))
+    balls = torch.zeros(1, 8 * heads, length, dtype=torch.int64)
+    for count in (length, 1) if wide else (length,):  # a single row is no tile for matrix units
+        queries = states.flatten(0, 1)[None, :, :count]
+        token_mask.attend(queries, keys[None], keys[None], balls, 128, 1.0, extra.get("softcap"))
     rows = []
     for recorder in recorders:
         for kernel in recorder.compiled.values():

@@ -1,4 +1,4 @@
-"""The token-masked kernels against dense attention under the boolean mask."""
+"""The token-masked kernels, and the plain executor, against dense attention under the boolean mask."""
 
 import dataclasses
 
@@ -7,172 +7,160 @@ import torch
 
 pytest.importorskip("triton")
 
+from tests.topology.test_balls import random_balls
+
+from llama_surgery.attention.balls import BallResult, attend_balls
+from llama_surgery.attention.impl import reference
 from llama_surgery.attention.impl.triton import token_mask as masked
-from llama_surgery.attention.impl.triton.token_mask_rule import BallRule, pack_paths, token_mask
 from llama_surgery.attention.impl.triton.tuning import Tuning
 from llama_surgery.errors import SurgeryError
+from llama_surgery.topology.balls import ball_intervals, ball_mask, pages_read
 
-RULE = BallRule(levels=6, radius=3, window=20, sinks=3)
+WINDOW = 20
 
 
 @dataclasses.dataclass
 class Case:
     rows: int
     past: int = 0
-    heads: int = 2
+    heads: int = 4
+    kv_heads: int = 2
     dim: int = 16
     value_dim: int | None = None
-    streams: int = 2
+    batch: int = 2
     dtype: torch.dtype = torch.float32
     softcap: float | None = None
-    shared: bool = False
+    balls: int = 7
+    window: int = WINDOW
+
+    def run(self, device: torch.device, backend: str = "triton") -> BallResult:
+        return attend_balls(*self.inputs(device), window=self.window, softcap=self.softcap, backend=backend)
+
+    def inputs(self, device: torch.device) -> tuple[torch.Tensor, ...]:
+        """Queries, keys, values as strided as a model's are, and balls."""
+        generator = torch.Generator().manual_seed(self.rows + 7 * self.past + self.heads)
+        total = self.past + self.rows
+
+        def normal(heads: int, count: int, dim: int) -> torch.Tensor:
+            states = torch.randn(self.batch, count, heads, dim, generator=generator)
+            return states.to(device, self.dtype).transpose(1, 2)
+
+        queries = normal(self.heads, self.rows, self.dim)
+        keys, values = (normal(self.kv_heads, total, dim) for dim in (self.dim, self.value_dim or self.dim))
+        balls = random_balls(self.batch, self.heads, total, balls=self.balls, seed=self.past)
+        return 2 * queries, keys, values, balls.to(device)
+
+    def exact(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Output and log-sum-exp in float64, and the mask."""
+        q, k, v, balls = self.inputs(device)
+        visible = ball_mask(balls, torch.arange(self.past, self.past + self.rows, device=device), self.window)
+        k, v = (x.double().repeat_interleave(self.heads // self.kv_heads, 1) for x in (k, v))
+        logits = q.double() @ k.transpose(-1, -2) * self.dim**-0.5
+        if self.softcap is not None:
+            logits = self.softcap * torch.tanh(logits / self.softcap)
+        logits = logits.masked_fill(~visible, -torch.inf)
+        return logits.softmax(-1) @ v, logits.logsumexp(-1), visible
 
 
-def inputs(case: Case, rule: BallRule, device: torch.device) -> tuple[torch.Tensor, ...]:
-    """Queries, keys, values, query and key paths; with ``shared``, heads' queries walk as their keys do."""
-    generator = torch.Generator().manual_seed(case.rows + 7 * case.past + case.heads)
-    total, value_dim = case.past + case.rows, case.value_dim or case.dim
-
-    def normal(*shape: int) -> torch.Tensor:
-        return torch.randn(*shape, generator=generator).to(device, case.dtype)
-
-    def paths(*shape: int) -> torch.Tensor:
-        # Crowded towards the first branches, so that balls differ in size and some are empty.
-        digits = torch.rand(*shape, rule.levels, generator=generator).pow(2) * rule.arity
-        return pack_paths(digits.long(), rule.arity).to(device)
-
-    key_paths = paths(case.streams, total)
-    query_paths = paths(case.streams, case.heads, case.rows)
-    if case.shared:
-        query_paths = key_paths[:, None, case.past :].expand_as(query_paths)
-    return (
-        2 * normal(case.streams, case.heads, case.rows, case.dim),
-        normal(case.streams, total, case.dim),
-        normal(case.streams, total, value_dim),
-        query_paths,
-        key_paths,
-    )
-
-
-def plain(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, visible: torch.Tensor, softcap: float | None
-) -> tuple[torch.Tensor, torch.Tensor]:
-    q, k, v = q.double(), k.double().unsqueeze(1), v.double().unsqueeze(1)
-    logits = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5
-    if softcap is not None:
-        logits = softcap * torch.tanh(logits / softcap)
-    logits = logits.masked_fill(~visible, -torch.inf)
-    return logits.softmax(-1) @ v, logits.logsumexp(-1)
-
-
-def check(case: Case, rule: BallRule, device: torch.device) -> masked.BallResult:
-    q, k, v, query_paths, key_paths = inputs(case, rule, device)
-    result = masked.attend_balls(q, k, v, query_paths, key_paths, rule, softcap=case.softcap)
-    visible = token_mask(query_paths, key_paths, rule)
-    out, lse = plain(q, k, v, visible, case.softcap)
+def check(case: Case, device: torch.device, backend: str = "triton") -> BallResult:
+    result, (out, lse, visible) = case.run(device, backend), case.exact(device)
     torch.testing.assert_close(result.out.double(), out, rtol=2e-5, atol=2e-5)
     torch.testing.assert_close(result.lse.double(), lse, rtol=2e-5, atol=2e-5)
-    assert torch.equal(result.near_pairs + result.seen_pairs, visible.sum((-1, -2)))
+    assert torch.equal(result.seen_pairs, visible.sum((-1, -2)))
+    assert result.causal_pairs == sum(range(case.past + 1, case.past + case.rows + 1))
     assert (result.read_pairs >= result.seen_pairs).all()
     return result
-
-
-def test_mask_by_hand() -> None:
-    """Eight tokens, paths of two binary digits, balls of one shared digit, window 2, one sink."""
-    rule = BallRule(levels=2, radius=1, window=2, sinks=1)
-    digits = torch.tensor([[0, 0], [1, 0], [0, 1], [1, 1], [1, 0], [0, 0], [1, 1], [0, 1]])
-    paths = pack_paths(digits, 2)[None]
-    assert paths.tolist() == [[0, 2, 1, 3, 2, 0, 3, 1]]
-    seen = token_mask(paths[:, None, 5:], paths, rule)[0, 0].int().tolist()
-    assert seen == [
-        [1, 0, 1, 0, 1, 1, 0, 0],
-        [1, 1, 0, 1, 1, 1, 1, 0],
-        [1, 0, 1, 0, 0, 1, 1, 1],
-    ]
-
-
-def test_mask_by_a_slow_loop() -> None:
-    rule = dataclasses.replace(RULE, arity=3, levels=3, radius=2, window=4, sinks=2)
-    _, _, _, query_paths, key_paths = inputs(Case(9, 14), rule, torch.device("cpu"))
-    mask = token_mask(query_paths, key_paths, rule)
-    for (stream, head, row, key), seen in zip(
-        torch.cartesian_prod(*(torch.arange(n) for n in mask.shape)).tolist(),
-        mask.flatten().tolist(),
-        strict=True,
-    ):
-        position = 14 + row
-        ball = int(query_paths[stream, head, row]) // 9 == int(key_paths[stream, key]) // 9
-        assert seen == (key <= position and (key < 2 or position - key < 4 or ball))
 
 
 @pytest.mark.usefixtures("poisoned")
 class TestAgainstDenseAttention:
     @pytest.mark.parametrize("rows", [1, 19, 64, 131])
     def test_rows_from_the_start(self, rows: int, device: torch.device) -> None:
-        check(Case(rows), RULE, device)
+        check(Case(rows), device)
 
-    @pytest.mark.parametrize(("past", "rows"), [(200, 1), (131, 70)])
-    @pytest.mark.parametrize("shared", [False, True])
-    def test_rows_after_a_past(self, past: int, rows: int, shared: bool, device: torch.device) -> None:
-        check(Case(rows, past, shared=shared), RULE, device)
+    @pytest.mark.parametrize(("past", "rows"), [(200, 1), (131, 70), (9, 3)])
+    def test_rows_after_a_past(self, past: int, rows: int, device: torch.device) -> None:
+        check(Case(rows, past), device)
+
+    @pytest.mark.parametrize(("heads", "kv_heads"), [(1, 1), (3, 3), (6, 2), (8, 1)])
+    def test_groups(self, heads: int, kv_heads: int, device: torch.device) -> None:
+        check(Case(40, 20, heads, kv_heads, batch=1), device)
 
     @pytest.mark.parametrize(("dim", "value_dim"), [(80, 80), (24, 40)])
     def test_head_dims(self, dim: int, value_dim: int, device: torch.device) -> None:
-        check(Case(40, 60, 3, dim, value_dim, streams=1), RULE, device)
+        check(Case(40, 60, 3, 1, dim, value_dim, batch=1), device)
 
     def test_softcap(self, device: torch.device) -> None:
-        check(Case(40, 60, softcap=2.0), RULE, device)
+        check(Case(40, 60, softcap=2.0), device)
 
-    @pytest.mark.parametrize(
-        "change",
-        [
-            {"radius": 0},
-            {"radius": 6},
-            {"sinks": 0},
-            {"sinks": 70},
-            {"window": 1},
-            {"window": 500},
-            {"arity": 5, "levels": 3, "radius": 1},
-        ],
-    )
-    def test_rules(self, change: dict[str, int], device: torch.device) -> None:
-        check(Case(70, 50), dataclasses.replace(RULE, **change), device)
+    @pytest.mark.parametrize("window", [1, 2, 64, 500])
+    def test_windows(self, window: int, device: torch.device) -> None:
+        check(Case(70, 50, window=window), device)
 
-    def test_one_ball_is_dense(self, device: torch.device) -> None:
-        rule = dataclasses.replace(RULE, radius=RULE.levels)
-        result = check(Case(70, streams=1), rule, device)
-        assert (result.near_pairs + result.seen_pairs == 70 * 71 // 2).all()
+    @pytest.mark.parametrize("balls", [1, 2, 500])
+    def test_few_balls_and_many(self, balls: int, device: torch.device) -> None:
+        result = check(Case(70, 50, balls=balls), device)
+        if balls == 1:
+            assert (result.seen_pairs == result.causal_pairs).all()
 
     def test_small_steps_and_strips(self, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
         small = Tuning(rows=16, block_near=16)
         monkeypatch.setattr(masked, "tuning_for", lambda *_: small)
         monkeypatch.setattr(masked, "STRIP_BYTES", 300)
         monkeypatch.setattr(masked, "LIST_BLOCK", 4)
-        check(Case(90, 110), RULE, device)
+        check(Case(90, 110), device)
+
+
+@pytest.mark.parametrize(("past", "rows"), [(0, 61), (70, 1), (30, 40)])
+def test_the_plain_executor(
+    past: int, rows: int, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reference, "STRIP", 16)
+    result = check(Case(rows, past, softcap=3.0), device, "reference")
+    assert (result.read_pairs >= result.causal_pairs).all()  # it skips nothing
+
+
+@pytest.mark.parametrize(("past", "rows"), [(0, 230), (300, 1), (131, 70)])
+def test_what_it_reads_is_what_balls_need(past: int, rows: int, device: torch.device) -> None:
+    """Pairs counted by the kernels, against pages counted from the intervals."""
+    case = Case(rows, past, balls=12)
+    queries, _, values, balls = case.inputs(device)
+    tile, page = masked.tile_and_page(queries, values)
+    pages = pages_read(ball_intervals(balls, rows, WINDOW), tile, page)
+    rows_of = torch.full(pages.shape[-1:], tile, device=device)
+    rows_of[-1] = rows - tile * (len(rows_of) - 1)
+    near = masked.window_pairs_read(past + rows, rows, WINDOW, tile, page)
+    assert torch.equal(case.run(device).read_pairs, (pages * rows_of).sum(-1) * page + near)
+
+
+def test_blocks_of_the_window_by_a_slow_loop() -> None:
+    count, rows, window, tile, page = 90, 41, 13, 16, 8
+    pairs = 0
+    for first in range(count - rows, count, tile):
+        last = min(first + tile, count)
+        keys = {key for row in range(first, last) for key in range(max(1, row - window + 1), row + 1)}
+        pairs += (last - first) * (1 + -(-len(keys) // page) * page)
+    assert masked.window_pairs_read(count, rows, window, tile, page) == pairs
 
 
 def test_rows_in_tree_order_read_little_that_they_do_not_see(
     device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(masked, "tuning_for", lambda *_: Tuning(rows=16, block_near=16))
-    rule = BallRule(levels=3, radius=1, window=16)
-    result = check(Case(600, heads=1, streams=1, shared=True), rule, device)
+    case = Case(600, heads=1, kv_heads=1, batch=1, balls=4, window=16)
+    result = check(case, device)
     # Causality hides half of a ball; beyond that, tiles and pages straddle borders of balls.
-    assert result.read_pairs.sum() < 1.4 * result.seen_pairs.sum()
+    assert result.read_pairs.sum() < 1.5 * result.seen_pairs.sum()
 
 
-def check_half(case: Case, rule: BallRule, device: torch.device) -> None:
+def check_half(case: Case, device: torch.device) -> None:
     """Errors at most 1.5 times those of PyTorch's own kernel in the same precision under the same mask."""
-    q, k, v, query_paths, key_paths = inputs(case, rule, device)
-    q = q / 2
-    result = masked.attend_balls(q, k, v, query_paths, key_paths, rule)
-    visible = token_mask(query_paths, key_paths, rule)
-    exact, _ = plain(q, k, v, visible, None)
-    keys, values = (x.unsqueeze(1).expand(-1, case.heads, -1, -1) for x in (k, v))
-    dense = torch.nn.functional.scaled_dot_product_attention(q, keys, values, attn_mask=visible)
-    error = (result.out.double() - exact).norm()
+    result, (exact, _, visible) = case.run(device), case.exact(device)
+    q, k, v, _ = case.inputs(device)
+    k, v = (x.repeat_interleave(case.heads // case.kv_heads, 1) for x in (k, v))
+    dense = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=visible)
     assert result.out.dtype == case.dtype
-    assert error <= 1.5 * (dense.double() - exact).norm()
+    assert (result.out.double() - exact).norm() <= 1.5 * (dense.double() - exact).norm()
 
 
 @pytest.mark.usefixtures("poisoned")
@@ -180,7 +168,7 @@ def check_half(case: Case, rule: BallRule, device: torch.device) -> None:
 def test_half_precision_is_as_good_as_plain_half_precision(dtype: torch.dtype, device: torch.device) -> None:
     if dtype == torch.bfloat16 and device.type == "cpu":
         pytest.skip("Triton's interpreter multiplies bfloat16 as integers")
-    check_half(Case(70, 130, dtype=dtype), RULE, device)
+    check_half(Case(70, 130, dtype=dtype), device)
 
 
 @pytest.mark.gpu
@@ -188,27 +176,24 @@ def test_half_precision_is_as_good_as_plain_half_precision(dtype: torch.dtype, d
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("dim", [64, 80, 96, 128, 256])
 def test_long_rows_in_half_precision(dim: int, dtype: torch.dtype, device: torch.device) -> None:
-    rule = BallRule(levels=11, radius=6)
-    for shared in (False, True):
-        check_half(Case(1500, 1530, 4, dim, dtype=dtype, shared=shared), rule, device)
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [({"radius": 7}, "at most levels=6"), ({"window": 0}, "window=0"), ({"arity": 1}, "arity=1")],
-)
-def test_rules_out_of_range_are_refused(change: dict[str, int], message: str) -> None:
-    with pytest.raises(SurgeryError, match=message):
-        dataclasses.replace(RULE, **change)
+    for past, rows in ((1530, 1500), (3000, 1)):
+        check_half(Case(rows, past, 8, 2, dim, dtype=dtype, balls=40, window=128), device)
 
 
 def test_calls_that_do_not_fit_are_refused(device: torch.device) -> None:
-    q, k, v, query_paths, key_paths = inputs(Case(20, 30), RULE, device)
-    with pytest.raises(SurgeryError, match=r"key paths \(2, 49\)"):
-        masked.attend_balls(q, k, v, query_paths, key_paths[:, 1:], RULE)
-    with pytest.raises(SurgeryError, match="63 bits"):
-        masked.attend_balls(q, k, v, query_paths, key_paths, BallRule(levels=60, radius=1))
+    case = Case(20, 30)
+    q, k, v, balls = case.inputs(device)
+    with pytest.raises(SurgeryError, match=r"balls \(2, 4, 49\)"):
+        attend_balls(q, k, v, balls[..., 1:], window=8)
+    with pytest.raises(SurgeryError, match="heads a multiple of kv_heads"):
+        attend_balls(q[:, :3], k, v, balls[:, :3], window=8)
+    with pytest.raises(SurgeryError, match="balls be int64"):
+        attend_balls(q, k, v, balls.int(), window=8)
+    with pytest.raises(SurgeryError, match="window=0"):
+        attend_balls(q, k, v, balls, window=0)
+    with pytest.raises(SurgeryError, match="backend='flex'"):
+        attend_balls(q, k, v, balls, window=8, backend="flex")
     with pytest.raises(SurgeryError, match="float64"):
-        masked.attend_balls(q.double(), k.double(), v.double(), query_paths, key_paths, RULE)
+        attend_balls(q.double(), k.double(), v.double(), balls, window=8, backend="triton")
     with pytest.raises(SurgeryError, match="does not differentiate"):
-        masked.attend_balls(q, k.requires_grad_(), v, query_paths, key_paths, RULE)
+        attend_balls(q, k.requires_grad_(), v, balls, window=8, backend="triton")

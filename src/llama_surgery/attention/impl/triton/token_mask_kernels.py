@@ -1,11 +1,10 @@
-"""Kernels of the token-masked mode: sinks and window by position, lists, and balls in tree order."""
+"""Kernels of the token-masked mode: position 0 and window in order of text, balls in tree order."""
 
 import triton
 import triton.language as tl
 
 from llama_surgery.attention.impl.triton.helpers import (
     EXACT,
-    FLOOR,
     LN2,
     LOG2E,
     cap_logits,
@@ -16,37 +15,37 @@ from llama_surgery.attention.impl.triton.helpers import (
 
 @triton.jit
 def _store_rows(out_ptr, lse_ptr, cell, acc, total, top, live, DIM: tl.constexpr, DIM_PAD: tl.constexpr):
-    """Write contiguous rows of an output and its log-sum-exp."""
+    """Write contiguous rows of an output and its log-sum-exp. Every row has seen position 0."""
     column = tl.arange(0, DIM_PAD)
     cells = out_ptr + cell[:, None] * DIM + column[None, :]
-    # Every live row has seen its own key.
-    total = tl.where(live, total, 1.0)
     out = (acc / total[:, None]).to(out_ptr.dtype.element_ty)
     tl.store(cells, out, mask=live[:, None] & (column < DIM)[None, :])
     tl.store(lse_ptr + cell, (top + tl.log2(total)) * LN2, mask=live)
 
 
-@triton.jit(do_not_specialize=["rows", "count", "window", "sinks"])
+@triton.jit(do_not_specialize=["rows", "count", "window"])
 def window_kernel(
     q_ptr,
     k_ptr,
     v_ptr,
     out_ptr,
     lse_ptr,
-    q_stream,
+    q_batch,
     q_head,
     q_row,
-    k_stream,
+    k_batch,
+    k_head,
     k_row,
-    v_stream,
+    v_batch,
+    v_head,
     v_row,
     rows,
     count,
     window,
-    sinks,
     scale,
     softcap,
     HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
     TILE: tl.constexpr,
     PAGE: tl.constexpr,
     DIM: tl.constexpr,
@@ -55,45 +54,45 @@ def window_kernel(
     VALUE_PAD: tl.constexpr,
     CAP: tl.constexpr,
 ):
-    """Attention of the last ``rows`` of ``count`` positions to ``sinks`` first and ``window`` last keys.
+    """Attention of the last ``rows`` of ``count`` positions to position 0 and the ``window`` last keys.
 
-    Keys in order of position. Writes contiguous (streams, heads, rows, VALUE_DIM) float32 and
-    (streams, heads, rows) float32. Grid: (tiles of rows, heads, streams).
+    Keys in order of position. Writes contiguous (batch, heads, rows, VALUE_DIM) float32 and
+    (batch, heads, rows) float32. Grid: (tiles of rows, heads, batch).
     """
-    head = tl.program_id(1)
-    stream = tl.program_id(2).to(tl.int64)
+    head = tl.program_id(1).to(tl.int64)
+    batch = tl.program_id(2).to(tl.int64)
     first = tl.program_id(0) * TILE
     row = first + tl.arange(0, TILE)
     live = row < rows
     position = count - rows + row
-    q_base = q_ptr + stream * q_stream + head.to(tl.int64) * q_head
-    q = load_rows(q_base, row, q_row, live, DIM, DIM_PAD, True)
-    k_base = k_ptr + stream * k_stream
-    v_base = v_ptr + stream * v_stream
-    top = tl.full([TILE], FLOOR, tl.float32)
-    total = tl.zeros([TILE], tl.float32)
-    acc = tl.zeros([TILE, VALUE_PAD], tl.float32)
+    q = load_rows(q_ptr + batch * q_batch + head * q_head, row, q_row, live, DIM, DIM_PAD, True)
+    k_base = k_ptr + batch * k_batch + head // GROUP * k_head
+    v_base = v_ptr + batch * v_batch + head // GROUP * v_head
     factor = scale * LOG2E
     if CAP:
         factor = 1.0
 
+    # Every row sees position 0: the softmax begins with it, and needs no block for one key.
+    column = tl.arange(0, DIM_PAD)
+    k_first = tl.load(k_base + column, mask=column < DIM, other=0.0)
+    logits_first = tl.sum(q.to(tl.float32) * k_first.to(tl.float32)[None, :], 1)
+    top = cap_logits(logits_first, scale, softcap, CAP) * factor
+    total = tl.full([TILE], 1.0, tl.float32)
+    column = tl.arange(0, VALUE_PAD)
+    v_first = tl.load(v_base + column, mask=column < VALUE_DIM, other=0.0)
+    acc = tl.zeros([TILE, VALUE_PAD], tl.float32) + v_first.to(tl.float32)[None, :]
+
     end = tl.minimum(count - rows + first + TILE, count)
-    begin = tl.maximum(count - rows + first - window + 1, 0)
-    # Sinks first, where the window does not begin with them, then the window: no key twice.
-    sink_blocks = tl.cdiv(tl.minimum(sinks, begin), PAGE)
-    for block in range(0, sink_blocks + tl.cdiv(end - begin, PAGE)):
-        of_sinks = block < sink_blocks
-        key = tl.where(of_sinks, block * PAGE, begin + (block - sink_blocks) * PAGE) + tl.arange(0, PAGE)
-        present = key < tl.where(of_sinks, tl.minimum(sinks, begin), end)
-        k = load_rows(k_base, key, k_row, present, DIM, DIM_PAD, True)
-        v = load_rows(v_base, key, v_row, present, VALUE_DIM, VALUE_PAD, True)
+    for begin in range(tl.maximum(count - rows + first - window + 1, 1), end, PAGE):
+        key = begin + tl.arange(0, PAGE)
+        k = load_rows(k_base, key, k_row, key < end, DIM, DIM_PAD, True)
+        v = load_rows(v_base, key, v_row, key < end, VALUE_DIM, VALUE_PAD, True)
         products = cap_logits(tl.dot(q, tl.trans(k), input_precision=EXACT), scale, softcap, CAP)
-        near = (key[None, :] > position[:, None] - window) | (key < sinks)[None, :]
-        visible = near & (key[None, :] <= position[:, None]) & present[None, :]
+        visible = (key[None, :] > position[:, None] - window) & (key[None, :] <= position[:, None])
         products = tl.where(visible, products, float("-inf"))
         acc, total, top = softmax_step(acc, total, top, products, factor, v, live, False)
 
-    cell = (stream * HEADS + head) * rows + row
+    cell = (batch * HEADS + head) * rows + row
     _store_rows(out_ptr, lse_ptr, cell, acc, total, top, live, VALUE_DIM, VALUE_PAD)
 
 
@@ -110,12 +109,12 @@ def ball_list_kernel(
     PAGE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """List the pages that some row of a tile sees a key of; one program per tile and head of a stream.
+    """List the pages that some row of a tile sees a key of; one program per tile, head and sequence.
 
     Args:
-        low_ptr, high_ptr: (streams * heads, rows) int32, slots that a row sees.
-        pages_ptr: (streams * heads, tiles, capacity) int32, gets ascending, left-packed pages.
-        counts_ptr: (streams * heads, tiles) int32, gets their number.
+        low_ptr, high_ptr: (batch * heads, rows) int32, slots that a row sees.
+        pages_ptr: (batch * heads, tiles, capacity) int32, gets ascending, left-packed pages.
+        counts_ptr: (batch * heads, tiles) int32, gets their number.
     """
     head = tl.program_id(1).to(tl.int64)
     listed = head * tl.num_programs(0) + tl.program_id(0)
@@ -140,7 +139,8 @@ def ball_kernel(
     q_ptr,
     k_ptr,
     v_ptr,
-    order_ptr,
+    key_order_ptr,
+    row_order_ptr,
     low_ptr,
     high_ptr,
     pages_ptr,
@@ -149,12 +149,14 @@ def ball_kernel(
     near_lse_ptr,
     out_ptr,
     lse_ptr,
-    q_stream,
+    q_batch,
     q_head,
     q_row,
-    k_stream,
+    k_batch,
+    k_head,
     k_row,
-    v_stream,
+    v_batch,
+    v_head,
     v_row,
     rows,
     count,
@@ -163,6 +165,7 @@ def ball_kernel(
     scale,
     softcap,
     HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
     TILE: tl.constexpr,
     PAGE: tl.constexpr,
     DIM: tl.constexpr,
@@ -173,33 +176,35 @@ def ball_kernel(
 ):
     """Go on from near results over a tile's listed pages, each row over the slots it sees.
 
-    Rows are tiled in tree order: the row at place i of a head is ``order[i]``, and sees the slots
-    ``low[i] … high[i] - 1`` of keys in tree order, that is its ball up to a position. Grid: (tiles of this
-    launch, streams * heads).
+    Rows are tiled in tree order: the row at place i of a head is ``row_order[i]``, and sees the slots
+    ``low[i] … high[i] - 1``, that is its ball up to a position. Slot j holds position ``key_order[j]``: keys
+    and values stay where they are, since every query head has an order of its own. Grid: (tiles of this
+    launch, batch * heads).
     """
     wide_head = tl.program_id(1).to(tl.int64)
-    stream, head = wide_head // HEADS, wide_head % HEADS
+    batch, head = wide_head // HEADS, wide_head % HEADS
     listed = wide_head * tl.num_programs(0) + tl.program_id(0)
     at = (first_tile + tl.program_id(0)) * TILE + tl.arange(0, TILE)
     live = at < rows
     place = wide_head * rows + at
-    row = tl.load(order_ptr + place, mask=live, other=0)
+    row = tl.load(row_order_ptr + place, mask=live, other=0)
     low = tl.load(low_ptr + place, mask=live, other=0)
     high = tl.load(high_ptr + place, mask=live, other=0)
     cell = wide_head * rows + row
-    q = load_rows(q_ptr + stream * q_stream + head * q_head, row, q_row, live, DIM, DIM_PAD, True)
+    q = load_rows(q_ptr + batch * q_batch + head * q_head, row, q_row, live, DIM, DIM_PAD, True)
     acc = load_rows(near_out_ptr, cell, VALUE_DIM, live, VALUE_DIM, VALUE_PAD, True)
     top = tl.load(near_lse_ptr + cell, mask=live, other=0.0) * LOG2E
     total = tl.full([TILE], 1.0, tl.float32)
-    k_base = k_ptr + stream * k_stream
-    v_base = v_ptr + stream * v_stream
+    k_base = k_ptr + batch * k_batch + head // GROUP * k_head
+    v_base = v_ptr + batch * v_batch + head // GROUP * v_head
     factor = scale * LOG2E
     if CAP:
         factor = 1.0
     for index in range(0, tl.load(counts_ptr + listed)):
         slot = tl.load(pages_ptr + listed * capacity + index) * PAGE + tl.arange(0, PAGE)
-        k = load_rows(k_base, slot, k_row, slot < count, DIM, DIM_PAD, True)
-        v = load_rows(v_base, slot, v_row, slot < count, VALUE_DIM, VALUE_PAD, True)
+        key = tl.load(key_order_ptr + wide_head * count + slot, mask=slot < count, other=0)
+        k = load_rows(k_base, key, k_row, slot < count, DIM, DIM_PAD, True)
+        v = load_rows(v_base, key, v_row, slot < count, VALUE_DIM, VALUE_PAD, True)
         products = cap_logits(tl.dot(q, tl.trans(k), input_precision=EXACT), scale, softcap, CAP)
         visible = (slot[None, :] >= low[:, None]) & (slot[None, :] < high[:, None])
         products = tl.where(visible, products, float("-inf"))

@@ -1,0 +1,126 @@
+"""Executing the ``gumbel`` topology: attention over exactly position 0, the window and a row's own ball."""
+
+import dataclasses
+from typing import Literal
+
+import torch
+
+from llama_surgery.attention.impl import reference
+from llama_surgery.attention.impl.common import differentiable
+from llama_surgery.config import SurgeryConfig
+from llama_surgery.errors import SurgeryError
+
+#: ``triton``: kernels that read a tile's blocks only. ``reference``: a masked softmax over everything.
+BallBackend = Literal["auto", "triton", "reference"]
+
+
+@dataclasses.dataclass(frozen=True)
+class BallResult:
+    """What :func:`attend_balls` returns.
+
+    Attributes:
+        out: (batch, heads, rows, value_dim), the queries' dtype.
+        lse: (batch, heads, rows) log-sum-exp of the visible logits, float32 or float64.
+        seen_pairs: (batch, heads) int64, (query, key) pairs that rows see.
+        read_pairs: (batch, heads) int64, pairs of all rows of a tile with all keys of the blocks it reads, in
+            part masked: what is multiplied. Blocks of window and diagonal count whole, so that it can exceed
+            the causal pairs of a short text.
+        causal_pairs: Pairs that dense attention would read, for one head.
+    """
+
+    out: torch.Tensor
+    lse: torch.Tensor
+    seen_pairs: torch.Tensor
+    read_pairs: torch.Tensor
+    causal_pairs: int
+
+
+def attend_balls(
+    queries: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    balls: torch.Tensor,
+    *,
+    window: int,
+    scale: float | None = None,
+    softcap: float | None = None,
+    backend: BallBackend = "auto",
+) -> BallResult:
+    """Attention of a text's last rows over what :func:`llama_surgery.topology.balls.ball_mask` shows them.
+
+    Args:
+        queries: (batch, heads, rows, head_dim), rows at the last positions.
+        keys: (batch, kv_heads, n, head_dim), all positions in order.
+        values: (batch, kv_heads, n, value_dim).
+        balls: (batch, heads, n) int64, the ball of every token, for each query head.
+        window: Last positions that are always seen, the row's own counted.
+        scale: Scaling of q·k, default ``head_dim**-0.5``.
+        softcap: Cap of the logits, or None.
+        backend: ``auto`` takes the kernels on a GPU where they can run the call. They do not differentiate.
+
+    Raises:
+        SurgeryError: Arguments that do not fit together, or a call that the backend asked for cannot run.
+    """
+    _check(queries, keys, values, balls, window)
+    scale = queries.shape[-1] ** -0.5 if scale is None else scale
+    if ball_backend(backend, queries, keys, values) == "triton":
+        from llama_surgery.attention.impl.triton import token_mask
+
+        out, lse, seen, read = token_mask.attend(queries, keys, values, balls, window, scale, softcap)
+    else:
+        out, lse, seen, read = reference.attend_balls(queries, keys, values, balls, window, scale, softcap)
+    rows, count = queries.shape[2], keys.shape[2]
+    return BallResult(out, lse, seen, read, rows * (2 * count - rows + 1) // 2)
+
+
+def ball_backend(
+    backend: BallBackend, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor
+) -> Literal["triton", "reference"]:
+    """Who executes a call: the backend asked for, or the fastest that can.
+
+    Raises:
+        SurgeryError: It is no backend, or cannot run this call.
+    """
+    if backend not in ("auto", "triton", "reference"):
+        raise SurgeryError(f"backend={backend!r}: balls are executed by 'auto', 'triton' or 'reference'.")
+    if backend == "reference" or (backend == "auto" and queries.device.type != "cuda"):
+        return "reference"
+    from llama_surgery.attention.impl import triton
+
+    # Balls have no tiles that a configuration could be at odds with: only tensors are looked at.
+    problem = triton.obstacle(SurgeryConfig(), queries, values, 1)
+    if problem is None and differentiable(queries, keys, values):
+        problem = "it does not differentiate balls; use torch.no_grad() or backend='reference'"
+    if problem is None:
+        return "triton"
+    if backend == "triton":
+        raise SurgeryError(f"backend='triton' cannot run this: {problem}.")
+    return "reference"
+
+
+def _check(
+    queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, balls: torch.Tensor, window: int
+) -> None:
+    fits = (
+        queries.dim() == keys.dim() == values.dim() == 4
+        and keys.shape[0] == queries.shape[0]
+        and keys.shape[3] == queries.shape[3]
+        and values.shape[:3] == keys.shape[:3]
+        and queries.shape[1] % keys.shape[1] == 0
+        and balls.shape == (*queries.shape[:2], keys.shape[2])
+        and 0 < queries.shape[2] <= keys.shape[2]
+    )
+    if not fits:
+        raise SurgeryError(
+            f"queries {tuple(queries.shape)}, keys {tuple(keys.shape)}, values {tuple(values.shape)}, balls "
+            f"{tuple(balls.shape)}: expected (batch, heads, rows, head_dim), (batch, kv_heads, n, head_dim), "
+            "(batch, kv_heads, n, value_dim) and (batch, heads, n), with 1 to n rows and heads a multiple of "
+            "kv_heads."
+        )
+    if not queries.dtype == keys.dtype == values.dtype or balls.dtype != torch.int64:
+        raise SurgeryError(
+            f"dtypes {queries.dtype}, {keys.dtype}, {values.dtype}, balls {balls.dtype}: queries, keys and "
+            "values must share one floating dtype, balls be int64."
+        )
+    if window < 1:
+        raise SurgeryError(f"window={window}: must be at least 1, the row itself.")
