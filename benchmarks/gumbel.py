@@ -1,13 +1,26 @@
-"""The preprint's router: perplexity at its measured density, by arity and radius.
+"""The preprint's router: perplexity, tokens that rows see and blocks that are read, by arity and radius.
 
     python -m benchmarks.gumbel MODEL --train-text DIR --text DIR --device cuda --arities 2 3 4 5
 
-A router is trained for each arity with the language-model loss, then measured at the radii asked for, or at
-the smallest whose measured total density is not below ``--total``. Rows go to ``--out`` as they are measured.
+A router is trained for each arity with the language-model loss (radius: half the levels), then measured at
+the radii asked for, or at all from 0 until the token density reaches ``--total``. Every row has a pair of
+total densities, both over causal pairs:
+
+* ``total_density``: (row, key) pairs that the mask shows. It is what sparsity of tokens promises.
+* ``executed_density``: pairs that were multiplied, all rows of a tile with all keys of every block it reads,
+  window and diagonal blocks whole. The token-masked kernels (``--backend triton``, the default on a GPU)
+  skip every block without a visible pair, rows and keys sorted by ball; ``reference`` skips nothing.
+
+``--blocks 64`` counts beside it what tiles and blocks of that size read, whatever executes the model: sorted
+by ball (``tree_64``), and in the order of the text (``text_64``), which is all that skipping without sorting
+could save. Rows go to ``--out`` as they are measured and are not measured again; training goes on from its
+checkpoints in ``--checkpoints``.
 """
 
 import argparse
+import csv
 import dataclasses
+import platform
 import time
 from pathlib import Path
 
@@ -17,12 +30,53 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from llama_surgery.evaluation.io import write_csv
 from llama_surgery.evaluation.paired import perplexity_ratio
-from llama_surgery.learning.gumbel import GumbelSettings
+from llama_surgery.evaluation.perplexity import Perplexity
+from llama_surgery.learning.gumbel import Gumbel, GumbelSettings
 from llama_surgery.learning.gumbel_attach import gumbel_in
 from llama_surgery.learning.gumbel_trainer import GumbelStep, learn_gumbel
 from llama_surgery.text import read_texts, windows
+from llama_surgery.topology.balls import (
+    ball_intervals,
+    blocks_in_order_of_text,
+    pages_read,
+    window_pairs_read,
+)
 
 RESULTS = Path(__file__).parent / "results" / "gumbel.csv"
+#: What identifies a row.
+KEYS = (
+    *("arity", "radius", "window", "length", "train_length", "steps", "rate", "seed"),
+    *("windows", "evaluation_seed", "text", "backend", "blocks"),
+)
+
+
+class BlockCounter:
+    """Counts, for tiles and blocks of a few sizes, the pairs that whole windows read. A ``BallListener``.
+
+    Args:
+        sizes: Rows of a tile, and keys of a block.
+        window: Of the topology.
+    """
+
+    def __init__(self, sizes: list[int], window: int) -> None:
+        self.sizes, self.window, self.causal = sizes, window, 0
+        self.pairs = {f"{order}_{size}": 0 for size in sizes for order in ("tree", "text")}
+
+    def __call__(self, layer: int, balls: torch.Tensor) -> None:
+        batch, heads, n = balls.shape
+        self.causal += batch * heads * n * (n + 1) // 2
+        found = ball_intervals(balls, n, self.window)
+        for size in self.sizes:
+            rows = torch.full((-(-n // size),), size, device=balls.device)
+            rows[-1] = n - size * (len(rows) - 1)
+            sorted_pairs = (pages_read(found, size, size) * rows).sum() * size
+            near = window_pairs_read(n, n, self.window, size, size) * batch * heads
+            self.pairs[f"tree_{size}"] += int(sorted_pairs) + near
+            blocks = blocks_in_order_of_text(balls, self.window, size, size)
+            self.pairs[f"text_{size}"] += int((blocks * rows).sum()) * size
+
+    def densities(self) -> dict[str, float]:
+        return {name: pairs / max(1, self.causal) for name, pairs in self.pairs.items()}
 
 
 def main() -> None:
@@ -33,77 +87,148 @@ def main() -> None:
     model = model.to(options.device).eval()
     train, texts = read_texts(options.train_text), read_texts(options.text)
     ids = windows(tokenizer, texts, options.length, options.windows, options.evaluation_seed)
-    dense, rows = losses_of(model, ids, 1), []
+    train_length = options.train_length or options.length
+    learned_on = windows(tokenizer, train, train_length, options.train_windows, 100 + options.seed)
+    rows = list(csv.DictReader(options.out.open())) if options.out.exists() else []
+    dense = losses_of(model, ids, 1)
+    print(f"dense: perplexity {dense.value:.4f}", flush=True)
     for arity in options.arities:
-        begun = time.time()
-        settings = GumbelSettings(
-            length=options.length, steps=options.steps, arities=(arity,), seed=options.seed
-        )
-        learned_on = windows(tokenizer, train, options.length, options.train_windows, 100 + options.seed)
-        torch.set_float32_matmul_precision("high" if options.tf32 else "highest")
-        last: dict = {}
-
-        def tell(step: GumbelStep, last: dict = last, arity: int = arity) -> None:
-            last.update(dataclasses.asdict(step))
-            if step.step % max(1, options.steps // 10) == 0:
-                print(f"  arity {arity} {step}", flush=True)
-
-        gumbel = learn_gumbel(model, learned_on, settings, tell)
-        seconds = time.time() - begun
-        torch.set_float32_matmul_precision("highest")
+        begun, last = time.time(), {}
+        gumbel = _learned(model, learned_on, arity, options, last)
+        seconds = round(time.time() - begun, 1)
         levels = max(levels for router in gumbel.routers.values() for levels, _ in router.shapes)
         for radius in options.radii or range(levels + 1):
-            gumbel.settings = dataclasses.replace(settings, radius=radius)
-            gumbel.reset()
-            with gumbel_in(model, gumbel):
-                losses = losses_of(model, ids, 1)
-            ratio = perplexity_ratio(dense.per_window, losses.per_window, 0)
-            rows.append(
-                {
-                    "arity": arity,
-                    "levels": levels,
-                    "radius": radius,
-                    "length": options.length,
-                    "windows": options.windows,
-                    "steps": options.steps,
-                    "seed": options.seed,
-                    "total_density": gumbel.density(),
-                    "ppl": losses.value,
-                    "dense_ppl": dense.value,
-                    "ppl_ratio": ratio.ratio,
-                    "ratio_low": ratio.low,
-                    "ratio_high": ratio.high,
-                    "training_loss": last["loss"],
-                    "balance": last["balance"],
-                    "learning_seconds": round(seconds, 1),
-                }
-            )
-            write_csv(options.out, rows)
-            print(f"arity {arity} radius {radius}: total {gumbel.density():.4f} ratio {ratio.ratio:.5f}")
-            if not options.radii and gumbel.density() >= options.total:
+            key = _key(options, arity, radius)
+            row = next((row for row in rows if all(str(row.get(k)) == v for k, v in key.items())), None)
+            if row is None:
+                about = {"levels": levels, "trained_radius": levels // 2, "learning_seconds": seconds, **last}
+                row = key | about | _measured(model, ids, gumbel, radius, dense, options)
+                rows.append(row)
+                write_csv(options.out, rows)
+            _tell(row, options.blocks)
+            if not options.radii and float(row["total_density"]) >= options.total:
                 break
+
+
+def _learned(
+    model: torch.nn.Module, ids: torch.Tensor, arity: int, options: argparse.Namespace, last: dict
+) -> Gumbel:
+    """Train routers of one arity, or go on; ``last`` gets what the last step told."""
+    settings = GumbelSettings(
+        length=max(options.length, ids.shape[1]),
+        steps=options.steps,
+        arities=(arity,),
+        window=options.window,
+        rate=options.rate,
+        seed=options.seed,
+    )
+
+    def tell(step: GumbelStep) -> None:
+        last.update(training_loss=step.loss, balance=step.balance, training_density=step.density)
+        if step.step % max(1, options.steps // 10) == 0:
+            print(f"  arity {arity} {step}", flush=True)
+
+    file = None
+    if options.checkpoints is not None:
+        file = options.checkpoints / f"arity-{arity}-seed-{options.seed}.pt"
+    torch.set_float32_matmul_precision("high" if options.tf32 else "highest")
+    gumbel = learn_gumbel(model, ids, settings, tell, checkpoint_file=file, every_seconds=30)
+    torch.set_float32_matmul_precision("highest")
+    return gumbel
+
+
+def _measured(
+    model: torch.nn.Module,
+    ids: torch.Tensor,
+    gumbel: Gumbel,
+    radius: int,
+    dense: Perplexity,
+    options: argparse.Namespace,
+) -> dict:
+    """Losses and densities at a radius."""
+    counter = BlockCounter(options.blocks, options.window)
+    gumbel.settings = dataclasses.replace(gumbel.settings, radius=radius)
+    gumbel.backend, gumbel.listener = options.backend, counter if options.blocks else None
+    gumbel.reset()
+    begun = time.time()
+    with gumbel_in(model, gumbel):
+        losses = losses_of(model, ids, 1)
+    ratio = perplexity_ratio(dense.per_window, losses.per_window, 0)
+    return {
+        "total_density": gumbel.density(),
+        "executed_density": gumbel.executed_density(),
+        **counter.densities(),
+        "ppl": losses.value,
+        "dense_ppl": dense.value,
+        "ppl_ratio": ratio.ratio,
+        "ratio_low": ratio.low,
+        "ratio_high": ratio.high,
+        "seconds": round(time.time() - begun, 1),
+        "model": Path(options.model).name,
+        "device": torch.cuda.get_device_name() if options.device == "cuda" else platform.processor(),
+        "torch": torch.__version__,
+    }
+
+
+def _key(options: argparse.Namespace, arity: int, radius: int) -> dict[str, str]:
+    values = vars(options) | {
+        "arity": arity,
+        "radius": radius,
+        "train_length": options.train_length or options.length,
+        "text": options.text.name,
+        "blocks": "-".join(map(str, options.blocks)),
+    }
+    return {name: str(values[name]) for name in KEYS}
+
+
+def _tell(row: dict, sizes: list[int]) -> None:
+    def number(name: str) -> str:
+        return f"{float(row[name]):.4f}"
+
+    blocks = "".join(
+        f", blocks of {size}: {number(f'tree_{size}')} by ball, {number(f'text_{size}')} by text"
+        for size in sizes
+    )
+    print(
+        f"arity {row['arity']} radius {row['radius']}: tokens {number('total_density')}, executed "
+        f"{number('executed_density')} ({row['backend']}){blocks}; ratio {float(row['ppl_ratio']):.5f}",
+        flush=True,
+    )
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        "python -m benchmarks.gumbel",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add("model")
-    add("--train-text", required=True, type=Path)
-    add("--text", required=True, type=Path)
+    add("model", help="folder or name of a dense checkpoint")
+    add("--train-text", required=True, type=Path, help="file or folder of texts that routers learn on")
+    add("--text", required=True, type=Path, help="file or folder of texts that are measured")
     add("--device", default="cpu")
-    add("--arities", type=int, nargs="+", default=[2])
+    add(
+        "--backend",
+        choices=("auto", "triton", "reference"),
+        default="auto",
+        help="what executes the mask while measuring; auto: triton on a GPU, else reference",
+    )
+    add("--blocks", type=int, nargs="*", default=[], help="count blocks of these sizes, sorted and not")
+    add("--arities", type=int, nargs="+", default=[2], help="children of a node; a router each")
     add("--radii", type=int, nargs="+", help="all from 0 until --total is reached if left out")
-    add("--total", type=float, default=0.165, help="total density that is to be reached")
-    add("--steps", type=int, default=100)
-    add("--seed", type=int, default=0)
+    add("--total", type=float, default=0.165, help="token density that is to be reached")
+    add("--window", type=int, default=128, help="last tokens that every row sees")
+    add("--steps", type=int, default=100, help="of training, each on one window")
+    add("--rate", type=float, default=1e-3, help="Adam's learning rate")
+    add("--seed", type=int, default=0, help="of routers, noise and training windows")
     add("--tf32", action="store_true", help="faster products while learning, on a GPU")
-    add("--length", type=int, default=8192)
+    add("--length", type=int, default=8192, help="tokens of a measured window")
+    add("--train-length", type=int, help="tokens of a training window, if not the same")
     add("--train-windows", type=int, default=100)
-    add("--windows", type=int, default=24)
-    add("--evaluation-seed", type=int, default=0)
-    add("--out", type=Path, default=RESULTS)
+    add("--windows", type=int, default=24, help="windows that are measured")
+    add("--evaluation-seed", type=int, default=0, help="of the measured windows")
+    add("--checkpoints", type=Path, help="folder in which a killed training finds its state")
+    add("--out", type=Path, default=RESULTS, help="CSV of all rows")
     return parser
 
 

@@ -10,6 +10,7 @@ from llama_surgery.topology.balls import (
     ball_mask,
     blocks_in_order_of_text,
     pages_read,
+    window_pairs_read,
 )
 
 
@@ -92,3 +93,13 @@ def test_blocks_in_order_of_text_by_a_slow_loop(tile: int, block: int) -> None:
         for number in range(counts.shape[-1]):
             rows = mask[0, head, number * tile : (number + 1) * tile]
             assert int(counts[0, head, number]) == sum(bool(part.any()) for part in rows.split(block, 1))
+
+
+def test_blocks_of_the_window_by_a_slow_loop() -> None:
+    count, rows, window, tile, page = 90, 41, 13, 16, 8
+    pairs = 0
+    for first in range(count - rows, count, tile):
+        last = min(first + tile, count)
+        keys = {key for row in range(first, last) for key in range(max(1, row - window + 1), row + 1)}
+        pairs += (last - first) * (1 + -(-len(keys) // page) * page)
+    assert window_pairs_read(count, rows, window, tile, page) == pairs

@@ -104,6 +104,26 @@ def always_pairs(rows: int, window: int) -> int:
     return full * (full + 1) // 2 + (rows - full) * (window + 1)
 
 
+def window_pairs_read(count: int, rows: int, window: int, tile: int, page: int) -> int:
+    """Pairs that tiles multiply for position 0 and window: of all their rows, with all keys of a block.
+
+    Position 0 is taken alone; blocks of ``page`` keys begin where the window of a tile's first row does.
+
+    Args:
+        count: Tokens of the text.
+        rows: How many of the last of them are rows.
+        window: As in :func:`always_visible`.
+        tile: Rows of a tile.
+        page: Keys of a block.
+    """
+    pairs = rows
+    for first in range(count - rows, count, tile):
+        end = min(first + tile, count)
+        blocks = -(-(end - max(first - window + 1, 1)) // page)
+        pairs += (end - first) * blocks * page
+    return pairs
+
+
 def pages_read(found: Intervals, tile: int, page: int) -> torch.Tensor:
     """Pages of ``page`` slots that some row of a tile of ``tile`` places sees a key of.
 

@@ -14,7 +14,7 @@ from llama_surgery.attention.impl import reference
 from llama_surgery.attention.impl.triton import token_mask as masked
 from llama_surgery.attention.impl.triton.tuning import Tuning
 from llama_surgery.errors import SurgeryError
-from llama_surgery.topology.balls import ball_intervals, ball_mask, pages_read
+from llama_surgery.topology.balls import ball_intervals, ball_mask, pages_read, window_pairs_read
 
 WINDOW = 20
 
@@ -129,18 +129,8 @@ def test_what_it_reads_is_what_balls_need(past: int, rows: int, device: torch.de
     pages = pages_read(ball_intervals(balls, rows, WINDOW), tile, page)
     rows_of = torch.full(pages.shape[-1:], tile, device=device)
     rows_of[-1] = rows - tile * (len(rows_of) - 1)
-    near = masked.window_pairs_read(past + rows, rows, WINDOW, tile, page)
+    near = window_pairs_read(past + rows, rows, WINDOW, tile, page)
     assert torch.equal(case.run(device).read_pairs, (pages * rows_of).sum(-1) * page + near)
-
-
-def test_blocks_of_the_window_by_a_slow_loop() -> None:
-    count, rows, window, tile, page = 90, 41, 13, 16, 8
-    pairs = 0
-    for first in range(count - rows, count, tile):
-        last = min(first + tile, count)
-        keys = {key for row in range(first, last) for key in range(max(1, row - window + 1), row + 1)}
-        pairs += (last - first) * (1 + -(-len(keys) // page) * page)
-    assert masked.window_pairs_read(count, rows, window, tile, page) == pairs
 
 
 def test_rows_in_tree_order_read_little_that_they_do_not_see(

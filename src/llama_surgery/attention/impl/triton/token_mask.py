@@ -16,7 +16,7 @@ from llama_surgery.attention.impl.triton.token_mask_kernels import (
     window_kernel,
 )
 from llama_surgery.attention.impl.triton.tuning import family_of, tuning_for
-from llama_surgery.topology.balls import Intervals, always_pairs, ball_intervals
+from llama_surgery.topology.balls import Intervals, always_pairs, ball_intervals, window_pairs_read
 
 #: Rows of a tile: more of them share fewer pages, fewer do not fill a matrix unit.
 LARGEST_TILE, SMALLEST_TILE = 64, 16
@@ -93,16 +93,6 @@ def attend(
     read = (counts * rows_of).sum(-1) * page + window_pairs_read(count, rows, window, tile, page)
     seen = (found.high - found.low).long().sum(-1) + always_pairs(count, window)
     return out, lse, seen - always_pairs(count - rows, window), read
-
-
-def window_pairs_read(count: int, rows: int, window: int, tile: int, page: int) -> int:
-    """Pairs of the rows of a text's end with position 0 and with the blocks of keys that their tiles read."""
-    pairs = rows
-    for first in range(count - rows, count, tile):
-        end = min(first + tile, count)
-        blocks = -(-(end - max(first - window + 1, 1)) // page)
-        pairs += (end - first) * blocks * page
-    return pairs
 
 
 def _over_balls(
