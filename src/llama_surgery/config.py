@@ -181,6 +181,12 @@ class SurgeryConfig:
         return self.moment_size or self.page_size
 
     @property
+    def summarised(self) -> int:
+        """Keys that one term of a summary stands for; 0 without summaries."""
+        sizes = {"none": 0, "ball": self.ball_size, "page": self.page_size, "chunk": self.chunk_size}
+        return sizes[self.summary]
+
+    @property
     def balls_per_page(self) -> int:
         return self.page_size // self.ball_size
 

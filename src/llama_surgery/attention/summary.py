@@ -32,9 +32,9 @@ def summary(
     heads, rows = queries.shape[1:3]
     pages = plan.block.closed * config.pages_per_chunk
     scores = scorer.weights(queries.flatten(1, 2), layout.moments.first(pages * config.balls_per_page))
-    seen, size = page_mask(plan, pages), config.page_size
+    seen = page_mask(plan, pages)
     if config.summary == "ball":
-        seen, size = seen.repeat_interleave(config.balls_per_page, -1), config.ball_size
+        seen = seen.repeat_interleave(config.balls_per_page, -1)
     elif config.balls_per_page > 1:
         scores = scores.unflatten(-1, (pages, -1)).logsumexp(-1)
     scores = scores.unflatten(1, (heads, rows))
@@ -42,9 +42,21 @@ def summary(
         scores = scores + scorer.router.summary.to(scores.dtype)[..., None, None]
     scores = scores.masked_fill(seen.unsqueeze(1), -torch.inf)
     if config.summary == "chunk":
-        scores, size = scores.unflatten(-1, (plan.block.closed, -1)).logsumexp(-1), config.chunk_size
+        scores = scores.unflatten(-1, (plan.block.closed, -1)).logsumexp(-1)
     lse = scores.logsumexp(-1)
     weights = (scores - lse.unsqueeze(-1).clamp_min(torch.finfo(scores.dtype).min)).exp()
-    values = layout.values[:, : pages * config.page_size].to(scores.dtype)
-    means = values.unflatten(1, (-1, size)).mean(2)
-    return weights @ means.unsqueeze(1), lse
+    means = mean_values(layout.values[:, : pages * config.page_size], config)
+    return weights @ means.to(scores.dtype).unsqueeze(1), lse
+
+
+def mean_values(values: torch.Tensor, config: SurgeryConfig) -> torch.Tensor:
+    """Mean values of all balls, pages or chunks, whatever is summarised.
+
+    Args:
+        values: (streams, n * chunk_size, value_dim) in tree order.
+
+    Returns:
+        (streams, balls, pages or chunks, value_dim) float32, or float64 if given.
+    """
+    dtype = values.dtype if values.dtype == torch.float64 else torch.float32
+    return values.unflatten(1, (-1, config.summarised)).mean(2, dtype=dtype)

@@ -3,6 +3,7 @@
 import torch
 
 from llama_surgery.attention.api import kernel_features, kernel_moments
+from llama_surgery.attention.summary import mean_values
 from llama_surgery.config import SurgeryConfig
 from llama_surgery.topology.layout import Layout, Moments
 
@@ -12,6 +13,9 @@ GROWTH = 16
 
 #: Name of the features of the finest level; coarser ones are -2 and -3.
 FINEST = "features -1"
+
+#: Name of the mean values of what is summarised.
+MEAN_VALUES = "mean values"
 
 
 def writable(tensor: torch.Tensor) -> bool:
@@ -61,18 +65,19 @@ class PageBuffers:
         """(streams, capacity, value_dim)."""
         return self._tensors["values"]
 
-    def finest_features(self) -> torch.Tensor:
-        """What decode kernels score, as ``kernel_features`` gives it for ``capacity`` tokens."""
-        if FINEST not in self._tensors:
-            pool, keys = self.config.variance_pool, self.keys
-            like = keys[..., :1].expand(-1, -1, keys.shape[-1] // pool * (pool + 1))
-            self._units[FINEST] = self.config.ball_size
-            self._tensors[FINEST] = self._empty(FINEST, like)
-        return self._tensors[FINEST]
-
     def read_by_kernels(self) -> tuple[torch.Tensor, ...]:
-        """Keys, values, features and sink pages: what decode kernels read, at addresses a graph holds."""
-        return self.keys, self.values, self.finest_features(), self.sink_page
+        """What decode kernels read, at addresses a graph holds.
+
+        Keys, values, features of the finest level as ``kernel_features`` gives them for ``capacity`` tokens,
+        sink pages, and the mean values of what is summarised, if anything is.
+        """
+        pool, dim = self.config.variance_pool, self.keys.shape[-1]
+        features = self._held(FINEST, self.config.ball_size, self.keys, dim + dim // pool)
+        read = (self.keys, self.values, features, self.sink_page)
+        if self.config.summary == "none":
+            return read
+        size = self.config.summarised
+        return *read, self._held(MEAN_VALUES, size, self.values, self.values.shape[-1])
 
     def reserve(self, tokens: int) -> None:
         """Make room for ``tokens`` tokens a sequence."""
@@ -115,6 +120,9 @@ class PageBuffers:
             levels = kernel_features(layout.moments, self.config, layout.keys.dtype)
             for index, features in enumerate(levels, start=-len(levels)):
                 self._put(f"features {index}", streams, start, tokens, features)
+            if self.config.summary != "none":
+                means = mean_values(layout.values, self.config).to(layout.values.dtype)
+                self._put(MEAN_VALUES, streams, start, tokens, means)
         else:
             self._put("mean", streams, start, tokens, layout.moments.mean)
             self._put("variance", streams, start, tokens, layout.moments.variance)
@@ -143,6 +151,13 @@ class PageBuffers:
         chosen._tensors = {name: t.index_select(0, streams) for name, t in self._tensors.items()}
         chosen._units = dict(self._units)
         return chosen
+
+    def _held(self, name: str, unit: int, like: torch.Tensor, width: int) -> torch.Tensor:
+        """A tensor by name; where nothing was written yet, one to be written to later."""
+        if name not in self._tensors:
+            self._units[name] = unit
+            self._tensors[name] = self._empty(name, like[..., :1].expand(*like.shape[:-1], width))
+        return self._tensors[name]
 
     def _put(self, name: str, streams: slice, start: int, tokens: int, new: torch.Tensor) -> None:
         if not tokens:

@@ -69,6 +69,7 @@ def decode_step(
         DecodeCache,
         append_tokens,
         feature_blocks,
+        mean_blocks,
     )
 
     (batch, heads, rows, _), kv_heads = query.shape, key.shape[1]
@@ -77,7 +78,7 @@ def decode_step(
     sinks = keywords.get("s_aux")
     if sinks is not None:
         sinks = sinks.detach().view(kv_heads, heads // kv_heads).repeat(batch, 1)
-    keys, values, features, sink_page = buffers.read_by_kernels()
+    keys, values, features, sink_page, *means = buffers.read_by_kernels()
     by_chunk = (x.view(batch, kv_heads, -1, layer.config.chunk_size, x.shape[-1]) for x in (keys, values))
     cache = DecodeCache(
         layer.config,
@@ -85,6 +86,7 @@ def decode_step(
         *feature_blocks(features, layer.config, kv_heads),
         sink_page.view(batch, kv_heads, 1),
         lengths,
+        mean_values=mean_blocks(*means, layer.config, kv_heads) if means else None,
     )
     append_tokens(cache, key.flatten(0, 1), value.flatten(0, 1))
     result = decode(

@@ -78,6 +78,11 @@ class TestDecodeAgainstReference:
         case = test_decode.Case((170, 290), 3, heads, 2, dim, softcap=3.0 if pool > 1 else None, sink=True)
         test_decode.check(case, config, device, router=learned(2, heads, dim, device))
 
+    @pytest.mark.parametrize("summary", ["page", "ball"])
+    def test_summaries(self, summary: str, device: torch.device) -> None:
+        config = dataclasses.replace(CONFIG, summary=summary, moment_size=8)
+        test_decode.check(test_decode.Case((170, 290), 2), config, device, router=learned(2, 4, 16, device))
+
 
 @pytest.mark.usefixtures("poisoned")
 def test_a_chunk_that_decoding_fills_is_ordered_by_mapped_keys(device: torch.device) -> None:

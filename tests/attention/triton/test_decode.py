@@ -208,6 +208,15 @@ class TestAgainstReference:
         config = dataclasses.replace(CONFIG, variance_pool=4, moment_size=8)
         check(Case((300, 97), 2, dim=dim), config, device)
 
+    @pytest.mark.parametrize("summary", ["page", "ball"])
+    @pytest.mark.parametrize("moment_size", [4, 16])
+    def test_summaries(self, moment_size: int, summary: str, device: torch.device) -> None:
+        config = dataclasses.replace(CONFIG, summary=summary, moment_size=moment_size)
+        check(Case((300, 97, 20, 511)), config, device)
+        check(Case((190, 350), 3, 3, dim=40, softcap=3.0, sink=True), config, device)
+        few = dataclasses.replace(config, variance_pool=4, theta_decode=0.9)
+        check(Case((330,), 8, 12, 1, dim=16, value_dim=24), few, device, DecodeTuning(step_bytes=1))
+
     @pytest.mark.parametrize("sink", [False, True])
     @pytest.mark.parametrize("softcap", [None, 3.0])
     def test_caps_and_sinks(self, sink: bool, softcap: float | None, device: torch.device) -> None:
@@ -231,6 +240,7 @@ class TestAgainstReference:
             chunk_size=216, page_size=24, window=24, tile=12, arity=3, theta=0.03, moment_size=8
         )
         check(Case((500, 239), 3, 3, 2, 24, 40), config, device)
+        check(Case((500, 239), 3, 3, 2, 24, 40), dataclasses.replace(config, summary="ball"), device)
 
     @pytest.mark.parametrize("programs", [1, 30])
     @pytest.mark.parametrize("step_bytes", [1, 1 << 13])

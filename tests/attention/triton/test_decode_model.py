@@ -128,6 +128,15 @@ def test_what_was_learned_decodes_in_the_kernels(device: torch.device) -> None:
     assert corrected != both(model, ids, torch.ones_like(ids), tree, max_new_tokens=8)[1]
 
 
+@pytest.mark.parametrize("summary", ["page", "ball"])
+def test_summaries_decode_in_the_kernels(summary: str, device: torch.device) -> None:
+    config = dataclasses.replace(CONFIG, summary=summary, moment_size=4)
+    ids = tokens(1, 62).to(device)
+    routers = {0: learned(2, 2, 16, device)}
+    rows, _ = both(tiny(device), ids, torch.ones_like(ids), config, routers, max_new_tokens=8)
+    assert rows == [1] * 7
+
+
 def test_left_padded_batches(device: torch.device) -> None:
     ids = tokens(3, 76).to(device)
     mask = torch.ones_like(ids)
@@ -212,7 +221,7 @@ def test_replayed_steps_say_what_calls_say(
     mask[1, :20] = 0
     start, stop = 62, 67
     routers = {0: learned(2, 2, 16, device)} if corrected else None
-    config = dataclasses.replace(CONFIG, backend="triton")
+    config = dataclasses.replace(CONFIG, backend="triton", summary="page" if corrected else "none")
     with surgery.operated(model, config, routers=routers), torch.no_grad():
         expected, caches = [], [surgery.paged_cache(model) for _ in range(2)]
         for cache in caches:

@@ -7,7 +7,7 @@ import torch
 import triton
 
 from llama_surgery.attention.impl.triton import obstacle
-from llama_surgery.attention.impl.triton.decode_cache import DecodeCache
+from llama_surgery.attention.impl.triton.decode_cache import DecodeCache, units_of
 from llama_surgery.attention.impl.triton.decode_kernels import score_kernel
 from llama_surgery.attention.impl.triton.decode_open_kernels import merge_kernel, open_kernel
 from llama_surgery.attention.impl.triton.decode_shape import Shape
@@ -88,7 +88,9 @@ def decode(
     def new(*size: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         return queries.new_empty(streams, *size, dtype=dtype)
 
-    scores = new(cache.capacity // config.page_size, rows, heads)
+    pages, units = cache.capacity // config.page_size, units_of(config)
+    scores = new(pages, rows, heads)
+    weights = new(pages * units, rows, heads) if units else None
     sums = new(shape.splits, rows, heads)
     part_out, part_lse = new(parts, rows, heads, value_dim), new(parts, rows, heads)
     counts = new(shape.far_splits, rows, 2, dtype=torch.int32)
@@ -113,9 +115,11 @@ def decode(
             cache.spreads,
             router.mean_weight,
             router.variance_weight,
+            router.summary,
             cache.lengths,
             cache.table,
             scores,
+            weights,
             sums,
             part_out,
             part_lse,
@@ -141,13 +145,16 @@ def decode(
                 cache.sink_page,
                 sink_logit,
                 router.offset,
+                cache.mean_values,
                 scores,
+                weights,
                 sums,
                 part_out,
                 part_lse,
                 counts,
                 *where,
                 *cache.sink_page.stride(),
+                *((None,) * 4 if cache.mean_values is None else cache.mean_values.stride()[:4]),
                 cache.capacity,
                 shape.splits,
                 shape.far_splits,
@@ -204,8 +211,6 @@ def decode_obstacle(config: SurgeryConfig, queries: torch.Tensor, values: torch.
         )
     if torch.is_grad_enabled() and queries.requires_grad:
         return "decode steps are not differentiated; use torch.no_grad()"
-    if config.summary != "none":
-        return "summaries are not in the decode kernels"
     if config.coarse_to_fine:
         return "single rows score all pages, but the configuration says coarse_to_fine"
     return obstacle(config, queries, values, 1)
@@ -221,6 +226,8 @@ def _check(queries: torch.Tensor, cache: DecodeCache, sink_logit: torch.Tensor |
     problem = decode_obstacle(config, queries, cache.values)
     if problem is None and queries.dtype != cache.keys.dtype:
         problem = f"queries are {queries.dtype}, cached keys {cache.keys.dtype}"
+    if problem is None and units_of(config) and cache.mean_values is None:
+        problem = f"summary={config.summary!r}, but the cache holds no mean values"
     if problem is not None:
         raise SurgeryError(f"the triton kernels cannot run this: {problem}.")
     if sink_logit is not None and sink_logit.shape != queries.shape[:2]:

@@ -9,6 +9,7 @@ from llama_surgery.attention.impl.triton.decode_kernels import append_kernel
 from llama_surgery.attention.impl.triton.helpers import device_of
 from llama_surgery.attention.impl.triton.job import feature_parts, page_features
 from llama_surgery.attention.impl.triton.layout import build_layout
+from llama_surgery.attention.summary import mean_values
 from llama_surgery.config import SurgeryConfig
 from llama_surgery.errors import SurgeryError
 from llama_surgery.topology.layout import Layout
@@ -42,6 +43,8 @@ class DecodeCache:
         table: (sequences, chunks) int32, block of every chunk, entries behind the last chunk not looked at;
             None where the blocks are the chunks.
         filled: (sequences,) int32, chunks in tree order; None where someone else lays out chunks.
+        mean_values: (sequences, kv_heads, blocks, pages or balls of a chunk, value_dim), the values' dtype,
+            where the configuration asks for summaries of pages or balls; else None.
     """
 
     config: SurgeryConfig
@@ -53,6 +56,7 @@ class DecodeCache:
     lengths: torch.Tensor
     table: torch.Tensor | None = None
     filled: torch.Tensor | None = None
+    mean_values: torch.Tensor | None = None
 
     @property
     def kv_heads(self) -> int:
@@ -116,6 +120,7 @@ def make_cache(
         return torch.empty(shape, dtype=dtype, device=device)
 
     features = blocks(balls_of(config), head_dim + head_dim // config.variance_pool)
+    units = units_of(config)
     return DecodeCache(
         config,
         blocks(config.chunk_size, head_dim),
@@ -125,12 +130,23 @@ def make_cache(
         torch.zeros(sequences, kv_heads, 1, dtype=torch.int32, device=device),
         lengths,
         filled=torch.zeros(sequences, dtype=torch.int32, device=device),
+        mean_values=blocks(config.pages_per_chunk * units, value_dim or head_dim) if units else None,
     )
 
 
 def balls_of(config: SurgeryConfig) -> int:
     """Balls of a chunk."""
     return config.pages_per_chunk * config.balls_per_page
+
+
+def units_of(config: SurgeryConfig) -> int:
+    """Terms that stand in for a page that a row does not see."""
+    return config.page_size // config.summarised if config.summarised else 0
+
+
+def mean_blocks(means: torch.Tensor, config: SurgeryConfig, kv_heads: int) -> torch.Tensor:
+    """View of mean values (streams, pages or balls, value_dim) of whole chunks, by blocks of one chunk."""
+    return means.unflatten(1, (-1, config.pages_per_chunk * units_of(config))).unflatten(0, (-1, kv_heads))
 
 
 def feature_blocks(
@@ -183,6 +199,9 @@ def load_sequence(
         held_values[:, :full] = layout.values
         cache.means[sequence, :, :chunks] = means[0]
         cache.spreads[sequence, :, :chunks] = spreads[0]
+        if cache.mean_values is not None:
+            means = mean_blocks(mean_values(layout.values, config), config, heads)
+            cache.mean_values[sequence, :, :chunks] = means[0]
         cache.sink_page[sequence, :, 0] = layout.sink_pages(config.page_size).int()
     held_keys[:, full:length] = keys
     held_values[:, full:length] = values
@@ -249,12 +268,16 @@ def fill_chunks(cache: DecodeCache, router: PageRouter | None = None) -> None:
     layout = build_layout(known.flatten(0, 1), old_values.flatten(0, 1), config, router)
     features = page_features(layout.moments, config.alpha, cache.means.dtype, config.variance_pool)
     means, spreads = (x.squeeze(2) for x in feature_blocks(features, config, cache.kv_heads))
-    for held, fresh in (
+    replaced = [
         (cache.keys, layout.keys.view_as(old_keys)),
         (cache.values, layout.values.view_as(old_values)),
         (cache.means, means),
         (cache.spreads, spreads),
-    ):
+    ]
+    if cache.mean_values is not None:
+        fresh_means = mean_blocks(mean_values(layout.values, config), config, cache.kv_heads)
+        replaced.append((cache.mean_values, fresh_means.squeeze(2).to(cache.mean_values.dtype)))
+    for held, fresh in replaced:
         held[of, :, chunk] = torch.where(mask, fresh, held[of, :, chunk])
     sink_page = layout.sink_pages(config.page_size).int().view(-1, cache.kv_heads)
     first = (due & (chunk == 0))[:, None]

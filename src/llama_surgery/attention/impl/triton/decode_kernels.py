@@ -16,12 +16,14 @@ from llama_surgery.attention.impl.triton.helpers import (
     EXACT,
     FLOOR,
     LOG2E,
-    ball_scores,
+    ball_terms,
+    ball_weights,
     cap_logits,
     closed_chunks,
     load_rows,
     score_factors,
     softmax_step,
+    sum_of_balls,
     sum_step,
 )
 
@@ -138,9 +140,11 @@ def score_kernel(
     spread_ptr,
     mean_weight_ptr,
     variance_weight_ptr,
+    summary_ptr,
     lengths_ptr,
     table_ptr,
     scores_ptr,
+    weights_ptr,
     sums_ptr,
     part_out_ptr,
     part_lse_ptr,
@@ -186,6 +190,7 @@ def score_kernel(
     LOG2_BALL: tl.constexpr,
     BLOCK_NEAR: tl.constexpr,
     BLOCK_PAGES: tl.constexpr,
+    UNITS: tl.constexpr,
     CAP: tl.constexpr,
     PAGED: tl.constexpr,
 ):
@@ -195,6 +200,8 @@ def score_kernel(
     HEADS, DIM) float32 or None, are those of ``score_factors``. Writes, all float32 in log2
     units: scores (streams, pages, queries, heads); sums (streams, splits, queries, heads), the program's
     log-sum-exp of scores; and the near field's partial results (streams, parts, queries, heads[, VALUE_DIM]).
+    Where UNITS terms (1, or BALLS) stand in for a page that a query does not see, also their logits, weights
+    (streams, pages * UNITS, queries, heads), to which ``summary_ptr`` (KV_HEADS, HEADS) is added if not None.
     """
     stream, _, length, row, head, closed, live = rows_of(
         lengths_ptr, dense_until, KV_HEADS, HEADS, HEADS_PAD, ROWS, ROWS_PAD, ROWS_BLOCK, CHUNK, WINDOW
@@ -248,12 +255,16 @@ def score_kernel(
     top = tl.full([rows], FLOOR, tl.float32)
     total = tl.zeros([rows], tl.float32)
     q, squares = score_factors(
-        q, scale, mean_weight_ptr, variance_weight_ptr, kv_head * HEADS + head, live,
+        q, scale, mean_weight_ptr, variance_weight_ptr, kv_head, 0, HEADS, HEADS_PAD, True,
         DIM, DIM_PAD, SPREAD, SPREAD_PAD,
     )  # fmt: skip
     mean_base = mean_ptr + sequence * mean_sequence + kv_head * mean_head
     spread_base = spread_ptr + sequence * mean_sequence + kv_head * mean_head
     scores_base = scores_ptr + stream * (capacity // PAGE) * ROWS * HEADS
+    if UNITS > 0:
+        weights_base = weights_ptr + stream * (capacity // PAGE * UNITS) * ROWS * HEADS
+        if summary_ptr is not None:
+            learned = tl.load(summary_ptr + kv_head * HEADS + head, mask=live, other=0.0) * LOG2E
     index = tl.arange(0, BLOCK_PAGES * BALLS_PAD)
     for step in range(tl.maximum(first_step, near_steps) - near_steps, last_step - near_steps):
         page = step * BLOCK_PAGES + tl.arange(0, BLOCK_PAGES)
@@ -264,12 +275,20 @@ def score_kernel(
         cells = block * mean_block + ball.to(tl.int64) * mean_row
         mean = load_rows(mean_base, cells, 1, present, DIM, DIM_PAD, True)
         spread = load_rows(spread_base, cells, 1, present, SPREAD, SPREAD_PAD, True)
-        scores = ball_scores(q, squares, mean, spread, scale, softcap, LOG2_BALL, CAP)
+        along, across = ball_terms(q, squares, mean, spread, scale, softcap, CAP)
+        scores = (along + across) * LOG2E + LOG2_BALL
         if BALLS > 1:
-            scores = tl.where(present[None, :], scores, FLOOR)
-            scores = tl.reshape(scores, [rows, BLOCK_PAGES, BALLS_PAD])
-            peak = tl.max(scores, 2)
-            scores = peak + tl.log2(tl.sum(tl.exp2(scores - peak[:, :, None]), 2))
+            scores = sum_of_balls(scores, present, BLOCK_PAGES, BALLS_PAD)
+        if UNITS > 0:
+            weights = ball_weights(along, across, LOG2_BALL)
+            if summary_ptr is not None:
+                weights += learned[:, None]
+            unit, real = ball_page * BALLS + index % BALLS_PAD, present
+            if UNITS < BALLS:
+                weights = sum_of_balls(weights, present, BLOCK_PAGES, BALLS_PAD)
+                unit, real = page, page < pages
+            weight_cells = weights_base + (unit[None, :] * ROWS + row[:, None]) * HEADS + head[:, None]
+            tl.store(weight_cells, weights, mask=live[:, None] & real[None, :])
         score_cells = scores_base + (page[None, :] * ROWS + row[:, None]) * HEADS + head[:, None]
         tl.store(score_cells, scores, mask=live[:, None] & (page < pages)[None, :])
         far = page[None, :] < (closed * per_chunk)[:, None]

@@ -15,6 +15,9 @@ EXACT = tl.constexpr("ieee")
 #: Stands for "nothing seen yet" in running maxima: finite, so that differences never give NaN.
 FLOOR = tl.constexpr(-1.0e30)
 
+#: Least variance term: below it the root would have no slope (``topology.selection``).
+LEAST = tl.constexpr(1e-8)
+
 #: A list entry is ``page * ENTRY + first_open``; ``first_open`` fits because tiles hold at most 128 rows.
 ENTRY = tl.constexpr(256)
 
@@ -126,8 +129,11 @@ def score_factors(
     scale,
     mean_weight_ptr,
     variance_weight_ptr,
-    head,
-    live,
+    group,
+    first_head,
+    HEADS: tl.constexpr,
+    HEADS_BLOCK: tl.constexpr,
+    HEAD_INSIDE: tl.constexpr,
     DIM: tl.constexpr,
     DIM_PAD: tl.constexpr,
     SPREAD: tl.constexpr,
@@ -138,9 +144,10 @@ def score_factors(
     Args:
         queries: (rows, DIM_PAD), unscaled.
         scale: What queries are multiplied with before they are squared.
-        mean_weight_ptr, variance_weight_ptr: Learned weights of channels (heads, DIM) float32, or None.
-        head: (rows,) row of the weights.
-        live: (rows,) bool: rows that are there.
+        mean_weight_ptr, variance_weight_ptr: Learned weights of channels (groups, HEADS, DIM) float32, or
+            None.
+        group, first_head: Rows are those of heads ``first_head … first_head + HEADS_BLOCK - 1`` of a group,
+            one head after the other or, with HEAD_INSIDE, one query's heads after the other's.
 
     Returns:
         The queries (rows, DIM_PAD), and their squares, summed over the channels whose variances are pooled
@@ -149,7 +156,9 @@ def score_factors(
     squares = queries.to(tl.float32) * scale
     squares = squares * squares
     if variance_weight_ptr is not None:
-        squares *= load_rows(variance_weight_ptr, head, DIM, live, DIM, DIM_PAD, True)
+        squares = _weigh(
+            squares, variance_weight_ptr, group, first_head, HEADS, HEADS_BLOCK, HEAD_INSIDE, DIM, DIM_PAD
+        )
         squares = tl.maximum(squares, -6.0e4)
     squares = tl.minimum(squares, 6.0e4).to(queries.dtype)
     if SPREAD < DIM:
@@ -162,35 +171,83 @@ def score_factors(
             summed = tl.maximum(summed, -6.0e4)
         squares = tl.minimum(summed, 6.0e4).to(squares.dtype)
     if mean_weight_ptr is not None:
-        weight = load_rows(mean_weight_ptr, head, DIM, live, DIM, DIM_PAD, True)
-        queries = (queries.to(tl.float32) * weight).to(queries.dtype)
+        weighted = _weigh(
+            queries.to(tl.float32), mean_weight_ptr, group, first_head,
+            HEADS, HEADS_BLOCK, HEAD_INSIDE, DIM, DIM_PAD,
+        )  # fmt: skip
+        queries = weighted.to(queries.dtype)
     return queries, squares
 
 
 @triton.jit
-def ball_scores(
-    queries,
-    squares,
-    mean,
-    spread,
-    scale,
-    softcap,
-    log2_size,
-    CAP: tl.constexpr,
+def _weigh(
+    states,
+    weight_ptr,
+    group,
+    first_head,
+    HEADS: tl.constexpr,
+    HEADS_BLOCK: tl.constexpr,
+    HEAD_INSIDE: tl.constexpr,
+    DIM: tl.constexpr,
+    DIM_PAD: tl.constexpr,
 ):
-    """Scores (rows, balls) in log2 units.
+    """Multiply (rows, DIM_PAD) states with their heads' weights, which are loaded once for each head."""
+    head = first_head + tl.arange(0, HEADS_BLOCK)
+    weight = load_rows(weight_ptr, group * HEADS + head, DIM, head < HEADS, DIM, DIM_PAD, True)
+    if HEADS_BLOCK == 1:
+        return states * weight
+    else:
+        rows: tl.constexpr = states.shape[0] // HEADS_BLOCK
+        if HEAD_INSIDE:
+            by_head = tl.reshape(states, [rows, HEADS_BLOCK, DIM_PAD]) * weight[None, :, :]
+        else:
+            by_head = tl.reshape(states, [HEADS_BLOCK, rows, DIM_PAD]) * weight[:, None, :]
+        return tl.reshape(by_head, [rows * HEADS_BLOCK, DIM_PAD])
+
+
+@triton.jit
+def ball_terms(queries, squares, mean, spread, scale, softcap, CAP: tl.constexpr):
+    """Mean and variance term of page scores, (rows, balls) each, through the cap if there is one.
 
     Args:
         queries, squares: (rows, dim) and (rows, dim or groups) from :func:`score_factors`.
         mean: (balls, dim) the balls' μ.
         spread: (balls, dim) or (balls, groups) their α·½·σ².
-        log2_size: log2 of the keys of a ball.
     """
     along = tl.dot(queries, tl.trans(mean), input_precision=EXACT)
     across = tl.dot(squares, tl.trans(spread), input_precision=EXACT)
     if CAP:
         slope = tanh(along * (scale / softcap))
         bend = 1.0 - slope * slope
-        return (slope * softcap + across * bend * bend) * LOG2E + log2_size
+        return slope * softcap, across * bend * bend
     else:
-        return (along * scale + across) * LOG2E + log2_size
+        return along * scale, across
+
+
+@triton.jit
+def ball_scores(queries, squares, mean, spread, scale, softcap, log2_size, CAP: tl.constexpr):
+    """Scores (rows, balls) in log2 units; ``log2_size`` is the log2 of the keys of a ball."""
+    along, across = ball_terms(queries, squares, mean, spread, scale, softcap, CAP)
+    return (along + across) * LOG2E + log2_size
+
+
+@triton.jit
+def ball_weights(along, across, log2_size):
+    """Log2 of what balls weigh where they stand in for their keys, from :func:`ball_terms`.
+
+    The variance term is put in bounds, log cosh of its root: ``topology.selection.Scorer.weights``.
+    """
+    root = tl.sqrt(tl.maximum(2.0 * across, LEAST))
+    return (along + root) * LOG2E + tl.log2(1.0 + tl.exp2(root * (-2.0 * LOG2E))) - 1.0 + log2_size
+
+
+@triton.jit
+def sum_of_balls(logits, present, PAGES: tl.constexpr, BALLS_PAD: tl.constexpr):
+    """Log-sum-exp over the balls of each page, in log2 units: (rows, PAGES * BALLS_PAD) to (rows, PAGES).
+
+    ``present`` (PAGES * BALLS_PAD,) says which balls there are.
+    """
+    logits = tl.where(present[None, :], logits, FLOOR)
+    logits = tl.reshape(logits, [logits.shape[0], PAGES, BALLS_PAD])
+    peak = tl.max(logits, 2)
+    return peak + tl.log2(tl.sum(tl.exp2(logits - peak[:, :, None]), 2))

@@ -46,6 +46,10 @@ def score_constants(job: Job, shape: ScoreShape) -> dict[str, Any]:
     """Constants of every kernel that scores, and how it is launched."""
     head_dim = job.queries.shape[-1]
     spread = head_dim // job.config.variance_pool
+    stages = job.tuning.score_stages if spread == head_dim else job.tuning.pooled_stages
+    weighted = job.router.mean_weight is not None or job.router.variance_weight is not None
+    if weighted and shape.head_blocks > 1:
+        stages = 1  # weights are loaded for each block of heads: loads ahead would keep room for all of them
     return {
         "HEADS": job.queries.shape[1],
         "HEADS_BLOCK": shape.heads_block,
@@ -58,7 +62,7 @@ def score_constants(job: Job, shape: ScoreShape) -> dict[str, Any]:
         "SPREAD_PAD": max(16, triton.next_power_of_2(spread)),
         "CAP": job.softcap is not None,
         "num_warps": job.tuning.score_warps,
-        "num_stages": job.tuning.score_stages if spread == head_dim else job.tuning.pooled_stages,
+        "num_stages": stages,
     }
 
 

@@ -63,8 +63,8 @@ def _rows(
     q_offset = head.to(tl.int64) * q_head + (position - start).to(tl.int64) * q_row
     q = load_rows(q_ptr + stream * q_stream, q_offset, 1, live, DIM, DIM_PAD, True)
     q, squares = score_factors(
-        q, scale if CAP else tl.sqrt(scale), mean_weight_ptr, variance_weight_ptr, stream * HEADS + head,
-        live, DIM, DIM_PAD, SPREAD, SPREAD_PAD,
+        q, scale if CAP else tl.sqrt(scale), mean_weight_ptr, variance_weight_ptr, stream,
+        head_block * HEADS_BLOCK, HEADS, HEADS_BLOCK, True, DIM, DIM_PAD, SPREAD, SPREAD_PAD,
     )  # fmt: skip
     # Rows that are not there, or have nothing closed, open nothing.
     live = live & ((first_tile + tile) * TILE >= dense_until)

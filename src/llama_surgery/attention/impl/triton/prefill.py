@@ -25,7 +25,7 @@ from llama_surgery.attention.impl.triton.launch import (
 )
 from llama_surgery.attention.impl.triton.list_kernels import descend_kernel, list_kernel
 from llama_surgery.attention.impl.triton.select_kernels import totals_kernel
-from llama_surgery.attention.impl.triton.summary import mean_values, summarise_strip
+from llama_surgery.attention.impl.triton.summary import means_for, summarise_strip
 from llama_surgery.attention.impl.triton.tiled_plan import TiledPlan
 from llama_surgery.config import SurgeryConfig
 from llama_surgery.topology.geometry import query_blocks
@@ -88,7 +88,7 @@ def attend(
     out = queries.new_empty(streams, heads, rows, near_values.shape[-1])
     lse = queries.new_empty(streams, heads, rows, dtype=torch.float32)
     plans = []
-    means = mean_values(job)
+    means = means_for(job)
     with device_of(queries):
         for strip in job.strips():
             plan = None

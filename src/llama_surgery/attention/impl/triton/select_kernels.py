@@ -160,7 +160,8 @@ def totals_kernel(
                 total, top = sum_step(total, top, tl.where(visible, logits, float("-inf")))
         if FAR:
             q, squares = score_factors(
-                q, scale, mean_weight_ptr, variance_weight_ptr, stream * HEADS + head, live,
+                q, scale, mean_weight_ptr, variance_weight_ptr, stream,
+                tl.program_id(0) % head_blocks * HEADS_BLOCK, HEADS, HEADS_BLOCK, True,
                 DIM, DIM_PAD, SPREAD, SPREAD_PAD,
             )  # fmt: skip
             per_chunk: tl.constexpr = CHUNK // BALL
@@ -179,7 +180,6 @@ def totals_kernel(
                 far = ball[None, :] < (closed * per_chunk)[:, None]
                 total, top = sum_step(total, top, tl.where(far, scores, float("-inf")))
         cell = ((wide_stream * tiles + tile) * SLOTS + slot) * HEADS + head
-        total = top + tl.log2(total)
         if offset_ptr is not None:
-            total += tl.load(offset_ptr + stream * HEADS + head, mask=live, other=0.0) * LOG2E
-        tl.store(totals_ptr + cell, total, mask=live)
+            top += tl.load(offset_ptr + stream * HEADS + head, mask=live, other=0.0) * LOG2E
+        tl.store(totals_ptr + cell, top + tl.log2(total), mask=live)

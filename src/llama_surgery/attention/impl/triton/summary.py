@@ -15,18 +15,15 @@ from llama_surgery.attention.impl.triton.launch import (
 )
 from llama_surgery.attention.impl.triton.summary_kernel import summary_kernel
 from llama_surgery.attention.impl.triton.tiled_plan import TiledPlan
+from llama_surgery.attention.summary import mean_values
 
 
-def mean_values(job: Job) -> torch.Tensor | None:
-    """Mean values of all pages or balls that a call may summarise, (streams, pages or balls, value_dim), the
-    queries' dtype; None where it summarises nothing."""
+def means_for(job: Job) -> torch.Tensor | None:
+    """Mean values of all pages or balls that a call may summarise; None where it summarises nothing."""
     pages = job.whole().pages
     if job.config.summary == "none" or job.layout is None or not pages:
         return None
-    level = job.steps[-1]
-    size = level.ball if job.config.summary == "ball" else level.page
-    values = job.layout.values[:, : pages * level.page].unflatten(1, (-1, size))
-    return values.mean(2, dtype=torch.float32).to(job.queries.dtype)
+    return mean_values(job.layout.values[:, : pages * job.config.page_size], job.config).to(job.queries.dtype)
 
 
 def summarise_strip(
@@ -34,7 +31,7 @@ def summarise_strip(
 ) -> None:
     """Add one key for every page, or ball, that rows of a strip do not see to ``out`` and ``lse``.
 
-    ``means`` are those of :func:`mean_values`.
+    ``means`` are those of :func:`means_for`.
     """
     level, config = job.steps[-1], job.config
     by_ball = config.summary == "ball"
@@ -83,7 +80,7 @@ def summarise_strip(
         BALLS=balls,
         BALLS_PAD=balls_pad,
         BLOCK_PAGES=pages_block,
-        LOG_BALL=math.log(level.ball),
+        LOG2_BALL=math.log2(level.ball),
         BY_BALL=by_ball,
         CAP=job.softcap is not None,
         **{name: constants[name] for name in ("DIM", "DIM_PAD", "SPREAD", "SPREAD_PAD")},

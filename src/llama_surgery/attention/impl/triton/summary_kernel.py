@@ -4,19 +4,17 @@ import triton
 import triton.language as tl
 
 from llama_surgery.attention.impl.triton.helpers import (
-    EXACT,
     FLOOR,
     LN2,
     LOG2E,
+    ball_terms,
+    ball_weights,
     closed_chunks,
     load_rows,
     score_factors,
     softmax_step,
-    tanh,
+    sum_of_balls,
 )
-
-#: Least variance term: below it the root would have no slope (``topology.selection``).
-LEAST = tl.constexpr(1e-8)
 
 
 @triton.jit(do_not_specialize=["tiles", "capacity", "start", "stop", "first_tile", "dense_until"])
@@ -63,17 +61,17 @@ def summary_kernel(
     BALLS: tl.constexpr,
     BALLS_PAD: tl.constexpr,
     BLOCK_PAGES: tl.constexpr,
-    LOG_BALL: tl.constexpr,
+    LOG2_BALL: tl.constexpr,
     BY_BALL: tl.constexpr,
     CAP: tl.constexpr,
 ):
     """Add what a tile's rows do not see to their attention, page by page or ball by ball.
 
-    A ball's logit is ``topology.selection.Scorer.weights``, its value the mean of its keys' values; a page's
-    logit is the log-sum-exp of its balls'. ``means``, ``spreads`` and ``values`` are described by pages:
-    (streams, pages, balls, dim), values (streams, pages, dim) unless BY_BALL. ``first_ptr`` (streams, tiles,
-    capacity) uint8 holds the first row of the tile that opened each page, TILE where none did. ``weight_ptr``
-    (streams, HEADS) float32, if not None, is added to a head's logits; weights of channels are those of
+    A ball's logit is that of ``ball_weights``, its value the mean of its keys' values; a page's logit is the
+    log-sum-exp of its balls'. ``means``, ``spreads`` and ``values`` are described by pages: (streams, pages,
+    balls, dim), values (streams, pages, dim) unless BY_BALL. ``first_ptr`` (streams, tiles, capacity) uint8
+    holds the first row of the tile that opened each page, TILE where none did. ``weight_ptr`` (streams,
+    HEADS) float32, if not None, is added to a head's logits; weights of channels are those of
     ``score_factors``. Rows are those of ``attend_kernel``, whose ``out`` and ``lse`` are read and written.
     Grid: (tiles of this launch * blocks of heads, streams).
     """
@@ -95,7 +93,8 @@ def summary_kernel(
         q_offset = head.to(tl.int64) * q_head + local * q_row
         q = load_rows(q_ptr + wide_stream * q_stream, q_offset, 1, live, DIM, DIM_PAD, True)
         q, squares = score_factors(
-            q, scale, mean_weight_ptr, variance_weight_ptr, stream * HEADS + head, live,
+            q, scale, mean_weight_ptr, variance_weight_ptr, stream,
+            tl.program_id(0) % head_blocks * HEADS_BLOCK, HEADS, HEADS_BLOCK, False,
             DIM, DIM_PAD, SPREAD, SPREAD_PAD,
         )  # fmt: skip
         if weight_ptr is not None:
@@ -108,16 +107,8 @@ def summary_kernel(
         for block in range(0, pages, BLOCK_PAGES):
             mean = means.load([stream, block, 0, 0]).reshape(balls, DIM_PAD)
             spread = spreads.load([stream, block, 0, 0]).reshape(balls, SPREAD_PAD)
-            along = tl.dot(q, tl.trans(mean), input_precision=EXACT) * scale
-            across = tl.dot(squares, tl.trans(spread), input_precision=EXACT)
-            if CAP:
-                slope = tanh(along / softcap)
-                bend = 1.0 - slope * slope
-                along, across = slope * softcap, across * bend * bend
-            # log cosh of the root: the variance term in bounds.
-            root = tl.sqrt(tl.maximum(2.0 * across, LEAST))
-            bounded = root + (tl.log2(1.0 + tl.exp2(root * (-2.0 * LOG2E))) - 1.0) * LN2
-            logits = (along + bounded + LOG_BALL) * LOG2E
+            along, across = ball_terms(q, squares, mean, spread, scale, softcap, CAP)
+            logits = ball_weights(along, across, LOG2_BALL)
             if weight_ptr is not None:
                 logits += (weight * LOG2E)[:, None]
             ball_page = block + index // BALLS_PAD
@@ -130,10 +121,7 @@ def summary_kernel(
                 first = tl.load(first_base + page, mask=page < pages, other=0).to(tl.int32)
                 v = values.load([stream, block, 0]).reshape(BLOCK_PAGES, VALUE_PAD)
                 if BALLS > 1:
-                    logits = tl.where(real[None, :], logits, FLOOR)
-                    logits = tl.reshape(logits, [rows, BLOCK_PAGES, BALLS_PAD])
-                    peak = tl.max(logits, 2)
-                    logits = peak + tl.log2(tl.sum(tl.exp2(logits - peak[:, :, None]), 2))
+                    logits = sum_of_balls(logits, real, BLOCK_PAGES, BALLS_PAD)
             logits = tl.where(row[:, None] >= first[None, :], float("-inf"), logits)
             acc, total, top = softmax_step(acc, total, top, logits, 1.0, v, live, False)
 
