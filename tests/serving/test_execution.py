@@ -8,10 +8,13 @@ from tests.serving.batches import CONFIG, DIM, KV_HEADS, empty_cache, sequences,
 
 pytest.importorskip("triton")
 
+from tests.serving.test_paged import learned
+
 from llama_surgery.errors import SurgeryError
 from llama_surgery.serving.counting import LayerCounters
 from llama_surgery.serving.execution import Executor, KernelExecutor, PlainExecutor, executor_for
 from llama_surgery.surgery.statistics import Statistics, summarise
+from llama_surgery.topology.router import PageRouter
 
 #: (prompt, length) of sequences, and how many of their tokens come in each step. The second one is computed
 #: again after a preemption, from its prompt's end on: a piece of single rows that fills chunks.
@@ -19,16 +22,19 @@ LENGTHS = [(150, 152), (40, 135), (129, 130)]
 STEPS = [(96, 40, 64), (54, 95, 65), (1, 0, 1), (1, 0, 0)]
 
 
-def run(executor: Executor) -> tuple[list[torch.Tensor], LayerCounters, list[torch.Tensor]]:
+def run(
+    executor: Executor, router: PageRouter | None = None
+) -> tuple[list[torch.Tensor], LayerCounters, list[torch.Tensor]]:
     """Attention of every sequence, what was counted, and what it should be."""
-    waiting = sequences(LENGTHS, None)
+    waiting = sequences(LENGTHS, router)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     cache = empty_cache(1 + sum(len(s.blocks) for s in waiting), executor, device)
     counters = LayerCounters(CONFIG, KV_HEADS)
+    there = None if router is None else router.to(torch.device(device))
     got: dict[int, list[torch.Tensor]] = {id(s): [] for s in waiting}
     for news in STEPS:
         batch = [(s, new) for s, new in zip(waiting, news, strict=True) if new]
-        for sequence, out in step(cache, batch, None, executor, counters):
+        for sequence, out in step(cache, batch, there, executor, counters):
             got[id(sequence)].append(out)
     return [torch.cat(parts, 2) for parts in got.values()], counters, [s.want for s in waiting]
 
@@ -37,9 +43,10 @@ def statistics(counters: LayerCounters) -> Statistics:
     return summarise({0: counters.by_tile}, CONFIG.page_size)
 
 
-def test_kernels_do_what_plain_pytorch_does() -> None:
-    got, counted, want = run(KernelExecutor(CONFIG, DIM, torch.float32))
-    _, expected, _ = run(PlainExecutor(CONFIG, DIM, torch.float32))
+@pytest.mark.parametrize("router", [None, learned()], ids=["training-free", "learned"])
+def test_kernels_do_what_plain_pytorch_does(router: PageRouter | None) -> None:
+    got, counted, want = run(KernelExecutor(CONFIG, DIM, torch.float32), router)
+    _, expected, _ = run(PlainExecutor(CONFIG, DIM, torch.float32), router)
     for ours, theirs in zip(got, want, strict=True):
         torch.testing.assert_close(ours.double(), theirs, rtol=3e-5, atol=3e-5)
     assert statistics(counted) == statistics(expected)
@@ -58,12 +65,10 @@ def test_half_precision(dtype: torch.dtype) -> None:
         assert (ours.double() - true).abs().mean() <= 1.5 * (theirs.double() - true).abs().mean()
 
 
-def choose(
-    *, backend: str = "triton", routed: bool = False, cache: torch.dtype = torch.float32, **changes: object
-) -> Executor:
+def choose(*, backend: str = "triton", cache: torch.dtype = torch.float32, **changes: object) -> Executor:
     config = dataclasses.replace(CONFIG, backend=backend, **changes)  # type: ignore[arg-type]
     cpu = torch.device("cpu")
-    return executor_for(config, DIM, device=cpu, dtype=torch.float32, cache_dtype=cache, routed=routed)
+    return executor_for(config, DIM, device=cpu, dtype=torch.float32, cache_dtype=cache)
 
 
 def test_who_executes(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -72,8 +77,6 @@ def test_who_executes(monkeypatch: pytest.MonkeyPatch) -> None:
     assert type(choose(backend="gather")) is PlainExecutor
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     assert type(choose()) is KernelExecutor
-    with pytest.raises(SurgeryError, match="learned corrections are not in the kernels"):
-        choose(routed=True)
     with pytest.raises(SurgeryError, match=r"queries are torch.float32, cached keys torch.bfloat16"):
         choose(cache=torch.bfloat16)
     with pytest.raises(SurgeryError, match="coarse_to_fine"):

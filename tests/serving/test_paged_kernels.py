@@ -11,7 +11,6 @@ from llama_surgery.config import SurgeryConfig
 from llama_surgery.errors import SurgeryError
 from llama_surgery.serving.paged import PagedStates, attend_paged, side_bytes
 from llama_surgery.serving.paged_kernels import KernelStates, attend_piece, decode_rows, kernel_side_bytes
-from llama_surgery.topology.router import PageRouter
 
 KV_HEADS, GROUP, DIM = 2, 3, 16
 SCALE = 0.3
@@ -127,8 +126,6 @@ class TestDecodeRows:
             decode_rows(queries, served.cache, served.tables, positions.repeat(2))
         with pytest.raises(SurgeryError, match="5 query heads for 2"):
             decode_rows(queries[:, :5], served.cache, served.tables, positions)
-        with pytest.raises(SurgeryError, match="learned corrections"):
-            served.cache.fill(served.blocks(0)[:1], PageRouter())
 
 
 @pytest.mark.parametrize("pool", [1, 4])

@@ -223,11 +223,13 @@ class KernelExecutor(Executor):
     ) -> None:
         from llama_surgery.serving.paged_kernels import KernelStates, attend_piece, decode_rows
 
-        assert isinstance(cache, KernelStates) and router is None
+        assert isinstance(cache, KernelStates)
         for sequence, part in batch.long_parts:
             rows = _rows(sequence, part)
             heads = _by_kv_head(queries[rows], cache)
-            result = attend_piece(heads, cache, sequence.blocks, part, sequence.stop, scale=scale)
+            result = attend_piece(
+                heads, cache, sequence.blocks, part, sequence.stop, scale=scale, router=router
+            )
             out[rows] = result.out.permute(2, 0, 1, 3).flatten(1, 2)
             counters.add_part(part, result)
         single = batch.single_rows
@@ -235,7 +237,7 @@ class KernelExecutor(Executor):
             tally = counters.tally(out.device)
             chosen = queries[single.where]
             out[single.where] = decode_rows(
-                chosen, cache, single.tables, single.positions, scale=scale, tally=tally
+                chosen, cache, single.tables, single.positions, scale=scale, router=router, tally=tally
             )
             counters.add_rows(single.count)
 
@@ -247,7 +249,6 @@ def executor_for(
     device: torch.device,
     dtype: torch.dtype,
     cache_dtype: torch.dtype,
-    routed: bool,
 ) -> Executor:
     """The executor that ``config.backend`` asks for, or for ``auto`` the fastest that can.
 
@@ -257,7 +258,6 @@ def executor_for(
         device: Where the caches are.
         dtype: Of the queries.
         cache_dtype: Of keys and values as they are kept.
-        routed: The layer has learned corrections.
 
     Raises:
         SurgeryError: The kernels were asked for by name and cannot run the layer.
@@ -265,8 +265,6 @@ def executor_for(
     if config.backend == "gather" or (config.backend == "auto" and device.type != "cuda"):
         return PlainExecutor(config, head_dim, cache_dtype)
     problem = _kernel_obstacle(config, torch.empty(1, head_dim, device=device, dtype=dtype))
-    if problem is None and routed:
-        problem = "learned corrections are not in the kernels"
     if problem is None and dtype != cache_dtype:
         problem = f"queries are {dtype}, cached keys {cache_dtype}"
     if problem is None:

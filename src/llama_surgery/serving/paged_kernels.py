@@ -2,7 +2,7 @@
 
 Decode rows read keys, values and features where the engine put them, through block tables: static shapes, no
 host synchronisation, so that a step can be captured in a CUDA graph. :func:`attend_paged` says the same in
-plain PyTorch. Learned corrections are not in the kernels: such layers keep :class:`PagedStates`.
+plain PyTorch.
 """
 
 import dataclasses
@@ -57,18 +57,13 @@ class KernelStates(PagedStates):
 
         Args:
             blocks: (n,) int64, blocks whose last row was just written.
-            router: Must be None.
-
-        Raises:
-            SurgeryError: There are learned corrections.
+            router: Learned corrections of the layer, one for every KV head, or None.
         """
-        if router is not None:
-            raise SurgeryError("learned corrections are not in the kernels: use PagedStates for this layer.")
         if not len(blocks):
             return
         heads, dim = self.states.shape[1], self.head_dim
         states = self.states[blocks].flatten(0, 1)  # (n * kv_heads, chunk_size, 2 * head_dim)
-        layout = build_layout(states[..., :dim], states[..., dim:], self.config)
+        layout = build_layout(states[..., :dim], states[..., dim:], self.config, router)
         self.states[blocks] = torch.cat((layout.keys, layout.values), -1).unflatten(0, (-1, heads))
         features = kernel_features(layout.moments, self.config, self.states.dtype)[-1]
         self._features[blocks] = features.unflatten(0, (-1, heads))
@@ -136,6 +131,7 @@ def decode_rows(
     *,
     scale: float | None = None,
     softcap: float | None = None,
+    router: PageRouter | None = None,
     tally: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Attention of the decode rows of a scheduled batch, one of each sequence, in three launches.
@@ -153,6 +149,7 @@ def decode_rows(
             output is zero.
         scale: Scaling of q·k, default ``head_dim**-0.5``.
         softcap: Cap of the logits, or None.
+        router: Learned corrections of the layer, one for every KV head, or None.
         tally: (2, kv_heads) int64, to which pages opened and pages read are added, or None.
 
     Returns:
@@ -178,7 +175,7 @@ def decode_rows(
         raise SurgeryError(f"{heads} query heads for {kv_heads} KV heads: not a multiple.")
     view = kernel_view(cache, tables, positions)
     grouped = queries.reshape(sequences * kv_heads, heads // kv_heads, 1, dim)
-    result = decode(grouped, view, scale=scale, softcap=softcap, tally=tally)
+    result = decode(grouped, view, scale=scale, softcap=softcap, router=router, tally=tally)
     return result.out.view(sequences, heads, dim)
 
 
@@ -211,6 +208,7 @@ def attend_piece(
     length: int,
     *,
     scale: float | None = None,
+    router: PageRouter | None = None,
 ) -> AttentionResult:
     """Attention of a piece of one sequence's prompt, by the kernels of prefill.
 
@@ -225,6 +223,7 @@ def attend_piece(
         part: Position of the first row, one past the last one's, and the queries of a tile.
         length: Tokens of the sequence that are in the cache.
         scale: Scaling of q·k, default ``head_dim**-0.5``.
+        router: Learned corrections of the layer, one for every KV head, or None.
     """
     first, last, tile = part
     config, size, dim = cache.config, cache.config.chunk_size, cache.head_dim
@@ -239,5 +238,13 @@ def attend_piece(
             cache.layout(far), keys=states[..., :dim].contiguous(), values=states[..., dim:].contiguous()
         )
     return attend(
-        queries, near[..., :dim], near[..., dim:], layout, config=config, start=first, tile=tile, scale=scale
+        queries,
+        near[..., :dim],
+        near[..., dim:],
+        layout,
+        config=config,
+        start=first,
+        tile=tile,
+        scale=scale,
+        router=router,
     )

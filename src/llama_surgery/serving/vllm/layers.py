@@ -89,7 +89,6 @@ def operate_layers(model: torch.nn.Module, vllm_config: Any) -> None:
             device=vllm_config.device_config.device,
             dtype=vllm_config.model_config.dtype,
             cache_dtype=layer.kv_cache_torch_dtype,
-            routed=index in routers,
         )
         side = SideCache(f"{dense.layer_name}.side", heads, executor.side_bytes())
         counted = LayerCounters(config, heads, quiet=rank > 0)
