@@ -175,19 +175,26 @@ def corrections(kv_heads: int, group: int, head_dim: int) -> PageRouter:
 
 
 def launch_decode(states: torch.Tensor, config: SurgeryConfig, family: str, extra: dict[str, Any]) -> None:
-    """Steps on caches for long texts: small balls; pooled balls as large as pages; a block table."""
+    """Steps on caches for long texts: small balls; pooled balls as large as pages; a block table; summaries."""
     streams, _, _, dim = states.shape
     tuning = decode_tuning_for(family)
     decode_shape.processors_of = lambda _: PROCESSORS  # type: ignore[assignment]
     coarse = dataclasses.replace(config, page_size=64, moment_size=64, variance_pool=8)
-    for rule, rows, paged in ((config, 1, False), (coarse, 4, False), (coarse, 1, True)):
+    by_ball, by_page = (dataclasses.replace(config, summary=summary) for summary in ("ball", "page"))
+    for rule, rows, paged in (
+        (config, 1, False),
+        (coarse, 4, False),
+        (coarse, 1, True),
+        (by_ball, 1, False),
+        (by_page, 8, True),
+    ):
         cache = decode_cache.make_cache(rule, 1, streams, 1 << 16, dim, dtype=states.dtype, device="cpu")
         if paged:
             cache = dataclasses.replace(cache, table=torch.zeros(1, cache.chunks, dtype=torch.int32))
         queries, new = states[:, :, :rows], states[:, 0, :rows]
         decode_cache.append_tokens(cache, new, new)
         tally = torch.zeros(2, streams, dtype=torch.int64)
-        router = corrections(streams, *states.shape[1::2]) if paged else None
+        router = corrections(streams, *states.shape[1::2]) if rule is by_page else None
         decode.decode(queries, cache, router=router, tally=tally, advance=not paged, tuning=tuning, **extra)
 
 
