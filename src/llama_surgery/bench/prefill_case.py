@@ -232,7 +232,7 @@ def flex_call(job: Job, plans: list[TiledPlan]) -> Callable[[], torch.Tensor]:
 
     mask = BlockMask.from_kv_blocks(
         partial_count.expand(STREAMS, -1, -1).contiguous(),
-        partial.expand(STREAMS, -1, -1, -1),
+        partial.expand(STREAMS, -1, -1, -1).contiguous(),  # the kernel takes its strides for the full ones
         full_count[:, None],
         full[:, None],
         BLOCK_SIZE=(size, page),
