@@ -103,6 +103,7 @@ class TestDecodeRows:
             {"chunk_size": 216, "page_size": 24, "window": 24, "tile": 12, "arity": 3, "moment_size": 8},
             {"topology": "dense"},
             {"dense_until": 160},
+            {"pages_per_row": 3},
             {"theta": 0.0, "theta_decode": 0.0},
         ],
         ids=str,

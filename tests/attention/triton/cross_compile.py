@@ -25,6 +25,7 @@ from llama_surgery.attention.impl.triton import (
     decode_shape,
     job,
     layout,
+    page_count,
     prefill,
     summary,
     token_mask,
@@ -53,6 +54,7 @@ PROCESSORS = 132
 #: Kernels by the module that launches them.
 KERNELS = {
     prefill: ("totals_kernel", "list_kernel", "descend_kernel", "attend_kernel"),
+    page_count: ("share_kernel",),
     summary: ("summary_kernel",),
     layout: ("split_kernel", "arrange_kernel"),
     job: ("feature_kernel",),
@@ -175,7 +177,7 @@ def corrections(kv_heads: int, group: int, head_dim: int) -> PageRouter:
 
 
 def launch_decode(states: torch.Tensor, config: SurgeryConfig, family: str, extra: dict[str, Any]) -> None:
-    """Steps on caches for long texts: small balls; pooled balls as large as pages; a block table; summaries."""
+    """Steps on caches for long texts: small balls; pooled balls, large ones; a block table; summaries."""
     streams, _, _, dim = states.shape
     tuning = decode_tuning_for(family)
     decode_shape.processors_of = lambda _: PROCESSORS  # type: ignore[assignment]
@@ -187,6 +189,7 @@ def launch_decode(states: torch.Tensor, config: SurgeryConfig, family: str, extr
         (coarse, 1, True),
         (by_ball, 1, False),
         (by_page, 8, True),
+        (dataclasses.replace(config, pages_per_row=4), 1, False),
     ):
         cache = decode_cache.make_cache(rule, 1, streams, 1 << 16, dim, dtype=states.dtype, device="cpu")
         if paged:
@@ -222,7 +225,8 @@ def compile_all(
     pooled = dataclasses.replace(config, variance_pool=8, summary="page")
     by_ball = dataclasses.replace(config, summary="ball")
     descent = dataclasses.replace(config, coarse_to_fine=True)
-    for rule in (config, pooled, by_ball, descent):
+    counted = dataclasses.replace(config, pages_per_row=4)
+    for rule in (config, pooled, by_ball, descent, counted):
         prefill.attend(states, keys, keys, built, config=rule, start=0, **extra)
     for rule in (pooled, descent):
         router = corrections(8, heads, head_dim)

@@ -57,6 +57,11 @@ class TestAgainstReference:
     def test_tiles_of_one_query(self, device: torch.device) -> None:
         check(Case(3, 197, 4, tile=1), CONFIG, device, learned(2, 4, 16, device))
 
+    def test_fixed_counts(self, device: torch.device) -> None:
+        config = dataclasses.replace(CONFIG, pages_per_row=2, moment_size=8)
+        check(Case(40, 170, 4), config, device, learned(2, 4, 16, device))
+        test_decode.check(test_decode.Case((170, 290), 2), config, device, router=learned(2, 4, 16, device))
+
     @pytest.mark.parametrize("summary", ["page", "ball"])
     def test_summaries(self, summary: str, device: torch.device) -> None:
         config = dataclasses.replace(CONFIG, summary=summary, moment_size=8)

@@ -15,6 +15,7 @@ KERNELS = {
     "totals_kernel",
     "list_kernel",
     "descend_kernel",
+    "share_kernel",
     "attend_kernel",
     "summary_kernel",
     "split_kernel",

@@ -208,6 +208,13 @@ class TestAgainstReference:
         config = dataclasses.replace(CONFIG, variance_pool=4, moment_size=8)
         check(Case((300, 97), 2, dim=dim), config, device)
 
+    def test_fixed_counts(self, device: torch.device) -> None:
+        config = dataclasses.replace(CONFIG, pages_per_row=3, moment_size=8)
+        result = check(Case((300, 97, 20, 511)), config, device)
+        assert result.opened.max() <= 4  # the page of position 0 is open anyhow
+        check(Case((190, 350), 3, 3, dim=40, softcap=3.0, sink=True), config, device)
+        check(Case((190, 350), 3), dataclasses.replace(config, pages_per_row=50, dense_until=192), device)
+
     @pytest.mark.parametrize("summary", ["page", "ball"])
     @pytest.mark.parametrize("moment_size", [4, 16])
     def test_summaries(self, moment_size: int, summary: str, device: torch.device) -> None:
@@ -452,7 +459,7 @@ class TestWhatIsRefused:
 
     def test_other_rules(self, device: torch.device) -> None:
         self.refused("coarse_to_fine", device, Case((100,)), coarse_to_fine=True)
-        self.refused("pages_per_row", device, Case((100,)), pages_per_row=2)
+        self.refused("summarises pages or balls", device, Case((100,)), summary="chunk")
 
     def test_shapes(self, device: torch.device) -> None:
         case = Case((40,))

@@ -128,9 +128,9 @@ def test_what_was_learned_decodes_in_the_kernels(device: torch.device) -> None:
     assert corrected != both(model, ids, torch.ones_like(ids), tree, max_new_tokens=8)[1]
 
 
-@pytest.mark.parametrize("summary", ["page", "ball"])
-def test_summaries_decode_in_the_kernels(summary: str, device: torch.device) -> None:
-    config = dataclasses.replace(CONFIG, summary=summary, moment_size=4)
+@pytest.mark.parametrize("change", [{"summary": "page"}, {"summary": "ball"}, {"pages_per_row": 1}], ids=str)
+def test_other_rules_decode_in_the_kernels(change: dict[str, object], device: torch.device) -> None:
+    config = dataclasses.replace(CONFIG, **change, moment_size=4)  # type: ignore[arg-type]
     ids = tokens(1, 62).to(device)
     routers = {0: learned(2, 2, 16, device)}
     rows, _ = both(tiny(device), ids, torch.ones_like(ids), config, routers, max_new_tokens=8)
@@ -193,8 +193,11 @@ def test_what_the_decode_kernels_refuse_is_executed_as_before(device: torch.devi
             model(ids, **{CACHE_NAME: cache})
         model(ids[:, :1], **{CACHE_NAME: cache}).logits.sum().backward()  # gradients
         assert rows == []
-    named = dataclasses.replace(CONFIG, backend="triton", pages_per_row=2)
-    with surgery.operated(model, named), pytest.raises(surgery.SurgeryError, match="pages_per_row"):
+    named = dataclasses.replace(CONFIG, backend="triton", summary="chunk")
+    with (
+        surgery.operated(model, named),
+        pytest.raises(surgery.SurgeryError, match="summarises pages or balls"),
+    ):
         model.generate(ids, **options)
 
 

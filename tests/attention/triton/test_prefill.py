@@ -123,6 +123,16 @@ class TestAgainstReference:
         config = dataclasses.replace(CONFIG, score_stride=stride)
         check(Case(83, 121, 4), config, device)
 
+    @pytest.mark.parametrize(
+        "change", [{}, {"moment_size": 8, "score_stride": 4}, {"coarse_totals": True, "variance_pool": 8}]
+    )
+    def test_fixed_counts(self, change: dict[str, int], device: torch.device) -> None:
+        config = dataclasses.replace(CONFIG, pages_per_row=3, **change)
+        check(Case(83, 121, 4, softcap=3.0 if change else None), config, device)
+        check(Case(40, 150, 3, 80, streams=1, sink=True, tile=1), config, device)
+        if not change:
+            check(Case(200), dataclasses.replace(config, pages_per_row=50), device)
+
     @pytest.mark.parametrize("moment_size", [4, 8])
     def test_balls_smaller_than_pages(self, moment_size: int, device: torch.device) -> None:
         check(Case(83, 121, 4), dataclasses.replace(CONFIG, moment_size=moment_size), device)
@@ -193,11 +203,21 @@ class TestAgainstReference:
     def test_strips(self, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(job, "STRIP_BYTES", 100)
         assert len(check(Case(170, 30), CONFIG, device).plans) > 3
+        check(Case(170, 30), dataclasses.replace(CONFIG, pages_per_row=2), device)
 
     def test_several_pages_in_a_step(self, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
         one = Tuning(keys_per_step=16, block_near=16, block_balls=16, rows=32, score_rows=32)
         monkeypatch.setattr(job, "tuning_for", lambda *_: one)
         check(Case(90, 110, 4), CONFIG, device)
+
+
+def test_fixed_counts_are_exact_in_half_precision(device: torch.device) -> None:
+    """A row opens three pages, and that of position 0."""
+    config = dataclasses.replace(CONFIG, page_size=4, moment_size=4, pages_per_row=3)
+    given = inputs(Case(24, 326, 4, 64, streams=1, dtype=torch.float16, tile=1), config, device)
+    result = prefill.attend(**given, config=config)  # type: ignore[arg-type]
+    counts = result.plans[0].counts
+    assert ((counts == 3) | (counts == 4)).all() and (counts == 4).any()
 
 
 @pytest.mark.usefixtures("poisoned")
@@ -227,7 +247,6 @@ def test_half_precision_is_as_good_as_plain_half_precision(dtype: torch.dtype, d
     ("change", "dtype", "message"),
     [
         ({}, torch.float64, "float64"),
-        ({"pages_per_row": 2}, torch.float32, "pages_per_row"),
         ({"summary": "chunk"}, torch.float32, "summarises pages or balls"),
         ({"summary": "page", "coarse_to_fine": True}, torch.float32, "not with coarse_to_fine"),
     ],

@@ -43,8 +43,6 @@ def obstacle(config: SurgeryConfig, queries: torch.Tensor, values: torch.Tensor,
         return (
             f"it runs head dims up to {LARGEST_HEAD}, not head_dim={max(queries.shape[-1], values.shape[-1])}"
         )
-    if config.pages_per_row is not None:
-        return "it opens pages by theta, not by pages_per_row"
     if config.summary == "chunk" or (config.summary != "none" and config.coarse_to_fine):
         return "it summarises pages or balls, and not with coarse_to_fine"
     if config.summary != "none" and differentiable(queries, values):

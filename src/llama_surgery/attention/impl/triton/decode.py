@@ -9,11 +9,13 @@ import triton
 from llama_surgery.attention.impl.triton import obstacle
 from llama_surgery.attention.impl.triton.decode_cache import DecodeCache, units_of
 from llama_surgery.attention.impl.triton.decode_kernels import score_kernel
-from llama_surgery.attention.impl.triton.decode_open_kernels import merge_kernel, open_kernel
+from llama_surgery.attention.impl.triton.decode_merge_kernel import merge_kernel
+from llama_surgery.attention.impl.triton.decode_open_kernel import open_kernel
 from llama_surgery.attention.impl.triton.decode_shape import Shape
 from llama_surgery.attention.impl.triton.decode_tuning import DecodeTuning, decode_tuning_for
 from llama_surgery.attention.impl.triton.helpers import device_of
 from llama_surgery.attention.impl.triton.job import EVERYWHERE
+from llama_surgery.attention.impl.triton.page_count import row_bars
 from llama_surgery.attention.impl.triton.tuning import family_of
 from llama_surgery.config import SurgeryConfig
 from llama_surgery.errors import SurgeryError
@@ -136,6 +138,10 @@ def decode(
         )
         if shape.far_splits:
             theta = config.theta_for(1)
+            bars = None
+            if config.pages_per_row is not None:
+                near = part_lse[:, : shape.splits]
+                bars = row_bars(config, scores, sums, near, cache.lengths, sink_logit, router)
             open_kernel[(shape.far_splits, blocks)](
                 queries,
                 cache.keys,
@@ -148,6 +154,7 @@ def decode(
                 cache.mean_values,
                 scores,
                 weights,
+                bars,
                 sums,
                 part_out,
                 part_lse,

@@ -7,7 +7,7 @@ import torch
 import triton
 
 from llama_surgery.attention.impl.triton.decode_cache import DecodeCache, units_of
-from llama_surgery.attention.impl.triton.decode_open_kernels import WORD
+from llama_surgery.attention.impl.triton.decode_open_kernel import WORD
 from llama_surgery.attention.impl.triton.decode_tuning import (
     MERGED_ELEMENTS,
     MOST_ROWS,

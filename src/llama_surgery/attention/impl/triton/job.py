@@ -126,9 +126,14 @@ class Job:
         return closed * self.config.pages_per_chunk
 
     def strips(self) -> Iterator[Strip]:
-        """Cut the tiles so that the lists of one strip stay within STRIP_BYTES."""
+        """Cut the tiles so that the lists of one strip stay within STRIP_BYTES.
+
+        With ``pages_per_row`` that is the shares of pages, which are written down for every scored row.
+        """
         first, tiles, _ = self.whole()
         room = STRIP_BYTES // (4 * self.queries.shape[0])
+        if self.config.pages_per_row is not None:
+            room //= self.slots
         last = first + tiles
         while first < last:
             count = last - first

@@ -24,6 +24,7 @@ from llama_surgery.attention.impl.triton.launch import (
     score_constants,
 )
 from llama_surgery.attention.impl.triton.list_kernels import descend_kernel, list_kernel
+from llama_surgery.attention.impl.triton.page_count import tile_bars
 from llama_surgery.attention.impl.triton.select_kernels import totals_kernel
 from llama_surgery.attention.impl.triton.summary import means_for, summarise_strip
 from llama_surgery.attention.impl.triton.tiled_plan import TiledPlan
@@ -158,6 +159,8 @@ def row_totals(job: Job, strip: Strip, *, near: bool = True, far: bool = True) -
 def list_pages(job: Job, strip: Strip, totals: torch.Tensor) -> TiledPlan:
     """List the pages that the strip's rows open: flat, or coarse to fine, a launch for each level."""
     steps = job.steps
+    if job.config.pages_per_row is not None:
+        totals = tile_bars(job, strip, totals)
     plan = _list_level(job, strip, totals, steps[0], last=len(steps) == 1)
     for above, level in itertools.pairwise(steps):
         plan = _descend(job, strip, totals, above, level, plan, last=level is steps[-1])
@@ -260,6 +263,8 @@ def _where(job: Job, strip: Strip) -> tuple[float, ...]:
 
 def _log2_bar(job: Job, *, last: bool) -> float:
     """log2 of the share that opens a page or, above the last level, makes a candidate."""
+    if job.config.pages_per_row is not None:
+        return 0.0  # a row's bar is in its totals
     theta = job.config.theta_for(job.tile) * (1.0 if last else CANDIDATE_SHARE)
     return math.log2(theta) if theta > 0 else -math.inf
 

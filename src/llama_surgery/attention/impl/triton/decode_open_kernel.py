@@ -1,4 +1,4 @@
-"""The further kernels of decode: open pages and attend to them, merge. See ``decode_kernels`` for rows."""
+"""The second kernel of decode: open pages and attend to them. See ``decode_kernels`` for rows."""
 
 import triton
 import triton.language as tl
@@ -6,7 +6,6 @@ import triton.language as tl
 from llama_surgery.attention.impl.triton.decode_kernels import block_of, rows_of, store_part
 from llama_surgery.attention.impl.triton.helpers import (
     FLOOR,
-    LN2,
     LOG2E,
     cap_logits,
     closed_chunks,
@@ -32,6 +31,7 @@ def open_kernel(
     means_ptr,
     scores_ptr,
     weights_ptr,
+    bar_ptr,
     sums_ptr,
     part_out_ptr,
     part_lse_ptr,
@@ -92,6 +92,8 @@ def open_kernel(
     Grid: (far_splits, streams * blocks of queries). Writes partial results behind those of the first
     ``splits`` programs, and counts (streams, far_splits, queries, 2) int32: pages that the query opened,
     and pages that its program read. ``offset_ptr`` (KV_HEADS, HEADS) float32, or None, is added to log θ.
+    ``bar_ptr`` (streams, queries) float32, if not None, holds for each query the log2 of the share that opens
+    a page, instead of ``log2_bar``.
     """
     stream, first, length, row, head, closed, live = rows_of(
         lengths_ptr, dense_until, KV_HEADS, HEADS, HEADS_PAD, ROWS, ROWS_PAD, ROWS_BLOCK, CHUNK, WINDOW
@@ -135,6 +137,9 @@ def open_kernel(
         if UNITS > 0:
             weights_base = weights_ptr + stream * (capacity // PAGE * UNITS) * ROWS * HEADS
             means_base = means_ptr + sequence * means_sequence + kv_head * means_head
+        bar = log2_bar
+        if bar_ptr is not None:
+            bar = tl.load(bar_ptr + stream * ROWS + first + query, mask=is_query, other=float("inf"))[None, :]
         far = closed_chunks(length + first + query, CHUNK, WINDOW, dense_until) * per_chunk
         far = tl.where(is_query, far, 0)
         bit = tl.full([WORD], 1, tl.int64) << place.to(tl.int64)
@@ -142,7 +147,7 @@ def open_kernel(
         mine = (pages - split + far_splits - 1) // far_splits
         for word in range(0, mine, WORD):
             share = tl.reshape(score - row_total[None, :], [WORD, ROWS_PAD, HEADS_PAD])
-            opened = (tl.max(share, 2) > log2_bar) | (page == sink_page)[:, None]
+            opened = (tl.max(share, 2) > bar) | (page == sink_page)[:, None]
             opened = (opened & (page[:, None] < far[None, :])).to(tl.int64)
             some = tl.max(opened, 1)
             count = tl.sum(some, 0).to(tl.int32)
@@ -250,86 +255,3 @@ def _row_totals(
     if SINK:
         total += tl.exp2(sink - peak)
     return peak + tl.log2(tl.where(live, total, 1.0))
-
-
-@triton.jit
-def merge_kernel(
-    part_out_ptr,
-    part_lse_ptr,
-    counts_ptr,
-    sink_ptr,
-    out_ptr,
-    lse_ptr,
-    opened_ptr,
-    read_ptr,
-    tally_ptr,
-    lengths_ptr,
-    parts,
-    far_splits,
-    KV_HEADS: tl.constexpr,
-    HEADS: tl.constexpr,
-    ROWS: tl.constexpr,
-    VALUE_DIM: tl.constexpr,
-    VALUE_PAD: tl.constexpr,
-    PARTS_PAD: tl.constexpr,
-    FAR_PAD: tl.constexpr,
-    BLOCK: tl.constexpr,
-    SINK: tl.constexpr,
-    TALLY: tl.constexpr,
-    ADVANCE: tl.constexpr,
-):
-    """Merge partial results by their log-sum-exp. Grid: (heads * queries, streams), one program a row.
-
-    Writes out (streams, heads, queries, VALUE_DIM) and lse (streams, heads, queries) in natural units, and
-    the sums of counts, opened and read (streams, queries). With TALLY, these are also added to
-    tally (2, KV_HEADS) int64. With ADVANCE the queries are added to the sequences' lengths, which no program
-    of this kernel reads for anything else.
-    """
-    stream = tl.program_id(1).to(tl.int64)
-    head, row = tl.program_id(0) // ROWS, tl.program_id(0) % ROWS
-    index = tl.arange(0, PARTS_PAD)
-    base = stream * parts * ROWS * HEADS + row * HEADS + head
-    lse = tl.load(part_lse_ptr + base + index * (ROWS * HEADS), mask=index < parts, other=float("-inf"))
-    peak = tl.maximum(tl.max(lse, 0), FLOOR)
-    if SINK:
-        sink = tl.load(sink_ptr + stream * HEADS + head).to(tl.float32) * LOG2E
-        peak = tl.maximum(peak, sink)
-    total = tl.sum(tl.exp2(lse - peak), 0)
-    if SINK:
-        total += tl.exp2(sink - peak)
-    # A row that only pads the batch saw nothing.
-    total = tl.where(total > 0.0, total, 1.0)
-    column = tl.arange(0, VALUE_PAD)
-    out = tl.zeros([VALUE_PAD], tl.float32)
-    for first in range(0, parts, BLOCK):
-        part = first + tl.arange(0, BLOCK)
-        cell = base + part * (ROWS * HEADS)
-        weight = tl.exp2(tl.load(part_lse_ptr + cell, mask=part < parts, other=float("-inf")) - peak)
-        # What saw no key wrote no output.
-        there = (weight > 0.0)[:, None] & (column < VALUE_DIM)[None, :]
-        cells = part_out_ptr + cell[:, None] * VALUE_DIM + column[None, :]
-        out += tl.sum(weight[:, None] * tl.load(cells, mask=there, other=0.0), 0)
-    target = (stream * HEADS + head) * ROWS + row
-    tl.store(
-        out_ptr + target * VALUE_DIM + column,
-        (out / total).to(out_ptr.dtype.element_ty),
-        mask=column < VALUE_DIM,
-    )
-    tl.store(lse_ptr + target, (peak + tl.log2(total)) * LN2)
-    if head == 0:
-        opened, read = 0, 0
-        if FAR_PAD > 0:
-            split = tl.arange(0, FAR_PAD)
-            cells = counts_ptr + ((stream * far_splits + split) * ROWS + row) * 2
-            opened = tl.sum(tl.load(cells, mask=split < far_splits, other=0), 0)
-            read = tl.sum(tl.load(cells + 1, mask=split < far_splits, other=0), 0)
-        tl.store(opened_ptr + stream * ROWS + row, opened)
-        tl.store(read_ptr + stream * ROWS + row, read)
-        if TALLY and FAR_PAD > 0:
-            kv_head = stream % KV_HEADS
-            tl.atomic_add(tally_ptr + kv_head, tl.cast(opened, tl.int64))
-            tl.atomic_add(tally_ptr + KV_HEADS + kv_head, tl.cast(read, tl.int64))
-    if ADVANCE:
-        one = (tl.program_id(0) == 0) & (stream % KV_HEADS == 0)
-        length_ptr = lengths_ptr + stream // KV_HEADS
-        tl.store(length_ptr, tl.load(length_ptr, mask=one, other=0) + ROWS, mask=one)
