@@ -20,7 +20,7 @@ from pathlib import Path
 
 import torch
 import transformers
-from benchmarks.matching import Measured, gap_closed, losses_of, matched, summary_density
+from benchmarks.matching import Measured, gap_closed, losses_of, matched
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from llama_surgery import SurgeryConfig, config_of, operated, reset_statistics, save_adapter, statistics
@@ -28,6 +28,7 @@ from llama_surgery.evaluation.io import write_csv
 from llama_surgery.evaluation.needle import needle_prompts, score_needles
 from llama_surgery.evaluation.paired import paired_difference, perplexity_ratio
 from llama_surgery.evaluation.perplexity import Perplexity
+from llama_surgery.evaluation.summary_density import summary_density
 from llama_surgery.learning.corrections import Corrections, scorer_parameters
 from llama_surgery.learning.settings import LearningSettings
 from llama_surgery.learning.trainer import Step, learn

@@ -11,7 +11,6 @@ from llama_surgery.evaluation.logits import Head
 from llama_surgery.evaluation.perplexity import Perplexity, token_nll
 from llama_surgery.surgery.operate import inner_model, set_config
 from llama_surgery.surgery.statistics import Statistics
-from llama_surgery.topology.geometry import closed_chunks
 
 #: Executed far density may differ from what is asked by this share.
 TOLERANCE = 0.01
@@ -86,16 +85,3 @@ def gap_closed(dense: Perplexity, default: Perplexity, learned: Perplexity) -> t
     shares = 1 - (o - d)[picks].mean(1) / (b - d)[picks].mean(1)
     low, high = np.quantile(shares, [0.025, 0.975])
     return float(1 - (o - d).mean() / (b - d).mean()), float(low), float(high)
-
-
-def summary_density(config: SurgeryConfig, length: int) -> float:
-    """What the summary of unseen pages multiplies at most, over causal pairs, which densities do not count.
-
-    A term costs one product with a mean value, half of what a (query, key) pair costs; its score is made in
-    any case.
-    """
-    size = {"none": 0, "chunk": config.chunk_size, "page": config.page_size, "ball": config.ball_size}
-    if not size[config.summary]:
-        return 0.0
-    closed = sum(closed_chunks(p, config, config.tile) for p in range(length)) * config.chunk_size
-    return closed / (2 * size[config.summary]) / (length * (length + 1) / 2)

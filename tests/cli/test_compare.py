@@ -4,7 +4,13 @@ import csv
 import json
 from pathlib import Path
 
+import torch
 from tests.cli.runner import SMALL, run
+from transformers import AutoModelForCausalLM
+
+from llama_surgery import SurgeryConfig
+from llama_surgery.surgery.adapter import write_adapter
+from llama_surgery.topology.router import PageRouter
 
 
 def test_compare_resumes_and_feeds_the_gate(model: Path, text: Path, tmp_path: Path) -> None:
@@ -36,6 +42,39 @@ def test_compare_resumes_and_feeds_the_gate(model: Path, text: Path, tmp_path: P
     closed = run(*judged, "--max-perplexity-ratio", "0.5", "--max-needle-loss", "2", "--json")
     assert closed.exit_code == 3
     assert len(json.loads(closed.stdout)["failures"]) == len(forms) - 1
+
+
+def test_an_adapter_is_compared(model: Path, text: Path, tmp_path: Path) -> None:
+    adapter, folder = tmp_path / "adapter", tmp_path / "compared"
+    llm = AutoModelForCausalLM.from_pretrained(model)
+    config = SurgeryConfig(chunk_size=64, page_size=16, window=32, tile=16, summary="page")
+    write_adapter(adapter, llm, config, {1: PageRouter(offset=torch.tensor([[0.2, -0.2], [0.1, -0.1]]))})
+    small = [
+        "--length",
+        "256",
+        "--windows",
+        "1",
+        "--needles",
+        "1",
+        "--needle-length",
+        "256",
+        "--density",
+        "0.7",
+    ]
+    given = ["compare", model, "--text", text, "--calibration-text", text, "--out", folder, *small]
+    given += ["--needle-variant", "one-fact", "--rule", "learned"]
+    refused = run(*given)
+    assert refused.exit_code == 2 and "--adapter" in refused.stderr
+    done = run(*given, "--adapter", adapter)
+    assert done.exit_code == 0, done.output
+    assert "pages, tile 16, learned (this package)" in done.stdout
+    assert json.loads((folder / "budgets" / "learned.json").read_text(encoding="utf-8"))["adapter"]
+    with open(folder / "comparison.csv", encoding="utf-8") as file:
+        dense, *learned = csv.DictReader(file)
+    assert float(dense["summary_density"]) == 0 and learned[-1]["target_density"] == "1.0"
+    for row in learned[:-1]:
+        assert f"{float(row['total_density']) + float(row['summary_density']):.1%}" in done.stdout
+        assert float(row["summary_density"]) > 0
 
 
 def test_the_gate_reads_what_evaluate_wrote(model: Path, text: Path, tmp_path: Path) -> None:

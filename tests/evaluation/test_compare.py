@@ -1,5 +1,6 @@
 """Comparisons: budgets, cells, resuming, merging, the gate."""
 
+import dataclasses
 import json
 import math
 from pathlib import Path
@@ -10,14 +11,20 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from llama_surgery import SurgeryConfig, is_operated
 from llama_surgery.errors import SurgeryError, TextError
-from llama_surgery.evaluation import compare, compare_samples
+from llama_surgery.evaluation import compare, compare_budgets, compare_samples
 from llama_surgery.evaluation.compare import FORMS, Comparison, shard_of
 from llama_surgery.evaluation.compare_forms import densities_between, solve
 from llama_surgery.evaluation.compare_result import merge
 from llama_surgery.evaluation.gate import read_losses
 from llama_surgery.evaluation.peers import gate as seer
+from llama_surgery.evaluation.summary_density import summary_density
+from llama_surgery.surgery import operate
+from llama_surgery.topology.router import PageRouter
 
 CONFIG = SurgeryConfig(chunk_size=64, page_size=16, window=32, tile=16)
+#: An adapter of the tiny model: summaries, and heads that trade what they may read.
+SUMMARISED = dataclasses.replace(CONFIG, summary="ball", window=64)
+OFFSETS = {0: PageRouter(offset=torch.tensor([[0.3, -0.3], [0.1, -0.1]]))}
 
 
 @pytest.fixture
@@ -67,10 +74,10 @@ def test_at_least_five_densities_from_the_floor_on() -> None:
 
 def test_every_form_is_measured_and_merged(comparison, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr(seer, "STEPS", 5)
-    monkeypatch.setattr(compare, "densities_between", lambda floor, requested: [0.6])
+    monkeypatch.setattr(compare_budgets, "densities_between", lambda floor, requested: [0.6])
     # Retrieval heads stream over more keys than these windows have.
     forms = [name for name in FORMS if name != "duo"]
-    assert comparison().run(forms)
+    assert comparison(adapter=(SUMMARISED, OFFSETS)).run(forms)
     results = merge(tmp_path)
     rows = {(row["form"], row["target_density"]): row for row in results["rows"]}
     assert {form for form, _ in rows} == set(forms)
@@ -82,13 +89,44 @@ def test_every_form_is_measured_and_merged(comparison, tmp_path: Path, monkeypat
         assert row["floor"] <= row["total_density"] * 1.05
         if target < 1 and form not in ("minference", "xattention", "flexprefill"):
             assert row["total_density"] == pytest.approx(0.6, abs=0.1)
-    for form in ("dense", "full", "pages"):
+        summarised = form == "learned" and target < 1
+        expected = summary_density(SUMMARISED, 256) if summarised else 0
+        assert row["summary_density"] == row["prefill_summary_density"] == expected
+        assert (row["decode_summary_density"] > 0) == summarised
+    assert rows["learned", 0.6]["title"] == "pages, tile 16, learned (this package)"
+    for form in ("dense", "full", "pages", "learned"):
         row = rows[form, 1.0]
         assert row["perplexity_ratio"] == pytest.approx(1, abs=1e-6) and row["needle_changed"] == 0
         assert row["total_density"] == row["prefill_density"] == row["decode_density"] == 1
     # Two blocks of 128, the first and the own one, are all of these windows.
     assert results["floors"].keys() == set(forms) - {"dense", "full", "xattention", "flexprefill"}
     assert [row["form"] for row in results["rows"][:2]] == ["dense", "pages"]
+
+
+def test_an_adapter_is_a_form_of_its_own(comparison, tiny_llama, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(compare_budgets, "densities_between", lambda floor, requested: [0.6])
+    routers = []
+    attach = operate._attach
+    monkeypatch.setattr(operate, "_attach", lambda *given: (routers.append(given[2]), attach(*given))[1])
+    compared = comparison()
+    with pytest.raises(SurgeryError, match="'learned' needs an adapter"):
+        compared.run(["learned"])
+    before = (tmp_path / "comparison.json").read_bytes()
+    # The folder of a comparison without an adapter takes one up, and goes on without it.
+    assert comparison(adapter=(SUMMARISED, OFFSETS)).run(["dense", "learned"])
+    assert (tmp_path / "comparison.json").read_bytes() == before
+    assert routers and all(given == OFFSETS for given in routers)
+    cell = json.loads((tmp_path / "cells" / "learned-0.6000-perplexity.json").read_text(encoding="utf-8"))
+    assert cell["setting"]["summary"] == "ball" and cell["setting"]["window"] == 64
+    assert cell["setting"]["theta"] != SUMMARISED.theta
+    assert comparison().run(["dense"])
+    assert {row["form"] for row in merge(tmp_path)["rows"]} == {"dense", "learned"}
+    # The same adapter, read from files again; then another configuration, and other corrections.
+    again = {0: PageRouter(offset=OFFSETS[0].offset.clone())}
+    assert comparison(adapter=(SUMMARISED, again)).run(["learned"])
+    for other in ((CONFIG, OFFSETS), (SUMMARISED, {0: PageRouter(offset=torch.zeros(2, 2))})):
+        with pytest.raises(SurgeryError, match="compared another adapter"):
+            comparison(adapter=other)
 
 
 def test_an_interrupted_run_goes_on(comparison, tiny_llama, tmp_path: Path, monkeypatch) -> None:
@@ -177,10 +215,10 @@ def test_short_calibration_text_is_used_as_far_as_it_goes(tokenizer, texts) -> N
 
 
 def test_shards_share_out_all_forms() -> None:
-    parts = [shard_of(FORMS, (index, 4)) for index in (1, 2, 3, 4)]
+    parts = [shard_of(FORMS, (index, 5)) for index in (1, 2, 3, 4, 5)]
     assert sorted(name for part in parts for name in part) == sorted(FORMS)
     assert all(part == [name for name in FORMS if name in part] for part in parts)
-    assert parts[0] == ["pages"] and {len(part) for part in parts[1:]} == {4}
+    assert parts[:2] == [["pages"], ["learned"]] and {len(part) for part in parts[2:]} == {4}
     assert shard_of(FORMS, (1, 1)) == list(FORMS)
     with pytest.raises(SurgeryError, match="1/4 … 4/4"):
         shard_of(FORMS, (5, 4))

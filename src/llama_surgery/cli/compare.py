@@ -20,6 +20,7 @@ from llama_surgery.cli.common import (
     out,
     print_json,
     progress,
+    topology_of,
 )
 from llama_surgery.cli.topology import config_for, topology_options
 
@@ -46,6 +47,12 @@ def compare(
     rule: Annotated[
         list[str] | None,
         typer.Option(help="Compare this rule alone with dense. May be repeated. All if left out."),
+    ] = None,
+    adapter: Annotated[
+        Path | None,
+        typer.Option(
+            help="Compare this adapter, as the rule 'learned': a folder that 'learn' or 'operate' wrote."
+        ),
     ] = None,
     density: Annotated[
         list[float] | None,
@@ -121,12 +128,17 @@ def compare(
     """
     part = _shard(shard)
     checked_output(folder, folder=True)
-    from llama_surgery.evaluation.compare import FORMS, shard_of
+    from llama_surgery.evaluation.compare import FORMS, LEARNED, shard_of
 
-    wanted = FORMS if not rule else tuple(name for name in FORMS if name in ("dense", *rule))
     unknown = [name for name in rule or [] if name not in FORMS]
     if unknown:
         raise typer.BadParameter(f"--rule {unknown[0]}: there are {', '.join(FORMS)}.")
+    if adapter is None and LEARNED in (rule or []):
+        raise typer.BadParameter(
+            f"--rule {LEARNED} is the rule of an adapter: give its folder with --adapter."
+        )
+    there = [name for name in FORMS if name != LEARNED or adapter is not None]
+    wanted = [name for name in there if not rule or name in ("dense", *rule)]
     complete = False
     if seconds != 0:
         began = time.monotonic()
@@ -154,6 +166,7 @@ def compare(
             needle_variants=needle_variant or list(VARIANTS),
             needle_batch=needle_batch,
             densities=density or DENSITIES,
+            adapter=None if adapter is None else topology_of(llm, adapter),
             seed=seed,
         )
         with progress() as tell:
@@ -203,6 +216,8 @@ def write_comparison(folder: Path) -> dict[str, Any]:
 
 def comparison_table(results: dict[str, Any]) -> Table:
     """Every rule at every density."""
+    from llama_surgery.report.comparison import density_with_summary
+
     settings, dense = results["settings"], results["rows"][0]
     ppl = "–" if dense.get("perplexity") is None else f"{dense['perplexity']:.3f}"
     right = "–" if dense.get("needle") is None else f"{dense['needle']:.1%}"
@@ -210,7 +225,8 @@ def comparison_table(results: dict[str, Any]) -> Table:
         title=f"{settings['model']}, {settings['windows']} windows of {settings['length']:,} tokens, "
         f"{settings['needles']} needles; dense: perplexity {ppl}, needles {right}",
         caption="* a row of a prompt may see what later rows chose. From: the rule's smallest density. "
-        "Needles kept: of those that the dense model answered. Intervals are 95%.",
+        "Needles kept: of those that the dense model answered. Intervals are 95%. Densities count what "
+        "summaries of unseen pages cost at most.",
         title_justify="left",
         caption_justify="left",
     )
@@ -225,13 +241,14 @@ def comparison_table(results: dict[str, Any]) -> Table:
             name = row["title"] + (" *" if row["ahead"] else "")
             name += f", from {row['floor']:.1%}" if row["floor"] < 1 else ""
         before = row["form"]
-        shown = row["total_density"] or row.get("prefill_density")
+        shown = density_with_summary(row, "total_density") or density_with_summary(row, "prefill_density")
+        decode = density_with_summary(row, "decode_density")
         table.add_row(
             escape(name),
             "–" if shown is None else f"{shown:.1%}",
             _span(row, "perplexity_ratio", "ratio", "{:.3f}"),
             _span(row, "needle_kept", "needle_kept", "{:.0%}"),
-            "–" if row.get("decode_density") is None else f"{row['decode_density']:.1%}",
+            "–" if decode is None else f"{decode:.1%}",
         )
     return table
 

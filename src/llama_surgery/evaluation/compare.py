@@ -1,7 +1,6 @@
 """Every form of a model at every density on every task, in cells that are measured once."""
 
 import json
-import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -13,14 +12,8 @@ from transformers import PreTrainedTokenizerBase
 
 from llama_surgery.config import SurgeryConfig
 from llama_surgery.errors import SurgeryError
-from llama_surgery.evaluation.compare_forms import (
-    DenseForm,
-    Form,
-    FullForm,
-    PagesForm,
-    PeerForm,
-    densities_between,
-)
+from llama_surgery.evaluation.compare_budgets import Budgets, adapter_digest, read_budgets
+from llama_surgery.evaluation.compare_forms import DenseForm, Form, FullForm, PagesForm, PeerForm
 from llama_surgery.evaluation.compare_samples import digest, make_samples
 from llama_surgery.evaluation.evaluate import check_dense, environment, model_name, named_progress
 from llama_surgery.evaluation.io import Progress, read_started
@@ -30,18 +23,21 @@ from llama_surgery.evaluation.needle_variants import VARIANTS
 from llama_surgery.evaluation.peers.registry import PEERS
 from llama_surgery.evaluation.perplexity import perplexity
 from llama_surgery.files import write_json
+from llama_surgery.topology.router import PageRouter
 
-#: Name of this package's own form.
-PAGES = "pages"
+#: Names of this package's own forms: the configured topology, and that of an adapter.
+PAGES, LEARNED = "pages", "learned"
 #: Everything that can be compared, in order of tables.
-FORMS = ("dense", PAGES, *PEERS, "full")
-#: Total densities that every form is asked for, if its floor allows, and the one that is measured first.
-DENSITIES, FIRST = (0.05, 0.1, 0.18, 0.3, 0.5), 0.18
+FORMS = ("dense", PAGES, LEARNED, *PEERS, "full")
+#: Total densities that every form is asked for, if its floor allows.
+DENSITIES = (0.05, 0.1, 0.18, 0.3, 0.5)
 #: Calibration windows that densities are measured on.
 CALIBRATION_WINDOWS = 2
 #: Work of a form, where it differs much from that of most peers. Pages are calibrated at every density.
-_WORK = {"dense": 0.2, "full": 0.2, PAGES: 5.0}
+_WORK = {"dense": 0.2, "full": 0.2, PAGES: 5.0, LEARNED: 5.0}
 _TASKS = ("perplexity", "needles")
+#: Forms of which a full budget is measured too: the check that it is dense.
+_OWN = (PAGES, LEARNED)
 
 
 class Comparison:
@@ -61,10 +57,13 @@ class Comparison:
         needle_variants: Keys of :data:`~llama_surgery.evaluation.needle_variants.VARIANTS`.
         needle_batch: Prompts of the shortest length that are answered together; of longer ones fewer.
         densities: Total densities wanted of every form.
+        adapter: Configuration and learned corrections of an adapter, which becomes the form ``learned``; its
+            thresholds are set for each density.
         seed: Of windows, prompts and learning.
 
     Raises:
-        SurgeryError: The model is operated or in training mode, or the folder holds another comparison.
+        SurgeryError: The model is operated or in training mode, or the folder holds another comparison
+            or another adapter's.
         TextError: The texts are too short.
     """
 
@@ -84,6 +83,7 @@ class Comparison:
         needle_variants: Sequence[str] = tuple(VARIANTS),
         needle_batch: int = 8,
         densities: Sequence[float] = DENSITIES,
+        adapter: tuple[SurgeryConfig, Mapping[int, PageRouter]] | None = None,
         seed: int = 0,
     ) -> None:
         check_dense(model, {})
@@ -129,11 +129,23 @@ class Comparison:
         if read_started(file, settings) is None:
             write_json(file, {"settings": settings, "prompts": [_described(p) for p in self._prompts]})
         training, ids = samples.calibration, samples.calibration[:CALIBRATION_WINDOWS]
+
+        def pages(name: str, config: SurgeryConfig, **learned: Any) -> Callable[[], Form]:
+            return lambda: PagesForm(name, config, model, tokenizer, texts=calibration, ids=ids, **learned)
+
         self._forms: dict[str, Callable[[], Form]] = {
             "dense": DenseForm,
-            PAGES: lambda: PagesForm(PAGES, config, model, tokenizer, texts=calibration, ids=ids),
+            PAGES: pages(PAGES, config),
             "full": lambda: FullForm(model),
         }
+        #: By form; refused at once, not after hours of other forms.
+        self._adapters: dict[str, str] = {}
+        if adapter is not None:
+            topology, routers = adapter
+            title = f"pages, tile {topology.tile}, learned (this package)"
+            self._forms[LEARNED] = pages(LEARNED, topology, routers=routers, title=title)
+            self._adapters[LEARNED] = adapter_digest(topology, routers)
+            read_budgets(folder, LEARNED, self._adapters[LEARNED])
 
         def peer(name: str) -> Callable[[], Form]:
             learned = folder / "learned"
@@ -142,12 +154,16 @@ class Comparison:
         self._forms |= {name: peer(name) for name in PEERS}
 
     def run(
-        self, forms: Sequence[str] = FORMS, deadline: float | None = None, progress: Progress | None = None
+        self,
+        forms: Sequence[str] | None = None,
+        deadline: float | None = None,
+        progress: Progress | None = None,
     ) -> bool:
         """Measures what is not there yet: every form at its first density, then at its second, and so on.
 
         Args:
-            forms: Names of :data:`FORMS`. Processes that share a folder take different ones.
+            forms: Names of :data:`FORMS`, all that there are if None. Processes that share a folder take
+                different ones.
             deadline: ``time.monotonic()`` after which nothing further is begun.
             progress: Told after each step of a cell.
 
@@ -155,11 +171,15 @@ class Comparison:
             Whether all cells of these forms are finished.
 
         Raises:
-            SurgeryError: A form does not exist, or a loss is not finite.
+            SurgeryError: A form does not exist, or needs an adapter that was not given, or a loss is not
+                finite.
         """
-        unknown = [name for name in forms if name not in self._forms]
+        there = [name for name in FORMS if name in self._forms]
+        forms = there if forms is None else forms
+        unknown = [name for name in forms if name not in there]
         if unknown:
-            raise SurgeryError(f"forms {', '.join(unknown)}: there are {', '.join(FORMS)}.")
+            wanting = " 'learned' needs an adapter." if LEARNED in unknown else ""
+            raise SurgeryError(f"forms {', '.join(unknown)}: there are {', '.join(there)}.{wanting}")
         made: dict[str, Form] = {}
         turn, left = 0, list(forms)
         self.no_memory = []
@@ -172,7 +192,9 @@ class Comparison:
                 if late():
                     return False
                 form = made.setdefault(name, self._forms[name]())
-                budgets = _Budgets(self.folder, form, self.densities)
+                budgets = Budgets(
+                    self.folder, form, self.densities, full=name in _OWN, adapter=self._adapters.get(name)
+                )
                 if turn >= len(budgets.targets):
                     left.remove(name)
                     continue
@@ -219,42 +241,6 @@ class Comparison:
             for index, right in zip(chosen, found, strict=True):
                 answers[index] = right
         return answers
-
-
-class _Budgets:
-    """Densities and settings of a form, kept in a file so that a later run has the same ones."""
-
-    def __init__(self, folder: Path, form: Form, requested: Sequence[float]) -> None:
-        self._file, self._form = folder / "budgets" / f"{form.name}.json", form
-        if self._file.exists():
-            self._content = json.loads(self._file.read_text(encoding="utf-8"))
-            return
-        floor = form.floor()
-        targets = [1.0]
-        if floor < 1:
-            targets = densities_between(floor, requested)
-            targets.sort(key=lambda target: abs(math.log(target / FIRST)))
-        if form.name == PAGES:
-            targets.append(1.0)  # the check that a full budget is dense
-        self._content = {
-            "title": form.title,
-            "ahead": form.ahead,
-            "floor": floor,
-            "targets": targets,
-            "settings": {},
-        }
-        write_json(self._file, self._content)
-
-    @property
-    def targets(self) -> list[float]:
-        return self._content["targets"]
-
-    def setting(self, target: float) -> dict[str, Any]:
-        settings = self._content["settings"]
-        if str(target) not in settings:
-            settings[str(target)] = self._form.setting(target)
-            write_json(self._file, self._content)
-        return settings[str(target)]
 
 
 def _described(prompt: NeedlePrompt) -> dict[str, Any]:

@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import itertools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -22,6 +22,7 @@ from llama_surgery.evaluation.phases import Phases
 from llama_surgery.files import write_atomically
 from llama_surgery.surgery.calibrate import PASSES, calibrate
 from llama_surgery.surgery.operate import inner_model
+from llama_surgery.topology.router import PageRouter
 
 #: Passes over the calibration windows that are spent on one density, and how near is near enough.
 TRIES, NEAR = 6, 0.02
@@ -173,6 +174,8 @@ class PagesForm:
         tokenizer: Its tokenizer.
         texts: Calibration text.
         ids: (windows, length) int64, calibration windows that the floor is measured on.
+        routers: Learned corrections by layer index.
+        title: In tables and figures.
     """
 
     ahead = False
@@ -186,9 +189,12 @@ class PagesForm:
         *,
         texts: Sequence[str],
         ids: torch.Tensor,
+        routers: Mapping[int, PageRouter] | None = None,
+        title: str | None = None,
     ) -> None:
-        self.name, self.title = name, f"pages, tile {config.tile} (this package)"
+        self.name, self.title = name, title or f"pages, tile {config.tile} (this package)"
         self._config, self._model, self._tokenizer = config, model, tokenizer
+        self._routers = routers
         self._texts, self._ids = list(texts), ids
         self._measured: tuple[float, float] | None = None
         self._solved: SurgeryConfig | None = None
@@ -200,11 +206,11 @@ class PagesForm:
         total, near = self._floor()
         # What is always open varies a little from text to text: just above it nothing can be aimed at.
         if density >= 1 or density - near < 1.1 * (total - near):
-            # No share exceeds 1, and every share exceeds 0.
+            # No share exceeds 1, nor does a threshold that calibration sets; and every share exceeds 0.
             return self._with_theta(0.0 if density >= 1 else 1.0).to_dict()
         # From the θ of another density one pass comes as near as three from the default.
         passes = PASSES if self._solved is None else 1
-        with llama_surgery.operated(self._model, self._solved or self._config):
+        with self._operated(self._solved or self._config):
             length = self._ids.shape[1]
             self._solved = calibrate(
                 self._model, self._tokenizer, self._texts, density - near, length, passes
@@ -214,19 +220,23 @@ class PagesForm:
     @contextlib.contextmanager
     def running(self, setting: dict[str, Any]) -> Iterator[Densities]:
         densities: Densities = {}
-        with llama_surgery.operated(self._model, SurgeryConfig.from_dict(setting)):
+        with self._operated(SurgeryConfig.from_dict(setting)):
             with Phases(self._model) as phases:
                 yield densities
             densities.update((phase, read["total_density"]) for phase, read in phases.densities().items())
 
     def _floor(self) -> tuple[float, float]:
-        """Total and near density with nothing opened but the page of the first token."""
+        """Total and near density at θ = 1: nothing is opened but the page of the first token, and what a head
+        with a negative learned offset opens all the same."""
         if self._measured is None:
-            with llama_surgery.operated(self._model, self._with_theta(1.0)):
+            with self._operated(self._with_theta(1.0)):
                 _run(self._model, self._ids)
                 read = llama_surgery.statistics(self._model)
             self._measured = read.total_density, read.near_density
         return self._measured
+
+    def _operated(self, config: SurgeryConfig) -> contextlib.AbstractContextManager[nn.Module]:
+        return llama_surgery.operated(self._model, config, routers=self._routers)
 
     def _with_theta(self, theta: float) -> SurgeryConfig:
         return dataclasses.replace(self._config, theta=theta, theta_decode=theta)

@@ -6,10 +6,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from llama_surgery.config import SurgeryConfig
 from llama_surgery.errors import SurgeryError
 from llama_surgery.evaluation.compare import FORMS, settings_of
 from llama_surgery.evaluation.intervals import mean_interval
 from llama_surgery.evaluation.paired import paired_difference, perplexity_ratio
+from llama_surgery.evaluation.summary_density import summary_density, summary_pairs
 
 FORMAT, FORMAT_VERSION = "llama-surgery comparison", 1
 #: Settings that every row repeats, so that a CSV stands alone.
@@ -52,10 +54,7 @@ def merge(folder: Path) -> dict[str, Any]:
     }
     order = sorted(cells, key=lambda key: (FORMS.index(key[0]), key[1]))
     shared = {name: settings[name] for name in _SHARED}
-    rows = [
-        {**_row(key, cells[key], budgets[key[0]], dense, prompts, settings["seed"]), **shared}
-        for key in order
-    ]
+    rows = [{**_row(key, cells[key], budgets[key[0]], dense, prompts, settings), **shared} for key in order]
     return {
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
@@ -71,17 +70,20 @@ def _row(
     budget: Mapping[str, Any],
     dense: Mapping[str, Any],
     prompts: Sequence[Mapping[str, Any]],
-    seed: int,
+    settings: Mapping[str, Any],
 ) -> dict[str, Any]:
     """One form at one density.
 
     Densities are measured on what was asked: ``total_density`` over the perplexity windows,
-    ``prefill_density`` and ``decode_density`` while the needles were answered. ``needle`` is over all
-    prompts, ``needle_kept`` over those that the dense model answered, each with Wilson's 95% interval;
-    ``needle_bound`` is the one-sided 95% lower bound of the paired difference to dense, in closed form, and
-    ``needle_changed`` counts prompts that one of both answered alone.
+    ``prefill_density`` and ``decode_density`` while the needles were answered. They do not count summaries of
+    unseen pages: ``summary_density``, ``prefill_summary_density`` and ``decode_summary_density`` are what
+    these cost at most, in the same unit (:func:`~llama_surgery.evaluation.summary_density.summary_pairs`).
+    ``needle`` is over all prompts, ``needle_kept`` over those that the dense model answered, each with
+    Wilson's 95% interval; ``needle_bound`` is the one-sided 95% lower bound of the paired difference to
+    dense, in closed form, and ``needle_changed`` counts prompts that one of both answered alone.
     """
-    any_cell = next(iter(cells.values()))
+    any_cell, seed = next(iter(cells.values())), settings["seed"]
+    config = SurgeryConfig.from_dict(any_cell["setting"]) if "theta" in any_cell["setting"] else None
     row: dict[str, Any] = {
         "form": key[0],
         "title": budget["title"],
@@ -89,7 +91,8 @@ def _row(
         "floor": budget["floor"],
         "target_density": key[1],
         "total_density": None,
-        "knob": any_cell["setting"].get("knob", "theta" if "theta" in any_cell["setting"] else ""),
+        "summary_density": summary_density(config, settings["length"]) if config else 0.0,
+        "knob": any_cell["setting"].get("knob", "theta" if config else ""),
         "number": any_cell["setting"].get("number", any_cell["setting"].get("theta")),
     }
     losses, dense_losses = (_found(c, "perplexity", "per_window") for c in (cells, dense))
@@ -116,10 +119,23 @@ def _row(
             "needle_changed": paired.lost + paired.won,
         }
         row |= {f"{phase}_density": value for phase, value in cells["needles"]["density"].items()}
+        row |= _needle_summaries(config, [prompt["length"] for prompt in prompts])
         row |= {f"needle_{name}": share for name, share in _by_variant(answers, prompts).items()}
     row["seconds"] = sum(cell["seconds"] for cell in cells.values())
     row["device"] = any_cell["device"]
     return row
+
+
+def _needle_summaries(config: SurgeryConfig | None, lengths: Sequence[int]) -> dict[str, float]:
+    """What summaries cost at most while needles were answered: prompts, and steps at their ends."""
+    prefill = decode = 0.0
+    for length in lengths if config else ():
+        prefill += summary_pairs(0, length, config, config.tile)
+        decode += summary_pairs(length - 1, length, config, 1)
+    return {
+        "prefill_summary_density": prefill / sum(length * (length + 1) / 2 for length in lengths),
+        "decode_summary_density": decode / sum(lengths),
+    }
 
 
 def _found(cells: Mapping[str, Any], task: str, what: str) -> list[Any] | None:

@@ -11,6 +11,25 @@ _MARKERS = ("s", "^", "D", "v", "P", "X", "<", ">", "p", "h")
 _COLOURS = (VERMILION, GREEN, PURPLE, ORANGE, SKY)
 #: Perplexity over dense up to which the figure goes: beyond, differences no longer matter.
 _HIGHEST = 1.15
+#: What summaries of unseen pages cost beside each density.
+_SUMMARIES = {
+    "total_density": "summary_density",
+    "prefill_density": "prefill_summary_density",
+    "decode_density": "decode_summary_density",
+}
+
+
+def density_with_summary(row: Mapping[str, Any], name: str) -> float | None:
+    """What a row of a comparison read, and what its summaries of unseen pages cost at most.
+
+    Args:
+        row: Of :func:`llama_surgery.evaluation.compare_result.merge`.
+        name: ``total_density``, ``prefill_density`` or ``decode_density``.
+
+    Returns:
+        A density, or None where it was not measured.
+    """
+    return None if row.get(name) is None else row[name] + row[_SUMMARIES[name]]
 
 
 def comparison(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -21,7 +40,8 @@ def comparison(rows: Sequence[Mapping[str, Any]]) -> str:
             so are full budgets.
 
     Returns:
-        An SVG element. Bars are 95% intervals. Rules of which a row may see what later rows chose are dashed.
+        An SVG element. Bars are 95% intervals. Densities count summaries of unseen pages. Rules of which a
+        row may see what later rows chose are dashed.
     """
     rows = [row for row in rows if row["target_density"] < 1]
     titles = list(dict.fromkeys(row["title"] for row in rows))
@@ -30,8 +50,10 @@ def comparison(rows: Sequence[Mapping[str, Any]]) -> str:
         rest = 0
         for title in titles:
             own = [row for row in rows if row["title"] == title]
-            if own[0]["form"] == "pages":
+            if own[0]["form"] in ("pages", "learned"):
                 style: dict[str, Any] = {"color": BLUE, "marker": "o", "lw": 2.6, "ms": 6, "zorder": 5}
+                if own[0]["form"] == "learned":
+                    style |= {"lw": 1.8, "mfc": "white"}
             elif "oracle" in own[0]["form"]:
                 style = {
                     "color": INK if "block" in own[0]["form"] else GREY,
@@ -47,8 +69,12 @@ def comparison(rows: Sequence[Mapping[str, Any]]) -> str:
                 (panels[0], "total_density", "perplexity_ratio", "ratio_low", "ratio_high"),
                 (panels[1], "prefill_density", "needle_kept", "needle_kept_low", "needle_kept_high"),
             ):
-                points = sorted((row for row in own if row.get(name) is not None), key=lambda r: r[density])
-                x, y = [[row[key] for row in points] for key in (density, name)]
+                measured = [
+                    (density_with_summary(row, density), row) for row in own if row.get(name) is not None
+                ]
+                measured.sort(key=lambda point: point[0])
+                points = [row for _, row in measured]
+                x, y = [at for at, _ in measured], [row[name] for row in points]
                 below = [max(0.0, row[name] - row[low]) for row in points]
                 above = [max(0.0, row[high] - row[name]) for row in points]
                 panel.errorbar(x, y, yerr=[below, above], elinewidth=0.7, label=title, **style)
@@ -58,8 +84,8 @@ def comparison(rows: Sequence[Mapping[str, Any]]) -> str:
             panel.xaxis.set_minor_formatter(NullFormatter())
             panel.set_xticks([0.02, 0.05, 0.1, 0.2, 0.5])
             panel.axhline(1, color=GREY, lw=1.2, ls=":")
-        panels[0].set_xlabel("total density, near field included")
-        panels[1].set_xlabel("total density of the prompts")
+        panels[0].set_xlabel("total density, near field and summaries included")
+        panels[1].set_xlabel("total density of the prompts, summaries included")
         worst = max((row["ratio_high"] for row in rows if row.get("ratio_high") is not None), default=1.0)
         cut = f", cut at {_HIGHEST}" if worst > _HIGHEST else ""
         panels[0].set_title(f"Perplexity ÷ dense (lower is better{cut})")

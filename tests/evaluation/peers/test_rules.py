@@ -1,5 +1,6 @@
 """Every rule against an example small enough to work out by hand."""
 
+import itertools
 import math
 
 import pytest
@@ -77,6 +78,28 @@ def test_page_bounds_see_what_means_do_not() -> None:
 def test_token_oracle() -> None:
     rows = seen(HeaviestTokens(2), call_of([1, 1, 1, -1], [3, 1, 2, 0]))
     assert rows == {0: [0], 1: [0, 1], 2: [0, 2], 3: [1, 3]}
+
+
+@pytest.mark.parametrize("kind", ["distinct", "ties", "float16"])
+@pytest.mark.parametrize(("start", "count"), [(0, 1), (0, 5), (12, 5), (22, 23), (22, 24), (22, 1)])
+def test_token_oracle_against_sorting(kind: str, start: int, count: int) -> None:
+    torch.manual_seed(0)
+    queries, keys = torch.randn(2, 3, 23 - start, 4), torch.randn(2, 3, 23, 4)
+    if kind == "ties":
+        queries, keys = queries.round(), keys.round()
+    if kind == "float16":
+        queries, keys = queries.half(), keys.half()
+    call = Call(queries, keys, 0.5, 0)
+    # A strip in the middle of the call, as the executor cuts them, sees the keys before its own end only.
+    first, last = (start, 23) if start > 12 else (start + 3, 20)
+    visible = HeaviestTokens(count).visible(call, None, first, last) & causal(first, last, keys.device)
+    for batch, head, row in itertools.product(range(2), range(3), range(first, last)):
+        own = (queries[batch, head, row - start] @ keys[batch, head, : row + 1].mT).float() * 0.5
+        least = own.sort(descending=True).values[min(count, row + 1) - 1]
+        chosen = visible[batch, head, row - first, : row + 1]
+        # Keys as heavy as the last one that is chosen are chosen too; a row with fewer keys sees all.
+        assert chosen.tolist() == (own >= least).tolist()
+        assert chosen.sum() == min(count, row + 1) or kind != "distinct"
 
 
 def test_antidiagonals() -> None:

@@ -1,0 +1,108 @@
+"""Densities and settings of the forms of a comparison, in files so that a later run has the same ones."""
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from llama_surgery.config import SurgeryConfig
+from llama_surgery.errors import SurgeryError
+from llama_surgery.evaluation.compare_forms import Form, densities_between
+from llama_surgery.evaluation.compare_samples import digest
+from llama_surgery.files import write_json
+from llama_surgery.topology.router import PageRouter
+
+#: Total density that is measured first.
+FIRST = 0.18
+
+
+class Budgets:
+    """Densities at which a form is measured, and what gives them, found once.
+
+    Args:
+        folder: Of the comparison.
+        form: The form.
+        requested: Total densities wanted.
+        full: Whether a full budget is measured too.
+        adapter: Fingerprint of the adapter that the form follows, if it follows one.
+
+    Raises:
+        SurgeryError: The folder has this form with another adapter.
+    """
+
+    def __init__(
+        self, folder: Path, form: Form, requested: Sequence[float], *, full: bool, adapter: str | None
+    ) -> None:
+        self._file, self._form = _file(folder, form.name), form
+        kept = read_budgets(folder, form.name, adapter)
+        if kept is not None:
+            self._content = kept
+            return
+        floor = form.floor()
+        targets = [1.0]
+        if floor < 1:
+            targets = densities_between(floor, requested)
+            targets.sort(key=lambda target: abs(math.log(target / FIRST)))
+        if full:
+            targets.append(1.0)
+        self._content = {
+            "title": form.title,
+            "ahead": form.ahead,
+            "floor": floor,
+            "targets": targets,
+            "settings": {},
+        }
+        if adapter is not None:
+            self._content["adapter"] = adapter
+        write_json(self._file, self._content)
+
+    @property
+    def targets(self) -> list[float]:
+        """Total densities, the one to measure first in front."""
+        return self._content["targets"]
+
+    def setting(self, target: float) -> dict[str, Any]:
+        """What gives this total density on calibration text."""
+        settings = self._content["settings"]
+        if str(target) not in settings:
+            settings[str(target)] = self._form.setting(target)
+            write_json(self._file, self._content)
+        return settings[str(target)]
+
+
+def read_budgets(folder: Path, name: str, adapter: str | None = None) -> dict[str, Any] | None:
+    """What is kept of a form, or None where there is nothing yet.
+
+    Args:
+        folder: Of the comparison.
+        name: Of the form.
+        adapter: Fingerprint of the adapter that the form follows, if it follows one.
+
+    Raises:
+        SurgeryError: It is of another adapter.
+    """
+    file = _file(folder, name)
+    if not file.exists():
+        return None
+    content = json.loads(file.read_text(encoding="utf-8"))
+    if content.get("adapter") != adapter:
+        raise SurgeryError(
+            f"{folder} compared another adapter (fingerprint {content.get('adapter')} there, {adapter} now): "
+            "give that one to go on, or another folder."
+        )
+    return content
+
+
+def adapter_digest(config: SurgeryConfig, routers: Mapping[int, PageRouter]) -> str:
+    """Short fingerprint of an adapter: of its whole configuration and of every learned correction."""
+    parts = [json.dumps(config.to_dict(), sort_keys=True)]
+    for index, router in sorted(routers.items()):
+        for name, part in router.tensors().items():
+            content = part.detach().float().cpu().contiguous().numpy().tobytes().hex()
+            parts.append(f"{index}.{name} {tuple(part.shape)} {content}")
+    return digest(*parts)
+
+
+def _file(folder: Path, name: str) -> Path:
+    return folder / "budgets" / f"{name}.json"
