@@ -39,6 +39,7 @@ from llama_surgery.topology.balls import (
     ball_intervals,
     blocks_in_order_of_text,
     pages_read,
+    tree_order,
     window_pairs_read,
 )
 
@@ -65,7 +66,7 @@ class BlockCounter:
     def __call__(self, layer: int, balls: torch.Tensor) -> None:
         batch, heads, n = balls.shape
         self.causal += batch * heads * n * (n + 1) // 2
-        found = ball_intervals(balls, n, self.window)
+        found = ball_intervals(tree_order(balls), balls, n, self.window)
         for size in self.sizes:
             rows = torch.full((-(-n // size),), size, device=balls.device)
             rows[-1] = n - size * (len(rows) - 1)

@@ -9,7 +9,9 @@ from llama_surgery.topology.balls import (
     ball_intervals,
     ball_mask,
     blocks_in_order_of_text,
+    order_serves,
     pages_read,
+    tree_order,
     window_pairs_read,
 )
 
@@ -51,15 +53,21 @@ def test_a_ball_holds_what_shares_the_last_digits(arity: int, radius: int) -> No
             assert bool(mask[i, j]) == (j <= i and (j == 0 or i - j < window or near))
 
 
-@pytest.mark.parametrize(("count", "rows", "window"), [(1, 1, 1), (40, 40, 5), (63, 63, 70), (50, 3, 1)])
-def test_intervals_and_window_make_up_the_mask(count: int, rows: int, window: int) -> None:
+@pytest.mark.parametrize(
+    ("count", "rows", "window", "slots"),
+    [(1, 1, 1, 1), (40, 40, 5, 40), (63, 63, 70, 63), (50, 3, 1, 50), (50, 3, 8, 42), (50, 9, 8, 44)],
+)
+def test_intervals_and_window_make_up_the_mask(count: int, rows: int, window: int, slots: int) -> None:
+    """Also with an order of the first tokens only, which lacks some of the windows' tokens."""
     balls = random_balls(2, 3, count)
-    found = ball_intervals(balls, rows, window)
+    order = tree_order(balls[..., :slots])
+    assert order_serves(order, count, window) and order.slots == slots
+    found = ball_intervals(order, balls, rows, window)
     position = torch.arange(count - rows, count)
-    slot = torch.arange(count)
+    slot = torch.arange(slots)
     by_slot = (slot >= found.low.unsqueeze(-1)) & (slot < found.high.unsqueeze(-1))  # rows in tree order
-    order = found.key_order.long().unsqueeze(-2).expand_as(by_slot)
-    by_place = torch.zeros_like(by_slot).scatter_(-1, order, by_slot)
+    key = order.positions.long().unsqueeze(-2).expand_as(by_slot)
+    by_place = by_slot.new_zeros(2, 3, rows, count).scatter_(-1, key, by_slot)
     row = found.row_order.long().unsqueeze(-1).expand_as(by_place)
     ball = torch.zeros_like(by_place).scatter_(-2, row, by_place)
     always = ball_mask(torch.arange(count), position, window)  # every token a ball of its own
@@ -71,7 +79,8 @@ def test_intervals_and_window_make_up_the_mask(count: int, rows: int, window: in
 @pytest.mark.parametrize(("tile", "page"), [(1, 1), (4, 8), (16, 4), (64, 64)])
 def test_pages_read_by_a_slow_loop(tile: int, page: int) -> None:
     count, rows = 70, 50
-    found = ball_intervals(random_balls(1, 2, count), rows, 6)
+    balls = random_balls(1, 2, count)
+    found = ball_intervals(tree_order(balls), balls, rows, 6)
     counts = pages_read(found, tile, page)
     assert counts.shape == (1, 2, -(-rows // tile))
     for head in range(2):

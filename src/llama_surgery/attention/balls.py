@@ -9,6 +9,7 @@ from llama_surgery.attention.impl import reference
 from llama_surgery.attention.impl.common import differentiable
 from llama_surgery.config import SurgeryConfig
 from llama_surgery.errors import SurgeryError
+from llama_surgery.topology.balls import TreeOrder, order_serves
 
 #: ``triton``: kernels that read a tile's blocks only. ``reference``: a masked softmax over everything.
 BallBackend = Literal["auto", "triton", "reference"]
@@ -44,6 +45,7 @@ def attend_balls(
     window: int,
     scale: float | None = None,
     softcap: float | None = None,
+    order: TreeOrder | None = None,
     backend: BallBackend = "auto",
 ) -> BallResult:
     """Attention of a text's last rows over what :func:`llama_surgery.topology.balls.ball_mask` shows them.
@@ -56,17 +58,23 @@ def attend_balls(
         window: Last positions that are always seen, the row's own counted.
         scale: Scaling of q·k, default ``head_dim**-0.5``.
         softcap: Cap of the logits, or None.
+        order: Of the first tokens, as many as :func:`llama_surgery.topology.balls.order_serves` asks for, so
+            that not every step sorts; made here if None. Only the kernels look at it.
         backend: ``auto`` takes the kernels on a GPU where they can run the call. They do not differentiate.
 
     Raises:
         SurgeryError: Arguments that do not fit together, or a call that the backend asked for cannot run.
     """
     _check(queries, keys, values, balls, window)
+    if order is not None and not order_serves(order, keys.shape[2], window):
+        raise SurgeryError(
+            f"the order holds {order.slots} of {keys.shape[2]} tokens: it may lack the last window={window}."
+        )
     scale = queries.shape[-1] ** -0.5 if scale is None else scale
     if ball_backend(backend, queries, keys, values) == "triton":
         from llama_surgery.attention.impl.triton import token_mask
 
-        out, lse, seen, read = token_mask.attend(queries, keys, values, balls, window, scale, softcap)
+        out, lse, seen, read = token_mask.attend(queries, keys, values, balls, window, scale, softcap, order)
     else:
         out, lse, seen, read = reference.attend_balls(queries, keys, values, balls, window, scale, softcap)
     rows, count = queries.shape[2], keys.shape[2]

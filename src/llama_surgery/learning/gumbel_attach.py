@@ -9,11 +9,12 @@ from typing import Any
 import torch
 from transformers import AttentionInterface, AttentionMaskInterface
 
-from llama_surgery.attention.balls import attend_balls
+from llama_surgery.attention.balls import attend_balls, ball_backend
 from llama_surgery.errors import SurgeryError, UnsupportedModelError
 from llama_surgery.learning.gumbel import Gumbel, balls_of, gumbel_digits, load_balance, soft_attention
 from llama_surgery.surgery.interface import INTERFACE_NAMES, dense_function, surgery_mask
 from llama_surgery.surgery.operate import attention_modules, inner_model
+from llama_surgery.topology.balls import TreeOrder, order_serves, tree_order
 
 NAME = "surgery_gumbel"
 
@@ -29,6 +30,7 @@ class _Routed:
         digits: One-hot digits of the new tokens in training, for each group of heads.
         fresh: Balls (batch, heads, new) of the new tokens.
         balls: Balls (batch, heads, n) of all tokens of the text so far.
+        orders: The first of them sorted, once for as many steps as a window has tokens.
     """
 
     base: str
@@ -37,6 +39,7 @@ class _Routed:
     digits: dict[int, list[torch.Tensor]] = dataclasses.field(default_factory=dict)
     fresh: dict[int, torch.Tensor] = dataclasses.field(default_factory=dict)
     balls: dict[int, torch.Tensor] = dataclasses.field(default_factory=dict)
+    orders: dict[int, TreeOrder] = dataclasses.field(default_factory=dict)
 
 
 @contextlib.contextmanager
@@ -117,7 +120,14 @@ def _attention(
         if gumbel.listener is not None:
             gumbel.listener(index, balls)
         result = attend_balls(
-            query, key, value, balls, window=gumbel.settings.window, scale=scale, backend=gumbel.backend
+            query,
+            key,
+            value,
+            balls,
+            window=gumbel.settings.window,
+            scale=scale,
+            order=_order(routed, index, balls, query, value),
+            backend=gumbel.backend,
         )
         heads = query.shape[0] * query.shape[1]
         gumbel.count(
@@ -143,3 +153,19 @@ def _all_balls(routed: _Routed, index: int, count: int) -> torch.Tensor:
             "gumbel_in() block."
         )
     return torch.cat((earlier[:, :, :past], fresh), 2)
+
+
+def _order(
+    routed: _Routed, index: int, balls: torch.Tensor, query: torch.Tensor, value: torch.Tensor
+) -> TreeOrder | None:
+    """The kept order of a layer's tokens, or a new one where it does not serve; None where nothing needs it.
+
+    A step needs what lies before its window only, so that an order serves as many steps as that has tokens.
+    """
+    gumbel, past = routed.gumbel, balls.shape[2] - query.shape[2]
+    if ball_backend(gumbel.backend, query, query, value) != "triton":
+        return None
+    order = routed.orders.get(index)
+    if order is None or order.slots > past or not order_serves(order, balls.shape[2], gumbel.settings.window):
+        order = routed.orders[index] = tree_order(balls)
+    return order

@@ -9,18 +9,37 @@ import dataclasses
 
 import torch
 
+#: Bits of a rank that hold the position; the others hold the ball.
+POSITION_BITS = 31
+
+
+@dataclasses.dataclass(frozen=True)
+class TreeOrder:
+    """The first tokens of a text sorted by ball, ties by position.
+
+    Attributes:
+        ranks: (batch, heads, slots) int64, ascending: ball · 2³¹ + position.
+        positions: (batch, heads, slots) int32, the position at every slot.
+    """
+
+    ranks: torch.Tensor
+    positions: torch.Tensor
+
+    @property
+    def slots(self) -> int:
+        """How many of the first tokens are sorted."""
+        return self.ranks.shape[-1]
+
 
 @dataclasses.dataclass(frozen=True)
 class Intervals:
-    """Rows and keys in tree order, and which keys a row sees beyond position 0 and window.
+    """Rows in tree order, and which slots a row sees beyond position 0 and window.
 
     Attributes:
-        key_order: (batch, heads, keys) int32, the position at every slot.
         row_order: (batch, heads, rows) int32, the row at every place.
         low, high: (batch, heads, rows) int32, first slot that the row at a place sees, and one past the last.
     """
 
-    key_order: torch.Tensor
     row_order: torch.Tensor
     low: torch.Tensor
     high: torch.Tensor
@@ -73,29 +92,50 @@ def ball_mask(balls: torch.Tensor, rows: torch.Tensor, window: int) -> torch.Ten
     return always | (causal & (balls[..., rows].unsqueeze(-1) == balls.unsqueeze(-2)))
 
 
-def ball_intervals(balls: torch.Tensor, rows: int, window: int) -> Intervals:
-    """Sort rows and keys by ball and position, and find what rows see.
+def tree_order(balls: torch.Tensor) -> TreeOrder:
+    """Sort tokens by ball.
 
     Args:
-        balls: (batch, heads, n) int64, all of them times n below 2⁶³.
+        balls: (batch, heads, n) int64, below 2³².
+    """
+    position = torch.arange(balls.shape[-1], device=balls.device)
+    ranks, positions = ((balls << POSITION_BITS) + position).sort(-1)
+    return TreeOrder(ranks, positions.int())
+
+
+def order_serves(order: TreeOrder, count: int, window: int) -> bool:
+    """Does an order hold everything that the last rows of ``count`` tokens see beside their windows?
+
+    So it need not be made anew for every token.
+    """
+    return order.slots >= count - window
+
+
+def ball_intervals(order: TreeOrder, balls: torch.Tensor, rows: int, window: int) -> Intervals:
+    """Sort rows as keys are sorted, and find what they see.
+
+    Args:
+        order: Of the first tokens, as many as :func:`order_serves` asks for.
+        balls: (batch, heads, n) int64.
         rows: How many of the last tokens are rows.
         window: As in :func:`always_visible`.
     """
     count = balls.shape[-1]
-    ranks, key_order = (balls * count + torch.arange(count, device=balls.device)).sort(-1)
-    row_ranks, row_order = ranks, key_order
-    if rows < count:
-        last = torch.arange(count - rows, count, device=balls.device)
-        row_ranks, row_order = (balls[..., count - rows :] * count + last).sort(-1)
-    position = row_ranks % count
+    if rows == order.slots:
+        row_ranks, row_order = order.ranks, order.positions
+    else:
+        position = torch.arange(count - rows, count, device=balls.device)
+        row_ranks, places = ((balls[..., count - rows :] << POSITION_BITS) + position).sort(-1)
+        row_order = places.int()
+    position = row_ranks & (1 << POSITION_BITS) - 1
     first = row_ranks - position
 
     def find(rank: torch.Tensor) -> torch.Tensor:
-        return torch.searchsorted(ranks, rank, out_int32=True)
+        return torch.searchsorted(order.ranks, rank, out_int32=True)
 
     low = find(first + 1)
     high = find(first + (position - window + 1).clamp_min(0))
-    return Intervals(key_order.int(), row_order.int(), low, high.maximum(low))
+    return Intervals(row_order, low, high.maximum(low))
 
 
 def always_pairs(rows: int, window: int) -> int:

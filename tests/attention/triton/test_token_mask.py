@@ -14,7 +14,7 @@ from llama_surgery.attention.impl import reference
 from llama_surgery.attention.impl.triton import token_mask as masked
 from llama_surgery.attention.impl.triton.tuning import Tuning
 from llama_surgery.errors import SurgeryError
-from llama_surgery.topology.balls import ball_intervals, ball_mask, pages_read, window_pairs_read
+from llama_surgery.topology.balls import ball_intervals, ball_mask, pages_read, tree_order, window_pairs_read
 
 WINDOW = 20
 
@@ -111,6 +111,28 @@ class TestAgainstDenseAttention:
         check(Case(90, 110), device)
 
 
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("rows", [1, 5])
+@pytest.mark.parametrize("programs", [8, 64])
+def test_steps_share_pages_and_keep_an_order(
+    rows: int, programs: int, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One tile, cut among 1 or 8 programs a head, through an order that lacks the last tokens."""
+    monkeypatch.setattr(masked, "tuning_for", lambda *_: Tuning(rows=16, block_near=16))
+    monkeypatch.setattr(masked, "PROGRAMS", programs)
+    monkeypatch.setattr(masked, "PAGES_OF_A_SHARE", 1)
+    case = Case(rows, 300, balls=3)
+    out, lse, visible = case.exact(device)
+    q, k, v, balls = case.inputs(device)
+    order = tree_order(balls[..., : 300 + rows - WINDOW])
+    result = attend_balls(q, k, v, balls, window=WINDOW, order=order, backend="triton")
+    torch.testing.assert_close(result.out.double(), out, rtol=2e-5, atol=2e-5)
+    torch.testing.assert_close(result.lse.double(), lse, rtol=2e-5, atol=2e-5)
+    assert torch.equal(result.seen_pairs, visible.sum((-1, -2)))
+    with pytest.raises(SurgeryError, match=f"order holds 280 of {300 + rows} tokens"):
+        attend_balls(q, k, v, balls, window=rows, order=tree_order(balls[..., :280]))
+
+
 @pytest.mark.parametrize(("past", "rows"), [(0, 61), (70, 1), (30, 40)])
 def test_the_plain_executor(
     past: int, rows: int, device: torch.device, monkeypatch: pytest.MonkeyPatch
@@ -126,7 +148,7 @@ def test_what_it_reads_is_what_balls_need(past: int, rows: int, device: torch.de
     case = Case(rows, past, balls=12)
     queries, _, values, balls = case.inputs(device)
     tile, page = masked.tile_and_page(queries, values)
-    pages = pages_read(ball_intervals(balls, rows, WINDOW), tile, page)
+    pages = pages_read(ball_intervals(tree_order(balls), balls, rows, WINDOW), tile, page)
     rows_of = torch.full(pages.shape[-1:], tile, device=device)
     rows_of[-1] = rows - tile * (len(rows_of) - 1)
     near = window_pairs_read(past + rows, rows, WINDOW, tile, page)

@@ -16,13 +16,24 @@ from llama_surgery.attention.impl.triton.token_mask_kernels import (
     window_kernel,
 )
 from llama_surgery.attention.impl.triton.tuning import family_of, tuning_for
-from llama_surgery.topology.balls import Intervals, always_pairs, ball_intervals, window_pairs_read
+from llama_surgery.topology.balls import (
+    Intervals,
+    TreeOrder,
+    always_pairs,
+    ball_intervals,
+    tree_order,
+    window_pairs_read,
+)
 
 #: Rows of a tile: more of them share fewer pages, fewer do not fill a matrix unit.
 LARGEST_TILE, SMALLEST_TILE = 64, 16
 
 #: Pages that the list kernel holds at once.
 LIST_BLOCK = 64
+
+#: Where rows make a single tile, programs that share its pages are added up to this number, and to pages of
+#: the text a program.
+PROGRAMS, PAGES_OF_A_SHARE = 256, 8
 
 
 def tile_and_page(queries: torch.Tensor, values: torch.Tensor) -> tuple[int, int]:
@@ -42,6 +53,7 @@ def attend(
     window: int,
     scale: float,
     softcap: float | None,
+    order: TreeOrder | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Output, log-sum-exp, pairs seen and read of :func:`llama_surgery.attention.balls.attend_balls`.
 
@@ -70,7 +82,8 @@ def attend(
     near_out = queries.new_empty(batch, heads, rows, value_dim, dtype=torch.float32)
     near_lse = near_out.new_empty(batch, heads, rows)
     tiles = triton.cdiv(rows, tile)
-    found = ball_intervals(balls, rows, window)
+    order = tree_order(balls) if order is None else order
+    found = ball_intervals(order, balls, rows, window)
     with device_of(queries):
         window_kernel[(tiles, heads, batch)](
             queries,
@@ -86,7 +99,7 @@ def attend(
             **shared,
         )
         out, lse, counts = _over_balls(
-            queries, keys, values, found, near_out, near_lse, strides, scalars, shared
+            queries, keys, values, order, found, near_out, near_lse, strides, scalars, shared
         )
     rows_of = torch.full((tiles,), tile, device=counts.device)
     rows_of[-1] = rows - (tiles - 1) * tile
@@ -99,6 +112,7 @@ def _over_balls(
     queries: torch.Tensor,
     keys: torch.Tensor,
     values: torch.Tensor,
+    order: TreeOrder,
     found: Intervals,
     near_out: torch.Tensor,
     near_lse: torch.Tensor,
@@ -108,13 +122,20 @@ def _over_balls(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """List pages and go on over them, a strip of tiles at a time.
 
+    A single tile, of a decode step, has too few programs to fill a GPU: they share its pages.
+
     Returns:
         Output, log-sum-exp, and the pages that tiles read, (batch, heads, tiles) int64.
     """
-    (batch, heads, rows, _), count = queries.shape, keys.shape[2]
+    batch, heads, rows, _ = queries.shape
     tile, page = shared["TILE"], shared["PAGE"]
-    out, lse = near_out.new_empty(near_out.shape, dtype=queries.dtype), torch.empty_like(near_lse)
-    tiles, capacity, counts = triton.cdiv(rows, tile), triton.cdiv(count, page), []
+    tiles, capacity, counts = triton.cdiv(rows, tile), triton.cdiv(order.slots, page), []
+    shares = 1
+    if tiles == 1:
+        shares = max(1, min(PROGRAMS // (batch * heads), capacity // PAGES_OF_A_SHARE))
+    dtype = queries.dtype if shares == 1 else near_out.dtype
+    out = near_out.new_empty(shares, *near_out.shape, dtype=dtype)
+    lse = near_lse.new_empty(shares, *near_lse.shape)
     room = max(1, STRIP_BYTES // (4 * batch * heads * capacity))
     for first in range(0, tiles, room):
         strip = min(room, tiles - first)
@@ -133,11 +154,11 @@ def _over_balls(
             PAGE=page,
             BLOCK=LIST_BLOCK,
         )
-        ball_kernel[grid](
+        ball_kernel[(*grid, shares)](
             queries,
             keys,
             values,
-            found.key_order,
+            order.positions,
             found.row_order,
             found.low,
             found.high,
@@ -149,10 +170,15 @@ def _over_balls(
             lse,
             *strides,
             rows,
-            count,
+            order.slots,
             first,
             capacity,
             *scalars,
             **shared,
         )
-    return out, lse, torch.cat(counts, -1).long()
+    read = torch.cat(counts, -1).long()
+    if shares == 1:
+        return out[0], lse[0], read
+    total = lse.logsumexp(0)
+    weights = (lse - total).exp().unsqueeze(-1)
+    return (out * weights).sum(0).to(queries.dtype), total, read

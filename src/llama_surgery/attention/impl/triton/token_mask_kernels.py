@@ -4,6 +4,7 @@ import triton
 import triton.language as tl
 
 from llama_surgery.attention.impl.triton.helpers import (
+    FLOOR,
     LN2,
     LOG2E,
     cap_logits,
@@ -15,12 +16,15 @@ from llama_surgery.attention.impl.triton.helpers import (
 
 @triton.jit
 def _store_rows(out_ptr, lse_ptr, cell, acc, total, top, live, DIM: tl.constexpr, DIM_PAD: tl.constexpr):
-    """Write contiguous rows of an output and its log-sum-exp. Every row has seen position 0."""
+    """Write contiguous rows of an output and its log-sum-exp; a row that saw nothing gets zeros and -inf."""
     column = tl.arange(0, DIM_PAD)
     cells = out_ptr + cell[:, None] * DIM + column[None, :]
+    sees = total > 0
+    total = tl.where(sees, total, 1.0)
     out = (acc / total[:, None]).to(out_ptr.dtype.element_ty)
     tl.store(cells, out, mask=live[:, None] & (column < DIM)[None, :])
-    tl.store(lse_ptr + cell, (top + tl.log2(total)) * LN2, mask=live)
+    lse = tl.where(sees, (top + tl.log2(total)) * LN2, float("-inf"))
+    tl.store(lse_ptr + cell, lse, mask=live)
 
 
 @triton.jit(do_not_specialize=["rows", "count", "window"])
@@ -134,7 +138,7 @@ def ball_list_kernel(
     tl.store(counts_ptr + listed, count)
 
 
-@triton.jit(do_not_specialize=["rows", "count", "first_tile", "capacity"])
+@triton.jit(do_not_specialize=["rows", "slots", "first_tile", "capacity"])
 def ball_kernel(
     q_ptr,
     k_ptr,
@@ -159,7 +163,7 @@ def ball_kernel(
     v_head,
     v_row,
     rows,
-    count,
+    slots,
     first_tile,
     capacity,
     scale,
@@ -174,12 +178,13 @@ def ball_kernel(
     VALUE_PAD: tl.constexpr,
     CAP: tl.constexpr,
 ):
-    """Go on from near results over a tile's listed pages, each row over the slots it sees.
+    """Go on from near results over a share of a tile's listed pages, each row over the slots it sees.
 
     Rows are tiled in tree order: the row at place i of a head is ``row_order[i]``, and sees the slots
     ``low[i] … high[i] - 1``, that is its ball up to a position. Slot j holds position ``key_order[j]``: keys
-    and values stay where they are, since every query head has an order of its own. Grid: (tiles of this
-    launch, batch * heads).
+    and values stay where they are, since every query head has an order of its own. Writes contiguous (shares,
+    batch, heads, rows, VALUE_DIM) and (shares, batch, heads, rows); the first share holds the near results.
+    Grid: (tiles of this launch, batch * heads, shares).
     """
     wide_head = tl.program_id(1).to(tl.int64)
     batch, head = wide_head // HEADS, wide_head % HEADS
@@ -191,22 +196,27 @@ def ball_kernel(
     low = tl.load(low_ptr + place, mask=live, other=0)
     high = tl.load(high_ptr + place, mask=live, other=0)
     cell = wide_head * rows + row
+    share = tl.program_id(2).to(tl.int64)
     q = load_rows(q_ptr + batch * q_batch + head * q_head, row, q_row, live, DIM, DIM_PAD, True)
-    acc = load_rows(near_out_ptr, cell, VALUE_DIM, live, VALUE_DIM, VALUE_PAD, True)
-    top = tl.load(near_lse_ptr + cell, mask=live, other=0.0) * LOG2E
-    total = tl.full([TILE], 1.0, tl.float32)
+    begins = at < tl.where(share == 0, rows, 0)
+    acc = load_rows(near_out_ptr, cell, VALUE_DIM, begins, VALUE_DIM, VALUE_PAD, True)
+    top = tl.load(near_lse_ptr + cell, mask=begins, other=FLOOR) * LOG2E
+    total = tl.where(begins, 1.0, 0.0)
     k_base = k_ptr + batch * k_batch + head // GROUP * k_head
     v_base = v_ptr + batch * v_batch + head // GROUP * v_head
     factor = scale * LOG2E
     if CAP:
         factor = 1.0
-    for index in range(0, tl.load(counts_ptr + listed)):
+    pages = tl.load(counts_ptr + listed)
+    shares = tl.num_programs(2)
+    for index in range(share * pages // shares, (share + 1) * pages // shares):
         slot = tl.load(pages_ptr + listed * capacity + index) * PAGE + tl.arange(0, PAGE)
-        key = tl.load(key_order_ptr + wide_head * count + slot, mask=slot < count, other=0)
-        k = load_rows(k_base, key, k_row, slot < count, DIM, DIM_PAD, True)
-        v = load_rows(v_base, key, v_row, slot < count, VALUE_DIM, VALUE_PAD, True)
+        key = tl.load(key_order_ptr + wide_head * slots + slot, mask=slot < slots, other=0)
+        k = load_rows(k_base, key, k_row, slot < slots, DIM, DIM_PAD, True)
+        v = load_rows(v_base, key, v_row, slot < slots, VALUE_DIM, VALUE_PAD, True)
         products = cap_logits(tl.dot(q, tl.trans(k), input_precision=exact()), scale, softcap, CAP)
         visible = (slot[None, :] >= low[:, None]) & (slot[None, :] < high[:, None])
         products = tl.where(visible, products, float("-inf"))
         acc, total, top = softmax_step(acc, total, top, products, factor, v, live, False)
+    cell += share * tl.num_programs(1) * rows
     _store_rows(out_ptr, lse_ptr, cell, acc, total, top, live, VALUE_DIM, VALUE_PAD)
