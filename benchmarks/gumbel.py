@@ -82,6 +82,8 @@ class BlockCounter:
 
 def main() -> None:
     options = _parser().parse_args()
+    on_gpu = torch.device(options.device).type == "cuda"
+    options.backend = options.backend or ("triton" if on_gpu else "reference")
     torch.manual_seed(0)
     tokenizer = AutoTokenizer.from_pretrained(options.model)
     model = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32)
@@ -166,7 +168,7 @@ def _measured(
         "ratio_high": ratio.high,
         "seconds": round(time.time() - begun, 1),
         "model": Path(options.model).name,
-        "device": torch.cuda.get_device_name() if options.device == "cuda" else platform.processor(),
+        "device": torch.cuda.get_device_name() if options.device == "cuda" else platform.machine(),
         "torch": torch.__version__,
     }
 
@@ -210,9 +212,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--device", default="cpu")
     add(
         "--backend",
-        choices=("auto", "triton", "reference"),
-        default="auto",
-        help="what executes the mask while measuring; auto: triton on a GPU, else reference",
+        choices=("triton", "reference"),
+        help="what executes the mask while measuring; triton on a GPU and reference elsewhere if left out",
     )
     add("--blocks", type=int, nargs="*", default=[], help="count blocks of these sizes, sorted and not")
     add("--arities", type=int, nargs="+", default=[2], help="children of a node; a router each")
