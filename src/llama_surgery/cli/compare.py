@@ -224,9 +224,9 @@ def comparison_table(results: dict[str, Any]) -> Table:
     table = Table(
         title=f"{settings['model']}, {settings['windows']} windows of {settings['length']:,} tokens, "
         f"{settings['needles']} needles; dense: perplexity {ppl}, needles {right}",
-        caption="* a row of a prompt may see what later rows chose. From: the rule's smallest density. "
-        "Needles kept: of those that the dense model answered. Intervals are 95%. Densities count what "
-        "summaries of unseen pages cost at most.",
+        caption="* a row of a prompt may see what later rows chose. From: the rule's smallest density, "
+        "summaries aside. Needles kept: of those that the dense model answered. Intervals are 95%. "
+        "Densities count what summaries of unseen pages cost at most.",
         title_justify="left",
         caption_justify="left",
     )
