@@ -192,7 +192,7 @@ def _operated(
     if paged.recording:
         raise SurgeryError(
             "a step can be captured only where the decode kernels run it: a GPU, no float64, no gradients, "
-            "no summary of chunks, no coarse_to_fine."
+            "no coarse_to_fine."
         )
     # Allocated as it is returned, so that it is contiguous: some architectures take views of it.
     returned = query.new_zeros(batch, new, heads, value.shape[-1])

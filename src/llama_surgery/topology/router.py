@@ -65,6 +65,8 @@ class PageRouter:
 
         def repeat(part: torch.Tensor) -> torch.Tensor:
             part = part.to(device)
+            if len(part) == streams:
+                return part
             return part.repeat(streams // part.shape[0], *(1 for _ in part.shape[1:]))
 
         return PageRouter(**{name: repeat(part) for name, part in self.tensors().items()})

@@ -57,8 +57,8 @@ def test_auto_takes_the_kernels_on_a_gpu_where_they_can_run(device: torch.device
     assert api.backend_name(CONFIG, q, q, 8) == kernels
     assert api.backend_name(CONFIG, q, q, 8, listening=True) == "gather"
     assert api.backend_name(CONFIG, q.double(), q.double(), 8) == "gather"
-    by_chunk = dataclasses.replace(CONFIG, summary="chunk")
-    assert api.backend_name(by_chunk, q, q, 8) == "gather"
+    both = dataclasses.replace(CONFIG, summary="page", coarse_to_fine=True)
+    assert api.backend_name(both, q, q, 8) == "gather"
     assert api.backend_name(CONFIG, q.requires_grad_(), q, 8) == kernels
 
 

@@ -43,8 +43,8 @@ def obstacle(config: SurgeryConfig, queries: torch.Tensor, values: torch.Tensor,
         return (
             f"it runs head dims up to {LARGEST_HEAD}, not head_dim={max(queries.shape[-1], values.shape[-1])}"
         )
-    if config.summary == "chunk" or (config.summary != "none" and config.coarse_to_fine):
-        return "it summarises pages or balls, and not with coarse_to_fine"
+    if config.summary != "none" and config.coarse_to_fine:
+        return "it does not summarise with coarse_to_fine"
     if config.summary != "none" and differentiable(queries, values):
         return "it does not differentiate summaries"
     return None

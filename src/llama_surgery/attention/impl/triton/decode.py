@@ -161,7 +161,7 @@ def decode(
                 counts,
                 *where,
                 *cache.sink_page.stride(),
-                *((None,) * 4 if cache.mean_values is None else cache.mean_values.stride()[:4]),
+                *cache.mean_strides(),
                 cache.capacity,
                 shape.splits,
                 shape.far_splits,

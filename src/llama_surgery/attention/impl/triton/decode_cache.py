@@ -43,8 +43,8 @@ class DecodeCache:
         table: (sequences, chunks) int32, block of every chunk, entries behind the last chunk not looked at;
             None where the blocks are the chunks.
         filled: (sequences,) int32, chunks in tree order; None where someone else lays out chunks.
-        mean_values: (sequences, kv_heads, blocks, pages or balls of a chunk, value_dim), the values' dtype,
-            where the configuration asks for summaries of pages or balls; else None.
+        mean_values: (sequences, kv_heads, blocks, means of a chunk, value_dim), the values' dtype, of every
+            ``summarised`` keys, where the configuration asks for summaries; else None.
     """
 
     config: SurgeryConfig
@@ -80,6 +80,13 @@ class DecodeCache:
         """What the kernels know of where keys, values and the table lie."""
         row = 0 if self.table is None else self.table.stride(0)
         return *self.keys.stride()[:4], *self.values.stride()[:4], row
+
+    def mean_strides(self) -> tuple[int | None, ...]:
+        """What the kernels know of where mean values of pages or balls lie."""
+        if self.mean_values is None:
+            return (None,) * 4
+        *outer, row = self.mean_values.stride()[:4]
+        return *outer, 0 if self.config.summary == "chunk" else row  # all pages of a chunk share one
 
 
 def make_cache(
@@ -120,7 +127,7 @@ def make_cache(
         return torch.empty(shape, dtype=dtype, device=device)
 
     features = blocks(balls_of(config), head_dim + head_dim // config.variance_pool)
-    units = units_of(config)
+    size = config.summarised
     return DecodeCache(
         config,
         blocks(config.chunk_size, head_dim),
@@ -130,7 +137,7 @@ def make_cache(
         torch.zeros(sequences, kv_heads, 1, dtype=torch.int32, device=device),
         lengths,
         filled=torch.zeros(sequences, dtype=torch.int32, device=device),
-        mean_values=blocks(config.pages_per_chunk * units, value_dim or head_dim) if units else None,
+        mean_values=blocks(config.chunk_size // size, value_dim or head_dim) if size else None,
     )
 
 
@@ -140,13 +147,17 @@ def balls_of(config: SurgeryConfig) -> int:
 
 
 def units_of(config: SurgeryConfig) -> int:
-    """Terms that stand in for a page that a row does not see."""
-    return config.page_size // config.summarised if config.summarised else 0
+    """Terms that stand in for a page that a row does not see.
+
+    With ``summary="chunk"`` the term is the page's part of its chunk's: the logit is the page's own, the
+    value the chunk's.
+    """
+    return max(1, config.page_size // config.summarised) if config.summarised else 0
 
 
 def mean_blocks(means: torch.Tensor, config: SurgeryConfig, kv_heads: int) -> torch.Tensor:
-    """View of mean values (streams, pages or balls, value_dim) of whole chunks, by blocks of one chunk."""
-    return means.unflatten(1, (-1, config.pages_per_chunk * units_of(config))).unflatten(0, (-1, kv_heads))
+    """View of mean values (streams, summarised runs, value_dim) of whole chunks, by blocks of one chunk."""
+    return means.unflatten(1, (-1, config.chunk_size // config.summarised)).unflatten(0, (-1, kv_heads))
 
 
 def feature_blocks(
