@@ -13,6 +13,7 @@ from tests.attention.triton.test_prefill import Case, check, inputs
 from llama_surgery.attention import api
 from llama_surgery.attention.impl.triton.decode_cache import append_tokens, fill_chunks
 from llama_surgery.attention.impl.triton.layout import build_layout
+from llama_surgery.attention.summary import mean_values
 from llama_surgery.errors import SurgeryError
 from llama_surgery.topology.router import PageRouter
 
@@ -90,15 +91,19 @@ class TestDecodeAgainstReference:
 
 
 @pytest.mark.usefixtures("poisoned")
-def test_a_chunk_that_decoding_fills_is_ordered_by_mapped_keys(device: torch.device) -> None:
+@pytest.mark.parametrize("summary", ["ball", "chunk"])
+def test_a_chunk_that_decoding_fills_is_ordered_by_mapped_keys(summary: str, device: torch.device) -> None:
+    config = dataclasses.replace(CONFIG, summary=summary)
     case, router = test_decode.Case((126,), rows=2), learned(2, 4, 16, device)
-    text = test_decode.make_texts(case, CONFIG, device, router)[0]
-    cache = test_decode.loaded_cache([text], case, CONFIG, device)
+    text = test_decode.make_texts(case, config, device, router)[0]
+    cache = test_decode.loaded_cache([text], case, config, device)
     append_tokens(cache, text.keys[:, 126:], text.values[:, 126:])
     cache.lengths.add_(2)
     fill_chunks(cache, router)
-    expected = build_layout(text.keys, text.values, CONFIG, router)
+    expected = build_layout(text.keys, text.values, config, router)
     assert torch.equal(cache.keys.flatten(2, 3)[0], expected.keys)
+    assert cache.mean_values is not None
+    torch.testing.assert_close(cache.mean_values.flatten(2, 3)[0], mean_values(expected.values, config))
 
 
 def test_gradients_by_corrections_are_not_the_kernels_business(device: torch.device) -> None:
