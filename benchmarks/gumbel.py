@@ -29,6 +29,7 @@ from benchmarks.matching import losses_of
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from llama_surgery.evaluation.io import write_csv
+from llama_surgery.evaluation.logits import Head
 from llama_surgery.evaluation.paired import perplexity_ratio
 from llama_surgery.evaluation.perplexity import Perplexity
 from llama_surgery.learning.gumbel import Gumbel, GumbelSettings
@@ -93,7 +94,8 @@ def main() -> None:
     train_length = options.train_length or options.length
     learned_on = windows(tokenizer, train, train_length, options.train_windows, 100 + options.seed)
     rows = list(csv.DictReader(options.out.open())) if options.out.exists() else []
-    dense = losses_of(model, ids, 1)
+    head = Head(model, ids[0])
+    dense = losses_of(model, ids, 1, head)
     print(f"dense: perplexity {dense.value:.4f}", flush=True)
     for arity in options.arities:
         begun, last = time.time(), {}
@@ -105,7 +107,7 @@ def main() -> None:
             row = next((row for row in rows if all(str(row.get(k)) == v for k, v in key.items())), None)
             if row is None:
                 about = {"levels": levels, "trained_radius": levels // 2, "learning_seconds": seconds, **last}
-                row = key | about | _measured(model, ids, gumbel, radius, dense, options)
+                row = key | about | _measured(model, ids, head, gumbel, radius, dense, options)
                 rows.append(row)
                 write_csv(options.out, rows)
             _tell(row, options.blocks)
@@ -143,6 +145,7 @@ def _learned(
 def _measured(
     model: torch.nn.Module,
     ids: torch.Tensor,
+    head: Head,
     gumbel: Gumbel,
     radius: int,
     dense: Perplexity,
@@ -155,7 +158,7 @@ def _measured(
     gumbel.reset()
     begun = time.time()
     with gumbel_in(model, gumbel):
-        losses = losses_of(model, ids, 1)
+        losses = losses_of(model, ids, 1, head)
     ratio = perplexity_ratio(dense.per_window, losses.per_window, 0)
     return {
         "total_density": gumbel.density(),

@@ -21,13 +21,15 @@ FIRST_SLOPE = -1.2
 
 
 @torch.no_grad()
-def losses_of(model: torch.nn.Module, ids: torch.Tensor, batch: int) -> Perplexity:
+def losses_of(model: torch.nn.Module, ids: torch.Tensor, batch: int, head: Head | None = None) -> Perplexity:
     """Losses of every token of (windows, length) ids, ``batch`` windows at a time.
+
+    Without ``head`` one is made here, which takes a pass over a few tokens that is counted like any other.
 
     A plain PyTorch executor at these sizes waits for launches: several windows cost hardly more than one.
     """
     inner = inner_model(model)
-    head, decoder = Head(model, ids[0]), inner.get_decoder()
+    head, decoder = head or Head(model, ids[0]), inner.get_decoder()
     losses = []
     for part in ids.split(batch):
         states = decoder(input_ids=part.to(inner.device), use_cache=False).last_hidden_state

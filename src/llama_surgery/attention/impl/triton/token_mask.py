@@ -31,8 +31,8 @@ LARGEST_TILE, SMALLEST_TILE = 64, 16
 #: Pages that the list kernel holds at once.
 LIST_BLOCK = 64
 
-#: Where rows make a single tile, programs that share its pages are added up to this number, and to pages of
-#: the text a program.
+#: Where rows make a single tile, programs share its pages: at most so many in all, each with at least so many
+#: pages of the text.
 PROGRAMS, PAGES_OF_A_SHARE = 256, 8
 
 
