@@ -275,7 +275,7 @@ def score_kernel(
         cells = block * mean_block + ball.to(tl.int64) * mean_row
         mean = load_rows(mean_base, cells, 1, present, DIM, DIM_PAD, True)
         spread = load_rows(spread_base, cells, 1, present, SPREAD, SPREAD_PAD, True)
-        along, across = ball_terms(q, squares, mean, spread, scale, softcap, CAP)
+        along, across = ball_terms(q, squares, mean, spread, scale, softcap, CAP, exact())
         scores = (along + across) * LOG2E + LOG2_BALL
         if BALLS > 1:
             scores = sum_of_balls(scores, present, BLOCK_PAGES, BALLS_PAD)

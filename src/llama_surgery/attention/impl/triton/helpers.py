@@ -215,7 +215,7 @@ def _weigh(
 
 
 @triton.jit
-def ball_terms(queries, squares, mean, spread, scale, softcap, CAP: tl.constexpr):
+def ball_terms(queries, squares, mean, spread, scale, softcap, CAP: tl.constexpr, PRECISION: tl.constexpr):
     """Mean and variance term of page scores, (rows, balls) each, through the cap if there is one.
 
     Args:
@@ -223,8 +223,8 @@ def ball_terms(queries, squares, mean, spread, scale, softcap, CAP: tl.constexpr
         mean: (balls, dim) the balls' μ.
         spread: (balls, dim) or (balls, groups) their α·½·σ².
     """
-    along = tl.dot(queries, tl.trans(mean), input_precision=exact())
-    across = tl.dot(squares, tl.trans(spread), input_precision=exact())
+    along = tl.dot(queries, tl.trans(mean), input_precision=PRECISION)
+    across = tl.dot(squares, tl.trans(spread), input_precision=PRECISION)
     if CAP:
         slope = tanh(along * (scale / softcap))
         bend = 1.0 - slope * slope
@@ -236,7 +236,7 @@ def ball_terms(queries, squares, mean, spread, scale, softcap, CAP: tl.constexpr
 @triton.jit
 def ball_scores(queries, squares, mean, spread, scale, softcap, log2_size, CAP: tl.constexpr):
     """Scores (rows, balls) in log2 units; ``log2_size`` is the log2 of the keys of a ball."""
-    along, across = ball_terms(queries, squares, mean, spread, scale, softcap, CAP)
+    along, across = ball_terms(queries, squares, mean, spread, scale, softcap, CAP, exact())
     return (along + across) * LOG2E + log2_size
 
 
