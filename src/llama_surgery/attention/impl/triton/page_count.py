@@ -12,9 +12,6 @@ from llama_surgery.attention.impl.triton.share_kernel import share_kernel
 from llama_surgery.config import SurgeryConfig
 from llama_surgery.topology.router import PageRouter
 
-#: Most rows (slots x heads) of a matrix tile, unless one slot's heads alone are more.
-ROWS = 64
-
 
 def tile_bars(job: Job, strip: Strip, totals: torch.Tensor) -> torch.Tensor:
     """What log2 scores of the strip's scored rows must exceed for ``pages_per_row`` pages to be opened.
@@ -27,7 +24,8 @@ def tile_bars(job: Job, strip: Strip, totals: torch.Tensor) -> torch.Tensor:
     """
     level, (streams, heads) = job.steps[-1], job.queries.shape[:2]
     heads_pad = triton.next_power_of_2(heads)
-    slots_block = max(16 // heads_pad, min(triton.next_power_of_2(job.slots), ROWS // heads_pad), 1)
+    most = min(triton.next_power_of_2(job.slots), job.tuning.score_rows // heads_pad)
+    slots_block = max(most, 16 // heads_pad, 1)
     constants = score_constants(job, ScoreShape.of(job, strip)) | page_constants(job, level)
     shared = ("SLOTS", "TILE", "DIM", "DIM_PAD", "SPREAD", "SPREAD_PAD", "CAP", "BALLS", "BALLS_PAD")
     shares = totals.new_full((*totals.shape[:3], strip.pages), -math.inf)
@@ -55,7 +53,7 @@ def tile_bars(job: Job, strip: Strip, totals: torch.Tensor) -> torch.Tensor:
         WINDOW=job.config.window,
         PAGE=level.page,
         LOG2_BALL=math.log2(level.ball),
-        BLOCK_PAGES=max(16, constants["BLOCK_BALLS"] // constants["BALLS_PAD"]),
+        BLOCK_PAGES=constants["BLOCK_BALLS"] // constants["BALLS_PAD"],
         **{name: constants[name] for name in shared},
         num_stages=1,
     )
