@@ -56,7 +56,7 @@ KERNELS = {
     prefill: ("totals_kernel", "list_kernel", "descend_kernel", "attend_kernel"),
     page_count: ("share_kernel",),
     summary: ("summary_kernel",),
-    layout: ("split_kernel", "arrange_kernel"),
+    layout: ("map_kernel", "split_kernel", "arrange_kernel"),
     job: ("feature_kernel",),
     backward_pass: (
         "query_gradient_kernel",
@@ -220,7 +220,8 @@ def compile_all(
     states = torch.zeros(8, heads, length, head_dim, dtype=dtype)
     keys = states[:, 0].contiguous()
     built = build_layout(keys[:, :1536], keys[:, :1536], config)
-    layout.build_layout(keys[:, :1536], keys[:, :1536], config)
+    learned = corrections(8, heads, head_dim)
+    layout.build_layout(keys[:, :1536], keys[:, :1536], config, learned)
     extra: dict[str, Any] = {"softcap": 50.0, "sink_logit": torch.zeros(8, heads)} if wide else {}
     pooled = dataclasses.replace(config, variance_pool=8, summary="page")
     by_ball = dataclasses.replace(config, summary="ball")
@@ -229,8 +230,7 @@ def compile_all(
     for rule in (config, pooled, by_ball, descent, counted):
         prefill.attend(states, keys, keys, built, config=rule, start=0, **extra)
     for rule in (pooled, descent):
-        router = corrections(8, heads, head_dim)
-        prefill.attend(states, keys, keys, built, config=rule, start=0, router=router, **extra)
+        prefill.attend(states, keys, keys, built, config=rule, start=0, router=learned, **extra)
     launch_decode(states, config, family, extra)
     launch_backward(states, keys, built, config, extra)
     balls = torch.zeros(1, 8 * heads, length, dtype=torch.int64)

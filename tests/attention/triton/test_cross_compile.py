@@ -18,6 +18,7 @@ KERNELS = {
     "share_kernel",
     "attend_kernel",
     "summary_kernel",
+    "map_kernel",
     "split_kernel",
     "arrange_kernel",
     "feature_kernel",

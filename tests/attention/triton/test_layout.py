@@ -92,9 +92,11 @@ def test_ties_are_broken_by_position_and_splits_follow_the_direction(device: tor
             assert along[0].max() <= along[1].min() + 1e-5
 
 
-def test_a_chunk_does_not_see_its_neighbours(device: torch.device) -> None:
+@pytest.mark.parametrize("mapped", [False, True])
+def test_a_chunk_does_not_see_its_neighbours(mapped: bool, device: torch.device) -> None:
     keys = states(3, 24, CONFIG.chunk_size, device)
-    whole = build_layout(keys, keys, CONFIG)
-    alone = build_layout(keys[:, 64:128], keys[:, 64:128], CONFIG)
+    router = PageRouter(key_map=states(1, 24, 24, device, 2)) if mapped else None
+    whole = build_layout(keys, keys, CONFIG, router)
+    alone = build_layout(keys[:, 64:128], keys[:, 64:128], CONFIG, router)
     assert torch.equal(whole.order[:, 1:2], alone.order)
     assert torch.equal(whole.moments.variance[:, 8:16], alone.moments.variance)

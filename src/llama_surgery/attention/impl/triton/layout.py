@@ -5,6 +5,7 @@ import triton
 
 from llama_surgery.attention.impl.triton.helpers import device_of
 from llama_surgery.attention.impl.triton.layout_kernels import arrange_kernel, split_kernel
+from llama_surgery.attention.impl.triton.map_kernel import map_kernel
 from llama_surgery.config import SurgeryConfig
 from llama_surgery.topology.layout import Layout, Moments
 from llama_surgery.topology.router import PageRouter
@@ -12,6 +13,9 @@ from llama_surgery.topology.tree import POWER_STEPS
 
 #: Keys that are held at once.
 BLOCK = 64
+
+#: Bytes that a key's channel takes in all keys that are mapped at once.
+MAPPED = 128
 
 #: Warps of a program that splits a node of more than BLOCK keys, and of any other.
 SPLIT_WARPS = (4, 1)
@@ -107,5 +111,19 @@ def _mapped(keys: torch.Tensor, router: PageRouter | None) -> torch.Tensor:
     """Keys as the tree is to see them, in their own dtype, so that splits go through the matrix units."""
     if router is None or router.key_map is None:
         return keys
-    by_head = keys.unflatten(0, (-1, len(router.key_map)))
-    return (by_head @ router.key_map.to(keys).transpose(-1, -2)).flatten(0, 1)
+    (streams, slots, dim), key_map = keys.shape, router.key_map.to(keys.device).contiguous()
+    mapped = torch.empty_like(keys, memory_format=torch.contiguous_format)
+    block = MAPPED // keys.element_size()
+    map_kernel[(triton.cdiv(slots, block) * triton.cdiv(dim, block), streams)](
+        keys,
+        key_map,
+        mapped,
+        *keys.stride()[:2],
+        slots,
+        KV_HEADS=len(key_map),
+        DIM=dim,
+        DIM_PAD=max(16, triton.next_power_of_2(dim)),
+        ROWS=block,
+        COLUMNS=block,
+    )
+    return mapped
