@@ -4,7 +4,8 @@ import triton
 import triton.language as tl
 
 from llama_surgery.attention.impl.triton.helpers import (
-    ball_scores,
+    LOG2E,
+    ball_terms,
     closed_chunks,
     load_rows,
     score_factors,
@@ -87,11 +88,11 @@ def share_kernel(
         ball = ball_page * BALLS + index % BALLS_PAD
         mean = load_rows(base, ball, features_row, present, DIM, DIM_PAD, True)
         spread = load_rows(base + DIM, ball, features_row, present, SPREAD, SPREAD_PAD, True)
-        # Squares are rounded as in ``list_kernel``: pages close to the bar fall to the same side of it.
-        if CAP:
-            scores = ball_scores(q, squares, mean, spread, scale, softcap, LOG2_BALL, True)
-        else:
-            scores = ball_scores(q, squares, mean, spread, 1.0, softcap, 0.0, False) * scale + LOG2_BALL
+        # Squares are rounded as in ``list_kernel``: pages close to the bar fall to the same side of it. For
+        # "ieee" see ``summary_kernel``.
+        inside, outside = (scale, 1.0) if CAP else (1.0, scale)
+        along, across = ball_terms(q, squares, mean, spread, inside, softcap, CAP, "ieee")
+        scores = (along + across) * (outside * LOG2E) + LOG2_BALL
         if BALLS > 1:
             scores = sum_of_balls(scores, present, BLOCK_PAGES, BALLS_PAD)
         share = tl.reshape(scores - total[:, None], [SLOTS_BLOCK, HEADS_PAD, BLOCK_PAGES])
