@@ -10,9 +10,9 @@ import triton.language as tl
 from llama_surgery.attention.impl.triton.backward_query_kernel import logit_gradients
 from llama_surgery.attention.impl.triton.helpers import (
     ENTRY,
+    EXACT,
     LOG2E,
     closed_chunks,
-    exact,
     load_rows,
 )
 
@@ -56,8 +56,8 @@ def _add_rows(
     shift = tl.load(lse_ptr + cell, mask=live & seen, other=float("inf")) * LOG2E - bias
     delta = tl.load(delta_ptr + cell, mask=live, other=0.0)
     weights, _, inner = logit_gradients(q, k, v, d_out, shift, delta, visible, scale, softcap, CAP, MASK)
-    d_v = tl.dot(tl.trans(d_out), weights.to(d_out.dtype), d_v, input_precision=exact())
-    d_k = tl.dot(tl.trans(q), inner.to(q.dtype), d_k, input_precision=exact())
+    d_v = tl.dot(tl.trans(d_out), weights.to(d_out.dtype), d_v, input_precision=EXACT)
+    d_k = tl.dot(tl.trans(q), inner.to(q.dtype), d_k, input_precision=EXACT)
     return d_k, d_v
 
 

@@ -5,9 +5,9 @@ import triton.language as tl
 
 from llama_surgery.attention.impl.triton.helpers import (
     ENTRY,
+    EXACT,
     LOG2E,
     closed_chunks,
-    exact,
     load_rows,
     tanh,
 )
@@ -42,7 +42,7 @@ def logit_gradients(
     Returns:
         Weights, gradients of the logits, and of the scaled products that the cap was put on.
     """
-    products = tl.dot(q, tl.trans(k), input_precision=exact())
+    products = tl.dot(q, tl.trans(k), input_precision=EXACT)
     if CAP:
         bent = tanh(products * (scale / softcap))
         weights = tl.exp2(bent * (softcap * LOG2E) - shift[:, None])
@@ -50,7 +50,7 @@ def logit_gradients(
         weights = tl.exp2(products * (scale * LOG2E) - shift[:, None])
     if MASK:
         weights = tl.where(visible, weights, 0.0)
-    d_logits = weights * (tl.dot(d_out, tl.trans(v), input_precision=exact()) - delta[:, None])
+    d_logits = weights * (tl.dot(d_out, tl.trans(v), input_precision=EXACT) - delta[:, None])
     d_products = d_logits
     if CAP:
         d_products = d_logits * (1.0 - bent * bent)
@@ -156,14 +156,14 @@ def query_gradient_kernel(
         k = load_rows(k_base, key - near_start, near_k_row, live, DIM, DIM_PAD, False)
         v = load_rows(v_base, key - near_start, near_v_row, live, VALUE_DIM, VALUE_PAD, False)
         _, _, inner = logit_gradients(q, k, v, d_out, shift, delta, live, scale, softcap, CAP, False)
-        d_q = tl.dot(inner.to(k.dtype), k, d_q, input_precision=exact())
+        d_q = tl.dot(inner.to(k.dtype), k, d_q, input_precision=EXACT)
     for block in range(diagonal, end, BLOCK_NEAR):
         key = block + step
         k = load_rows(k_base, key - near_start, near_k_row, key < end, DIM, DIM_PAD, True)
         v = load_rows(v_base, key - near_start, near_v_row, key < end, VALUE_DIM, VALUE_PAD, True)
         causal = (key[None, :] <= position[:, None]) & (key < end)[None, :]
         _, _, inner = logit_gradients(q, k, v, d_out, shift, delta, causal, scale, softcap, CAP, True)
-        d_q = tl.dot(inner.to(k.dtype), k, d_q, input_precision=exact())
+        d_q = tl.dot(inner.to(k.dtype), k, d_q, input_precision=EXACT)
 
     if FAR:
         k_base = far_k_ptr + stream * far_k_stream
@@ -186,7 +186,7 @@ def query_gradient_kernel(
             )
             if d_bias_ptr is not None:
                 tl.store(d_bias_ptr + bias_cell, tl.sum(d_logits, 1), mask=(row < TILE) & (head < HEADS))
-            d_q = tl.dot(inner.to(k.dtype), k, d_q, input_precision=exact())
+            d_q = tl.dot(inner.to(k.dtype), k, d_q, input_precision=EXACT)
 
     column = tl.arange(0, DIM_PAD)
     cells = d_q_ptr + cell[:, None] * DIM + column[None, :]

@@ -12,7 +12,8 @@ class BackwardTuning:
         block_near: Keys of a step of the near field, in the kernel of queries.
         block_keys, block_rows: Keys of a program and rows of a step, in the kernel of near keys.
         query_warps, near_warps, far_warps: Of the three kernels.
-        stages: Of all three.
+        stages: Of all three. Not one on Hopper: without pipelining, Triton 3.6 made its matrix units read
+            beyond wide operands (gradients of keys of 256 channels were wrong).
     """
 
     rows: int = 128
@@ -45,7 +46,7 @@ def backward_tuning_for(family: str, head_dim: int, element_size: int) -> Backwa
     tuning = TABLE.get(family, BackwardTuning())
     bytes_per_row = head_dim * element_size
     if bytes_per_row > 256:
-        tuning = dataclasses.replace(tuning, rows=tuning.rows // 2, block_keys=32, block_rows=32, stages=1)
+        tuning = dataclasses.replace(tuning, rows=tuning.rows // 2, block_keys=32, block_rows=32)
     if bytes_per_row > 512:
-        tuning = dataclasses.replace(tuning, rows=32, block_near=16, block_keys=16, block_rows=16)
+        tuning = dataclasses.replace(tuning, rows=32, block_near=16, block_keys=16, block_rows=16, stages=1)
     return tuning

@@ -13,13 +13,13 @@ import triton
 import triton.language as tl
 
 from llama_surgery.attention.impl.triton.helpers import (
+    EXACT,
     FLOOR,
     LOG2E,
     ball_terms,
     ball_weights,
     cap_logits,
     closed_chunks,
-    exact,
     load_rows,
     score_factors,
     softmax_step,
@@ -244,7 +244,7 @@ def score_kernel(
         k_cells, v_cells = block * k_block + slot * k_row, block * v_block + slot * v_row
         k = load_rows(k_base, k_cells, 1, key < end, DIM, DIM_PAD, True)
         v = load_rows(v_base, v_cells, 1, key < end, VALUE_DIM, VALUE_PAD, True)
-        products = tl.dot(q, tl.trans(k), input_precision=exact())
+        products = tl.dot(q, tl.trans(k), input_precision=EXACT)
         products = cap_logits(products, scale, softcap, CAP)
         visible = (key[None, :] >= (closed * CHUNK)[:, None]) & (key[None, :] <= (length + row)[:, None])
         products = tl.where(visible, products, float("-inf"))
@@ -275,7 +275,7 @@ def score_kernel(
         cells = block * mean_block + ball.to(tl.int64) * mean_row
         mean = load_rows(mean_base, cells, 1, present, DIM, DIM_PAD, True)
         spread = load_rows(spread_base, cells, 1, present, SPREAD, SPREAD_PAD, True)
-        along, across = ball_terms(q, squares, mean, spread, scale, softcap, CAP, exact())
+        along, across = ball_terms(q, squares, mean, spread, scale, softcap, CAP)
         scores = (along + across) * LOG2E + LOG2_BALL
         if BALLS > 1:
             scores = sum_of_balls(scores, present, BLOCK_PAGES, BALLS_PAD)

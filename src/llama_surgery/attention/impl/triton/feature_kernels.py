@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from llama_surgery.attention.impl.triton.helpers import exact, load_rows
+from llama_surgery.attention.impl.triton.helpers import EXACT, load_rows
 
 
 @triton.jit
@@ -49,7 +49,7 @@ def feature_kernel(
         # As a product with a matrix of ones and zeros: head dims need not be powers of two.
         member = channel % (DIM // 2) // (DIM // (2 * SPREAD))
         member = (member[:, None] == group[None, :]) & (channel < DIM)[:, None]
-        spread = tl.dot(spread, member.to(tl.float32), input_precision=exact()) * (SPREAD / DIM)
+        spread = tl.dot(spread, member.to(tl.float32), input_precision=EXACT) * (SPREAD / DIM)
     spread = tl.minimum(spread, largest)
     row = out_ptr + stream * out_stream + ball.to(tl.int64)[:, None] * out_row
     dtype = out_ptr.dtype.element_ty

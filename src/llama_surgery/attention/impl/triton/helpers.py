@@ -5,10 +5,13 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 import triton
 import triton.language as tl
-from triton.language.target_info import current_target
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
+
+#: float32 products are exact; half precision does not look at it. Hopper's matrix units could make them of
+#: three TF32 products, several times faster, but Triton 3.6 let them read beyond operands (docs/log.md).
+EXACT = tl.constexpr("ieee")
 
 #: Stands for "nothing seen yet" in running maxima: finite, so that differences never give NaN.
 FLOOR = tl.constexpr(-1.0e30)
@@ -23,17 +26,6 @@ ENTRY = tl.constexpr(256)
 def device_of(tensor: torch.Tensor) -> AbstractContextManager[object]:
     """Kernels launch on the current device: make it the tensor's."""
     return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
-
-
-@triton.constexpr_function
-def exact() -> str:
-    """Precision of float32 products; half precision does not look at it.
-
-    Hopper's matrix units make them of three products of parts, to float32's rounding, several times faster
-    than its other units. Elsewhere that takes more shared memory than there is.
-    """
-    target = current_target()
-    return "tf32x3" if target is not None and target.backend == "cuda" and target.arch == 90 else "ieee"
 
 
 @triton.jit
@@ -120,7 +112,7 @@ def softmax_step(
     decay = tl.exp2(top - new_top)
     total = total * decay + tl.sum(weights, 1)
     acc = acc * decay[:, None]
-    acc = tl.dot(weights.to(values.dtype), values, acc, input_precision=exact())
+    acc = tl.dot(weights.to(values.dtype), values, acc, input_precision=EXACT)
     return acc, total, new_top
 
 
@@ -175,7 +167,7 @@ def score_factors(
         channel = tl.arange(0, DIM_PAD)
         member = channel % (DIM // 2) // (DIM // (2 * SPREAD))
         member = (member[:, None] == tl.arange(0, SPREAD_PAD)[None, :]) & (channel < DIM)[:, None]
-        summed = tl.dot(squares, member.to(squares.dtype), input_precision=exact())
+        summed = tl.dot(squares, member.to(squares.dtype), input_precision=EXACT)
         if variance_weight_ptr is not None:
             summed = tl.maximum(summed, -6.0e4)
         squares = tl.minimum(summed, 6.0e4).to(squares.dtype)
@@ -215,7 +207,7 @@ def _weigh(
 
 
 @triton.jit
-def ball_terms(queries, squares, mean, spread, scale, softcap, CAP: tl.constexpr, PRECISION: tl.constexpr):
+def ball_terms(queries, squares, mean, spread, scale, softcap, CAP: tl.constexpr):
     """Mean and variance term of page scores, (rows, balls) each, through the cap if there is one.
 
     Args:
@@ -223,8 +215,8 @@ def ball_terms(queries, squares, mean, spread, scale, softcap, CAP: tl.constexpr
         mean: (balls, dim) the balls' μ.
         spread: (balls, dim) or (balls, groups) their α·½·σ².
     """
-    along = tl.dot(queries, tl.trans(mean), input_precision=PRECISION)
-    across = tl.dot(squares, tl.trans(spread), input_precision=PRECISION)
+    along = tl.dot(queries, tl.trans(mean), input_precision=EXACT)
+    across = tl.dot(squares, tl.trans(spread), input_precision=EXACT)
     if CAP:
         slope = tanh(along * (scale / softcap))
         bend = 1.0 - slope * slope
@@ -236,7 +228,7 @@ def ball_terms(queries, squares, mean, spread, scale, softcap, CAP: tl.constexpr
 @triton.jit
 def ball_scores(queries, squares, mean, spread, scale, softcap, log2_size, CAP: tl.constexpr):
     """Scores (rows, balls) in log2 units; ``log2_size`` is the log2 of the keys of a ball."""
-    along, across = ball_terms(queries, squares, mean, spread, scale, softcap, CAP, exact())
+    along, across = ball_terms(queries, squares, mean, spread, scale, softcap, CAP)
     return (along + across) * LOG2E + log2_size
 
 

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from llama_surgery.attention.impl.triton.helpers import exact, load_rows
+from llama_surgery.attention.impl.triton.helpers import EXACT, load_rows
 
 
 @triton.jit
@@ -61,7 +61,7 @@ def split_kernel(
         for block in range(BLOCK, NODE + BLOCK, BLOCK):
             ahead, _, _ = _node_keys(keys, order, block, chunk_first, key_row, NODE, BLOCK, DIM, DIM_PAD)
             total += tl.sum(x.to(tl.float32), 0)
-            gram = tl.dot(tl.trans(x), x, gram, input_precision=exact())
+            gram = tl.dot(tl.trans(x), x, gram, input_precision=EXACT)
             x = ahead
         mean = total / NODE
         gram -= total[:, None] * mean[None, :]

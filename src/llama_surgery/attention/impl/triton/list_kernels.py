@@ -9,9 +9,9 @@ import triton.language as tl
 
 from llama_surgery.attention.impl.triton.helpers import (
     ENTRY,
+    EXACT,
     LOG2E,
     closed_chunks,
-    exact,
     load_rows,
     score_factors,
     tanh,
@@ -94,13 +94,13 @@ def _above(
 ):
     """(PAGES, rows) bool: does the log-sum-exp of a page's balls' scores exceed the row's bar."""
     if CAP:
-        slope = tanh(tl.dot(mean, queries, input_precision=exact()) * (scale / softcap))
+        slope = tanh(tl.dot(mean, queries, input_precision=EXACT) * (scale / softcap))
         bend = 1.0 - slope * slope
-        scores = slope * softcap + tl.dot(spread, squares, input_precision=exact()) * bend * bend
+        scores = slope * softcap + tl.dot(spread, squares, input_precision=EXACT) * bend * bend
         unit = 1.0
     else:
-        scores = tl.dot(mean, queries, input_precision=exact())
-        scores = tl.dot(spread, squares, scores, input_precision=exact())
+        scores = tl.dot(mean, queries, input_precision=EXACT)
+        scores = tl.dot(spread, squares, scores, input_precision=EXACT)
         unit = scale
     bar = bar - LOG_BALL / unit
     if BALLS_PAD == 1:

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from llama_surgery.attention.impl.triton.helpers import load_rows
+from llama_surgery.attention.impl.triton.helpers import EXACT, load_rows
 
 
 @triton.jit
@@ -32,7 +32,7 @@ def map_kernel(
     x = load_rows(keys_ptr + stream * key_stream, row, key_row, row < slots, DIM, DIM_PAD, True)
     weights = map_ptr + stream % KV_HEADS * DIM * DIM
     weight = load_rows(weights, column, DIM, column < DIM, DIM, DIM_PAD, True).to(x.dtype)
-    mapped = tl.dot(x, tl.trans(weight), input_precision="ieee")
+    mapped = tl.dot(x, tl.trans(weight), input_precision=EXACT)
     cells = (stream * slots + row)[:, None] * DIM + column[None, :]
     keep = (row < slots)[:, None] & (column < DIM)[None, :]
     tl.store(out_ptr + cells, mapped.to(out_ptr.dtype.element_ty), mask=keep)

@@ -88,10 +88,9 @@ def share_kernel(
         ball = ball_page * BALLS + index % BALLS_PAD
         mean = load_rows(base, ball, features_row, present, DIM, DIM_PAD, True)
         spread = load_rows(base + DIM, ball, features_row, present, SPREAD, SPREAD_PAD, True)
-        # Squares are rounded as in ``list_kernel``: pages close to the bar fall to the same side of it. For
-        # "ieee" see ``summary_kernel``.
+        # Squares are rounded as in ``list_kernel``: pages close to the bar fall to the same side of it.
         inside, outside = (scale, 1.0) if CAP else (1.0, scale)
-        along, across = ball_terms(q, squares, mean, spread, inside, softcap, CAP, "ieee")
+        along, across = ball_terms(q, squares, mean, spread, inside, softcap, CAP)
         scores = (along + across) * (outside * LOG2E) + LOG2_BALL
         if BALLS > 1:
             scores = sum_of_balls(scores, present, BLOCK_PAGES, BALLS_PAD)

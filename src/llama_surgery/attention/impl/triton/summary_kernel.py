@@ -107,8 +107,7 @@ def summary_kernel(
         for block in range(0, pages, BLOCK_PAGES):
             mean = means.load([stream, block, 0, 0]).reshape(balls, DIM_PAD)
             spread = spreads.load([stream, block, 0, 0]).reshape(balls, SPREAD_PAD)
-            # Triton 3.6 made the matrix units read beyond narrow spreads here, in float32.
-            along, across = ball_terms(q, squares, mean, spread, scale, softcap, CAP, "ieee")
+            along, across = ball_terms(q, squares, mean, spread, scale, softcap, CAP)
             logits = ball_weights(along, across, LOG2_BALL)
             if weight_ptr is not None:
                 logits += (weight * LOG2E)[:, None]

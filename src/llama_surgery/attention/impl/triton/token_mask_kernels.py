@@ -4,11 +4,11 @@ import triton
 import triton.language as tl
 
 from llama_surgery.attention.impl.triton.helpers import (
+    EXACT,
     FLOOR,
     LN2,
     LOG2E,
     cap_logits,
-    exact,
     load_rows,
     softmax_step,
 )
@@ -91,7 +91,7 @@ def window_kernel(
         key = begin + tl.arange(0, PAGE)
         k = load_rows(k_base, key, k_row, key < end, DIM, DIM_PAD, True)
         v = load_rows(v_base, key, v_row, key < end, VALUE_DIM, VALUE_PAD, True)
-        products = cap_logits(tl.dot(q, tl.trans(k), input_precision=exact()), scale, softcap, CAP)
+        products = cap_logits(tl.dot(q, tl.trans(k), input_precision=EXACT), scale, softcap, CAP)
         visible = (key[None, :] > position[:, None] - window) & (key[None, :] <= position[:, None])
         products = tl.where(visible, products, float("-inf"))
         acc, total, top = softmax_step(acc, total, top, products, factor, v, live, False)
@@ -214,7 +214,7 @@ def ball_kernel(
         key = tl.load(key_order_ptr + wide_head * slots + slot, mask=slot < slots, other=0)
         k = load_rows(k_base, key, k_row, slot < slots, DIM, DIM_PAD, True)
         v = load_rows(v_base, key, v_row, slot < slots, VALUE_DIM, VALUE_PAD, True)
-        products = cap_logits(tl.dot(q, tl.trans(k), input_precision=exact()), scale, softcap, CAP)
+        products = cap_logits(tl.dot(q, tl.trans(k), input_precision=EXACT), scale, softcap, CAP)
         visible = (slot[None, :] >= low[:, None]) & (slot[None, :] < high[:, None])
         products = tl.where(visible, products, float("-inf"))
         acc, total, top = softmax_step(acc, total, top, products, factor, v, live, False)

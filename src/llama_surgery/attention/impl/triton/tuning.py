@@ -77,7 +77,7 @@ def tuning_for(family: str, head_dim: int, element_size: int) -> Tuning:
             score_rows=tuning.score_rows // 2,
             block_balls=tuning.block_balls // 2,
             score_stages=min(tuning.score_stages, 2),
-            pooled_stages=1,
+            pooled_stages=min(tuning.pooled_stages, 2),
             totals_stages=min(tuning.totals_stages, 2),
         )
     if bytes_per_row > 512:
