@@ -67,19 +67,31 @@ def prefill() -> str:
     for row in rows:
         if row["part"] != WHOLE:
             continue
-        flex = [r for r in rows if r["part"] == "FlexAttention" and same(r, row, "n", "far", "page", "balls")]
         cells.append(
             [
-                tokens(row["n"]), row["far"], f"{float(row['total_density']):.3f}",
+                tokens(row["n"]), row["far"], row["selection"], f"{float(row['total_density']):.3f}",
                 milliseconds(row["p50_ms"]),
                 *(times(row.get(f"over_{name}")) for name in ("cuDNN", "FlashAttention-2")),
-                f"{float(flex[0]['p50_ms']) / float(row['p50_ms']):.1f} ×" if flex else "–",
             ]
         )  # fmt: skip
     names = (
-        "tokens", "far density", "total density", "milliseconds", "cuDNN ÷", "FlashAttention-2 ÷",
-        "FlexAttention, same pages ÷",
+        "tokens", "far density", "selection", "total density", "milliseconds", "cuDNN ÷", "FlashAttention-2 ÷"
     )  # fmt: skip
+    return markdown(names, cells) + f"\n\n{conditions(rows[0])}"
+
+
+def flex() -> str:
+    """Everything of a prompt's attention against FlexAttention's attention alone, on the same pages."""
+    rows = read("flex.csv")
+    cells = []
+    for row in rows:
+        if row["part"] == "FlexAttention":
+            whole = next(r for r in rows if r["part"] == WHOLE and same(r, row, *LABEL))
+            ratio = float(row["p50_ms"]) / float(whole["p50_ms"])
+            cells.append(
+                [tokens(row["n"]), *(milliseconds(r["p50_ms"]) for r in (whole, row)), f"{ratio:.1f} ×"]
+            )
+    names = ("tokens", "everything, milliseconds", "FlexAttention alone, milliseconds", "÷")
     return markdown(names, cells) + f"\n\n{conditions(rows[0])}"
 
 
@@ -98,7 +110,13 @@ def parts() -> str:
                 text += f" ({float(found[0]['tflops']):.0f} TFLOP/s)"
             line.append(text)
         cells.append(line)
-    header = ("milliseconds", *(f"{tokens(s['n'])}, far {s['far']}" for s in settings))
+    header = (
+        "milliseconds",
+        *(
+            f"{tokens(s['n'])}, far {s['far']}" + ("" if s["selection"] == "flat" else f", {s['selection']}")
+            for s in settings
+        ),
+    )
     return markdown(header, cells) + f"\n\n{conditions(rows[0])}"
 
 
@@ -131,6 +149,94 @@ def decode() -> str:
     return markdown(names, cells) + f"\n\n{conditions(rows[0])}"
 
 
+def paged() -> str:
+    """Attention of decode steps on an engine's paged cache beside a contiguous one."""
+    rows = read("decode-paged.csv")
+    cells = []
+    for row in rows:
+        if row["part"] == "paged":
+            one = next(r for r in rows if r["part"] == "contiguous" and r["batch"] == row["batch"])
+            times = (f"{1e3 * float(r['p50_ms']):.1f}" for r in (one, row))
+            cells.append([row["batch"], tokens(row["tokens"]), *times, percent(row["lost"])])
+    names = ("sequences", "tokens in all", "contiguous, µs", "paged, µs", "lost")
+    return markdown(names, cells) + f"\n\n{conditions(rows[0])}"
+
+
+def learning() -> str:
+    """Learned corrections against the training-free default at equal executed far density."""
+    rows = read("learning.csv")
+    learned = [row for row in rows if row["idea"] != "default"]
+    cells = []
+    for tile, target in dict.fromkeys((row["tile"], row["target"]) for row in learned):
+        seeds = [row for row in learned if (row["tile"], row["target"]) == (tile, target)]
+        default = next(
+            row for row in rows if (row["idea"], row["tile"], row["target"]) == ("default", tile, target)
+        )
+        cells.append(
+            [
+                tile, target, f"{float(default['ppl_ratio']):.4f}", mean(seeds, "ppl_ratio", ".4f"),
+                f"{mean(seeds, 'gap_closed', '.2f')} ({ends(seeds, 'gap')})",
+                f"{mean(seeds, 'first_gap_closed', '.2f')} ({ends(seeds, 'first_gap')})"
+                if seeds[0]["first_gap_closed"]
+                else "–",
+            ]
+        )  # fmt: skip
+    first = learned[0]
+    seeds_in_all = len({row["seed"] for row in learned})
+    seconds = max(float(row["learning_seconds"]) for row in learned)
+    names = (
+        "T", "far density", "÷ dense, default", "÷ dense, learned", "gap closed",
+        f"of the default's gap at {first['target']}",
+    )  # fmt: skip
+    about = (
+        f"{first['model']}, {first['windows']} windows of {int(first['length']):,} tokens ({first['text']}), "
+        f"mean of {seeds_in_all} seeds, in brackets the lowest and the highest end of their 95% intervals "
+        "over windows. "
+        f"Learned in {seconds:.0f} s. {first['device']}, PyTorch {first['torch']}."
+    )
+    return markdown(names, cells) + f"\n\n{about}"
+
+
+def mean(rows: list[Row], name: str, form: str) -> str:
+    return f"{sum(float(row[name]) for row in rows) / len(rows):{form}}"
+
+
+def ends(rows: list[Row], name: str) -> str:
+    low, high = (
+        choose(float(r[f"{name}_{end}"]) for r in rows) for end, choose in (("low", min), ("high", max))
+    )
+    return f"{low:.2f} … {high:.2f}"
+
+
+def rules() -> str:
+    """Every rule at the measured densities nearest to 0.18 and to 0.3."""
+    rows = [row for row in read("compare.csv") if row["perplexity_ratio"] and row["needle"]]
+    cells = []
+    for form in dict.fromkeys(row["form"] for row in rows if row["form"] not in ("dense", "full")):
+        measured = [row for row in rows if row["form"] == form]
+        line = [measured[0]["title"] + (" *" if measured[0]["ahead"] == "True" else "")]
+        for wanted in (0.18, 0.3):
+            row = min(measured, key=lambda row, wanted=wanted: abs(density(row) - wanted))  # type: ignore[misc]
+            ratio, low, high = (float(row[name]) for name in ("perplexity_ratio", "ratio_low", "ratio_high"))
+            line += [
+                f"{density(row):.2f}", f"{ratio:.4f} ({low:.4f} … {high:.4f})", percent(row["needle_kept"]),
+            ]  # fmt: skip
+        cells.append(line)
+    first = rows[0]
+    about = (
+        f"{first['model']}, {first['windows']} windows of {int(first['length']):,} tokens, "
+        f"{first['needles']} needles of five kinds and three lengths, {first['dtype']}, "
+        f"PyTorch {first['torch']}."
+    )
+    names = ("", *("density", "÷ dense (95% interval)", "needles kept") * 2)
+    return markdown(names, cells) + f"\n\n{about}"
+
+
+def density(row: Row) -> float:
+    """What a row of compare.csv reads in all, summaries included."""
+    return float(row["total_density"]) + float(row["summary_density"])
+
+
 def end_to_end() -> str:
     """Time to first token and decode step of a whole model."""
     rows = read("end_to_end.csv")
@@ -154,7 +260,7 @@ def speed() -> str:
     """The figures of a first look: prompts of 128k, decode steps, a whole model."""
     lines = []
     for row in read("prefill.csv"):
-        if row["part"] == WHOLE and int(row["n"]) == 1 << 17:
+        if row["part"] == WHOLE and int(row["n"]) in (1 << 13, 1 << 17) and row["selection"] == "flat":
             density = f"total density {float(row['total_density']):.3f}"
             name = f"attention of a prompt of {tokens(row['n'])} tokens, {density}"
             against = (f"{times(row[f'over_{rival}'])} {rival}" for rival in ("cuDNN", "FlashAttention-2"))
@@ -187,14 +293,84 @@ def growth() -> str:
     return markdown(("time per token ÷", *map("{:,}".format, lengths)), cells) + f"\n\n{conditions(rows[0])}"
 
 
+def transfer() -> str:
+    """Every row corrections of one domain, every column texts of one."""
+    rows = read("transfer-2k.csv")
+    names = list(dict.fromkeys(row["tested_on"] for row in rows))
+    default = [row for row in rows if row["idea"] == "default"]
+    kinds = list(dict.fromkeys((row["idea"], row["learned_on"]) for row in rows))[1:]
+    cells = [
+        ["perplexity of the dense model", *(f"{float(r['dense_ppl']):.2f}" for r in _own(default, names))],
+        ["default ÷ dense", *(f"{float(r['ppl_ratio']):.4f}" for r in _own(default, names))],
+        *([_label(kind), *map(_closed, _own(_of(rows, kind), names))] for kind in kinds),
+    ]
+    carried = [
+        [f"{_label(kind)}, θ of {origin}", *map(_carried, _own(_of(rows, kind), names, origin))]
+        for kind in [("default", ""), *kinds]
+        for origin in dict.fromkeys(r["theta_of"] for r in _of(rows, kind) if r["theta_of"] != r["tested_on"])
+    ]
+    lost = [
+        [_label(kind), *(percent(r.get("mass_lost", "")) for r in _own(_of(rows, kind), names))]
+        for kind in [("default", ""), *kinds]
+    ]
+    first = rows[0]
+    steps = max(int(row["steps"]) for row in rows)
+    about = (
+        f"{first['model']}, {first['windows']} windows of {tokens(first['length'])} tokens of each domain, "
+        f"T = {first['tile']}, chunks of {first['chunk_size']}, pages of {first['page_size']}, window "
+        f"{first['window']}; {steps} steps of learning, seed {first['seed']}; {first['device']}, float32, "
+        f"PyTorch {first['torch']}, transformers {first['transformers']}."
+    )
+    return "\n\n".join(
+        (
+            markdown(("share of the gap closed (95%)", *names), cells),
+            markdown(("far density where θ is another domain's (÷ dense)", *names), carried),
+            markdown(("mass lost", *names), lost),
+            about,
+        )
+    )
+
+
+def _of(rows: list[Row], kind: tuple[str, str]) -> list[Row]:
+    return [row for row in rows if (row["idea"], row["learned_on"]) == kind]
+
+
+def _own(rows: list[Row], names: list[str], origin: str | None = None) -> list[Row]:
+    """The row of every domain, with its own θ or that of ``origin``; empty where there is none."""
+    found = {row["tested_on"]: row for row in rows if row["theta_of"] == (origin or row["tested_on"])}
+    return [found.get(name, {}) for name in names]
+
+
+def _label(kind: tuple[str, str]) -> str:
+    return f"{kind[0]}, learned on {kind[1]}" if kind[1] else kind[0]
+
+
+def _closed(row: Row) -> str:
+    if not row:
+        return "–"
+    share, low, high = (float(row[name]) for name in ("gap_closed", "gap_low", "gap_high"))
+    return f"{share:.2f} ({low:.2f} … {high:.2f})"
+
+
+def _carried(row: Row) -> str:
+    if not row or row["theta_of"] == row["tested_on"]:
+        return "–"
+    return f"{float(row['far_density']):.3f} ({float(row['ppl_ratio']):.4f})"
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "results": quality,
     "speed": speed,
     "prefill": prefill,
+    "flex": flex,
     "parts": parts,
     "growth": growth,
     "decode": decode,
+    "paged": paged,
+    "learning": learning,
+    "rules": rules,
     "end-to-end": end_to_end,
+    "transfer": transfer,
 }
 
 

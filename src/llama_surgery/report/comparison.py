@@ -9,8 +9,10 @@ from llama_surgery.report.style import BLUE, GREEN, GREY, INK, ORANGE, PURPLE, S
 
 _MARKERS = ("s", "^", "D", "v", "P", "X", "<", ">", "p", "h")
 _COLOURS = (VERMILION, GREEN, PURPLE, ORANGE, SKY)
-#: Perplexity over dense up to which the figure goes: beyond, differences no longer matter.
-_HIGHEST = 1.15
+#: Shares of perplexity lost that the figure spans: beyond, differences no longer matter.
+_LEAST, _MOST = 3e-4, 0.2
+#: Densities that the figure spans.
+_SPAN = (0.03, 0.65)
 #: What summaries of unseen pages cost beside each density.
 _SUMMARIES = {
     "total_density": "summary_density",
@@ -33,15 +35,15 @@ def density_with_summary(row: Mapping[str, Any], name: str) -> float | None:
 
 
 def comparison(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Perplexity over dense, and needles kept of those the dense model answered, against total density.
+    """Perplexity lost to dense, and needles kept of those the dense model answered, against total density.
 
     Args:
         rows: Of :func:`llama_surgery.evaluation.compare_result.merge`; what was not measured is left out, and
             so are full budgets.
 
     Returns:
-        An SVG element. Bars are 95% intervals. Densities count summaries of unseen pages. Rules of which a
-        row may see what later rows chose are dashed.
+        An SVG element. Bars are 95% intervals; losses outside of what is drawn lie on its edge. Densities
+        count summaries of unseen pages. Rules of which a row may see what later rows chose are dashed.
     """
     rows = [row for row in rows if row["target_density"] < 1]
     titles = list(dict.fromkeys(row["title"] for row in rows))
@@ -74,27 +76,36 @@ def comparison(rows: Sequence[Mapping[str, Any]]) -> str:
                 ]
                 measured.sort(key=lambda point: point[0])
                 points = [row for _, row in measured]
-                x, y = [at for at, _ in measured], [row[name] for row in points]
-                below = [max(0.0, row[name] - row[low]) for row in points]
-                above = [max(0.0, row[high] - row[name]) for row in points]
+                x = [at for at, _ in measured]
+                y, bottom, top = ([_drawn(name, row[key]) for row in points] for key in (name, low, high))
+                below = [max(0.0, at - end) for at, end in zip(y, bottom, strict=True)]
+                above = [max(0.0, end - at) for at, end in zip(y, top, strict=True)]
                 panel.errorbar(x, y, yerr=[below, above], elinewidth=0.7, label=title, **style)
         for panel in panels:
             panel.set_xscale("log")
+            panel.set_xlim(*_SPAN)
             panel.xaxis.set_major_formatter(_percent)
             panel.xaxis.set_minor_formatter(NullFormatter())
-            panel.set_xticks([0.02, 0.05, 0.1, 0.2, 0.5])
-            panel.axhline(1, color=GREY, lw=1.2, ls=":")
+            panel.set_xticks([0.05, 0.1, 0.2, 0.5])
+        panels[1].axhline(1, color=GREY, lw=1.2, ls=":")
         panels[0].set_xlabel("total density, near field and summaries included")
         panels[1].set_xlabel("total density of the prompts, summaries included")
-        worst = max((row["ratio_high"] for row in rows if row.get("ratio_high") is not None), default=1.0)
-        cut = f", cut at {_HIGHEST}" if worst > _HIGHEST else ""
-        panels[0].set_title(f"Perplexity ÷ dense (lower is better{cut})")
-        panels[0].set_ylim(top=min(worst + 0.005, _HIGHEST))
+        panels[0].set_yscale("log")
+        panels[0].set_ylim(_LEAST, _MOST)
+        panels[0].set_yticks([0.001, 0.003, 0.01, 0.03, 0.1])
+        panels[0].yaxis.set_major_formatter(_percent)
+        panels[0].yaxis.set_minor_formatter(NullFormatter())
+        panels[0].set_title("Perplexity lost (lower is better)")
         panels[1].set_title("Needles kept (higher is better)")
         panels[1].yaxis.set_major_formatter(_percent)
         handles, labels = panels[0].get_legend_handles_labels()
         fig.legend(handles, labels, loc="outside lower center", ncols=3)
         return to_svg(fig, f"Quality against measured density of {len(titles)} selection rules")
+
+
+def _drawn(name: str, value: float) -> float:
+    """Where a measure is drawn: perplexity over dense as what is lost, within the figure."""
+    return min(max(value - 1, _LEAST), _MOST) if name == "perplexity_ratio" else value
 
 
 _percent = FuncFormatter(lambda value, _: f"{100 * value:.3g}%")
