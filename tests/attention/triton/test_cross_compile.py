@@ -73,7 +73,7 @@ def compile_for(target: str, *options: str) -> list[dict[str, object]]:
         capture_output=True,
         text=True,
         env=environment,
-        timeout=280,
+        timeout=600,
         check=False,
     )
     assert run.returncode == 0, run.stderr[-3000:]
@@ -96,6 +96,7 @@ def test_targets(target: str) -> None:
 
 # All six targets at each width would take longer than everything else together.
 @pytest.mark.slow
+@pytest.mark.timeout(660)
 @pytest.mark.parametrize("target", ["cuda:89", "cuda:90"])
 @pytest.mark.parametrize("head_dim", [80, 256])
 def test_head_dims(target: str, head_dim: int) -> None:
@@ -103,6 +104,7 @@ def test_head_dims(target: str, head_dim: int) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(660)
 @pytest.mark.parametrize("target", ["cuda:89", "cuda:90", "hip:gfx942"])
 def test_caps_sinks_and_single_precision(target: str) -> None:
     check(target, "--wide", "--dtype", "float32", "--heads", "3")
