@@ -22,7 +22,7 @@ from llama_surgery.cli.common import (
     progress,
 )
 from llama_surgery.cli.run import calibrated
-from llama_surgery.cli.topology import config_for, topology_options
+from llama_surgery.cli.topology import STEPS, config_for, learned_parts, topology_options
 from llama_surgery.config import SurgeryConfig
 from llama_surgery.errors import SurgeryError
 
@@ -65,7 +65,7 @@ def learn(
     ] = 32,
     steps: Annotated[
         int, typer.Option(min=1, help="Steps, each on one window.", rich_help_panel=_LEARNING)
-    ] = 200,
+    ] = STEPS,
     local_steps: Annotated[
         int,
         typer.Option(
@@ -95,7 +95,7 @@ def learn(
         list[str] | None,
         typer.Option(
             help="What is learned beside the heads' budgets: scores, channels, tree, summary. May be "
-            "repeated. scores if left out.",
+            "repeated. channels, and summary unless --summary none, if left out.",
             rich_help_panel=_LEARNING,
         ),
     ] = None,
@@ -122,10 +122,11 @@ def learn(
 
     The model's weights stay as they are. What is learned are corrections to the training-free topology: how
     much every head may read, how pages are scored, which keys share a page; at one density for the whole
-    model. The same command goes on where it was interrupted. Use the adapter with 'evaluate --adapter',
-    'generate --adapter' or load_adapter() in Python.
+    model. Unseen pages are stood in for by the means of their balls unless --summary says otherwise. The same
+    command goes on where it was interrupted. Use the adapter with 'evaluate --adapter', 'generate --adapter'
+    or load_adapter() in Python.
     """
-    config = config_for(settings, tile)
+    config = config_for({"summary": "ball", **settings}, tile)
     checked_output(out_folder, folder=True)
     from llama_surgery.learning.settings import LearningSettings
     from llama_surgery.text import read_texts
@@ -134,7 +135,7 @@ def learn(
     planned = LearningSettings(
         density=density,
         steps=steps,
-        parts=tuple(part or ["scores"]),  # type: ignore[arg-type]
+        parts=learned_parts(part, config),
         rate=rate,
         seed=seed,
         stage=stage,  # type: ignore[arg-type]

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.table import Table
 
-from llama_surgery.cli.common import JsonOption, err, out, print_json, split_values, token_counts
-from llama_surgery.cli.topology import config_for, topology_options
+from llama_surgery.cli.common import JsonOption, err, out, print_json, token_counts
+from llama_surgery.cli.topology import STEPS, config_for, learned_parts, topology_options
 
 if TYPE_CHECKING:
     from llama_surgery.learning.forecast import Learning, Length, Shape
@@ -45,10 +45,12 @@ def plan(
     ] = None,
     part: Annotated[
         list[str] | None,
-        typer.Option(help="What is learned beside budgets. scores if left out.", rich_help_panel=_LEARNING),
+        typer.Option(
+            help="What is learned beside budgets. As 'learn' has it, if left out.", rich_help_panel=_LEARNING
+        ),
     ] = None,
     windows: Annotated[int, typer.Option(min=1, help="Training windows.", rich_help_panel=_LEARNING)] = 16,
-    steps: Annotated[int, typer.Option(min=1, help="Steps.", rich_help_panel=_LEARNING)] = 200,
+    steps: Annotated[int, typer.Option(min=1, help="Steps.", rich_help_panel=_LEARNING)] = STEPS,
     tflops: Annotated[
         float, typer.Option(min=0.001, help="What the device computes, in TFLOP/s.", rich_help_panel=_RATES)
     ] = 100.0,
@@ -75,9 +77,9 @@ def plan(
         from llama_surgery.learning.streaming import TOGETHER
         from llama_surgery.learning.weights import skeleton
 
-    parts = tuple(split_values(part or ["scores"]))
     # Checks what is given; its sampling is what is counted.
-    learning = LearningSettings(density=density, length=window, steps=steps, parts=parts)  # type: ignore[arg-type]
+    parts = learned_parts(part, config)
+    learning = LearningSettings(density=density, length=window, steps=steps, parts=parts)
     shape = shape_of(skeleton(model))
     texts = [at_length(shape, config, density, window, tokens) for tokens in lengths]
     learned = learning_of(

@@ -7,8 +7,11 @@ from typing import Annotated, Any
 
 import typer
 
+from llama_surgery.cli.common import split_values
 from llama_surgery.config import SurgeryConfig
 
+#: Steps of learning, unless told otherwise: what docs/learning.md was measured with.
+STEPS = 50
 _PANEL = "Topology"
 _DEFAULT = SurgeryConfig()
 
@@ -30,7 +33,8 @@ _FIELDS: dict[str, Any] = {
     "theta_decode": _option(float | None, "The same for decoding, token by token. Set by --density."),
     "pages_per_row": _option(int | None, "Instead of a threshold: every token opens this many pages."),
     "moment_size": _option(
-        int | None, "Keys of the balls that pages are scored by; the page itself if left out."
+        int | None,
+        "Keys of the balls that pages are scored by; two levels of the tree below the page if left out.",
     ),
     "variance_pool": _option(
         int, "Channels whose variances are averaged for scoring: 1, or 8 to score at nearly half the cost."
@@ -93,3 +97,10 @@ def config_for(settings: dict[str, Any], tile: int) -> SurgeryConfig:
         settings["theta"] = settings.get("theta", _DEFAULT.theta_decode) if decode is None else decode
         settings["score_stride"] = 1
     return SurgeryConfig(**settings)
+
+
+def learned_parts(given: list[str] | None, config: SurgeryConfig) -> tuple[Any, ...]:
+    """What is learned beside budgets: as given, else weights of channels, and of summaries where there are."""
+    if given:
+        return tuple(split_values(given))
+    return ("channels",) if config.summary == "none" else ("channels", "summary")
