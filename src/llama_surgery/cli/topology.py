@@ -100,7 +100,7 @@ def config_for(settings: dict[str, Any], tile: int) -> SurgeryConfig:
 
 
 def learned_parts(given: list[str] | None, config: SurgeryConfig) -> tuple[Any, ...]:
-    """What is learned beside budgets: as given, else weights of channels, and of summaries where there are."""
+    """What is learned beside budgets: as given, else weights of channels, and of summaries if any."""
     if given:
         return tuple(split_values(given))
     return ("channels",) if config.summary == "none" else ("channels", "summary")
