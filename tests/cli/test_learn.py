@@ -15,7 +15,7 @@ SMALL = [*SHORT, "--length", "256"]
 
 def test_learn_writes_an_adapter_that_runs(model: Path, text: Path, tmp_path: Path) -> None:
     command = ["learn", model, "--text", text, "--density", "0.2", "--out", tmp_path / "adapter", *SMALL]
-    command += ["--steps", "3", "--local-steps", "2", "--windows", "3", "--json", "--part", "channels"]
+    command += ["--steps", "3", "--local-steps", "2", "--windows", "3", "--json"]
     result = run(*command)
     assert result.exit_code == 0, result.output
     told = json.loads(result.stdout)
@@ -24,7 +24,8 @@ def test_learn_writes_an_adapter_that_runs(model: Path, text: Path, tmp_path: Pa
         path.name for path in (tmp_path / "adapter").iterdir()
     }
     loaded = load_adapter(AutoModelForCausalLM.from_pretrained(model), tmp_path / "adapter")
-    assert sorted(routers_of(loaded)) == [0, 1] and "variance_weight" in routers_of(loaded)[0].tensors()
+    assert sorted(routers_of(loaded)) == [0, 1] and told["config"]["summary"] == "ball"
+    assert {"variance_weight", "summary"} < routers_of(loaded)[0].tensors().keys()
     eject(loaded)
 
     again = run(*command)  # nothing is left to do: the checkpoints are those of the end
