@@ -68,7 +68,10 @@ def test_wrong_settings_end_in_one_line(model: Path, text: Path, tmp_path: Path)
         (["--density", "2"], "density=2.0"),
         (["--density", "0.2", "--part", "magic"], "magic"),
         (["--density", "0.2", "--stream"], "--stage local"),
-        (["--density", "0.2", "--part", "summary", "--windows", "2"], "no summary to weigh"),
+        (
+            ["--density", "0.2", "--part", "summary", "--summary", "none", "--windows", "2"],
+            "no summary to weigh",
+        ),
         (["--density", "0.2", "--stage", "local", "--local-steps", "2"], "--steps alone"),
         (["--density", "0.2", "--stage", "far"], "stage='far'"),
         (["--density", "0.2", "--windows", "1", "--text", tmp_path / "none"], "no such file"),

@@ -1,6 +1,7 @@
 """``llama-surgery learn``."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -36,7 +37,7 @@ _LEARNING = "Learning"
 STREAMED_WINDOWS = 16
 
 
-@topology_options
+@functools.partial(topology_options, summary="ball")
 def learn(
     *,
     model: ModelArgument,
@@ -126,7 +127,7 @@ def learn(
     command goes on where it was interrupted. Use the adapter with 'evaluate --adapter', 'generate --adapter'
     or load_adapter() in Python.
     """
-    config = config_for({"summary": "ball", **settings}, tile)
+    config = config_for(settings, tile)
     checked_output(out_folder, folder=True)
     from llama_surgery.learning.settings import LearningSettings
     from llama_surgery.text import read_texts

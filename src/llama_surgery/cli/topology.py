@@ -43,7 +43,7 @@ _FIELDS: dict[str, Any] = {
     "coarse_to_fine": _option(bool, "Score coarse balls first and descend only where it pays."),
     "coarse_totals": _option(bool, "Add up a row's far field from coarse balls, which costs less."),
     "summary": _option(
-        str, "What stands in for pages that are not read: none, chunk, page or ball. Plain PyTorch only."
+        str, "What stands in for pages that are not read: none, or means of each chunk, page or ball."
     ),
     "backend": _option(str, "Who executes the plan: auto, reference, gather, flex, triton."),
 }
@@ -52,18 +52,18 @@ _FIELDS: dict[str, Any] = {
 _UNSET = ("theta", "theta_decode", "moment_size", "pages_per_row")
 
 
-def topology_options(command: Callable[..., None]) -> Callable[..., None]:
+def topology_options(command: Callable[..., None], **defaults: Any) -> Callable[..., None]:
     """Add an option for every field of :data:`_FIELDS` to ``command``.
 
-    ``command`` takes them as one keyword, ``settings``: fields of a configuration, those left at None
-    not among them.
+    ``defaults`` are those that differ from the configuration's. ``command`` takes the values as one keyword,
+    ``settings``: fields of a configuration, those left at None not among them.
     """
     own = inspect.signature(command)
     extra = [
         inspect.Parameter(
             name,
             inspect.Parameter.KEYWORD_ONLY,
-            default=None if name in _UNSET else getattr(_DEFAULT, name),
+            default=defaults.get(name, None if name in _UNSET else getattr(_DEFAULT, name)),
             annotation=annotation,
         )
         for name, annotation in _FIELDS.items()
