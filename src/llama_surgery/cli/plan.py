@@ -104,7 +104,7 @@ def plan(
             }
         )
         return
-    _print(shape, texts, learned, window, density, tflops, disk)
+    _print(shape, texts, learned, window, density, tflops, disk, steps)
 
 
 def _print(
@@ -115,6 +115,7 @@ def _print(
     density: float,
     tflops: float,
     disk: float,
+    steps: int,
 ) -> None:
     table = Table(title=f"A text of one sequence, {shape.parameters / 1e9:.3g} billion parameters")
     for name in ("tokens", "near", "far", "scores", "summary", "attention ÷", "model ÷", "keys and values"):
@@ -143,6 +144,11 @@ def _print(
         f"{_bytes(learned.states)} of attention states; {_bytes(learned.read)} moved to and from disk; "
         f"{_seconds(learned.seconds)} at {tflops:g} TFLOP/s and {disk:g} GB/s, which are assumptions: give "
         "--tflops and --disk."
+    )
+    out.print(
+        f"\nlearn, the model in memory: {steps} steps of {window:,} tokens, "
+        f"{2 * learned.logits_multiplications / 1e15:.3g} PFLOP, {_seconds(learned.logits_seconds)} at "
+        f"{tflops:g} TFLOP/s."
     )
 
 

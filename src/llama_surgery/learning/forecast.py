@@ -19,6 +19,9 @@ from llama_surgery.topology.geometry import query_blocks
 #: Multiplications that a step of the local stage takes for each of the forward pass over its sampled rows:
 #: forward, the same again while going back, and two products for every one of the way back.
 STEP_FACTOR = 4
+#: The same for a step on logits, of weights and of attention: the dense model's pass, the gated one's, that
+#: again while going back, and on the way back one product for each with a frozen weight, two for attention's.
+LOGITS_FACTORS = (4, 5)
 #: Bytes of a correction while it is learned: itself, its gradient and Adam's two moments, in float32.
 CORRECTION_BYTES = 16
 
@@ -73,7 +76,7 @@ class Length:
 
 @dataclasses.dataclass(frozen=True)
 class Learning:
-    """The local stage with the model on disk.
+    """The local stage with the model on disk, unless said otherwise.
 
     Attributes:
         corrections: Parameters learned.
@@ -86,6 +89,8 @@ class Learning:
             of a window and the output projections.
         multiplications: Of the dense passes and of all steps.
         seconds: At the given rates.
+        logits_multiplications: Of as many steps on logits instead, with the model in memory.
+        logits_seconds: Of those.
     """
 
     corrections: int
@@ -95,6 +100,8 @@ class Learning:
     read: int
     multiplications: float
     seconds: float
+    logits_multiplications: float
+    logits_seconds: float
 
 
 def shape_of(model: PreTrainedModel) -> Shape:
@@ -215,6 +222,9 @@ def learning_of(
         + corrections * CORRECTION_BYTES
     )
     total = dense + steps_cost
+    of_weights, of_attention = LOGITS_FACTORS
+    logits = steps * of_weights * shape.parameters * length
+    logits += steps * of_attention * sum(2 * q for _, q in widths.values()) * pairs
     return Learning(
         corrections=corrections,
         corrections_share=corrections / shape.parameters,
@@ -223,4 +233,6 @@ def learning_of(
         read=int(read),
         multiplications=total,
         seconds=total / multiplications_per_second + read / bytes_per_second,
+        logits_multiplications=logits,
+        logits_seconds=logits / multiplications_per_second,
     )
