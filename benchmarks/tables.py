@@ -301,8 +301,8 @@ def transfer() -> str:
     kinds = list(dict.fromkeys((row["idea"], row["learned_on"]) for row in rows))[1:]
     cells = [
         ["perplexity of the dense model", *(f"{float(r['dense_ppl']):.2f}" for r in _own(default, names))],
-        ["default ÷ dense", *(f"{float(r['ppl_ratio']):.4f}" for r in _own(default, names))],
-        *([_label(kind), *map(_closed, _own(_of(rows, kind), names))] for kind in kinds),
+        ["÷ dense, default", *(f"{float(r['ppl_ratio']):.4f}" for r in _own(default, names))],
+        *([f"gap closed: {_label(kind)}", *map(_closed, _own(_of(rows, kind), names))] for kind in kinds),
     ]
     carried = [
         [f"{_label(kind)}, θ of {origin}", *map(_carried, _own(_of(rows, kind), names, origin))]
@@ -323,9 +323,9 @@ def transfer() -> str:
     )
     return "\n\n".join(
         (
-            markdown(("share of the gap closed (95%)", *names), cells),
-            markdown(("far density where θ is another domain's (÷ dense)", *names), carried),
-            markdown(("mass lost", *names), lost),
+            markdown(("", *names), cells),
+            markdown(("far density by another domain's θ (÷ dense)", *names), carried),
+            markdown(("attention lost, as scores expect it", *names), lost),
             about,
         )
     )

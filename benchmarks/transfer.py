@@ -205,7 +205,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--steps", type=int, default=150)
     add("--length", type=int, default=8192)
     add("--windows", type=int, default=24)
-    add("--train-windows", type=int, default=60)
+    add("--train-windows", type=int, default=30)
     add("--mass-windows", type=int, default=2, help="of the measured ones, for the mass lost")
     add("--window-batch", type=int, default=8)
     add("--seed", type=int, default=0)
