@@ -8,15 +8,15 @@ from typing import Any, Literal
 
 import torch
 from torch.utils.checkpoint import checkpoint
-from transformers import AttentionInterface, AttentionMaskInterface
 
 from llama_surgery.config import SurgeryConfig
 from llama_surgery.errors import SurgeryError, UnsupportedModelError
 from llama_surgery.learning.corrections import Corrections
 from llama_surgery.learning.gates import Gated, Homotopy, Rows, gated_rows
 from llama_surgery.learning.soft_tree import balls_of
-from llama_surgery.surgery.interface import INTERFACE_NAMES, dense_function, surgery_mask
+from llama_surgery.surgery.interface import dense_function
 from llama_surgery.surgery.operate import attention_modules, inner_model, is_operated
+from llama_surgery.surgery.replace import attention_replaced, replaceable_implementation
 from llama_surgery.topology.geometry import query_blocks
 from llama_surgery.topology.router import PageRouter
 
@@ -109,24 +109,16 @@ def gates_in(model: torch.nn.Module, gates: Gates) -> Iterator[None]:
     inner = inner_model(model)
     if is_operated(model):
         raise SurgeryError("the model is operated: eject(model) before learning.")
-    base = inner.config.get_text_config()._attn_implementation
-    if base not in INTERFACE_NAMES:
-        raise UnsupportedModelError(
-            f"attention implementation {base!r}: supported are {', '.join(INTERFACE_NAMES)}."
-        )
+    base = replaceable_implementation(inner)
     modules = attention_modules(inner)
     norms: dict[int, torch.Tensor] = {}
     handles = [watch_residual(inner, index, module, norms) for index, module in modules.items()]
     operated = {id(module): index for index, module in modules.items()}
-    AttentionInterface.register(NAME, functools.partial(_attention, base, gates, operated, norms))
-    AttentionMaskInterface.register(NAME, functools.partial(surgery_mask, base))
-    inner.set_attn_implementation(NAME)
+    attention = functools.partial(_attention, base, gates, operated, norms)
     try:
-        yield
+        with attention_replaced(inner, NAME, base, attention):
+            yield
     finally:
-        inner.set_attn_implementation(base)
-        for table in (AttentionInterface, AttentionMaskInterface):
-            table._global_mapping.pop(NAME, None)
         for handle in handles:
             handle.remove()
 

@@ -7,13 +7,13 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from transformers import AttentionInterface, AttentionMaskInterface
 
 from llama_surgery.attention.balls import attend_balls, ball_backend
 from llama_surgery.errors import SurgeryError, UnsupportedModelError
 from llama_surgery.learning.gumbel import Gumbel, balls_of, gumbel_digits, load_balance, soft_attention
-from llama_surgery.surgery.interface import INTERFACE_NAMES, dense_function, surgery_mask
+from llama_surgery.surgery.interface import dense_function
 from llama_surgery.surgery.operate import attention_modules, inner_model
+from llama_surgery.surgery.replace import attention_replaced, replaceable_implementation
 from llama_surgery.topology.balls import TreeOrder, order_serves, tree_order
 
 NAME = "surgery_gumbel"
@@ -53,24 +53,17 @@ def gumbel_in(model: torch.nn.Module, gumbel: Gumbel) -> Iterator[None]:
         SurgeryError: The model's attention implementation is none that can be replaced.
     """
     inner = inner_model(model)
-    base = inner.config.get_text_config()._attn_implementation
-    if base not in INTERFACE_NAMES:
-        raise SurgeryError(f"attention implementation {base!r}: supported are {', '.join(INTERFACE_NAMES)}.")
+    base = replaceable_implementation(inner)
     modules = attention_modules(inner)
     routed = _Routed(base, gumbel, {id(module): index for index, module in modules.items()})
     handles = [
         module.register_forward_pre_hook(functools.partial(_route, routed, index), with_kwargs=True)
         for index, module in modules.items()
     ]
-    AttentionInterface.register(NAME, functools.partial(_attention, routed))
-    AttentionMaskInterface.register(NAME, functools.partial(surgery_mask, base))
-    inner.set_attn_implementation(NAME)
     try:
-        yield
+        with attention_replaced(inner, NAME, base, functools.partial(_attention, routed)):
+            yield
     finally:
-        inner.set_attn_implementation(base)
-        for table in (AttentionInterface, AttentionMaskInterface):
-            table._global_mapping.pop(NAME, None)
         for handle in handles:
             handle.remove()
 

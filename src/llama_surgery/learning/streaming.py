@@ -9,7 +9,6 @@ from the last checkpoint.
 
 import contextlib
 import dataclasses
-import functools
 import json
 import math
 from collections.abc import Callable, Iterator
@@ -19,7 +18,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers import PreTrainedModel
 
 from llama_surgery.config import SurgeryConfig
 from llama_surgery.errors import SurgeryError
@@ -36,8 +35,9 @@ from llama_surgery.learning.settings import LearningSettings
 from llama_surgery.learning.state import first_state
 from llama_surgery.learning.trainer import Step, check_settings, digest, fresh_corrections, run
 from llama_surgery.learning.weights import Weights, streamed
-from llama_surgery.surgery.interface import INTERFACE_NAMES, dense_function, surgery_mask
+from llama_surgery.surgery.interface import dense_function
 from llama_surgery.surgery.operate import attention_modules
+from llama_surgery.surgery.replace import attention_replaced, replaceable_implementation
 
 NAME = "surgery_capture"
 ABOUT_FILE = "about.json"
@@ -148,9 +148,7 @@ def capture(
 @contextlib.contextmanager
 def _capturing(model: PreTrainedModel, captured: Captured, numbers: list[int]) -> Iterator[None]:
     """Let the attention layers of ``model`` write what they read and give, for windows ``numbers``."""
-    base = model.config.get_text_config()._attn_implementation
-    if base not in INTERFACE_NAMES:
-        raise SurgeryError(f"attention implementation {base!r}: supported are {', '.join(INTERFACE_NAMES)}.")
+    base = replaceable_implementation(model)
     modules, norms = attention_modules(model), {}
     handles = [watch_residual(model, index, module, norms) for index, module in modules.items()]
     indices = {id(module): index for index, module in modules.items()}
@@ -170,15 +168,10 @@ def _capturing(model: PreTrainedModel, captured: Captured, numbers: list[int]) -
             captured.save(index, number, tensors | {"norm": norms[index][row], "scale": scale})
         return out, None
 
-    AttentionInterface.register(NAME, attention)
-    AttentionMaskInterface.register(NAME, functools.partial(surgery_mask, base))
-    model.set_attn_implementation(NAME)
     try:
-        yield
+        with attention_replaced(model, NAME, base, attention):
+            yield
     finally:
-        model.set_attn_implementation(base)
-        for table in (AttentionInterface, AttentionMaskInterface):
-            table._global_mapping.pop(NAME, None)
         for handle in handles:
             handle.remove()
 

@@ -123,7 +123,7 @@ def _attach(inner: PreTrainedModel, operation: Operation, routers: Mapping[int, 
     operation.handles.append(hook)
     _users[operation.base] += 1
     name = register(operation.base)
-    _set_implementation(inner, name)
+    set_implementation(inner, name)
     if inner.config.get_text_config()._attn_implementation != name:
         raise UnsupportedModelError(
             f"{type(inner).__name__} does not use transformers' attention interface, so that its attention "
@@ -135,7 +135,8 @@ def _attach(inner: PreTrainedModel, operation: Operation, routers: Mapping[int, 
         inner.__dict__["_prepare_cache_for_generation"] = functools.partial(_prepare, inner, prepare)
 
 
-def _set_implementation(inner: PreTrainedModel, name: str) -> None:
+def set_implementation(inner: PreTrainedModel, name: str) -> None:
+    """Have the text part of a model attend through ``name``."""
     text = inner.config.get_text_config()
     if text is inner.config:
         inner.set_attn_implementation(name)
@@ -158,7 +159,7 @@ def eject(model: Model) -> Model:
         module.__dict__.pop(ATTRIBUTE, None)
     inner.__dict__.pop("_prepare_cache_for_generation", None)
     inner.__dict__.pop(ATTRIBUTE, None)
-    _set_implementation(inner, operation.base)
+    set_implementation(inner, operation.base)
     # A copy of an operated model was never counted.
     _users[operation.base] = max(0, _users[operation.base] - 1)
     if not _users[operation.base]:

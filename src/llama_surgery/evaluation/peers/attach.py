@@ -7,18 +7,17 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AttentionInterface, AttentionMaskInterface
 
 from llama_surgery.errors import SurgeryError, UnsupportedModelError
 from llama_surgery.evaluation.peers.executor import PairCount, attend_by_rule
 from llama_surgery.evaluation.peers.rule import Call, Rule
 from llama_surgery.surgery.interface import dense_function, surgery_mask
 from llama_surgery.surgery.operate import (
-    _set_implementation,
     attention_modules,
     inner_model,
     is_operated,
 )
+from llama_surgery.surgery.replace import attention_replaced
 
 _NAME = "surgery_peer"
 _ATTRIBUTE = "_llama_surgery_peer"
@@ -48,19 +47,14 @@ def running(model: nn.Module, rule: Rule) -> Iterator[PairCount]:
     base = inner.config.get_text_config()._attn_implementation
     modules = attention_modules(inner)
     count = PairCount()
-    AttentionInterface.register(_NAME, functools.partial(_attention, base))
-    AttentionMaskInterface.register(_NAME, functools.partial(_mask, base))
     try:
         for module in modules.values():
             module.__dict__[_ATTRIBUTE] = (rule, count)
-        _set_implementation(inner, _NAME)
-        yield count
+        with attention_replaced(inner, _NAME, base, functools.partial(_attention, base), _mask):
+            yield count
     finally:
         for module in modules.values():
             module.__dict__.pop(_ATTRIBUTE, None)
-        _set_implementation(inner, base)
-        for table in (AttentionInterface, AttentionMaskInterface):
-            table._global_mapping.pop(_NAME, None)
 
 
 def _mask(base: str, **arguments: Any) -> Any:

@@ -78,6 +78,12 @@ def page_constants(job: Job, level: Level) -> dict[str, Any]:
     }
 
 
+def scored_rows(job: Job, strip: Strip) -> tuple[float, ...]:
+    """Arguments of kernels that say which rows are scored, and how."""
+    softcap = 1.0 if job.softcap is None else job.softcap
+    return job.start, job.stop, strip.first_tile, job.dense_until, job.scale, softcap
+
+
 def heads_of_tile(heads: int, rows: int, tile_pad: int) -> int:
     """Heads of a matrix tile: a power of two, at most ``rows`` rows and at least 16."""
     most = max(1, rows // tile_pad)

@@ -7,7 +7,12 @@ import triton
 
 from llama_surgery.attention.impl.triton.helpers import LN2
 from llama_surgery.attention.impl.triton.job import Job, Strip
-from llama_surgery.attention.impl.triton.launch import ScoreShape, page_constants, score_constants
+from llama_surgery.attention.impl.triton.launch import (
+    ScoreShape,
+    page_constants,
+    score_constants,
+    scored_rows,
+)
 from llama_surgery.attention.impl.triton.share_kernel import share_kernel
 from llama_surgery.config import SurgeryConfig
 from llama_surgery.topology.router import PageRouter
@@ -40,12 +45,7 @@ def tile_bars(job: Job, strip: Strip, totals: torch.Tensor) -> torch.Tensor:
         *level.features.stride()[:2],
         strip.tiles,
         strip.pages,
-        job.start,
-        job.stop,
-        strip.first_tile,
-        job.dense_until,
-        job.scale,
-        1.0 if job.softcap is None else job.softcap,
+        *scored_rows(job, strip),
         HEADS=heads,
         HEADS_PAD=heads_pad,
         SLOTS_BLOCK=slots_block,

@@ -22,6 +22,7 @@ from llama_surgery.attention.impl.triton.launch import (
     heads_of_tile,
     page_constants,
     score_constants,
+    scored_rows,
 )
 from llama_surgery.attention.impl.triton.list_kernels import descend_kernel, list_kernel
 from llama_surgery.attention.impl.triton.page_count import tile_bars
@@ -192,7 +193,7 @@ def _list_level(job: Job, strip: Strip, totals: torch.Tensor, level: Level, *, l
         *job.queries.stride()[:3],
         strip.tiles,
         outputs[1].shape[-1],
-        *_where(job, strip),
+        *scored_rows(job, strip),
         _log2_bar(job, last=last),
         **constants,
         TILES_BLOCK=shape.tiles_block,
@@ -230,7 +231,7 @@ def _descend(
         strip.tiles,
         coarse.entries.shape[-1],
         outputs[1].shape[-1],
-        *_where(job, strip),
+        *scored_rows(job, strip),
         _log2_bar(job, last=last),
         **score_constants(job, shape._replace(heads_block=heads_block)),
         **constants,
@@ -253,12 +254,6 @@ def _new_plan(job: Job, strip: Strip, level: Level) -> tuple[TiledPlan, tuple[to
     first = None if job.config.summary == "none" else torch.empty_like(entries, dtype=torch.uint8)
     plan = TiledPlan(start, stop, job.tile, counts, rows_seen, entries, first)
     return plan, (sinks, entries, counts, rows_seen)
-
-
-def _where(job: Job, strip: Strip) -> tuple[float, ...]:
-    """Arguments that say which rows are scored, and how."""
-    softcap = 1.0 if job.softcap is None else job.softcap
-    return job.start, job.stop, strip.first_tile, job.dense_until, job.scale, softcap
 
 
 def _log2_bar(job: Job, *, last: bool) -> float:

@@ -12,6 +12,7 @@ from llama_surgery.attention.impl.triton.launch import (
     heads_of_tile,
     page_constants,
     score_constants,
+    scored_rows,
 )
 from llama_surgery.attention.impl.triton.summary_kernel import summary_kernel
 from llama_surgery.attention.impl.triton.tiled_plan import TiledPlan
@@ -68,12 +69,7 @@ def summarise_strip(
         *lse.stride()[:2],
         strip.tiles,
         strip.pages,
-        job.start,
-        job.stop,
-        strip.first_tile,
-        job.dense_until,
-        job.scale,
-        1.0 if job.softcap is None else job.softcap,
+        *scored_rows(job, strip),
         HEADS=heads,
         HEADS_BLOCK=heads_block,
         TILE=job.tile,
