@@ -2,13 +2,11 @@
 
 import dataclasses
 import importlib.util
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
+from tests.learning.killed import steps_before_death
 from tests.surgery.tiny import build, llama, logits, tokens
 
 from llama_surgery import SurgeryError
@@ -221,17 +219,8 @@ learn_gumbel(
 
 
 def test_a_killed_run_ends_where_an_uninterrupted_one_does(tmp_path: Path) -> None:
-    file, seen = tmp_path / "run" / "checkpoint.pt", []
-    command, root = [sys.executable, "-c", SCRIPT, str(file)], Path(__file__).parents[2]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=root)
-    assert process.stdout is not None
-    for line in process.stdout:
-        seen.append(int(line))
-        if len(seen) == 4:  # without warning, at no particular moment of the next step or of its checkpoint
-            time.sleep(0.013)
-            process.kill()
-    process.wait()
-    process.stdout.close()
+    file = tmp_path / "run" / "checkpoint.pt"
+    seen = steps_before_death(SCRIPT, file, 4)
     assert 4 <= len(seen) < 14 and file.exists()
 
     rest: list[GumbelStep] = []
