@@ -12,8 +12,8 @@ class BackwardTuning:
         block_near: Keys of a step of the near field, in the kernel of queries.
         block_keys, block_rows: Keys of a program and rows of a step, in the kernel of near keys.
         query_warps, near_warps, far_warps: Of the three kernels.
-        stages: Of all three. Not one on Hopper: without pipelining, Triton 3.6 made its matrix units read
-            beyond wide operands (gradients of keys of 256 channels were wrong).
+        stages: Of all three. Not one on Hopper in half precision: without pipelining, gradients of keys of
+            256 channels came out wrong (Triton 3.6; docs/log.md).
     """
 
     rows: int = 128
