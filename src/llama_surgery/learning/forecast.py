@@ -154,8 +154,7 @@ def at_length(shape: Shape, config: SurgeryConfig, density: float, calibrated: i
     closed, near = closed / causal, near / causal
     far = min(closed, density * min(1.0, calibrated / length))
     scoring = closed / config.ball_size / 2 * (1 + 1 / config.variance_pool)
-    size = {"none": 0, "chunk": config.chunk_size, "page": config.page_size, "ball": config.ball_size}
-    summary = closed / size[config.summary] / 2 if size[config.summary] else 0.0
+    summary = closed / config.summarised / 2 if config.summarised else 0.0
     sparse = near + far + scoring + summary
     # Multiplications a token: two products of head_dim with every key for every query head, and all weights.
     dense = sum(2 * kv * group * dim for kv, group, dim in shape.layers.values()) * causal / length
