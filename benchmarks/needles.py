@@ -36,11 +36,16 @@ def main() -> None:
     parser.add_argument("--needles", type=int, default=400)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--out", type=Path, required=True)
     given = parser.parse_args()
     tokenizer = AutoTokenizer.from_pretrained(given.model)
-    model = AutoModelForCausalLM.from_pretrained(given.model, dtype=torch.float32).to(given.device).eval()
+    model = (
+        AutoModelForCausalLM.from_pretrained(given.model, dtype=getattr(torch, given.dtype))
+        .to(given.device)
+        .eval()
+    )
     prompts = needle_prompts(
         tokenizer,
         read_texts(given.text),
@@ -88,6 +93,7 @@ def main() -> None:
             "length": given.length,
             "seed": given.seed,
             "model": Path(given.model).name,
+            "dtype": given.dtype,
             "device": torch.cuda.get_device_name() if given.device == "cuda" else "cpu",
             "torch": torch.__version__,
             "transformers": transformers.__version__,
