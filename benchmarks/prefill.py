@@ -73,14 +73,11 @@ def settings(length: int, *, full: bool, growth: bool, flex: bool) -> Iterator[S
 
 
 def _job(data: Data, density: float) -> tuple[Job, Strip, torch.Tensor]:
-    """A call, its last strip and that strip's totals."""
+    """A call of that far density, its last strip and that strip's totals."""
     layout = build_layout(data.keys, data.values, CHEAP)
     job = make_job(data.queries, data.keys, data.values, layout, config=CHEAP, start=0)
-    far = [strip for strip in job.strips() if strip.pages]
-    theta = calibrate(job, [prefill.row_totals(job, strip) for strip in far], density)
-    config = dataclasses.replace(CHEAP, theta=theta, theta_decode=theta)
-    job = dataclasses.replace(job, config=config)
-    return job, far[-1], prefill.row_totals(job, far[-1])
+    job, totals = calibrate(job, density)
+    return job, list(job.strips())[-1], totals[-1]
 
 
 def tune(length: int, seconds: float) -> None:
@@ -88,12 +85,13 @@ def tune(length: int, seconds: float) -> None:
     deadline, data = Deadline(seconds), make_data(length, CUDA, torch.bfloat16)
     job, strip, totals = _job(data, 0.05)
     plan = prefill.list_pages(job, strip, totals)
-    out, lse = torch.empty_like(data.queries), torch.empty(data.queries.shape[:3], device=CUDA)
+    out, lse = prefill.new_output(job)
+    prefill.attend_near(job, strip, out, lse)
     calls: dict[str, Callable[[Job], object]] = {
-        "totals": lambda job: prefill.row_totals(job, strip),
+        "totals": lambda job: prefill.row_totals(job, strip, lse),
         "lists": lambda job: prefill.list_pages(job, strip, totals),
-        "near": lambda job: prefill.attend_strip(job, strip, None, out, lse),
-        "far": lambda job: prefill.attend_strip(job, strip, plan, out, lse, near=False),
+        "near": lambda job: prefill.attend_near(job, strip, out, lse),
+        "far": lambda job: prefill.attend_far(job, strip, plan, out, lse),
     }
     fine = dataclasses.replace(CHEAP, moment_size=16)
     for config, place in ((CHEAP, 0), (fine, 1)):
