@@ -80,6 +80,7 @@ def main() -> None:
             "adapter": folder.name if folder.name != f"tile-{config.tile}" else folder.parent.name,
             "tile": config.tile,
             "summary": config.summary,
+            "asked": given.density,
             "theta": config.theta,
             "theta_decode": config.theta_decode,
             "prompt_far_density": read[str(config.tile)]["far_density"],

@@ -295,7 +295,7 @@ def growth() -> str:
 
 def transfer() -> str:
     """Every row corrections of one domain, every column texts of one."""
-    rows = read("transfer-2k.csv")
+    rows = read("transfer.csv")
     names = list(dict.fromkeys(row["tested_on"] for row in rows))
     default = [row for row in rows if row["idea"] == "default"]
     kinds = list(dict.fromkeys((row["idea"], row["learned_on"]) for row in rows))[1:]
