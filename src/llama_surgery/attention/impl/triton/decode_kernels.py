@@ -27,6 +27,9 @@ from llama_surgery.attention.impl.triton.helpers import (
     sum_step,
 )
 
+#: Blocks of a table that are looked up at once, at least.
+LOOKUP = tl.constexpr(128)
+
 
 @triton.jit
 def block_of(table_ptr, entry, chunk, PAGED: tl.constexpr):
@@ -266,33 +269,42 @@ def score_kernel(
         if summary_ptr is not None:
             learned = tl.load(summary_ptr + kv_head * HEADS + head, mask=live, other=0.0) * LOG2E
     index = tl.arange(0, BLOCK_PAGES * BALLS_PAD)
-    for step in range(tl.maximum(first_step, near_steps) - near_steps, last_step - near_steps):
-        page = step * BLOCK_PAGES + tl.arange(0, BLOCK_PAGES)
-        ball_page = step * BLOCK_PAGES + index // BALLS_PAD
-        present = (index % BALLS_PAD < BALLS) & (ball_page < pages)
-        block = block_of(table_ptr, entry, tl.minimum(ball_page, pages - 1) // per_chunk, PAGED)
-        ball = ball_page % per_chunk * BALLS + index % BALLS_PAD
-        cells = block * mean_block + ball.to(tl.int64) * mean_row
-        mean = load_rows(mean_base, cells, 1, present, DIM, DIM_PAD, True)
-        spread = load_rows(spread_base, cells, 1, present, SPREAD, SPREAD_PAD, True)
-        along, across = ball_terms(q, squares, mean, spread, scale, softcap, CAP)
-        scores = (along + across) * LOG2E + LOG2_BALL
-        if BALLS > 1:
-            scores = sum_of_balls(scores, present, BLOCK_PAGES, BALLS_PAD)
-        if UNITS > 0:
-            weights = ball_weights(along, across, LOG2_BALL)
-            if summary_ptr is not None:
-                weights += learned[:, None]
-            unit, real = ball_page * BALLS + index % BALLS_PAD, present
-            if UNITS < BALLS:
-                weights = sum_of_balls(weights, present, BLOCK_PAGES, BALLS_PAD)
-                unit, real = page, page < pages
-            weight_cells = weights_base + (unit[None, :] * ROWS + row[:, None]) * HEADS + head[:, None]
-            tl.store(weight_cells, weights, mask=live[:, None] & real[None, :])
-        score_cells = scores_base + (page[None, :] * ROWS + row[:, None]) * HEADS + head[:, None]
-        tl.store(score_cells, scores, mask=live[:, None] & (page < pages)[None, :])
-        far = page[None, :] < (closed * per_chunk)[:, None]
-        total, top = sum_step(total, top, tl.where(far, scores, float("-inf")))
+    # With a table, steps whose blocks are looked up together: loads of features would wait for a lookup.
+    at_once: tl.constexpr = LOOKUP if 2 * BLOCK_PAGES < LOOKUP else 2 * BLOCK_PAGES
+    group: tl.constexpr = (at_once - 1) * per_chunk // BLOCK_PAGES if PAGED else 1 << 30
+    for first in range(tl.maximum(first_step, near_steps) - near_steps, last_step - near_steps, group):
+        if PAGED:
+            first_chunk = first * BLOCK_PAGES // per_chunk
+            looked_up = tl.minimum(first_chunk + tl.arange(0, at_once), (pages - 1) // per_chunk)
+            blocks = tl.load(table_ptr + entry + looked_up)
+        for step in range(first, tl.minimum(first + group, last_step - near_steps)):
+            page = step * BLOCK_PAGES + tl.arange(0, BLOCK_PAGES)
+            ball_page = step * BLOCK_PAGES + index // BALLS_PAD
+            present = (index % BALLS_PAD < BALLS) & (ball_page < pages)
+            far_chunk = tl.minimum(ball_page, pages - 1) // per_chunk
+            block = (tl.gather(blocks, far_chunk - first_chunk, 0) if PAGED else far_chunk).to(tl.int64)
+            ball = ball_page % per_chunk * BALLS + index % BALLS_PAD
+            cells = block * mean_block + ball.to(tl.int64) * mean_row
+            mean = load_rows(mean_base, cells, 1, present, DIM, DIM_PAD, True)
+            spread = load_rows(spread_base, cells, 1, present, SPREAD, SPREAD_PAD, True)
+            along, across = ball_terms(q, squares, mean, spread, scale, softcap, CAP)
+            scores = (along + across) * LOG2E + LOG2_BALL
+            if BALLS > 1:
+                scores = sum_of_balls(scores, present, BLOCK_PAGES, BALLS_PAD)
+            if UNITS > 0:
+                weights = ball_weights(along, across, LOG2_BALL)
+                if summary_ptr is not None:
+                    weights += learned[:, None]
+                unit, real = ball_page * BALLS + index % BALLS_PAD, present
+                if UNITS < BALLS:
+                    weights = sum_of_balls(weights, present, BLOCK_PAGES, BALLS_PAD)
+                    unit, real = page, page < pages
+                weight_cells = weights_base + (unit[None, :] * ROWS + row[:, None]) * HEADS + head[:, None]
+                tl.store(weight_cells, weights, mask=live[:, None] & real[None, :])
+            score_cells = scores_base + (page[None, :] * ROWS + row[:, None]) * HEADS + head[:, None]
+            tl.store(score_cells, scores, mask=live[:, None] & (page < pages)[None, :])
+            far = page[None, :] < (closed * per_chunk)[:, None]
+            total, top = sum_step(total, top, tl.where(far, scores, float("-inf")))
     some = total > 0.0
     summed = tl.where(some, top + tl.log2(tl.where(some, total, 1.0)), float("-inf"))
     tl.store(sums_ptr + cell, summed, mask=live)

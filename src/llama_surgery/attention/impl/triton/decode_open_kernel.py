@@ -185,7 +185,7 @@ def open_kernel(
                 within = piece * BLOCK_KEYS + tl.arange(0, BLOCK_KEYS)
                 at_page = split + (word + at) * far_splits
                 if PAGED:  # not looked up here: loads of keys would wait for that
-                    block = tl.sum(tl.where(place == at, blocks, 0), 0)
+                    block = tl.sum(tl.where(place == at, blocks, 0), 0).to(tl.int64)
                 else:
                     block = (at_page // per_chunk).to(tl.int64)
                 slot = (at_page % per_chunk * PAGE + within).to(tl.int64)
@@ -220,8 +220,9 @@ def _scores_of(base, page, pages, row, head, live, HEADS: tl.constexpr, ROWS: tl
 
 @triton.jit
 def _blocks_of(table_ptr, entry, page, pages, per_chunk: tl.constexpr, PAGED: tl.constexpr):
-    """Blocks that hold pages, of the last closed one beyond these."""
-    return block_of(table_ptr, entry, tl.minimum(page, pages - 1) // per_chunk, PAGED)
+    """Blocks, as int32, that hold pages, of the last closed one beyond these. Without a table nobody asks."""
+    chunk = tl.minimum(page, pages - 1) // per_chunk
+    return tl.load(table_ptr + entry + chunk) if PAGED else chunk
 
 
 @triton.jit
