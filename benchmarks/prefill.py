@@ -73,11 +73,14 @@ def settings(length: int, *, full: bool, growth: bool, flex: bool) -> Iterator[S
 
 
 def _job(data: Data, density: float) -> tuple[Job, Strip, torch.Tensor]:
-    """A call of that far density, its last strip and that strip's totals."""
+    """A call, its last strip and that strip's totals."""
     layout = build_layout(data.keys, data.values, CHEAP)
     job = make_job(data.queries, data.keys, data.values, layout, config=CHEAP, start=0)
-    job, totals = calibrate(job, density)
-    return job, list(job.strips())[-1], totals[-1]
+    far = [strip for strip in job.strips() if strip.pages]
+    theta = calibrate(job, [prefill.row_totals(job, strip) for strip in far], density)
+    config = dataclasses.replace(CHEAP, theta=theta, theta_decode=theta)
+    job = dataclasses.replace(job, config=config)
+    return job, far[-1], prefill.row_totals(job, far[-1])
 
 
 def tune(length: int, seconds: float) -> None:
@@ -85,13 +88,12 @@ def tune(length: int, seconds: float) -> None:
     deadline, data = Deadline(seconds), make_data(length, CUDA, torch.bfloat16)
     job, strip, totals = _job(data, 0.05)
     plan = prefill.list_pages(job, strip, totals)
-    out, lse = prefill.new_output(job)
-    prefill.attend_near(job, strip, out, lse)
+    out, lse = torch.empty_like(data.queries), torch.empty(data.queries.shape[:3], device=CUDA)
     calls: dict[str, Callable[[Job], object]] = {
-        "totals": lambda job: prefill.row_totals(job, strip, lse),
+        "totals": lambda job: prefill.row_totals(job, strip),
         "lists": lambda job: prefill.list_pages(job, strip, totals),
-        "near": lambda job: prefill.attend_near(job, strip, out, lse),
-        "far": lambda job: prefill.attend_far(job, strip, plan, out, lse),
+        "near": lambda job: prefill.attend_strip(job, strip, None, out, lse),
+        "far": lambda job: prefill.attend_strip(job, strip, plan, out, lse, near=False),
     }
     fine = dataclasses.replace(CHEAP, moment_size=16)
     for config, place in ((CHEAP, 0), (fine, 1)):

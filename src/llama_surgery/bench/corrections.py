@@ -83,8 +83,9 @@ def bench_corrections(
     rows = Rows(out, device, n=length, dtype=str(dtype).split(".")[-1])
     data, few = make_data(length, device, dtype), make_data(CHECKED, device, torch.float32)
     job = make_job(data.queries, data.keys, data.values, _layout(data, config, None), config=config, start=0)
-    job, _ = calibrate(job, density)
-    config = dataclasses.replace(config, theta=job.config.theta, theta_decode=None)
+    totals = [prefill.row_totals(job, strip) for strip in job.strips() if strip.pages]
+    theta = calibrate(job, totals, density)
+    config = dataclasses.replace(config, theta=theta, theta_decode=None)
     plain: dict[str, float] = {}
     for name, (change, parts) in VARIANTS.items():
         if deadline.passed(name):

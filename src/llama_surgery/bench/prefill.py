@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 
 from llama_surgery.attention.impl.triton import prefill
-from llama_surgery.attention.impl.triton.job import make_job, make_levels
+from llama_surgery.attention.impl.triton.job import Job, make_job, make_levels
 from llama_surgery.attention.impl.triton.layout import build_layout
 from llama_surgery.attention.impl.triton.tiled_plan import ENTRY, TiledPlan
 from llama_surgery.bench import prefill_case as case
@@ -106,8 +106,10 @@ class _Timed:
         config = setting.config
         layout = build_layout(data.keys, data.values, config)
         job = make_job(data.queries, data.keys, data.values, layout, config=config, start=0)
-        self.job, self.totals = case.calibrate(job, setting.density)
-        self.config = self.job.config
+        self.totals = [prefill.row_totals(job, strip) for strip in job.strips() if strip.pages]
+        theta = case.calibrate(job, self.totals, setting.density)
+        self.config = dataclasses.replace(config, theta=theta, theta_decode=theta)
+        self.job: Job = dataclasses.replace(job, config=self.config)
         self.label = {
             "n": self.length,
             "page": config.page_size,
@@ -162,49 +164,43 @@ class _Timed:
         data, job, config = self.data, self.job, self.config
         strips = list(job.strips())
         far = [strip for strip in strips if strip.pages]
-        out, lse = prefill.new_output(job)
+        out = torch.full_like(data.queries, torch.nan)
+        lse = torch.full(out.shape[:3], torch.nan, device=out.device)
         assert job.layout is not None
         moments = job.layout.moments
 
-        def totals() -> None:
+        def totals(**options: bool) -> None:
             for strip in far:
-                prefill.row_totals(job, strip, lse)
+                prefill.row_totals(job, strip, **options)
 
         def lists() -> None:
             for strip, total in zip(far, self.totals, strict=True):
                 prefill.list_pages(job, strip, total)
 
-        def near() -> None:
+        def attention(plans: list[TiledPlan], near: bool = True, pages: bool = True) -> None:
+            left = iter(plans)
             for strip in strips:
-                prefill.attend_near(job, strip, out, lse)
+                plan = next(left) if strip.pages else None
+                if near or plan is not None:
+                    prefill.attend_strip(job, strip, plan if pages else None, out, lse, near=near)
 
-        def pages(plans: list[TiledPlan]) -> None:
-            for strip, plan in zip(far, plans, strict=True):
-                prefill.attend_far(job, strip, plan, out, lse)
-
-        def attention(plans: list[TiledPlan]) -> None:
-            near()
-            pages(plans)
-
-        def checked(plans: list[TiledPlan]) -> float:
-            out.fill_(torch.nan)
-            lse.fill_(torch.nan)
-            attention(plans)
-            case.check_tiles(job, plans, out)
-            return case.executed_pairs(plans, config.page_size)
-
-        far_pairs = checked(plans)
+        attention(plans)
+        case.check_tiles(job, plans, out)
+        far_pairs = case.executed_pairs(plans, config.page_size)
         self.add("layout", lambda: build_layout(data.keys, data.values, config))
         self.add("features", lambda: make_levels(moments, config, data.keys.dtype))
+        self.add("totals, near field", lambda: totals(far=False))
+        self.add("totals, pages", lambda: totals(near=False))
         self.add("totals", totals)
         self.add("lists", lists)
-        self.add("near field", near, near_pairs)
-        # Repeated alone, it adds the same pages to its own result again and again: only the time counts.
-        self.add("far pages", lambda: pages(plans), far_pairs)
+        self.add("near field", lambda: attention(plans, pages=False), near_pairs)
+        self.add("far pages", lambda: attention(plans, near=False), far_pairs)
         self.add("near field and far pages", lambda: attention(plans), near_pairs + far_pairs)
         scattered = case.scattered_plans(job, plans, self.setting.density)
-        scattered_pairs = checked(scattered)
-        self.add("far pages, scattered", lambda: pages(scattered), scattered_pairs)
+        attention(scattered)
+        case.check_tiles(job, scattered, out)
+        pairs = case.executed_pairs(scattered, config.page_size)
+        self.add("far pages, scattered", lambda: attention(scattered, near=False), pairs)
 
     def time_flex(self, plans: list[TiledPlan]) -> None:
         """FlexAttention knows no first-open rows: a page is open for a whole tile."""

@@ -41,6 +41,13 @@ def causal_pairs(length: int) -> int:
     return length * (length + 1) // 2
 
 
+def plans_of(job: Job, theta: float, totals: list[torch.Tensor]) -> list[TiledPlan]:
+    config = dataclasses.replace(job.config, theta=theta, theta_decode=theta)
+    job = dataclasses.replace(job, config=config)
+    far = [strip for strip in job.strips() if strip.pages]
+    return [prefill.list_pages(job, s, t) for s, t in zip(far, totals, strict=True)]
+
+
 def executed_pairs(plans: list[TiledPlan], page_size: int) -> float:
     """Far pairs that one query head reads, mean over streams."""
     return sum(int(p.executed_pairs(page_size).sum()) for p in plans) / STREAMS
@@ -50,26 +57,15 @@ def executed_density(plans: list[TiledPlan], page_size: int, length: int) -> flo
     return executed_pairs(plans, page_size) / causal_pairs(length)
 
 
-def calibrate(job: Job, density: float) -> tuple[Job, list[torch.Tensor]]:
-    """The job at the θ whose executed far density is nearest to ``density``, and its strips' totals."""
-    far = [strip for strip in job.strips() if strip.pages]
-    out, lse = prefill.new_output(job)
-    for strip in far:
-        prefill.attend_near(job, strip, out, lse)
-    totals = [prefill.row_totals(job, strip, lse) for strip in far]
-
-    def at(theta: float) -> Job:
-        config = dataclasses.replace(job.config, theta=theta, theta_decode=theta)
-        return dataclasses.replace(job, config=config)
-
+def calibrate(job: Job, totals: list[torch.Tensor], density: float) -> float:
+    """θ whose executed far density is nearest to ``density``."""
     low, high = math.log(1e-7), math.log(0.9)
     for _ in range(14):
         middle = (low + high) / 2
-        tried = at(math.exp(middle))
-        plans = [prefill.list_pages(tried, s, t) for s, t in zip(far, totals, strict=True)]
+        plans = plans_of(job, math.exp(middle), totals)
         got = executed_density(plans, job.config.page_size, job.stop)
         low, high = (middle, high) if got > density else (low, middle)
-    return at(math.exp((low + high) / 2)), totals
+    return math.exp((low + high) / 2)
 
 
 def check_tiles(job: Job, plans: list[TiledPlan], out: torch.Tensor, samples: int = 6) -> tuple[float, float]:

@@ -1,9 +1,4 @@
-"""The kernel of prefill's attention: the near field in one launch, listed far pages in the next.
-
-Selection needs the log-sum-exp of whole rows, near field included. So the near field is computed first, once:
-selection begins with its log-sum-exp, and the launch of far pages takes its partial result up again as if the
-online softmax had not been interrupted. That costs writing and reading the output once more.
-"""
+"""The kernel of prefill: near field, then listed far pages, in one online softmax."""
 
 import triton
 import triton.language as tl
@@ -26,10 +21,12 @@ from llama_surgery.attention.impl.triton.helpers import (
 )
 def attend_kernel(
     q_ptr,
-    key_blocks,
-    value_blocks,
-    k_ptr,
-    v_ptr,
+    near_k,
+    near_v,
+    far_k,
+    far_v,
+    far_k_ptr,
+    far_v_ptr,
     entries_ptr,
     counts_ptr,
     sink_ptr,
@@ -39,10 +36,10 @@ def attend_kernel(
     q_stream,
     q_head,
     q_row,
-    k_stream,
-    k_row,
-    v_stream,
-    v_row,
+    far_k_stream,
+    far_k_row,
+    far_v_stream,
+    far_v_row,
     out_stream,
     out_head,
     out_row,
@@ -71,94 +68,78 @@ def attend_kernel(
     PAGE_PAD: tl.constexpr,
     PAGES_PER_STEP: tl.constexpr,
     BLOCK_NEAR: tl.constexpr,
+    NEAR: tl.constexpr,
     FAR: tl.constexpr,
+    SINK: tl.constexpr,
     CAP: tl.constexpr,
 ):
     """One program: one tile of queries times HEADS_BLOCK heads of its group.
 
     Row m of the matrix tile is query ``m % TILE_PAD`` of head ``m // TILE_PAD``. Grid: (tiles of this
     launch * blocks of heads, streams). ``start … stop`` are the positions of the queries given,
-    ``first_tile`` is the launch's first tile counted from position 0.
-
-    Without FAR: near field and attention sink, if ``sink_ptr`` (streams, HEADS) is not None. With FAR: the
-    listed pages, on top of what ``out`` and ``lse`` hold; a tile that lists none leaves them as they are.
-    Keys and values are the near ones or the layout's, described as blocks of BLOCK_NEAR keys or of a page;
-    pages taken several a step, PAGES_PER_STEP > 1, are read through ``k_ptr`` and ``v_ptr`` instead.
-    ``bias_ptr``, if not None, holds what is added to the logits of listed pages: (streams, tiles, capacity,
-    heads, tile); PAGES_PER_STEP is then 1.
+    ``first_tile`` is the launch's first tile counted from position 0. ``bias_ptr``, if not None, holds what
+    is added to the logits of listed pages: (streams, tiles, capacity, heads, tile); PAGES_PER_STEP is then 1.
     """
     head_blocks: tl.constexpr = (HEADS + HEADS_BLOCK - 1) // HEADS_BLOCK
     rows: tl.constexpr = TILE_PAD * HEADS_BLOCK
     tile = tl.program_id(0) // head_blocks
     stream = tl.program_id(1)
     wide_stream = stream.to(tl.int64)
-    if FAR:
-        listed = wide_stream * tiles + tile
-        count = tl.load(counts_ptr + listed)
-        if count == 0:
-            return
     m = tl.arange(0, rows)
     row = m % TILE_PAD
     head = (tl.program_id(0) % head_blocks) * HEADS_BLOCK + m // TILE_PAD
     q_first = (first_tile + tile) * TILE
     position = q_first + row
     live = (row < TILE) & (head < HEADS) & (position >= start) & (position < stop)
-    column = tl.arange(0, VALUE_PAD)
-    keep = live[:, None] & (column < VALUE_DIM)[None, :]
-    local = (position - start).to(tl.int64)
-    out_offset = wide_stream * out_stream + head.to(tl.int64) * out_head + local * out_row
-    out_cells = out_ptr + out_offset[:, None] + column[None, :]
-    lse_cells = lse_ptr + wide_stream * lse_stream + head.to(tl.int64) * lse_head + local
-    q_offset = head.to(tl.int64) * q_head + local * q_row
+    q_offset = head.to(tl.int64) * q_head + (position - start).to(tl.int64) * q_row
     q = load_rows(q_ptr + wide_stream * q_stream, q_offset, 1, live, DIM, DIM_PAD, True)
 
+    top = tl.full([rows], FLOOR, tl.float32)
+    total = tl.zeros([rows], tl.float32)
+    if SINK:
+        sink = tl.load(sink_ptr + stream * HEADS + head, mask=head < HEADS, other=0.0)
+        top = tl.maximum(sink.to(tl.float32) * LOG2E, FLOOR)
+        total = total + 1.0
+    acc = tl.zeros([rows, VALUE_PAD], tl.float32)
     factor = scale * LOG2E
     if CAP:
         factor = 1.0
 
-    if not FAR:
-        top = tl.full([rows], FLOOR, tl.float32)
-        total = tl.zeros([rows], tl.float32)
-        if sink_ptr is not None:
-            sink = tl.load(sink_ptr + stream * HEADS + head, mask=head < HEADS, other=0.0)
-            top = tl.maximum(sink.to(tl.float32) * LOG2E, FLOOR)
-            total = total + 1.0
-        acc = tl.zeros([rows, VALUE_PAD], tl.float32)
+    if NEAR:
         begin = closed_chunks(q_first, CHUNK, WINDOW, dense_until) * CHUNK
         # Keys up to the tile's first query are seen by every row: only what follows needs the mask.
         diagonal = begin + (q_first + 1 - begin) // BLOCK_NEAR * BLOCK_NEAR
         end = tl.minimum(q_first + TILE, stop)
         step = tl.arange(0, BLOCK_NEAR)
         for block in range(begin, diagonal, BLOCK_NEAR):
-            k = key_blocks.load([stream, block - near_start, 0]).reshape(BLOCK_NEAR, DIM_PAD)
-            v = value_blocks.load([stream, block - near_start, 0]).reshape(BLOCK_NEAR, VALUE_PAD)
+            k = near_k.load([stream, block - near_start, 0]).reshape(BLOCK_NEAR, DIM_PAD)
+            v = near_v.load([stream, block - near_start, 0]).reshape(BLOCK_NEAR, VALUE_PAD)
             products = tl.dot(q, tl.trans(k), input_precision=EXACT)
             products = cap_logits(products, scale, softcap, CAP)
             acc, total, top = softmax_step(acc, total, top, products, factor, v, live, False)
         for block in range(diagonal, end, BLOCK_NEAR):
             key = block + step
-            k = key_blocks.load([stream, block - near_start, 0]).reshape(BLOCK_NEAR, DIM_PAD)
-            v = value_blocks.load([stream, block - near_start, 0]).reshape(BLOCK_NEAR, VALUE_PAD)
+            k = near_k.load([stream, block - near_start, 0]).reshape(BLOCK_NEAR, DIM_PAD)
+            v = near_v.load([stream, block - near_start, 0]).reshape(BLOCK_NEAR, VALUE_PAD)
             products = tl.dot(q, tl.trans(k), input_precision=EXACT)
             products = cap_logits(products, scale, softcap, CAP)
             causal = (key[None, :] <= position[:, None]) & (key < end)[None, :]
             products = tl.where(causal, products, float("-inf"))
             acc, total, top = softmax_step(acc, total, top, products, factor, v, live, False)
 
-    else:
-        # The partial result as one key that every row has seen, unless it saw nothing.
-        top = tl.load(lse_cells, mask=live, other=float("-inf")) * LOG2E
-        total = tl.where(top > FLOOR, 1.0, 0.0)
-        top = tl.maximum(top, FLOOR)
-        acc = tl.load(out_cells, mask=keep, other=0.0).to(tl.float32)
+    if FAR:
+        k_base = far_k_ptr + wide_stream * far_k_stream
+        v_base = far_v_ptr + wide_stream * far_v_stream
+        listed = wide_stream * tiles + tile
         entries = entries_ptr + listed * capacity
+        count = tl.load(counts_ptr + listed)
         within = tl.arange(0, PAGES_PER_STEP * PAGE_PAD)
         for place in range(0, count, PAGES_PER_STEP):
             if PAGES_PER_STEP == 1:
                 entry = tl.load(entries + place)
                 first = entry // ENTRY * PAGE
-                k = key_blocks.load([stream, first, 0]).reshape(PAGE_PAD, DIM_PAD)
-                v = value_blocks.load([stream, first, 0]).reshape(PAGE_PAD, VALUE_PAD)
+                k = far_k.load([stream, first, 0]).reshape(PAGE_PAD, DIM_PAD)
+                v = far_v.load([stream, first, 0]).reshape(PAGE_PAD, VALUE_PAD)
                 products = tl.dot(q, tl.trans(k), input_precision=EXACT)
                 products = cap_logits(products, scale, softcap, CAP)
                 if bias_ptr is not None:
@@ -182,17 +163,22 @@ def attend_kernel(
                 present = (at < count) & (within % PAGE_PAD < PAGE)
                 entry = tl.load(entries + at, mask=at < count, other=0)
                 slot = (entry // ENTRY).to(tl.int64) * PAGE + within % PAGE_PAD
-                k = load_rows(k_ptr + wide_stream * k_stream, slot, k_row, present, DIM, DIM_PAD, True)
-                v_base = v_ptr + wide_stream * v_stream
-                v = load_rows(v_base, slot, v_row, present, VALUE_DIM, VALUE_PAD, True)
+                k = load_rows(k_base, slot, far_k_row, present, DIM, DIM_PAD, True)
+                v = load_rows(v_base, slot, far_v_row, present, VALUE_DIM, VALUE_PAD, True)
                 products = tl.dot(q, tl.trans(k), input_precision=EXACT)
                 products = cap_logits(products, scale, softcap, CAP)
                 visible = (row[:, None] >= (entry % ENTRY)[None, :]) & present[None, :]
                 products = tl.where(visible, products, float("-inf"))
                 acc, total, top = softmax_step(acc, total, top, products, factor, v, live, False)
 
+    column = tl.arange(0, VALUE_PAD)
     # A row that saw nothing gets zeros and a log-sum-exp of -inf.
     out = acc / tl.where(total > 0.0, total, 1.0)[:, None]
     lse = tl.where(total > 0.0, (top + tl.log2(total)) * LN2, float("-inf"))
+    local = (position - start).to(tl.int64)
+    out_offset = wide_stream * out_stream + head.to(tl.int64) * out_head + local * out_row
+    keep = live[:, None] & (column < VALUE_DIM)[None, :]
+    out_cells = out_ptr + out_offset[:, None] + column[None, :]
     tl.store(out_cells, out.to(out_ptr.dtype.element_ty), mask=keep)
+    lse_cells = lse_ptr + wide_stream * lse_stream + head.to(tl.int64) * lse_head + local
     tl.store(lse_cells, lse, mask=live)

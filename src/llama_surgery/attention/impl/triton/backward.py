@@ -116,10 +116,8 @@ def plan_pages(
             counts = torch.zeros(queries.shape[0], strip.tiles, dtype=torch.int32, device=queries.device)
             entries = counts.new_empty(*counts.shape, 0)
             return TiledPlan(start, job.stop, job.tile, counts, counts, entries)
-        out, lse = prefill.new_output(job)
         with device_of(queries):
-            prefill.attend_near(job, strip, out, lse)
-            plan = prefill.list_pages(job, strip, prefill.row_totals(job, strip, lse))
+            plan = prefill.list_pages(job, strip, prefill.row_totals(job, strip))
     assert plan.entries is not None
     longest = int(plan.counts.max())
     return dataclasses.replace(plan, entries=plan.entries[..., :longest].contiguous())
@@ -184,13 +182,12 @@ def attend_plan(
             sink_logit=sink_logit,
         )
         job = dataclasses.replace(job, layout=layout)
-        out, lse = prefill.new_output(job)
+        out = queries.new_empty(streams, heads, rows, near_values.shape[-1])
+        lse = queries.new_empty(streams, heads, rows, dtype=torch.float32)
         strip = Strip(plan.start // plan.tile, *plan.entries.shape[1:])
         listed = plan if strip.pages else None
         with device_of(queries):
-            prefill.attend_near(job, strip, out, lse)
-            if listed is not None:
-                prefill.attend_far(job, strip, listed, out, lse, page_bias)
+            prefill.attend_strip(job, strip, listed, out, lse, page_bias=page_bias)
     call = Call(config, plan.start, plan.tile, scale, softcap, () if listed is None else (plan,))
     far_keys, far_values = (None, None) if layout is None else (layout.keys, layout.values)
     states = States(queries, near_keys, near_values, far_keys, far_values, sink_logit, page_bias, out, lse)

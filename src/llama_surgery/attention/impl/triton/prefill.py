@@ -86,20 +86,21 @@ def attend(
         sink_logit=sink_logit,
         router=router,
     )
-    out, lse = new_output(job)
+    streams, heads, rows, _ = queries.shape
+    out = queries.new_empty(streams, heads, rows, near_values.shape[-1])
+    lse = queries.new_empty(streams, heads, rows, dtype=torch.float32)
     plans = []
     means = means_for(job)
     with device_of(queries):
         for strip in job.strips():
-            attend_near(job, strip, out, lse)
-            if strip.pages == 0:
-                continue
-            plan = list_pages(job, strip, row_totals(job, strip, lse))
-            attend_far(job, strip, plan, out, lse)
-            if means is not None:
+            plan = None
+            if strip.pages:
+                plan = list_pages(job, strip, row_totals(job, strip))
+                kept = plan if keep_lists else dataclasses.replace(plan, entries=None)
+                plans.append(dataclasses.replace(kept, first=None))
+            attend_strip(job, strip, plan, out, lse)
+            if plan is not None and means is not None:
                 summarise_strip(job, strip, plan, means, out, lse)
-            kept = plan if keep_lists else dataclasses.replace(plan, entries=None)
-            plans.append(dataclasses.replace(kept, first=None))
     near_pairs = sum(
         _triangle(b.stop - b.closed * config.chunk_size) - _triangle(b.start - b.closed * config.chunk_size)
         for b in query_blocks(job.start, job.stop, config, job.tile)
@@ -107,18 +108,11 @@ def attend(
     return TiledResult(out, lse, plans, near_pairs, _triangle(job.stop) - _triangle(job.start))
 
 
-def new_output(job: Job) -> tuple[torch.Tensor, torch.Tensor]:
-    """Unwritten output (streams, heads, rows, value_dim) and log-sum-exp (streams, heads, rows) float32."""
-    rows = job.queries.shape[:3]
-    lse = job.queries.new_empty(rows, dtype=torch.float32)
-    return job.queries.new_empty(*rows, job.near_values.shape[-1]), lse
-
-
-def row_totals(job: Job, strip: Strip, lse: torch.Tensor) -> torch.Tensor:
+def row_totals(job: Job, strip: Strip, *, near: bool = True, far: bool = True) -> torch.Tensor:
     """Log-sum-exp, in log2 units, of the scored rows: (streams, tiles, slots, heads) float32.
 
-    ``lse`` (streams, heads, rows) is the near field's, of :func:`attend_near`. Learned offsets are added:
-    shares that are measured by the totals are to be compared with θ.
+    Learned offsets are added to it: shares that are measured by it are to be compared with θ.
+    ``near`` and ``far`` leave a part out, for timing.
     """
     streams, heads = job.queries.shape[:2]
     totals = job.queries.new_empty(streams, strip.tiles, job.slots, heads, dtype=torch.float32)
@@ -131,17 +125,23 @@ def row_totals(job: Job, strip: Strip, lse: torch.Tensor) -> torch.Tensor:
         constants |= {"num_warps": job.tuning.totals_warps, "num_stages": job.tuning.totals_stages}
     totals_kernel[(shape.blocks * shape.head_blocks, streams)](
         job.queries,
+        described(job.near_keys, job.tuning.block_near, constants["DIM_PAD"]),
         described(mean, block_balls, constants["DIM_PAD"]),
         described(spread, block_balls, constants["SPREAD_PAD"]),
-        lse,
+        job.sink_logit,
         job.router.offset,
         job.router.mean_weight,
         job.router.variance_weight,
         totals,
         *job.queries.stride()[:3],
-        *lse.stride()[:2],
         strip.tiles,
-        *scored_rows(job, strip),
+        job.start,
+        job.stop,
+        job.near_start,
+        strip.first_tile,
+        job.dense_until,
+        job.scale,
+        1.0 if job.softcap is None else job.softcap,
         **constants,
         TILES_BLOCK=shape.tiles_block,
         CHUNK=job.config.chunk_size,
@@ -149,6 +149,10 @@ def row_totals(job: Job, strip: Strip, lse: torch.Tensor) -> torch.Tensor:
         BALL=level.ball,
         LOG2_BALL=math.log2(level.ball),
         BLOCK_BALLS=block_balls,
+        BLOCK_NEAR=job.tuning.block_near,
+        NEAR=near,
+        FAR=far,
+        SINK=job.sink_logit is not None,
     )
     return totals
 
@@ -260,57 +264,43 @@ def _log2_bar(job: Job, *, last: bool) -> float:
     return math.log2(theta) if theta > 0 else -math.inf
 
 
-def attend_near(job: Job, strip: Strip, out: torch.Tensor, lse: torch.Tensor) -> None:
-    """Near field and attention sink of one strip; writes its rows of ``out`` and ``lse``."""
-    _attend(job, strip, None, out, lse, None)
-
-
-def attend_far(
-    job: Job,
-    strip: Strip,
-    plan: TiledPlan,
-    out: torch.Tensor,
-    lse: torch.Tensor,
-    page_bias: torch.Tensor | None = None,
-) -> None:
-    """The plan's pages of one strip, added to what its rows of ``out`` and ``lse`` hold.
-
-    ``page_bias`` (streams, tiles, listed, heads, tile) float32, contiguous, is added to listed pages' logits.
-    """
-    _attend(job, strip, plan, out, lse, page_bias)
-
-
-def _attend(
+def attend_strip(
     job: Job,
     strip: Strip,
     plan: TiledPlan | None,
     out: torch.Tensor,
     lse: torch.Tensor,
-    page_bias: torch.Tensor | None,
+    *,
+    near: bool = True,
+    page_bias: torch.Tensor | None = None,
 ) -> None:
-    """Launch ``attend_kernel`` for the near field or, with a plan, for its pages."""
+    """Near field, then the plan's pages, of one strip; writes its rows of ``out`` and ``lse``.
+
+    ``page_bias`` (streams, tiles, listed, heads, tile) float32, contiguous, is added to listed pages' logits.
+    """
     streams, heads = job.queries.shape[:2]
     tile_pad = triton.next_power_of_2(job.tile)
     heads_block = heads_of_tile(heads, job.tuning.rows, tile_pad)
-    page_pad = max(16, triton.next_power_of_2(job.config.page_size))
-    head_dim, value_dim = job.queries.shape[-1], job.near_values.shape[-1]
-    dim_pad, value_pad = (max(16, triton.next_power_of_2(d)) for d in (head_dim, value_dim))
-    pages_per_step = 1 if page_bias is not None else max(1, job.tuning.keys_per_step // page_pad)
-    keys, values, step = job.near_keys, job.near_values, job.tuning.block_near
+    far_keys, far_values = job.near_keys, job.near_values
     entries = counts = None
     if plan is not None:
         assert job.layout is not None
-        keys, values = (
+        far_keys, far_values = (
             x if x.stride(-1) == 1 else x.contiguous() for x in (job.layout.keys, job.layout.values)
         )
-        entries, counts, step = plan.entries, plan.counts, page_pad
-    gathered = plan is not None and pages_per_step > 1
+        entries, counts = plan.entries, plan.counts
+    page_pad = max(16, triton.next_power_of_2(job.config.page_size))
+    head_dim, value_dim = job.queries.shape[-1], job.near_values.shape[-1]
+    dim_pad, value_pad = (max(16, triton.next_power_of_2(d)) for d in (head_dim, value_dim))
+    block_near = job.tuning.block_near
     attend_kernel[(strip.tiles * triton.cdiv(heads, heads_block), streams)](
         job.queries,
-        None if gathered else described(keys, step, dim_pad),
-        None if gathered else described(values, step, value_pad),
-        keys,
-        values,
+        described(job.near_keys, block_near, dim_pad),
+        described(job.near_values, block_near, value_pad),
+        described(far_keys, page_pad, dim_pad),
+        described(far_values, page_pad, value_pad),
+        far_keys,
+        far_values,
         entries,
         counts,
         job.sink_logit,
@@ -318,8 +308,8 @@ def _attend(
         out,
         lse,
         *job.queries.stride()[:3],
-        *keys.stride()[:2],
-        *values.stride()[:2],
+        *far_keys.stride()[:2],
+        *far_values.stride()[:2],
         *out.stride()[:3],
         *lse.stride()[:2],
         strip.tiles,
@@ -343,9 +333,11 @@ def _attend(
         WINDOW=job.config.window,
         PAGE=job.config.page_size,
         PAGE_PAD=page_pad,
-        PAGES_PER_STEP=pages_per_step,
-        BLOCK_NEAR=job.tuning.block_near,
+        PAGES_PER_STEP=1 if page_bias is not None else max(1, job.tuning.keys_per_step // page_pad),
+        BLOCK_NEAR=block_near,
+        NEAR=near,
         FAR=plan is not None,
+        SINK=job.sink_logit is not None and near,
         CAP=job.softcap is not None,
         num_warps=job.tuning.attend_warps,
         num_stages=job.tuning.attend_stages,
