@@ -4,6 +4,7 @@
 #   make test     make check, then the tests (those that need a GPU are skipped without one)
 #   make check    formatting, lint and types
 #   make clean    delete what the other targets wrote, except .venv and .venv-serve
+#   make sanitize     a part of the GPU tests under compute-sanitizer, on a machine with a GPU
 #   make serve-test   tests of serving: real vLLM servers (the community's CPU build), in .venv-serve
 #
 # PyTorch is installed first, so that its build can be chosen. TORCH is passed to `pip install` as
@@ -24,10 +25,10 @@ PACKAGE_STAMP := $(VENV)/.stamp-package
 DEV_STAMP := $(VENV)/.stamp-dev
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check clean serve-test
+.PHONY: help demo test check clean sanitize serve-test
 
 help:
-	@sed -n '3,7s/^#   //p' Makefile
+	@sed -n '3,8s/^#   //p' Makefile
 
 # pip is asked for, not only the interpreter: a venv whose creation was interrupted lacks it.
 $(PACKAGE_STAMP): pyproject.toml
@@ -55,6 +56,16 @@ check: $(DEV_STAMP)
 # Two processes of one thread each: more threads than cores make the small tests slower, not faster.
 test: check
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist worksteal $(PYTEST_ARGS)
+
+# Without PyTorch's own pool every tensor is an allocation that the sanitizer watches.
+SANITIZER ?= compute-sanitizer
+KERNEL_TESTS := tests/attention/triton
+SANITIZED := summaries or fixed_counts or softcap or ragged or plain_half or test_layout or token_mask or 64-dtype
+
+sanitize: $(DEV_STAMP)
+	PYTORCH_NO_CUDA_MEMORY_CACHING=1 $(SANITIZER) --tool memcheck --error-exitcode 9 $(BIN)/python -m pytest -q \
+		$(KERNEL_TESTS)/test_layout.py $(KERNEL_TESTS)/test_prefill.py $(KERNEL_TESTS)/test_decode.py \
+		$(KERNEL_TESTS)/test_backward.py $(KERNEL_TESTS)/test_token_mask.py -k "$(SANITIZED)" $(PYTEST_ARGS)
 
 # A venv of its own: the engine pins its own versions. It brings packages for images and sound that do not fit
 # PyTorch's CPU build and are not needed, so they are taken out again.
