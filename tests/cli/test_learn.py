@@ -3,11 +3,13 @@
 import json
 from pathlib import Path
 
+import pytest
 from tests.cli.runner import SMALL as SHORT
 from tests.cli.runner import run
 from transformers import AutoModelForCausalLM
 
 from llama_surgery import eject, load_adapter
+from llama_surgery.learning.processes import Processes
 from llama_surgery.surgery.operate import routers_of
 
 SMALL = [*SHORT, "--length", "256"]
@@ -44,6 +46,16 @@ def test_learn_writes_an_adapter_that_runs(model: Path, text: Path, tmp_path: Pa
         "1",
     )
     assert evaluated.exit_code == 0, evaluated.output
+
+
+@pytest.mark.parametrize("alone", [["--stage", "local", "--stream"], ["--device", "split"]])
+def test_what_only_one_process_does(
+    alone: list[str], model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("llama_surgery.learning.processes.launched", lambda device: Processes(1, 2))
+    out = tmp_path / "adapter"
+    result = run("learn", model, "--text", text, "--density", "0.2", "--out", out, *SMALL, *alone)
+    assert result.exit_code == 1 and "2 processes" in result.output
 
 
 def test_learn_with_the_model_on_disk(model: Path, text: Path, tmp_path: Path) -> None:

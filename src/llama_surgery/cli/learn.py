@@ -1,5 +1,6 @@
 """``llama-surgery learn``."""
 
+import contextlib
 import dataclasses
 import functools
 from collections.abc import Callable
@@ -124,11 +125,13 @@ def learn(
     The model's weights stay as they are. What is learned are corrections to the training-free topology: how
     much every head may read, how pages are scored, which keys share a page; at one density for the whole
     model. Unseen pages are stood in for by the means of their balls unless --summary says otherwise. The same
-    command goes on where it was interrupted. Use the adapter with 'evaluate --adapter', 'generate --adapter'
+    command goes on where it was interrupted. 'accelerate launch --num_processes 4 -m llama_surgery learn …'
+    learns on four GPUs, four windows a step. Use the adapter with 'evaluate --adapter', 'generate --adapter'
     or load_adapter() in Python.
     """
     config = config_for(settings, tile)
     checked_output(out_folder, folder=True)
+    from llama_surgery.learning.processes import launched
     from llama_surgery.learning.settings import LearningSettings
     from llama_surgery.text import read_texts
 
@@ -143,6 +146,12 @@ def learn(
     )
     if stage == "local" and local_steps:
         raise SurgeryError("--local-steps is a stage before logits: with --stage local give --steps alone.")
+    processes = launched(device)
+    if processes.count > 1 and (stream or device == "split"):
+        raise SurgeryError(
+            f"{processes.count} processes: each has the whole model on a device of its own. Start one for "
+            "--stream and for --device split."
+        )
     if stream:
         if stage != "local":
             raise SurgeryError("--stream learns from the output of every layer: add --stage local.")
@@ -166,10 +175,11 @@ def learn(
     stages = [dataclasses.replace(planned, stage="local", steps=local_steps)] if local_steps else []
     ids = cut_windows(tokenizer, texts, length, 200 if windows is None else windows, seed)
     corrections, last = None, None
-    with progress() as tell:
+    with progress() if processes.main else contextlib.nullcontext(_silent) as tell:
         config = calibrated(
             llm, tokenizer, config, density=density, texts=texts, length=length, progress=tell
         )
+        config = processes.agreed(config)  # to the last digit: GPUs may round differently
         for stage in [*stages, planned]:
             report, seen = _reporter(stage.stage, stage.steps, tell)
             corrections = learn_on(
@@ -181,9 +191,12 @@ def learn(
                 checkpoint_file=out_folder / f"checkpoint-{stage.stage}.pt",
                 every_seconds=checkpoint_seconds,
                 progress=report,
+                processes=processes,
             )
             last = seen[-1] if seen else last
     assert corrections is not None
+    if not processes.main:
+        return
     routers = scorer_parameters(corrections)
     with (
         err.status("Setting thresholds …"),
@@ -268,6 +281,10 @@ def _streamed(
     with loaded(first, name, weights, torch.device("cpu"), precision):
         write_adapter(folder, bones, config, scorer_parameters(corrections))
     return config, seen[-1] if seen else None
+
+
+def _silent(stage: str, done: int, total: int) -> None:
+    """Progress of a process that is not the main one."""
 
 
 def _reporter(

@@ -15,6 +15,7 @@ from llama_surgery.config import SurgeryConfig
 from llama_surgery.errors import SurgeryError
 from llama_surgery.learning.attach import Gates, Reading, gates_in
 from llama_surgery.learning.corrections import Corrections
+from llama_surgery.learning.processes import ALONE, Processes
 from llama_surgery.learning.settings import LearningSettings, homotopy_at, rate_at
 from llama_surgery.learning.state import LearningState, first_state
 from llama_surgery.surgery.operate import attention_modules, head_shape, inner_model
@@ -26,7 +27,7 @@ LOGIT_ROWS = 1024
 
 @dataclasses.dataclass(frozen=True)
 class Step:
-    """What one step measured.
+    """What one step measured, on average over the processes that took it.
 
     Attributes:
         step: Steps done, this one included.
@@ -57,6 +58,7 @@ def learn(
     checkpoint_file: Path | None = None,
     every_seconds: float = 60.0,
     progress: Callable[[Step], None] | None = None,
+    processes: Processes = ALONE,
 ) -> Corrections:
     """Learn corrections to the topology of a dense model, whose weights stay as they are.
 
@@ -66,12 +68,14 @@ def learn(
     Args:
         model: A dense decoder in evaluation mode; dense again afterwards.
         config: The topology to correct, for its own tile, θ calibrated for the density.
-        windows: (count, length) int64 training windows; step s takes window s modulo count.
+        windows: (count, length) int64 training windows, taken in turn, one in a step of every process.
         settings: What to learn and how.
         start: Corrections to start from (an earlier stage); the training-free topology if None.
         checkpoint_file: Where the state is kept.
         every_seconds: Time between checkpoints; 0 for one after every step.
-        progress: Told every step.
+        progress: Told every step, in the main process.
+        processes: Those that learn together, all called with the same arguments. They end with the same
+            corrections.
 
     Raises:
         SurgeryError: The model cannot be learned on, or the checkpoint is of another run.
@@ -103,6 +107,7 @@ def learn(
             checkpoint_file=checkpoint_file,
             every_seconds=every_seconds,
             progress=progress,
+            processes=processes,
         )
     return state.corrections
 
@@ -123,6 +128,7 @@ def run(
     checkpoint_file: Path | None,
     every_seconds: float,
     progress: Callable[[Step], None] | None,
+    processes: Processes = ALONE,
 ) -> None:
     """Take the steps that are left.
 
@@ -136,21 +142,24 @@ def run(
         settings: How.
         checkpoint_file: Where the state is kept.
         every_seconds: Time between checkpoints.
-        progress: Told every step.
+        progress: Told every step, in the main process.
+        processes: Those that take steps together.
 
     Raises:
         SurgeryError: The checkpoint is of another run.
     """
     about = {"settings": settings.to_dict(), "config": gates.config.to_dict(), "windows": digest(windows)}
+    about["processes"] = processes.count
     if checkpoint_file is not None:
         state.load(checkpoint_file, about)
     begun = saved = time.monotonic()
     while state.step < settings.steps:
-        measured = _step(measure, state.step % len(windows), settings, state, gates)
-        if progress is not None:
+        number = processes.window(state.step, len(windows))
+        measured = _step(measure, number, settings, state, gates, processes)
+        if progress is not None and processes.main:
             progress(dataclasses.replace(measured, seconds=time.monotonic() - begun))
         due = time.monotonic() - saved >= every_seconds or state.step == settings.steps
-        if checkpoint_file is not None and due:
+        if checkpoint_file is not None and due and processes.main:
             state.save(checkpoint_file, about)
             saved = time.monotonic()
 
@@ -161,6 +170,7 @@ def _step(
     settings: LearningSettings,
     state: LearningState,
     gates: Gates,
+    processes: Processes,
 ) -> Step:
     """One step: forward, backward, update. What is random in it is a function of seed and step."""
     gates.homotopy = homotopy_at(state.step, settings)
@@ -169,20 +179,25 @@ def _step(
     state.optimiser.zero_grad(set_to_none=True)
     loss = measure(number)
     reading = gates.reading
+    processes.average_gradients(state.corrections.parameters())
+    soft = reading.soft_density().detach()
+    numbers = (loss, reading.density(), soft, reading.mass_lost(), reading.density_slope())
+    mean_loss, density, soft_density, mass_lost, slope = processes.average(
+        [float(number) for number in numbers], loss.device
+    )
     if state.unscale():
-        state.price.account(state.offset_gradient(), reading.density_slope())
+        state.price.account(state.offset_gradient(), slope)
         state.set_rate(rate_at(state.step, settings))
         state.optimiser.step()
         state.centre_offsets()
-    density = reading.density()
     state.price.follow(density, settings.density)
     state.step += 1
     return Step(
         step=state.step,
-        loss=float(loss),
+        loss=mean_loss,
         density=density,
-        soft_density=float(reading.soft_density().detach()),
-        mass_lost=reading.mass_lost(),
+        soft_density=soft_density,
+        mass_lost=mass_lost,
         theta=math.exp(state.price.log_theta),
         seconds=0.0,
     )
