@@ -2,7 +2,6 @@
 
 import dataclasses
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from tests.learning.test_trainer import SETTINGS, SPARSE, vector, windows
+from tests.ports import free_port
 from tests.surgery.tiny import build
 
 from llama_surgery import SurgeryError
@@ -36,10 +36,8 @@ torch.save({"learned": vector(learned), "densities": [step.density for step in s
 
 def together(folder: Path, count: int) -> list[dict]:
     """What two processes write that learn on ``count`` windows."""
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
+    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": str(free_port())}
+    shared["OMP_NUM_THREADS"] = "1"
     running = [
         subprocess.Popen(
             [sys.executable, "-c", SCRIPT, str(folder), str(count)],
@@ -50,9 +48,13 @@ def together(folder: Path, count: int) -> list[dict]:
         )
         for rank in range(2)
     ]
-    for process in running:
-        _, problem = process.communicate(timeout=240)
-        assert process.returncode == 0, problem[-3000:]
+    try:
+        for process in running:
+            _, problem = process.communicate(timeout=240)
+            assert process.returncode == 0, problem[-3000:]
+    finally:
+        for process in running:  # one would wait for ever for one that has failed
+            process.kill()
     return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
 
 

@@ -4,7 +4,6 @@ import dataclasses
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tests.ports import free_port
 
 from llama_surgery import SurgeryConfig, eject, operate, save_adapter
 from llama_surgery.serving.export import export
@@ -47,9 +47,7 @@ class Server:
         self.process: subprocess.Popen | None = None
 
     def launch(self) -> None:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            self.port = free.getsockname()[1]
+        self.port = free_port()
         command = [
             str(Path(sys.executable).with_name("vllm")),
             *("serve", str(self.model), "--served-model-name", "books", "--host", "127.0.0.1"),

@@ -180,10 +180,15 @@ def _step(
     loss = measure(number)
     reading = gates.reading
     processes.average_gradients(state.corrections.parameters())
-    soft = reading.soft_density().detach()
-    numbers = (loss, reading.density(), soft, reading.mass_lost(), reading.density_slope())
     mean_loss, density, soft_density, mass_lost, slope = processes.average(
-        [float(number) for number in numbers], loss.device
+        [
+            float(loss),
+            reading.density(),
+            float(reading.soft_density().detach()),
+            reading.mass_lost(),
+            reading.density_slope(),
+        ],
+        loss.device,
     )
     if state.unscale():
         state.price.account(state.offset_gradient(), slope)
