@@ -2,13 +2,18 @@
 
 import csv
 import json
+import os
+import signal
 from pathlib import Path
 
+import pytest
 import torch
 from tests.cli.runner import SMALL, run
 from transformers import AutoModelForCausalLM
 
 from llama_surgery import SurgeryConfig
+from llama_surgery.cli import compare_processes
+from llama_surgery.cli.compare_processes import Outcome, measure_in_processes
 from llama_surgery.surgery.adapter import write_adapter
 from llama_surgery.topology.router import PageRouter
 
@@ -42,6 +47,80 @@ def test_compare_resumes_and_feeds_the_gate(model: Path, text: Path, tmp_path: P
     closed = run(*judged, "--max-perplexity-ratio", "0.5", "--max-needle-loss", "2", "--json")
     assert closed.exit_code == 3
     assert len(json.loads(closed.stdout)["failures"]) == len(forms) - 1
+
+
+@pytest.mark.slow
+def test_processes_compare_what_one_does(model: Path, text: Path, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # as many threads as this process has: the same sums
+    small = ["--length", "256", "--windows", "1", "--needles", "2", "--needle-length", "256"]
+    small += ["--needle-variant", "one-fact", "--density", "0.7", "--device", "cpu", *SMALL]
+    given = ["compare", model, "--text", text, "--calibration-text", text, *small]
+    given += ["--rule", "streaming", "--out"]
+    one, two = tmp_path / "one", tmp_path / "two"
+    assert run(*given, one).exit_code == 0
+    # Something else in the way of one of the two processes: the other one finishes its own.
+    budgets = two / "budgets" / "streaming.json"
+    budgets.parent.mkdir(parents=True)
+    budgets.write_text('{"adapter": "another", "floor": 1}', encoding="utf-8")
+    hindered = run(*given, two, "--processes", "9")
+    assert hindered.exit_code == 1, hindered.output
+    assert "Failed while measuring streaming: " in hindered.stderr
+    assert "compared another adapter" in hindered.stderr and "Traceback" not in hindered.stderr
+    assert "Not everything is finished" in hindered.stderr
+    assert [file.name for file in (two / "cells").glob("[!d]*")] == []
+    assert "dense: perplexity" in hindered.stdout
+
+    budgets.unlink()
+    resumed = run(*given, two, "--processes", "2")
+    assert resumed.exit_code == 0, resumed.output
+    assert "Cell 3 finished: streaming-" in resumed.stderr
+    assert "Not everything" not in resumed.stderr
+    assert _rows(two) == _rows(one)
+
+    refused = run(*given, two, "--processes", "2", "--seed", "1")
+    assert refused.exit_code == 1 and refused.stderr.count("seed: 0 there, 1 now") == 1
+    assert not refused.stdout
+
+
+def _rows(folder: Path) -> list[dict[str, str]]:
+    """The rows of a comparison without the time that they took."""
+    with open(folder / "comparison.csv", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    return [{name: value for name, value in row.items() if "seconds" not in name} for row in rows]
+
+
+def test_processes_that_end_early_are_told(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(compare_processes, "_work", _ends_early)
+    killed, finished, failed = measure_in_processes([["dense"], ["quest"], ["duo"]], folder=tmp_path)
+    assert "SIGKILL" in killed.error and "memory" in killed.error
+    assert finished == Outcome(True)
+    assert failed.error == "the process ended with exit code 3."
+
+
+def _ends_early(tell, index: int, count: int, forms: list[str], **asked) -> None:
+    if index == 0:
+        os.kill(os.getpid(), signal.SIGKILL)
+    if index == 2:
+        os._exit(3)
+    tell.send(Outcome(True))
+
+
+@pytest.mark.parametrize(
+    ("device", "devices"),
+    [
+        ("auto", ["cuda:0", "cuda:1", "cuda:0"]),
+        ("cuda", ["cuda:0", "cuda:1", "cuda:0"]),
+        ("cuda:1", ["cuda:1"] * 3),
+    ],
+)
+def test_processes_take_gpus_in_turn(device: str, devices: list[str], monkeypatch) -> None:
+    taken = []
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", taken.append)
+    assert [compare_processes._device_of(index, device) for index in range(3)] == devices
+    assert taken == ([] if device == "cuda:1" else [0, 1, 0])
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    assert compare_processes._device_of(1, "auto") == "auto"
 
 
 def test_an_adapter_is_compared(model: Path, text: Path, tmp_path: Path) -> None:
@@ -91,6 +170,8 @@ def test_the_gate_reads_what_evaluate_wrote(model: Path, text: Path, tmp_path: P
 def test_wrong_usage(model: Path, text: Path, tmp_path: Path) -> None:
     given = ["compare", model, "--text", text, "--calibration-text", text, "--out", tmp_path / "out"]
     assert run(*given, "--shard", "3/2").exit_code == 2
+    both = run(*given, "--processes", "2", "--shard", "1/2")
+    assert both.exit_code == 2 and "--processes 2 with --shard 1/2" in both.stderr
     assert run(*given, "--rule", "nonsense").exit_code == 2
     assert run("gate", tmp_path / "r.json").exit_code == 2
     empty = run(*given, "--seconds", "0")

@@ -16,12 +16,10 @@ from llama_surgery.cli.common import (
     checked_output,
     err,
     escape,
-    load_model,
     out,
     print_json,
-    progress,
-    topology_of,
 )
+from llama_surgery.cli.compare_processes import measure, measure_in_processes, print_failures
 from llama_surgery.cli.topology import config_for, topology_options
 
 _SAMPLES = "Samples"
@@ -101,10 +99,18 @@ def compare(
             rich_help_panel=_RUN,
         ),
     ] = None,
+    processes: Annotated[
+        int,
+        typer.Option(
+            min=1,
+            help="Processes that share the rules, spread over all GPUs unless --device names one.",
+            rich_help_panel=_RUN,
+        ),
+    ] = 1,
     shard: Annotated[
         str,
         typer.Option(
-            help="i/n: take every n-th rule from the i-th. Processes with one --out share the work.",
+            help="i/n: the i-th of n parts of the rules, for machines that share one --out.",
             rich_help_panel=_RUN,
         ),
     ] = "1/1",
@@ -126,9 +132,15 @@ def compare(
     llama-surgery compare demo/books-26m --text demo/text/evaluation.txt
     --calibration-text demo/text/calibration.txt --length 2048 --windows 4 --needles 20 --out out/compare
     """
+    began = time.monotonic()
     part = _shard(shard)
+    if processes > 1 and part[1] > 1:
+        raise typer.BadParameter(
+            f"--processes {processes} with --shard {shard}: give one of them, the first makes its own shards."
+        )
     checked_output(folder, folder=True)
-    from llama_surgery.evaluation.compare import FORMS, LEARNED, shard_of
+    from llama_surgery.evaluation.compare import DENSITIES, FORMS, LEARNED, shard_of
+    from llama_surgery.evaluation.needle_variants import VARIANTS
 
     unknown = [name for name in rule or [] if name not in FORMS]
     if unknown:
@@ -139,53 +151,56 @@ def compare(
         )
     there = [name for name in FORMS if name != LEARNED or adapter is not None]
     wanted = [name for name in there if not rule or name in ("dense", *rule)]
-    complete = False
+    complete = failed = False
     if seconds != 0:
-        began = time.monotonic()
-        import torch
-
-        from llama_surgery.evaluation.compare import DENSITIES, Comparison
-        from llama_surgery.evaluation.needle_variants import VARIANTS
-        from llama_surgery.text import read_texts
-
-        if tf32:
-            torch.set_float32_matmul_precision("high")
         quarter = length // 4
-        llm, tokenizer = load_model(model, device, dtype)
-        comparison = Comparison(
-            llm,
-            tokenizer,
-            folder,
-            texts=read_texts(text),
-            calibration=read_texts(calibration_text),
-            config=config_for(settings, tile),
-            length=length,
-            windows=windows,
-            needles=needles,
-            needle_lengths=needle_length or [quarter, quarter, 2 * quarter, 2 * quarter, length],
-            needle_variants=needle_variant or list(VARIANTS),
-            needle_batch=needle_batch,
-            densities=density or DENSITIES,
-            adapter=None if adapter is None else topology_of(llm, adapter),
-            seed=seed,
-        )
-        with progress() as tell:
-            deadline = None if seconds is None else began + seconds
-            complete = comparison.run(shard_of(wanted, part), deadline, tell)
-        for cell in comparison.no_memory:
+        asked: dict[str, Any] = {
+            "model": model,
+            "device": device,
+            "dtype": dtype,
+            "tf32": tf32,
+            "text": text,
+            "calibration_text": calibration_text,
+            "adapter": adapter,
+            "folder": folder,
+            # One clock for all processes of a machine.
+            "deadline": None if seconds is None else began + seconds,
+            "config": config_for(settings, tile),
+            "length": length,
+            "windows": windows,
+            "needles": needles,
+            "needle_lengths": needle_length or [quarter, quarter, 2 * quarter, 2 * quarter, length],
+            "needle_variants": needle_variant or list(VARIANTS),
+            "needle_batch": needle_batch,
+            "densities": density or DENSITIES,
+            "seed": seed,
+        }
+        count = min(processes, len(wanted))
+        if count > 1:
+            shards = [shard_of(wanted, (index, count)) for index in range(1, count + 1)]
+            outcomes = measure_in_processes(shards, **asked)
+            failed = print_failures(outcomes, shards)
+        else:
+            outcomes = [measure(shard_of(wanted, part), **asked)]
+        complete = all(outcome.complete for outcome in outcomes)
+        for cell in (cell for outcome in outcomes for cell in outcome.no_memory):
             err.print(f"Out of memory: {cell}. Lower --needle-batch and run again.", highlight=False)
-    if part[1] > 1 and not list((folder / "cells").glob("dense-*.json")):
+    if (failed or part[1] > 1) and not list((folder / "cells").glob("dense-*.json")):
+        if failed:
+            raise typer.Exit(1)
         err.print("This part ended before another one measured the dense model: nothing to show yet.")
         return
     results = write_comparison(folder)
     if json:
         print_json(results)
-        return
-    out.print(comparison_table(results))
-    names = "results.json, comparison.csv, comparison.svg"
-    out.print(f"Written to {folder.resolve()}: {names}.", soft_wrap=True, highlight=False)
-    if not complete:
-        err.print("Not everything is finished: run the command again to go on.", highlight=False)
+    else:
+        out.print(comparison_table(results))
+        names = "results.json, comparison.csv, comparison.svg"
+        out.print(f"Written to {folder.resolve()}: {names}.", soft_wrap=True, highlight=False)
+        if not complete:
+            err.print("Not everything is finished: run the command again to go on.", highlight=False)
+    if failed:
+        raise typer.Exit(1)
 
 
 def _shard(text: str) -> tuple[int, int]:

@@ -1,0 +1,197 @@
+"""Measuring for ``llama-surgery compare``: in this process, or in several that share the GPUs."""
+
+import dataclasses
+import multiprocessing
+import os
+import signal
+import threading
+from collections.abc import Sequence
+from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+from llama_surgery.cli.common import Dtype, err, escape, load_model, progress, topology_of
+from llama_surgery.errors import SurgeryError
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """How far a process came.
+
+    Attributes:
+        complete: All cells of its forms are finished.
+        no_memory: Cells for which there was not enough memory.
+        error: Why it ended early, if it failed.
+        refused: The error is one of the package's own.
+    """
+
+    complete: bool = False
+    no_memory: Sequence[str] = ()
+    error: str = ""
+    refused: bool = False
+
+
+def measure(
+    forms: Sequence[str],
+    *,
+    model: str,
+    device: str,
+    dtype: Dtype,
+    tf32: bool,
+    text: Path,
+    calibration_text: Path,
+    adapter: Path | None,
+    folder: Path,
+    deadline: float | None,
+    **settings: Any,
+) -> Outcome:
+    """Load the model and measure what is not there yet of these forms.
+
+    Args:
+        forms: What to measure, dense among them or not.
+        model: Folder of a checkpoint, or its name on the Hub.
+        device: Where to run.
+        dtype: Precision.
+        tf32: Multiply float32 matrices in TF32.
+        text: Text to measure on.
+        calibration_text: Other text.
+        adapter: Folder of an adapter to compare.
+        folder: Of the comparison.
+        deadline: ``time.monotonic()`` after which nothing is begun.
+        settings: Further arguments of :class:`~llama_surgery.evaluation.compare.Comparison`.
+
+    Raises:
+        SurgeryError: The model, a text or the adapter cannot be used, the folder holds another comparison,
+            or a loss is not finite.
+    """
+    import torch
+
+    from llama_surgery.evaluation.compare import Comparison
+    from llama_surgery.text import read_texts
+
+    if tf32:
+        torch.set_float32_matmul_precision("high")
+    llm, tokenizer = load_model(model, device, dtype)
+    comparison = Comparison(
+        llm,
+        tokenizer,
+        folder,
+        texts=read_texts(text),
+        calibration=read_texts(calibration_text),
+        adapter=None if adapter is None else topology_of(llm, adapter),
+        **settings,
+    )
+    with progress() as tell:
+        complete = comparison.run(forms, deadline, tell)
+    return Outcome(complete, comparison.no_memory)
+
+
+def measure_in_processes(shards: Sequence[Sequence[str]], *, folder: Path, **asked: Any) -> list[Outcome]:
+    """:func:`measure` each shard in a process of its own. When one fails, the others go on to their end.
+
+    Args:
+        shards: Forms of each process.
+        folder: Of the comparison.
+        asked: Further arguments of :func:`measure`.
+
+    Returns:
+        How far each process came.
+
+    Raises:
+        SurgeryError: Every process was refused for the same reason.
+    """
+    spawn = multiprocessing.get_context("spawn")  # CUDA cannot be used in a forked process
+    processes: dict[Any, BaseProcess] = {}  # by the pipe that its outcome comes through
+    outcomes: dict[Any, Outcome] = {}
+    cells = folder / "cells"
+    seen = set(cells.glob("*.json"))
+    try:
+        for index, forms in enumerate(shards):
+            pipe, tell = spawn.Pipe(duplex=False)
+            process = spawn.Process(
+                target=_work, args=(tell, index, len(shards), forms), kwargs={"folder": folder, **asked}
+            )
+            process.start()
+            tell.close()  # the process then holds the only open end: when it dies, the pipe ends
+            processes[pipe] = process
+        with err.status(f"{len(shards)} processes measure …"):
+            while len(outcomes) < len(processes):
+                for ended in wait(processes.keys() - outcomes.keys(), timeout=1):
+                    outcomes[ended] = _received(ended, processes[ended])
+                for cell in sorted(set(cells.glob("*.json")) - seen):
+                    seen.add(cell)
+                    err.print(f"Cell {len(seen)} finished: {escape(cell.stem)}", highlight=False)
+    finally:
+        if len(outcomes) < len(shards):  # this process was interrupted
+            for running in processes.values():
+                running.terminate()
+        for running in processes.values():
+            running.join()
+    found = [outcomes[pipe] for pipe in processes]
+    if found[0].refused and all(outcome == found[0] for outcome in found):
+        raise SurgeryError(found[0].error)
+    return found
+
+
+def print_failures(outcomes: Sequence[Outcome], shards: Sequence[Sequence[str]]) -> bool:
+    """Say which processes failed and why, each reason once. Returns whether any did."""
+    failed: dict[str, list[str]] = {}
+    for outcome, forms in zip(outcomes, shards, strict=True):
+        if outcome.error:
+            failed.setdefault(outcome.error, []).extend(forms)
+    for error, forms in failed.items():
+        told = f"[bold red]Failed while measuring {', '.join(forms)}:[/] {escape(error)}"
+        err.print(told, highlight=False, soft_wrap=True)
+    return bool(failed)
+
+
+def _received(pipe: Connection, process: BaseProcess) -> Outcome:
+    """What a process sent before it ended, or what is known of one that could not."""
+    try:
+        return pipe.recv()
+    except EOFError:
+        process.join()
+        code = process.exitcode or 0
+        how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+        hint = ", as the system does when memory runs out" if code == -signal.SIGKILL else ""
+        return Outcome(error=f"the process {how}{hint}.")
+
+
+def _work(
+    tell: Connection, index: int, count: int, forms: Sequence[str], *, device: str, **asked: Any
+) -> None:
+    """What the process ``index`` of ``count`` does: measure, and send the outcome."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all: the first process ends the others
+    first = multiprocessing.parent_process()
+    if first is not None:
+        threading.Thread(target=_end_with, args=(first,), daemon=True).start()
+    err.quiet = True  # progress bars of several processes would write over each other
+    try:
+        import torch
+
+        torch.set_num_threads(min(torch.get_num_threads(), max(1, (os.cpu_count() or 1) // count)))
+        outcome = measure(forms, device=_device_of(index, device), **asked)
+    except SurgeryError as error:
+        outcome = Outcome(error=str(error), refused=True)
+    except Exception as error:
+        tell.send(Outcome(error=f"{type(error).__name__}: {error}"))
+        raise  # not expected: with its traceback
+    tell.send(outcome)
+
+
+def _end_with(first: BaseProcess) -> None:
+    """End this process when ``first`` ends, which may be killed before it can end the others."""
+    first.join()
+    os._exit(1)
+
+
+def _device_of(index: int, device: str) -> str:
+    """The device of process ``index``: GPUs in turn, where it was left open which one."""
+    import torch
+
+    if device not in ("auto", "cuda") or not torch.cuda.device_count():
+        return device
+    turn = index % torch.cuda.device_count()
+    torch.cuda.set_device(turn)  # also for what names no device
+    return f"cuda:{turn}"
