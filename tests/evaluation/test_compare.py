@@ -7,12 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from filelock import FileLock
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from llama_surgery import SurgeryConfig, is_operated
 from llama_surgery.errors import SurgeryError, TextError
 from llama_surgery.evaluation import compare, compare_budgets, compare_samples
-from llama_surgery.evaluation.compare import FORMS, Comparison, shard_of
+from llama_surgery.evaluation.compare import FORMS, Comparison, unfinished
 from llama_surgery.evaluation.compare_forms import densities_between, solve
 from llama_surgery.evaluation.compare_result import merge
 from llama_surgery.evaluation.gate import read_losses
@@ -214,14 +215,16 @@ def test_short_calibration_text_is_used_as_far_as_it_goes(tokenizer, texts) -> N
         compare_samples._calibration_windows(tokenizer, [texts[0]], 8192, 0)
 
 
-def test_shards_share_out_all_forms() -> None:
-    parts = [shard_of(FORMS, (index, 5)) for index in (1, 2, 3, 4, 5)]
-    assert sorted(name for part in parts for name in part) == sorted(FORMS)
-    assert all(part == [name for name in FORMS if name in part] for part in parts)
-    assert parts[:2] == [["pages"], ["learned"]] and {len(part) for part in parts[2:]} == {4}
-    assert shard_of(FORMS, (1, 1)) == list(FORMS)
-    with pytest.raises(SurgeryError, match="1/4 … 4/4"):
-        shard_of(FORMS, (5, 4))
+def test_what_another_process_is_at_is_left_to_it(comparison, tmp_path: Path) -> None:
+    compared = comparison()
+    with FileLock(tmp_path / "claims" / "dense-1.0000"):
+        assert not compared.run(["dense", "full"], first=["full"])
+    assert {file.stem for file in (tmp_path / "cells").iterdir()} == {
+        "full-1.0000-perplexity",
+        "full-1.0000-needles",
+    }
+    assert unfinished(tmp_path, ["dense", "full", "quest"]) == ["dense", "quest"]
+    assert compared.run(["dense", "full"]) and unfinished(tmp_path, ["dense", "full"]) == []
 
 
 def results_file(path: Path, **row) -> Path:

@@ -107,13 +107,6 @@ def compare(
             rich_help_panel=_RUN,
         ),
     ] = 1,
-    shard: Annotated[
-        str,
-        typer.Option(
-            help="i/n: the i-th of n parts of the rules, for machines that share one --out.",
-            rich_help_panel=_RUN,
-        ),
-    ] = "1/1",
     tf32: Annotated[
         bool,
         typer.Option("--tf32", help="Multiply float32 matrices in TF32 on a GPU.", rich_help_panel="Model"),
@@ -133,13 +126,8 @@ def compare(
     --calibration-text demo/text/calibration.txt --length 2048 --windows 4 --needles 20 --out out/compare
     """
     began = time.monotonic()
-    part = _shard(shard)
-    if processes > 1 and part[1] > 1:
-        raise typer.BadParameter(
-            f"--processes {processes} with --shard {shard}: give one of them, the first makes its own shards."
-        )
     checked_output(folder, folder=True)
-    from llama_surgery.evaluation.compare import DENSITIES, FORMS, LEARNED, shard_of
+    from llama_surgery.evaluation.compare import DENSITIES, FORMS, LEARNED, PAGES, unfinished
     from llama_surgery.evaluation.needle_variants import VARIANTS
 
     unknown = [name for name in rule or [] if name not in FORMS]
@@ -151,10 +139,11 @@ def compare(
         )
     there = [name for name in FORMS if name != LEARNED or adapter is not None]
     wanted = [name for name in there if not rule or name in ("dense", *rule)]
-    complete = failed = False
+    failed = False
     if seconds != 0:
         quarter = length // 4
         asked: dict[str, Any] = {
+            "forms": wanted,
             "model": model,
             "device": device,
             "dtype": dtype,
@@ -177,19 +166,18 @@ def compare(
         }
         count = min(processes, len(wanted))
         if count > 1:
-            shards = [shard_of(wanted, (index, count)) for index in range(1, count + 1)]
-            outcomes = measure_in_processes(shards, **asked)
-            failed = print_failures(outcomes, shards)
+            # Heaviest first, a process each: they share the rest.
+            order = sorted(wanted, key=lambda name: name not in (PAGES, LEARNED))
+            shares = [order[index::count] for index in range(count)]
+            outcomes = measure_in_processes(shares, **asked)
+            failed = print_failures(outcomes)
         else:
-            outcomes = [measure(shard_of(wanted, part), **asked)]
-        complete = all(outcome.complete for outcome in outcomes)
-        for cell in (cell for outcome in outcomes for cell in outcome.no_memory):
+            outcomes = [measure(**asked)]
+        left = unfinished(folder, wanted)
+        for cell in (cell for outcome in outcomes for cell in outcome.no_memory if left):
             err.print(f"Out of memory: {cell}. Lower --needle-batch and run again.", highlight=False)
-    if (failed or part[1] > 1) and not list((folder / "cells").glob("dense-*.json")):
-        if failed:
-            raise typer.Exit(1)
-        err.print("This part ended before another one measured the dense model: nothing to show yet.")
-        return
+    if failed and not list((folder / "cells").glob("dense-*.json")):
+        raise typer.Exit(1)
     results = write_comparison(folder)
     if json:
         print_json(results)
@@ -197,17 +185,10 @@ def compare(
         out.print(comparison_table(results))
         names = "results.json, comparison.csv, comparison.svg"
         out.print(f"Written to {folder.resolve()}: {names}.", soft_wrap=True, highlight=False)
-        if not complete:
+        if unfinished(folder, wanted):
             err.print("Not everything is finished: run the command again to go on.", highlight=False)
     if failed:
         raise typer.Exit(1)
-
-
-def _shard(text: str) -> tuple[int, int]:
-    index, slash, count = text.partition("/")
-    if not slash or not index.isdigit() or not count.isdigit() or not 1 <= int(index) <= int(count):
-        raise typer.BadParameter(f"--shard {text}: give i/n, as 1/4 … 4/4.")
-    return int(index), int(count)
 
 
 def write_comparison(folder: Path) -> dict[str, Any]:

@@ -20,21 +20,20 @@ class Outcome:
     """How far a process came.
 
     Attributes:
-        complete: All cells of its forms are finished.
         no_memory: Cells for which there was not enough memory.
         error: Why it ended early, if it failed.
         refused: The error is one of the package's own.
     """
 
-    complete: bool = False
     no_memory: Sequence[str] = ()
     error: str = ""
     refused: bool = False
 
 
 def measure(
-    forms: Sequence[str],
+    first: Sequence[str] = (),
     *,
+    forms: Sequence[str],
     model: str,
     device: str,
     dtype: Dtype,
@@ -49,6 +48,7 @@ def measure(
     """Load the model and measure what is not there yet of these forms.
 
     Args:
+        first: What to finish before the others are begun.
         forms: What to measure, dense among them or not.
         model: Folder of a checkpoint, or its name on the Hub.
         device: Where to run.
@@ -83,15 +83,15 @@ def measure(
         **settings,
     )
     with progress() as tell:
-        complete = comparison.run(forms, deadline, tell)
-    return Outcome(complete, comparison.no_memory)
+        comparison.run(forms, deadline, tell, first=first)
+    return Outcome(comparison.no_memory)
 
 
-def measure_in_processes(shards: Sequence[Sequence[str]], *, folder: Path, **asked: Any) -> list[Outcome]:
-    """:func:`measure` each shard in a process of its own. When one fails, the others go on to their end.
+def measure_in_processes(shares: Sequence[Sequence[str]], *, folder: Path, **asked: Any) -> list[Outcome]:
+    """:func:`measure` in a process for each share. When one fails, the others go on to their end.
 
     Args:
-        shards: Forms of each process.
+        shares: Forms that each process is to finish before it helps with the others'.
         folder: Of the comparison.
         asked: Further arguments of :func:`measure`.
 
@@ -99,23 +99,24 @@ def measure_in_processes(shards: Sequence[Sequence[str]], *, folder: Path, **ask
         How far each process came.
 
     Raises:
-        SurgeryError: Every process was refused for the same reason.
+        SurgeryError: Every process was refused for the same reason, and none had finished a cell.
     """
     spawn = multiprocessing.get_context("spawn")  # CUDA cannot be used in a forked process
     processes: dict[Any, BaseProcess] = {}  # by the pipe that its outcome comes through
     outcomes: dict[Any, Outcome] = {}
     cells = folder / "cells"
     seen = set(cells.glob("*.json"))
+    before = len(seen)
     try:
-        for index, forms in enumerate(shards):
+        for index, first in enumerate(shares):
             pipe, tell = spawn.Pipe(duplex=False)
             process = spawn.Process(
-                target=_work, args=(tell, index, len(shards), forms), kwargs={"folder": folder, **asked}
+                target=_work, args=(tell, index, len(shares), first), kwargs={"folder": folder, **asked}
             )
             process.start()
             tell.close()  # the process then holds the only open end: when it dies, the pipe ends
             processes[pipe] = process
-        with err.status(f"{len(shards)} processes measure …"):
+        with err.status(f"{len(shares)} processes measure …"):
             while len(outcomes) < len(processes):
                 for ended in wait(processes.keys() - outcomes.keys(), timeout=1):
                     outcomes[ended] = _received(ended, processes[ended])
@@ -123,27 +124,23 @@ def measure_in_processes(shards: Sequence[Sequence[str]], *, folder: Path, **ask
                     seen.add(cell)
                     err.print(f"Cell {len(seen)} finished: {escape(cell.stem)}", highlight=False)
     finally:
-        if len(outcomes) < len(shards):  # this process was interrupted
+        if len(outcomes) < len(shares):  # this process was interrupted
             for running in processes.values():
                 running.terminate()
         for running in processes.values():
             running.join()
     found = [outcomes[pipe] for pipe in processes]
-    if found[0].refused and all(outcome == found[0] for outcome in found):
+    if found[0].refused and all(outcome == found[0] for outcome in found) and len(seen) == before:
         raise SurgeryError(found[0].error)
     return found
 
 
-def print_failures(outcomes: Sequence[Outcome], shards: Sequence[Sequence[str]]) -> bool:
-    """Say which processes failed and why, each reason once. Returns whether any did."""
-    failed: dict[str, list[str]] = {}
-    for outcome, forms in zip(outcomes, shards, strict=True):
-        if outcome.error:
-            failed.setdefault(outcome.error, []).extend(forms)
-    for error, forms in failed.items():
-        told = f"[bold red]Failed while measuring {', '.join(forms)}:[/] {escape(error)}"
-        err.print(told, highlight=False, soft_wrap=True)
-    return bool(failed)
+def print_failures(outcomes: Sequence[Outcome]) -> bool:
+    """Say why processes failed, each reason once. Returns whether any did."""
+    errors = list(dict.fromkeys(outcome.error for outcome in outcomes if outcome.error))
+    for error in errors:
+        err.print(f"[bold red]Failed:[/] {escape(error)}", highlight=False, soft_wrap=True)
+    return bool(errors)
 
 
 def _received(pipe: Connection, process: BaseProcess) -> Outcome:
@@ -159,19 +156,19 @@ def _received(pipe: Connection, process: BaseProcess) -> Outcome:
 
 
 def _work(
-    tell: Connection, index: int, count: int, forms: Sequence[str], *, device: str, **asked: Any
+    tell: Connection, index: int, count: int, share: Sequence[str], *, device: str, **asked: Any
 ) -> None:
     """What the process ``index`` of ``count`` does: measure, and send the outcome."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all: the first process ends the others
-    first = multiprocessing.parent_process()
-    if first is not None:
-        threading.Thread(target=_end_with, args=(first,), daemon=True).start()
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
     err.quiet = True  # progress bars of several processes would write over each other
     try:
         import torch
 
         torch.set_num_threads(min(torch.get_num_threads(), max(1, (os.cpu_count() or 1) // count)))
-        outcome = measure(forms, device=_device_of(index, device), **asked)
+        outcome = measure(share, device=_device_of(index, device), **asked)
     except SurgeryError as error:
         outcome = Outcome(error=str(error), refused=True)
     except Exception as error:
@@ -180,9 +177,9 @@ def _work(
     tell.send(outcome)
 
 
-def _end_with(first: BaseProcess) -> None:
-    """End this process when ``first`` ends, which may be killed before it can end the others."""
-    first.join()
+def _end_with(parent: BaseProcess) -> None:
+    """End this process when ``parent`` ends, which may be killed before it can end the others."""
+    parent.join()
     os._exit(1)
 
 

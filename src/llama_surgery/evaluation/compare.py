@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock, Timeout
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from llama_surgery.config import SurgeryConfig
 from llama_surgery.errors import SurgeryError
-from llama_surgery.evaluation.compare_budgets import Budgets, adapter_digest, read_budgets
+from llama_surgery.evaluation.compare_budgets import Budgets, adapter_digest, read_budgets, targets_of
 from llama_surgery.evaluation.compare_forms import DenseForm, Form, FullForm, PagesForm, PeerForm
 from llama_surgery.evaluation.compare_samples import digest, make_samples
 from llama_surgery.evaluation.evaluate import check_dense, environment, model_name, named_progress
@@ -33,8 +34,6 @@ FORMS = ("dense", PAGES, LEARNED, *PEERS, "full")
 DENSITIES = (0.05, 0.1, 0.18, 0.3, 0.5)
 #: Calibration windows that densities are measured on.
 CALIBRATION_WINDOWS = 2
-#: Work of a form, where it differs much from that of most peers. Pages are calibrated at every density.
-_WORK = {"dense": 0.2, "full": 0.2, PAGES: 5.0, LEARNED: 5.0}
 _TASKS = ("perplexity", "needles")
 #: Forms of which a full budget is measured too: the check that it is dense.
 _OWN = (PAGES, LEARNED)
@@ -125,6 +124,7 @@ class Comparison:
             "text": digest(*texts),
             "calibration_text": digest(*calibration),
         }
+        (folder / "claims").mkdir(parents=True, exist_ok=True)
         file = folder / "comparison.json"
         if read_started(file, settings) is None:
             write_json(file, {"settings": settings, "prompts": [_described(p) for p in self._prompts]})
@@ -158,14 +158,19 @@ class Comparison:
         forms: Sequence[str] | None = None,
         deadline: float | None = None,
         progress: Progress | None = None,
+        *,
+        first: Sequence[str] = (),
     ) -> bool:
         """Measures what is not there yet: every form at its first density, then at its second, and so on.
 
+        Processes that share a folder leave each other what one of them is measuring.
+
         Args:
-            forms: Names of :data:`FORMS`, all that there are if None. Processes that share a folder take
-                different ones.
+            forms: Names of :data:`FORMS`, all that there are if None.
             deadline: ``time.monotonic()`` after which nothing further is begun.
             progress: Told after each step of a cell.
+            first: Those of ``forms`` to finish before the others are begun. Processes do best with different
+                ones, for what one density has shown of a form serves the next.
 
         Returns:
             Whether all cells of these forms are finished.
@@ -176,44 +181,54 @@ class Comparison:
         """
         there = [name for name in FORMS if name in self._forms]
         forms = there if forms is None else forms
-        unknown = [name for name in forms if name not in there]
+        unknown = [name for name in (*forms, *first) if name not in there]
         if unknown:
             wanting = " 'learned' needs an adapter." if LEARNED in unknown else ""
             raise SurgeryError(f"forms {', '.join(unknown)}: there are {', '.join(there)}.{wanting}")
         made: dict[str, Form] = {}
-        turn, left = 0, list(forms)
         self.no_memory = []
-
-        def late() -> bool:
-            return deadline is not None and time.monotonic() > deadline
-
-        while left:
-            for name in list(left):
-                if late():
-                    return False
-                form = made.setdefault(name, self._forms[name]())
-                budgets = Budgets(
-                    self.folder, form, self.densities, full=name in _OWN, adapter=self._adapters.get(name)
-                )
-                if turn >= len(budgets.targets):
-                    left.remove(name)
-                    continue
-                target = budgets.targets[turn]
-                for task in _TASKS:
-                    cell = self.folder / "cells" / f"{name}-{target:.4f}-{task}.json"
-                    if cell.exists():
-                        continue
-                    if late():
+        for group in (first, [name for name in forms if name not in first]):
+            left, turn = list(group), 0
+            while left:
+                for name in list(left):
+                    if deadline is not None and time.monotonic() > deadline:
                         return False
-                    tell = named_progress(progress, f"{name} at {target:.3f}")
-                    try:
-                        measured = self._measure(form, budgets.setting(target), task, tell)
-                    except torch.OutOfMemoryError:
-                        self.no_memory.append(f"{name} at {target:.3g}, {task}")
+                    form = made.setdefault(name, self._forms[name]())
+                    budgets = Budgets(
+                        self.folder, form, self.densities, full=name in _OWN, adapter=self._adapters.get(name)
+                    )
+                    if turn >= len(budgets.targets):
+                        left.remove(name)
                         continue
-                    write_json(cell, {"form": name, "target": target, "task": task, **measured})
-            turn += 1
-        return not self.no_memory
+                    self._measure_density(form, budgets, budgets.targets[turn], deadline, progress)
+                turn += 1
+        return not unfinished(self.folder, forms)
+
+    def _measure_density(
+        self, form: Form, budgets: Budgets, target: float, deadline: float | None, progress: Progress | None
+    ) -> None:
+        """What is missing of a form at a density, unless another process is at it."""
+        missing = [task for task in _TASKS if not _cell(self.folder, form.name, target, task).exists()]
+        if not missing:
+            return
+        try:
+            claim = FileLock(self.folder / "claims" / f"{form.name}-{target:.4f}").acquire(timeout=0)
+        except Timeout:
+            return
+        with claim:
+            for task in missing:
+                cell = _cell(self.folder, form.name, target, task)
+                if cell.exists():
+                    continue  # another process was at it a moment ago
+                if deadline is not None and time.monotonic() > deadline:
+                    return
+                tell = named_progress(progress, f"{form.name} at {target:.3f}")
+                try:
+                    measured = self._measure(form, budgets.setting(target), task, tell)
+                except torch.OutOfMemoryError:
+                    self.no_memory.append(f"{form.name} at {target:.3g}, {task}")
+                    continue
+                write_json(cell, {"form": form.name, "target": target, "task": task, **measured})
 
     def _measure(
         self, form: Form, setting: dict[str, Any], task: str, progress: Progress | None
@@ -247,23 +262,19 @@ def _described(prompt: NeedlePrompt) -> dict[str, Any]:
     return {name: getattr(prompt, name) for name in ("variant", "kind", "form", "depth", "length", "name")}
 
 
-def shard_of(forms: Sequence[str], shard: tuple[int, int]) -> list[str]:
-    """The forms that the ``i``-th of ``n`` processes measures, counted from 1: about the same work for each.
+def _cell(folder: Path, form: str, target: float, task: str) -> Path:
+    return folder / "cells" / f"{form}-{target:.4f}-{task}.json"
 
-    Raises:
-        SurgeryError: There is no such process.
-    """
-    index, count = shard
-    if not 1 <= index <= count:
-        raise SurgeryError(f"shard {index}/{count}: give 1/{count} … {count}/{count}.")
-    parts: list[list[str]] = [[] for _ in range(count)]
 
-    def work(part: list[str]) -> float:
-        return sum(_WORK.get(name, 1.0) for name in part)
-
-    for name in sorted(forms, key=lambda name: -_WORK.get(name, 1.0)):
-        min(parts, key=work).append(name)
-    return [name for name in forms if name in parts[index - 1]]
+def unfinished(folder: Path, forms: Sequence[str]) -> list[str]:
+    """Those of ``forms`` of which a density is not measured yet in the folder of a comparison."""
+    left = []
+    for name in forms:
+        targets = targets_of(folder, name)
+        cells = (_cell(folder, name, target, task) for target in targets for task in _TASKS)
+        if not targets or not all(cell.exists() for cell in cells):
+            left.append(name)
+    return left
 
 
 def settings_of(folder: Path) -> Mapping[str, Any]:

@@ -34,7 +34,7 @@ class Budgets:
     def __init__(
         self, folder: Path, form: Form, requested: Sequence[float], *, full: bool, adapter: str | None
     ) -> None:
-        self._file, self._form = _file(folder, form.name), form
+        self._folder, self._form = folder, form
         kept = read_budgets(folder, form.name, adapter)
         if kept is not None:
             self._content = kept
@@ -51,11 +51,10 @@ class Budgets:
             "ahead": form.ahead,
             "floor": floor,
             "targets": targets,
-            "settings": {},
         }
         if adapter is not None:
             self._content["adapter"] = adapter
-        write_json(self._file, self._content)
+        write_json(_file(folder, form.name), self._content)
 
     @property
     def targets(self) -> list[float]:
@@ -64,11 +63,11 @@ class Budgets:
 
     def setting(self, target: float) -> dict[str, Any]:
         """What gives this total density on calibration text."""
-        settings = self._content["settings"]
-        if str(target) not in settings:
-            settings[str(target)] = self._form.setting(target)
-            write_json(self._file, self._content)
-        return settings[str(target)]
+        # A file for each: processes that measure different densities of a form do not write over each other.
+        file = self._folder / "settings" / f"{self._form.name}-{target:.4f}.json"
+        if not file.exists():
+            write_json(file, self._form.setting(target))
+        return json.loads(file.read_text(encoding="utf-8"))
 
 
 def read_budgets(folder: Path, name: str, adapter: str | None = None) -> dict[str, Any] | None:
@@ -92,6 +91,12 @@ def read_budgets(folder: Path, name: str, adapter: str | None = None) -> dict[st
             "give that one to go on, or another folder."
         )
     return content
+
+
+def targets_of(folder: Path, name: str) -> list[float]:
+    """Total densities at which a form is measured; none where they are not known yet."""
+    file = _file(folder, name)
+    return json.loads(file.read_text(encoding="utf-8"))["targets"] if file.exists() else []
 
 
 def adapter_digest(config: SurgeryConfig, routers: Mapping[int, PageRouter]) -> str:
