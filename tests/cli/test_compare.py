@@ -59,7 +59,7 @@ def test_processes_compare_what_one_does(model: Path, text: Path, tmp_path: Path
     budgets = two / "budgets" / "streaming.json"
     budgets.parent.mkdir(parents=True)
     budgets.write_text('{"adapter": "another", "floor": 0.1, "targets": [0.1]}', encoding="utf-8")
-    hindered = run(*given, two, "--processes", "9")
+    hindered = run(*given, two, "--processes", "3")
     assert hindered.exit_code == 1, hindered.output
     assert hindered.stderr.count("compared another adapter") == 1 and "Traceback" not in hindered.stderr
     assert "Not everything is finished" in hindered.stderr

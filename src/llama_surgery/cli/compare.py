@@ -164,11 +164,10 @@ def compare(
             "densities": density or DENSITIES,
             "seed": seed,
         }
-        count = min(processes, len(wanted))
-        if count > 1:
+        if processes > 1:
             # Heaviest first, a process each: they share the rest.
             order = sorted(wanted, key=lambda name: name not in (PAGES, LEARNED))
-            shares = [order[index::count] for index in range(count)]
+            shares = [order[index::processes] for index in range(processes)]
             outcomes = measure_in_processes(shares, **asked)
             failed = print_failures(outcomes)
         else:
