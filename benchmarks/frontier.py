@@ -73,6 +73,20 @@ def variants() -> list[tuple[SurgeryConfig, float]]:
         {"page_size": 128, "directions": "position"},
     ):
         add(0.06, **change)
+    # At 8,192 tokens all of these read as much in all.
+    for chunk, window, target in (
+        (512, 192, 0.0595), (256, 192, 0.0892), (256, 128, 0.1044),
+        (128, 192, 0.1044), (256, 64, 0.1195), (128, 128, 0.1195),
+    ):  # fmt: skip
+        add(
+            target,
+            **gpu,
+            moment_size=64,
+            variance_pool=8,
+            coarse_totals=True,
+            chunk_size=chunk,
+            window=window,
+        )
     for change in ({"moment_size": 32}, {"directions": "position"}, {"window": 128}, {"chunk_size": 2048}):
         add(0.06, tile=1, **change)
     for tile in (32, 1):
