@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from filelock import FileLock
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from llama_surgery import SurgeryConfig, is_operated
 from llama_surgery.errors import SurgeryError, TextError
 from llama_surgery.evaluation import compare, compare_budgets, compare_samples
 from llama_surgery.evaluation.compare import FORMS, Comparison, unfinished
+from llama_surgery.evaluation.compare_budgets import claim
 from llama_surgery.evaluation.compare_forms import densities_between, solve
 from llama_surgery.evaluation.compare_result import merge
 from llama_surgery.evaluation.gate import read_losses
@@ -217,7 +217,7 @@ def test_short_calibration_text_is_used_as_far_as_it_goes(tokenizer, texts) -> N
 
 def test_what_another_process_is_at_is_left_to_it(comparison, tmp_path: Path) -> None:
     compared = comparison()
-    with FileLock(tmp_path / "claims" / "dense-1.0000"):
+    with claim(tmp_path, "dense-1.0000"):
         assert not compared.run(["dense", "full"], first=["full"])
     assert {file.stem for file in (tmp_path / "cells").iterdir()} == {
         "full-1.0000-perplexity",

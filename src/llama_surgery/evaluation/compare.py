@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from filelock import FileLock, Timeout
+from filelock import Timeout
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from llama_surgery.config import SurgeryConfig
 from llama_surgery.errors import SurgeryError
-from llama_surgery.evaluation.compare_budgets import Budgets, adapter_digest, read_budgets, targets_of
+from llama_surgery.evaluation.compare_budgets import Budgets, adapter_digest, claim, read_budgets, targets_of
 from llama_surgery.evaluation.compare_forms import DenseForm, Form, FullForm, PagesForm, PeerForm
 from llama_surgery.evaluation.compare_samples import digest, make_samples
 from llama_surgery.evaluation.evaluate import check_dense, environment, model_name, named_progress
@@ -124,7 +124,6 @@ class Comparison:
             "text": digest(*texts),
             "calibration_text": digest(*calibration),
         }
-        (folder / "claims").mkdir(parents=True, exist_ok=True)
         file = folder / "comparison.json"
         if read_started(file, settings) is None:
             write_json(file, {"settings": settings, "prompts": [_described(p) for p in self._prompts]})
@@ -212,10 +211,10 @@ class Comparison:
         if not missing:
             return
         try:
-            claim = FileLock(self.folder / "claims" / f"{form.name}-{target:.4f}").acquire(timeout=0)
+            claimed = claim(self.folder, f"{form.name}-{target:.4f}").acquire(timeout=0)
         except Timeout:
             return
-        with claim:
+        with claimed:
             for task in missing:
                 cell = _cell(self.folder, form.name, target, task)
                 if cell.exists():

@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock
+
 from llama_surgery.config import SurgeryConfig
 from llama_surgery.errors import SurgeryError
 from llama_surgery.evaluation.compare_forms import Form, densities_between
@@ -35,26 +37,23 @@ class Budgets:
         self, folder: Path, form: Form, requested: Sequence[float], *, full: bool, adapter: str | None
     ) -> None:
         self._folder, self._form = folder, form
-        kept = read_budgets(folder, form.name, adapter)
-        if kept is not None:
-            self._content = kept
-            return
-        floor = form.floor()
+        with claim(folder, f"{form.name}-budgets"):  # of processes that come together, one makes them for all
+            self._content = read_budgets(folder, form.name, adapter)
+            if self._content is None:
+                self._content = self._made(requested, full)
+                if adapter is not None:
+                    self._content["adapter"] = adapter
+                write_json(_file(folder, form.name), self._content)
+
+    def _made(self, requested: Sequence[float], full: bool) -> dict[str, Any]:
+        floor = self._form.floor()
         targets = [1.0]
         if floor < 1:
             targets = densities_between(floor, requested)
             targets.sort(key=lambda target: abs(math.log(target / FIRST)))
         if full:
             targets.append(1.0)
-        self._content = {
-            "title": form.title,
-            "ahead": form.ahead,
-            "floor": floor,
-            "targets": targets,
-        }
-        if adapter is not None:
-            self._content["adapter"] = adapter
-        write_json(_file(folder, form.name), self._content)
+        return {"title": self._form.title, "ahead": self._form.ahead, "floor": floor, "targets": targets}
 
     @property
     def targets(self) -> list[float]:
@@ -68,6 +67,12 @@ class Budgets:
         if not file.exists():
             write_json(file, self._form.setting(target))
         return json.loads(file.read_text(encoding="utf-8"))
+
+
+def claim(folder: Path, name: str) -> FileLock:
+    """A lock of a comparison's folder. It is given up when its process ends, however that ends."""
+    (folder / "claims").mkdir(parents=True, exist_ok=True)
+    return FileLock(folder / "claims" / name)
 
 
 def read_budgets(folder: Path, name: str, adapter: str | None = None) -> dict[str, Any] | None:
