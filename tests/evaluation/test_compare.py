@@ -13,7 +13,7 @@ from llama_surgery import SurgeryConfig, is_operated
 from llama_surgery.errors import SurgeryError, TextError
 from llama_surgery.evaluation import compare, compare_budgets, compare_samples
 from llama_surgery.evaluation.compare import FORMS, Comparison, unfinished
-from llama_surgery.evaluation.compare_budgets import claim
+from llama_surgery.evaluation.compare_budgets import claimed
 from llama_surgery.evaluation.compare_forms import densities_between, solve
 from llama_surgery.evaluation.compare_result import merge
 from llama_surgery.evaluation.gate import read_losses
@@ -217,7 +217,7 @@ def test_short_calibration_text_is_used_as_far_as_it_goes(tokenizer, texts) -> N
 
 def test_what_another_process_is_at_is_left_to_it(comparison, tmp_path: Path) -> None:
     compared = comparison()
-    with claim(tmp_path, "dense-1.0000"):
+    with claimed(tmp_path, "dense-1.0000", wait=True):
         assert not compared.run(["dense", "full"], first=["full"])
     assert {file.stem for file in (tmp_path / "cells").iterdir()} == {
         "full-1.0000-perplexity",
@@ -225,6 +225,12 @@ def test_what_another_process_is_at_is_left_to_it(comparison, tmp_path: Path) ->
     }
     assert unfinished(tmp_path, ["dense", "full", "quest"]) == ["dense", "quest"]
     assert compared.run(["dense", "full"]) and unfinished(tmp_path, ["dense", "full"]) == []
+
+
+def test_a_folder_without_locks_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "claims").write_text("in the way", encoding="utf-8")
+    with pytest.raises(SurgeryError, match="could not lock"), claimed(tmp_path, "dense-1.0000", wait=True):
+        pass
 
 
 def results_file(path: Path, **row) -> Path:

@@ -172,9 +172,9 @@ def compare(
             failed = print_failures(outcomes)
         else:
             outcomes = [measure(**asked)]
-        left = unfinished(folder, wanted)
-        for cell in (cell for outcome in outcomes for cell in outcome.no_memory if left):
-            err.print(f"Out of memory: {cell}. Lower --needle-batch and run again.", highlight=False)
+        if unfinished(folder, wanted):  # else another process found the memory
+            for cell in (cell for outcome in outcomes for cell in outcome.no_memory):
+                err.print(f"Out of memory: {cell}. Lower --needle-batch and run again.", highlight=False)
     if failed and not list((folder / "cells").glob("dense-*.json")):
         raise typer.Exit(1)
     results = write_comparison(folder)

@@ -7,13 +7,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from filelock import Timeout
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from llama_surgery.config import SurgeryConfig
 from llama_surgery.errors import SurgeryError
-from llama_surgery.evaluation.compare_budgets import Budgets, adapter_digest, claim, read_budgets, targets_of
+from llama_surgery.evaluation.compare_budgets import (
+    Budgets,
+    adapter_digest,
+    claimed,
+    read_budgets,
+    targets_of,
+)
 from llama_surgery.evaluation.compare_forms import DenseForm, Form, FullForm, PagesForm, PeerForm
 from llama_surgery.evaluation.compare_samples import digest, make_samples
 from llama_surgery.evaluation.evaluate import check_dense, environment, model_name, named_progress
@@ -210,11 +215,9 @@ class Comparison:
         missing = [task for task in _TASKS if not _cell(self.folder, form.name, target, task).exists()]
         if not missing:
             return
-        try:
-            claimed = claim(self.folder, f"{form.name}-{target:.4f}").acquire(timeout=0)
-        except Timeout:
-            return
-        with claimed:
+        with claimed(self.folder, f"{form.name}-{target:.4f}", wait=False) as held:
+            if not held:
+                return
             for task in missing:
                 cell = _cell(self.folder, form.name, target, task)
                 if cell.exists():

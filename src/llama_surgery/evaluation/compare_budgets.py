@@ -1,12 +1,13 @@
 """Densities and settings of the forms of a comparison, in files so that a later run has the same ones."""
 
+import contextlib
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock
+from filelock import FileLock, Timeout
 
 from llama_surgery.config import SurgeryConfig
 from llama_surgery.errors import SurgeryError
@@ -37,7 +38,8 @@ class Budgets:
         self, folder: Path, form: Form, requested: Sequence[float], *, full: bool, adapter: str | None
     ) -> None:
         self._folder, self._form = folder, form
-        with claim(folder, f"{form.name}-budgets"):  # of processes that come together, one makes them for all
+        # Of processes that come together one makes them for all.
+        with claimed(folder, f"{form.name}-budgets", wait=True):
             self._content = read_budgets(folder, form.name, adapter)
             if self._content is None:
                 self._content = self._made(requested, full)
@@ -69,10 +71,30 @@ class Budgets:
         return json.loads(file.read_text(encoding="utf-8"))
 
 
-def claim(folder: Path, name: str) -> FileLock:
-    """A lock of a comparison's folder. It is given up when its process ends, however that ends."""
-    (folder / "claims").mkdir(parents=True, exist_ok=True)
-    return FileLock(folder / "claims" / name)
+@contextlib.contextmanager
+def claimed(folder: Path, name: str, *, wait: bool) -> Iterator[bool]:
+    """Hold a lock of a comparison's folder, which is given up however this process ends.
+
+    Yields whether it is held: without ``wait`` another process may have it.
+
+    Raises:
+        SurgeryError: The folder cannot be written or locked.
+    """
+    lock = FileLock(folder / "claims" / name)
+    try:
+        (folder / "claims").mkdir(parents=True, exist_ok=True)
+        lock.acquire(timeout=-1 if wait else 0)
+    except Timeout:
+        pass
+    except (OSError, NotImplementedError) as error:
+        raise SurgeryError(
+            f"could not lock {lock.lock_file}: {error}. Check the disk and the permissions, or give a folder "
+            "on a disk that locks files."
+        ) from error
+    try:
+        yield lock.is_locked
+    finally:
+        lock.release()
 
 
 def read_budgets(folder: Path, name: str, adapter: str | None = None) -> dict[str, Any] | None:
