@@ -23,6 +23,7 @@ from llama_surgery.attention.impl.triton import (
     decode,
     decode_cache,
     decode_shape,
+    helpers,
     job,
     layout,
     page_count,
@@ -47,6 +48,9 @@ TYPES = {
     torch.int64: "*i64",
 }
 
+
+#: Arguments of a launch that are not the kernel's.
+OPTIONS = ("num_warps", "num_stages", "allowed_dot_input_precisions")
 
 #: Processors of the GPU that decode splits its work for.
 PROCESSORS = 132
@@ -90,7 +94,7 @@ class Recorder:
         return self.launch
 
     def launch(self, *args: Any, **kwargs: Any) -> None:
-        options = {k: kwargs.pop(k) for k in ("num_warps", "num_stages") if k in kwargs}
+        options = {k: kwargs.pop(k) for k in OPTIONS if k in kwargs}
         names = self.kernel.arg_names
         values = dict(zip(names, args, strict=False)) | kwargs
         unspecialised = self.kernel.do_not_specialize or ()
@@ -212,7 +216,7 @@ def compile_all(
         for name in names:
             recorders.append(Recorder(getattr(module, name), target))
             setattr(module, name, recorders[-1])
-    chosen = tuning.tuning_for(family, head_dim, dtype.itemsize)
+    chosen = tuning.tuning_for(family, head_dim, dtype.itemsize, helpers.exact_products(dtype))
     job.tuning_for = lambda *_: chosen  # type: ignore[assignment]
     job.obstacle = decode.obstacle = lambda *_: None  # nothing is run
     backward_pass.family_of = token_mask.family_of = lambda _: family  # type: ignore[assignment]
@@ -252,6 +256,7 @@ def compile_all(
                 }
             )
             if target.backend == "cuda":
+                rows[-1]["tf32"] = ".tf32" in kernel.asm["ptx"]
                 rows[-1]["wgmma"] = "wgmma.mma_async" in kernel.asm["ptx"]
                 rows[-1]["filled_while_read"] = filled_while_read(kernel.asm["ttgir"])
     return rows
@@ -264,7 +269,10 @@ if __name__ == "__main__":
     parser.add_argument("--heads", type=int, default=4)
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--wide", action="store_true", help="with softcap and sinks")
+    parser.add_argument("--tf32", action="store_true", help="float32 products may be in TF32")
     given = parser.parse_args()
+    if given.tf32:
+        torch.set_float32_matmul_precision("high")
     for line in compile_all(
         given.target, given.head_dim, getattr(torch, given.dtype), given.heads, wide=given.wide
     ):

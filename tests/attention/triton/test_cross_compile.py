@@ -87,6 +87,7 @@ def check(target: str, *options: str) -> None:
     for row in rows:
         assert {"cubin", "hsaco"} & set(row["forms"]), row  # type: ignore[arg-type]
         assert row["shared"] <= SHARED[target], row  # type: ignore[operator]
+        assert not row.get("tf32"), row
 
 
 @pytest.mark.parametrize("target", sorted(SHARED))
@@ -115,3 +116,14 @@ def test_hopper_uses_its_matrix_units_and_waits_for_them() -> None:
     without = WITHOUT_PRODUCTS | SMALL_TILES
     assert all(row["wgmma"] for row in rows if row["kernel"] not in without), rows
     assert not [row["kernel"] for row in rows if row["filled_while_read"]]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(660)
+def test_single_precision_is_rounded_where_tf32_will_do() -> None:
+    rows = compile_for("cuda:90", "--head-dim", "64", "--dtype", "float32", "--tf32")
+    gradients = {"query_gradient_kernel", "near_gradient_kernel", "far_gradient_kernel"}
+    rounded = KERNELS - WITHOUT_PRODUCTS - {"map_kernel"} - gradients
+    assert {row["kernel"] for row in rows if row["tf32"]} == rounded
+    assert not [row["kernel"] for row in rows if row["filled_while_read"]]
+    assert all(row["shared"] <= SHARED["cuda:90"] for row in rows)  # type: ignore[operator]

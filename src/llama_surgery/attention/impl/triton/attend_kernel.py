@@ -5,7 +5,6 @@ import triton.language as tl
 
 from llama_surgery.attention.impl.triton.helpers import (
     ENTRY,
-    EXACT,
     FLOOR,
     LN2,
     LOG2E,
@@ -114,14 +113,14 @@ def attend_kernel(
         for block in range(begin, diagonal, BLOCK_NEAR):
             k = near_k.load([stream, block - near_start, 0]).reshape(BLOCK_NEAR, DIM_PAD)
             v = near_v.load([stream, block - near_start, 0]).reshape(BLOCK_NEAR, VALUE_PAD)
-            products = tl.dot(q, tl.trans(k), input_precision=EXACT)
+            products = tl.dot(q, tl.trans(k))
             products = cap_logits(products, scale, softcap, CAP)
             acc, total, top = softmax_step(acc, total, top, products, factor, v, live, False)
         for block in range(diagonal, end, BLOCK_NEAR):
             key = block + step
             k = near_k.load([stream, block - near_start, 0]).reshape(BLOCK_NEAR, DIM_PAD)
             v = near_v.load([stream, block - near_start, 0]).reshape(BLOCK_NEAR, VALUE_PAD)
-            products = tl.dot(q, tl.trans(k), input_precision=EXACT)
+            products = tl.dot(q, tl.trans(k))
             products = cap_logits(products, scale, softcap, CAP)
             causal = (key[None, :] <= position[:, None]) & (key < end)[None, :]
             products = tl.where(causal, products, float("-inf"))
@@ -140,7 +139,7 @@ def attend_kernel(
                 first = entry // ENTRY * PAGE
                 k = far_k.load([stream, first, 0]).reshape(PAGE_PAD, DIM_PAD)
                 v = far_v.load([stream, first, 0]).reshape(PAGE_PAD, VALUE_PAD)
-                products = tl.dot(q, tl.trans(k), input_precision=EXACT)
+                products = tl.dot(q, tl.trans(k))
                 products = cap_logits(products, scale, softcap, CAP)
                 if bias_ptr is not None:
                     cell = ((listed * capacity + place) * HEADS + head) * TILE + row
@@ -165,7 +164,7 @@ def attend_kernel(
                 slot = (entry // ENTRY).to(tl.int64) * PAGE + within % PAGE_PAD
                 k = load_rows(k_base, slot, far_k_row, present, DIM, DIM_PAD, True)
                 v = load_rows(v_base, slot, far_v_row, present, VALUE_DIM, VALUE_PAD, True)
-                products = tl.dot(q, tl.trans(k), input_precision=EXACT)
+                products = tl.dot(q, tl.trans(k))
                 products = cap_logits(products, scale, softcap, CAP)
                 visible = (row[:, None] >= (entry % ENTRY)[None, :]) & present[None, :]
                 products = tl.where(visible, products, float("-inf"))

@@ -13,7 +13,6 @@ import triton
 import triton.language as tl
 
 from llama_surgery.attention.impl.triton.helpers import (
-    EXACT,
     FLOOR,
     LOG2E,
     ball_terms,
@@ -247,7 +246,7 @@ def score_kernel(
         k_cells, v_cells = block * k_block + slot * k_row, block * v_block + slot * v_row
         k = load_rows(k_base, k_cells, 1, key < end, DIM, DIM_PAD, True)
         v = load_rows(v_base, v_cells, 1, key < end, VALUE_DIM, VALUE_PAD, True)
-        products = tl.dot(q, tl.trans(k), input_precision=EXACT)
+        products = tl.dot(q, tl.trans(k))
         products = cap_logits(products, scale, softcap, CAP)
         visible = (key[None, :] >= (closed * CHUNK)[:, None]) & (key[None, :] <= (length + row)[:, None])
         products = tl.where(visible, products, float("-inf"))

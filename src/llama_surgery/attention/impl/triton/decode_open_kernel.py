@@ -5,7 +5,6 @@ import triton.language as tl
 
 from llama_surgery.attention.impl.triton.decode_kernels import block_of, rows_of, store_part
 from llama_surgery.attention.impl.triton.helpers import (
-    EXACT,
     FLOOR,
     LOG2E,
     cap_logits,
@@ -193,7 +192,7 @@ def open_kernel(
                 partial: tl.constexpr = PAGE % BLOCK_KEYS != 0
                 k = load_rows(k_base, k_cells, 1, within < PAGE, DIM, DIM_PAD, partial)
                 v = load_rows(v_base, v_cells, 1, within < PAGE, VALUE_DIM, VALUE_PAD, partial)
-                products = tl.dot(q, tl.trans(k), input_precision=EXACT)
+                products = tl.dot(q, tl.trans(k))
                 products = cap_logits(products, scale, softcap, CAP)
                 if PAGE % BLOCK_KEYS != 0:
                     products = tl.where((within < PAGE)[None, :], products, float("-inf"))

@@ -1,7 +1,7 @@
 """How a call of decode is cut into programs, and the constants that its kernels are compiled with."""
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -16,6 +16,7 @@ from llama_surgery.attention.impl.triton.decode_tuning import (
     processors_of,
     score_splits,
 )
+from llama_surgery.attention.impl.triton.helpers import product_options
 from llama_surgery.config import SurgeryConfig
 
 #: Elements of a matrix tile (rows x head dim) from which on it takes eight warps.
@@ -68,7 +69,7 @@ class Shape(NamedTuple):
         """More warps where a matrix tile's accumulator would not fit the registers of ``fewest``."""
         return max(fewest, 8) if self.rows_pad * self.heads_pad * self.dim_pad >= LARGE_TILE else fewest
 
-    def constants(self, queries: torch.Tensor, cache: DecodeCache, *, capped: bool) -> dict[str, int]:
+    def constants(self, queries: torch.Tensor, cache: DecodeCache, *, capped: bool) -> dict[str, Any]:
         config, (dim, value_dim) = cache.config, (queries.shape[-1], cache.values.shape[-1])
         return {
             "KV_HEADS": cache.kv_heads,
@@ -86,6 +87,7 @@ class Shape(NamedTuple):
             "PAGE": config.page_size,
             "CAP": capped,
             "PAGED": cache.table is not None,
+            **product_options(queries),
         }
 
     def score_constants(self, cache: DecodeCache) -> dict[str, float]:

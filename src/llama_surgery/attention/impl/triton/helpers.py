@@ -1,6 +1,7 @@
 """Small pieces that the kernels share. Logits and log-sum-exps inside kernels are in log2 units."""
 
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 import triton
@@ -9,8 +10,7 @@ import triton.language as tl
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 
-#: float32 products are exact; half precision does not look at it. Hopper's matrix units could make them of
-#: three TF32 products, several times faster, but Triton 3.6 let them read beyond operands (docs/log.md).
+#: float32 products of layout and gradients, whatever PyTorch allows: an order of keys should not hang on it.
 EXACT = tl.constexpr("ieee")
 
 #: Stands for "nothing seen yet" in running maxima: finite, so that differences never give NaN.
@@ -26,6 +26,24 @@ ENTRY = tl.constexpr(256)
 def device_of(tensor: torch.Tensor) -> AbstractContextManager[object]:
     """Kernels launch on the current device: make it the tensor's."""
     return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
+
+
+def exact_products(dtype: torch.dtype) -> bool:
+    """Are products of this dtype to be made without rounding factors?
+
+    Those of float32, unless PyTorch's own may round them to TF32: after
+    ``torch.set_float32_matmul_precision("high")``. On a matrix unit that is many times faster.
+    """
+    return dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision != "tf32"
+
+
+def product_options(states: torch.Tensor) -> dict[str, Any]:
+    """Launch option of kernels whose products of ``states`` are as exact as :func:`exact_products` says.
+
+    ``tl.dot`` takes TF32 wherever that is allowed, so it is forbidden here. Three TF32 products would be both
+    fast and exact, but Triton 3.6 let them read beyond operands on Hopper (docs/log.md).
+    """
+    return {"allowed_dot_input_precisions": ("ieee",)} if exact_products(states.dtype) else {}
 
 
 @triton.jit
@@ -112,7 +130,7 @@ def softmax_step(
     decay = tl.exp2(top - new_top)
     total = total * decay + tl.sum(weights, 1)
     acc = acc * decay[:, None]
-    acc = tl.dot(weights.to(values.dtype), values, acc, input_precision=EXACT)
+    acc = tl.dot(weights.to(values.dtype), values, acc)
     return acc, total, new_top
 
 
@@ -167,7 +185,7 @@ def score_factors(
         channel = tl.arange(0, DIM_PAD)
         member = channel % (DIM // 2) // (DIM // (2 * SPREAD))
         member = (member[:, None] == tl.arange(0, SPREAD_PAD)[None, :]) & (channel < DIM)[:, None]
-        summed = tl.dot(squares, member.to(squares.dtype), input_precision=EXACT)
+        summed = tl.dot(squares, member.to(squares.dtype))
         if variance_weight_ptr is not None:
             summed = tl.maximum(summed, -6.0e4)
         squares = tl.minimum(summed, 6.0e4).to(squares.dtype)
@@ -215,8 +233,8 @@ def ball_terms(queries, squares, mean, spread, scale, softcap, CAP: tl.constexpr
         mean: (balls, dim) the balls' μ.
         spread: (balls, dim) or (balls, groups) their α·½·σ².
     """
-    along = tl.dot(queries, tl.trans(mean), input_precision=EXACT)
-    across = tl.dot(squares, tl.trans(spread), input_precision=EXACT)
+    along = tl.dot(queries, tl.trans(mean))
+    across = tl.dot(squares, tl.trans(spread))
     if CAP:
         slope = tanh(along * (scale / softcap))
         bend = 1.0 - slope * slope

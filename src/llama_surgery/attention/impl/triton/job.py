@@ -9,7 +9,7 @@ import triton
 
 from llama_surgery.attention.impl.triton import obstacle
 from llama_surgery.attention.impl.triton.feature_kernels import feature_kernel
-from llama_surgery.attention.impl.triton.helpers import device_of
+from llama_surgery.attention.impl.triton.helpers import device_of, exact_products
 from llama_surgery.attention.impl.triton.tuning import Tuning, family_of, tuning_for
 from llama_surgery.config import SurgeryConfig
 from llama_surgery.errors import SurgeryError
@@ -182,7 +182,12 @@ def make_job(
         tile,
         queries.shape[-1] ** -0.5 if scale is None else scale,
         softcap,
-        tuning_for(family_of(queries.device), queries.shape[-1], queries.element_size()),
+        tuning_for(
+            family_of(queries.device),
+            queries.shape[-1],
+            queries.element_size(),
+            exact_products(queries.dtype),
+        ),
     )
 
 

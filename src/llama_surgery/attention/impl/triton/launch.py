@@ -7,6 +7,7 @@ import torch
 import triton
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from llama_surgery.attention.impl.triton.helpers import product_options
 from llama_surgery.attention.impl.triton.job import Job, Level, Strip
 
 
@@ -63,6 +64,7 @@ def score_constants(job: Job, shape: ScoreShape) -> dict[str, Any]:
         "CAP": job.softcap is not None,
         "num_warps": job.tuning.score_warps,
         "num_stages": stages,
+        **product_options(job.queries),
     }
 
 

@@ -9,7 +9,6 @@ import triton.language as tl
 
 from llama_surgery.attention.impl.triton.helpers import (
     ENTRY,
-    EXACT,
     LOG2E,
     closed_chunks,
     load_rows,
@@ -94,13 +93,13 @@ def _above(
 ):
     """(PAGES, rows) bool: does the log-sum-exp of a page's balls' scores exceed the row's bar."""
     if CAP:
-        slope = tanh(tl.dot(mean, queries, input_precision=EXACT) * (scale / softcap))
+        slope = tanh(tl.dot(mean, queries) * (scale / softcap))
         bend = 1.0 - slope * slope
-        scores = slope * softcap + tl.dot(spread, squares, input_precision=EXACT) * bend * bend
+        scores = slope * softcap + tl.dot(spread, squares) * bend * bend
         unit = 1.0
     else:
-        scores = tl.dot(mean, queries, input_precision=EXACT)
-        scores = tl.dot(spread, squares, scores, input_precision=EXACT)
+        scores = tl.dot(mean, queries)
+        scores = tl.dot(spread, squares, scores)
         unit = scale
     bar = bar - LOG_BALL / unit
     if BALLS_PAD == 1:

@@ -5,7 +5,7 @@ import math
 import torch
 import triton
 
-from llama_surgery.attention.impl.triton.helpers import LN2
+from llama_surgery.attention.impl.triton.helpers import LN2, product_options
 from llama_surgery.attention.impl.triton.job import Job, Strip
 from llama_surgery.attention.impl.triton.launch import (
     ScoreShape,
@@ -56,6 +56,7 @@ def tile_bars(job: Job, strip: Strip, totals: torch.Tensor) -> torch.Tensor:
         BLOCK_PAGES=constants["BLOCK_BALLS"] // constants["BALLS_PAD"],
         **{name: constants[name] for name in shared},
         num_stages=1,
+        **product_options(job.queries),
     )
     return totals + _between(shares, job.config.pages_per_row)[..., None]
 

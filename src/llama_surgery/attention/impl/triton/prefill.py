@@ -8,7 +8,7 @@ import torch
 import triton
 
 from llama_surgery.attention.impl.triton.attend_kernel import attend_kernel
-from llama_surgery.attention.impl.triton.helpers import device_of
+from llama_surgery.attention.impl.triton.helpers import device_of, product_options
 from llama_surgery.attention.impl.triton.job import (
     Job,
     Level,
@@ -341,6 +341,7 @@ def attend_strip(
         CAP=job.softcap is not None,
         num_warps=job.tuning.attend_warps,
         num_stages=job.tuning.attend_stages,
+        **product_options(job.queries),
     )
 
 

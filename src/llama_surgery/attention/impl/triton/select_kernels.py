@@ -10,7 +10,6 @@ import triton
 import triton.language as tl
 
 from llama_surgery.attention.impl.triton.helpers import (
-    EXACT,
     FLOOR,
     LOG2E,
     ball_scores,
@@ -148,13 +147,13 @@ def totals_kernel(
                 masked += tl.maximum(seen, 0) // BLOCK_NEAR * BLOCK_NEAR
                 for block in range(least * CHUNK, masked, BLOCK_NEAR):
                     k = near_k.load([stream, block - near_start, 0]).reshape(BLOCK_NEAR, DIM_PAD)
-                    products = tl.dot(q, tl.trans(k), input_precision=EXACT)
+                    products = tl.dot(q, tl.trans(k))
                     logits = cap_logits(products, scale, softcap, CAP) * factor
                     total, top = sum_step(total, top, logits)
             for block in range(masked, end, BLOCK_NEAR):
                 key = block + tl.arange(0, BLOCK_NEAR)
                 k = near_k.load([stream, block - near_start, 0]).reshape(BLOCK_NEAR, DIM_PAD)
-                products = tl.dot(q, tl.trans(k), input_precision=EXACT)
+                products = tl.dot(q, tl.trans(k))
                 logits = cap_logits(products, scale, softcap, CAP) * factor
                 visible = (key[None, :] >= (closed * CHUNK)[:, None]) & (key[None, :] <= position[:, None])
                 total, top = sum_step(total, top, tl.where(visible, logits, float("-inf")))

@@ -5,6 +5,7 @@ import math
 import torch
 import triton
 
+from llama_surgery.attention.impl.triton.helpers import product_options
 from llama_surgery.attention.impl.triton.job import Job, Strip, feature_parts
 from llama_surgery.attention.impl.triton.launch import (
     ScoreShape,
@@ -88,4 +89,5 @@ def summarise_strip(
         **{name: constants[name] for name in ("DIM", "DIM_PAD", "SPREAD", "SPREAD_PAD")},
         num_warps=max(8, job.tuning.attend_warps),
         num_stages=1,
+        **product_options(job.queries),
     )

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 import triton
 
-from llama_surgery.attention.impl.triton.helpers import device_of
+from llama_surgery.attention.impl.triton.helpers import device_of, product_options
 from llama_surgery.attention.impl.triton.job import STRIP_BYTES
 from llama_surgery.attention.impl.triton.token_mask_kernels import (
     ball_kernel,
@@ -78,6 +78,7 @@ def attend(
         "CAP": softcap is not None,
         "num_warps": tuning.attend_warps,
         "num_stages": tuning.attend_stages,
+        **product_options(queries),
     }
     near_out = queries.new_empty(batch, heads, rows, value_dim, dtype=torch.float32)
     near_lse = near_out.new_empty(batch, heads, rows)

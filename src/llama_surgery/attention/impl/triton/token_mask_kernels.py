@@ -4,7 +4,6 @@ import triton
 import triton.language as tl
 
 from llama_surgery.attention.impl.triton.helpers import (
-    EXACT,
     FLOOR,
     LN2,
     LOG2E,
@@ -91,7 +90,7 @@ def window_kernel(
         key = begin + tl.arange(0, PAGE)
         k = load_rows(k_base, key, k_row, key < end, DIM, DIM_PAD, True)
         v = load_rows(v_base, key, v_row, key < end, VALUE_DIM, VALUE_PAD, True)
-        products = cap_logits(tl.dot(q, tl.trans(k), input_precision=EXACT), scale, softcap, CAP)
+        products = cap_logits(tl.dot(q, tl.trans(k)), scale, softcap, CAP)
         visible = (key[None, :] > position[:, None] - window) & (key[None, :] <= position[:, None])
         products = tl.where(visible, products, float("-inf"))
         acc, total, top = softmax_step(acc, total, top, products, factor, v, live, False)
@@ -214,7 +213,7 @@ def ball_kernel(
         key = tl.load(key_order_ptr + wide_head * slots + slot, mask=slot < slots, other=0)
         k = load_rows(k_base, key, k_row, slot < slots, DIM, DIM_PAD, True)
         v = load_rows(v_base, key, v_row, slot < slots, VALUE_DIM, VALUE_PAD, True)
-        products = cap_logits(tl.dot(q, tl.trans(k), input_precision=EXACT), scale, softcap, CAP)
+        products = cap_logits(tl.dot(q, tl.trans(k)), scale, softcap, CAP)
         visible = (slot[None, :] >= low[:, None]) & (slot[None, :] < high[:, None])
         products = tl.where(visible, products, float("-inf"))
         acc, total, top = softmax_step(acc, total, top, products, factor, v, live, False)

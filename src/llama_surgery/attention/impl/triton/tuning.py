@@ -63,8 +63,12 @@ def family_of(device: torch.device) -> str:
     return f"sm{properties.major}{properties.minor}"
 
 
-def tuning_for(family: str, head_dim: int, element_size: int) -> Tuning:
-    """The configuration for a family, shrunk where wide or long elements need more shared memory."""
+def tuning_for(family: str, head_dim: int, element_size: int, exact: bool = False) -> Tuning:
+    """The configuration for a family, shrunk where wide or long elements need more shared memory.
+
+    ``exact`` products of float32 are made without matrix units on NVIDIA's GPUs, from factors that every
+    thread keeps in registers: selection then takes small matrix tiles, whose factors fit.
+    """
     tuning = TABLE.get(family, Tuning())
     bytes_per_row = head_dim * element_size
     if bytes_per_row > 256:
@@ -91,4 +95,6 @@ def tuning_for(family: str, head_dim: int, element_size: int) -> Tuning:
             totals_stages=1,
             attend_warps=4,
         )
+    if exact and family.startswith("sm"):
+        tuning = dataclasses.replace(tuning, score_rows=32, block_balls=16, score_warps=4, totals_warps=4)
     return tuning
