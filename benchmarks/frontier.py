@@ -87,6 +87,16 @@ def variants() -> list[tuple[SurgeryConfig, float]]:
             chunk_size=chunk,
             window=window,
         )
+    for target in (0.06, 0.03):
+        add(target, directions="subspace")
+        add(
+            target,
+            **gpu,
+            moment_size=64,
+            variance_pool=8,
+            coarse_totals=True,
+            directions="subspace",
+        )
     for change in ({"moment_size": 32}, {"directions": "position"}, {"window": 128}, {"chunk_size": 2048}):
         add(0.06, tile=1, **change)
     for tile in (32, 1):

@@ -7,7 +7,7 @@ from typing import Any, Literal, get_args
 from llama_surgery.errors import SurgeryError
 
 Topology = Literal["pages", "dense"]
-Directions = Literal["principal", "position"]
+Directions = Literal["principal", "subspace", "position"]
 Summary = Literal["none", "chunk", "page", "ball"]
 Backend = Literal["auto", "reference", "gather", "flex", "triton"]
 
@@ -27,7 +27,8 @@ class SurgeryConfig:
             ``tile``. A call of one token on a non-empty cache (a decode step) is a tile of one.
         arity: Children of a tree node.
         directions: How a node's keys are ordered before they are split: along their own first
-            ``principal`` direction, or by ``position`` (pages in original order).
+            ``principal`` direction; along their principal direction in the ``subspace`` of their chunk's
+            four leading directions, which costs a fraction; or by ``position`` (pages in original order).
         theta: A row opens a page whose expected share of some head's attention exceeds this, in
             tiles of ``tile`` queries. 0 opens everything.
         theta_decode: The same for tiles of one query. With ``tile=1`` it must equal ``theta``.

@@ -5,7 +5,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llama_surgery.topology.tree import distances, paths, principal_direction, tree_order
+from llama_surgery.topology.tree import (
+    SUBSPACE,
+    distances,
+    paths,
+    principal_direction,
+    subspace_coordinates,
+    tree_order,
+)
 
 #: (arity, depth, page_size): chunks of 3 to 81 keys.
 SHAPES = [(2, 1, 3), (2, 3, 4), (2, 4, 1), (3, 2, 4), (3, 3, 3), (4, 2, 4), (4, 1, 2), (2, 0, 6)]
@@ -23,10 +30,13 @@ def chunks(draw):
     return keys, arity, depth, page
 
 
-@given(chunks())
-def test_every_key_is_in_exactly_one_full_page_and_offsets_ascend_inside(chunk):
+directions = st.sampled_from(["principal", "subspace"])
+
+
+@given(chunks(), directions)
+def test_every_key_is_in_exactly_one_full_page_and_offsets_ascend_inside(chunk, rule):
     keys, arity, _, page = chunk
-    order = tree_order(keys, page, arity, "principal")
+    order = tree_order(keys, page, arity, rule)
     assert torch.equal(order.sort(-1).values, torch.arange(keys.shape[1]).expand_as(order))
     inside = order.unflatten(-1, (-1, page))
     assert (inside.diff(dim=-1) > 0).all()
@@ -60,19 +70,19 @@ def test_distances_are_an_ultrametric(chunk):
     assert (d <= through).all()
 
 
-@given(chunks())
-def test_the_order_is_deterministic_and_a_chunk_does_not_see_its_neighbours(chunk):
+@given(chunks(), directions)
+def test_the_order_is_deterministic_and_a_chunk_does_not_see_its_neighbours(chunk, rule):
     keys, arity, _, page = chunk
-    order = tree_order(keys, page, arity, "principal")
-    assert torch.equal(order, tree_order(keys.clone(), page, arity, "principal"))
+    order = tree_order(keys, page, arity, rule)
+    assert torch.equal(order, tree_order(keys.clone(), page, arity, rule))
     for stream in range(len(keys)):
-        assert torch.equal(order[stream], tree_order(keys[stream], page, arity, "principal"))
+        assert torch.equal(order[stream], tree_order(keys[stream], page, arity, rule))
 
 
-@given(chunks())
-def test_equal_keys_are_split_by_position(chunk):
+@given(chunks(), directions)
+def test_equal_keys_are_split_by_position(chunk, rule):
     keys, arity, _, page = chunk
-    leaf = paths(tree_order(keys, page, arity, "principal"), page, arity)
+    leaf = paths(tree_order(keys, page, arity, rule), page, arity)
     weights = arity ** torch.arange(leaf.shape[-1] - 1, -1, -1)
     leaf = (leaf * weights).sum(-1)
     for stream in range(len(keys)):
@@ -83,10 +93,11 @@ def test_equal_keys_are_split_by_position(chunk):
 
 @pytest.mark.parametrize(("arity", "depth", "page"), SHAPES)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
-def test_keys_that_are_all_equal_stay_in_order(arity, depth, page, dtype):
+@pytest.mark.parametrize("rule", ["principal", "subspace"])
+def test_keys_that_are_all_equal_stay_in_order(arity, depth, page, dtype, rule):
     size = page * arity**depth
     keys = torch.full((1, size, 5), 0.75, dtype=dtype)
-    assert tree_order(keys, page, arity, "principal").tolist() == [list(range(size))]
+    assert tree_order(keys, page, arity, rule).tolist() == [list(range(size))]
 
 
 @given(chunks())
@@ -107,6 +118,28 @@ def test_every_split_orders_children_along_the_principal_direction(chunk):
         projection = centred @ principal_direction(centred)
         children = projection[order[stream]].unflatten(0, (arity, -1))
         assert (children[:-1].amax(-1) <= children[1:].amin(-1) + 1e-12).all()
+
+
+@given(chunks())
+def test_splits_in_the_subspace_follow_the_principal_direction_there(chunk):
+    keys, arity, _, page = chunk
+    order = tree_order(keys, page, arity, "subspace")
+    assert torch.equal(order, tree_order(subspace_coordinates(keys), page, arity, "principal"))
+
+
+@given(st.integers(0, 2**31), st.integers(0, SUBSPACE), st.sampled_from([5, 16]))
+def test_the_subspace_holds_what_varies_in_few_directions(seed, rank, dim):
+    """Coordinates are those of an orthonormal basis: they keep all distances of keys of a low rank."""
+    generator = torch.Generator().manual_seed(seed)
+    along = torch.randn(48, rank, generator=generator, dtype=torch.float64) * 3.0 ** -torch.arange(rank)
+    keys = 5 + along @ torch.randn(rank, dim, generator=generator, dtype=torch.float64)
+    coordinates = subspace_coordinates(keys)
+    assert coordinates.shape == (48, SUBSPACE)
+    torch.testing.assert_close(
+        torch.cdist(coordinates, coordinates), torch.cdist(keys, keys), atol=1e-2, rtol=1e-2
+    )
+    spread = coordinates.var(0)
+    assert (spread[rank:] <= 1e-5 * spread.sum()).all()
 
 
 @given(st.integers(0, 2**31), st.sampled_from([2, 5, 16]))

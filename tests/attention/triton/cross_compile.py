@@ -60,7 +60,7 @@ KERNELS = {
     prefill: ("totals_kernel", "list_kernel", "descend_kernel", "attend_kernel"),
     page_count: ("share_kernel",),
     summary: ("summary_kernel",),
-    layout: ("map_kernel", "split_kernel", "arrange_kernel"),
+    layout: ("map_kernel", "split_kernel", "tree_kernel", "arrange_kernel"),
     job: ("feature_kernel",),
     backward_pass: (
         "query_gradient_kernel",
@@ -225,7 +225,9 @@ def compile_all(
     keys = states[:, 0].contiguous()
     built = build_layout(keys[:, :1536], keys[:, :1536], config)
     learned = corrections(8, heads, head_dim)
-    layout.build_layout(keys[:, :1536], keys[:, :1536], config, learned)
+    subspace = dataclasses.replace(config, directions="subspace")
+    for rule in (config, subspace):
+        layout.build_layout(keys[:, :1536], keys[:, :1536], rule, learned)
     extra: dict[str, Any] = {"softcap": 50.0, "sink_logit": torch.zeros(8, heads)} if wide else {}
     pooled = dataclasses.replace(config, variance_pool=8, summary="page")
     by_ball = dataclasses.replace(config, summary="ball")

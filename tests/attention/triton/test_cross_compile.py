@@ -20,6 +20,7 @@ KERNELS = {
     "summary_kernel",
     "map_kernel",
     "split_kernel",
+    "tree_kernel",
     "arrange_kernel",
     "feature_kernel",
     "query_gradient_kernel",

@@ -32,7 +32,12 @@ def states(chunks: int, dim: int, size: int, device: torch.device, seed: int = 0
         CONFIG,
         dataclasses.replace(CONFIG, moment_size=4),
         dataclasses.replace(CONFIG, directions="position"),
+        dataclasses.replace(CONFIG, directions="subspace", page_size=8, moment_size=8),
+        dataclasses.replace(CONFIG, directions="subspace", moment_size=2),
         SurgeryConfig(chunk_size=108, page_size=12, window=12, tile=12, arity=3, moment_size=4),
+        SurgeryConfig(
+            chunk_size=108, page_size=12, window=12, tile=12, arity=3, moment_size=4, directions="subspace"
+        ),
         SurgeryConfig(chunk_size=32, page_size=32, window=32, tile=32, moment_size=32),
     ],
 )

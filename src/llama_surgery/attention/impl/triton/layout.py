@@ -1,4 +1,4 @@
-"""Layout on a GPU: tree order, reordered keys and values, moments. One launch per level, then one."""
+"""Layout on a GPU: tree order, reordered keys and values, moments."""
 
 import torch
 import triton
@@ -6,10 +6,11 @@ import triton
 from llama_surgery.attention.impl.triton.helpers import device_of
 from llama_surgery.attention.impl.triton.layout_kernels import arrange_kernel, split_kernel
 from llama_surgery.attention.impl.triton.map_kernel import map_kernel
+from llama_surgery.attention.impl.triton.tree_kernel import tree_kernel
 from llama_surgery.config import SurgeryConfig
 from llama_surgery.topology.layout import Layout, Moments
 from llama_surgery.topology.router import PageRouter
-from llama_surgery.topology.tree import POWER_STEPS
+from llama_surgery.topology.tree import POWER_STEPS, ROUNDING, SUBSPACE, tree_order
 
 #: Keys that are held at once.
 BLOCK = 64
@@ -41,38 +42,8 @@ def build_layout(
     value_dim = values.shape[-1]
     keys, values = (x if x.stride(-1) == 1 else x.contiguous() for x in (keys.detach(), values))
     dim_pad, value_pad = (max(16, triton.next_power_of_2(d)) for d in (dim, value_dim))
-    offsets = torch.arange(config.chunk_size, dtype=torch.int32, device=keys.device)
-    order = offsets.repeat(streams, slots // config.chunk_size)
     with device_of(keys):
-        if config.directions == "principal":
-            children, projections = torch.empty_like(order), torch.empty_like(order, dtype=torch.float32)
-            seen = _mapped(keys, router)
-            node = config.chunk_size
-            while node > config.ball_size:
-                node_pad = triton.next_power_of_2(node)
-                held = BLOCK if dim_pad <= WIDEST_GRAM else node_pad
-                split_kernel[(slots // node, streams)](
-                    seen,
-                    order,
-                    children,
-                    projections,
-                    *seen.stride()[:2],
-                    slots,
-                    CHUNK=config.chunk_size,
-                    NODE=node,
-                    NODE_PAD=node_pad,
-                    BLOCK=max(16, min(held, node_pad)),
-                    ARITY=config.arity,
-                    DIM=dim,
-                    DIM_PAD=dim_pad,
-                    STEPS=POWER_STEPS,
-                    # Loads ahead would be wrong: for loads by way of ``order`` Triton (3.6, 3.9) keeps one
-                    # buffer, and fills it while Hopper's matrix units still read it.
-                    num_stages=1,
-                    num_warps=SPLIT_WARPS[0] if node > BLOCK else SPLIT_WARPS[1],
-                )
-                order, children = children, order
-                node //= config.arity
+        order = _order(keys, config, router)
         ball = config.ball_size
         ball_pad = triton.next_power_of_2(ball)
         balls = max(1, BLOCK // ball_pad)
@@ -105,6 +76,81 @@ def build_layout(
             VALUE_PAD=value_pad,
         )
     return layout
+
+
+def _order(keys: torch.Tensor, config: SurgeryConfig, router: PageRouter | None) -> torch.Tensor:
+    """Tree order of every chunk: (streams, slots) int32 offsets."""
+    streams, slots, dim = keys.shape
+    chunk, ball = config.chunk_size, config.ball_size
+    offsets = torch.arange(chunk, dtype=torch.int32, device=keys.device)
+    order = offsets.repeat(streams, slots // chunk)
+    if config.directions == "position" or ball == chunk:
+        return order
+    keys = _mapped(keys, router)
+    if config.directions == "subspace":
+        if dim > WIDEST_GRAM:
+            chunked = keys.unflatten(1, (-1, chunk))
+            return tree_order(chunked, ball, config.arity, config.directions).flatten(1, 2).int()
+        return _subspace_order(keys, order, config)
+    dim_pad = max(16, triton.next_power_of_2(dim))
+    children, projections = torch.empty_like(order), torch.empty_like(order, dtype=torch.float32)
+    node = chunk
+    while node > ball:
+        node_pad = triton.next_power_of_2(node)
+        held = BLOCK if dim_pad <= WIDEST_GRAM else node_pad
+        split_kernel[(slots // node, streams)](
+            keys,
+            order,
+            children,
+            projections,
+            *keys.stride()[:2],
+            slots,
+            CHUNK=chunk,
+            NODE=node,
+            NODE_PAD=node_pad,
+            BLOCK=max(16, min(held, node_pad)),
+            ARITY=config.arity,
+            DIM=dim,
+            DIM_PAD=dim_pad,
+            STEPS=POWER_STEPS,
+            # Loads ahead would be wrong: for loads by way of ``order`` Triton (3.6, 3.9) keeps one
+            # buffer, and fills it while Hopper's matrix units still read it.
+            num_stages=1,
+            num_warps=SPLIT_WARPS[0] if node > BLOCK else SPLIT_WARPS[1],
+        )
+        order, children = children, order
+        node //= config.arity
+    return order
+
+
+def _subspace_order(keys: torch.Tensor, order: torch.Tensor, config: SurgeryConfig) -> torch.Tensor:
+    """The same, of all levels in one launch; ``order`` is room for it."""
+    (streams, slots, dim), chunk = keys.shape, config.chunk_size
+    levels, node = 0, chunk
+    while node > config.ball_size:
+        levels, node = levels + 1, node // config.arity
+    other = torch.empty_like(order)
+    here, there = (keys.new_empty(SUBSPACE, streams, slots, dtype=torch.float32) for _ in range(2))
+    tree_kernel[(slots // chunk, streams)](
+        keys,
+        order,
+        other,
+        here,
+        there,
+        *keys.stride()[:2],
+        slots,
+        CHUNK=chunk,
+        BLOCK=max(16, min(BLOCK, triton.next_power_of_2(chunk))),
+        ARITY=config.arity,
+        LEVELS=levels,
+        DIM=dim,
+        DIM_PAD=max(16, triton.next_power_of_2(dim)),
+        STEPS=POWER_STEPS,
+        ROUNDING=ROUNDING,
+        num_stages=1,
+        num_warps=SPLIT_WARPS[0],
+    )
+    return other if levels % 2 else order
 
 
 def _mapped(keys: torch.Tensor, router: PageRouter | None) -> torch.Tensor:
