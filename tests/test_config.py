@@ -15,7 +15,7 @@ from llama_surgery.config import CONFIG_VERSION
     ("changes", "message"),
     [
         ({"topology": "ring"}, "topology='ring': allowed are pages, dense"),
-        ({"directions": "random"}, "directions='random': allowed are principal, position"),
+        ({"directions": "random"}, "directions='random': allowed are principal, subspace, position"),
         ({"backend": "cuda"}, "backend='cuda': allowed are auto, reference, gather"),
         ({"chunk_size": 0}, "chunk_size=0: must be a whole number of at least 1"),
         ({"chunk_size": 512.0}, "chunk_size=512.0: must be a whole number"),
