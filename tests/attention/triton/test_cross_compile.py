@@ -81,10 +81,10 @@ def compile_for(target: str, *options: str) -> list[dict[str, object]]:
     return [json.loads(line) for line in run.stdout.splitlines()]
 
 
-def check(target: str, *options: str) -> None:
+def check(target: str, *options: str, without: frozenset[str] = frozenset()) -> None:
     rows = compile_for(target, *options)
     names = {row["kernel"] for row in rows}
-    assert names == KERNELS
+    assert names == KERNELS - without
     for row in rows:
         assert {"cubin", "hsaco"} & set(row["forms"]), row  # type: ignore[arg-type]
         assert row["shared"] <= SHARED[target], row  # type: ignore[operator]
@@ -102,7 +102,9 @@ def test_targets(target: str) -> None:
 @pytest.mark.parametrize("target", ["cuda:89", "cuda:90"])
 @pytest.mark.parametrize("head_dim", [80, 256])
 def test_head_dims(target: str, head_dim: int) -> None:
-    check(target, "--head-dim", str(head_dim))
+    # The covariance of more channels than 128 fits no program: plain PyTorch makes that order.
+    without = {"tree_kernel"} if head_dim > 128 else set()
+    check(target, "--head-dim", str(head_dim), without=frozenset(without))
 
 
 @pytest.mark.slow
@@ -123,8 +125,9 @@ def test_hopper_uses_its_matrix_units_and_waits_for_them() -> None:
 @pytest.mark.timeout(660)
 def test_single_precision_is_rounded_where_tf32_will_do() -> None:
     rows = compile_for("cuda:90", "--head-dim", "64", "--dtype", "float32", "--tf32")
-    gradients = {"query_gradient_kernel", "near_gradient_kernel", "far_gradient_kernel"}
-    rounded = KERNELS - WITHOUT_PRODUCTS - {"map_kernel"} - gradients
+    of_layout = {"map_kernel", "tree_kernel"}
+    of_gradients = {"query_gradient_kernel", "near_gradient_kernel", "far_gradient_kernel"}
+    rounded = KERNELS - WITHOUT_PRODUCTS - of_layout - of_gradients
     assert {row["kernel"] for row in rows if row["tf32"]} == rounded
     assert not [row["kernel"] for row in rows if row["filled_while_read"]]
     assert all(row["shared"] <= SHARED["cuda:90"] for row in rows)  # type: ignore[operator]

@@ -54,6 +54,13 @@ def test_layout_is_the_plain_one(config: SurgeryConfig, dim: int, device: torch.
         )
 
 
+def test_wide_heads_have_a_subspace_too(device: torch.device) -> None:
+    config = dataclasses.replace(CONFIG, directions="subspace")
+    keys = states(2, 144, config.chunk_size, device)
+    got, expected = build_layout(keys, keys, config), plain.build_layout(keys, keys, config)
+    assert torch.equal(got.order, expected.order) and torch.equal(got.keys, expected.keys)
+
+
 @pytest.mark.usefixtures("poisoned")
 def test_the_tree_sees_mapped_keys(device: torch.device) -> None:
     """Two sequences of two KV heads, each of which has a map of its own."""
@@ -77,7 +84,8 @@ def test_strided_views_give_the_same_layout(device: torch.device) -> None:
 def test_equal_keys_stay_in_order(dtype: torch.dtype, device: torch.device) -> None:
     if dtype == torch.bfloat16 and device.type == "cpu":
         pytest.skip("Triton's interpreter does not know bfloat16")
-    for config in (CONFIG, SurgeryConfig(chunk_size=256, page_size=64, window=32, tile=16)):
+    large = SurgeryConfig(chunk_size=256, page_size=64, window=32, tile=16)
+    for config in (CONFIG, large, dataclasses.replace(large, directions="subspace")):
         keys = torch.full((1, config.chunk_size, 20), 0.7, dtype=dtype, device=device)
         order = build_layout(keys, keys, config).order
         assert order.flatten().tolist() == list(range(config.chunk_size))
@@ -97,11 +105,13 @@ def test_ties_are_broken_by_position_and_splits_follow_the_direction(device: tor
             assert along[0].max() <= along[1].min() + 1e-5
 
 
+@pytest.mark.parametrize("directions", ["principal", "subspace"])
 @pytest.mark.parametrize("mapped", [False, True])
-def test_a_chunk_does_not_see_its_neighbours(mapped: bool, device: torch.device) -> None:
+def test_a_chunk_does_not_see_its_neighbours(mapped: bool, directions: str, device: torch.device) -> None:
+    config = dataclasses.replace(CONFIG, directions=directions)  # type: ignore[arg-type]
     keys = states(3, 24, CONFIG.chunk_size, device)
     router = PageRouter(key_map=states(1, 24, 24, device, 2)) if mapped else None
-    whole = build_layout(keys, keys, CONFIG, router)
-    alone = build_layout(keys[:, 64:128], keys[:, 64:128], CONFIG, router)
+    whole = build_layout(keys, keys, config, router)
+    alone = build_layout(keys[:, 64:128], keys[:, 64:128], config, router)
     assert torch.equal(whole.order[:, 1:2], alone.order)
     assert torch.equal(whole.moments.variance[:, 8:16], alone.moments.variance)
