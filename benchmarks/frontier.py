@@ -40,8 +40,9 @@ def variants() -> list[tuple[SurgeryConfig, float]]:
             for target in (0.06, 0.03):
                 add(target, tile=tile, page_size=page)
     gpu = {"page_size": 64}
+    cheap = gpu | {"moment_size": 64, "variance_pool": 8, "coarse_totals": True}
     for change in (
-        gpu | {"moment_size": 64, "variance_pool": 8, "coarse_totals": True},
+        cheap,
         gpu | {"moment_size": 64, "variance_pool": 8},
         gpu | {"moment_size": 16, "variance_pool": 8, "coarse_totals": True},
         {"variance_pool": 8},
@@ -78,25 +79,11 @@ def variants() -> list[tuple[SurgeryConfig, float]]:
         (512, 192, 0.05945), (256, 192, 0.08923), (256, 128, 0.10436),
         (128, 192, 0.10436), (256, 64, 0.1195), (128, 128, 0.1195),
     ):  # fmt: skip
-        add(
-            target,
-            **gpu,
-            moment_size=64,
-            variance_pool=8,
-            coarse_totals=True,
-            chunk_size=chunk,
-            window=window,
-        )
+        add(target, **cheap, chunk_size=chunk, window=window)
     for target in (0.06, 0.03):
         add(target, directions="subspace")
-        add(
-            target,
-            **gpu,
-            moment_size=64,
-            variance_pool=8,
-            coarse_totals=True,
-            directions="subspace",
-        )
+        add(target, **cheap, directions="subspace")
+    add(0.03, **cheap)
     for change in ({"moment_size": 32}, {"directions": "position"}, {"window": 128}, {"chunk_size": 2048}):
         add(0.06, tile=1, **change)
     for tile in (32, 1):

@@ -28,7 +28,8 @@ class SurgeryConfig:
         arity: Children of a tree node.
         directions: How a node's keys are ordered before they are split: along their own first
             ``principal`` direction; along their principal direction in the ``subspace`` of their chunk's
-            four leading directions, which costs a fraction; or by ``position`` (pages in original order).
+            four leading directions, for which a chunk's keys are read twice, not twice a level; or by
+            ``position`` (pages in original order).
         theta: A row opens a page whose expected share of some head's attention exceeds this, in
             tiles of ``tile`` queries. 0 opens everything.
         theta_decode: The same for tiles of one query. With ``tile=1`` it must equal ``theta``.
@@ -170,11 +171,15 @@ class SurgeryConfig:
     @property
     def depth(self) -> int:
         """Digits of a page's path: splits from the chunk down to a page."""
-        depth, size = 0, self.page_size
+        return self.levels(self.page_size)
+
+    def levels(self, size: int) -> int:
+        """Splits from the chunk down to balls of ``size`` keys."""
+        levels = 0
         while size < self.chunk_size:
             size *= self.arity
-            depth += 1
-        return depth
+            levels += 1
+        return levels
 
     @property
     def ball_size(self) -> int:

@@ -13,7 +13,6 @@ from llama_surgery.config import Directions
 #: choice; others have not been measured.
 POWER_STEPS = 8
 
-
 #: Directions of a chunk that ``directions="subspace"`` knows keys by.
 SUBSPACE = 4
 

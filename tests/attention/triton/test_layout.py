@@ -54,6 +54,14 @@ def test_layout_is_the_plain_one(config: SurgeryConfig, dim: int, device: torch.
         )
 
 
+def test_large_chunks_are_split_in_their_subspace_as_plainly(device: torch.device) -> None:
+    config = SurgeryConfig(directions="subspace")
+    keys = states(1, 128, config.chunk_size, device)
+    for given in (keys, keys.half()):
+        got, expected = (build(given, given, config).order for build in (build_layout, plain.build_layout))
+        assert torch.equal(got, expected)
+
+
 def test_wide_heads_have_a_subspace_too(device: torch.device) -> None:
     config = dataclasses.replace(CONFIG, directions="subspace")
     keys = states(2, 144, config.chunk_size, device)

@@ -30,10 +30,7 @@ def tf32() -> Iterator[None]:
 
 
 def check(rough: torch.Tensor, exact: torch.Tensor, most: float = 4e-3) -> None:
-    """TF32 keeps ten bits of a factor: exact attention to keys and values cut to those is off by 2.3e-3.
-
-    Were nothing lost at all, it had not been used.
-    """
+    """TF32 keeps ten bits of a factor. Were nothing lost at all, it had not been used."""
     assert torch.isfinite(rough).all()
     assert 1e-5 < (rough - exact).norm() / exact.norm() < most
 
@@ -51,7 +48,7 @@ def test_prompts(dim: int, theta: float, summary: str, device: torch.device) -> 
     again = prefill.attend(**given, config=config)  # type: ignore[arg-type]
     pages, wanted = (sum(int(plan.counts.sum()) for plan in result.plans) for result in (rough, exact))
     assert abs(pages - wanted) <= 0.002 * wanted
-    # With factors cut to ten bits before exact selection, single rows see other pages: off by 2.8e-2.
+    # Where a share is close to θ, single rows see other pages.
     check(rough.out, exact.out, 4e-3 if theta == 0 else 5e-2)
     assert torch.equal(again.out, exact.out)
 

@@ -126,9 +126,7 @@ def _order(keys: torch.Tensor, config: SurgeryConfig, router: PageRouter | None)
 def _subspace_order(keys: torch.Tensor, order: torch.Tensor, config: SurgeryConfig) -> torch.Tensor:
     """The same, of all levels in one launch; ``order`` is room for it."""
     (streams, slots, dim), chunk = keys.shape, config.chunk_size
-    levels, node = 0, chunk
-    while node > config.ball_size:
-        levels, node = levels + 1, node // config.arity
+    levels = config.levels(config.ball_size)
     other = torch.empty_like(order)
     here, there = (keys.new_empty(SUBSPACE, streams, slots, dtype=torch.float32) for _ in range(2))
     tree_kernel[(slots // chunk, streams)](
