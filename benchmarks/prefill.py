@@ -84,9 +84,10 @@ def _job(data: Data, density: float) -> tuple[Job, Strip, torch.Tensor]:
 
 
 def tune(length: int, seconds: float) -> None:
-    """Times launch configurations of selection, of attention and of layout; prints the best."""
+    """Times launch configurations of layout and of the portable kernels; prints the best."""
     deadline, data = Deadline(seconds), make_data(length, CUDA, torch.bfloat16)
     job, strip, totals = _job(data, 0.05)
+    job = dataclasses.replace(job, tuning=dataclasses.replace(job.tuning, specialised=False))
     plan = prefill.list_pages(job, strip, totals)
     out, lse = torch.empty_like(data.queries), torch.empty(data.queries.shape[:3], device=CUDA)
     calls: dict[str, Callable[[Job], object]] = {

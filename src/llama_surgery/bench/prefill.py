@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from llama_surgery.attention.impl.triton import prefill
+from llama_surgery.attention.impl.triton import hopper, prefill
 from llama_surgery.attention.impl.triton.job import Job, make_job, make_levels
 from llama_surgery.attention.impl.triton.layout import build_layout
 from llama_surgery.attention.impl.triton.tiled_plan import ENTRY, TiledPlan
@@ -154,13 +154,17 @@ class _Timed:
         if self.setting.flex and self.length < FLEX_LIMIT and self.device.type == "cuda":
             self.time_flex(result.plans)
 
-    def add(self, part: str, call: Callable[[], Any], pairs: float | None = None) -> None:
-        measured = _measure(call, self.device)
+    def add(
+        self, part: str, call: Callable[[], Any], pairs: float | None = None, *, less: float = 0.0
+    ) -> float:
+        """Time a part; returns its median in milliseconds. ``less`` of them are something else's in it."""
+        measured = {name: ms - less for name, ms in _measure(call, self.device).items()}
         rate = {} if pairs is None else _rate(pairs, measured)
         self.rows.add(**self.label, part=part, **measured, **rate)
+        return measured["p50_ms"]
 
     def time_parts(self, plans: list[TiledPlan], near_pairs: int) -> None:
-        """Layout, features, totals, lists, near field and far pages, each alone."""
+        """Layout, features, selection and the near field, each alone, and what far pages add to the last."""
         data, job, config = self.data, self.job, self.config
         strips = list(job.strips())
         far = [strip for strip in strips if strip.pages]
@@ -177,30 +181,36 @@ class _Timed:
             for strip, total in zip(far, self.totals, strict=True):
                 prefill.list_pages(job, strip, total)
 
-        def attention(plans: list[TiledPlan], near: bool = True, pages: bool = True) -> None:
+        def selection() -> None:
+            for strip in far:
+                prefill.select(job, strip)
+
+        def attention(plans: list[TiledPlan], pages: bool = True) -> None:
             left = iter(plans)
             for strip in strips:
                 plan = next(left) if strip.pages else None
-                if near or plan is not None:
-                    prefill.attend_strip(job, strip, plan if pages else None, out, lse, near=near)
+                prefill.attend_strip(job, strip, plan if pages else None, out, lse)
 
         attention(plans)
         case.check_tiles(job, plans, out)
         far_pairs = case.executed_pairs(plans, config.page_size)
         self.add("layout", lambda: build_layout(data.keys, data.values, config))
         self.add("features", lambda: make_levels(moments, config, data.keys.dtype))
-        self.add("totals, near field", lambda: totals(far=False))
-        self.add("totals, pages", lambda: totals(near=False))
-        self.add("totals", totals)
-        self.add("lists", lists)
-        self.add("near field", lambda: attention(plans, pages=False), near_pairs)
-        self.add("far pages", lambda: attention(plans, near=False), far_pairs)
+        if hopper.selects(job):
+            self.add("selection", selection)
+        else:
+            self.add("totals, near field", lambda: totals(far=False))
+            self.add("totals, pages", lambda: totals(near=False))
+            self.add("totals", totals)
+            self.add("lists", lists)
+        near = self.add("near field", lambda: attention(plans, pages=False), near_pairs)
+        self.add("far pages", lambda: attention(plans), far_pairs, less=near)
         self.add("near field and far pages", lambda: attention(plans), near_pairs + far_pairs)
         scattered = case.scattered_plans(job, plans, self.setting.density)
         attention(scattered)
         case.check_tiles(job, scattered, out)
         pairs = case.executed_pairs(scattered, config.page_size)
-        self.add("far pages, scattered", lambda: attention(scattered, near=False), pairs)
+        self.add("far pages, scattered", lambda: attention(scattered), pairs, less=near)
 
     def time_flex(self, plans: list[TiledPlan]) -> None:
         """FlexAttention knows no first-open rows: a page is open for a whole tile."""

@@ -15,6 +15,8 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.experimental.gluon._runtime import GluonASTSource
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor as GluonDescriptor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from llama_surgery.attention.impl.triton import (
@@ -24,6 +26,9 @@ from llama_surgery.attention.impl.triton import (
     decode_cache,
     decode_shape,
     helpers,
+    hopper,
+    hopper_attend_kernel,
+    hopper_select_kernel,
     job,
     layout,
     page_count,
@@ -50,9 +55,9 @@ TYPES = {
 
 
 #: Arguments of a launch that are not the kernel's.
-OPTIONS = ("num_warps", "num_stages", "allowed_dot_input_precisions")
+OPTIONS = ("num_warps", "num_stages", "maxnreg", "allowed_dot_input_precisions")
 
-#: Processors of the GPU that decode splits its work for.
+#: Processors of the GPU that work is split for.
 PROCESSORS = 132
 
 #: Kernels by the module that launches them.
@@ -72,6 +77,8 @@ KERNELS = {
     decode_cache: ("append_kernel",),
     decode: ("score_kernel", "open_kernel", "merge_kernel"),
     token_mask: ("window_kernel", "ball_list_kernel", "ball_kernel"),
+    hopper_attend_kernel: ("hopper_attend_kernel",),
+    hopper_select_kernel: ("hopper_select_kernel",),
 }
 
 
@@ -106,6 +113,9 @@ class Recorder:
                 attributes[(place,)] = [["tt.divisibility", 16]]
             elif isinstance(value, TensorDescriptor):
                 signature[name] = f"tensordesc<{TYPES[value.base.dtype][1:]}{list(value.block_shape)}>"
+            elif isinstance(value, GluonDescriptor):
+                block = f"{TYPES[value.base.dtype][1:]}{list(value.block_shape)}"
+                signature[name] = f"tensordesc<{block},{value.layout!r}>"
             elif value is None or name in kwargs:
                 signature[name] = "constexpr"
                 constants[(place,)] = value
@@ -120,7 +130,8 @@ class Recorder:
                     attributes[(place,)] = [["tt.divisibility", 16]]
         key = json.dumps([signature, {names[k[0]]: v for k, v in constants.items()}], default=str)
         if key not in self.compiled:
-            source = ASTSource(self.kernel, signature, constants, attributes)
+            kind = GluonASTSource if self.kernel.is_gluon() else ASTSource
+            source = kind(self.kernel, signature, constants, attributes)
             self.compiled[key] = triton.compile(source, target=self.target, options=options)
 
 
@@ -220,6 +231,7 @@ def compile_all(
     job.tuning_for = lambda *_: chosen  # type: ignore[assignment]
     job.obstacle = decode.obstacle = lambda *_: None  # nothing is run
     backward_pass.family_of = token_mask.family_of = lambda _: family  # type: ignore[assignment]
+    hopper._processors = lambda _: PROCESSORS  # type: ignore[assignment]
     length = 2048
     states = torch.zeros(8, heads, length, head_dim, dtype=dtype)
     keys = states[:, 0].contiguous()
@@ -237,6 +249,10 @@ def compile_all(
         prefill.attend(states, keys, keys, built, config=rule, start=0, **extra)
     for rule in (pooled, descent):
         prefill.attend(states, keys, keys, built, config=rule, start=0, router=learned, **extra)
+    fast = dataclasses.replace(config, page_size=64, moment_size=64, variance_pool=8, coarse_totals=True)
+    coarse = build_layout(keys[:, :1536], keys[:, :1536], fast)
+    prefill.attend(states, keys, keys, coarse, config=fast, start=0, **extra)
+    prefill.attend(states[:, :, :64], keys[:, :64], keys[:, :64], None, config=fast, start=0, **extra)
     launch_decode(states, config, family, extra)
     launch_backward(states, keys, built, config, extra)
     balls = torch.zeros(1, 8 * heads, length, dtype=torch.int64)

@@ -117,7 +117,7 @@ def plan_pages(
             entries = counts.new_empty(*counts.shape, 0)
             return TiledPlan(start, job.stop, job.tile, counts, counts, entries)
         with device_of(queries):
-            plan = prefill.list_pages(job, strip, prefill.row_totals(job, strip))
+            plan = prefill.select(job, strip)
     assert plan.entries is not None
     longest = int(plan.counts.max())
     return dataclasses.replace(plan, entries=plan.entries[..., :longest].contiguous())

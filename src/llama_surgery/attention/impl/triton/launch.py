@@ -93,13 +93,16 @@ def heads_of_tile(heads: int, rows: int, tile_pad: int) -> int:
 
 
 def described(states: torch.Tensor, *block: int) -> TensorDescriptor:
-    """A descriptor of (streams, …, dim) states that loads a ``block`` of one stream, zeros beyond.
+    """A descriptor of (streams, …, dim) states that loads a ``block`` of one stream, zeros beyond."""
+    return TensorDescriptor.from_tensor(aligned(states, block[-1]), [1, *block])
 
-    Tensor maps want rows that begin at multiples of 16 bytes: others are copied.
-    """
+
+def aligned(states: torch.Tensor, width: int) -> torch.Tensor:
+    """States that tensor maps take: rows begin at multiples of 16 bytes. Others are copied, made ``width``
+    wide."""
     unit = 16 // states.element_size()
     if states.data_ptr() % 16 or any(stride % unit for stride in states.stride()[:-1]):
-        states = torch.nn.functional.pad(states, (0, block[-1] - states.shape[-1])).contiguous()
+        states = torch.nn.functional.pad(states, (0, width - states.shape[-1])).contiguous()
         if states.data_ptr() % 16:
             states = states.clone()
-    return TensorDescriptor.from_tensor(states, [1, *block])
+    return states

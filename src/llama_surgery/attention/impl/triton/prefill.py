@@ -7,6 +7,7 @@ import math
 import torch
 import triton
 
+from llama_surgery.attention.impl.triton import hopper
 from llama_surgery.attention.impl.triton.attend_kernel import attend_kernel
 from llama_surgery.attention.impl.triton.helpers import device_of, product_options
 from llama_surgery.attention.impl.triton.job import (
@@ -95,7 +96,7 @@ def attend(
         for strip in job.strips():
             plan = None
             if strip.pages:
-                plan = list_pages(job, strip, row_totals(job, strip))
+                plan = select(job, strip)
                 kept = plan if keep_lists else dataclasses.replace(plan, entries=None)
                 plans.append(dataclasses.replace(kept, first=None))
             attend_strip(job, strip, plan, out, lse)
@@ -106,6 +107,15 @@ def attend(
         for b in query_blocks(job.start, job.stop, config, job.tile)
     )
     return TiledResult(out, lse, plans, near_pairs, _triangle(job.stop) - _triangle(job.start))
+
+
+def select(job: Job, strip: Strip) -> TiledPlan:
+    """List the pages that the strip's rows open, in one launch where that can be."""
+    if not hopper.selects(job):
+        return list_pages(job, strip, row_totals(job, strip))
+    plan, outputs = _new_plan(job, strip, job.steps[0])
+    hopper.list_pages(job, strip, _log2_bar(job, last=True), *outputs)
+    return plan
 
 
 def row_totals(job: Job, strip: Strip, *, near: bool = True, far: bool = True) -> torch.Tensor:
@@ -158,7 +168,7 @@ def row_totals(job: Job, strip: Strip, *, near: bool = True, far: bool = True) -
 
 
 def list_pages(job: Job, strip: Strip, totals: torch.Tensor) -> TiledPlan:
-    """List the pages that the strip's rows open: flat, or coarse to fine, a launch for each level."""
+    """List pages by the rows' totals: flat, or coarse to fine, a launch for each level."""
     steps = job.steps
     if job.config.pages_per_row is not None:
         totals = tile_bars(job, strip, totals)
@@ -278,6 +288,9 @@ def attend_strip(
 
     ``page_bias`` (streams, tiles, listed, heads, tile) float32, contiguous, is added to listed pages' logits.
     """
+    if near and page_bias is None and hopper.attends(job):
+        hopper.attend_strip(job, strip, plan, out, lse)
+        return
     streams, heads = job.queries.shape[:2]
     tile_pad = triton.next_power_of_2(job.tile)
     heads_block = heads_of_tile(heads, job.tuning.rows, tile_pad)

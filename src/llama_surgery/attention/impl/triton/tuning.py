@@ -20,6 +20,7 @@ class Tuning:
         score_warps, score_stages: Of the selection kernels.
         pooled_stages: Instead of ``score_stages`` with pooled variances, whose features take half the room.
         totals_warps, totals_stages: Of the kernel of totals with pooled variances.
+        specialised: Take the kernels whose warps share loading and computing (``hopper``) where they can run.
     """
 
     rows: int = 128
@@ -34,6 +35,7 @@ class Tuning:
     pooled_stages: int = 2
     totals_warps: int = 8
     totals_stages: int = 2
+    specialised: bool = False
 
 
 #: For the families whose processors have 99 KiB of shared memory.
@@ -45,7 +47,9 @@ TABLE = {
     "sm86": _SMALL,
     "sm89": _SMALL,
     "sm120": _SMALL,
-    "sm90": Tuning(keys_per_step=32, attend_warps=4, score_warps=4, score_stages=1, totals_stages=3),
+    "sm90": Tuning(
+        keys_per_step=32, attend_warps=4, score_warps=4, score_stages=1, totals_stages=3, specialised=True
+    ),
     "sm100": Tuning(attend_stages=3, score_stages=3),
     "gfx942": Tuning(attend_stages=1, score_stages=1, pooled_stages=1, totals_stages=1),
     "gfx950": Tuning(attend_stages=2, score_stages=1, pooled_stages=1, totals_stages=1),

@@ -1,0 +1,196 @@
+"""Where the kernels for Hopper can run a call, and how they are launched.
+
+They are an addition: everything they do ``totals_kernel``, ``list_kernel`` and ``attend_kernel`` do too, on
+any GPU and for any shape.
+"""
+
+import functools
+import importlib.metadata
+import math
+
+import torch
+import triton
+
+from llama_surgery.attention.impl.triton.helpers import LOG2E
+from llama_surgery.attention.impl.triton.job import Job, Level, Strip, feature_parts
+from llama_surgery.attention.impl.triton.launch import aligned
+from llama_surgery.attention.impl.triton.tiled_plan import TiledPlan
+
+#: Keys or balls of a block, rows of a tile.
+BLOCK, ROWS = 64, 128
+
+#: Since when Gluon, the language of these kernels, has what they need.
+LEAST_TRITON = (3, 6)
+
+#: Blocks that are loaded ahead.
+ATTEND_STAGES, SELECT_STAGES = 4, 4
+
+
+def attends(job: Job) -> bool:
+    """Can they attend to the near field and to pages? Otherwise ``attend_kernel`` does.
+
+    Rows of a tile must fill a matrix tile exactly, pages be blocks, channels be half a swizzled line or whole
+    ones; logits have no cap.
+    """
+    dim = job.queries.shape[-1]
+    return (
+        job.tuning.specialised
+        and _enough_triton()
+        and job.queries.dtype in (torch.float16, torch.bfloat16)
+        and job.tile in (16, 32, 64)
+        and triton.next_power_of_2(job.queries.shape[1]) >= ROWS // job.tile
+        and dim in (64, 128)
+        and job.near_values.shape[-1] == dim
+        and job.config.page_size == BLOCK
+        and job.softcap is None
+    )
+
+
+def selects(job: Job) -> bool:
+    """Can they list pages? Otherwise ``totals_kernel`` and ``list_kernel`` do.
+
+    Beyond :func:`attends`: all heads of a group fit one matrix tile, every row is scored, pages by themselves
+    and at once, with pooled variances and without learned weights.
+    """
+    config, spread = job.config, job.queries.shape[-1] // job.config.variance_pool
+    return (
+        attends(job)
+        and job.queries.shape[1] <= ROWS // job.tile
+        and len(job.steps) == 1
+        and job.steps[0].ball == config.page_size
+        and job.slots == job.tile
+        and spread in (8, 16, 32)
+        and config.pages_per_row is None
+        and config.summary == "none"
+        and job.router.mean_weight is None
+        and job.router.variance_weight is None
+    )
+
+
+@functools.cache
+def _enough_triton() -> bool:
+    version = importlib.metadata.version("triton").split(".")
+    return tuple(int(part) for part in version[:2]) >= LEAST_TRITON
+
+
+@functools.cache
+def _processors(device: torch.device) -> int:
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+def _described(states: torch.Tensor, *block: int) -> object:
+    from triton.experimental.gluon import language as gl
+    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+    dtype = gl.bfloat16 if states.dtype == torch.bfloat16 else gl.float16
+    layout = gl.NVMMASharedLayout.get_default_for([1, *block], dtype)
+    return TensorDescriptor.from_tensor(aligned(states, block[-1]), [1, *block], layout)
+
+
+def attend_strip(
+    job: Job, strip: Strip, plan: TiledPlan | None, out: torch.Tensor, lse: torch.Tensor
+) -> None:
+    """See :func:`prefill.attend_strip`."""
+    from llama_surgery.attention.impl.triton.hopper_attend_kernel import hopper_attend_kernel
+
+    streams, heads, _, dim = job.queries.shape
+    heads_block = ROWS // job.tile
+    near = [_described(states, BLOCK, dim) for states in (job.near_keys, job.near_values)]
+    far, entries, counts = near, None, None
+    if plan is not None:
+        assert job.layout is not None
+        far = [_described(states, BLOCK, dim) for states in (job.layout.keys, job.layout.values)]
+        entries, counts = plan.entries, plan.counts
+    units = streams * strip.tiles * triton.cdiv(heads, heads_block)
+    hopper_attend_kernel[(min(units, _processors(out.device)),)](
+        _described(job.queries, heads_block // 2, job.tile, dim),
+        *near,
+        *far,
+        entries,
+        counts,
+        torch.zeros(1, dtype=torch.int32, device=out.device),
+        job.sink_logit,
+        out,
+        lse,
+        *out.stride()[:3],
+        *lse.stride()[:2],
+        streams,
+        strip.tiles,
+        strip.pages,
+        job.start,
+        job.stop,
+        job.near_start,
+        strip.first_tile,
+        job.dense_until,
+        job.scale * LOG2E.value,
+        HEADS=heads,
+        HEADS_BLOCK=heads_block,
+        TILE=job.tile,
+        DIM=dim,
+        CHUNK=job.config.chunk_size,
+        WINDOW=job.config.window,
+        FAR=plan is not None,
+        SINK=job.sink_logit is not None,
+        STAGES=ATTEND_STAGES,
+        num_warps=4,
+    )
+
+
+def list_pages(job: Job, strip: Strip, log2_bar: float, *outputs: torch.Tensor) -> None:
+    """Write the lists of a strip's tiles.
+
+    Args:
+        job: The call.
+        strip: Its tiles.
+        log2_bar: log2 of the share that opens a page.
+        outputs: What ``list_kernel`` reads and writes: sink page, entries, counts, rows that see them.
+    """
+    from llama_surgery.attention.impl.triton.hopper_select_kernel import hopper_select_kernel
+
+    streams, heads, _, dim = job.queries.shape
+    spread = dim // job.config.variance_pool
+    spread_pad = max(16, spread)
+
+    def parts(level: Level) -> list[object]:
+        widths = (dim, spread_pad)
+        return [
+            _described(part, BLOCK, width)
+            for part, width in zip(feature_parts(level.features, dim), widths, strict=True)
+        ]
+
+    pages, summed = job.steps[0], job.total_level
+    programs = min(streams * strip.tiles, 2 * _processors(job.queries.device))
+    hopper_select_kernel[(programs,)](
+        _described(job.queries, ROWS // job.tile, job.tile, dim),
+        _described(job.near_keys, BLOCK, dim),
+        *parts(summed),
+        *parts(pages),
+        job.sink_logit,
+        job.router.offset,
+        *outputs,
+        streams,
+        strip.tiles,
+        outputs[1].shape[-1],
+        job.start,
+        job.stop,
+        job.near_start,
+        strip.first_tile,
+        job.dense_until,
+        job.scale,
+        log2_bar,
+        HEADS=heads,
+        TILE=job.tile,
+        DIM=dim,
+        SPREAD=spread,
+        SPREAD_PAD=spread_pad,
+        CHUNK=job.config.chunk_size,
+        WINDOW=job.config.window,
+        SUM_BALL=summed.ball,
+        LOG2_SUM_BALL=math.log2(summed.ball),
+        PAGE=pages.page,
+        LOG_PAGE=math.log(pages.page),
+        SINK=job.sink_logit is not None,
+        STAGES=SELECT_STAGES if spread_pad == 16 else SELECT_STAGES - 1,
+        num_warps=4,
+        maxnreg=128,  # two programs share a processor
+    )

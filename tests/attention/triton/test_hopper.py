@@ -1,0 +1,226 @@
+"""The kernels for Hopper against those that run anywhere; where they are taken, and where not."""
+
+import dataclasses
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from tests.attention.triton import test_prefill
+
+from llama_surgery.attention.impl.triton import hopper, prefill
+from llama_surgery.attention.impl.triton.helpers import ENTRY
+from llama_surgery.attention.impl.triton.job import Job, make_job
+from llama_surgery.attention.impl.triton.tuning import TABLE, Tuning
+from llama_surgery.config import SurgeryConfig
+from llama_surgery.topology.router import PageRouter
+
+CONFIG = SurgeryConfig(
+    chunk_size=256, page_size=64, moment_size=64, window=64, tile=32, theta=0.02, theta_decode=0.02,
+    variance_pool=8,
+)  # fmt: skip
+
+STREAMS = 3
+
+hopper_only = pytest.mark.skipif(
+    not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9, reason="needs a Hopper GPU"
+)
+
+
+def both(
+    given: dict[str, Any], config: SurgeryConfig, monkeypatch: pytest.MonkeyPatch
+) -> tuple[prefill.TiledResult, prefill.TiledResult]:
+    """A call with the kernels for Hopper, and without."""
+    fast = prefill.attend(**given, config=config, keep_lists=True)
+    with monkeypatch.context() as patch:
+        patch.setattr(hopper, "attends", lambda _: False)
+        return fast, prefill.attend(**given, config=config, keep_lists=True)
+
+
+def check_attention(fast: prefill.TiledResult, plain: prefill.TiledResult) -> None:
+    """The same but for the order of sums and the rounding of weights."""
+    torch.testing.assert_close(fast.lse, plain.lse, rtol=1e-4, atol=1e-4)
+    bound = 4e-3 if fast.out.dtype == torch.bfloat16 else 5e-4
+    assert torch.isfinite(fast.out).all()
+    assert (fast.out - plain.out).norm() <= bound * plain.out.norm()
+
+
+@pytest.mark.gpu
+@hopper_only
+@pytest.mark.usefixtures("poisoned")
+class TestAgainstPortableKernels:
+    @pytest.mark.parametrize(
+        ("tile", "heads", "dim", "dtype"),
+        [
+            (32, 4, 128, torch.bfloat16),
+            (32, 3, 64, torch.float16),
+            (32, 6, 128, torch.float16),
+            (64, 5, 128, torch.bfloat16),
+            (16, 7, 64, torch.bfloat16),
+        ],
+    )
+    @pytest.mark.parametrize(
+        ("past", "rows", "sink"),
+        [
+            (0, 1, False),
+            (0, 31, True),
+            (0, 2000, False),
+            (1500, 1530, True),
+            (1111, 517, False),
+            (3000, 64, False),
+        ],
+    )
+    def test_attention(
+        self, past: int, rows: int, sink: bool, tile: int, heads: int, dim: int, dtype: torch.dtype,
+        device: torch.device, monkeypatch: pytest.MonkeyPatch,
+    ) -> None:  # fmt: skip
+        config = dataclasses.replace(
+            CONFIG, tile=tile, variance_pool=1
+        )  # pages are listed by the same kernel
+        case = test_prefill.Case(rows, past, heads, dim, dtype=dtype, sink=sink, streams=STREAMS)
+        fast, plain = both(test_prefill.inputs(case, config, device), config, monkeypatch)
+        assert bool(fast.plans) == bool(past or rows > 320)
+        check_attention(fast, plain)
+
+    @pytest.mark.parametrize(
+        ("tile", "heads", "dim", "coarse", "pool"),
+        [(32, 4, 128, True, 8), (32, 3, 64, False, 8), (64, 2, 128, False, 4), (16, 7, 64, True, 4)],
+    )
+    @pytest.mark.parametrize(
+        ("past", "rows", "sink", "until"),
+        [
+            (0, 2000, False, 0),
+            (1500, 1530, True, 0),
+            (1111, 517, False, 0),
+            (0, 9000, False, 1024),
+            (0, 3000, False, 960),
+        ],
+    )
+    def test_pages(
+        self, past: int, rows: int, sink: bool, until: int, tile: int, heads: int, dim: int, coarse: bool,
+        pool: int, device: torch.device, monkeypatch: pytest.MonkeyPatch,
+    ) -> None:  # fmt: skip
+        changes: dict[str, Any] = {"coarse_totals": coarse, "variance_pool": pool, "dense_until": until}
+        config = dataclasses.replace(CONFIG, tile=tile, **changes)
+        dtype = torch.float16 if coarse and dim == 64 else torch.bfloat16
+        case = test_prefill.Case(rows, past, heads, dim, dtype=dtype, sink=sink, streams=STREAMS)
+        given = test_prefill.inputs(case, config, device)
+        given["router"] = PageRouter(torch.linspace(-0.5, 0.5, STREAMS * heads).reshape(STREAMS, heads))
+        fast, plain = both(given, config, monkeypatch)
+        differing = listed = 0
+        for got, wanted in zip(fast.plans, plain.plans, strict=True):
+            marks = [_listed(plan) for plan in (got, wanted)]
+            differing += int((marks[0] != marks[1]).sum())
+            listed += int((marks[1] >= 0).sum())
+            seen, expected = int(got.rows_seen.sum()), int(wanted.rows_seen.sum())
+            assert abs(seen - expected) <= 0.01 * expected + 2 * tile
+        assert listed > 0
+        assert differing <= 0.01 * listed  # shares close to θ: squares are rounded in another order
+
+    def test_large_logits(self, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+        case = test_prefill.Case(900, 600, 4, 128, dtype=torch.bfloat16, streams=STREAMS)
+        given = test_prefill.inputs(case, CONFIG, device)
+        given["queries"] = given["queries"] * 60  # type: ignore[operator]
+        fast, plain = both(given, CONFIG, monkeypatch)
+        check_attention(fast, plain)
+
+    def test_any_strides(self, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+        case = test_prefill.Case(700, 600, 4, 128, dtype=torch.bfloat16, streams=STREAMS)
+        given = test_prefill.inputs(case, CONFIG, device)
+        expected = prefill.attend(**given, config=CONFIG)  # type: ignore[arg-type]
+        for name, extra in (("queries", 3), ("near_keys", 8), ("near_values", 1)):
+            states: Any = given[name]
+            room = states.new_full((*states.shape[:-1], states.shape[-1] + extra), torch.nan)
+            given[name] = room[..., : states.shape[-1]].copy_(states)
+        got = prefill.attend(**given, config=CONFIG)  # type: ignore[arg-type]
+        assert torch.equal(got.out, expected.out)
+        assert torch.equal(got.lse, expected.lse)
+
+    def test_replays_of_a_graph(self, device: torch.device) -> None:
+        case = test_prefill.Case(1500, 600, 4, 128, dtype=torch.bfloat16, streams=STREAMS)
+        given = test_prefill.inputs(case, CONFIG, device)
+        expected = prefill.attend(**given, config=CONFIG)  # type: ignore[arg-type]
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            got = prefill.attend(**given, config=CONFIG)  # type: ignore[arg-type]
+        for _ in range(3):
+            got.out.fill_(torch.nan)
+            graph.replay()
+            assert torch.equal(got.out, expected.out)
+
+
+def _listed(plan: Any) -> torch.Tensor:
+    """First row that opened each page (streams, tiles, pages), -1 where it is not listed."""
+    entries, counts = plan.entries.cpu().long(), plan.counts.cpu()
+    found = torch.full((*counts.shape, entries.shape[-1]), -1)
+    for stream, tile in torch.nonzero(counts).tolist():
+        own = entries[stream, tile, : counts[stream, tile]]
+        pages = own // ENTRY.value
+        assert (pages.diff() > 0).all()
+        found[stream, tile, pages] = own % ENTRY.value
+    return found
+
+
+def job_of(device: torch.device, case: test_prefill.Case, config: SurgeryConfig = CONFIG, **more: Any) -> Job:
+    given = test_prefill.inputs(case, config, device) | more
+    given.pop("tile")
+    job = make_job(**given, config=config, tile=case.tile)  # type: ignore[arg-type]
+    return dataclasses.replace(job, tuning=Tuning(specialised=True))
+
+
+LLAMA = test_prefill.Case(32, 600, 4, 128, dtype=torch.float16)
+
+
+class TestWhereTheyAreTaken:
+    def test_shapes_of_llama(self, device: torch.device) -> None:
+        job = job_of(device, LLAMA)
+        assert hopper.attends(job)
+        assert hopper.selects(job)
+
+    def test_only_where_the_table_says_so(self, device: torch.device) -> None:
+        assert [family for family, tuning in TABLE.items() if tuning.specialised] == ["sm90"]
+        assert not hopper.attends(dataclasses.replace(job_of(device, LLAMA), tuning=TABLE["sm80"]))
+
+    @pytest.mark.parametrize(
+        "change",
+        [
+            {"dtype": torch.float32}, {"dim": 80}, {"dim": 256}, {"heads": 2}, {"softcap": 30.0}, {"tile": 1},
+        ],
+    )  # fmt: skip
+    def test_no_other_shapes(self, change: dict[str, Any], device: torch.device) -> None:
+        assert not hopper.attends(job_of(device, dataclasses.replace(LLAMA, **change)))
+
+    def test_no_other_pages(self, device: torch.device) -> None:
+        small = dataclasses.replace(CONFIG, page_size=32, moment_size=32)
+        assert not hopper.attends(job_of(device, LLAMA, small))
+
+    @pytest.mark.parametrize(
+        "change",
+        [
+            {"moment_size": 32}, {"variance_pool": 1}, {"score_stride": 2}, {"coarse_to_fine": True},
+            {"pages_per_row": 3}, {"summary": "page"},
+        ],
+    )  # fmt: skip
+    def test_selection_of_other_kinds(self, change: dict[str, Any], device: torch.device) -> None:
+        job = job_of(device, LLAMA, dataclasses.replace(CONFIG, **change))
+        assert hopper.attends(job)
+        assert not hopper.selects(job)
+
+    def test_groups_wider_than_a_matrix_tile(self, device: torch.device) -> None:
+        job = job_of(device, dataclasses.replace(LLAMA, heads=8))
+        assert hopper.attends(job)
+        assert not hopper.selects(job)
+
+    def test_learned_weights(self, device: torch.device) -> None:
+        weights = torch.ones(LLAMA.streams, LLAMA.heads, LLAMA.dim)
+        job = job_of(device, LLAMA, router=PageRouter(None, weights, None, None, None))
+        assert hopper.attends(job)
+        assert not hopper.selects(job)
+
+    def test_triton_must_be_new_enough(self, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr("importlib.metadata.version", lambda _: "3.5.1")
+        hopper._enough_triton.cache_clear()
+        assert not hopper.attends(job_of(device, LLAMA))
+        hopper._enough_triton.cache_clear()
