@@ -22,6 +22,7 @@ from llama_surgery.attention.impl.triton import layout as layout_module
 from llama_surgery.attention.impl.triton import prefill
 from llama_surgery.attention.impl.triton.job import Job, Strip, make_job
 from llama_surgery.attention.impl.triton.layout import build_layout
+from llama_surgery.attention.impl.triton.tuning import TABLE
 from llama_surgery.bench.end_to_end import parse_length
 from llama_surgery.bench.measure import Deadline, quantiles, say, times
 from llama_surgery.bench.plot import plot_prefill
@@ -47,11 +48,14 @@ def settings(length: int, *, full: bool, growth: bool, flex: bool) -> Iterator[S
         yield Setting(config, 2 * PAGES * CHEAP.page_size / length, parts=True)
         return
     yield Setting(CHEAP, 0.05, flex=flex, parts=True)
+    subspace = dataclasses.replace(CHEAP, directions="subspace")
     if length == 1 << 15:
         yield Setting(CHEAP, 0.07)
+        yield Setting(subspace, 0.07)
     if length >= 1 << 15:
         yield Setting(CHEAP, 0.01, parts=True)
     if length == 1 << 17:
+        yield Setting(subspace, 0.05)
         yield Setting(dataclasses.replace(CHEAP, coarse_to_fine=True), 0.01, parts=True)
     if not full:
         return
@@ -164,11 +168,15 @@ def main() -> None:
     parser.add_argument("--without-flex", action="store_true", help="leave FlexAttention out")
     parser.add_argument("--tune", action="store_true", help="sweep launch configurations instead")
     parser.add_argument("--profile", action="store_true", help="time of each kernel instead")
+    parser.add_argument("--portable", action="store_true", help="only kernels that run on any GPU")
     parser.add_argument("--output", type=Path, default=RESULTS)
     given = parser.parse_args()
     lengths = [parse_length(text) for text in given.lengths]
     if not torch.cuda.is_available():
         raise SystemExit("needs a GPU: PyTorch sees none.")
+    if given.portable:
+        for family, tuning in TABLE.items():
+            TABLE[family] = dataclasses.replace(tuning, specialised=False)
     if given.tune:
         tune(lengths[0], given.seconds)
     elif given.profile:

@@ -69,13 +69,15 @@ def prefill() -> str:
             continue
         cells.append(
             [
-                tokens(row["n"]), row["far"], row["selection"], f"{float(row['total_density']):.3f}",
+                tokens(row["n"]), row["far"], row["selection"], row["directions"],
+                f"{float(row['total_density']):.3f}",
                 milliseconds(row["p50_ms"]),
                 *(times(row.get(f"over_{name}")) for name in ("cuDNN", "FlashAttention-2")),
             ]
         )  # fmt: skip
     names = (
-        "tokens", "far density", "selection", "total density", "milliseconds", "cuDNN ÷", "FlashAttention-2 ÷"
+        "tokens", "far density", "selection", "directions", "total density", "milliseconds", "cuDNN ÷",
+        "FlashAttention-2 ÷",
     )  # fmt: skip
     return markdown(names, cells) + f"\n\n{conditions(rows[0])}"
 
@@ -121,7 +123,7 @@ def parts() -> str:
 
 
 #: What names a setting in prefill.csv.
-LABEL = ("n", "page", "tile", "ball", "variance_pool", "stride", "totals", "selection", "far")
+LABEL = ("n", "page", "tile", "ball", "directions", "variance_pool", "stride", "totals", "selection", "far")
 
 
 def decode() -> str:
@@ -260,7 +262,8 @@ def speed() -> str:
     """The figures of a first look: prompts of 128k, decode steps, a whole model."""
     lines = []
     for row in read("prefill.csv"):
-        if row["part"] == WHOLE and int(row["n"]) in (1 << 13, 1 << 17) and row["selection"] == "flat":
+        plain = row["selection"] == "flat" and row["directions"] == "principal"
+        if row["part"] == WHOLE and int(row["n"]) in (1 << 13, 1 << 17) and plain:
             density = f"total density {float(row['total_density']):.3f}"
             name = f"attention of a prompt of {tokens(row['n'])} tokens, {density}"
             against = (f"{times(row[f'over_{rival}'])} {rival}" for rival in ("cuDNN", "FlashAttention-2"))
