@@ -219,8 +219,13 @@ class TestWhereTheyAreTaken:
         assert hopper.attends(job)
         assert not hopper.selects(job)
 
-    def test_triton_must_be_new_enough(self, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr("importlib.metadata.version", lambda _: "3.5.1")
-        hopper._enough_triton.cache_clear()
-        assert not hopper.attends(job_of(device, LLAMA))
-        hopper._enough_triton.cache_clear()
+    @pytest.mark.parametrize(("version", "known"), [("3.5.1", False), ("3.6.0+git", True), ("3.10.0", False)])
+    def test_versions_of_triton(
+        self, version: str, known: bool, device: torch.device, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr("importlib.metadata.version", lambda _: version)
+        hopper._known_triton.cache_clear()
+        try:
+            assert hopper.attends(job_of(device, LLAMA)) is known
+        finally:
+            hopper._known_triton.cache_clear()

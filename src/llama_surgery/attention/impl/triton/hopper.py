@@ -19,8 +19,9 @@ from llama_surgery.attention.impl.triton.tiled_plan import TiledPlan
 #: Keys or balls of a block, rows of a tile.
 BLOCK, ROWS = 64, 128
 
-#: Since when Gluon, the language of these kernels, has what they need.
-LEAST_TRITON = (3, 6)
+#: First and last version of Triton with which these kernels have been compiled: their language, Gluon, is
+#: still changing.
+TRITON = (3, 6), (3, 9)
 
 #: Blocks that are loaded ahead.
 ATTEND_STAGES, SELECT_STAGES = 4, 4
@@ -35,7 +36,7 @@ def attends(job: Job) -> bool:
     dim = job.queries.shape[-1]
     return (
         job.tuning.specialised
-        and _enough_triton()
+        and _known_triton()
         and job.queries.dtype in (torch.float16, torch.bfloat16)
         and job.tile in (16, 32, 64)
         and triton.next_power_of_2(job.queries.shape[1]) >= ROWS // job.tile
@@ -68,9 +69,9 @@ def selects(job: Job) -> bool:
 
 
 @functools.cache
-def _enough_triton() -> bool:
-    version = importlib.metadata.version("triton").split(".")
-    return tuple(int(part) for part in version[:2]) >= LEAST_TRITON
+def _known_triton() -> bool:
+    major, minor = importlib.metadata.version("triton").split(".")[:2]
+    return TRITON[0] <= (int(major), int(minor)) <= TRITON[1]
 
 
 @functools.cache
