@@ -9,12 +9,14 @@ import torch
 pytest.importorskip("triton")
 
 from tests.attention.triton import test_prefill
+from tests.attention.triton.gluon_emulator import emulated
 
 from llama_surgery.attention.impl.triton import hopper, prefill
 from llama_surgery.attention.impl.triton.helpers import ENTRY
 from llama_surgery.attention.impl.triton.job import Job, make_job
 from llama_surgery.attention.impl.triton.tuning import TABLE, Tuning
 from llama_surgery.config import SurgeryConfig
+from llama_surgery.topology.layout import build_layout
 from llama_surgery.topology.router import PageRouter
 
 CONFIG = SurgeryConfig(
@@ -23,6 +25,8 @@ CONFIG = SurgeryConfig(
 )  # fmt: skip
 
 STREAMS = 3
+
+LLAMA = test_prefill.Case(32, 600, 4, 128, dtype=torch.float16)
 
 hopper_only = pytest.mark.skipif(
     not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9, reason="needs a Hopper GPU"
@@ -45,6 +49,73 @@ def check_attention(fast: prefill.TiledResult, plain: prefill.TiledResult) -> No
     bound = 4e-3 if fast.out.dtype == torch.bfloat16 else 5e-4
     assert torch.isfinite(fast.out).all()
     assert (fast.out - plain.out).norm() <= bound * plain.out.norm()
+
+
+def check_pages(fast: prefill.TiledResult, plain: prefill.TiledResult) -> None:
+    """The same but where a share is close to θ: squares are rounded in another order."""
+    differing = listed = 0
+    for got, wanted in zip(fast.plans, plain.plans, strict=True):
+        marks = [_listed(plan) for plan in (got, wanted)]
+        differing += int((marks[0] != marks[1]).sum())
+        listed += int((marks[1] >= 0).sum())
+        seen, expected = int(got.rows_seen.sum()), int(wanted.rows_seen.sum())
+        assert abs(seen - expected) <= 0.01 * expected + 2 * got.tile
+    assert differing <= 0.01 * listed
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the other kernels are to be interpreted")
+@pytest.mark.usefixtures("poisoned")
+class TestEmulated:
+    """Their source on a CPU, threads for partitions: see ``gluon_emulator``."""
+
+    @pytest.mark.parametrize(
+        ("rows", "past", "heads", "dim", "changes"),
+        [
+            (1, 0, 4, 64, {}),
+            (600, 300, 3, 64, {"coarse_totals": True}),
+            (333, 111, 7, 64, {"tile": 16, "variance_pool": 4}),
+            (500, 0, 2, 128, {"tile": 64}),
+            (300, 400, 6, 64, {}),  # two matrix tiles: their heads' pages are listed by the other kernels
+            (700, 0, 4, 64, {"dense_until": 416}),
+            (400, 300, 4, 64, {"chunk_size": 128, "window": 32}),
+        ],
+    )
+    def test_same_as_portable_kernels(
+        self, rows: int, past: int, heads: int, dim: int, changes: dict[str, Any],
+        device: torch.device, monkeypatch: pytest.MonkeyPatch,
+    ) -> None:  # fmt: skip
+        config = dataclasses.replace(CONFIG, **changes)
+        case = test_prefill.Case(rows, past, heads, dim, dtype=torch.float16, sink=heads == 3, streams=2)
+        given = test_prefill.inputs(case, config, device)
+        given["router"] = PageRouter(torch.linspace(-0.5, 0.5, 2 * heads).reshape(2, heads))
+        with emulated(monkeypatch):
+            fast, plain = both(given, config, monkeypatch)
+        assert bool(fast.plans) == (past + rows > 1)
+        check_attention(fast, plain)
+        check_pages(fast, plain)
+
+    def test_bfloat16(self, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+        case = test_prefill.Case(300, 500, 4, 64, dtype=torch.bfloat16)
+        given = test_prefill.inputs(case, CONFIG, device)
+        with emulated(monkeypatch):
+            fast = prefill.attend(**given, config=CONFIG, keep_lists=True)  # type: ignore[arg-type]
+        for name in ("queries", "near_keys", "near_values"):
+            given[name] = given[name].float()  # type: ignore[attr-defined]
+        full = given["near_keys"][:, :768], given["near_values"][:, :768]  # type: ignore[index]
+        given["layout"] = build_layout(*full, CONFIG)
+        exact = prefill.attend(**given, config=CONFIG, keep_lists=True)  # type: ignore[arg-type]
+        listed = [torch.cat([_listed(plan).flatten() for plan in each.plans]) for each in (fast, exact)]
+        assert ((listed[0] >= 0) != (listed[1] >= 0)).float().mean() < 0.02
+        assert (fast.out - exact.out).norm() < 0.03 * exact.out.norm()
+
+    def test_many_programs(self, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+        """More than there is to do, or one for everything."""
+        given = test_prefill.inputs(LLAMA, CONFIG, device)
+        outs = []
+        for processors in (1, 7):
+            with emulated(monkeypatch, processors):
+                outs.append(prefill.attend(**given, config=CONFIG).out)  # type: ignore[arg-type]
+        assert torch.equal(*outs)
 
 
 @pytest.mark.gpu
@@ -109,15 +180,8 @@ class TestAgainstPortableKernels:
         given = test_prefill.inputs(case, config, device)
         given["router"] = PageRouter(torch.linspace(-0.5, 0.5, STREAMS * heads).reshape(STREAMS, heads))
         fast, plain = both(given, config, monkeypatch)
-        differing = listed = 0
-        for got, wanted in zip(fast.plans, plain.plans, strict=True):
-            marks = [_listed(plan) for plan in (got, wanted)]
-            differing += int((marks[0] != marks[1]).sum())
-            listed += int((marks[1] >= 0).sum())
-            seen, expected = int(got.rows_seen.sum()), int(wanted.rows_seen.sum())
-            assert abs(seen - expected) <= 0.01 * expected + 2 * tile
-        assert listed > 0
-        assert differing <= 0.01 * listed  # shares close to θ: squares are rounded in another order
+        assert fast.plans
+        check_pages(fast, plain)
 
     def test_large_logits(self, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
         case = test_prefill.Case(900, 600, 4, 128, dtype=torch.bfloat16, streams=STREAMS)
@@ -168,9 +232,6 @@ def job_of(device: torch.device, case: test_prefill.Case, config: SurgeryConfig 
     given.pop("tile")
     job = make_job(**given, config=config, tile=case.tile)  # type: ignore[arg-type]
     return dataclasses.replace(job, tuning=Tuning(specialised=True))
-
-
-LLAMA = test_prefill.Case(32, 600, 4, 128, dtype=torch.float16)
 
 
 class TestWhereTheyAreTaken:

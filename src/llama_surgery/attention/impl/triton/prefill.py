@@ -306,6 +306,9 @@ def attend_strip(
     head_dim, value_dim = job.queries.shape[-1], job.near_values.shape[-1]
     dim_pad, value_pad = (max(16, triton.next_power_of_2(d)) for d in (head_dim, value_dim))
     block_near = job.tuning.block_near
+    size = job.queries.element_size()
+    room = job.tuning.shared - heads_block * tile_pad * dim_pad * size
+    ahead = room // (page_pad * (dim_pad + value_pad) * size)
     attend_kernel[(strip.tiles * triton.cdiv(heads, heads_block), streams)](
         job.queries,
         described(job.near_keys, block_near, dim_pad),
@@ -353,7 +356,7 @@ def attend_strip(
         SINK=job.sink_logit is not None and near,
         CAP=job.softcap is not None,
         num_warps=job.tuning.attend_warps,
-        num_stages=job.tuning.attend_stages,
+        num_stages=max(1, min(job.tuning.attend_stages, ahead)),
         **product_options(job.queries),
     )
 

@@ -20,6 +20,7 @@ class Tuning:
         score_warps, score_stages: Of the selection kernels.
         pooled_stages: Instead of ``score_stages`` with pooled variances, whose features take half the room.
         totals_warps, totals_stages: Of the kernel of totals with pooled variances.
+        shared: Bytes of shared memory that a program may take: pages are loaded ahead where there is room.
         specialised: Take the kernels whose warps share loading and computing (``hopper``) where they can run.
     """
 
@@ -35,11 +36,14 @@ class Tuning:
     pooled_stages: int = 2
     totals_warps: int = 8
     totals_stages: int = 2
+    shared: int = 160 << 10
     specialised: bool = False
 
 
 #: For the families whose processors have 99 KiB of shared memory.
-_SMALL = Tuning(rows=64, attend_warps=4, score_rows=32, score_warps=4, block_balls=32, totals_warps=4)
+_SMALL = Tuning(
+    rows=64, attend_warps=4, score_rows=32, score_warps=4, block_balls=32, totals_warps=4, shared=99 << 10
+)
 
 #: By family, for head dims up to 128. Families that are not listed take the default.
 TABLE = {
@@ -48,10 +52,16 @@ TABLE = {
     "sm89": _SMALL,
     "sm120": _SMALL,
     "sm90": Tuning(
-        keys_per_step=32, attend_warps=4, score_warps=4, score_stages=1, totals_stages=3, specialised=True
+        keys_per_step=32,
+        attend_warps=4,
+        score_warps=4,
+        score_stages=1,
+        totals_stages=3,
+        shared=227 << 10,
+        specialised=True,
     ),
-    "sm100": Tuning(attend_stages=3, score_stages=3),
-    "gfx942": Tuning(attend_stages=1, score_stages=1, pooled_stages=1, totals_stages=1),
+    "sm100": Tuning(attend_stages=3, score_stages=3, shared=227 << 10),
+    "gfx942": Tuning(attend_stages=1, score_stages=1, pooled_stages=1, totals_stages=1, shared=64 << 10),
     "gfx950": Tuning(attend_stages=2, score_stages=1, pooled_stages=1, totals_stages=1),
 }
 
