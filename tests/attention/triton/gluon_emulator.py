@@ -1,9 +1,9 @@
 """Runs the kernels for Hopper on a CPU: their source, with the parts of Gluon that they use in PyTorch.
 
 Triton interprets its own kernels, but none in Gluon. Here partitions are threads, and mbarriers make them
-wait as on the device, so that what a kernel computes shows, and a wait that never ends. Copies and products are
-done at once; the latter can be had only from a wait. A buffer of a ring is filled with NaN as soon as all
-readers have released it.
+wait as on the device, so that what a kernel computes shows, and a wait that never ends. Copies and products
+are done at once; the latter can be had only from a wait. A buffer of a ring is filled with NaN as soon as
+all readers have released it.
 """
 
 import contextlib
