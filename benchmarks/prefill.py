@@ -98,7 +98,7 @@ def tune(length: int, seconds: float) -> None:
         "totals": lambda job: prefill.row_totals(job, strip),
         "lists": lambda job: prefill.list_pages(job, strip, totals),
         "near": lambda job: prefill.attend_strip(job, strip, None, out, lse),
-        "far": lambda job: prefill.attend_strip(job, strip, plan, out, lse, near=False),
+        "near and far": lambda job: prefill.attend_strip(job, strip, plan, out, lse),
     }
     fine = dataclasses.replace(CHEAP, moment_size=16)
     for config, place in ((CHEAP, 0), (fine, 1)):
@@ -113,7 +113,7 @@ def tune(length: int, seconds: float) -> None:
     grids: dict[tuple[str, ...], dict[str, tuple[int, ...]]] = {
         ("totals",): {"totals_stages": (2, 3, 4), "totals_warps": (4, 8)},
         ("lists",): {"pooled_stages": (2, 1, 3), "score_warps": (4, 8)},
-        ("near", "far"): {
+        ("near", "near and far"): {
             "attend_stages": (2, 3),
             "block_near": (64, 128),
         },

@@ -67,7 +67,6 @@ def attend_kernel(
     PAGE_PAD: tl.constexpr,
     PAGES_PER_STEP: tl.constexpr,
     BLOCK_NEAR: tl.constexpr,
-    NEAR: tl.constexpr,
     FAR: tl.constexpr,
     SINK: tl.constexpr,
     CAP: tl.constexpr,
@@ -104,27 +103,26 @@ def attend_kernel(
     if CAP:
         factor = 1.0
 
-    if NEAR:
-        begin = closed_chunks(q_first, CHUNK, WINDOW, dense_until) * CHUNK
-        # Keys up to the tile's first query are seen by every row: only what follows needs the mask.
-        diagonal = begin + (q_first + 1 - begin) // BLOCK_NEAR * BLOCK_NEAR
-        end = tl.minimum(q_first + TILE, stop)
-        step = tl.arange(0, BLOCK_NEAR)
-        for block in range(begin, diagonal, BLOCK_NEAR):
-            k = near_k.load([stream, block - near_start, 0]).reshape(BLOCK_NEAR, DIM_PAD)
-            v = near_v.load([stream, block - near_start, 0]).reshape(BLOCK_NEAR, VALUE_PAD)
-            products = tl.dot(q, tl.trans(k))
-            products = cap_logits(products, scale, softcap, CAP)
-            acc, total, top = softmax_step(acc, total, top, products, factor, v, live, False)
-        for block in range(diagonal, end, BLOCK_NEAR):
-            key = block + step
-            k = near_k.load([stream, block - near_start, 0]).reshape(BLOCK_NEAR, DIM_PAD)
-            v = near_v.load([stream, block - near_start, 0]).reshape(BLOCK_NEAR, VALUE_PAD)
-            products = tl.dot(q, tl.trans(k))
-            products = cap_logits(products, scale, softcap, CAP)
-            causal = (key[None, :] <= position[:, None]) & (key < end)[None, :]
-            products = tl.where(causal, products, float("-inf"))
-            acc, total, top = softmax_step(acc, total, top, products, factor, v, live, False)
+    begin = closed_chunks(q_first, CHUNK, WINDOW, dense_until) * CHUNK
+    # Keys up to the tile's first query are seen by every row: only what follows needs the mask.
+    diagonal = begin + (q_first + 1 - begin) // BLOCK_NEAR * BLOCK_NEAR
+    end = tl.minimum(q_first + TILE, stop)
+    step = tl.arange(0, BLOCK_NEAR)
+    for block in range(begin, diagonal, BLOCK_NEAR):
+        k = near_k.load([stream, block - near_start, 0]).reshape(BLOCK_NEAR, DIM_PAD)
+        v = near_v.load([stream, block - near_start, 0]).reshape(BLOCK_NEAR, VALUE_PAD)
+        products = tl.dot(q, tl.trans(k))
+        products = cap_logits(products, scale, softcap, CAP)
+        acc, total, top = softmax_step(acc, total, top, products, factor, v, live, False)
+    for block in range(diagonal, end, BLOCK_NEAR):
+        key = block + step
+        k = near_k.load([stream, block - near_start, 0]).reshape(BLOCK_NEAR, DIM_PAD)
+        v = near_v.load([stream, block - near_start, 0]).reshape(BLOCK_NEAR, VALUE_PAD)
+        products = tl.dot(q, tl.trans(k))
+        products = cap_logits(products, scale, softcap, CAP)
+        causal = (key[None, :] <= position[:, None]) & (key < end)[None, :]
+        products = tl.where(causal, products, float("-inf"))
+        acc, total, top = softmax_step(acc, total, top, products, factor, v, live, False)
 
     if FAR:
         k_base = far_k_ptr + wide_stream * far_k_stream

@@ -281,14 +281,13 @@ def attend_strip(
     out: torch.Tensor,
     lse: torch.Tensor,
     *,
-    near: bool = True,
     page_bias: torch.Tensor | None = None,
 ) -> None:
     """Near field, then the plan's pages, of one strip; writes its rows of ``out`` and ``lse``.
 
     ``page_bias`` (streams, tiles, listed, heads, tile) float32, contiguous, is added to listed pages' logits.
     """
-    if near and page_bias is None and hopper.attends(job):
+    if page_bias is None and hopper.attends(job):
         hopper.attend_strip(job, strip, plan, out, lse)
         return
     streams, heads = job.queries.shape[:2]
@@ -351,9 +350,8 @@ def attend_strip(
         PAGE_PAD=page_pad,
         PAGES_PER_STEP=1 if page_bias is not None else max(1, job.tuning.keys_per_step // page_pad),
         BLOCK_NEAR=block_near,
-        NEAR=near,
         FAR=plan is not None,
-        SINK=job.sink_logit is not None and near,
+        SINK=job.sink_logit is not None,
         CAP=job.softcap is not None,
         num_warps=job.tuning.attend_warps,
         num_stages=max(1, min(job.tuning.attend_stages, ahead)),
