@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 
 from llama_surgery.attention.impl.triton import layout as layout_module
-from llama_surgery.attention.impl.triton import prefill
+from llama_surgery.attention.impl.triton import prefill, selection
 from llama_surgery.attention.impl.triton.job import Job, Strip, make_job
 from llama_surgery.attention.impl.triton.layout import build_layout
 from llama_surgery.attention.impl.triton.tuning import TABLE
@@ -81,10 +81,10 @@ def _job(data: Data, density: float) -> tuple[Job, Strip, torch.Tensor]:
     layout = build_layout(data.keys, data.values, CHEAP)
     job = make_job(data.queries, data.keys, data.values, layout, config=CHEAP, start=0)
     far = [strip for strip in job.strips() if strip.pages]
-    theta = calibrate(job, [prefill.row_totals(job, strip) for strip in far], density)
+    theta = calibrate(job, [selection.row_totals(job, strip) for strip in far], density)
     config = dataclasses.replace(CHEAP, theta=theta, theta_decode=theta)
     job = dataclasses.replace(job, config=config)
-    return job, far[-1], prefill.row_totals(job, far[-1])
+    return job, far[-1], selection.row_totals(job, far[-1])
 
 
 def tune(length: int, seconds: float) -> None:
@@ -92,11 +92,11 @@ def tune(length: int, seconds: float) -> None:
     deadline, data = Deadline(seconds), make_data(length, CUDA, torch.bfloat16)
     job, strip, totals = _job(data, 0.05)
     job = dataclasses.replace(job, tuning=dataclasses.replace(job.tuning, specialised=False))
-    plan = prefill.list_pages(job, strip, totals)
+    plan = selection.list_pages(job, strip, totals)
     out, lse = torch.empty_like(data.queries), torch.empty(data.queries.shape[:3], device=CUDA)
     calls: dict[str, Callable[[Job], object]] = {
-        "totals": lambda job: prefill.row_totals(job, strip),
-        "lists": lambda job: prefill.list_pages(job, strip, totals),
+        "totals": lambda job: selection.row_totals(job, strip),
+        "lists": lambda job: selection.list_pages(job, strip, totals),
         "near": lambda job: prefill.attend_strip(job, strip, None, out, lse),
         "near and far": lambda job: prefill.attend_strip(job, strip, plan, out, lse),
     }

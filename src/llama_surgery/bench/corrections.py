@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from llama_surgery.attention import api
-from llama_surgery.attention.impl.triton import prefill
+from llama_surgery.attention.impl.triton import prefill, selection
 from llama_surgery.attention.impl.triton.decode import DecodeResult, decode
 from llama_surgery.attention.impl.triton.decode_cache import (
     DecodeCache,
@@ -83,7 +83,7 @@ def bench_corrections(
     rows = Rows(out, device, n=length, dtype=str(dtype).split(".")[-1])
     data, few = make_data(length, device, dtype), make_data(CHECKED, device, torch.float32)
     job = make_job(data.queries, data.keys, data.values, _layout(data, config, None), config=config, start=0)
-    totals = [prefill.row_totals(job, strip) for strip in job.strips() if strip.pages]
+    totals = [selection.row_totals(job, strip) for strip in job.strips() if strip.pages]
     theta = calibrate(job, totals, density)
     config = dataclasses.replace(config, theta=theta, theta_decode=None)
     plain: dict[str, float] = {}

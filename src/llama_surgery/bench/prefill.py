@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from llama_surgery.attention.impl.triton import hopper, prefill
+from llama_surgery.attention.impl.triton import hopper, prefill, selection
 from llama_surgery.attention.impl.triton.job import Job, make_job, make_levels
 from llama_surgery.attention.impl.triton.layout import build_layout
 from llama_surgery.attention.impl.triton.tiled_plan import ENTRY, TiledPlan
@@ -106,7 +106,7 @@ class _Timed:
         config = setting.config
         layout = build_layout(data.keys, data.values, config)
         job = make_job(data.queries, data.keys, data.values, layout, config=config, start=0)
-        self.totals = [prefill.row_totals(job, strip) for strip in job.strips() if strip.pages]
+        self.totals = [selection.row_totals(job, strip) for strip in job.strips() if strip.pages]
         theta = case.calibrate(job, self.totals, setting.density)
         self.config = dataclasses.replace(config, theta=theta, theta_decode=theta)
         self.job: Job = dataclasses.replace(job, config=self.config)
@@ -176,15 +176,15 @@ class _Timed:
 
         def totals(**options: bool) -> None:
             for strip in far:
-                prefill.row_totals(job, strip, **options)
+                selection.row_totals(job, strip, **options)
 
         def lists() -> None:
             for strip, total in zip(far, self.totals, strict=True):
-                prefill.list_pages(job, strip, total)
+                selection.list_pages(job, strip, total)
 
-        def selection() -> None:
+        def select() -> None:
             for strip in far:
-                prefill.select(job, strip)
+                selection.select(job, strip)
 
         def attention(plans: list[TiledPlan], pages: bool = True) -> None:
             left = iter(plans)
@@ -198,7 +198,7 @@ class _Timed:
         self.add("layout", lambda: build_layout(data.keys, data.values, config))
         self.add("features", lambda: make_levels(moments, config, data.keys.dtype))
         if hopper.selects(job):
-            self.add("selection", selection)
+            self.add("selection", select)
         else:
             self.add("totals, near field", lambda: totals(far=False))
             self.add("totals, pages", lambda: totals(near=False))

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
-from llama_surgery.attention.impl.triton import prefill
+from llama_surgery.attention.impl.triton import selection
 from llama_surgery.attention.impl.triton.job import Job
 from llama_surgery.attention.impl.triton.tiled_plan import ENTRY, TiledPlan
 from llama_surgery.bench.states import clustered_states
@@ -45,7 +45,7 @@ def plans_of(job: Job, theta: float, totals: list[torch.Tensor]) -> list[TiledPl
     config = dataclasses.replace(job.config, theta=theta, theta_decode=theta)
     job = dataclasses.replace(job, config=config)
     far = [strip for strip in job.strips() if strip.pages]
-    return [prefill.list_pages(job, s, t) for s, t in zip(far, totals, strict=True)]
+    return [selection.list_pages(job, s, t) for s, t in zip(far, totals, strict=True)]
 
 
 def executed_pairs(plans: list[TiledPlan], page_size: int) -> float:

@@ -33,6 +33,7 @@ from llama_surgery.attention.impl.triton import (
     layout,
     page_count,
     prefill,
+    selection,
     summary,
     token_mask,
     tuning,
@@ -62,7 +63,8 @@ PROCESSORS = 132
 
 #: Kernels by the module that launches them.
 KERNELS = {
-    prefill: ("totals_kernel", "list_kernel", "descend_kernel", "attend_kernel"),
+    prefill: ("attend_kernel",),
+    selection: ("totals_kernel", "list_kernel", "descend_kernel"),
     page_count: ("share_kernel",),
     summary: ("summary_kernel",),
     layout: ("map_kernel", "split_kernel", "tree_kernel", "arrange_kernel"),

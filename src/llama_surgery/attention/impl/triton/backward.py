@@ -14,6 +14,7 @@ from llama_surgery.attention.impl.triton import prefill
 from llama_surgery.attention.impl.triton.backward_pass import Call, States, gradients
 from llama_surgery.attention.impl.triton.helpers import device_of
 from llama_surgery.attention.impl.triton.job import Strip, make_job
+from llama_surgery.attention.impl.triton.selection import select
 from llama_surgery.attention.impl.triton.tiled_plan import TiledPlan
 from llama_surgery.config import SurgeryConfig
 from llama_surgery.errors import SurgeryError
@@ -117,7 +118,7 @@ def plan_pages(
             entries = counts.new_empty(*counts.shape, 0)
             return TiledPlan(start, job.stop, job.tile, counts, counts, entries)
         with device_of(queries):
-            plan = prefill.select(job, strip)
+            plan = select(job, strip)
     assert plan.entries is not None
     longest = int(plan.counts.max())
     return dataclasses.replace(plan, entries=plan.entries[..., :longest].contiguous())

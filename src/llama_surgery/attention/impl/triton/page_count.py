@@ -22,7 +22,7 @@ def tile_bars(job: Job, strip: Strip, totals: torch.Tensor) -> torch.Tensor:
     """What log2 scores of the strip's scored rows must exceed for ``pages_per_row`` pages to be opened.
 
     Args:
-        totals: (streams, tiles, slots, heads) of :func:`prefill.row_totals`.
+        totals: (streams, tiles, slots, heads) of :func:`selection.row_totals`.
 
     Returns:
         The same shape.
