@@ -233,7 +233,7 @@ def compile_all(
     job.tuning_for = lambda *_: chosen  # type: ignore[assignment]
     job.obstacle = decode.obstacle = lambda *_: None  # nothing is run
     backward_pass.family_of = token_mask.family_of = lambda _: family  # type: ignore[assignment]
-    hopper._processors = lambda _: PROCESSORS  # type: ignore[assignment]
+    hopper.processors_of = lambda _: PROCESSORS  # type: ignore[assignment]
     length = 2048
     states = torch.zeros(8, heads, length, head_dim, dtype=dtype)
     keys = states[:, 0].contiguous()

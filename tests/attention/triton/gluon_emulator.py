@@ -388,6 +388,6 @@ def emulated(monkeypatch: pytest.MonkeyPatch, processors: int = 2) -> Iterator[N
                 elif isinstance(own, GluonJITFunction):
                     patch.setattr(module, name, _ring(own.fn) if name == "make_ring" else own.fn)
         patch.setattr(hopper, "_described", lambda states, *block: Descriptor(states, block))
-        patch.setattr(hopper, "_processors", lambda _: processors)
+        patch.setattr(hopper, "processors_of", lambda _: processors)
         patch.setattr(job, "tuning_for", lambda *_: Tuning(specialised=True))
         yield

@@ -11,9 +11,10 @@ import math
 import torch
 import triton
 
+from llama_surgery.attention.impl.triton.decode_tuning import processors_of
 from llama_surgery.attention.impl.triton.helpers import LOG2E
 from llama_surgery.attention.impl.triton.job import Job, Level, Strip, feature_parts
-from llama_surgery.attention.impl.triton.launch import aligned
+from llama_surgery.attention.impl.triton.launch import aligned, placed_rows
 from llama_surgery.attention.impl.triton.tiled_plan import TiledPlan
 
 #: Keys or balls of a block, rows of a tile.
@@ -74,11 +75,6 @@ def _known_triton() -> bool:
     return TRITON[0] <= (int(major), int(minor)) <= TRITON[1]
 
 
-@functools.cache
-def _processors(device: torch.device) -> int:
-    return int(torch.cuda.get_device_properties(device).multi_processor_count)
-
-
 def _described(states: torch.Tensor, *block: int) -> object:
     from triton.experimental.gluon import language as gl
     from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
@@ -103,7 +99,7 @@ def attend_strip(
         far = [_described(states, BLOCK, dim) for states in (job.layout.keys, job.layout.values)]
         entries, counts = plan.entries, plan.counts
     units = streams * strip.tiles * triton.cdiv(heads, heads_block)
-    hopper_attend_kernel[(min(units, _processors(out.device)),)](
+    hopper_attend_kernel[(min(units, processors_of(out.device)),)](
         _described(job.queries, heads_block // 2, job.tile, dim),
         *near,
         *far,
@@ -118,11 +114,7 @@ def attend_strip(
         streams,
         strip.tiles,
         strip.pages,
-        job.start,
-        job.stop,
-        job.near_start,
-        strip.first_tile,
-        job.dense_until,
+        *placed_rows(job, strip),
         job.scale * LOG2E.value,
         HEADS=heads,
         HEADS_BLOCK=heads_block,
@@ -160,7 +152,7 @@ def list_pages(job: Job, strip: Strip, log2_bar: float, *outputs: torch.Tensor) 
         ]
 
     pages, summed = job.steps[0], job.total_level
-    programs = min(streams * strip.tiles, 2 * _processors(job.queries.device))
+    programs = min(streams * strip.tiles, 2 * processors_of(job.queries.device))
     hopper_select_kernel[(programs,)](
         _described(job.queries, ROWS // job.tile, job.tile, dim),
         _described(job.near_keys, BLOCK, dim),
@@ -172,11 +164,7 @@ def list_pages(job: Job, strip: Strip, log2_bar: float, *outputs: torch.Tensor) 
         streams,
         strip.tiles,
         outputs[1].shape[-1],
-        job.start,
-        job.stop,
-        job.near_start,
-        strip.first_tile,
-        job.dense_until,
+        *placed_rows(job, strip),
         job.scale,
         log2_bar,
         HEADS=heads,

@@ -46,6 +46,18 @@ def _place(
 
 
 @gluon.jit
+def _blocks(entries_ptr, counts_ptr, stream, tile, tiles, capacity, whole, FAR: gl.constexpr):
+    """How many blocks a tile reads, and where the entry of block 0 would be, had near blocks entries too."""
+    blocks = 1 + whole
+    entries = 0
+    if FAR:
+        listed = stream.to(gl.int64) * tiles + tile
+        blocks += gl.load(counts_ptr + listed)
+        entries = entries_ptr + listed * capacity - 1 - whole
+    return blocks, entries
+
+
+@gluon.jit
 def _hand_out(ticket, turn, work):
     """Tell the warpgroups what to do next; the ring's barriers are those of the queries that go with it."""
     room, _, free = ticket
@@ -79,12 +91,7 @@ def _load(
                 q, [stream, head + half * (HEADS_BLOCK // 2), q_first - start, 0], arrived, q_room.index(half)
             )
         turn += 1
-        blocks = 1 + whole
-        entries = entries_ptr
-        if FAR:
-            listed = stream.to(gl.int64) * tiles + tile
-            blocks += gl.load(counts_ptr + listed)
-            entries = entries_ptr + listed * capacity - 1 - whole
+        blocks, entries = _blocks(entries_ptr, counts_ptr, stream, tile, tiles, capacity, whole, FAR)
         # The block with the diagonal comes first.
         for index in range(blocks):
             near = index <= whole
@@ -161,12 +168,7 @@ def _attend(
         q = q_room.index(half).reshape([HALF, DIM]).load(gl.DotOperandLayout(0, scores, 2))
         release(ticket, 0, 1)
         turn += 1
-        blocks = 1 + whole
-        entries = entries_ptr
-        if FAR:
-            listed = stream.to(gl.int64) * tiles + tile
-            blocks += gl.load(counts_ptr + listed)
-            entries = entries_ptr + listed * capacity - 1 - whole
+        blocks, entries = _blocks(entries_ptr, counts_ptr, stream, tile, tiles, capacity, whole, FAR)
         row = m % TILE
         position = q_first + row
         head = first_head + m // TILE

@@ -86,6 +86,11 @@ def scored_rows(job: Job, strip: Strip) -> tuple[float, ...]:
     return job.start, job.stop, strip.first_tile, job.dense_until, job.scale, softcap
 
 
+def placed_rows(job: Job, strip: Strip) -> tuple[int, ...]:
+    """Arguments of kernels that read the near field: which rows are given, and where keys and tiles begin."""
+    return job.start, job.stop, job.near_start, strip.first_tile, job.dense_until
+
+
 def heads_of_tile(heads: int, rows: int, tile_pad: int) -> int:
     """Heads of a matrix tile: a power of two, at most ``rows`` rows and at least 16."""
     most = max(1, rows // tile_pad)

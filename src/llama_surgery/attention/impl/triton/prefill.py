@@ -9,7 +9,7 @@ from llama_surgery.attention.impl.triton import hopper
 from llama_surgery.attention.impl.triton.attend_kernel import attend_kernel
 from llama_surgery.attention.impl.triton.helpers import device_of, product_options
 from llama_surgery.attention.impl.triton.job import Job, Strip, make_job
-from llama_surgery.attention.impl.triton.launch import described, heads_of_tile
+from llama_surgery.attention.impl.triton.launch import described, heads_of_tile, placed_rows
 from llama_surgery.attention.impl.triton.selection import select
 from llama_surgery.attention.impl.triton.summary import means_for, summarise_strip
 from llama_surgery.attention.impl.triton.tiled_plan import TiledPlan
@@ -146,11 +146,7 @@ def attend_strip(
         *lse.stride()[:2],
         strip.tiles,
         strip.pages,
-        job.start,
-        job.stop,
-        job.near_start,
-        strip.first_tile,
-        job.dense_until,
+        *placed_rows(job, strip),
         job.scale,
         1.0 if job.softcap is None else job.softcap,
         HEADS=heads,
