@@ -147,9 +147,7 @@ class TestAgainstPortableKernels:
         self, past: int, rows: int, sink: bool, tile: int, heads: int, dim: int, dtype: torch.dtype,
         device: torch.device, monkeypatch: pytest.MonkeyPatch,
     ) -> None:  # fmt: skip
-        config = dataclasses.replace(
-            CONFIG, tile=tile, variance_pool=1
-        )  # pages are listed by the same kernel
+        config = dataclasses.replace(CONFIG, tile=tile, variance_pool=1)  # both lists from one kernel
         case = test_prefill.Case(rows, past, heads, dim, dtype=dtype, sink=sink, streams=STREAMS)
         fast, plain = both(test_prefill.inputs(case, config, device), config, monkeypatch)
         assert bool(fast.plans) == bool(past or rows > 320)
@@ -184,10 +182,12 @@ class TestAgainstPortableKernels:
         check_pages(fast, plain)
 
     def test_large_logits(self, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Lists come from the same kernel: a page more or less would be all that a row attends to."""
+        config = dataclasses.replace(CONFIG, variance_pool=1)
         case = test_prefill.Case(900, 600, 4, 128, dtype=torch.bfloat16, streams=STREAMS)
-        given = test_prefill.inputs(case, CONFIG, device)
+        given = test_prefill.inputs(case, config, device)
         given["queries"] = given["queries"] * 60  # type: ignore[operator]
-        fast, plain = both(given, CONFIG, monkeypatch)
+        fast, plain = both(given, config, monkeypatch)
         check_attention(fast, plain)
 
     def test_any_strides(self, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -161,6 +161,7 @@ def list_pages(job: Job, strip: Strip, log2_bar: float, *outputs: torch.Tensor) 
         job.sink_logit,
         job.router.offset,
         *outputs,
+        torch.zeros(1, dtype=torch.int32, device=job.queries.device),
         streams,
         strip.tiles,
         outputs[1].shape[-1],

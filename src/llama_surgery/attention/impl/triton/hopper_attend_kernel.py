@@ -13,14 +13,16 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup
 from llama_surgery.attention.impl.triton.helpers import ENTRY, FLOOR, LN2, LOG2E
 from llama_surgery.attention.impl.triton.hopper_helpers import (
     BLOCK,
-    barrier,
     begin_fill,
     closed_chunks,
     fetch,
+    hand_out,
     make_ring,
     make_room,
+    make_ticket,
     products_with,
     release,
+    take,
     wait_filled,
 )
 
@@ -58,16 +60,6 @@ def _blocks(entries_ptr, counts_ptr, stream, tile, tiles, capacity, whole, FAR: 
 
 
 @gluon.jit
-def _hand_out(ticket, turn, work):
-    """Tell the warpgroups what to do next; the ring's barriers are those of the queries that go with it."""
-    room, _, free = ticket
-    one: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
-    mbarrier.wait(free.index(0), (turn & 1) ^ 1)
-    room.store(gl.full([1], work, gl.int32, one))
-    barrier()
-
-
-@gluon.jit
 def _load(
     q, near_k, near_v, far_k, far_v, entries_ptr, counts_ptr, taken_ptr, q_room, ticket, key_ring, value_ring,
     streams, tiles, capacity, start, near_start, first_tile, dense_until,
@@ -76,7 +68,6 @@ def _load(
 ):  # fmt: skip
     bytes_of_block: gl.constexpr = BLOCK * DIM * 2
     units = streams * tiles * ((HEADS + HEADS_BLOCK - 1) // HEADS_BLOCK)
-    arrived = ticket[1].index(0)
     step = 0
     turn = 0
     work = gl.program_id(0)
@@ -84,7 +75,7 @@ def _load(
         stream, head, tile, q_first, begin, whole = _place(
             work, tiles, first_tile, dense_until, HEADS, HEADS_BLOCK, TILE, CHUNK, WINDOW
         )
-        _hand_out(ticket, turn, work)
+        arrived = hand_out(ticket, turn, work)
         mbarrier.expect(arrived, 2 * HALF * DIM * 2)
         for half in gl.static_range(2):
             fetch(
@@ -109,17 +100,7 @@ def _load(
                 fetch(far_v, [stream, at, 0], full, room, pred=index > whole)
             step += 1
         work = gl.num_programs(0) + gl.atomic_add(taken_ptr, 1)
-    _hand_out(ticket, turn, work)
-    mbarrier.arrive(arrived, count=1)
-
-
-@gluon.jit
-def _take(ticket, turn):
-    """Wait for what to do next, and the queries for it."""
-    room, full, _ = ticket
-    one: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
-    mbarrier.wait(full.index(0), turn & 1)
-    return gl.max(room.load(one), 0)
+    mbarrier.arrive(hand_out(ticket, turn, work), count=1)
 
 
 @gluon.jit
@@ -159,7 +140,7 @@ def _attend(
     units = streams * tiles * ((HEADS + HEADS_BLOCK - 1) // HEADS_BLOCK)
     step = 0
     turn = 0
-    work = _take(ticket, turn)
+    work = take(ticket, turn)
     while work < units:
         stream, first_head, tile, q_first, begin, whole = _place(
             work, tiles, first_tile, dense_until, HEADS, HEADS_BLOCK, TILE, CHUNK, WINDOW
@@ -222,7 +203,7 @@ def _attend(
         place = stream.to(gl.int64) * out_stream + head.to(gl.int64) * out_head
         place += (position - start).to(gl.int64) * out_row
         gl.store(out_ptr + place[:, None] + column[None, :], out, mask=live[:, None])
-        work = _take(ticket, turn)
+        work = take(ticket, turn)
 
 
 @gluon.jit(
@@ -246,10 +227,9 @@ def hopper_attend_kernel(
     outputs are those of ``attend_kernel``. Grid: (as many programs as are to run at a time,).
     """
     q_room = make_room(q, 2)
-    number = gl.allocate_shared_memory(gl.int32, [1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     key_ring = make_ring(make_room(near_k, STAGES), STAGES, 2)
     value_ring = make_ring(make_room(near_v, STAGES), STAGES, 2)
-    ticket = make_ring(number, 1, 2)
+    ticket = make_ticket(2)
     gl.warp_specialize(
         [
             (_attend, (

@@ -67,6 +67,34 @@ def release(ring, step, STAGES: gl.constexpr):
 
 
 @gluon.jit
+def make_ticket(READERS: gl.constexpr):
+    """A ring of one number: what the partitions are to do next."""
+    return make_ring(
+        gl.allocate_shared_memory(gl.int32, [1], gl.SwizzledSharedLayout(1, 1, 1, [0])), 1, READERS
+    )
+
+
+@gluon.jit
+def hand_out(ticket, turn, work):
+    """Write down what is to be done next, once the last number is read; whoever calls completes *full*."""
+    room, full, free = ticket
+    one: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
+    mbarrier.wait(free.index(0), (turn & 1) ^ 1)
+    room.store(gl.full([1], work, gl.int32, one))
+    barrier()
+    return full.index(0)
+
+
+@gluon.jit
+def take(ticket, turn):
+    """Wait for what is to be done next."""
+    room, full, _ = ticket
+    one: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
+    mbarrier.wait(full.index(0), turn & 1)
+    return gl.max(room.load(one), 0)
+
+
+@gluon.jit
 def products_with(rows, block, nothing):
     """``rows @ block.T`` of a block (BLOCK, dim) in shared memory, in flight."""
     return warpgroup_mma(rows, block.permute([1, 0]), nothing, use_acc=False, is_async=True)

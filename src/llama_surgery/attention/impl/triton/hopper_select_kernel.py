@@ -9,6 +9,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
+    mbarrier,
     warpgroup_mma,
     warpgroup_mma_wait,
 )
@@ -19,10 +20,13 @@ from llama_surgery.attention.impl.triton.hopper_helpers import (
     begin_fill,
     closed_chunks,
     fetch,
+    hand_out,
     make_ring,
     make_room,
+    make_ticket,
     products_with,
     release,
+    take,
     wait_filled,
 )
 
@@ -38,7 +42,8 @@ def _place(
     """Of a tile: stream, number, first query, closed chunks, and how many blocks there are of near keys, of
     balls that are summed and of pages: none where nothing is closed."""
     stream = work // tiles
-    tile = work % tiles
+    # Long rows first: none of them is left over in the end.
+    tile = tiles - 1 - work % tiles
     q_first = (first_tile + tile) * TILE
     closed = closed_chunks(q_first, CHUNK, WINDOW, dense_until)
     near = (gl.minimum(q_first + TILE, stop) - closed * CHUNK + BLOCK - 1) // BLOCK
@@ -58,8 +63,8 @@ def _fetch_balls(
 
 @gluon.jit
 def _load(
-    q, near_k, sum_means, sum_spreads, page_means, page_spreads, q_ring, ring, spread_room,
-    streams, tiles, start, stop, near_start, first_tile, dense_until,
+    q, near_k, sum_means, sum_spreads, page_means, page_spreads, taken_ptr,
+    ticket, q_ring, ring, spread_room, streams, tiles, start, stop, near_start, first_tile, dense_until,
     TILE: gl.constexpr, DIM: gl.constexpr, SPREAD_PAD: gl.constexpr, CHUNK: gl.constexpr,
     WINDOW: gl.constexpr, SUM_BALL: gl.constexpr, PAGE: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
@@ -67,17 +72,29 @@ def _load(
     bytes_of_balls: gl.constexpr = BLOCK * (DIM + SPREAD_PAD) * 2
     step = 0
     turn = 0
-    for work in range(gl.program_id(0), streams * tiles, gl.num_programs(0)):
+    q_turn = 0
+    work = gl.program_id(0)
+    while work < streams * tiles:
         stream, _, q_first, closed, near, balls, pages = _place(
             work, tiles, first_tile, stop, dense_until, TILE, CHUNK, WINDOW, SUM_BALL, PAGE
         )
-        if closed > 0:
-            room, full = begin_fill(q_ring, turn, ROWS * DIM * 2, 1)
-            fetch(q, [stream, 0, q_first - start, 0], full, room)
-            turn += 1
-        for block in range(near):
+        mbarrier.arrive(hand_out(ticket, turn, work), count=1)
+        turn += 1
+        begin = closed * CHUNK - near_start
+        # As many near keys as there is room for come before the queries, which wait until the last tile's
+        # are done with.
+        early = gl.minimum(near, STAGES)
+        for block in range(early):
             room, full = begin_fill(ring, step, bytes_of_keys, STAGES)
-            fetch(near_k, [stream, closed * CHUNK - near_start + block * BLOCK, 0], full, room)
+            fetch(near_k, [stream, begin + block * BLOCK, 0], full, room)
+            step += 1
+        if closed > 0:
+            room, full = begin_fill(q_ring, q_turn, ROWS * DIM * 2, 1)
+            fetch(q, [stream, 0, q_first - start, 0], full, room)
+            q_turn += 1
+        for block in range(early, near):
+            room, full = begin_fill(ring, step, bytes_of_keys, STAGES)
+            fetch(near_k, [stream, begin + block * BLOCK, 0], full, room)
             step += 1
         for block in range(balls):
             _fetch_balls(
@@ -89,6 +106,8 @@ def _load(
                 page_means, page_spreads, stream, block, ring, spread_room, step, bytes_of_balls, STAGES
             )
             step += 1
+        work = gl.num_programs(0) + gl.atomic_add(taken_ptr, 1)
+    mbarrier.arrive(hand_out(ticket, turn, work), count=1)
 
 
 @gluon.jit
@@ -144,7 +163,7 @@ def _page_scores(queries, squares, ring, spread_room, step, nothing, DIM: gl.con
 
 @gluon.jit
 def _score(
-    q_ring, ring, spread_room, squares, member,
+    ticket, q_ring, ring, spread_room, squares, member,
     sink_ptr, offset_ptr, sink_page_ptr, entries_ptr, counts_ptr, seen_ptr,
     streams, tiles, capacity, start, stop, first_tile, dense_until, scale, log2_bar,
     HEADS: gl.constexpr, TILE: gl.constexpr, DIM: gl.constexpr, SPREAD_PAD: gl.constexpr,
@@ -164,14 +183,18 @@ def _score(
     factor = scale * LOG2E
     step = 0
     turn = 0
-    for work in range(gl.program_id(0), streams * tiles, gl.num_programs(0)):
+    q_turn = 0
+    work = take(ticket, turn)
+    while work < streams * tiles:
         stream, tile, q_first, closed, _, balls, page_blocks = _place(
             work, tiles, first_tile, stop, dense_until, TILE, CHUNK, WINDOW, SUM_BALL, PAGE
         )
+        release(ticket, turn, 1)
+        turn += 1
         count = 0
         seen = gl.zeros([BLOCK], gl.int32, gl.SliceLayout(1, down))
         if closed > 0:
-            queries = wait_filled(q_ring, turn, 1).reshape([ROWS, DIM])
+            queries = wait_filled(q_ring, q_turn, 1).reshape([ROWS, DIM])
             # What multiplies pooled variances: q², summed over the channels of each, with the scale in it.
             q = queries.load(gl.DotOperandLayout(0, pools, 2))
             pooled = gl.zeros([ROWS, SPREAD_PAD], gl.float32, pools)
@@ -245,15 +268,16 @@ def _score(
                 scores = warpgroup_mma_wait(0, [later])
                 step += 1
             release(ring, step, STAGES)
-            release(q_ring, turn, 1)
+            release(q_ring, q_turn, 1)
             step += 1
-            turn += 1
+            q_turn += 1
             block = page_blocks - 1
             count, seen = _list_step(
                 scores, bar, row_across, block, pages, sink_page, entries, count, seen, low, high, TILE
             )  # fmt: skip
         gl.store(counts_ptr + stream * tiles + tile, count)
         gl.store(seen_ptr + stream * tiles + tile, gl.sum(seen, 0))
+        work = take(ticket, turn)
 
 
 @gluon.jit(
@@ -263,7 +287,7 @@ def _score(
 )  # fmt: skip
 def hopper_select_kernel(
     q, near_k, sum_means, sum_spreads, page_means, page_spreads,
-    sink_ptr, offset_ptr, sink_page_ptr, entries_ptr, counts_ptr, seen_ptr,
+    sink_ptr, offset_ptr, sink_page_ptr, entries_ptr, counts_ptr, seen_ptr, taken_ptr,
     streams, tiles, capacity, start, stop, near_start, first_tile, dense_until, scale, log2_bar,
     HEADS: gl.constexpr, TILE: gl.constexpr, DIM: gl.constexpr, SPREAD: gl.constexpr,
     SPREAD_PAD: gl.constexpr, CHUNK: gl.constexpr, WINDOW: gl.constexpr, SUM_BALL: gl.constexpr,
@@ -274,7 +298,8 @@ def hopper_select_kernel(
 
     Row m of a tile is query ``m % TILE`` of head ``m // TILE``. Totals add up balls of SUM_BALL keys.
     Descriptors load (1, ROWS / TILE, TILE, DIM) queries and (1, BLOCK, DIM or SPREAD_PAD) of everything else;
-    beyond SPREAD there are zeros. Grid: (as many programs as are to run at a time,).
+    beyond SPREAD there are zeros. ``taken`` int32 counts tiles handed out beyond each program's first and
+    begins at 0. Grid: (as many programs as are to run at a time,).
     """
     spread_room = make_room(page_spreads, STAGES)
     square_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([ROWS, SPREAD_PAD], q.dtype)
@@ -288,19 +313,21 @@ def hopper_select_kernel(
         q.dtype, [SPREAD_PAD, DIM], member_layout, (pool[:, None] == channel[None, :]).to(q.dtype)
     )
     fence_async_shared()
+    ticket = make_ticket(1)
     q_ring = make_ring(make_room(q, 1), 1, 1)
     ring = make_ring(make_room(near_k, STAGES), STAGES, 1)
     gl.warp_specialize(
         [
             (_score, (
-                q_ring, ring, spread_room, squares, member,
+                ticket, q_ring, ring, spread_room, squares, member,
                 sink_ptr, offset_ptr, sink_page_ptr, entries_ptr, counts_ptr, seen_ptr,
                 streams, tiles, capacity, start, stop, first_tile, dense_until, scale, log2_bar,
                 HEADS, TILE, DIM, SPREAD_PAD, CHUNK, WINDOW, SUM_BALL, LOG2_SUM_BALL, PAGE, LOG_PAGE, SINK,
                 STAGES,
             )),
             (_load, (
-                q, near_k, sum_means, sum_spreads, page_means, page_spreads, q_ring, ring, spread_room,
+                q, near_k, sum_means, sum_spreads, page_means, page_spreads, taken_ptr,
+                ticket, q_ring, ring, spread_room,
                 streams, tiles, start, stop, near_start, first_tile, dense_until,
                 TILE, DIM, SPREAD_PAD, CHUNK, WINDOW, SUM_BALL, PAGE, STAGES,
             )),

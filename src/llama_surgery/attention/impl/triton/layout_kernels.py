@@ -7,13 +7,48 @@ from llama_surgery.attention.impl.triton.helpers import EXACT, load_rows
 
 
 @triton.jit
-def _node_keys(keys, order, first, chunk_first, key_row, NODE, BLOCK: tl.constexpr, DIM, DIM_PAD):
-    """Block of a node's keys from place ``first`` on: (BLOCK, DIM_PAD), and which are real."""
+def _node_offsets(order, first, NODE, BLOCK: tl.constexpr):
+    """Block of a node's offsets from place ``first`` on (BLOCK,), their places, and which are real."""
     place = first + tl.arange(0, BLOCK)
     present = place < NODE
-    offset = tl.load(order + place, mask=present, other=0)
-    x = load_rows(keys, chunk_first + offset, key_row, present, DIM, DIM_PAD, True)
-    return x, place, present
+    return tl.load(order + place, mask=present, other=0), place, present
+
+
+@triton.jit
+def children_of(along, present, SIZE: tl.constexpr, ARITY: tl.constexpr):
+    """Which of ARITY equal children the SIZE keys of nodes go to: (nodes, keys) int32, lower first.
+
+    ``along`` (nodes, keys) float32 orders them, ties by place; where not ``present`` there is no key.
+    """
+    # Integers in the order of the numbers; adding zero makes one of the two zeros.
+    bits = (along + 0.0).to(tl.int32, bitcast=True)
+    value = bits ^ ((bits >> 31) & 0x7FFFFFFF)
+    # Three counts of at most SIZE are added up as one number.
+    counts: tl.constexpr = tl.int32 if SIZE < 1 << 10 else tl.int64
+    field: tl.constexpr = 10 if SIZE < 1 << 10 else 20
+    child = tl.zeros(along.shape, tl.int32)
+    for boundary in tl.static_range(1, ARITY):
+        # The largest bound with at most ``wanted`` values below it is the value of that rank. It is built
+        # two bits at a time, from the highest on.
+        wanted = boundary * (SIZE // ARITY)
+        bound = tl.full([along.shape[0]], -2147483648, tl.int32)
+        for step in range(0, 16):
+            unit = 1 << (30 - 2 * step)
+            below = (present & (value < (bound + unit)[:, None])).to(counts)
+            below += (present & (value < (bound + 2 * unit)[:, None])).to(counts) << field
+            below += (present & (value < (bound + 3 * unit)[:, None])).to(counts) << (2 * field)
+            below = tl.sum(below, 1)
+            mask: tl.constexpr = (1 << field) - 1
+            higher = ((below & mask) <= wanted).to(tl.int32)
+            higher += ((below >> field & mask) <= wanted).to(tl.int32)
+            higher += ((below >> (2 * field)) <= wanted).to(tl.int32)
+            bound += higher * unit
+        less = value < bound[:, None]
+        below = tl.sum((present & less).to(tl.int32), 1)
+        equal = present & (value == bound[:, None])
+        lower = less | (equal & (below[:, None] + tl.cumsum(equal.to(tl.int32), 1) <= wanted))
+        child += (~lower).to(tl.int32)
+    return child
 
 
 @triton.jit
@@ -57,30 +92,37 @@ def split_kernel(
         total = tl.zeros([DIM_PAD], tl.float32)
         gram = tl.zeros([DIM_PAD, DIM_PAD], tl.float32)
         # The next block is on its way, in registers, while one is multiplied.
-        x, _, _ = _node_keys(keys, order, 0, chunk_first, key_row, NODE, BLOCK, DIM, DIM_PAD)
+        offset, _, present = _node_offsets(order, 0, NODE, BLOCK)
+        x = load_rows(keys, chunk_first + offset, key_row, present, DIM, DIM_PAD, True)
         for block in range(BLOCK, NODE + BLOCK, BLOCK):
-            ahead, _, _ = _node_keys(keys, order, block, chunk_first, key_row, NODE, BLOCK, DIM, DIM_PAD)
+            offset, _, present = _node_offsets(order, block, NODE, BLOCK)
+            ahead = load_rows(keys, chunk_first + offset, key_row, present, DIM, DIM_PAD, True)
             total += tl.sum(x.to(tl.float32), 0)
             gram = tl.dot(tl.trans(x), x, gram, input_precision=EXACT)
             x = ahead
         mean = total / NODE
         gram -= total[:, None] * mean[None, :]
-        spread = tl.sum(tl.where(channel[:, None] == channel[None, :], gram, 0.0), 0)
+        spread = tl.sum(tl.where(channel[:, None] == channel[None, :], gram, 0.0), 1)
         # What equal keys leave is rounding error of their squares: it must not be blown up.
         trace, noise = tl.sum(spread, 0), 1e-6 * tl.sum(spread + total * mean, 0)
         gram /= tl.maximum(tl.maximum(trace, noise), 1e-30)
         direction = (channel == tl.argmax(spread, 0)).to(tl.float32)
         for _ in range(STEPS + 1):
             direction = tl.sum(gram * direction[None, :], 1)
-        for block in range(0, NODE, BLOCK):
-            x, place, present = _node_keys(
-                keys, order, block, chunk_first, key_row, NODE, BLOCK, DIM, DIM_PAD
-            )
+        tl.debug_barrier()  # else loads begin where the covariance still fills the registers
+        wide: tl.constexpr = 2 * BLOCK
+        offset, place, present = _node_offsets(order, 0, NODE, wide)
+        x = load_rows(keys, chunk_first + offset, key_row, present, DIM, DIM_PAD, True)
+        offset, next_place, next_present = _node_offsets(order, wide, NODE, wide)
+        for block in range(0, NODE, wide):
+            ahead = load_rows(keys, chunk_first + offset, key_row, next_present, DIM, DIM_PAD, True)
             along = tl.sum((x.to(tl.float32) - mean[None, :]) * direction[None, :], 1)
             tl.store(projections + place, along, mask=present)
+            x, place, present = ahead, next_place, next_present
+            offset, next_place, next_present = _node_offsets(order, block + 2 * wide, NODE, wide)
     else:
-        x, place, present = _node_keys(keys, order, 0, chunk_first, key_row, NODE, BLOCK, DIM, DIM_PAD)
-        x = x.to(tl.float32)
+        offset, place, present = _node_offsets(order, 0, NODE, BLOCK)
+        x = load_rows(keys, chunk_first + offset, key_row, present, DIM, DIM_PAD, True).to(tl.float32)
         mean = tl.sum(x, 0) / NODE
         x = tl.where(present[:, None], x - mean[None, :], 0.0)
         spread = tl.sum(x * x, 0)
@@ -93,30 +135,14 @@ def split_kernel(
 
     place = tl.arange(0, NODE_PAD)
     present = place < NODE
-    # Integers in the order of the numbers; adding zero makes one of the two zeros.
-    bits = (tl.load(projections + place, mask=present, other=0.0) + 0.0).to(tl.int32, bitcast=True)
-    value = (bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(tl.int64)
-    value = tl.where(present, value, 1 << 40)
-    child = tl.zeros([NODE_PAD], tl.int32)
-    size: tl.constexpr = NODE // ARITY
-    for boundary in tl.static_range(1, ARITY):
-        # The largest bound with at most ``wanted`` values below it is the value of that rank.
-        wanted = boundary * size
-        bound = tl.full([], -(1 << 31), tl.int64)
-        for step in range(0, 32):
-            higher = bound + (tl.full([], 1, tl.int64) << (31 - step))
-            below = tl.sum((value < higher).to(tl.int32), 0)
-            bound = tl.where(below <= wanted, higher, bound)
-        below = tl.sum((value < bound).to(tl.int32), 0)
-        equal = (value == bound).to(tl.int32)
-        lower = (value < bound) | ((equal == 1) & (below + tl.cumsum(equal, 0) <= wanted))
-        child += (~lower).to(tl.int32)
+    along = tl.load(projections + place, mask=present, other=0.0)
+    child = tl.reshape(children_of(along[None, :], present[None, :], NODE, ARITY), [NODE_PAD])
     offset = tl.load(order + place, mask=present, other=0)
     children = children_ptr + stream * slots + first
     for index in tl.static_range(0, ARITY):
         chosen = (child == index) & present
         rank = tl.cumsum(chosen.to(tl.int32), 0) - 1
-        tl.store(children + index * size + rank, offset, mask=chosen)
+        tl.store(children + index * (NODE // ARITY) + rank, offset, mask=chosen)
 
 
 @triton.jit

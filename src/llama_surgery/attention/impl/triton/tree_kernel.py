@@ -4,6 +4,7 @@ import triton
 import triton.language as tl
 
 from llama_surgery.attention.impl.triton.helpers import EXACT, load_rows
+from llama_surgery.attention.impl.triton.layout_kernels import children_of
 
 
 @triton.jit
@@ -54,31 +55,6 @@ def _along_own_direction(p, q, r, s, present, SIZE: tl.constexpr, STEPS: tl.cons
 
 
 @triton.jit
-def _children(along, present, SIZE: tl.constexpr, ARITY: tl.constexpr):
-    """Which of ARITY equal children keys go to: (nodes, keys) int32, lower first, ties by place."""
-    # Integers in the order of the numbers; adding zero makes one of the two zeros.
-    bits = (along + 0.0).to(tl.int32, bitcast=True)
-    value = bits ^ ((bits >> 31) & 0x7FFFFFFF)
-    child = tl.zeros(along.shape, tl.int32)
-    for boundary in tl.static_range(1, ARITY):
-        # The largest bound with at most ``wanted`` values below it is the value of that rank. It is built
-        # from its highest bit on; the first step decides on the sign.
-        wanted = boundary * (SIZE // ARITY)
-        below = tl.sum((present & (value < 0)).to(tl.int32), 1)
-        bound = tl.where(below <= wanted, 0, -2147483648)
-        for step in range(0, 31):
-            higher = bound + (1 << (30 - step))
-            below = tl.sum((present & (value < higher[:, None])).to(tl.int32), 1)
-            bound = tl.where(below <= wanted, higher, bound)
-        less = value < bound[:, None]
-        below = tl.sum((present & less).to(tl.int32), 1)
-        equal = present & (value == bound[:, None])
-        lower = less | (equal & (below[:, None] + tl.cumsum(equal.to(tl.int32), 1) <= wanted))
-        child += (~lower).to(tl.int32)
-    return child
-
-
-@triton.jit
 def _split_level(
     here,
     there,
@@ -102,7 +78,7 @@ def _split_level(
     r = tl.load(here + 2 * plane + cell, mask=present, other=0.0)
     s = tl.load(here + 3 * plane + cell, mask=present, other=0.0)
     offset = tl.load(order_here + cell, mask=present, other=0)
-    child = _children(_along_own_direction(p, q, r, s, present, SIZE, STEPS), present, SIZE, ARITY)
+    child = children_of(_along_own_direction(p, q, r, s, present, SIZE, STEPS), present, SIZE, ARITY)
     for index in tl.static_range(0, ARITY):
         chosen = (child == index) & present
         rank = tl.cumsum(chosen.to(tl.int32), 1) - 1
@@ -158,13 +134,14 @@ def tree_kernel(
     mean = total / CHUNK
     gram -= total[:, None] * mean[None, :]
     diagonal = channel[:, None] == channel[None, :]
-    spread = tl.sum(tl.where(diagonal, gram, 0.0), 0)
+    spread = tl.sum(tl.where(diagonal, gram, 0.0), 1)
     # What equal keys leave is rounding error of their squares: it must not be blown up.
     trace, noise = tl.sum(spread, 0), 1e-6 * tl.sum(spread + total * mean, 0)
-    gram /= tl.maximum(tl.maximum(trace, noise), 1e-30)
+    unit = tl.maximum(tl.maximum(trace, noise), 1e-30)
+    gram /= unit
+    spread /= unit  # stays the covariance's diagonal
 
     for index in tl.static_range(0, 4):
-        spread = tl.sum(tl.where(diagonal, gram, 0.0), 0)
         left = tl.sum(spread, 0)
         # The start, the covariance's column of the widest channel, is one step from that channel's axis.
         direction = (channel == tl.argmax(spread, 0)).to(tl.float32)
@@ -173,9 +150,11 @@ def tree_kernel(
             direction = tl.sum(gram * (direction * scale)[None, :], 1)
         length = tl.sqrt(tl.sum(direction * direction, 0))
         direction = tl.where(left > ROUNDING, direction / tl.maximum(length, 1e-30), 0.0)
-        image = tl.sum(gram * direction[None, :], 1)
-        image -= 0.5 * tl.sum(image * direction, 0) * direction
-        gram -= direction[:, None] * image[None, :] + image[:, None] * direction[None, :]
+        if index < 3:
+            image = tl.sum(gram * direction[None, :], 1)
+            image -= 0.5 * tl.sum(image * direction, 0) * direction
+            gram -= direction[:, None] * image[None, :] + image[:, None] * direction[None, :]
+            spread -= direction * image + image * direction
         if index == 0:
             first = direction
         elif index == 1:
@@ -185,15 +164,20 @@ def tree_kernel(
         else:
             fourth = direction
 
-    for block in range(0, CHUNK, BLOCK):
+    tl.debug_barrier()  # else loads begin where the covariance still fills the registers
+    wide: tl.constexpr = 2 * BLOCK
+    row = tl.arange(0, wide)
+    ahead = load_rows(keys, chunk_first + row, key_row, row < CHUNK, DIM, DIM_PAD, True)
+    for block in range(0, CHUNK, wide):
+        centred = ahead.to(tl.float32) - mean[None, :]
+        present = block + wide + row < CHUNK
+        ahead = load_rows(keys, chunk_first + block + wide + row, key_row, present, DIM, DIM_PAD, True)
         present = block + row < CHUNK
-        x = load_rows(keys, chunk_first + block + row, key_row, present, DIM, DIM_PAD, CHUNK % BLOCK != 0)
-        x = x.to(tl.float32) - mean[None, :]
         cells = coordinates_ptr + base + block + row
-        tl.store(cells, tl.sum(x * first[None, :], 1), mask=present)
-        tl.store(cells + plane, tl.sum(x * second[None, :], 1), mask=present)
-        tl.store(cells + 2 * plane, tl.sum(x * third[None, :], 1), mask=present)
-        tl.store(cells + 3 * plane, tl.sum(x * fourth[None, :], 1), mask=present)
+        tl.store(cells, tl.sum(centred * first[None, :], 1), mask=present)
+        tl.store(cells + plane, tl.sum(centred * second[None, :], 1), mask=present)
+        tl.store(cells + 2 * plane, tl.sum(centred * third[None, :], 1), mask=present)
+        tl.store(cells + 3 * plane, tl.sum(centred * fourth[None, :], 1), mask=present)
 
     here, there = coordinates_ptr, other_coordinates_ptr
     order_here, order_there = order_ptr, other_order_ptr
