@@ -50,8 +50,8 @@ def settings(length: int, *, full: bool, growth: bool, flex: bool) -> Iterator[S
     yield Setting(CHEAP, 0.05, flex=flex, parts=True)
     subspace = dataclasses.replace(CHEAP, directions="subspace")
     if length == 1 << 15:
-        yield Setting(CHEAP, 0.07)
-        yield Setting(subspace, 0.07)
+        yield Setting(CHEAP, 0.073)
+        yield Setting(subspace, 0.073)
     if length >= 1 << 15:
         yield Setting(CHEAP, 0.01, parts=True)
     if length == 1 << 17:
@@ -102,14 +102,12 @@ def tune(length: int, seconds: float) -> None:
     }
     fine = dataclasses.replace(CHEAP, moment_size=16)
     for config, place in ((CHEAP, 0), (fine, 1)):
-        kept = layout_module.SPLIT_WARPS
+        kept = layout_module.PROJECT_WARPS
         for warps in (1, 2, 4) if place else (4, 8):
-            layout_module.SPLIT_WARPS = (warps, kept[1]) if place == 0 else (kept[0], warps)
+            layout_module.PROJECT_WARPS = (warps, kept[1]) if place == 0 else (kept[0], warps)
             milliseconds = _middle(lambda config=config: build_layout(data.keys, data.values, config))
-            say(
-                f"layout, balls of {config.ball_size}: {milliseconds:.3f} ms with {layout_module.SPLIT_WARPS}"
-            )
-        layout_module.SPLIT_WARPS = kept
+            say(f"layout, balls of {config.ball_size}: {milliseconds:.3f} ms with {warps} warps")
+        layout_module.PROJECT_WARPS = kept
     grids: dict[tuple[str, ...], dict[str, tuple[int, ...]]] = {
         ("totals",): {"totals_stages": (2, 3, 4), "totals_warps": (4, 8)},
         ("lists",): {"pooled_stages": (2, 1, 3), "score_warps": (4, 8)},

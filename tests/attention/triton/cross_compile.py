@@ -67,7 +67,14 @@ KERNELS = {
     selection: ("totals_kernel", "list_kernel", "descend_kernel"),
     page_count: ("share_kernel",),
     summary: ("summary_kernel",),
-    layout: ("map_kernel", "split_kernel", "tree_kernel", "arrange_kernel"),
+    layout: (
+        "map_kernel",
+        "project_kernel",
+        "split_kernel",
+        "subspace_kernel",
+        "tree_kernel",
+        "arrange_kernel",
+    ),
     job: ("feature_kernel",),
     backward_pass: (
         "query_gradient_kernel",

@@ -19,7 +19,9 @@ KERNELS = {
     "attend_kernel",
     "summary_kernel",
     "map_kernel",
+    "project_kernel",
     "split_kernel",
+    "subspace_kernel",
     "tree_kernel",
     "arrange_kernel",
     "feature_kernel",
@@ -40,9 +42,11 @@ KERNELS = {
 #: Written for one family, for heads of 64 or 128 channels in half precision.
 HOPPER = {"hopper_attend_kernel", "hopper_select_kernel"}
 
-#: Kernels that multiply no matrices.
+#: Kernels that multiply no matrices, or not at every size.
 WITHOUT_PRODUCTS = {
+    "project_kernel",
     "split_kernel",
+    "tree_kernel",
     "feature_kernel",
     "arrange_kernel",
     "place_kernel",
@@ -110,7 +114,7 @@ def test_small_heads_on_hopper() -> None:
 @pytest.mark.parametrize("head_dim", [80, 256])
 def test_head_dims(target: str, head_dim: int) -> None:
     # The covariance of more channels than 128 fits no program: plain PyTorch makes that order.
-    kernels = KERNELS - {"tree_kernel"} if head_dim > 128 else KERNELS
+    kernels = KERNELS - {"subspace_kernel", "tree_kernel"} if head_dim > 128 else KERNELS
     check(target, "--head-dim", str(head_dim), kernels=kernels)
 
 
@@ -135,7 +139,7 @@ def test_hopper_uses_its_matrix_units_and_waits_for_them() -> None:
 @pytest.mark.timeout(660)
 def test_single_precision_is_rounded_where_tf32_will_do() -> None:
     rows = compile_for("cuda:90", "--head-dim", "64", "--dtype", "float32", "--tf32")
-    of_layout = {"map_kernel", "tree_kernel"}
+    of_layout = {"map_kernel", "subspace_kernel"}
     of_gradients = {"query_gradient_kernel", "near_gradient_kernel", "far_gradient_kernel"}
     rounded = KERNELS - WITHOUT_PRODUCTS - of_layout - of_gradients
     assert {row["kernel"] for row in rows if row["tf32"]} == rounded

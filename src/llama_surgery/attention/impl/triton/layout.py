@@ -4,9 +4,9 @@ import torch
 import triton
 
 from llama_surgery.attention.impl.triton.helpers import device_of
-from llama_surgery.attention.impl.triton.layout_kernels import arrange_kernel, split_kernel
+from llama_surgery.attention.impl.triton.layout_kernels import arrange_kernel, project_kernel, split_kernel
 from llama_surgery.attention.impl.triton.map_kernel import map_kernel
-from llama_surgery.attention.impl.triton.tree_kernel import tree_kernel
+from llama_surgery.attention.impl.triton.tree_kernel import subspace_kernel, tree_kernel
 from llama_surgery.config import SurgeryConfig
 from llama_surgery.topology.layout import Layout, Moments
 from llama_surgery.topology.router import PageRouter
@@ -18,8 +18,11 @@ BLOCK = 64
 #: Bytes that a key's channel takes in all keys that are mapped at once.
 MAPPED = 128
 
-#: Warps of a program that splits a node of more than BLOCK keys, and of any other.
-SPLIT_WARPS = (4, 1)
+#: Warps of a program that projects the keys of a node of more than BLOCK keys, and of any other.
+PROJECT_WARPS = (4, 1)
+
+#: Keys that a warp arranges: more warps to a small ball would wait for one another.
+ARRANGED = 16
 
 #: Widest head whose covariance fits the registers of a program.
 WIDEST_GRAM = 128
@@ -46,7 +49,7 @@ def build_layout(
         order = _order(keys, config, router)
         ball = config.ball_size
         ball_pad = triton.next_power_of_2(ball)
-        balls = max(1, BLOCK // ball_pad)
+        balls = max(1, ARRANGED // ball_pad)
         mean, variance = (keys.new_empty(streams, slots // ball, dim, dtype=torch.float32) for _ in range(2))
         layout = Layout(
             torch.empty_like(keys, memory_format=torch.contiguous_format),
@@ -74,6 +77,7 @@ def build_layout(
             DIM_PAD=dim_pad,
             VALUE_DIM=value_dim,
             VALUE_PAD=value_pad,
+            num_warps=min(4, max(1, ball_pad // ARRANGED)),
         )
     return layout
 
@@ -98,25 +102,31 @@ def _order(keys: torch.Tensor, config: SurgeryConfig, router: PageRouter | None)
     while node > ball:
         node_pad = triton.next_power_of_2(node)
         held = BLOCK if dim_pad <= WIDEST_GRAM else node_pad
-        split_kernel[(slots // node, streams)](
+        project_kernel[(slots // node, streams)](
             keys,
             order,
-            children,
             projections,
             *keys.stride()[:2],
             slots,
             CHUNK=chunk,
             NODE=node,
-            NODE_PAD=node_pad,
             BLOCK=max(16, min(held, node_pad)),
-            ARITY=config.arity,
             DIM=dim,
             DIM_PAD=dim_pad,
             STEPS=POWER_STEPS,
             # Loads ahead would be wrong: for loads by way of ``order`` Triton (3.6, 3.9) keeps one
             # buffer, and fills it while Hopper's matrix units still read it.
             num_stages=1,
-            num_warps=SPLIT_WARPS[0] if node > BLOCK else SPLIT_WARPS[1],
+            num_warps=PROJECT_WARPS[0] if node > BLOCK else PROJECT_WARPS[1],
+        )
+        split_kernel[(slots // chunk, streams)](
+            order,
+            children,
+            projections,
+            slots,
+            SIZE=node,
+            NODES=chunk // node,
+            ARITY=config.arity,
         )
         order, children = children, order
         node //= config.arity
@@ -124,29 +134,36 @@ def _order(keys: torch.Tensor, config: SurgeryConfig, router: PageRouter | None)
 
 
 def _subspace_order(keys: torch.Tensor, order: torch.Tensor, config: SurgeryConfig) -> torch.Tensor:
-    """The same, of all levels in one launch; ``order`` is room for it."""
+    """The same, of all levels at once; ``order`` is room for it."""
     (streams, slots, dim), chunk = keys.shape, config.chunk_size
     levels = config.levels(config.ball_size)
     other = torch.empty_like(order)
     here, there = (keys.new_empty(SUBSPACE, streams, slots, dtype=torch.float32) for _ in range(2))
-    tree_kernel[(slots // chunk, streams)](
+    grid = slots // chunk, streams
+    subspace_kernel[grid](
         keys,
-        order,
-        other,
         here,
-        there,
         *keys.stride()[:2],
         slots,
         CHUNK=chunk,
         BLOCK=max(16, min(BLOCK, triton.next_power_of_2(chunk))),
-        ARITY=config.arity,
-        LEVELS=levels,
         DIM=dim,
         DIM_PAD=max(16, triton.next_power_of_2(dim)),
         STEPS=POWER_STEPS,
         ROUNDING=ROUNDING,
         num_stages=1,
-        num_warps=SPLIT_WARPS[0],
+        num_warps=PROJECT_WARPS[0],
+    )
+    tree_kernel[grid](
+        order,
+        other,
+        here,
+        there,
+        slots,
+        CHUNK=chunk,
+        ARITY=config.arity,
+        LEVELS=levels,
+        STEPS=POWER_STEPS,
     )
     return other if levels % 2 else order
 

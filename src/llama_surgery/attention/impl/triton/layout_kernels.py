@@ -15,10 +15,12 @@ def _node_offsets(order, first, NODE, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def children_of(along, present, SIZE: tl.constexpr, ARITY: tl.constexpr):
-    """Which of ARITY equal children the SIZE keys of nodes go to: (nodes, keys) int32, lower first.
+def split_places(along, present, SIZE: tl.constexpr, ARITY: tl.constexpr):
+    """Where the SIZE keys of nodes go when these are split into ARITY equal children, lower ones first:
+    places in the node, (nodes, keys) int32. In a child keys keep their order.
 
-    ``along`` (nodes, keys) float32 orders them, ties by place; where not ``present`` there is no key.
+    ``along`` (nodes, keys) float32 says which are lower, ties by place; where not ``present``, behind a
+    node's keys, there is none.
     """
     # Integers in the order of the numbers; adding zero makes one of the two zeros.
     bits = (along + 0.0).to(tl.int32, bitcast=True)
@@ -48,31 +50,36 @@ def children_of(along, present, SIZE: tl.constexpr, ARITY: tl.constexpr):
         equal = present & (value == bound[:, None])
         lower = less | (equal & (below[:, None] + tl.cumsum(equal.to(tl.int32), 1) <= wanted))
         child += (~lower).to(tl.int32)
-    return child
+    # What is left over in front of a key of the last child is of that child.
+    place = tl.arange(0, along.shape[1])[None, :]
+    target = place + (ARITY - 1) * (SIZE // ARITY)
+    for index in tl.static_range(0, ARITY - 1):
+        chosen = present & (child == index)
+        count = tl.cumsum(chosen.to(tl.int32), 1)
+        target = tl.where(child == ARITY - 1, target - count, target)
+        target = tl.where(chosen, index * (SIZE // ARITY) + count - 1, target)
+    return target
 
 
 @triton.jit
-def split_kernel(
+def project_kernel(
     keys_ptr,
     order_ptr,
-    children_ptr,
     projections_ptr,
     key_stream,
     key_row,
     slots,
     CHUNK: tl.constexpr,
     NODE: tl.constexpr,
-    NODE_PAD: tl.constexpr,
     BLOCK: tl.constexpr,
-    ARITY: tl.constexpr,
     DIM: tl.constexpr,
     DIM_PAD: tl.constexpr,
     STEPS: tl.constexpr,
 ):
-    """Split every node of one level into equal children along its principal direction.
+    """Where the keys of every node of one level lie along its principal direction.
 
-    ``order`` and ``children`` (streams, slots) int32 hold offsets in the chunk, node by node, ascending in
-    each. ``projections`` (streams, slots) float32 is scratch. Grid: (nodes of a stream, streams). The
+    ``order`` (streams, slots) int32 holds offsets in the chunk, node by node, ascending in each;
+    ``projections`` (streams, slots) float32 goes with it. Grid: (nodes of a stream, streams). The
     arithmetic is that of ``topology.tree``; nodes of at most BLOCK keys stay in registers and do without the
     covariance matrix, X'(X v) in place of (X'X) v. Its start, the covariance's column of the widest channel,
     is one step from that channel's axis: hence one step more here. Directions are not brought to length one
@@ -131,18 +138,32 @@ def split_kernel(
         for _ in range(STEPS + 1):
             direction = tl.sum(scaled * tl.sum(scaled * direction[None, :], 1)[:, None], 0)
         tl.store(projections + place, tl.sum(x * direction[None, :], 1), mask=present)
-    tl.debug_barrier()
 
-    place = tl.arange(0, NODE_PAD)
-    present = place < NODE
-    along = tl.load(projections + place, mask=present, other=0.0)
-    child = tl.reshape(children_of(along[None, :], present[None, :], NODE, ARITY), [NODE_PAD])
-    offset = tl.load(order + place, mask=present, other=0)
-    children = children_ptr + stream * slots + first
-    for index in tl.static_range(0, ARITY):
-        chosen = (child == index) & present
-        rank = tl.cumsum(chosen.to(tl.int32), 0) - 1
-        tl.store(children + index * (NODE // ARITY) + rank, offset, mask=chosen)
+
+@triton.jit
+def split_kernel(
+    order_ptr,
+    children_ptr,
+    projections_ptr,
+    slots,
+    SIZE: tl.constexpr,
+    NODES: tl.constexpr,
+    ARITY: tl.constexpr,
+):
+    """Split a chunk's NODES nodes of SIZE keys into equal children along what ``project_kernel`` wrote.
+
+    ``order`` and ``projections`` are those of that kernel, ``children`` is as ``order``.
+    Grid: (chunks, streams).
+    """
+    first = tl.program_id(1).to(tl.int64) * slots + tl.program_id(0) * (NODES * SIZE)
+    node = tl.arange(0, triton.next_power_of_2(NODES))[:, None]
+    place = tl.arange(0, triton.next_power_of_2(SIZE))[None, :]
+    present = (node < NODES) & (place < SIZE)
+    cell = first + node * SIZE + place
+    along = tl.load(projections_ptr + cell, mask=present, other=0.0)
+    offset = tl.load(order_ptr + cell, mask=present, other=0)
+    target = split_places(along, present, SIZE, ARITY)
+    tl.store(children_ptr + first + node * SIZE + target, offset, mask=present)
 
 
 @triton.jit

@@ -1,10 +1,13 @@
-"""The kernel of ``directions="subspace"``: the whole tree of a chunk in one program."""
+"""The kernels of ``directions="subspace"``: the whole tree of a chunk in one program.
+
+Directions are found by a kernel of their own, as few of its programs fit a processor.
+"""
 
 import triton
 import triton.language as tl
 
 from llama_surgery.attention.impl.triton.helpers import EXACT, load_rows
-from llama_surgery.attention.impl.triton.layout_kernels import children_of
+from llama_surgery.attention.impl.triton.layout_kernels import split_places
 
 
 @triton.jit
@@ -78,43 +81,33 @@ def _split_level(
     r = tl.load(here + 2 * plane + cell, mask=present, other=0.0)
     s = tl.load(here + 3 * plane + cell, mask=present, other=0.0)
     offset = tl.load(order_here + cell, mask=present, other=0)
-    child = children_of(_along_own_direction(p, q, r, s, present, SIZE, STEPS), present, SIZE, ARITY)
-    for index in tl.static_range(0, ARITY):
-        chosen = (child == index) & present
-        rank = tl.cumsum(chosen.to(tl.int32), 1) - 1
-        target = base + node * SIZE + index * (SIZE // ARITY) + rank
-        tl.store(order_there + target, offset, mask=chosen)
-        if not LAST:
-            tl.store(there + target, p, mask=chosen)
-            tl.store(there + plane + target, q, mask=chosen)
-            tl.store(there + 2 * plane + target, r, mask=chosen)
-            tl.store(there + 3 * plane + target, s, mask=chosen)
+    along = _along_own_direction(p, q, r, s, present, SIZE, STEPS)
+    target = base + node * SIZE + split_places(along, present, SIZE, ARITY)
+    tl.store(order_there + target, offset, mask=present)
+    if not LAST:
+        tl.store(there + target, p, mask=present)
+        tl.store(there + plane + target, q, mask=present)
+        tl.store(there + 2 * plane + target, r, mask=present)
+        tl.store(there + 3 * plane + target, s, mask=present)
 
 
 @triton.jit
-def tree_kernel(
+def subspace_kernel(
     keys_ptr,
-    order_ptr,
-    other_order_ptr,
     coordinates_ptr,
-    other_coordinates_ptr,
     key_stream,
     key_row,
     slots,
     CHUNK: tl.constexpr,
     BLOCK: tl.constexpr,
-    ARITY: tl.constexpr,
-    LEVELS: tl.constexpr,
     DIM: tl.constexpr,
     DIM_PAD: tl.constexpr,
     STEPS: tl.constexpr,
     ROUNDING: tl.constexpr,
 ):
-    """Tree order of a chunk: ``topology.tree.tree_order`` with ``directions="subspace"``.
+    """Where keys lie along the four leading principal directions of their chunk.
 
-    ``order`` (streams, slots) int32 holds offsets in their chunks. They are written to it or, after an odd
-    number of LEVELS, to ``other_order``. ``coordinates`` and ``other_coordinates`` (4, streams, slots)
-    float32 are scratch. Grid: (chunks, streams).
+    ``coordinates`` (4, streams, slots) float32. Grid: (chunks, streams).
     """
     stream = tl.program_id(1).to(tl.int64)
     chunk_first = tl.program_id(0) * CHUNK
@@ -126,11 +119,13 @@ def tree_kernel(
     row = tl.arange(0, BLOCK)
     total = tl.zeros([DIM_PAD], tl.float32)
     gram = tl.zeros([DIM_PAD, DIM_PAD], tl.float32)
-    for block in range(0, CHUNK, BLOCK):
-        present = block + row < CHUNK
-        x = load_rows(keys, chunk_first + block + row, key_row, present, DIM, DIM_PAD, CHUNK % BLOCK != 0)
+    # The next block is on its way, in registers, while one is multiplied.
+    x = load_rows(keys, chunk_first + row, key_row, row < CHUNK, DIM, DIM_PAD, True)
+    for block in range(BLOCK, CHUNK + BLOCK, BLOCK):
+        ahead = load_rows(keys, chunk_first + block + row, key_row, block + row < CHUNK, DIM, DIM_PAD, True)
         total += tl.sum(x.to(tl.float32), 0)
         gram = tl.dot(tl.trans(x), x, gram, input_precision=EXACT)
+        x = ahead
     mean = total / CHUNK
     gram -= total[:, None] * mean[None, :]
     diagonal = channel[:, None] == channel[None, :]
@@ -179,6 +174,28 @@ def tree_kernel(
         tl.store(cells + 2 * plane, tl.sum(centred * third[None, :], 1), mask=present)
         tl.store(cells + 3 * plane, tl.sum(centred * fourth[None, :], 1), mask=present)
 
+
+@triton.jit
+def tree_kernel(
+    order_ptr,
+    other_order_ptr,
+    coordinates_ptr,
+    other_coordinates_ptr,
+    slots,
+    CHUNK: tl.constexpr,
+    ARITY: tl.constexpr,
+    LEVELS: tl.constexpr,
+    STEPS: tl.constexpr,
+):
+    """Tree order of a chunk from its keys' coordinates: ``topology.tree.tree_order`` with
+    ``directions="subspace"``.
+
+    ``order`` (streams, slots) int32 holds offsets in their chunks. They are written to it or, after an odd
+    number of LEVELS, to ``other_order``. ``coordinates`` (4, streams, slots) float32 are those of
+    ``subspace_kernel``; they and ``other_coordinates`` are overwritten. Grid: (chunks, streams).
+    """
+    plane = tl.num_programs(1).to(tl.int64) * slots
+    base = tl.program_id(1).to(tl.int64) * slots + tl.program_id(0) * CHUNK
     here, there = coordinates_ptr, other_coordinates_ptr
     order_here, order_there = order_ptr, other_order_ptr
     for level in tl.static_range(0, LEVELS):
