@@ -60,9 +60,9 @@ def quality() -> str:
 WHOLE = "attention with layout and selection"
 
 
-def prefill() -> str:
+def prefill(name: str = "prefill.csv") -> str:
     """Attention of a prompt, everything included, against the dense rivals of the same run."""
-    rows = read("prefill.csv")
+    rows = read(name)
     cells = []
     for row in rows:
         if row["part"] != WHOLE:
@@ -82,9 +82,29 @@ def prefill() -> str:
     return markdown(names, cells) + f"\n\n{conditions(rows[0])}"
 
 
+def portable() -> str:
+    """The same with the kernels that run on any GPU."""
+    return prefill("prefill-portable.csv")
+
+
+def repeats() -> str:
+    """Times faster than cuDNN in the same process, at a total density of 0.1, of several runs."""
+    rows = read("prefill-32k-repeats.csv")
+    runs = list(dict.fromkeys(row["run"] for row in rows))
+    whole = [row for row in rows if row["part"] == WHOLE and f"{float(row['total_density']):.2f}" == "0.10"]
+    cells = [
+        [
+            directions,
+            *(f"{float(row['over_cuDNN']):.2f} ×" for row in whole if row["directions"] == directions),
+        ]
+        for directions in dict.fromkeys(row["directions"] for row in whole)
+    ]
+    return markdown(("directions", *(f"run {run}" for run in runs)), cells) + f"\n\n{conditions(rows[0])}"
+
+
 def flex() -> str:
     """Everything of a prompt's attention against FlexAttention's attention alone, on the same pages."""
-    rows = read("flex.csv")
+    rows = read("prefill.csv")
     cells = []
     for row in rows:
         if row["part"] == "FlexAttention":
@@ -101,7 +121,7 @@ def parts() -> str:
     """Each part of a prompt's attention alone."""
     rows = read("prefill.csv")
     settings = [row for row in rows if row["part"] == "layout"]
-    names = list(dict.fromkeys(row["part"] for row in rows if row["far"]))
+    names = list(dict.fromkeys(row["part"] for row in rows if row["far"] and row["part"] != "FlexAttention"))
     cells = []
     for name in names:
         line = [name]
@@ -140,7 +160,7 @@ def decode() -> str:
             [
                 tokens(row["n"]), row["batch"], f"{row['page']} / {row['balls']}", row["rows"],
                 f"{1e3 * float(row['p50_ms']):.0f}", f"{float(row['executed_far']):.3f}",
-                f"{float(row['GB_per_s']):.0f} ({percent(row['of_peak'])})", row["fastest_rival"],
+                f"{float(row['GB_per_s']):.0f} ({percent(row['of_peak'])})", row["fastest_rival"] or "–",
                 times(row["speedup"]), times(step[0]["p99_speedup"]) if step else "–",
             ]
         )  # fmt: skip
@@ -269,7 +289,8 @@ def speed() -> str:
             against = (f"{times(row[f'over_{rival}'])} {rival}" for rival in ("cuDNN", "FlashAttention-2"))
             lines.append((name, ", ".join(against)))
     for row in read("decode.csv"):
-        if row["part"] == "decode" and row["page"] == row["balls"] == "64" and int(row["n"]) == 1 << 17:
+        headline = row["page"] == row["balls"] == "64" and row["rows"] == "1"
+        if row["part"] == "decode" and headline and int(row["n"]) == 1 << 17:
             density = f"far density {float(row['executed_far']):.2f}, batch {row['batch']}"
             name = f"attention of a decode step at {tokens(row['n'])} tokens, {density}"
             lines.append((name, f"{times(row['speedup'])} {row['fastest_rival']}"))
@@ -365,6 +386,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "results": quality,
     "speed": speed,
     "prefill": prefill,
+    "portable": portable,
+    "repeats": repeats,
     "flex": flex,
     "parts": parts,
     "growth": growth,
