@@ -1,0 +1,168 @@
+"""The tables of quality: what an operated model loses, beside other rules, with learned corrections."""
+
+from csv_tables import Row, markdown, percent, read, tokens
+
+
+def quality() -> str:
+    """Dense and operated, with the conditions below."""
+    rows = read("acceptance.csv")
+    cells = []
+    for row in rows:
+        line = [row["name"], f"{float(row['perplexity']):.2f}"]
+        if row["name"] == "dense":
+            line += ["–", percent(row["needle_accuracy"]), "–", "100%"]
+        else:
+            line[0] = f"operated, {row['name']}"
+            ratio, low, high = (float(row[name]) for name in ("perplexity_ratio", "ratio_low", "ratio_high"))
+            line.append(f"{ratio:.4f} ({low:.4f} … {high:.4f})")
+            line += [percent(row[name]) for name in ("needle_accuracy", "far_density", "total_density")]
+        cells.append(line)
+    first = rows[0]
+    conditions = (
+        f"{first['model']}, {int(first['windows'])} windows of {int(first['length']):,} tokens, "
+        f"{first['needles']} needles by greedy generation, seed {first['seed']}, "
+        f"{first['dtype']} on {first['device']}, PyTorch {first['torch']}, "
+        f"transformers {first['transformers']}."
+    )
+    names = ("", "perplexity", "÷ dense (95% interval)", "needles answered", "far density", "total density")
+    return markdown(names, cells) + f"\n\n{conditions}"
+
+
+def learning() -> str:
+    """Learned corrections against the training-free default at equal executed far density."""
+    rows = read("learning.csv")
+    learned = [row for row in rows if row["idea"] != "default"]
+    cells = []
+    for tile, target in dict.fromkeys((row["tile"], row["target"]) for row in learned):
+        seeds = [row for row in learned if (row["tile"], row["target"]) == (tile, target)]
+        default = next(
+            row for row in rows if (row["idea"], row["tile"], row["target"]) == ("default", tile, target)
+        )
+        cells.append(
+            [
+                tile, target, f"{float(default['ppl_ratio']):.4f}", mean(seeds, "ppl_ratio", ".4f"),
+                f"{mean(seeds, 'gap_closed', '.2f')} ({ends(seeds, 'gap')})",
+                f"{mean(seeds, 'first_gap_closed', '.2f')} ({ends(seeds, 'first_gap')})"
+                if seeds[0]["first_gap_closed"]
+                else "–",
+            ]
+        )  # fmt: skip
+    first = learned[0]
+    seeds_in_all = len({row["seed"] for row in learned})
+    seconds = max(float(row["learning_seconds"]) for row in learned)
+    names = (
+        "T", "far density", "÷ dense, default", "÷ dense, learned", "gap closed",
+        f"of the default's gap at {first['target']}",
+    )  # fmt: skip
+    about = (
+        f"{first['model']}, {first['windows']} windows of {int(first['length']):,} tokens ({first['text']}), "
+        f"mean of {seeds_in_all} seeds, in brackets the lowest and the highest end of their 95% intervals "
+        "over windows. "
+        f"Learned in {seconds:.0f} s. {first['device']}, PyTorch {first['torch']}."
+    )
+    return markdown(names, cells) + f"\n\n{about}"
+
+
+def mean(rows: list[Row], name: str, form: str) -> str:
+    return f"{sum(float(row[name]) for row in rows) / len(rows):{form}}"
+
+
+def ends(rows: list[Row], name: str) -> str:
+    low, high = (
+        choose(float(r[f"{name}_{end}"]) for r in rows) for end, choose in (("low", min), ("high", max))
+    )
+    return f"{low:.2f} … {high:.2f}"
+
+
+def rules() -> str:
+    """Every rule at the measured densities nearest to 0.18 and to 0.3."""
+    rows = [row for row in read("compare.csv") if row["perplexity_ratio"] and row["needle"]]
+    cells = []
+    for form in dict.fromkeys(row["form"] for row in rows if row["form"] not in ("dense", "full")):
+        measured = [row for row in rows if row["form"] == form]
+        line = [measured[0]["title"] + (" *" if measured[0]["ahead"] == "True" else "")]
+        for wanted in (0.18, 0.3):
+            row = min(measured, key=lambda row, wanted=wanted: abs(density(row) - wanted))  # type: ignore[misc]
+            ratio, low, high = (float(row[name]) for name in ("perplexity_ratio", "ratio_low", "ratio_high"))
+            line += [
+                f"{density(row):.2f}", f"{ratio:.4f} ({low:.4f} … {high:.4f})", percent(row["needle_kept"]),
+            ]  # fmt: skip
+        cells.append(line)
+    first = rows[0]
+    about = (
+        f"{first['model']}, {first['windows']} windows of {int(first['length']):,} tokens, "
+        f"{first['needles']} needles of five kinds and three lengths, {first['dtype']}, "
+        f"PyTorch {first['torch']}."
+    )
+    names = ("", *("density", "÷ dense (95% interval)", "needles kept") * 2)
+    return markdown(names, cells) + f"\n\n{about}"
+
+
+def density(row: Row) -> float:
+    """What a row of compare.csv reads in all, summaries included."""
+    return float(row["total_density"]) + float(row["summary_density"])
+
+
+def transfer() -> str:
+    """Every row corrections of one domain, every column texts of one."""
+    rows = read("transfer.csv")
+    names = list(dict.fromkeys(row["tested_on"] for row in rows))
+    default = [row for row in rows if row["idea"] == "default"]
+    kinds = list(dict.fromkeys((row["idea"], row["learned_on"]) for row in rows))[1:]
+    cells = [
+        ["perplexity of the dense model", *(f"{float(r['dense_ppl']):.2f}" for r in _own(default, names))],
+        ["÷ dense, default", *(f"{float(r['ppl_ratio']):.4f}" for r in _own(default, names))],
+        *([f"gap closed: {_label(kind)}", *map(_closed, _own(_of(rows, kind), names))] for kind in kinds),
+    ]
+    carried = [
+        [f"{_label(kind)}, θ of {origin}", *map(_carried, _own(_of(rows, kind), names, origin))]
+        for kind in [("default", ""), *kinds]
+        for origin in dict.fromkeys(r["theta_of"] for r in _of(rows, kind) if r["theta_of"] != r["tested_on"])
+    ]
+    lost = [
+        [_label(kind), *(percent(r.get("mass_lost", "")) for r in _own(_of(rows, kind), names))]
+        for kind in [("default", ""), *kinds]
+    ]
+    first = rows[0]
+    steps = max(int(row["steps"]) for row in rows)
+    about = (
+        f"{first['model']}, {first['windows']} windows of {tokens(first['length'])} tokens of each domain, "
+        f"T = {first['tile']}, chunks of {first['chunk_size']}, pages of {first['page_size']}, window "
+        f"{first['window']}; {steps} steps of learning, seed {first['seed']}; {first['device']}, float32, "
+        f"PyTorch {first['torch']}, transformers {first['transformers']}."
+    )
+    return "\n\n".join(
+        (
+            markdown(("", *names), cells),
+            markdown(("far density by another domain's θ (÷ dense)", *names), carried),
+            markdown(("attention lost, as scores expect it", *names), lost),
+            about,
+        )
+    )
+
+
+def _of(rows: list[Row], kind: tuple[str, str]) -> list[Row]:
+    return [row for row in rows if (row["idea"], row["learned_on"]) == kind]
+
+
+def _own(rows: list[Row], names: list[str], origin: str | None = None) -> list[Row]:
+    """The row of every domain, with its own θ or that of ``origin``; empty where there is none."""
+    found = {row["tested_on"]: row for row in rows if row["theta_of"] == (origin or row["tested_on"])}
+    return [found.get(name, {}) for name in names]
+
+
+def _label(kind: tuple[str, str]) -> str:
+    return f"{kind[0]}, learned on {kind[1]}" if kind[1] else kind[0]
+
+
+def _closed(row: Row) -> str:
+    if not row:
+        return "–"
+    share, low, high = (float(row[name]) for name in ("gap_closed", "gap_low", "gap_high"))
+    return f"{share:.2f} ({low:.2f} … {high:.2f})"
+
+
+def _carried(row: Row) -> str:
+    if not row or row["theta_of"] == row["tested_on"]:
+        return "–"
+    return f"{float(row['far_density']):.3f} ({float(row['ppl_ratio']):.4f})"
