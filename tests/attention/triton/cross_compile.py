@@ -102,14 +102,16 @@ def parse_target(name: str) -> tuple[GPUTarget, str]:
 class Recorder:
     """Stands in for a kernel: compiles what would be launched."""
 
-    def __init__(self, kernel: Any, target: GPUTarget) -> None:
-        self.kernel, self.target = kernel, target
+    def __init__(self, kernel: Any, target: GPUTarget, asked: bool = True) -> None:
+        self.kernel, self.target, self.asked = kernel, target, asked
         self.compiled: dict[str, Any] = {}
 
     def __getitem__(self, grid: Any) -> Any:
         return self.launch
 
     def launch(self, *args: Any, **kwargs: Any) -> None:
+        if not self.asked:
+            return
         options = {k: kwargs.pop(k) for k in OPTIONS if k in kwargs}
         names = self.kernel.arg_names
         values = dict(zip(names, args, strict=False)) | kwargs
@@ -226,15 +228,15 @@ def launch_decode(states: torch.Tensor, config: SurgeryConfig, family: str, extr
 
 
 def compile_all(
-    target_name: str, head_dim: int, dtype: torch.dtype, heads: int, *, wide: bool
+    target_name: str, head_dim: int, dtype: torch.dtype, heads: int, *, wide: bool, only: list[str]
 ) -> list[dict[str, Any]]:
-    """Compile what one prefill call launches; returns a row per kernel variant."""
+    """Compile what calls launch, of the kernels ``only`` or of all; returns a row per kernel variant."""
     target, family = parse_target(target_name)
     config = SurgeryConfig(theta_decode=0.01)
     recorders = []
     for module, names in KERNELS.items():
         for name in names:
-            recorders.append(Recorder(getattr(module, name), target))
+            recorders.append(Recorder(getattr(module, name), target, not only or name in only))
             setattr(module, name, recorders[-1])
     chosen = tuning.tuning_for(family, head_dim, dtype.itemsize, helpers.exact_products(dtype))
     job.tuning_for = lambda *_: chosen  # type: ignore[assignment]
@@ -297,10 +299,16 @@ if __name__ == "__main__":
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--wide", action="store_true", help="with softcap and sinks")
     parser.add_argument("--tf32", action="store_true", help="float32 products may be in TF32")
+    parser.add_argument("--only", nargs="+", default=[], help="these kernels")
     given = parser.parse_args()
     if given.tf32:
         torch.set_float32_matmul_precision("high")
     for line in compile_all(
-        given.target, given.head_dim, getattr(torch, given.dtype), given.heads, wide=given.wide
+        given.target,
+        given.head_dim,
+        getattr(torch, given.dtype),
+        given.heads,
+        wide=given.wide,
+        only=given.only,
     ):
         print(json.dumps(line))

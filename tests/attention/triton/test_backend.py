@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+from types import SimpleNamespace
 from unittest import mock
 
 import pytest
@@ -10,9 +11,13 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 pytest.importorskip("triton")
 
+from triton.runtime.errors import OutOfResources
+
 import llama_surgery as surgery
 from llama_surgery.attention import api
 from llama_surgery.attention.impl import triton
+from llama_surgery.attention.impl.triton import tuning
+from llama_surgery.attention.impl.triton.helpers import launching
 from llama_surgery.config import SurgeryConfig
 from llama_surgery.errors import SurgeryError
 
@@ -92,3 +97,50 @@ def test_asked_for_by_name_it_never_falls_back(device: torch.device) -> None:
         pytest.raises(SurgeryError, match="not installed"),
     ):
         api.backend_name(named, q, q, 8)
+
+
+@pytest.mark.parametrize(
+    ("capability", "room", "family"),
+    [
+        ((9, 0), 232448, "sm90"),
+        ((8, 7), 166912, "sm80"),
+        ((10, 3), 232448, "sm100"),
+        ((12, 1), 101376, "sm89"),
+        ((13, 0), 49152, "sm89"),
+    ],
+)
+def test_a_gpu_without_configurations_takes_those_that_fit(
+    capability: tuple[int, int], room: int, family: str
+) -> None:
+    properties = SimpleNamespace(major=capability[0], minor=capability[1], shared_memory_per_block_optin=room)
+    with mock.patch("torch.cuda.get_device_properties", lambda _: properties):
+        assert tuning.family_of.__wrapped__(torch.device("cuda")) == family
+
+
+@pytest.mark.parametrize(
+    ("name", "family"), [("gfx950:sramecc+", "gfx950"), ("gfx90a:xnack-", "gfx942"), ("gfx1100", "gfx942")]
+)
+def test_an_amd_gpu_without_configurations(name: str, family: str) -> None:
+    with (
+        mock.patch("torch.version.hip", "7.0"),
+        mock.patch("torch.cuda.get_device_properties", lambda _: SimpleNamespace(gcnArchName=name)),
+    ):
+        assert tuning.family_of.__wrapped__(torch.device("cuda")) == family
+
+
+def test_old_gpus_are_named() -> None:
+    with (
+        mock.patch("torch.cuda.get_device_capability", lambda _: (7, 5)),
+        mock.patch("torch.cuda.get_device_name", lambda _: "Tesla T4"),
+    ):
+        assert "8.0 or more, and Tesla T4 has 7.5" in str(triton._too_old.__wrapped__(torch.device("cuda")))
+    with mock.patch("torch.cuda.get_device_capability", lambda _: (8, 0)):
+        assert triton._too_old.__wrapped__(torch.device("cuda")) is None
+
+
+def test_too_little_shared_memory(device: torch.device) -> None:
+    with (
+        pytest.raises(SurgeryError, match=r"needs 117,760 bytes of shared memory, and this GPU has 101,376"),
+        launching(torch.zeros(1, device=device)),
+    ):
+        raise OutOfResources(117760, 101376, "shared memory")

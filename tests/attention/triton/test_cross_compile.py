@@ -125,6 +125,13 @@ def test_caps_sinks_and_single_precision(target: str) -> None:
     check(target, "--wide", "--dtype", "float32", "--heads", "3")
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(660)
+def test_single_precision_on_small_gpus() -> None:
+    largest = {"list_kernel", "descend_kernel", "attend_kernel"}
+    check("cuda:89", "--dtype", "float32", "--only", *largest, kernels=largest)
+
+
 def test_hopper_uses_its_matrix_units_and_waits_for_them() -> None:
     rows = compile_for("cuda:90")
     without = WITHOUT_PRODUCTS | SMALL_TILES

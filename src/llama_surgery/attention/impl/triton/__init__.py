@@ -35,6 +35,8 @@ def obstacle(config: SurgeryConfig, queries: torch.Tensor, values: torch.Tensor,
         return "the package triton is not installed (pip install triton)"
     if queries.device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
         return f"it needs a GPU, and the tensors are on {queries.device.type!r}"
+    if queries.device.type == "cuda" and (old := _too_old(queries.device)):
+        return old
     if queries.dtype not in (torch.float32, torch.float16, torch.bfloat16):
         return f"it computes in float32, float16 or bfloat16, not {queries.dtype}"
     if tile > LARGEST_TILE:
@@ -48,6 +50,15 @@ def obstacle(config: SurgeryConfig, queries: torch.Tensor, values: torch.Tensor,
     if config.summary != "none" and differentiable(queries, values):
         return "it does not differentiate summaries"
     return None
+
+
+@functools.cache
+def _too_old(device: torch.device) -> str | None:
+    """What is to be said of a GPU that Triton does not compile for."""
+    if torch.version.hip is not None or torch.cuda.get_device_capability(device) >= (8, 0):
+        return None
+    name, capability = torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device)
+    return f"it needs compute capability 8.0 or more, and {name} has {'.'.join(map(str, capability))}"
 
 
 @functools.cache

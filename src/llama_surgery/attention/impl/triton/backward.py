@@ -12,7 +12,7 @@ from torch.autograd.function import once_differentiable
 from llama_surgery.attention.impl.triton import layout as layouts
 from llama_surgery.attention.impl.triton import prefill
 from llama_surgery.attention.impl.triton.backward_pass import Call, States, gradients
-from llama_surgery.attention.impl.triton.helpers import device_of
+from llama_surgery.attention.impl.triton.helpers import launching
 from llama_surgery.attention.impl.triton.job import Strip, make_job
 from llama_surgery.attention.impl.triton.selection import select
 from llama_surgery.attention.impl.triton.tiled_plan import TiledPlan
@@ -117,7 +117,7 @@ def plan_pages(
             counts = torch.zeros(queries.shape[0], strip.tiles, dtype=torch.int32, device=queries.device)
             entries = counts.new_empty(*counts.shape, 0)
             return TiledPlan(start, job.stop, job.tile, counts, counts, entries)
-        with device_of(queries):
+        with launching(queries):
             plan = select(job, strip)
     assert plan.entries is not None
     longest = int(plan.counts.max())
@@ -187,7 +187,7 @@ def attend_plan(
         lse = queries.new_empty(streams, heads, rows, dtype=torch.float32)
         strip = Strip(plan.start // plan.tile, *plan.entries.shape[1:])
         listed = plan if strip.pages else None
-        with device_of(queries):
+        with launching(queries):
             prefill.attend_strip(job, strip, listed, out, lse, page_bias=page_bias)
     call = Call(config, plan.start, plan.tile, scale, softcap, () if listed is None else (plan,))
     far_keys, far_values = (None, None) if layout is None else (layout.keys, layout.values)
@@ -213,5 +213,5 @@ class _Gradients(torch.autograd.Function):
             return (None,) * (2 + len(states.inputs()))
         if d_out is None:
             d_out = torch.zeros_like(states.out)
-        with device_of(states.queries):
+        with launching(states.queries):
             return None, None, *gradients(ctx.call, states, d_out, d_lse, ctx.needs_input_grad[2:])

@@ -13,7 +13,7 @@ from llama_surgery.attention.impl.triton.decode_merge_kernel import merge_kernel
 from llama_surgery.attention.impl.triton.decode_open_kernel import open_kernel
 from llama_surgery.attention.impl.triton.decode_shape import Shape
 from llama_surgery.attention.impl.triton.decode_tuning import DecodeTuning, decode_tuning_for
-from llama_surgery.attention.impl.triton.helpers import device_of
+from llama_surgery.attention.impl.triton.helpers import launching
 from llama_surgery.attention.impl.triton.job import EVERYWHERE
 from llama_surgery.attention.impl.triton.page_count import row_bars
 from llama_surgery.attention.impl.triton.tuning import family_of
@@ -108,7 +108,7 @@ def decode(
     factor = dim**-0.5 if scale is None else scale
     where = (*queries.stride()[:3], *cache.strides())
     blocks = streams * triton.cdiv(rows, shape.rows_block)
-    with device_of(queries):
+    with launching(queries):
         score_kernel[(shape.splits, blocks)](
             queries,
             cache.keys,

@@ -6,7 +6,7 @@ import torch
 import triton
 
 from llama_surgery.attention.impl.triton.decode_kernels import append_kernel
-from llama_surgery.attention.impl.triton.helpers import device_of
+from llama_surgery.attention.impl.triton.helpers import launching
 from llama_surgery.attention.impl.triton.job import feature_parts, page_features
 from llama_surgery.attention.impl.triton.layout import build_layout
 from llama_surgery.attention.summary import mean_values
@@ -233,7 +233,7 @@ def append_tokens(cache: DecodeCache, keys: torch.Tensor, values: torch.Tensor) 
     streams, rows, dim = keys.shape
     value_dim = values.shape[-1]
     keys, values = (x if x.stride(-1) == 1 else x.contiguous() for x in (keys, values))
-    with device_of(keys):
+    with launching(keys):
         append_kernel[(streams,)](
             keys,
             values,

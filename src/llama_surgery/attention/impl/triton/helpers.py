@@ -1,11 +1,15 @@
 """Small pieces that the kernels share. Logits and log-sum-exps inside kernels are in log2 units."""
 
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 import triton
 import triton.language as tl
+from triton.runtime.errors import OutOfResources
+
+from llama_surgery.errors import SurgeryError
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
@@ -23,9 +27,21 @@ LEAST = tl.constexpr(1e-8)
 ENTRY = tl.constexpr(256)
 
 
-def device_of(tensor: torch.Tensor) -> AbstractContextManager[object]:
-    """Kernels launch on the current device: make it the tensor's."""
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
+@contextmanager
+def launching(tensor: torch.Tensor) -> Iterator[None]:
+    """Kernels launch on the current device: make it the tensor's.
+
+    Raises:
+        SurgeryError: A kernel needs more shared memory than the GPU has.
+    """
+    with torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext():
+        try:
+            yield
+        except OutOfResources as error:
+            raise SurgeryError(
+                f"A kernel needs {error.required:,} bytes of {error.name}, and this GPU has {error.limit:,}: "
+                "smaller pages (page_size), a type of 16 bits or backend='gather' take less."
+            ) from error
 
 
 def exact_products(dtype: torch.dtype) -> bool:

@@ -9,7 +9,7 @@ import triton
 
 from llama_surgery.attention.impl.triton import obstacle
 from llama_surgery.attention.impl.triton.feature_kernels import feature_kernel
-from llama_surgery.attention.impl.triton.helpers import device_of, exact_products
+from llama_surgery.attention.impl.triton.helpers import exact_products, launching
 from llama_surgery.attention.impl.triton.tuning import Tuning, family_of, tuning_for
 from llama_surgery.config import SurgeryConfig
 from llama_surgery.errors import SurgeryError
@@ -237,7 +237,7 @@ def page_features(
         )
     balls //= children
     features = means.new_empty(streams, balls, dim + spread, dtype=dtype)
-    with device_of(means):
+    with launching(means):
         feature_kernel[(triton.cdiv(balls, FEATURE_BALLS), streams)](
             means,
             variances,

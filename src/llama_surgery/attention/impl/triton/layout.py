@@ -3,7 +3,7 @@
 import torch
 import triton
 
-from llama_surgery.attention.impl.triton.helpers import device_of
+from llama_surgery.attention.impl.triton.helpers import launching
 from llama_surgery.attention.impl.triton.layout_kernels import arrange_kernel, project_kernel, split_kernel
 from llama_surgery.attention.impl.triton.map_kernel import map_kernel
 from llama_surgery.attention.impl.triton.tree_kernel import subspace_kernel, tree_kernel
@@ -45,7 +45,7 @@ def build_layout(
     value_dim = values.shape[-1]
     keys, values = (x if x.stride(-1) == 1 else x.contiguous() for x in (keys.detach(), values))
     dim_pad, value_pad = (max(16, triton.next_power_of_2(d)) for d in (dim, value_dim))
-    with device_of(keys):
+    with launching(keys):
         order = _order(keys, config, router)
         ball = config.ball_size
         ball_pad = triton.next_power_of_2(ball)

@@ -7,7 +7,7 @@ import triton
 
 from llama_surgery.attention.impl.triton import hopper
 from llama_surgery.attention.impl.triton.attend_kernel import attend_kernel
-from llama_surgery.attention.impl.triton.helpers import device_of, product_options
+from llama_surgery.attention.impl.triton.helpers import launching, product_options
 from llama_surgery.attention.impl.triton.job import Job, Strip, make_job
 from llama_surgery.attention.impl.triton.launch import described, heads_of_tile, placed_rows
 from llama_surgery.attention.impl.triton.selection import select
@@ -74,7 +74,7 @@ def attend(
     lse = queries.new_empty(streams, heads, rows, dtype=torch.float32)
     plans = []
     means = means_for(job)
-    with device_of(queries):
+    with launching(queries):
         for strip in job.strips():
             plan = None
             if strip.pages:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 import triton
 
-from llama_surgery.attention.impl.triton.helpers import device_of, product_options
+from llama_surgery.attention.impl.triton.helpers import launching, product_options
 from llama_surgery.attention.impl.triton.job import STRIP_BYTES
 from llama_surgery.attention.impl.triton.token_mask_kernels import (
     ball_kernel,
@@ -85,7 +85,7 @@ def attend(
     tiles = triton.cdiv(rows, tile)
     order = tree_order(balls) if order is None else order
     found = ball_intervals(order, balls, rows, window)
-    with device_of(queries):
+    with launching(queries):
         window_kernel[(tiles, heads, batch)](
             queries,
             keys,

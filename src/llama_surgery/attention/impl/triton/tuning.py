@@ -45,7 +45,7 @@ _SMALL = Tuning(
     rows=64, attend_warps=4, score_rows=32, score_warps=4, block_balls=32, totals_warps=4, shared=99 << 10
 )
 
-#: By family, for head dims up to 128. Families that are not listed take the default.
+#: By family, for head dims up to 128.
 TABLE = {
     "sm80": Tuning(),
     "sm86": _SMALL,
@@ -68,20 +68,29 @@ TABLE = {
 
 @functools.cache
 def family_of(device: torch.device) -> str:
-    """Family of a device: ``sm`` and the compute capability, or the ``gfx`` name; ``cpu`` without one."""
+    """Family of a device: ``sm`` and the compute capability, or the ``gfx`` name; ``cpu`` without one.
+
+    GPUs that TABLE does not name belong to a family of at most their shared memory.
+    """
     if device.type != "cuda":
         return device.type
     properties = torch.cuda.get_device_properties(device)
     if torch.version.hip is not None:
-        return str(properties.gcnArchName).split(":")[0]
-    return f"sm{properties.major}{properties.minor}"
+        name = str(properties.gcnArchName).split(":")[0]
+        return name if name in TABLE else "gfx942"
+    name = f"sm{properties.major}{properties.minor}"
+    if name in TABLE:
+        return name
+    room = getattr(properties, "shared_memory_per_block_optin", 0)
+    return next((family for family in ("sm100", "sm80") if TABLE[family].shared <= room), "sm89")
 
 
 def tuning_for(family: str, head_dim: int, element_size: int, exact: bool = False) -> Tuning:
     """The configuration for a family, shrunk where wide or long elements need more shared memory.
 
     ``exact`` products of float32 are made without matrix units on NVIDIA's GPUs, from factors that every
-    thread keeps in registers: selection then takes small matrix tiles, whose factors fit.
+    thread keeps in registers: selection then takes small matrix tiles, whose factors fit. They pass through
+    shared memory, which leaves no room on small GPUs for loads ahead.
     """
     tuning = TABLE.get(family, Tuning())
     bytes_per_row = head_dim * element_size
@@ -111,4 +120,6 @@ def tuning_for(family: str, head_dim: int, element_size: int, exact: bool = Fals
         )
     if exact and family.startswith("sm"):
         tuning = dataclasses.replace(tuning, score_rows=32, block_balls=16, score_warps=4, totals_warps=4)
+        if tuning.shared < TABLE["sm80"].shared:
+            tuning = dataclasses.replace(tuning, score_stages=1, pooled_stages=1)
     return tuning
