@@ -18,7 +18,7 @@ def prefill(name: str = "prefill.csv") -> str:
                 tokens(row["n"]), row["far"], row["selection"], row["directions"],
                 f"{float(row['total_density']):.3f}",
                 milliseconds(row["p50_ms"]),
-                *(times(row.get(f"over_{name}")) for name in ("cuDNN", "FlashAttention-2")),
+                *(times(row.get(f"over_{rival}")) for rival in ("cuDNN", "FlashAttention-2")),
             ]
         )  # fmt: skip
     names = (
@@ -128,6 +128,19 @@ def floors() -> str:
         cells.append([name, f"{1e3 * seconds:.2g}", milliseconds(took), f"{1e3 * seconds / float(took):.0%}"])
     names = ("", "floor, milliseconds", "measured", "share")
     return markdown(names, cells) + f"\n\n{conditions(hopper['layout'])}"
+
+
+def rates() -> str:
+    """Rate of what far pages add to the near field, beside that of dense attention in the same run."""
+    rows = read("prefill.csv")
+    dense = {row["n"]: float(row["tflops"]) for row in rows if row["part"] == "cuDNN"}
+    cells = []
+    for row in rows:
+        if row["part"] == "far pages" and row["selection"] == "flat":
+            rate, rival = float(row["tflops"]), dense[row["n"]]
+            cells.append([tokens(row["n"]), row["far"], f"{rate:.0f}", f"{rival:.0f}", f"{rate / rival:.0%}"])
+    names = ("tokens", "far density", "far pages, TFLOP/s", "cuDNN, dense, TFLOP/s", "share")
+    return markdown(names, cells) + f"\n\n{conditions(rows[0])}"
 
 
 def decode() -> str:

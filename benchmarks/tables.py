@@ -25,6 +25,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "flex": speed_tables.flex,
     "parts": speed_tables.parts,
     "floors": speed_tables.floors,
+    "rates": speed_tables.rates,
     "growth": speed_tables.growth,
     "decode": speed_tables.decode,
     "paged": speed_tables.paged,

@@ -55,10 +55,11 @@ def obstacle(config: SurgeryConfig, queries: torch.Tensor, values: torch.Tensor,
 @functools.cache
 def _too_old(device: torch.device) -> str | None:
     """What is to be said of a GPU that Triton does not compile for."""
-    if torch.version.hip is not None or torch.cuda.get_device_capability(device) >= (8, 0):
+    capability = torch.cuda.get_device_capability(device)
+    if torch.version.hip is not None or capability >= (8, 0):
         return None
-    name, capability = torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device)
-    return f"it needs compute capability 8.0 or more, and {name} has {'.'.join(map(str, capability))}"
+    has = f"{torch.cuda.get_device_name(device)} has {'.'.join(map(str, capability))}"
+    return f"it needs compute capability 8.0 or more, and {has}"
 
 
 @functools.cache
