@@ -9,8 +9,9 @@ import torch
 from llama_surgery import SurgeryConfig, config_of, reset_statistics, statistics
 from llama_surgery.evaluation.logits import Head
 from llama_surgery.evaluation.perplexity import Perplexity, token_nll
-from llama_surgery.surgery.operate import inner_model, set_config
+from llama_surgery.surgery.operate import set_config
 from llama_surgery.surgery.statistics import Statistics
+from llama_surgery.surgery.supported import inner_model
 
 #: Executed far density may differ from what is asked by this share.
 TOLERANCE = 0.01

@@ -17,7 +17,6 @@ from llama_surgery.errors import SurgeryError
 from llama_surgery.surgery.cache import PagedCache
 from llama_surgery.surgery.compat import CACHE_NAME, cache_name
 from llama_surgery.surgery.operate import (
-    attention_modules,
     config_of,
     operated,
     paged_cache,
@@ -25,6 +24,7 @@ from llama_surgery.surgery.operate import (
     set_config,
     statistics,
 )
+from llama_surgery.surgery.supported import attention_modules
 
 #: Halvings of an interval of log θ, its ends, and layers that are run for one.
 HALVINGS, LOWEST, HIGHEST, LAYERS = 12, math.log(1e-6), math.log(0.9), 2

@@ -246,7 +246,7 @@ def _streamed(
     from llama_surgery.learning.streaming import Captured, learn_streamed
     from llama_surgery.learning.weights import Weights, loaded, skeleton
     from llama_surgery.surgery.adapter import write_adapter
-    from llama_surgery.surgery.operate import attention_modules
+    from llama_surgery.surgery.supported import attention_modules
     from llama_surgery.text import windows as cut_windows
 
     target = _device(device)

@@ -21,7 +21,7 @@ from llama_surgery.evaluation.peers.rule import Everything, Rule
 from llama_surgery.evaluation.phases import Phases
 from llama_surgery.files import write_atomically
 from llama_surgery.surgery.calibrate import PASSES, calibrate
-from llama_surgery.surgery.operate import inner_model
+from llama_surgery.surgery.supported import inner_model
 from llama_surgery.topology.router import PageRouter
 
 #: Passes over the calibration windows that are spent on one density, and how near is near enough.

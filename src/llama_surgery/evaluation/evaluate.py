@@ -29,7 +29,7 @@ from llama_surgery.evaluation.result import (
     Measurement,
     OperatedMeasurement,
 )
-from llama_surgery.surgery.operate import inner_model
+from llama_surgery.surgery.supported import inner_model
 from llama_surgery.text import windows as cut_windows
 from llama_surgery.topology.router import PageRouter
 

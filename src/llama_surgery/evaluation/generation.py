@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from transformers import GenerationConfig, LogitsProcessor, StoppingCriteria
 
-from llama_surgery.surgery.operate import inner_model
+from llama_surgery.surgery.supported import inner_model
 
 
 def greedy_config(model: nn.Module, tokens: int) -> GenerationConfig:

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from llama_surgery.errors import SurgeryError, UnsupportedModelError
-from llama_surgery.surgery.operate import inner_model
+from llama_surgery.surgery.supported import inner_model
 
 #: Logits held at a time, in elements: 128 MB in float32.
 BLOCK_ELEMENTS = 2**25

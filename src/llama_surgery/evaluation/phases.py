@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 
 import llama_surgery
-from llama_surgery.surgery.operate import inner_model
+from llama_surgery.surgery.supported import inner_model
 
 DENSITIES = ("far_density", "near_density", "total_density", "visible_far_density")
 

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from llama_surgery.config import SurgeryConfig
 from llama_surgery.learning.corrections import LayerCorrections, Part
 from llama_surgery.learning.weights import parts_of
-from llama_surgery.surgery.operate import attention_modules, head_shape
+from llama_surgery.surgery.supported import attention_modules, head_shape
 from llama_surgery.topology.geometry import query_blocks
 
 #: Multiplications that a step of the local stage takes for each of the forward pass over its sampled rows:

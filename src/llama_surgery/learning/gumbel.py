@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from llama_surgery.attention.balls import BallBackend
 from llama_surgery.errors import SurgeryError
-from llama_surgery.surgery.operate import attention_modules, inner_model
+from llama_surgery.surgery.supported import attention_modules, inner_model
 from llama_surgery.topology.balls import always_visible, ball_ids
 from llama_surgery.topology.router import ContentRouter
 

@@ -12,8 +12,8 @@ from llama_surgery.attention.balls import attend_balls, ball_backend
 from llama_surgery.errors import SurgeryError, UnsupportedModelError
 from llama_surgery.learning.gumbel import Gumbel, balls_of, gumbel_digits, load_balance, soft_attention
 from llama_surgery.surgery.interface import dense_function
-from llama_surgery.surgery.operate import attention_modules, inner_model
 from llama_surgery.surgery.replace import attention_replaced, replaceable_implementation
+from llama_surgery.surgery.supported import attention_modules, inner_model
 from llama_surgery.topology.balls import TreeOrder, order_serves, tree_order
 
 NAME = "surgery_gumbel"

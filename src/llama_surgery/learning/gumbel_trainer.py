@@ -12,7 +12,7 @@ from llama_surgery.learning.gumbel import Gumbel, GumbelSettings, gumbel_for
 from llama_surgery.learning.gumbel_attach import gumbel_in
 from llama_surgery.learning.state import read_checkpoint, write_checkpoint
 from llama_surgery.learning.trainer import digest, frozen
-from llama_surgery.surgery.operate import inner_model
+from llama_surgery.surgery.supported import inner_model
 
 
 @dataclasses.dataclass(frozen=True)

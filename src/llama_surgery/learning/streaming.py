@@ -36,8 +36,8 @@ from llama_surgery.learning.state import first_state
 from llama_surgery.learning.trainer import Step, check_settings, digest, fresh_corrections, run
 from llama_surgery.learning.weights import Weights, streamed
 from llama_surgery.surgery.interface import dense_function
-from llama_surgery.surgery.operate import attention_modules
 from llama_surgery.surgery.replace import attention_replaced, replaceable_implementation
+from llama_surgery.surgery.supported import attention_modules
 
 NAME = "surgery_capture"
 ABOUT_FILE = "about.json"

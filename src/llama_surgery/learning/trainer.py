@@ -18,7 +18,7 @@ from llama_surgery.learning.corrections import Corrections
 from llama_surgery.learning.processes import ALONE, Processes
 from llama_surgery.learning.settings import LearningSettings, homotopy_at, rate_at
 from llama_surgery.learning.state import LearningState, first_state
-from llama_surgery.surgery.operate import attention_modules, head_shape, inner_model
+from llama_surgery.surgery.supported import attention_modules, head_shape, inner_model
 from llama_surgery.topology.geometry import closed_chunks
 
 #: Rows whose logits are compared at a time.

@@ -8,7 +8,8 @@ from llama_surgery.errors import SurgeryError, TextError
 from llama_surgery.report.tree import HeadTree
 from llama_surgery.surgery.cache import PagedLayer
 from llama_surgery.surgery.compat import CACHE_NAME
-from llama_surgery.surgery.operate import config_of, inner_model, paged_cache
+from llama_surgery.surgery.operate import config_of, paged_cache
+from llama_surgery.surgery.supported import inner_model
 
 
 def head_tree(model: torch.nn.Module, tokenizer: Any, text: str, *, layer: int, kv_head: int) -> HeadTree:

@@ -12,13 +12,8 @@ from safetensors.torch import load_file, save
 from llama_surgery.config import SurgeryConfig
 from llama_surgery.errors import AdapterError
 from llama_surgery.files import write_atomically, write_json
-from llama_surgery.surgery.operate import (
-    attention_modules,
-    config_of,
-    inner_model,
-    operate,
-    routers_of,
-)
+from llama_surgery.surgery.operate import config_of, operate, routers_of
+from llama_surgery.surgery.supported import attention_modules, inner_model
 from llama_surgery.topology.router import PageRouter
 
 Model = TypeVar("Model", bound=torch.nn.Module)

@@ -12,12 +12,9 @@ from llama_surgery.errors import SurgeryError, UnsupportedModelError
 from llama_surgery.evaluation.peers.executor import PairCount, attend_by_rule
 from llama_surgery.evaluation.peers.rule import Call, Rule
 from llama_surgery.surgery.interface import dense_function, surgery_mask
-from llama_surgery.surgery.operate import (
-    attention_modules,
-    inner_model,
-    is_operated,
-)
+from llama_surgery.surgery.operate import is_operated
 from llama_surgery.surgery.replace import attention_replaced
+from llama_surgery.surgery.supported import attention_modules, inner_model
 
 _NAME = "surgery_peer"
 _ATTRIBUTE = "_llama_surgery_peer"

@@ -6,7 +6,7 @@ from torch import nn
 from llama_surgery.evaluation.peers.attach import running
 from llama_surgery.evaluation.peers.blocks import PooledGate, block_attention, pooled
 from llama_surgery.evaluation.peers.rule import Call, Everything, block_causal
-from llama_surgery.surgery.operate import inner_model
+from llama_surgery.surgery.supported import inner_model
 
 STEPS, BATCH, LEARNING_RATE, WIDTH = 400, 4, 3e-3, 64
 

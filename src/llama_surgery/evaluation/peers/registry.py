@@ -14,7 +14,7 @@ from llama_surgery.evaluation.peers.lines import CumulativeShare, VerticalSlash
 from llama_surgery.evaluation.peers.retrieval import retrieval_scores
 from llama_surgery.evaluation.peers.rows import BoundedPages, HeaviestTokens, MeanBlocks
 from llama_surgery.evaluation.peers.rule import Rule
-from llama_surgery.surgery.operate import attention_modules, head_shape, inner_model
+from llama_surgery.surgery.supported import attention_modules, head_shape, inner_model
 
 #: What a rule learned from calibration text, by name.
 Learned = Mapping[str, torch.Tensor]

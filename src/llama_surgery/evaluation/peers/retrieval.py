@@ -7,7 +7,7 @@ from torch import nn
 
 from llama_surgery.evaluation.peers.attach import running
 from llama_surgery.evaluation.peers.rule import Call, Everything
-from llama_surgery.surgery.operate import inner_model
+from llama_surgery.surgery.supported import inner_model
 
 #: Tokens of a copied passage.
 PASSAGE = 128
