@@ -20,7 +20,7 @@ from llama_surgery.files import write_atomically
 from llama_surgery.report.style import AMOUNT, OPERATED, figure, to_svg
 from llama_surgery.surgery.cache import PagedLayer
 from llama_surgery.surgery.compat import CACHE_NAME
-from llama_surgery.surgery.operate import paged_cache, routers_of
+from llama_surgery.surgery.operation import paged_cache, routers_of
 from llama_surgery.text import read_texts, windows
 from llama_surgery.topology.tree import distances, paths
 

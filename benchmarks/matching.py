@@ -9,7 +9,7 @@ import torch
 from llama_surgery import SurgeryConfig, config_of, reset_statistics, statistics
 from llama_surgery.evaluation.logits import Head
 from llama_surgery.evaluation.perplexity import Perplexity, token_nll
-from llama_surgery.surgery.operate import set_config
+from llama_surgery.surgery.operation import set_config
 from llama_surgery.surgery.statistics import Statistics
 from llama_surgery.surgery.supported import inner_model
 

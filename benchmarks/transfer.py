@@ -31,7 +31,7 @@ from llama_surgery.learning.corrections import Corrections, scorer_parameters
 from llama_surgery.learning.gates import Homotopy
 from llama_surgery.learning.settings import LearningSettings
 from llama_surgery.learning.trainer import fresh_corrections, learn
-from llama_surgery.surgery.operate import set_config
+from llama_surgery.surgery.operation import set_config
 from llama_surgery.surgery.supported import inner_model
 from llama_surgery.text import read_texts, windows
 

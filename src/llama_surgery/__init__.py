@@ -9,12 +9,10 @@ from llama_surgery.errors import AdapterError, SurgeryError, TextError, Unsuppor
 if TYPE_CHECKING:
     from llama_surgery.surgery.adapter import load_adapter, save_adapter
     from llama_surgery.surgery.cache import PagedCache
-    from llama_surgery.surgery.operate import (
+    from llama_surgery.surgery.operate import eject, operate, operated
+    from llama_surgery.surgery.operation import (
         config_of,
-        eject,
         is_operated,
-        operate,
-        operated,
         paged_cache,
         reset_statistics,
         statistics,
@@ -49,18 +47,9 @@ _LAZY = {
     "Statistics": "surgery.statistics",
     "load_adapter": "surgery.adapter",
     "save_adapter": "surgery.adapter",
+    **dict.fromkeys(("eject", "operate", "operated"), "surgery.operate"),
     **dict.fromkeys(
-        (
-            "config_of",
-            "eject",
-            "is_operated",
-            "operate",
-            "operated",
-            "paged_cache",
-            "reset_statistics",
-            "statistics",
-        ),
-        "surgery.operate",
+        ("config_of", "is_operated", "paged_cache", "reset_statistics", "statistics"), "surgery.operation"
     ),
 }
 

@@ -33,7 +33,8 @@ from llama_surgery.bench.measure import (
 from llama_surgery.config import SurgeryConfig
 from llama_surgery.errors import SurgeryError
 from llama_surgery.surgery.compat import cache_name
-from llama_surgery.surgery.operate import config_of, operated, reset_statistics, set_config, statistics
+from llama_surgery.surgery.operate import operated
+from llama_surgery.surgery.operation import config_of, reset_statistics, set_config, statistics
 from llama_surgery.surgery.steps import GraphedSteps
 
 #: Tokens of the prompt on which the operated model is checked.

@@ -16,14 +16,8 @@ from llama_surgery.config import SurgeryConfig
 from llama_surgery.errors import SurgeryError
 from llama_surgery.surgery.cache import PagedCache
 from llama_surgery.surgery.compat import CACHE_NAME, cache_name
-from llama_surgery.surgery.operate import (
-    config_of,
-    operated,
-    paged_cache,
-    reset_statistics,
-    set_config,
-    statistics,
-)
+from llama_surgery.surgery.operate import operated
+from llama_surgery.surgery.operation import config_of, paged_cache, reset_statistics, set_config, statistics
 from llama_surgery.surgery.supported import attention_modules
 
 #: Halvings of an interval of log θ, its ends, and layers that are run for one.

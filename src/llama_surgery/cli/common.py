@@ -192,7 +192,8 @@ def topology_of(model: Any, adapter: Path | None) -> tuple[SurgeryConfig, dict[i
     if adapter is None:
         return SurgeryConfig(), {}
     from llama_surgery.surgery.adapter import load_adapter
-    from llama_surgery.surgery.operate import config_of, eject, routers_of
+    from llama_surgery.surgery.operate import eject
+    from llama_surgery.surgery.operation import config_of, routers_of
 
     load_adapter(model, adapter)
     config, routers = config_of(model), routers_of(model)

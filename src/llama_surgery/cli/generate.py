@@ -46,7 +46,8 @@ def generate(
     from transformers import TextStreamer
 
     from llama_surgery.surgery.adapter import load_adapter
-    from llama_surgery.surgery.operate import operate, statistics
+    from llama_surgery.surgery.operate import operate
+    from llama_surgery.surgery.operation import statistics
 
     _ = load_adapter(llm, adapter) if adapter is not None else operate(llm)
     inputs = tokenizer(text, return_tensors="pt", verbose=False).to(llm.device)

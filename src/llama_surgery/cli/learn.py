@@ -204,7 +204,7 @@ def learn(
             llm, config, routers=routers, density=density, text=texts, tokenizer=tokenizer, length=length
         ),
     ):
-        from llama_surgery.surgery.operate import config_of
+        from llama_surgery.surgery.operation import config_of
 
         config = config_of(llm)
         save_adapter(llm, out_folder)

@@ -33,7 +33,8 @@ def calibrated(
         SurgeryError: The density is out of reach or the texts are too short.
     """
     from llama_surgery.surgery.calibrate import PASSES, WINDOWS
-    from llama_surgery.surgery.operate import config_of, operated
+    from llama_surgery.surgery.operate import operated
+    from llama_surgery.surgery.operation import config_of
 
     stage, total, passes = f"T = {config.tile}: thresholds", PASSES * WINDOWS, itertools.count(1)
     progress(stage, 0, total)

@@ -12,7 +12,7 @@ from llama_surgery.evaluation.evaluate import model_name
 from llama_surgery.export.topology import Topology, layer_topology
 from llama_surgery.surgery.cache import PagedLayer
 from llama_surgery.surgery.compat import CACHE_NAME
-from llama_surgery.surgery.operate import config_of, paged_cache, set_config, surgery_of
+from llama_surgery.surgery.operation import config_of, paged_cache, set_config, surgery_of
 from llama_surgery.surgery.statistics import Counters
 from llama_surgery.surgery.supported import attention_modules, head_shape, inner_model
 from llama_surgery.topology.geometry import closed_chunks

@@ -15,7 +15,7 @@ from llama_surgery.learning.corrections import Corrections
 from llama_surgery.learning.gates import Gated, Homotopy, Rows, gated_rows
 from llama_surgery.learning.soft_tree import balls_of
 from llama_surgery.surgery.interface import dense_function
-from llama_surgery.surgery.operate import is_operated
+from llama_surgery.surgery.operation import is_operated
 from llama_surgery.surgery.replace import attention_replaced, replaceable_implementation
 from llama_surgery.surgery.supported import attention_modules, inner_model
 from llama_surgery.topology.geometry import query_blocks

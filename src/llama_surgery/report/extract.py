@@ -8,7 +8,7 @@ from llama_surgery.errors import SurgeryError, TextError
 from llama_surgery.report.tree import HeadTree
 from llama_surgery.surgery.cache import PagedLayer
 from llama_surgery.surgery.compat import CACHE_NAME
-from llama_surgery.surgery.operate import config_of, paged_cache
+from llama_surgery.surgery.operation import config_of, paged_cache
 from llama_surgery.surgery.supported import inner_model
 
 

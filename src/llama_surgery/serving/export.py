@@ -109,7 +109,8 @@ def _operation(model: Path, adapter: str | Path | None) -> tuple[SurgeryConfig, 
     from transformers import AutoModelForCausalLM
 
     from llama_surgery.surgery.adapter import load_adapter
-    from llama_surgery.surgery.operate import config_of, operate, routers_of, surgery_of
+    from llama_surgery.surgery.operate import operate
+    from llama_surgery.surgery.operation import config_of, routers_of, surgery_of
 
     try:
         dense = AutoModelForCausalLM.from_pretrained(model, dtype="auto", local_files_only=True)

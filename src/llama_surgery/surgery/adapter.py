@@ -12,7 +12,8 @@ from safetensors.torch import load_file, save
 from llama_surgery.config import SurgeryConfig
 from llama_surgery.errors import AdapterError
 from llama_surgery.files import write_atomically, write_json
-from llama_surgery.surgery.operate import config_of, operate, routers_of
+from llama_surgery.surgery.operate import operate
+from llama_surgery.surgery.operation import config_of, routers_of
 from llama_surgery.surgery.supported import attention_modules, inner_model
 from llama_surgery.topology.router import PageRouter
 

@@ -8,8 +8,8 @@ import torch
 
 from llama_surgery.config import SurgeryConfig
 from llama_surgery.errors import SurgeryError, TextError
-from llama_surgery.surgery.interface import listening
-from llama_surgery.surgery.operate import config_of, reset_statistics, set_config, statistics, surgery_of
+from llama_surgery.surgery.layer import listening
+from llama_surgery.surgery.operation import config_of, reset_statistics, set_config, statistics, surgery_of
 from llama_surgery.surgery.supported import inner_model
 from llama_surgery.text import windows
 from llama_surgery.topology.geometry import Block

@@ -1,21 +1,19 @@
 """Decode steps of an operated layer through the Triton kernels: one launch for all sequences of a batch."""
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from llama_surgery.attention.api import backend_name, kernels_serve
 from llama_surgery.attention.impl.common import differentiable
 from llama_surgery.surgery.cache import PagedLayer
+from llama_surgery.surgery.layer import LayerSurgery
 from llama_surgery.surgery.statistics import Counters
 from llama_surgery.topology.geometry import closed_chunks
 
-if TYPE_CHECKING:
-    from llama_surgery.surgery.interface import LayerSurgery
-
 
 def kernels_decode(
-    layer: "LayerSurgery",
+    layer: LayerSurgery,
     paged: PagedLayer,
     query: torch.Tensor,
     key: torch.Tensor,
@@ -50,7 +48,7 @@ def kernels_decode(
 
 
 def decode_step(
-    layer: "LayerSurgery",
+    layer: LayerSurgery,
     paged: PagedLayer,
     query: torch.Tensor,
     key: torch.Tensor,
@@ -104,7 +102,7 @@ def decode_step(
     return result.out.view(batch, heads, rows, -1).transpose(1, 2).contiguous()
 
 
-def settle(layer: "LayerSurgery", paged: PagedLayer, rows: int) -> None:
+def settle(layer: LayerSurgery, paged: PagedLayer, rows: int) -> None:
     """What the host does about a step that is launched: count it, and lay out chunks that it filled."""
     near = causal = 0
     for length in paged.lengths:
@@ -115,10 +113,10 @@ def settle(layer: "LayerSurgery", paged: PagedLayer, rows: int) -> None:
     paged.advance(rows, layer.router)
 
 
-def tally_of(layer: "LayerSurgery", paged: PagedLayer) -> torch.Tensor:
+def tally_of(layer: LayerSurgery, paged: PagedLayer) -> torch.Tensor:
     """(2, kv_heads) int64, to which the layer's steps add the pages they opened and read."""
     return _counters(layer).tally(paged.kv_heads, layer.config.page_size, paged.device)
 
 
-def _counters(layer: "LayerSurgery") -> Counters:
+def _counters(layer: LayerSurgery) -> Counters:
     return layer.counters.setdefault(1, Counters())

@@ -8,7 +8,7 @@ from llama_surgery.errors import SurgeryError
 from llama_surgery.surgery.cache import PagedCache
 from llama_surgery.surgery.compat import cache_name
 from llama_surgery.surgery.decoding import settle, tally_of
-from llama_surgery.surgery.operate import surgery_of
+from llama_surgery.surgery.operation import surgery_of
 from llama_surgery.surgery.supported import inner_model
 
 #: Steps for which there is room before the graph has to be captured anew.

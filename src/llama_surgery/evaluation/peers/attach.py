@@ -12,7 +12,7 @@ from llama_surgery.errors import SurgeryError, UnsupportedModelError
 from llama_surgery.evaluation.peers.executor import PairCount, attend_by_rule
 from llama_surgery.evaluation.peers.rule import Call, Rule
 from llama_surgery.surgery.interface import dense_function, surgery_mask
-from llama_surgery.surgery.operate import is_operated
+from llama_surgery.surgery.operation import is_operated
 from llama_surgery.surgery.replace import attention_replaced
 from llama_surgery.surgery.supported import attention_modules, inner_model
 

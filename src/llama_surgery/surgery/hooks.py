@@ -1,0 +1,94 @@
+"""What an operated model does before transformers' own code: refuses what cannot work, provides the cache."""
+
+import inspect
+from typing import Any
+
+import torch
+from transformers import Cache, PreTrainedModel
+
+from llama_surgery.errors import SurgeryError, UnsupportedModelError
+from llama_surgery.surgery.cache import PagedCache, PagedLayer
+from llama_surgery.surgery.compat import CACHE_NAME, cache_name, given_cache, with_cache
+from llama_surgery.surgery.interface import CACHE_KEYWORD, register
+from llama_surgery.surgery.layer import ATTRIBUTE
+from llama_surgery.surgery.operation import operation_of, paged_cache
+
+
+def model_hook(model: PreTrainedModel, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+    """Pre-forward hook of the model: refuses what cannot work and provides the paged cache."""
+    # A copy of an operated model may outlive the original, or wake up in another process.
+    register(operation_of(model).base)
+    if len(args) > 1:
+        names = inspect.signature(model.forward).parameters
+        args, kwargs = (), {**dict(zip(names, args, strict=False)), **kwargs}
+    if kwargs.get("output_attentions") or getattr(model.config, "output_attentions", False):
+        raise UnsupportedModelError(
+            "output_attentions: operated layers never form attention weights. eject(model) first."
+        )
+    position_ids = kwargs.get("position_ids")
+    counted = kwargs.get("attention_mask") is None and position_ids is not None and position_ids.dim() == 2
+    given = given_cache(kwargs)
+    counted = counted and not (isinstance(given, PagedCache) and given.recording)  # no questions in a graph
+    if counted and bool((position_ids.diff(dim=-1) < 1).any()):
+        # Without a cache transformers would make a mask of them; with one, it mixes the sequences in silence.
+        raise UnsupportedModelError(
+            "packed rows: position_ids start anew within a row. Operated layers take one sequence a row: "
+            "unpack them and pad, with an attention_mask."
+        )
+    use_cache = kwargs.get("use_cache")
+    if use_cache is None:
+        use_cache = getattr(model.config.get_text_config(), "use_cache", False)
+    recomputed = model.training and any(
+        getattr(module, "gradient_checkpointing", False) for module in model.modules()
+    )
+    if use_cache and given_cache(kwargs) is None and not recomputed:
+        kwargs = with_cache(kwargs, cache_name(model), paged_cache(model))
+    return args, kwargs
+
+
+def prepare_cache(
+    model: PreTrainedModel,
+    prepare: Any,
+    generation_config: Any,
+    model_kwargs: dict[str, Any],
+    generation_mode: Any,
+    batch_size: int,
+    max_cache_length: int,
+) -> None:
+    """Stands in for transformers' own cache preparation in ``generate()``."""
+    wanted = generation_config.cache_implementation
+    if wanted not in (None, "dynamic", "hybrid"):
+        raise UnsupportedModelError(
+            f"cache_implementation={wanted!r}: an operated model needs its paged cache. Leave it unset."
+        )
+    if given_cache(model_kwargs) is None and generation_config.use_cache is not False:
+        model_kwargs[CACHE_NAME] = paged_cache(model)
+    prepare(generation_config, model_kwargs, generation_mode, batch_size, max_cache_length)
+    cache = given_cache(model_kwargs)
+    if isinstance(cache, PagedCache):
+        # Assisted generation verifies several tokens in one call: decode steps too.
+        assisted = str(getattr(generation_mode, "value", generation_mode)) == "assisted_generation"
+        cache.decode_rows = cache.surgery.chunk_size if assisted else 1
+        cache.settle_last_tile = True
+        cache.expect_length(max_cache_length)
+
+
+def cache_hook(module: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict]:
+    """Pre-forward hook of operated modules: hands the paged cache on to the attention function."""
+    # Its keyword differs between versions and architectures, and some pass it by place.
+    cache = next((value for value in (*kwargs.values(), *args) if isinstance(value, Cache)), None)
+    if cache is not None and not isinstance(cache, PagedCache):
+        if getattr(cache, "is_compileable", False):
+            raise UnsupportedModelError(
+                f"{type(cache).__name__}: caches of fixed size are not supported. Leave "
+                "cache_implementation and the cache unset."
+            )
+        cache = None
+    if cache is not None:
+        paged = cache.layers[module.layer_idx]
+        if not isinstance(paged, PagedLayer) or paged.config != getattr(module, ATTRIBUTE).config:
+            raise SurgeryError(
+                "the paged cache was made for another model or configuration: start with a new one."
+            )
+        paged.expect()
+    return args, {**kwargs, CACHE_KEYWORD: cache}

@@ -1,0 +1,44 @@
+"""What an operated attention module carries."""
+
+import contextlib
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+from llama_surgery.config import SurgeryConfig
+from llama_surgery.surgery.statistics import Counters
+from llama_surgery.topology.router import PageRouter
+from llama_surgery.topology.selection import ShareListener
+
+#: Attribute of an operated attention module that holds its :class:`LayerSurgery`.
+ATTRIBUTE = "_llama_surgery"
+
+
+@dataclasses.dataclass
+class LayerSurgery:
+    """What an operated attention module carries.
+
+    Attributes:
+        config: The operation's configuration.
+        router: Learned corrections, or None.
+        counters: Counts by tile size.
+        listener: Hears (layer, tile, log shares, block) while calibrating.
+    """
+
+    config: SurgeryConfig
+    router: PageRouter | None = None
+    counters: dict[int, Counters] = dataclasses.field(default_factory=dict)
+    listener: Callable[[int, ShareListener], None] | None = None
+
+
+@contextlib.contextmanager
+def listening(layers: dict[int, LayerSurgery], listener: Any):
+    """Let ``listener(layer, tile, shares, block)`` hear every selection."""
+    for index, layer in layers.items():
+        layer.listener = functools.partial(listener, index)
+    try:
+        yield
+    finally:
+        for layer in layers.values():
+            layer.listener = None

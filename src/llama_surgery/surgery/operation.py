@@ -1,0 +1,80 @@
+"""An operation that a model carries, and what may be asked of it."""
+
+import dataclasses
+
+import torch
+
+from llama_surgery.config import SurgeryConfig
+from llama_surgery.errors import SurgeryError
+from llama_surgery.surgery.cache import PagedCache
+from llama_surgery.surgery.layer import ATTRIBUTE, LayerSurgery
+from llama_surgery.surgery.statistics import Statistics, summarise
+from llama_surgery.surgery.supported import inner_model
+from llama_surgery.topology.router import PageRouter
+
+
+@dataclasses.dataclass
+class Operation:
+    """What has to be undone, and where the operated layers are."""
+
+    config: SurgeryConfig
+    base: str
+    modules: dict[int, torch.nn.Module]
+    handles: list[torch.utils.hooks.RemovableHandle]
+
+    @property
+    def layers(self) -> dict[int, LayerSurgery]:
+        return {index: getattr(module, ATTRIBUTE) for index, module in self.modules.items()}
+
+
+def operation_of(model: torch.nn.Module) -> Operation:
+    operation = inner_model(model).__dict__.get(ATTRIBUTE)
+    if operation is None:
+        raise SurgeryError("the model is not operated: call operate(model) first.")
+    return operation
+
+
+def is_operated(model: torch.nn.Module) -> bool:
+    return ATTRIBUTE in inner_model(model).__dict__
+
+
+def config_of(model: torch.nn.Module) -> SurgeryConfig:
+    """The configuration an operated model runs with."""
+    return operation_of(model).config
+
+
+def set_config(model: torch.nn.Module, config: SurgeryConfig) -> None:
+    """Change the configuration of an operated model. Caches made before do not fit it."""
+    operation = operation_of(model)
+    operation.config = config
+    for layer in operation.layers.values():
+        layer.config = config
+
+
+def surgery_of(model: torch.nn.Module) -> dict[int, LayerSurgery]:
+    """What the operated layers carry, by layer index."""
+    return operation_of(model).layers
+
+
+def statistics(model: torch.nn.Module) -> Statistics:
+    """What the operated layers read since :func:`operate` or :func:`reset_statistics`."""
+    operation = operation_of(model)
+    counters = {index: layer.counters for index, layer in operation.layers.items()}
+    return summarise(counters, operation.config.page_size)
+
+
+def reset_statistics(model: torch.nn.Module) -> None:
+    for layer in operation_of(model).layers.values():
+        layer.counters.clear()
+
+
+def paged_cache(model: torch.nn.Module) -> PagedCache:
+    """An empty cache for an operated model, as ``generate()`` and ``forward()`` build by themselves."""
+    operation = operation_of(model)
+    text = inner_model(model).config.get_text_config(decoder=True)
+    return PagedCache(text, operation.config, list(operation.modules))
+
+
+def routers_of(model: torch.nn.Module) -> dict[int, PageRouter]:
+    """Learned corrections of an operated model, by layer index."""
+    return {index: layer.router for index, layer in surgery_of(model).items() if layer.router is not None}
