@@ -7,7 +7,6 @@ Rows go to benchmarks/results/frontier.csv as they are measured; rows already th
 
 import argparse
 import csv
-import dataclasses
 import platform
 import time
 from pathlib import Path
@@ -33,7 +32,7 @@ def variants() -> list[tuple[SurgeryConfig, float]]:
     rows = []
 
     def add(target: float, **change: object) -> None:
-        rows.append((dataclasses.replace(SurgeryConfig(), **(_UNSET | change)), target))
+        rows.append((SurgeryConfig(**change), target))
 
     for tile in (32, 1, 16, 64):
         for page in (32, 64, 16, 128):
@@ -92,10 +91,6 @@ def variants() -> list[tuple[SurgeryConfig, float]]:
     return rows
 
 
-#: Fields that follow from others unless set.
-_UNSET = {"theta_decode": None, "moment_size": None}
-
-
 def describe(config: SurgeryConfig, target: float) -> dict[str, str]:
     """The identifying columns, as text."""
     scoring = "coarse to fine" if config.coarse_to_fine else "all rows"
@@ -105,7 +100,7 @@ def describe(config: SurgeryConfig, target: float) -> dict[str, str]:
         scoring = f"every {config.score_stride}th row"
     if config.variance_pool > 1:
         scoring += f", variances of {config.variance_pool} channels"
-    row = dataclasses.asdict(config) | {"scoring": scoring, "target": target}
+    row = config.to_dict() | {"scoring": scoring, "target": target}
     return {key: str(row[key]) for key in KEYS}
 
 

@@ -1,14 +1,18 @@
 """SurgeryConfig checks itself; every message says what was got and what is allowed."""
 
+import copy
 import dataclasses
 import json
+import pickle
 
+import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from llama_surgery import SurgeryConfig, SurgeryError
-from llama_surgery.config import CONFIG_VERSION
+from llama_surgery.config import CONFIG_VERSION, DECODE_SHARE
 
 
 @pytest.mark.parametrize(
@@ -56,6 +60,16 @@ from llama_surgery.config import CONFIG_VERSION
             "moment_size=24: page_size=64 must be it times a power of arity=2",
         ),
         ({"page_size": 64, "moment_size": 128}, "moment_size=128: page_size=64 must be it times a power"),
+        ({"moment_size": True}, "moment_size=True: must be a whole number"),
+        ({"chunk_size": np.float32(512)}, "chunk_size=512.0: must be a whole number"),
+        ({"chunk_size": torch.tensor([512, 512])}, r"chunk_size=tensor.*: must be a whole number"),
+        ({"theta": True}, "theta=True: must be a finite number"),
+        ({"theta": np.bool_(True)}, "theta=True: must be a finite number"),
+        ({"theta": torch.tensor(float("nan"))}, "theta=nan: must be a finite number"),
+        ({"theta": 10**400}, "theta=1000.*: must be a finite number"),
+        ({"theta_decode": False}, "theta_decode=False: must be a finite number"),
+        ({"coarse_to_fine": "no"}, "coarse_to_fine='no': must be True or False"),
+        ({"coarse_totals": 1}, "coarse_totals=1: must be True or False"),
         ({"variance_pool": 0}, "variance_pool=0: must be a whole number of at least 1"),
         ({"variance_pool": 3}, "variance_pool=3: 1 or an even number"),
         (
@@ -109,6 +123,75 @@ def test_theta_belongs_to_the_tile():
     default = SurgeryConfig()
     assert 0 < default.theta_decode < default.theta
     assert SurgeryConfig(theta=0.0).theta_decode == 0
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"page_size": 64},
+        {"page_size": 32, "arity": 4, "chunk_size": 512},
+        {"theta": 0.2},
+        {"tile": 1},
+        {"tile": 1, "theta": 0.2},
+        {"window": 64},
+    ],
+)
+@pytest.mark.parametrize("start", [{}, {"tile": 1}, {"page_size": 128}, {"theta": 0.0}])
+def test_a_replaced_configuration_is_the_one_constructed(start, change):
+    expected = SurgeryConfig(**{**start, **change})
+    for config in (
+        SurgeryConfig(**start),
+        SurgeryConfig.from_dict(json.loads(json.dumps(SurgeryConfig(**start).to_dict()))),
+        pickle.loads(pickle.dumps(SurgeryConfig(**start))),
+        copy.deepcopy(SurgeryConfig(**start)),
+        dataclasses.replace(SurgeryConfig(**start), moment_size=4, theta_decode=None),
+    ):
+        replaced = dataclasses.replace(dataclasses.replace(config, window=32, moment_size=None), **change)
+        replaced = dataclasses.replace(replaced, window=expected.window)
+        assert replaced == expected and hash(replaced) == hash(expected)
+        assert replaced.to_dict() == expected.to_dict()
+        assert (replaced.ball_size, replaced.theta_for(1)) == (expected.ball_size, expected.theta_for(1))
+
+
+def test_what_was_given_stays_when_something_else_is_replaced():
+    config = SurgeryConfig(moment_size=8, theta=0.1, theta_decode=0.1 * DECODE_SHARE)
+    replaced = dataclasses.replace(config, page_size=64, theta=0.2)
+    assert replaced.moment_size == 8 and replaced.theta_decode == 0.1 * DECODE_SHARE
+    # Handed on by hand what was read, it is given from now on.
+    kept = dataclasses.replace(SurgeryConfig(), theta=0.2, theta_decode=SurgeryConfig().theta_decode)
+    assert dataclasses.replace(kept, theta=0.3).theta_decode == SurgeryConfig().theta_decode
+    assert dataclasses.replace(kept, theta_decode=None).theta_decode == 0.2 * DECODE_SHARE
+
+
+def test_configurations_that_mean_the_same_are_equal():
+    derived, told = SurgeryConfig(), SurgeryConfig(moment_size=8, theta_decode=0.046 * DECODE_SHARE)
+    assert derived == told and hash(derived) == hash(told) and repr(derived) == repr(told)
+    assert derived != SurgeryConfig(moment_size=4)
+
+
+@pytest.mark.parametrize("kind", [np.int64, np.int16, torch.tensor], ids=["int64", "int16", "tensor"])
+def test_numbers_of_other_libraries_become_plain_ones(kind):
+    config = SurgeryConfig(page_size=kind(64), moment_size=kind(16), theta=np.float64(0.25), alpha=kind(1))
+    assert config == SurgeryConfig(page_size=64, moment_size=16, theta=0.25)
+    assert json.dumps(config.to_dict()) == json.dumps(
+        SurgeryConfig(page_size=64, moment_size=16, theta=0.25).to_dict()
+    )
+
+
+def test_adapters_of_older_releases_mean_what_they_say():
+    # Older releases wrote out what they derived, with a share of their own.
+    told = {"version": 1, "page_size": 64, "moment_size": 8, "theta": 0.1, "theta_decode": 0.05}
+    config = SurgeryConfig.from_dict(told)
+    assert {name: config.to_dict()[name] for name in told} == told
+    assert dataclasses.replace(config, theta=0.2, page_size=32).to_dict()["theta_decode"] == 0.05
+
+
+def test_pickles_of_older_releases_mean_what_they_say():
+    state = SurgeryConfig(moment_size=4, theta_decode=0.02).to_dict()
+    del state["version"]
+    old = SurgeryConfig.__new__(SurgeryConfig)
+    old.__setstate__(state)
+    assert dataclasses.replace(old, theta=0.3) == SurgeryConfig(moment_size=4, theta=0.3, theta_decode=0.02)
 
 
 @st.composite

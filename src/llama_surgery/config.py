@@ -1,9 +1,11 @@
 """The one configuration of an operation: a frozen dataclass that checks itself."""
 
 import dataclasses
-import math
+import sys
+from collections.abc import Mapping
 from typing import Any, Literal, get_args
 
+from llama_surgery.derived import Derived, hide, rules, settle
 from llama_surgery.errors import SurgeryError
 
 Topology = Literal["pages", "dense"]
@@ -12,6 +14,15 @@ Summary = Literal["none", "chunk", "page", "ball"]
 Backend = Literal["auto", "reference", "gather", "flex", "triton"]
 
 CONFIG_VERSION = 1
+
+
+def _default_theta_decode(config: "SurgeryConfig") -> float:
+    return config.theta if config.tile == 1 else config.theta * DECODE_SHARE
+
+
+def _default_moment_size(config: "SurgeryConfig") -> int:
+    quarter, rest = divmod(config.page_size, config.arity**2)
+    return config.page_size if rest else quarter
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -32,7 +43,8 @@ class SurgeryConfig:
             ``position`` (pages in original order).
         theta: A row opens a page whose expected share of some head's attention exceeds this, in
             tiles of ``tile`` queries. 0 opens everything.
-        theta_decode: The same for tiles of one query. With ``tile=1`` it must equal ``theta``.
+        theta_decode: The same for tiles of one query. A fixed part of ``theta`` unless given; with ``tile=1``
+            it must equal ``theta``.
         pages_per_row: Instead of ``theta``: every scored row opens this many pages. For comparison.
         moment_size: Keys of the balls whose moments are kept, two levels below a page unless given: a page's
             score is the log-sum-exp of its balls' scores. Smaller balls score more sharply and cost more.
@@ -52,6 +64,10 @@ class SurgeryConfig:
         dense_until: Queries at positions below this see everything; a multiple of ``tile``.
         backend: Who executes the plan. ``auto`` takes the kernels on a GPU where they can run a call, and
             plain PyTorch elsewhere. A backend asked for by name never falls back in silence.
+        given: ``theta_decode`` and ``moment_size`` as they were given, None where they follow from other
+            fields, in a copy by ``dataclasses.replace`` from its own. Not to be set.
+
+    Configurations are equal when they mean the same, whether a value was given or derived.
 
     Raises:
         SurgeryError: A value is out of range or values do not fit together.
@@ -65,9 +81,9 @@ class SurgeryConfig:
     arity: int = 2
     directions: Directions = "principal"
     theta: float = 0.046
-    theta_decode: float | None = None
+    theta_decode: Derived[float] = Derived(_default_theta_decode)
     pages_per_row: int | None = None
-    moment_size: int | None = None
+    moment_size: Derived[int] = Derived(_default_moment_size)
     score_stride: int = 1
     coarse_to_fine: bool = False
     coarse_totals: bool = False
@@ -76,16 +92,14 @@ class SurgeryConfig:
     summary: Summary = "none"
     dense_until: int = 0
     backend: Backend = "auto"
+    given: Mapping[str, Any] = dataclasses.field(default_factory=dict, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        if self.theta_decode is None and isinstance(self.theta, (int, float)):
-            decode = self.theta if self.tile == 1 else self.theta * DECODE_SHARE
-            object.__setattr__(self, "theta_decode", decode)
+        # Numbers of NumPy and PyTorch become Python's own: these are written as JSON and compared.
+        self.__dict__.update({name: _plain(value) for name, value in self.__dict__.items()})
+        settle(self)
         self._check_choices()
         self._check_numbers()
-        if self.moment_size is None:
-            quarter, rest = divmod(self.page_size, self.arity**2)
-            object.__setattr__(self, "moment_size", self.page_size if rest else quarter)
         self._check_geometry()
         if self.tile == 1 and self.theta_decode != self.theta:
             raise SurgeryError(
@@ -119,15 +133,23 @@ class SurgeryConfig:
             ("moment_size", 1),
             ("variance_pool", 1),
         ):
-            value = getattr(self, name)
-            if name in ("pages_per_row", "moment_size") and value is None:
+            value = self.__dict__[name]
+            if value is None and name in ("pages_per_row", "moment_size"):
                 continue
             if not isinstance(value, int) or isinstance(value, bool) or value < low:
                 raise SurgeryError(f"{name}={value!r}: must be a whole number of at least {low}.")
         for name in ("theta", "theta_decode", "alpha"):
-            value = getattr(self, name)
-            if not isinstance(value, (int, float)) or not math.isfinite(value) or value < 0:
+            value = self.__dict__[name]
+            if value is None and name == "theta_decode":
+                continue
+            known = isinstance(value, (int, float)) and not isinstance(value, bool)
+            if not known or not 0 <= value <= sys.float_info.max:
                 raise SurgeryError(f"{name}={value!r}: must be a finite number of at least 0.")
+            self.__dict__[name] = float(value)
+        for name in ("coarse_to_fine", "coarse_totals"):
+            value = self.__dict__[name]
+            if not isinstance(value, bool):
+                raise SurgeryError(f"{name}={value!r}: must be True or False.")
 
     def _check_geometry(self) -> None:
         for name in ("chunk_size", "window", "dense_until"):
@@ -150,7 +172,7 @@ class SurgeryConfig:
             raise SurgeryError(
                 f"chunk_size={self.chunk_size}: at most {2**15}, since offsets are kept in 16 bits."
             )
-        ball = self.moment_size or 0
+        ball = self.moment_size
         while 0 < ball < self.page_size:
             ball *= self.arity
         if ball != self.page_size:
@@ -166,7 +188,7 @@ class SurgeryConfig:
 
     def theta_for(self, tile: int) -> float:
         """θ for tiles of ``tile`` queries: calibrated separately, since one θ does not serve both."""
-        return self.theta if tile == self.tile else (self.theta_decode or 0.0)
+        return self.theta if tile == self.tile else self.theta_decode
 
     @property
     def depth(self) -> int:
@@ -183,8 +205,8 @@ class SurgeryConfig:
 
     @property
     def ball_size(self) -> int:
-        """``moment_size``, which is always set once the configuration stands."""
-        return self.moment_size or self.page_size
+        """``moment_size`` by another name."""
+        return self.moment_size
 
     @property
     def summarised(self) -> int:
@@ -206,28 +228,49 @@ class SurgeryConfig:
         return self.chunk_size // self.page_size
 
     def to_dict(self) -> dict[str, Any]:
-        """All fields and the format version, ready for JSON."""
-        return {"version": CONFIG_VERSION, **dataclasses.asdict(self)}
+        """All values and the format version, ready for JSON.
+
+        Derived ones too: they say what was executed, also where a later release derives others.
+        """
+        return {"version": CONFIG_VERSION, **{name: getattr(self, name) for name in FIELDS}}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "SurgeryConfig":
         """Inverse of :meth:`to_dict`.
+
+        A value that is what would be derived counts as derived: ``dataclasses.replace`` then derives it anew.
 
         Raises:
             SurgeryError: Unknown fields or a newer version.
         """
         values = dict(values)
         version = values.pop("version", CONFIG_VERSION)
-        if not isinstance(version, int) or version > CONFIG_VERSION:
+        if not isinstance(version, int) or isinstance(version, bool) or version > CONFIG_VERSION:
             raise SurgeryError(
                 f"configuration version {version!r}: this release reads up to {CONFIG_VERSION}. "
                 "Update llama-surgery."
             )
-        unknown = sorted(set(values) - {f.name for f in dataclasses.fields(cls)})
+        unknown = sorted(set(values) - set(FIELDS))
         if unknown:
             raise SurgeryError(f"unknown configuration fields: {', '.join(unknown)}.")
-        return cls(**values)
+        config = cls(**values)
+        following: dict[str, Any] = {
+            name: None for name, rule in rules(cls).items() if getattr(config, name) == rule(config)
+        }
+        return dataclasses.replace(config, **following)
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        # Pickles of older releases have no record of what was given: all of it was.
+        self.__dict__.update({"given": {name: state[name] for name in rules(type(self))}, **state})
+
+
+def _plain(value: Any) -> Any:
+    """A number of NumPy or a tensor of one element without dimensions as Python's own; all else as it is."""
+    return value.item() if getattr(value, "ndim", None) == 0 and hasattr(value, "item") else value
+
+
+#: Names of what is configured, as in JSON.
+FIELDS = hide(SurgeryConfig)
 
 #: Default θ for single queries as a share of the tile's θ, for users without calibration text.
 #: On the demo model the two then read about equally much of a whole text (docs/log.md).
