@@ -1,7 +1,7 @@
 """Times, memory, graphs, a deadline, and a table whose rows are written as they are measured."""
 
 import datetime
-import importlib.metadata
+import importlib
 import platform
 import time
 from collections.abc import Callable
@@ -54,11 +54,12 @@ def say(line: str) -> None:
 def environment(device: torch.device) -> dict[str, str]:
     """What a figure depends on: date, device, versions."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
-    versions = {p: importlib.metadata.version(p) for p in ("torch", "transformers")}
-    try:
-        versions["triton"] = importlib.metadata.version("triton")
-    except importlib.metadata.PackageNotFoundError:
-        versions["triton"] = ""
+    versions = {}
+    for name in ("torch", "transformers", "triton"):
+        try:  # their own word: installed packages have other names (pytorch-triton)
+            versions[name] = importlib.import_module(name).__version__
+        except ImportError:
+            versions[name] = ""
     return {"date": datetime.date.today().isoformat(), "device": name} | versions
 
 

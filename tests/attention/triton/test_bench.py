@@ -8,7 +8,7 @@ import torch
 pytest.importorskip("triton")
 
 from llama_surgery.bench import prefill, prefill_case
-from llama_surgery.bench.measure import Deadline
+from llama_surgery.bench.measure import Deadline, environment
 from llama_surgery.config import SurgeryConfig
 
 
@@ -37,3 +37,10 @@ def test_prefill(
     whole = found["attention with layout and selection"]
     assert 0.05 < whole["executed_far"] < 0.2 and whole["error"] < 1e-5 and whole["differing"] == 0
     assert len(out.read_text(encoding="utf-8").splitlines()) == len(rows) + 1
+
+
+def test_versions_do_not_depend_on_what_the_packages_are_called(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("triton.__version__", "3.6.0+git1a2b3c4d")
+    monkeypatch.setattr("torch.__version__", "2.12.0a0+nv")
+    told = environment(torch.device("cpu"))
+    assert (told["triton"], told["torch"]) == ("3.6.0+git1a2b3c4d", "2.12.0a0+nv")

@@ -1,6 +1,7 @@
 """The kernels for Hopper against those that run anywhere; where they are taken, and where not."""
 
 import dataclasses
+import importlib.metadata
 from typing import Any
 
 import pytest
@@ -280,11 +281,21 @@ class TestWhereTheyAreTaken:
         assert hopper.attends(job)
         assert not hopper.selects(job)
 
-    @pytest.mark.parametrize(("version", "known"), [("3.5.1", False), ("3.6.0+git", True), ("3.10.0", False)])
-    def test_versions_of_triton(
+    @pytest.mark.parametrize(
+        ("version", "known"),
+        [
+            ("3.5.1", False), ("3.6.0", True), ("3.6.0+git1a2b3c4d", True), ("3.7.0.post21", True),
+            ("3.8", True), ("3.10.0", False), ("unknown", False),
+        ],
+    )  # fmt: skip
+    def test_versions_of_triton_whatever_the_package_is_called(
         self, version: str, known: bool, device: torch.device, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr("importlib.metadata.version", lambda _: version)
+        def missing(name: str) -> str:
+            raise importlib.metadata.PackageNotFoundError(name)
+
+        monkeypatch.setattr("triton.__version__", version)
+        monkeypatch.setattr("importlib.metadata.version", missing)
         hopper._known_triton.cache_clear()
         try:
             assert hopper.attends(job_of(device, LLAMA)) is known

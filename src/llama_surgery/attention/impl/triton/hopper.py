@@ -5,8 +5,8 @@ any GPU and for any shape.
 """
 
 import functools
-import importlib.metadata
 import math
+import re
 
 import torch
 import triton
@@ -71,8 +71,9 @@ def selects(job: Job) -> bool:
 
 @functools.cache
 def _known_triton() -> bool:
-    major, minor = importlib.metadata.version("triton").split(".")[:2]
-    return TRITON[0] <= (int(major), int(minor)) <= TRITON[1]
+    # Not by the name of the installed package: it differs (pytorch-triton, triton-windows).
+    numbers = re.match(r"(\d+)\.(\d+)", triton.__version__)
+    return numbers is not None and TRITON[0] <= (int(numbers[1]), int(numbers[2])) <= TRITON[1]
 
 
 def _described(states: torch.Tensor, *block: int) -> object:
