@@ -33,6 +33,7 @@ class PagedLayer(CacheLayerMixin):
         self.config = config
         self.keep = keep
         self.slots = 0  # columns seen, padding included: what transformers calls the length
+        self.cropped = False  # are there tokens of columns that are gone? The next call's mask tells which
         self.maximum: int | None = None  # columns there will ever be, as far as is known
         self.stores: list[SequenceStore] = []
         self.buffers: PageBuffers | None = None
@@ -131,6 +132,7 @@ class PagedLayer(CacheLayerMixin):
             self.buffers.reserve(max(lengths) + new)
         for store, length in zip(self.stores, lengths, strict=False):
             self._expect(store, length)
+        self.cropped = False
         self.slots += new
         if len(self.stores) == 1:
             return [(self.stores[0], slice(None), columns[0])]
@@ -202,12 +204,14 @@ class PagedLayer(CacheLayerMixin):
 
     def reset(self) -> None:
         self.slots, self.batch, self.stores, self.buffers = 0, 0, [], None
-        self.is_initialized, self._device_lengths = False, None
+        self.is_initialized, self.cropped, self._device_lengths = False, False, None
 
     def crop(self, tokens: int) -> None:
         """Remove ``-tokens`` columns; a positive number is the length to keep (older transformers)."""
         tokens = int(tokens)  # assisted generation of older transformers gives a tensor
-        self.slots = max(0, self.slots + tokens) if tokens <= 0 else min(self.slots, tokens)
+        kept = max(0, self.slots + tokens) if tokens <= 0 else min(self.slots, tokens)
+        self.cropped = self.cropped or kept < self.slots
+        self.slots = kept
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         self._select(beam_idx)

@@ -4,10 +4,12 @@ from collections.abc import Callable
 
 import torch
 
+from llama_surgery.attention.impl.triton import MOST_QUERIES
 from llama_surgery.errors import SurgeryError
-from llama_surgery.surgery.cache import PagedCache
+from llama_surgery.surgery.cache import PagedCache, PagedLayer
 from llama_surgery.surgery.compat import cache_name
 from llama_surgery.surgery.decoding import settle, tally_of
+from llama_surgery.surgery.layer import LayerSurgery
 from llama_surgery.surgery.operation import surgery_of
 from llama_surgery.surgery.supported import inner_model
 
@@ -19,8 +21,11 @@ class GraphedSteps:
     """Decode steps of an operated model on a cache that holds a prompt, captured once and replayed.
 
     Shapes never change and nothing is asked of the device, so that a step costs what its kernels cost. What
-    the host knows anyway (lengths, chunks that are full) it does between replays. Without a GPU a step runs
-    as it would have been recorded, for tests.
+    the host knows anyway (lengths, chunks that are full) it does between replays. Before each replay it
+    compares what the graph was recorded with: tensors of the cache and of the model, learned corrections,
+    configuration, counters. Where anything was replaced the step is recorded anew. Hooks of the model run
+    while a step is recorded, not when it is replayed. Without a GPU a step runs as it would have been
+    recorded, for tests.
 
     Args:
         model: An operated model, all of whose attention layers are operated.
@@ -28,26 +33,27 @@ class GraphedSteps:
         rows: Tokens of a step, 1 to 8.
 
     Raises:
-        SurgeryError: The cache is empty or has layers of another kind.
+        SurgeryError: The cache is empty or has layers of another kind, or a step of so many tokens cannot be.
     """
 
     def __init__(self, model: torch.nn.Module, cache: PagedCache, rows: int = 1) -> None:
+        if not 1 <= rows <= MOST_QUERIES:
+            raise SurgeryError(f"rows={rows}: a step has 1 to {MOST_QUERIES} tokens.")
         self._model, self._cache, self._rows = inner_model(model), cache, rows
-        layers = surgery_of(model)
-        if len(cache.paged) != len(cache.layers) or len(layers) != len(cache.layers):
+        if len(cache.paged) != len(cache.layers) or len(surgery_of(model)) != len(cache.layers):
             raise SurgeryError(
                 "a step can be captured only if every attention layer is operated: this model has others "
                 "(sliding windows, say), whose caches grow."
             )
         if not cache.get_seq_length():
             raise SurgeryError("an empty cache: run the prompt through the model first.")
-        self._layers = [(layers[index], cache.layers[index]) for index in range(len(cache.layers))]
         self._ids = torch.zeros(cache.paged[0].batch, rows, dtype=torch.int64, device=self._model.device)
         self._positions = torch.zeros_like(self._ids)
         self._known_positions: list[int] = []  # first positions as the device holds them
         self._logits: torch.Tensor | None = None
         self._replay: Callable[[], object] | None = None
         self._recorded: tuple[object, ...] = ()
+        self._modules: list[torch.nn.Module] = []  # of the model, when a step was last recorded
 
     @torch.no_grad()
     def step(self, ids: torch.Tensor) -> torch.Tensor:
@@ -60,23 +66,39 @@ class GraphedSteps:
             Logits (batch, rows, vocabulary). The next step overwrites them.
 
         Raises:
-            SurgeryError: The decode kernels cannot run this model's steps.
+            SurgeryError: The decode kernels cannot run this model's steps, the ids do not fit, the model is
+                no longer operated, or a padded cache was cropped.
         """
-        self._prepare()
+        self._prepare(ids)
         self._ids.copy_(ids)
         if self._replay is None or self._recorded != self._state():
             self._record()
         assert self._replay is not None and self._logits is not None
         self._replay()
-        for layer, paged in self._layers:
+        for layer, paged in self._layers():
             paged.slots += self._rows
             settle(layer, paged, self._rows)
         return self._logits
 
-    def _prepare(self) -> None:
+    def _layers(self) -> list[tuple[LayerSurgery, PagedLayer]]:
+        """What the operated layers carry now, and their caches."""
+        layers = surgery_of(self._model)
+        return [(layers[index], paged) for index, paged in enumerate(self._cache.paged)]
+
+    def _prepare(self, ids: torch.Tensor) -> None:
         """Room for the step, and lengths and positions as the host knows them."""
-        lengths = self._layers[0][1].lengths
-        for _, paged in self._layers:
+        self._apply_crop()
+        paged_layers = self._cache.paged
+        batch = paged_layers[0].batch
+        if ids.shape != (batch, self._rows) or ids.dtype not in (torch.int64, torch.int32):
+            raise SurgeryError(
+                f"ids {tuple(ids.shape)} {ids.dtype}: a step of this cache takes {(batch, self._rows)} int64."
+            )
+        if self._ids.shape != ids.shape:  # sequences were chosen or repeated
+            self._ids, self._replay = torch.zeros_like(ids, dtype=torch.int64, device=self._ids.device), None
+            self._positions, self._known_positions = torch.zeros_like(self._ids), []
+        lengths = paged_layers[0].lengths
+        for paged in paged_layers:
             paged.device_lengths()
             assert paged.buffers is not None
             if max(lengths) + self._rows > paged.buffers.capacity:
@@ -85,25 +107,53 @@ class GraphedSteps:
             self._positions.copy_(torch.tensor(lengths)[:, None] + torch.arange(self._rows))
         self._known_positions = [length + self._rows for length in lengths]
 
+    def _apply_crop(self) -> None:
+        """Forget what was cropped since the last step: other calls do so when they look at the mask."""
+        for paged in self._cache.paged:
+            if not paged.stores:
+                raise SurgeryError("the cache was reset: run a prompt through the model first.")
+            if len(paged.stores) == 1:
+                paged.stores[0].truncate(paged.slots)
+                paged.cropped = False
+            elif paged.cropped:
+                raise SurgeryError(
+                    "a cropped cache of sequences of several lengths: which tokens are left is known from "
+                    "the attention mask alone. Take the next tokens in a call of the model, with its mask."
+                )
+
     def _state(self) -> tuple[object, ...]:
-        """What a graph holds the addresses of."""
-        state: list[object] = []
-        for layer, paged in self._layers:
+        """What a graph holds on to: addresses of tensors, and everything that its launches hung on."""
+        state: list[object] = [
+            self._cache.decode_rows,
+            self._model.training,
+            torch.get_float32_matmul_precision(),
+            torch.is_autocast_enabled(self._ids.device.type),
+            torch.get_autocast_dtype(self._ids.device.type),
+        ]
+        for layer, paged in self._layers():
             assert paged.buffers is not None
+            learned = {} if layer.router is None else layer.router.tensors()
             held = (*paged.buffers.read_by_kernels(), paged.device_lengths(), tally_of(layer, paged))
-            state += [*(tensor.data_ptr() for tensor in held), layer.config]
+            state += map(_place, (*held, *learned.values()))
+            state += [layer.config, layer.listener, tuple(learned)]
+        for module in self._modules:
+            state += module._modules.values()
+            weights = (*module._parameters.values(), *module._buffers.values())
+            state += (weight if weight is None else (_address(weight), weight.dtype) for weight in weights)
+            if "merged_adapters" in module.__dict__:  # a layer of PEFT's
+                state += (str(module.__dict__.get(name)) for name in _SWITCHES)
         return tuple(state)
 
     def _run(self) -> None:
         """One step, of which the host takes no notice."""
         slots = self._cache.get_seq_length()
-        for _, paged in self._layers:
+        for paged in self._cache.paged:
             paged.recording = True
         try:
             arguments = {cache_name(self._model): self._cache}
             out = self._model(self._ids, position_ids=self._positions, use_cache=True, **arguments)
         finally:
-            for _, paged in self._layers:
+            for paged in self._cache.paged:
                 paged.recording = False
                 paged.slots = slots
         self._logits = out.logits
@@ -112,15 +162,19 @@ class GraphedSteps:
     def _try(self) -> None:
         """A run that changes nothing, but for the tokens it writes, which are written again."""
         held = [self._positions]
-        for layer, paged in self._layers:
+        for layer, paged in self._layers():
             held += [paged.device_lengths(), tally_of(layer, paged)]
         before = [tensor.clone() for tensor in held]
-        self._run()
-        for tensor, old in zip(held, before, strict=True):
-            tensor.copy_(old)
+        try:
+            self._run()
+        finally:
+            for tensor, old in zip(held, before, strict=True):
+                tensor.copy_(old)
 
     def _record(self) -> None:
+        self._replay = None  # should this fail, nothing is replayed that was recorded before
         device = self._model.device
+        self._modules = list(self._model.modules())
         self._recorded = self._state()
         if device.type != "cuda":
             self._try()
@@ -136,3 +190,19 @@ class GraphedSteps:
         with torch.cuda.graph(graph):
             self._run()
         self._replay = graph.replay
+
+
+#: Attributes by which PEFT's layers decide what they compute.
+_SWITCHES = ("_active_adapter", "_disable_adapters", "merged_adapters", "scaling")
+
+
+def _place(tensor: torch.Tensor) -> tuple[object, ...]:
+    """What a launch knows of a tensor beside its contents."""
+    return tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()
+
+
+def _address(weight: torch.Tensor) -> int:
+    try:
+        return weight.data_ptr()
+    except RuntimeError:  # a quantised weight that is made of several tensors
+        return id(weight)

@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 #: Most queries of a tile, and the widest head.
 LARGEST_TILE, LARGEST_HEAD = 128, 256
 
+#: Most queries per sequence of a call of decode.
+MOST_QUERIES = 8
+
 
 def obstacle(config: SurgeryConfig, queries: torch.Tensor, values: torch.Tensor, tile: int) -> str | None:
     """Why the kernels cannot run a call, or None if they can.

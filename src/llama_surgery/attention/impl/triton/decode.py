@@ -6,7 +6,7 @@ import math
 import torch
 import triton
 
-from llama_surgery.attention.impl.triton import obstacle
+from llama_surgery.attention.impl.triton import MOST_QUERIES, obstacle
 from llama_surgery.attention.impl.triton.decode_cache import DecodeCache, units_of
 from llama_surgery.attention.impl.triton.decode_kernels import score_kernel
 from llama_surgery.attention.impl.triton.decode_merge_kernel import merge_kernel
@@ -20,9 +20,6 @@ from llama_surgery.attention.impl.triton.tuning import family_of
 from llama_surgery.config import SurgeryConfig
 from llama_surgery.errors import SurgeryError
 from llama_surgery.topology.router import PageRouter
-
-#: Most queries per sequence of one call.
-MOST_QUERIES = 8
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,0 +1,172 @@
+"""What a recorded step hangs on: where any of it was replaced, nothing stale is replayed."""
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Iterator
+from unittest import mock
+
+import pytest
+import torch
+from transformers import PreTrainedModel
+
+pytest.importorskip("triton")
+
+from tests.attention.triton.test_corrections import learned
+from tests.attention.triton.test_decode_model import CONFIG, tiny, tokens
+
+import llama_surgery as surgery
+from llama_surgery.surgery.compat import CACHE_NAME
+from llama_surgery.surgery.operation import set_config, surgery_of
+from llama_surgery.surgery.steps import GraphedSteps
+
+
+@contextlib.contextmanager
+def stepping(
+    model: PreTrainedModel, ids: torch.Tensor, **options: object
+) -> Iterator[tuple[GraphedSteps, surgery.PagedCache, list[int]]]:
+    """Steps of an operated model after a prompt, its cache, and how often a step was recorded."""
+    records: list[int] = []
+    plain = GraphedSteps._record
+
+    def record(steps: GraphedSteps) -> None:
+        records.append(1)
+        plain(steps)
+
+    operated = surgery.operated(model, dataclasses.replace(CONFIG, backend="triton"), **options)
+    with operated, torch.no_grad(), mock.patch.object(GraphedSteps, "_record", record):
+        cache = surgery.paged_cache(model)
+        model(ids, **{CACHE_NAME: cache})
+        steps = GraphedSteps(model, cache)
+        steps.step(ids[:, :1])
+        steps.step(ids[:, :1])
+        assert len(records) == 1
+        yield steps, cache, records
+
+
+def _replace_router(model: PreTrainedModel) -> None:
+    surgery_of(model)[0].router = learned(2, 2, 16, model.device)
+
+
+def _replace_part_of_router(model: PreTrainedModel) -> None:
+    layer = surgery_of(model)[0]
+    layer.router = dataclasses.replace(layer.router, offset=layer.router.offset + 0.1)
+
+
+def _drop_router(model: PreTrainedModel) -> None:
+    surgery_of(model)[0].router = None
+
+
+def _replace_weight(model: PreTrainedModel) -> None:
+    model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight * 2)
+
+
+def _replace_data_of_weight(model: PreTrainedModel) -> None:
+    model.lm_head.weight.data = model.lm_head.weight.data * 2
+
+
+def _replace_module(model: PreTrainedModel) -> None:
+    model.lm_head = torch.nn.Sequential(model.lm_head, torch.nn.Tanh())
+
+
+def _start_counting_anew(model: PreTrainedModel) -> None:
+    held.append(surgery_of(model)[0].counters[1])  # its memory is not to be handed out again
+    surgery.reset_statistics(model)
+
+
+held: list[object] = []
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        _replace_router, _replace_part_of_router, _drop_router, _replace_weight, _replace_data_of_weight,
+        _replace_module, _start_counting_anew,
+    ],
+)  # fmt: skip
+def test_a_step_is_recorded_anew_where_what_it_was_recorded_with_was_replaced(
+    change: Callable[[PreTrainedModel], None], device: torch.device
+) -> None:
+    # With a far field where it is read as the router says.
+    model, ids = tiny(device), tokens(1, 50 if change is _replace_router else 20).to(device)
+    with stepping(model, ids, routers={0: learned(2, 2, 16, device)}) as (steps, cache, records):
+        change(model)
+        got = steps.step(ids[:, :1]).clone()
+        assert len(records) == 2
+        cache.crop(-1)
+        expected = model(ids[:, :1], **{CACHE_NAME: cache}).logits
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+        steps.step(ids[:, :1])
+        assert len(records) == 2
+
+
+def test_a_step_that_can_no_longer_be_recorded_is_not_replayed(device: torch.device) -> None:
+    """A listener, another configuration: not in silence, and not in the next call either."""
+    model, ids = tiny(device), tokens(1, 20).to(device)
+    with stepping(model, ids) as (steps, cache, _):
+        layer = surgery_of(model)[0]
+        layer.listener = lambda *_: None
+        for _ in range(2):
+            with pytest.raises(surgery.SurgeryError):
+                steps.step(ids[:, :1])
+        layer.listener = None
+        steps.step(ids[:, :1])
+        config = layer.config
+        set_config(model, dataclasses.replace(config, theta_decode=0.5))
+        for _ in range(2):
+            with pytest.raises(surgery.SurgeryError, match="made for another model or configuration"):
+                steps.step(ids[:, :1])
+        set_config(model, config)
+        assert cache.get_seq_length() == cache.paged[0].lengths[0] == 23
+        surgery.eject(model)
+        with pytest.raises(surgery.SurgeryError, match="not operated"):
+            steps.step(ids[:, :1])
+        surgery.operate(model, config)
+        got = steps.step(ids[:, :1])
+        assert cache.get_seq_length() == 24 and got.isfinite().all()
+
+
+def test_steps_after_a_crop_and_a_choice_of_sequences(device: torch.device) -> None:
+    model, ids = tiny(device), tokens(2, 26).to(device)
+    with stepping(model, ids[:, :22]) as (steps, cache, records):
+        cache.crop(-4)
+        with pytest.raises(surgery.SurgeryError, match="a step of this cache takes"):
+            steps.step(ids[:1, :1])
+        with pytest.raises(surgery.SurgeryError, match="a step of this cache takes"):
+            steps.step(ids[:, :1].float())
+        got = [steps.step(ids[:, at : at + 1])[1:].clone() for at in (20, 21)]
+        cache.batch_select_indices(torch.tensor([1], device=device))
+        got += [steps.step(ids[1:, at : at + 1]).clone() for at in (22, 23)]
+        assert len(records) == 2
+        expected = model(ids[1:, :24]).logits[:, 20:]
+        torch.testing.assert_close(torch.cat(got, 1), expected, rtol=1e-4, atol=1e-4)
+        cache.reset()
+        with pytest.raises(surgery.SurgeryError, match="the cache was reset"):
+            steps.step(ids[1:, :1])
+
+
+def test_a_padded_cache_that_was_cropped_needs_its_mask(device: torch.device) -> None:
+    model, ids = tiny(device), tokens(2, 26).to(device)
+    mask = torch.ones_like(ids)
+    mask[1, :5] = 0
+    with surgery.operated(model, dataclasses.replace(CONFIG, backend="triton")), torch.no_grad():
+        cache = surgery.paged_cache(model)
+        every = (mask.cumsum(1) - 1).clamp_min(0)
+        model(ids[:, :22], attention_mask=mask[:, :22], position_ids=every[:, :22], **{CACHE_NAME: cache})
+        cache.crop(-2)
+        steps = GraphedSteps(model, cache)
+        with pytest.raises(surgery.SurgeryError, match="known from the attention mask alone"):
+            steps.step(ids[:, 20:21])
+        model(ids[:, 20:21], attention_mask=mask[:, :21], position_ids=every[:, 20:21], **{CACHE_NAME: cache})
+        got = steps.step(ids[:, 21:22])
+        expected = model(ids[:, :22], attention_mask=mask[:, :22], position_ids=every[:, :22]).logits
+        torch.testing.assert_close(got, expected[:, -1:], rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("rows", [0, 9])
+def test_steps_of_as_many_tokens_as_the_kernels_take(rows: int, device: torch.device) -> None:
+    model, ids = tiny(device), tokens(1, 20).to(device)
+    with surgery.operated(model, dataclasses.replace(CONFIG, backend="triton")), torch.no_grad():
+        cache = surgery.paged_cache(model)
+        model(ids, **{CACHE_NAME: cache})
+        with pytest.raises(surgery.SurgeryError, match="1 to 8"):
+            GraphedSteps(model, cache, rows)
