@@ -12,12 +12,8 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
 from llama_surgery.attention.impl.triton.decode import DecodeResult
-from llama_surgery.attention.impl.triton.decode_cache import (
-    DecodeCache,
-    append_tokens,
-    feature_blocks,
-    make_cache,
-)
+from llama_surgery.attention.impl.triton.decode_blocks import feature_blocks
+from llama_surgery.attention.impl.triton.decode_cache import DecodeCache, append_tokens, make_cache
 from llama_surgery.attention.impl.triton.job import page_features
 from llama_surgery.config import SurgeryConfig
 from llama_surgery.errors import SurgeryError

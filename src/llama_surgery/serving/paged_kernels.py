@@ -146,7 +146,7 @@ def decode_rows(
             these rows filled.
         tables: (sequences, chunks) int32, block of every chunk; entries behind a sequence's end are not read.
         positions: (sequences,) int32, position of each row; -1 for a row that only pads the batch, whose
-            output is zero.
+            output is zero. A row behind the chunks of ``tables`` gets NaN.
         scale: Scaling of q·k, default ``head_dim**-0.5``.
         softcap: Cap of the logits, or None.
         router: Learned corrections of the layer, one for every KV head, or None.

@@ -63,12 +63,8 @@ def decode_step(
         (batch, new, heads, value_dim), contiguous.
     """
     from llama_surgery.attention.impl.triton.decode import decode
-    from llama_surgery.attention.impl.triton.decode_cache import (
-        DecodeCache,
-        append_tokens,
-        feature_blocks,
-        mean_blocks,
-    )
+    from llama_surgery.attention.impl.triton.decode_blocks import feature_blocks, mean_blocks
+    from llama_surgery.attention.impl.triton.decode_cache import DecodeCache, append_tokens
 
     (batch, heads, rows, _), kv_heads = query.shape, key.shape[1]
     buffers, lengths = paged.buffers, paged.device_lengths()
@@ -86,7 +82,7 @@ def decode_step(
         lengths,
         mean_values=mean_blocks(*means, layer.config, kv_heads) if means else None,
     )
-    append_tokens(cache, key.flatten(0, 1), value.flatten(0, 1))
+    append_tokens(cache, key.flatten(0, 1), value.flatten(0, 1), longest=max(paged.lengths))
     result = decode(
         query.unflatten(1, (kv_heads, heads // kv_heads)).flatten(0, 1),
         cache,

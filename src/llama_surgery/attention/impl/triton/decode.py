@@ -7,7 +7,9 @@ import torch
 import triton
 
 from llama_surgery.attention.impl.triton import MOST_QUERIES, obstacle
-from llama_surgery.attention.impl.triton.decode_cache import DecodeCache, units_of
+from llama_surgery.attention.impl.triton.decode_blocks import units_of
+from llama_surgery.attention.impl.triton.decode_cache import DecodeCache
+from llama_surgery.attention.impl.triton.decode_check import check_call
 from llama_surgery.attention.impl.triton.decode_kernels import score_kernel
 from llama_surgery.attention.impl.triton.decode_merge_kernel import merge_kernel
 from llama_surgery.attention.impl.triton.decode_open_kernel import open_kernel
@@ -56,7 +58,8 @@ def decode(
 ) -> DecodeResult:
     """Attention of the tokens that :func:`append_tokens` wrote last. Every row is a tile of one query.
 
-    Row r of a sequence is at position ``lengths + r``.
+    Row r of a sequence is at position ``lengths + r``. A row beyond the cache's capacity, for whose key there
+    was no room, is NaN.
 
     Args:
         queries: (streams, heads, rows, head_dim), rotary embedding applied, 1 to 8 rows.
@@ -64,7 +67,7 @@ def decode(
         scale: Scaling of q·k, default ``head_dim**-0.5``.
         softcap: Cap of the logits, or None.
         sink_logit: (streams, heads) attention-sink parameters, or None.
-        router: Learned corrections, one for every KV head, on the cache's device, or None.
+        router: Learned corrections, one for every KV head, float32 on the cache's device, or None.
         tally: (2, kv_heads) int64, contiguous: pages opened and pages read are added to it. Or None.
         advance: Settle all rows in the end: add their number to ``cache.lengths``. Else the cache is not
             changed.
@@ -74,11 +77,13 @@ def decode(
         SurgeryError: Shapes that do not fit the cache, or a rule that these kernels do not run.
     """
     config = cache.config
-    _check(queries, cache, sink_logit)
+    router = router or PageRouter()
+    check_call(queries, cache, sink_logit, router, tally)
+    _check(config, queries, cache)
+    router = PageRouter(**{name: part.contiguous() for name, part in router.tensors().items()})
     if queries.stride(-1) != 1:
         queries = queries.contiguous()
     sink_logit = None if sink_logit is None else sink_logit.contiguous()
-    router = router or PageRouter()
     shape = Shape.of(queries, cache, tuning or decode_tuning_for(family_of(queries.device)))
     streams, heads, rows, dim = queries.shape
     value_dim = cache.values.shape[-1]
@@ -220,21 +225,9 @@ def decode_obstacle(config: SurgeryConfig, queries: torch.Tensor, values: torch.
     return obstacle(config, queries, values, 1)
 
 
-def _check(queries: torch.Tensor, cache: DecodeCache, sink_logit: torch.Tensor | None) -> None:
-    config = cache.config
-    if queries.dim() != 4 or (queries.shape[0], queries.shape[3]) != (cache.streams, cache.keys.shape[-1]):
-        raise SurgeryError(
-            f"queries {tuple(queries.shape)} do not fit cached keys {tuple(cache.keys.shape)}: expected "
-            "(streams, heads, rows, head_dim)."
-        )
+def _check(config: SurgeryConfig, queries: torch.Tensor, cache: DecodeCache) -> None:
     problem = decode_obstacle(config, queries, cache.values)
-    if problem is None and queries.dtype != cache.keys.dtype:
-        problem = f"queries are {queries.dtype}, cached keys {cache.keys.dtype}"
     if problem is None and units_of(config) and cache.mean_values is None:
         problem = f"summary={config.summary!r}, but the cache holds no mean values"
     if problem is not None:
         raise SurgeryError(f"the triton kernels cannot run this: {problem}.")
-    if sink_logit is not None and sink_logit.shape != queries.shape[:2]:
-        raise SurgeryError(
-            f"sink_logit {tuple(sink_logit.shape)}: expected (streams, heads) = {tuple(queries.shape[:2])}."
-        )

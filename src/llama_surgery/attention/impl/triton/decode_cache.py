@@ -5,9 +5,11 @@ import dataclasses
 import torch
 import triton
 
-from llama_surgery.attention.impl.triton.decode_kernels import append_kernel
+from llama_surgery.attention.impl.triton.decode_append_kernel import append_kernel
+from llama_surgery.attention.impl.triton.decode_blocks import balls_of, feature_blocks, mean_blocks
+from llama_surgery.attention.impl.triton.decode_check import check_cache, check_tokens, expect
 from llama_surgery.attention.impl.triton.helpers import launching
-from llama_surgery.attention.impl.triton.job import feature_parts, page_features
+from llama_surgery.attention.impl.triton.job import page_features
 from llama_surgery.attention.impl.triton.layout import build_layout
 from llama_surgery.attention.summary import mean_values
 from llama_surgery.config import SurgeryConfig
@@ -45,6 +47,9 @@ class DecodeCache:
         filled: (sequences,) int32, chunks in tree order; None where someone else lays out chunks.
         mean_values: (sequences, kv_heads, blocks, means of a chunk, value_dim), the values' dtype, of every
             ``summarised`` keys, where the configuration asks for summaries; else None.
+
+    Raises:
+        SurgeryError: Tensors that do not fit together.
     """
 
     config: SurgeryConfig
@@ -57,6 +62,9 @@ class DecodeCache:
     table: torch.Tensor | None = None
     filled: torch.Tensor | None = None
     mean_values: torch.Tensor | None = None
+
+    def __post_init__(self) -> None:
+        check_cache(self)
 
     @property
     def kv_heads(self) -> int:
@@ -141,43 +149,6 @@ def make_cache(
     )
 
 
-def balls_of(config: SurgeryConfig) -> int:
-    """Balls of a chunk."""
-    return config.pages_per_chunk * config.balls_per_page
-
-
-def units_of(config: SurgeryConfig) -> int:
-    """Terms that stand in for a page that a row does not see.
-
-    With ``summary="chunk"`` the term is the page's part of its chunk's: the logit is the page's own, the
-    value the chunk's.
-    """
-    return max(1, config.page_size // config.summarised) if config.summarised else 0
-
-
-def mean_blocks(means: torch.Tensor, config: SurgeryConfig, kv_heads: int) -> torch.Tensor:
-    """View of mean values (streams, summarised runs, value_dim) of whole chunks, by blocks of one chunk."""
-    return means.unflatten(1, (-1, config.chunk_size // config.summarised)).unflatten(0, (-1, kv_heads))
-
-
-def feature_blocks(
-    features: torch.Tensor, config: SurgeryConfig, kv_heads: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Views of what :func:`job.page_features` gives, by blocks of one chunk.
-
-    Args:
-        features: For whole chunks of streams, (streams, balls, head_dim + head_dim / variance_pool).
-
-    Returns:
-        Means and spreads (sequences, kv_heads, blocks, balls of a chunk, …).
-    """
-    groups = features.shape[-1] // (config.variance_pool + 1)
-    halves = feature_parts(features, features.shape[-1] - groups)
-    by_chunk = (half.unflatten(1, (-1, balls_of(config))) for half in halves)
-    means, spreads = (half.unflatten(0, (-1, kv_heads)) for half in by_chunk)
-    return means, spreads
-
-
 def load_sequence(
     cache: DecodeCache, sequence: int, layout: Layout | None, keys: torch.Tensor, values: torch.Tensor
 ) -> None:
@@ -202,6 +173,8 @@ def load_sequence(
         raise SurgeryError(
             f"a sequence of {length} tokens for a cache of {cache.capacity}: make a larger one."
         )
+    expect("keys", keys, (heads, keys.shape[1], cache.keys.shape[-1]), cache.keys.dtype, cache.keys.device)
+    expect("values", values, (*keys.shape[:2], cache.values.shape[-1]), cache.keys.dtype, cache.keys.device)
     held_keys, held_values = (x[sequence].view(heads, cache.capacity, -1) for x in (cache.keys, cache.values))
     if layout is not None:
         features = page_features(layout.moments, config.alpha, cache.means.dtype, config.variance_pool)
@@ -221,15 +194,22 @@ def load_sequence(
         cache.filled[sequence] = chunks
 
 
-def append_tokens(cache: DecodeCache, keys: torch.Tensor, values: torch.Tensor) -> None:
+def append_tokens(
+    cache: DecodeCache, keys: torch.Tensor, values: torch.Tensor, *, longest: int | None = None
+) -> None:
     """Write the newest tokens behind the settled ones. ``lengths`` stay; no host synchronisation.
-
-    Tokens beyond the capacity are dropped: the host, which knows its lengths, must not let it come to that.
 
     Args:
         keys: (streams, new, head_dim) after rotary embedding.
         values: (streams, new, value_dim).
+        longest: Settled tokens of the longest sequence, where the host knows it: a cache without room for the
+            new ones is refused. Where the host does not say, and lengths are on a GPU, tokens without room
+            are left out, and :func:`decode` returns NaN for them.
+
+    Raises:
+        SurgeryError: Another shape or dtype than the cache's, or no room.
     """
+    check_tokens(cache, keys, values, longest)
     streams, rows, dim = keys.shape
     value_dim = values.shape[-1]
     keys, values = (x if x.stride(-1) == 1 else x.contiguous() for x in (keys, values))
@@ -269,7 +249,7 @@ def fill_chunks(cache: DecodeCache, router: PageRouter | None = None) -> None:
     """
     config = cache.config
     assert cache.filled is not None and cache.table is None
-    due = (cache.filled + 1) * config.chunk_size <= cache.lengths
+    due = ((cache.filled + 1) * config.chunk_size <= cache.lengths) & (cache.filled < cache.chunks)
     of = torch.arange(len(due), device=due.device)
     chunk = cache.filled.clamp_max(cache.chunks - 1).long()
     old_keys, old_values = cache.keys[of, :, chunk], cache.values[of, :, chunk]

@@ -1,17 +1,17 @@
-"""The first kernels of decode: new tokens into the cache, near field and page scores.
+"""The first kernel of decode: near field and page scores.
 
 Row m of a matrix tile is head ``m % HEADS_PAD`` of query ``m // HEADS_PAD`` of the program's ROWS_BLOCK
 queries. Query r of a stream is at position ``length + r`` and is a tile of its own. Grids follow from the
 cache's capacity; what a program does follows from the length it reads, so that a launch can be captured.
 
-A cache lies in blocks of one chunk. ``_sequence``, ``_head``, ``_block`` and ``_row`` are a tensor's elements
-from one sequence, KV head, block and row of a block to the next. With PAGED a table says which block holds a
-sequence's chunk; without, chunk and block are one.
+How a cache lies is said in decode_append_kernel.py. A row beyond the cache's capacity, whose key is nowhere,
+gets NaN: the host, which knows the lengths, should have refused it, and an answer would be a wrong one.
 """
 
 import triton
 import triton.language as tl
 
+from llama_surgery.attention.impl.triton.decode_append_kernel import block_of
 from llama_surgery.attention.impl.triton.helpers import (
     FLOOR,
     LOG2E,
@@ -31,71 +31,9 @@ LOOKUP = tl.constexpr(128)
 
 
 @triton.jit
-def block_of(table_ptr, entry, chunk, PAGED: tl.constexpr):
-    """Blocks, as int64, of a sequence's chunks, whose table begins at ``entry``."""
-    if PAGED:
-        return tl.load(table_ptr + entry + chunk).to(tl.int64)
-    else:
-        return tl.cast(chunk, tl.int64)
-
-
-@triton.jit
-def append_kernel(
-    new_k_ptr,
-    new_v_ptr,
-    k_ptr,
-    v_ptr,
-    lengths_ptr,
-    table_ptr,
-    new_k_stream,
-    new_k_row,
-    new_v_stream,
-    new_v_row,
-    k_sequence,
-    k_head,
-    k_block,
-    k_row,
-    v_sequence,
-    v_head,
-    v_block,
-    v_row,
-    table_row,
-    capacity,
-    KV_HEADS: tl.constexpr,
-    ROWS: tl.constexpr,
-    ROWS_PAD: tl.constexpr,
-    DIM: tl.constexpr,
-    DIM_PAD: tl.constexpr,
-    VALUE_DIM: tl.constexpr,
-    VALUE_PAD: tl.constexpr,
-    CHUNK: tl.constexpr,
-    PAGED: tl.constexpr,
-):
-    """Write ROWS new keys and values behind the cached ones. Grid: (streams,)."""
-    stream = tl.program_id(0).to(tl.int64)
-    sequence, kv_head = stream // KV_HEADS, stream % KV_HEADS
-    row = tl.arange(0, ROWS_PAD)
-    slot = tl.load(lengths_ptr + sequence) + row
-    present = (row < ROWS) & (slot >= 0) & (slot < capacity)
-    k = load_rows(new_k_ptr + stream * new_k_stream, row, new_k_row, present, DIM, DIM_PAD, True)
-    v = load_rows(new_v_ptr + stream * new_v_stream, row, new_v_row, present, VALUE_DIM, VALUE_PAD, True)
-    chunk = tl.where(present, slot, 0) // CHUNK
-    block = block_of(table_ptr, sequence * table_row, chunk, PAGED)
-    slot = (slot % CHUNK).to(tl.int64)
-    k_cells = sequence * k_sequence + kv_head * k_head + block * k_block + slot * k_row
-    v_cells = sequence * v_sequence + kv_head * v_head + block * v_block + slot * v_row
-    column, value_column = tl.arange(0, DIM_PAD), tl.arange(0, VALUE_PAD)
-    tl.store(k_ptr + k_cells[:, None] + column[None, :], k, mask=present[:, None] & (column < DIM)[None, :])
-    tl.store(
-        v_ptr + v_cells[:, None] + value_column[None, :],
-        v,
-        mask=present[:, None] & (value_column < VALUE_DIM)[None, :],
-    )
-
-
-@triton.jit
 def rows_of(
     lengths_ptr,
+    capacity,
     dense_until,
     KV_HEADS: tl.constexpr,
     HEADS: tl.constexpr,
@@ -106,7 +44,10 @@ def rows_of(
     CHUNK: tl.constexpr,
     WINDOW: tl.constexpr,
 ):
-    """Stream, first query, length; per row of the tile: query, head, closed chunks, is it real."""
+    """Stream, first query, length; per row of the tile: query, head, closed chunks, is it real.
+
+    Rows beyond the capacity have no closed chunks, so that none are looked for that do not exist.
+    """
     blocks: tl.constexpr = (ROWS + ROWS_BLOCK - 1) // ROWS_BLOCK
     stream = (tl.program_id(1) // blocks).to(tl.int64)
     first = (tl.program_id(1) % blocks) * ROWS_BLOCK
@@ -115,7 +56,7 @@ def rows_of(
     row, head = first + m // HEADS_PAD, m % HEADS_PAD
     live = (m // HEADS_PAD < ROWS_BLOCK) & (row < ROWS) & (head < HEADS)
     closed = closed_chunks(length + row, CHUNK, WINDOW, dense_until)
-    return stream, first, length, row, head, tl.where(live, closed, 0), live
+    return stream, first, length, row, head, tl.where(live & (length + row < capacity), closed, 0), live
 
 
 @triton.jit
@@ -206,8 +147,9 @@ def score_kernel(
     (streams, pages * UNITS, queries, heads), to which ``summary_ptr`` (KV_HEADS, HEADS) is added if not None.
     """
     stream, _, length, row, head, closed, live = rows_of(
-        lengths_ptr, dense_until, KV_HEADS, HEADS, HEADS_PAD, ROWS, ROWS_PAD, ROWS_BLOCK, CHUNK, WINDOW
-    )
+        lengths_ptr, capacity, dense_until,
+        KV_HEADS, HEADS, HEADS_PAD, ROWS, ROWS_PAD, ROWS_BLOCK, CHUNK, WINDOW,
+    )  # fmt: skip
     sequence, kv_head = stream // KV_HEADS, stream % KV_HEADS
     entry = sequence * table_row
     rows: tl.constexpr = ROWS_PAD * HEADS_PAD
@@ -252,6 +194,7 @@ def score_kernel(
         products = tl.where(visible, products, float("-inf"))
         acc, total, top = softmax_step(acc, total, top, products, factor, v, live, False)
     seen = near_last > first_step
+    top = tl.where(length + row < capacity, top, float("nan"))
     store_part(part_out_ptr, part_lse_ptr, part, acc, total, top, seen, live, VALUE_DIM, VALUE_PAD)
 
     top = tl.full([rows], FLOOR, tl.float32)

@@ -51,8 +51,8 @@ def merge_kernel(
     total = tl.sum(tl.exp2(lse - peak), 0)
     if SINK:
         total += tl.exp2(sink - peak)
-    # A row that only pads the batch saw nothing.
-    total = tl.where(total > 0.0, total, 1.0)
+    # A row that only pads the batch saw nothing; NaN stays NaN.
+    total = tl.where(total == 0.0, 1.0, total)
     column = tl.arange(0, VALUE_PAD)
     out = tl.zeros([VALUE_PAD], tl.float32)
     for first in range(0, parts, BLOCK):

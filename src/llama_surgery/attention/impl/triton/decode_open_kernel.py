@@ -3,7 +3,8 @@
 import triton
 import triton.language as tl
 
-from llama_surgery.attention.impl.triton.decode_kernels import block_of, rows_of, store_part
+from llama_surgery.attention.impl.triton.decode_append_kernel import block_of
+from llama_surgery.attention.impl.triton.decode_kernels import rows_of, store_part
 from llama_surgery.attention.impl.triton.helpers import (
     FLOOR,
     LOG2E,
@@ -95,8 +96,9 @@ def open_kernel(
     a page, instead of ``log2_bar``.
     """
     stream, first, length, row, head, closed, live = rows_of(
-        lengths_ptr, dense_until, KV_HEADS, HEADS, HEADS_PAD, ROWS, ROWS_PAD, ROWS_BLOCK, CHUNK, WINDOW
-    )
+        lengths_ptr, capacity, dense_until,
+        KV_HEADS, HEADS, HEADS_PAD, ROWS, ROWS_PAD, ROWS_BLOCK, CHUNK, WINDOW,
+    )  # fmt: skip
     sequence, kv_head = stream // KV_HEADS, stream % KV_HEADS
     entry = sequence * table_row
     rows: tl.constexpr = ROWS_PAD * HEADS_PAD
@@ -140,7 +142,7 @@ def open_kernel(
         if bar_ptr is not None:
             bar = tl.load(bar_ptr + stream * ROWS + first + query, mask=is_query, other=float("inf"))[None, :]
         far = closed_chunks(length + first + query, CHUNK, WINDOW, dense_until) * per_chunk
-        far = tl.where(is_query, far, 0)
+        far = tl.where(is_query & (length + first + query < capacity), far, 0)
         bit = tl.full([WORD], 1, tl.int64) << place.to(tl.int64)
         pieces: tl.constexpr = (PAGE + BLOCK_KEYS - 1) // BLOCK_KEYS
         mine = (pages - split + far_splits - 1) // far_splits

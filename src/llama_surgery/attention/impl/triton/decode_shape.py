@@ -6,7 +6,8 @@ from typing import Any, NamedTuple
 import torch
 import triton
 
-from llama_surgery.attention.impl.triton.decode_cache import DecodeCache, units_of
+from llama_surgery.attention.impl.triton.decode_blocks import units_of
+from llama_surgery.attention.impl.triton.decode_cache import DecodeCache
 from llama_surgery.attention.impl.triton.decode_open_kernel import WORD
 from llama_surgery.attention.impl.triton.decode_tuning import (
     MERGED_ELEMENTS,
