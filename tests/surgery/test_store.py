@@ -7,6 +7,7 @@ import pytest
 import torch
 from tests.surgery.tiny import SINGLE, SPARSE
 
+from llama_surgery.attention.api import attend
 from llama_surgery.surgery import store as store_module
 from llama_surgery.surgery.buffers import GROWTH, PageBuffers
 from llama_surgery.surgery.store import SequenceStore
@@ -90,3 +91,43 @@ def test_inference_mode_may_begin_and_end_between_calls(inside_first: bool) -> N
         with torch.inference_mode() if inside else torch.no_grad():
             grow(store, keys, [piece])
     assert torch.equal(store.layout.keys[0], keys[0, 0, :128])
+
+
+@pytest.mark.parametrize("where", [10, 70, 140])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+@pytest.mark.parametrize("keep", [True, False])
+def test_keys_that_are_not_finite_show_where_the_host_does_not_look(where, value, keep, monkeypatch) -> None:
+    """As on a GPU: all later queries get NaN that have the key in their far field, and no other sequence."""
+    monkeypatch.setattr(store_module, "CHECKED_DEVICES", ())
+    keys = states(300)
+    keys[1, 0, where, 3] = value
+    store = SequenceStore(SPARSE, keep=keep)
+    near, _ = store.append(keys, keys.nan_to_num(0, 0, 0), since=0)
+    out = attend(
+        torch.randn(4, 1, 300, 8), near, near, store.layout, config=SPARSE, start=0
+    ).out  # streams are (sequence, KV head)
+    assert out[[0, 1, 3]].isfinite().all()
+    closed = (where // CHUNK + 1) * CHUNK + SPARSE.window
+    # Before that a query sees the key itself: infinity may weigh nothing, in dense attention too.
+    assert out[2, :, where if value is torch.nan else closed :].isnan().all()
+
+
+def test_a_bad_key_shows_in_decode_steps_long_after(monkeypatch) -> None:
+    monkeypatch.setattr(store_module, "CHECKED_DEVICES", ())
+    keys, store = states(200), SequenceStore(SINGLE)
+    keys[0, 0, 70] = torch.nan
+    grow(store, keys, [60] + [1] * 140)
+    near, _ = store.append(keys[:, :, :1], keys[:, :, :1], since=128)
+    out = attend(torch.randn(4, 1, 1, 8), near, near, store.layout, config=SINGLE, start=200).out
+    assert out[0].isnan().all() and out[1:].isfinite().all()
+
+
+@pytest.mark.gpu
+def test_a_bad_key_shows_on_a_gpu() -> None:
+    """Through the kernels, whose selection and layout then meet scores that are not numbers."""
+    config = dataclasses.replace(SPARSE, backend="triton")
+    keys, store = states(200).cuda(), SequenceStore(config)
+    keys[0, 0, 70] = torch.nan
+    near, _ = store.append(keys, keys.nan_to_num(0), since=0)
+    out = attend(torch.randn(4, 1, 200, 8).cuda(), near, near, store.layout, config=config, start=0).out
+    assert out[0, :, 160:].isnan().all() and out[1:].isfinite().all()

@@ -282,9 +282,13 @@ def kernels_serve(config: SurgeryConfig, keys: torch.Tensor, values: torch.Tenso
 
 def kernel_features(moments: Moments, config: SurgeryConfig, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
     """What the Triton kernels score pages by, level by level: ``Layout.features``."""
-    from llama_surgery.attention.impl.triton.job import make_levels
+    from llama_surgery.attention.impl.triton.job import differentiable_features, make_levels
 
-    return tuple(level.features for level in make_levels(moments, config, dtype))
+    levels = [level.features for level in make_levels(moments, config, dtype)]
+    if differentiable(moments.mean, moments.variance):
+        # Of the finest level moments are taken back (kernel_moments); the others only ever select.
+        levels[-1] = differentiable_features(moments, config.alpha, dtype, config.variance_pool)
+    return tuple(levels)
 
 
 def kernel_moments(features: torch.Tensor, config: SurgeryConfig) -> Moments:

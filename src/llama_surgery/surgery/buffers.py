@@ -1,8 +1,12 @@
 """Preallocated tensors of one operated layer: full chunks in tree order, the rest in order of position."""
 
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
 import torch
 
-from llama_surgery.attention.api import kernel_features, kernel_moments
+from llama_surgery.attention.api import kernel_features, kernel_moments, kernels_serve
 from llama_surgery.attention.summary import mean_values
 from llama_surgery.config import SurgeryConfig
 from llama_surgery.topology.layout import Layout, Moments
@@ -23,21 +27,48 @@ def writable(tensor: torch.Tensor) -> bool:
     return torch.is_inference_mode_enabled() or not tensor.is_inference()
 
 
+class _Written(torch.autograd.Function):
+    """A tensor after a write in place, as a new tensor on the same memory, for the sake of gradients.
+
+    Those of the written part go to what was written, all others to the tensor as it was. Nothing is copied
+    but what is written: autograd's own in-place copy would not let an earlier call keep a view of the rest.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, held: torch.Tensor, new: torch.Tensor, streams: slice, start: int) -> torch.Tensor:
+        ctx.streams, ctx.start, ctx.length = streams, start, new.shape[-2]
+        memory = held.data
+        memory[streams].narrow(-2, start, ctx.length).copy_(new)
+        return memory
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        held = new = None
+        if ctx.needs_input_grad[1]:
+            new = gradient[ctx.streams].narrow(-2, ctx.start, ctx.length)
+        if ctx.needs_input_grad[0]:
+            held = gradient.clone()
+            held[ctx.streams].narrow(-2, ctx.start, ctx.length).zero_()
+        return held, new, None, None
+
+
 class PageBuffers:
     """Keys, values and what is known of their pages, for all streams of a layer, with room to grow.
 
     Slots up to a sequence's last full chunk are in tree order; behind them slot and position are one. What a
-    chunk's layout found is written once, when the chunk is full. Where the Triton kernels serve the layer,
-    that is the features they score pages by, in the keys' dtype; elsewhere the moments, in full precision.
+    chunk's layout found is written once, when the chunk is full. Pages are known in one form for good,
+    decided by the first write: where the Triton kernels serve keys of this kind, by the features they score
+    pages by, in the keys' dtype; elsewhere by their moments, in full precision.
 
-    Tensors are written in place, but for two cases, in which they are replaced by a copy first: where
-    gradients are recorded, since the backward pass may need what was there, and outside of inference mode if
-    they were made inside.
+    Tensors are written in place, also where gradients are recorded: a call only ever hands out views of
+    chunks that are full, which are not written again unless the sequence is cropped (:meth:`renew`). Outside
+    of inference mode they are replaced by a copy first if they were made inside.
 
     Attributes:
         capacity: Tokens a sequence has room for, a multiple of ``chunk_size``.
         maximum: Tokens that will never be exceeded, as far as is known: growing goes no further.
         sink_page: (streams,) int32, the page that holds position 0.
+        kernels: Are pages known by the kernels' features, not by moments? None before the first write.
     """
 
     def __init__(self, config: SurgeryConfig, streams: int, device: torch.device) -> None:
@@ -46,6 +77,8 @@ class PageBuffers:
         self.capacity = 0
         self.maximum: int | None = None
         self.sink_page = torch.zeros(streams, dtype=torch.int32, device=device)
+        self.kernels: bool | None = None
+        self._lent = 0  # slots before this one may be needed as they are by a backward pass
         #: Tensors by name, and tokens that an element along their second last dimension stands for.
         self._tensors: dict[str, torch.Tensor] = {}
         self._units: dict[str, int] = {}
@@ -80,7 +113,10 @@ class PageBuffers:
         return *read, self._held(MEAN_VALUES, size, self.values, self.values.shape[-1])
 
     def reserve(self, tokens: int) -> None:
-        """Make room for ``tokens`` tokens a sequence."""
+        """Make room for ``tokens`` tokens a sequence, in tensors that this call can write and record."""
+        for name, held in self._tensors.items():
+            if not writable(held):
+                self._tensors[name] = held.clone()
         if tokens <= self.capacity:
             return
         wanted = tokens + tokens // GROWTH
@@ -88,10 +124,11 @@ class PageBuffers:
             wanted = min(wanted, self.maximum)
         size = self.config.chunk_size
         self.capacity = -(-wanted // size) * size
-        for name, old in self._tensors.items():  # one after the other: only one is there twice at a time
-            new = self._empty(name, old)
-            new.narrow(-2, 0, old.shape[-2]).copy_(old)
-            self._tensors[name] = new
+        with self.recording():
+            for name, old in self._tensors.items():  # one after the other: only one is there twice at a time
+                new = self._empty(name, old)
+                new.narrow(-2, 0, old.shape[-2]).copy_(old)
+                self._tensors[name] = new
 
     def read(self, streams: slice, start: int, stop: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values of slots ``start … stop - 1``, views."""
@@ -102,21 +139,34 @@ class PageBuffers:
         size = self.config.chunk_size
         return self._tensors["order"][streams, start // size : stop // size]
 
+    @property
+    def recorded(self) -> bool:
+        """Do gradients reach what an earlier call wrote?"""
+        return any(tensor.requires_grad for tensor in self._tensors.values())
+
+    @contextlib.contextmanager
+    def recording(self) -> Iterator[None]:
+        """Move what is held, whatever the mode of this call: gradients of earlier ones go the same way."""
+        if not self.recorded:
+            yield
+            return
+        with torch.inference_mode(False), torch.enable_grad():
+            yield
+
     def write(self, streams: slice, start: int, keys: torch.Tensor, values: torch.Tensor) -> None:
         """Write keys and values (streams, n, dim) from slot ``start`` on."""
+        if self.kernels is None:
+            # Of the keys' kind alone: calls on one cache may differ in whether they record gradients.
+            self.kernels = kernels_serve(self.config, keys.detach(), values.detach())
         self._put("keys", streams, start, keys.shape[1], keys)
         self._put("values", streams, start, keys.shape[1], values)
 
-    def write_chunks(self, streams: slice, start: int, layout: Layout, *, kernels: bool) -> None:
-        """Write full chunks from slot ``start`` on, a multiple of ``chunk_size``.
-
-        Args:
-            kernels: Keep what the Triton kernels score by, instead of the moments.
-        """
+    def write_chunks(self, streams: slice, start: int, layout: Layout) -> None:
+        """Write full chunks from slot ``start`` on, a multiple of ``chunk_size``."""
         tokens = layout.keys.shape[1]
         self.write(streams, start, layout.keys, layout.values)
         self._put("order", streams, start, tokens, layout.order)
-        if kernels:
+        if self.kernels:
             levels = kernel_features(layout.moments, self.config, layout.keys.dtype)
             for index, features in enumerate(levels, start=-len(levels)):
                 self._put(f"features {index}", streams, start, tokens, features)
@@ -131,22 +181,43 @@ class PageBuffers:
                 self.sink_page = self.sink_page.clone()
             self.sink_page[streams] = layout.sink_pages(self.config.page_size).int()
 
+    def taint(self, streams: slice, addend: torch.Tensor) -> None:
+        """Add NaN, or 0, to the keys of the first chunk: ``addend`` is (streams, 1, 1)."""
+        self.keys.data[streams, : self.config.chunk_size].add_(addend)
+
+    def renew(self, start: int) -> None:
+        """Go on with copies if slots from ``start`` on, soon to be written again, may still be needed."""
+        if start < self._lent:
+            with self.recording():
+                self._tensors = {name: tensor.clone() for name, tensor in self._tensors.items()}
+            self._lent = 0
+
+    def forget(self, streams: slice, start: int) -> None:
+        """No gradient may reach what is in slots from ``start`` on, whoever writes there next."""
+        for name, held in self._tensors.items():
+            first = -(-start // self._units[name])
+            if held.requires_grad and first < held.shape[-2]:
+                stale = held.data[streams].narrow(-2, first, held.shape[-2] - first)
+                self._tensors[name] = _Written.apply(held, stale, streams, first)
+
     def layout(self, streams: slice, chunks: int) -> Layout:
         """The first ``chunks`` chunks, views."""
         stop = chunks * self.config.chunk_size
+        if torch.is_grad_enabled():
+            self._lent = max(self._lent, stop)
         read = {n: self._span(n, streams, stop) for n in self._tensors}
-        names = (name for name in read if name.startswith("features"))
-        features = tuple(read[name] for name in sorted(names, reverse=True))  # -2 before -1
-        if features:
+        if self.kernels:
+            names = sorted((name for name in read if name.startswith("features")), reverse=True)
+            features = tuple(read[name] for name in names)  # -2 before -1
             moments = kernel_moments(features[-1], self.config)
         else:
-            moments = Moments(read["mean"], read["variance"], self.config.ball_size)
+            features, moments = (), Moments(read["mean"], read["variance"], self.config.ball_size)
         return Layout(read["keys"], read["values"], read["order"], moments, features)
 
     def select(self, streams: torch.Tensor) -> "PageBuffers":
         """Buffers of the given streams (int64 indices, repeats allowed), copied."""
         chosen = PageBuffers(self.config, len(streams), self.sink_page.device)
-        chosen.capacity, chosen.maximum = self.capacity, self.maximum
+        chosen.capacity, chosen.maximum, chosen.kernels = self.capacity, self.maximum, self.kernels
         chosen.sink_page = self.sink_page.index_select(0, streams)
         chosen._tensors = {name: t.index_select(0, streams) for name, t in self._tensors.items()}
         chosen._units = dict(self._units)
@@ -162,14 +233,13 @@ class PageBuffers:
     def _put(self, name: str, streams: slice, start: int, tokens: int, new: torch.Tensor) -> None:
         if not tokens:
             return
-        held = self._tensors.get(name)
-        if held is None:
+        if name not in self._tensors:
             self._units[name] = tokens // new.shape[-2]
-            held = self._tensors[name] = self._empty(name, new)
-        elif torch.is_grad_enabled() or not writable(held):
-            held = self._tensors[name] = held.clone()
-        unit = self._units[name]
-        held[streams].narrow(-2, start // unit, tokens // unit).copy_(new)
+            self._tensors[name] = self._empty(name, new)
+        held = self._tensors[name]
+        if not writable(held):
+            held = held.clone()
+        self._tensors[name] = _Written.apply(held, new, streams, start // self._units[name])
 
     def _span(self, name: str, streams: slice, stop: int) -> torch.Tensor:
         return self._tensors[name][streams].narrow(-2, 0, stop // self._units[name])

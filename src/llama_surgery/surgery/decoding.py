@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 
-from llama_surgery.attention.api import backend_name, kernels_serve
+from llama_surgery.attention.api import backend_name
 from llama_surgery.attention.impl.common import differentiable
 from llama_surgery.surgery.cache import PagedLayer
 from llama_surgery.surgery.layer import LayerSurgery
@@ -35,16 +35,12 @@ def kernels_decode(
         return False
     from llama_surgery.attention.impl.triton.decode import decode_obstacle
 
+    buffers = paged.buffers
+    if buffers is None or buffers.empty or not buffers.kernels:
+        return False
     learned = {} if layer.router is None else layer.router.tensors()
-    recorded = differentiable(key, value, *learned.values())
-    held = paged.buffers is not None and not paged.buffers.empty
-    return (
-        held
-        and not recorded
-        and query.dtype == paged.buffers.keys.dtype  # type: ignore[union-attr]
-        and kernels_serve(layer.config, key, value)
-        and decode_obstacle(layer.config, query, value) is None
-    )
+    recorded = differentiable(key, value, buffers.keys, buffers.values, *learned.values())
+    return not recorded and decode_obstacle(layer.config, query, value) is None
 
 
 def decode_step(

@@ -2,12 +2,16 @@
 
 import torch
 
-from llama_surgery.attention.api import build_layout, kernels_serve
+from llama_surgery.attention.api import build_layout
 from llama_surgery.config import SurgeryConfig
 from llama_surgery.errors import SurgeryError
 from llama_surgery.surgery.buffers import PageBuffers
 from llama_surgery.topology.layout import Layout, restore
 from llama_surgery.topology.router import PageRouter
+
+#: Devices whose keys are looked at in every call. Elsewhere the host would have to wait for the answer, and
+#: keys that are not finite become NaN in the output instead.
+CHECKED_DEVICES = ("cpu",)
 
 
 class SequenceStore:
@@ -65,9 +69,10 @@ class SequenceStore:
             Keys and values (streams, positions since … length - 1, dim).
 
         Raises:
-            SurgeryError: NaN or infinite keys (checked on a CPU, where it costs no synchronisation).
+            SurgeryError: NaN or infinite keys on a CPU. On other devices nothing is raised: once the chunk of
+                such a key is full, every query of its stream that has a far field gets NaN.
         """
-        if keys.device.type == "cpu" and not torch.isfinite(keys).all():
+        if keys.device.type in CHECKED_DEVICES and not torch.isfinite(keys).all():
             raise SurgeryError(
                 "the keys hold NaN or infinity: no order can be made of them. Check the weights and "
                 "the inputs, and that the dtype has the range the model needs."
@@ -77,14 +82,24 @@ class SequenceStore:
         size, stop = self.config.chunk_size, self.length + keys.shape[1]
         if not self._keep:
             full = stop // size * size
-            self._passing = (
-                build_layout(keys[:, :full], values[:, :full], self.config, router) if full else None
-            )
+            self._passing = None
+            if full:
+                self._passing = build_layout(keys[:, :full], values[:, :full], self.config, router)
+                if keys.device.type not in CHECKED_DEVICES:
+                    self._passing.keys[:, :size].add_(nan_where_not_finite(keys[:, :full]))
             self.length = stop
             return near
         if self._buffers is None:
             self._buffers = PageBuffers(self.config, keys.shape[0], keys.device)
         self._buffers.reserve(stop)
+        with self._buffers.recording():
+            self._keep_states(keys, values, router)
+        self.length = stop
+        return near
+
+    def _keep_states(self, keys: torch.Tensor, values: torch.Tensor, router: PageRouter | None) -> None:
+        assert self._buffers is not None
+        size, stop = self.config.chunk_size, self.length + keys.shape[1]
         opened = self.length % size
         begin, full = self.length - opened, (opened + keys.shape[1]) // size * size
         if full:
@@ -96,8 +111,6 @@ class SequenceStore:
             self._lay_out(begin, whole_keys[:, :full], whole_values[:, :full], router)
             keys, values = keys[:, full - opened :], values[:, full - opened :]
         self._buffers.write(self._streams, stop - keys.shape[1], keys, values)
-        self.length = stop
-        return near
 
     def advance(self, new: int, router: PageRouter | None = None) -> None:
         """Count ``new`` tokens that were written into the buffers; chunks that are full now are laid out."""
@@ -107,15 +120,16 @@ class SequenceStore:
         full = self.length // size * size
         if full > begin:
             assert self._buffers is not None
-            self._lay_out(begin, *self._buffers.read(self._streams, begin, full), router)
+            with self._buffers.recording():
+                self._lay_out(begin, *self._buffers.read(self._streams, begin, full), router)
 
     def _lay_out(
         self, start: int, keys: torch.Tensor, values: torch.Tensor, router: PageRouter | None
     ) -> None:
         assert self._buffers is not None
-        layout = build_layout(keys, values, self.config, router)
-        kernels = kernels_serve(self.config, keys, values)
-        self._buffers.write_chunks(self._streams, start, layout, kernels=kernels)
+        self._buffers.write_chunks(self._streams, start, build_layout(keys, values, self.config, router))
+        if keys.device.type not in CHECKED_DEVICES:
+            self._buffers.taint(self._streams, nan_where_not_finite(keys))
 
     def _near(
         self, keys: torch.Tensor, values: torch.Tensor, since: int
@@ -144,9 +158,22 @@ class SequenceStore:
         """Forget all tokens from position ``length`` on; a chunk cut open returns to its order."""
         if length >= self.length:
             return
+        assert self._buffers is not None
         size = self.config.chunk_size
         begin = length // size * size
-        if begin < length and begin < self.length // size * size:
-            assert self._buffers is not None
-            self._buffers.write(self._streams, begin, *self._restored(begin, begin + size))
+        self._buffers.renew(begin)
+        with self._buffers.recording():
+            if begin < length and begin < self.length // size * size:
+                self._buffers.write(self._streams, begin, *self._restored(begin, begin + size))
+            self._buffers.forget(self._streams, length)
         self.length = length
+
+
+def nan_where_not_finite(keys: torch.Tensor) -> torch.Tensor:
+    """(streams, 1, 1): NaN for streams of ``keys`` (streams, n, dim) that hold NaN or infinity, 0 for others.
+
+    Added to the keys of the first chunk, whose first page is open to every query with a far field, it keeps
+    pages from being chosen by scores that are not numbers in silence.
+    """
+    largest = torch.linalg.vector_norm(keys.detach(), torch.inf, (1, 2), keepdim=True)
+    return torch.where(largest.isfinite(), 0.0, torch.nan).to(keys.dtype)

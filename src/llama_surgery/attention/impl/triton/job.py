@@ -14,7 +14,7 @@ from llama_surgery.attention.impl.triton.tuning import Tuning, family_of, tuning
 from llama_surgery.config import SurgeryConfig
 from llama_surgery.errors import SurgeryError
 from llama_surgery.topology.geometry import closed_chunks
-from llama_surgery.topology.layout import Layout, Moments
+from llama_surgery.topology.layout import Layout, Moments, pool_channels
 from llama_surgery.topology.router import PageRouter
 
 #: Most bytes that the page lists of one strip of tiles take. A list has room for every closed page, so
@@ -255,6 +255,14 @@ def page_features(
             BALLS=FEATURE_BALLS,
         )
     return features
+
+
+def differentiable_features(
+    moments: Moments, alpha: float, dtype: torch.dtype, pool: int = 1
+) -> torch.Tensor:
+    """:func:`page_features` of the balls of ``moments`` themselves, with gradients by the moments."""
+    spread = pool_channels(moments.variance, pool) * (0.5 * alpha / pool)
+    return torch.cat((moments.mean, spread.clamp_max(LARGEST_SQUARE)), -1).to(dtype)
 
 
 def moments_from(features: torch.Tensor, config: SurgeryConfig) -> Moments:
