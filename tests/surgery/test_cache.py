@@ -1,13 +1,16 @@
 """Operations on a paged cache: each must leave what a fresh cache would hold."""
 
+import dataclasses
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.surgery.tiny import SINGLE, in_pieces, llama, logits, pad, positions, tokens
+from tests.surgery.tiny import SINGLE, SPARSE, build, in_pieces, llama, logits, pad, positions, tokens
 
 from llama_surgery import SurgeryError, operated, paged_cache
 from llama_surgery.surgery.compat import CACHE_NAME
+from llama_surgery.surgery.operate import set_config
 
 EXACT = {"rtol": 1e-9, "atol": 1e-9}
 FEW = settings(max_examples=20)
@@ -205,3 +208,38 @@ def test_keys_that_are_not_finite_are_refused():
             logits(model, tokens(20))
     finally:
         weight.data.copy_(before)
+
+
+def test_a_cache_goes_on_in_its_own_dtype_alone():
+    """Before anything is written: the cache is as good as it was."""
+    model, ids = build("Llama"), tokens(1, 150)
+    with operated(model, SPARSE):
+        expected = logits(model, ids)
+        _, cache = in_pieces(model, ids[:, :96], [])
+        model.float()
+        with pytest.raises(
+            SurgeryError, match=r"16 and 16 channels, torch.float32 on cpu, but.*torch.float64"
+        ):
+            in_pieces(model, ids[:, 96:], [], cache)
+        model.double()
+        cache = in_pieces(model, ids[:, :96], [])[1]
+        got, _ = in_pieces(model, ids[:, 96:], [], cache)
+    torch.testing.assert_close(got, expected[:, 96:], rtol=1e-5, atol=1e-5)
+
+
+def test_a_cache_of_a_model_of_another_shape_is_refused():
+    with operated(build("Llama"), SPARSE) as model:
+        _, cache = in_pieces(model, tokens(1, 96), [])
+    with (
+        operated(build("Llama", num_key_value_heads=4, head_dim=8), SPARSE) as model,
+        pytest.raises(SurgeryError, match=r"4 KV heads of 8.*holds 2 KV heads of 16"),
+    ):
+        in_pieces(model, tokens(1, 3), [], cache)
+
+
+def test_a_cache_does_not_go_on_with_another_backend():
+    with operated(build("Llama"), SPARSE) as model:
+        _, cache = in_pieces(model, tokens(1, 96), [])
+        set_config(model, dataclasses.replace(SPARSE, backend="reference"))
+        with pytest.raises(SurgeryError, match="another model or configuration"):
+            in_pieces(model, tokens(1, 3), [], cache)

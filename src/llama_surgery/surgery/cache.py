@@ -110,6 +110,7 @@ class PagedLayer(CacheLayerMixin):
         self._expected = False
         if not self.is_initialized:
             self.lazy_initialization(*like)
+        self._check_kind(*like)
         if batch != self.batch:
             raise SurgeryError(
                 f"a batch of {batch} on a cache of {self.batch}: use batch_repeat_interleave, "
@@ -137,6 +138,23 @@ class PagedLayer(CacheLayerMixin):
         if len(self.stores) == 1:
             return [(self.stores[0], slice(None), columns[0])]
         return [(s, slice(b, b + 1), columns[b]) for b, s in enumerate(self.stores)]
+
+    def _check_kind(self, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """
+        Raises:
+            SurgeryError: States of another model, dtype or device than those the cache holds.
+        """
+
+        if self.buffers is None or self.buffers.empty:
+            return
+        held = (x.unflatten(0, (self.batch, -1)) for x in (self.buffers.keys, self.buffers.values))
+        got, holds = _kind(keys, values), _kind(*held)
+        if got != holds:
+            what = "{} KV heads of {} and {} channels, {} on {}"
+            raise SurgeryError(
+                f"the call brings {what.format(*got)}, but the paged cache holds {what.format(*holds)}. "
+                "Start with a new cache after the model, its dtype or its device has changed."
+            )
 
     def _expect(self, store: SequenceStore, length: int) -> None:
         """Apply a pending crop: real tokens left in a cropped sequence are known from the mask alone."""
@@ -226,6 +244,10 @@ class PagedLayer(CacheLayerMixin):
 
     def offload(self) -> None:
         raise SurgeryError("the paged cache cannot be offloaded: leave cache_implementation unset.")
+
+
+def _kind(keys: torch.Tensor, values: torch.Tensor) -> tuple[object, ...]:
+    return keys.shape[1], keys.shape[-1], values.shape[-1], keys.dtype, keys.device
 
 
 class PagedCache(DynamicCache):

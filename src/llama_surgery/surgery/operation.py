@@ -8,7 +8,6 @@ from llama_surgery.config import SurgeryConfig
 from llama_surgery.errors import SurgeryError
 from llama_surgery.surgery.cache import PagedCache
 from llama_surgery.surgery.layer import ATTRIBUTE, LayerSurgery
-from llama_surgery.surgery.replace import Replacement
 from llama_surgery.surgery.statistics import Statistics, summarise
 from llama_surgery.surgery.supported import inner_model
 from llama_surgery.topology.router import PageRouter
@@ -19,19 +18,13 @@ class Operation:
     """What has to be undone, and where the operated layers are."""
 
     config: SurgeryConfig
+    base: str
     modules: dict[int, torch.nn.Module]
-    replacement: Replacement
+    handles: list[torch.utils.hooks.RemovableHandle]
 
     @property
     def layers(self) -> dict[int, LayerSurgery]:
-        return {index: module.__dict__[ATTRIBUTE] for index, module in self.modules.items()}
-
-    def cache(self) -> PagedCache:
-        """An empty cache."""
-        text = self.replacement.text
-        # generate(assistant_early_exit=n) runs the first n layers: the configuration then counts only those.
-        count = getattr(text, "num_hidden_layers", len(self.modules))
-        return PagedCache(text, self.config, [index for index in self.modules if index < count])
+        return {index: getattr(module, ATTRIBUTE) for index, module in self.modules.items()}
 
 
 def operation_of(model: torch.nn.Module) -> Operation:
@@ -77,7 +70,9 @@ def reset_statistics(model: torch.nn.Module) -> None:
 
 def paged_cache(model: torch.nn.Module) -> PagedCache:
     """An empty cache for an operated model, as ``generate()`` and ``forward()`` build by themselves."""
-    return operation_of(model).cache()
+    operation = operation_of(model)
+    text = inner_model(model).config.get_text_config(decoder=True)
+    return PagedCache(text, operation.config, list(operation.modules))
 
 
 def routers_of(model: torch.nn.Module) -> dict[int, PageRouter]:
