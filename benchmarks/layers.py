@@ -20,7 +20,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, AutoModelFo
 
 from llama_surgery import SurgeryConfig
 from llama_surgery.evaluation.io import write_csv
-from llama_surgery.surgery.interface import dense_function, surgery_mask
+from llama_surgery.surgery.interface import dense_attention, surgery_mask
 from llama_surgery.text import read_texts, windows
 from llama_surgery.topology.layout import build_layout
 from llama_surgery.topology.selection import Scorer
@@ -39,7 +39,7 @@ def dense_states(model: torch.nn.Module, ids: torch.Tensor) -> dict[int, tuple[t
         grouped = q[0].unflatten(0, (k.shape[1], -1))
         projection = module.o_proj.weight.detach().T.unflatten(0, (*grouped.shape[:2], v.shape[-1]))
         found[module.layer_idx] = (grouped.clone(), k[0].clone(), v[0].clone(), projection)
-        return dense_function("sdpa", module)(module, q, k, v, *rest, **more)
+        return dense_attention("sdpa", module, q, k, v, *rest, **more)
 
     AttentionInterface.register(NAME, attention)
     AttentionMaskInterface.register(NAME, functools.partial(surgery_mask, "sdpa"))

@@ -14,14 +14,12 @@ from llama_surgery.errors import SurgeryError, UnsupportedModelError
 from llama_surgery.learning.corrections import Corrections
 from llama_surgery.learning.gates import Gated, Homotopy, Rows, gated_rows
 from llama_surgery.learning.soft_tree import balls_of
-from llama_surgery.surgery.interface import dense_function
+from llama_surgery.surgery.interface import dense_attention
 from llama_surgery.surgery.operation import is_operated
-from llama_surgery.surgery.replace import attention_replaced, replaceable_implementation
+from llama_surgery.surgery.replace import attention_replaced
 from llama_surgery.surgery.supported import attention_modules, inner_model
 from llama_surgery.topology.geometry import query_blocks
 from llama_surgery.topology.router import PageRouter
-
-NAME = "surgery_learning"
 
 #: ``dense``: the model as it is. ``gated``: every layer through its gates. ``local``: dense, and beside it
 #: the error of some gated rows of every layer.
@@ -110,14 +108,13 @@ def gates_in(model: torch.nn.Module, gates: Gates) -> Iterator[None]:
     inner = inner_model(model)
     if is_operated(model):
         raise SurgeryError("the model is operated: eject(model) before learning.")
-    base = replaceable_implementation(inner)
     modules = attention_modules(inner)
     norms: dict[int, torch.Tensor] = {}
     handles = [watch_residual(inner, index, module, norms) for index, module in modules.items()]
-    operated = {id(module): index for index, module in modules.items()}
-    attention = functools.partial(_attention, base, gates, operated, norms)
+    indices = {id(module): index for index, module in modules.items()}
+    attention = functools.partial(_attention, gates, indices, norms)
     try:
-        with attention_replaced(inner, NAME, base, attention):
+        with attention_replaced(inner, modules.values(), attention):
             yield
     finally:
         for handle in handles:
@@ -146,10 +143,10 @@ def watch_residual(
 
 
 def _attention(
-    base: str,
     gates: Gates,
-    operated: dict[int, int],
+    indices: dict[int, int],
     norms: dict[int, torch.Tensor],
+    base: str,
     module: torch.nn.Module,
     query: torch.Tensor,
     key: torch.Tensor,
@@ -157,17 +154,16 @@ def _attention(
     attention_mask: Any,
     **keywords: Any,
 ) -> tuple[torch.Tensor, Any]:
-    index = operated.get(id(module))
-    dense = dense_function(base, module)
-    if index is None or gates.mode == "dense":
-        return dense(module, query, key, value, attention_mask, **keywords)
+    index = indices[id(module)]
+    if gates.mode == "dense":
+        return dense_attention(base, module, query, key, value, attention_mask, **keywords)
     refuse_unlearnable(module, query, key, attention_mask, keywords)
     scale = keywords.get("scaling") or query.shape[-1] ** -0.5
     router = gates.corrections[str(index)].router()
     if gates.mode == "gated":
         return gated_layer(query, key, value, router, gates, scale).transpose(1, 2), None
     with torch.no_grad():
-        returned = dense(module, query, key, value, attention_mask, **keywords)[0]
+        returned = dense_attention(base, module, query, key, value, attention_mask, **keywords)[0]
     error = local_error(projection_of(module), query, key, value, returned, router, gates, scale)
     gates.reading.errors.append(error / norms[index].mean().to(error.device))
     return returned, None

@@ -11,12 +11,9 @@ import torch
 from llama_surgery.attention.balls import attend_balls, ball_backend
 from llama_surgery.errors import SurgeryError, UnsupportedModelError
 from llama_surgery.learning.gumbel import Gumbel, balls_of, gumbel_digits, load_balance, soft_attention
-from llama_surgery.surgery.interface import dense_function
-from llama_surgery.surgery.replace import attention_replaced, replaceable_implementation
+from llama_surgery.surgery.replace import attention_replaced
 from llama_surgery.surgery.supported import attention_modules, inner_model
 from llama_surgery.topology.balls import TreeOrder, order_serves, tree_order
-
-NAME = "surgery_gumbel"
 
 
 @dataclasses.dataclass
@@ -24,7 +21,6 @@ class _Routed:
     """What routers have said that attention functions have still to read, by layer.
 
     Attributes:
-        base: Attention implementation of the dense model.
         gumbel: Routers and what they count.
         layers: Index of every operated module, by its id.
         digits: One-hot digits of the new tokens in training, for each group of heads.
@@ -33,7 +29,6 @@ class _Routed:
         orders: The first of them sorted, once for as many steps as a window has tokens.
     """
 
-    base: str
     gumbel: Gumbel
     layers: dict[int, int]
     digits: dict[int, list[torch.Tensor]] = dataclasses.field(default_factory=dict)
@@ -53,15 +48,14 @@ def gumbel_in(model: torch.nn.Module, gumbel: Gumbel) -> Iterator[None]:
         SurgeryError: The model's attention implementation is none that can be replaced.
     """
     inner = inner_model(model)
-    base = replaceable_implementation(inner)
     modules = attention_modules(inner)
-    routed = _Routed(base, gumbel, {id(module): index for index, module in modules.items()})
+    routed = _Routed(gumbel, {id(module): index for index, module in modules.items()})
     handles = [
         module.register_forward_pre_hook(functools.partial(_route, routed, index), with_kwargs=True)
         for index, module in modules.items()
     ]
     try:
-        with attention_replaced(inner, NAME, base, functools.partial(_attention, routed)):
+        with attention_replaced(inner, modules.values(), functools.partial(_attention, routed)):
             yield
     finally:
         for handle in handles:
@@ -85,6 +79,7 @@ def _route(
 
 def _attention(
     routed: _Routed,
+    base: str,
     module: torch.nn.Module,
     query: torch.Tensor,
     key: torch.Tensor,
@@ -92,10 +87,7 @@ def _attention(
     attention_mask: Any,
     **keywords: Any,
 ) -> tuple[torch.Tensor, Any]:
-    index, gumbel = routed.layers.get(id(module)), routed.gumbel
-    if index is None:
-        dense = dense_function(routed.base, module)
-        return dense(module, query, key, value, attention_mask, **keywords)
+    index, gumbel = routed.layers[id(module)], routed.gumbel
     if keywords.get("softcap") is not None or keywords.get("s_aux") is not None:
         raise UnsupportedModelError(
             f"{type(module).__name__} caps its logits or has attention sinks: the gumbel topology does not "

@@ -35,11 +35,10 @@ from llama_surgery.learning.settings import LearningSettings
 from llama_surgery.learning.state import first_state
 from llama_surgery.learning.trainer import Step, check_settings, digest, fresh_corrections, run
 from llama_surgery.learning.weights import Weights, streamed
-from llama_surgery.surgery.interface import dense_function
-from llama_surgery.surgery.replace import attention_replaced, replaceable_implementation
+from llama_surgery.surgery.interface import dense_attention
+from llama_surgery.surgery.replace import attention_replaced
 from llama_surgery.surgery.supported import attention_modules
 
-NAME = "surgery_capture"
 ABOUT_FILE = "about.json"
 #: Windows that pass through a layer together while it is in memory.
 TOGETHER = 8
@@ -148,20 +147,16 @@ def capture(
 @contextlib.contextmanager
 def _capturing(model: PreTrainedModel, captured: Captured, numbers: list[int]) -> Iterator[None]:
     """Let the attention layers of ``model`` write what they read and give, for windows ``numbers``."""
-    base = replaceable_implementation(model)
     modules, norms = attention_modules(model), {}
     handles = [watch_residual(model, index, module, norms) for index, module in modules.items()]
     indices = {id(module): index for index, module in modules.items()}
 
     def attention(
-        module: torch.nn.Module, query: Any, key: Any, value: Any, mask: Any, **keywords: Any
+        base: str, module: torch.nn.Module, query: Any, key: Any, value: Any, mask: Any, **keywords: Any
     ) -> Any:
-        dense = dense_function(base, module)
-        index = indices.get(id(module))
-        if index is None:
-            return dense(module, query, key, value, mask, **keywords)
+        index = indices[id(module)]
         refuse_unlearnable(module, query, key, mask, keywords)
-        out = dense(module, query, key, value, mask, **keywords)[0]
+        out = dense_attention(base, module, query, key, value, mask, **keywords)[0]
         scale = torch.tensor(keywords.get("scaling") or query.shape[-1] ** -0.5)
         for row, number in enumerate(numbers):
             tensors = {"query": query[row], "key": key[row], "value": value[row], "out": out[row]}
@@ -169,7 +164,7 @@ def _capturing(model: PreTrainedModel, captured: Captured, numbers: list[int]) -
         return out, None
 
     try:
-        with attention_replaced(model, NAME, base, attention):
+        with attention_replaced(model, modules.values(), attention):
             yield
     finally:
         for handle in handles:

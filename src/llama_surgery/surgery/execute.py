@@ -15,7 +15,6 @@ from llama_surgery.surgery.store import SequenceStore
 from llama_surgery.topology.geometry import closed_chunks
 
 
-@torch.compiler.disable
 def run_layer(
     module: torch.nn.Module,
     layer: LayerSurgery,

@@ -1,23 +1,65 @@
 """What an operated model does before transformers' own code: refuses what cannot work, provides the cache."""
 
+import functools
 import inspect
 from typing import Any
 
 import torch
 from transformers import Cache, PreTrainedModel
+from transformers.generation.continuous_batching.cache import PagedAttentionCache
 
 from llama_surgery.errors import SurgeryError, UnsupportedModelError
 from llama_surgery.surgery.cache import PagedCache, PagedLayer
+from llama_surgery.surgery.calls import current_call
 from llama_surgery.surgery.compat import CACHE_NAME, cache_name, given_cache, with_cache
-from llama_surgery.surgery.interface import CACHE_KEYWORD, register
+from llama_surgery.surgery.interface import CACHE_KEYWORD, FIXED_SIZE
 from llama_surgery.surgery.layer import ATTRIBUTE
-from llama_surgery.surgery.operation import operation_of, paged_cache
+from llama_surgery.surgery.operation import Operation
+from llama_surgery.surgery.replace import Replacement, parts_around
 
 
-def model_hook(model: PreTrainedModel, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+def hook(inner: PreTrainedModel, operation: Operation) -> None:
+    """Put the hooks on ``inner``, the models inside it and its operated modules."""
+    handles, replacement = operation.replacement.handles, operation.replacement
+    for module in operation.modules.values():
+        before = functools.partial(cache_hook, replacement)
+        handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
+    for part in parts_around(inner, operation.modules.values()):
+        before = functools.partial(model_hook, operation)
+        handles.append(part.register_forward_pre_hook(before, with_kwargs=True))
+        if part.can_generate():
+            prepare = part._prepare_cache_for_generation
+            part.__dict__["_prepare_cache_for_generation"] = functools.partial(
+                prepare_cache, operation, prepare
+            )
+            part.__dict__["init_continuous_batching"] = refuse_batching
+
+
+def unhook(inner: PreTrainedModel, operation: Operation) -> None:
+    """Take off what is no hook of torch: :meth:`Replacement.undo` removes those."""
+    for part in parts_around(inner, operation.modules.values()):
+        part.__dict__.pop("_prepare_cache_for_generation", None)
+        part.__dict__.pop("init_continuous_batching", None)
+
+
+def refuse_batching(*args: Any, **kwargs: Any) -> None:
+    """
+    Raises:
+        UnsupportedModelError: Always.
+    """
+    raise UnsupportedModelError(
+        "continuous batching (generate_batch) fills a cache of its own, which operated layers cannot read: "
+        "call generate(), or eject(model) first."
+    )
+
+
+def model_hook(
+    operation: Operation, model: PreTrainedModel, args: tuple, kwargs: dict[str, Any]
+) -> tuple[tuple, dict[str, Any]] | None:
     """Pre-forward hook of the model: refuses what cannot work and provides the paged cache."""
-    # A copy of an operated model may outlive the original, or wake up in another process.
-    register(operation_of(model).base)
+    call = current_call()
+    if call is not None and call.model is not model:
+        return None  # a part of the model that was called
     if len(args) > 1:
         names = inspect.signature(model.forward).parameters
         args, kwargs = (), {**dict(zip(names, args, strict=False)), **kwargs}
@@ -28,6 +70,8 @@ def model_hook(model: PreTrainedModel, args: tuple, kwargs: dict[str, Any]) -> t
     position_ids = kwargs.get("position_ids")
     counted = kwargs.get("attention_mask") is None and position_ids is not None and position_ids.dim() == 2
     given = given_cache(kwargs)
+    if isinstance(given, PagedAttentionCache):
+        refuse_batching()
     counted = counted and not (isinstance(given, PagedCache) and given.recording)  # no questions in a graph
     if counted and bool((position_ids.diff(dim=-1) < 1).any()):
         # Without a cache transformers would make a mask of them; with one, it mixes the sequences in silence.
@@ -42,12 +86,12 @@ def model_hook(model: PreTrainedModel, args: tuple, kwargs: dict[str, Any]) -> t
         getattr(module, "gradient_checkpointing", False) for module in model.modules()
     )
     if use_cache and given_cache(kwargs) is None and not recomputed:
-        kwargs = with_cache(kwargs, cache_name(model), paged_cache(model))
+        kwargs = with_cache(kwargs, cache_name(model), operation.cache())
     return args, kwargs
 
 
 def prepare_cache(
-    model: PreTrainedModel,
+    operation: Operation,
     prepare: Any,
     generation_config: Any,
     model_kwargs: dict[str, Any],
@@ -62,7 +106,7 @@ def prepare_cache(
             f"cache_implementation={wanted!r}: an operated model needs its paged cache. Leave it unset."
         )
     if given_cache(model_kwargs) is None and generation_config.use_cache is not False:
-        model_kwargs[CACHE_NAME] = paged_cache(model)
+        model_kwargs[CACHE_NAME] = operation.cache()
     prepare(generation_config, model_kwargs, generation_mode, batch_size, max_cache_length)
     cache = given_cache(model_kwargs)
     if isinstance(cache, PagedCache):
@@ -73,16 +117,16 @@ def prepare_cache(
         cache.expect_length(max_cache_length)
 
 
-def cache_hook(module: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict]:
+def cache_hook(
+    replacement: Replacement, module: torch.nn.Module, args: tuple, kwargs: dict[str, Any]
+) -> tuple[tuple, dict]:
     """Pre-forward hook of operated modules: hands the paged cache on to the attention function."""
+    replacement.check(module)
     # Its keyword differs between versions and architectures, and some pass it by place.
     cache = next((value for value in (*kwargs.values(), *args) if isinstance(value, Cache)), None)
     if cache is not None and not isinstance(cache, PagedCache):
         if getattr(cache, "is_compileable", False):
-            raise UnsupportedModelError(
-                f"{type(cache).__name__}: caches of fixed size are not supported. Leave "
-                "cache_implementation and the cache unset."
-            )
+            raise UnsupportedModelError(f"{type(cache).__name__}: {FIXED_SIZE}")
         cache = None
     if cache is not None:
         paged = cache.layers[module.layer_idx]

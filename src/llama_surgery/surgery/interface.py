@@ -1,16 +1,19 @@
-"""The attention and mask functions that transformers calls on an operated model."""
+"""The attention and mask functions that transformers calls on a model whose attention is replaced."""
 
+import copy
 import functools
 import sys
 from collections.abc import Callable
 from typing import Any
 
 import torch
-from transformers import AttentionInterface, AttentionMaskInterface
+from transformers import AttentionInterface, AttentionMaskInterface, PretrainedConfig
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, causal_mask_function
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from llama_surgery.errors import UnsupportedModelError
+from llama_surgery.errors import SurgeryError, UnsupportedModelError
+from llama_surgery.surgery.cache import PagedCache
+from llama_surgery.surgery.calls import current_call
 from llama_surgery.surgery.execute import run_layer
 from llama_surgery.surgery.layer import ATTRIBUTE, LayerSurgery
 
@@ -25,6 +28,10 @@ INTERFACE_NAMES = {
     "flash_attention_3": "surgery_over_fa3",
     "flex_attention": "surgery_over_fx",
 }
+_BASES = {name: base for base, name in INTERFACE_NAMES.items()}
+
+#: Why caches of transformers that have all their room from the start are refused.
+FIXED_SIZE = "caches of fixed size are not supported. Leave cache_implementation and the cache unset."
 
 _REFUSED_KEYWORDS = {
     "cu_seq_lens_q": "packed rows",
@@ -33,39 +40,68 @@ _REFUSED_KEYWORDS = {
 }
 
 
-def register(base: str) -> str:
-    """Register the interface over the dense implementation ``base``, if it is not, and return its name."""
-    name = INTERFACE_NAMES[base]
-    if name not in AttentionInterface._global_mapping:
-        AttentionInterface.register(name, functools.partial(surgery_attention, base))
-        AttentionMaskInterface.register(name, functools.partial(surgery_mask, base))
-    return name
+class InterfaceName(str):
+    """An interface name as it lies on the configuration of one model.
+
+    transformers copies configurations, and pickles them. A copy belongs to another model, which is dense: it
+    gets the name of the dense implementation.
+    """
+
+    __slots__ = ()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> str:
+        return _BASES[self]
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[type[str], tuple[str]]:
+        return str, (_BASES[self],)
 
 
-def unregister(base: str) -> None:
-    """Take the interface out of transformers' tables again."""
-    for table in (AttentionInterface, AttentionMaskInterface):
-        table._global_mapping.pop(INTERFACE_NAMES[base], None)
+def base_of(config: PretrainedConfig) -> str:
+    """Implementation of the dense model, whether its attention is replaced at present or not.
+
+    Raises:
+        UnsupportedModelError: It is none whose calls can be replaced.
+    """
+    name = str(config._attn_implementation)
+    base = _BASES.get(name, name)
+    if base not in INTERFACE_NAMES:
+        raise UnsupportedModelError(
+            f"attention implementation {base!r}: supported are {', '.join(INTERFACE_NAMES)}. "
+            "Load the model with one of them."
+        )
+    return base
 
 
 def surgery_mask(base: str, **arguments: Any) -> Any:
     """Mask function: the 2-D padding mask, or None, where attention is plainly causal.
 
     Any other pattern (sliding windows, packed rows, bidirectional image tokens) is made by the dense
-    implementation's own mask function; operated layers refuse it, dense layers use it.
+    implementation's own mask function; operated layers refuse it, dense layers use it. So is every mask of a
+    model that merely shares its configuration with the one whose attention is replaced.
     """
-    if arguments.get("mask_function", causal_mask_function) is not causal_mask_function:
+    call = current_call()
+    plain = arguments.get("mask_function", causal_mask_function) is causal_mask_function
+    if call is None or not plain or arguments.get("config", call.text) is not call.text:
         return ALL_MASK_ATTENTION_FUNCTIONS[base](**arguments)
+    call.remember(arguments)
     mask = arguments.get("attention_mask")
     if mask is None:
         return None
     kv_length = arguments["kv_length"]
     if mask.shape[-1] < kv_length:
-        raise UnsupportedModelError(
-            f"an attention mask of {mask.shape[-1]} columns for {kv_length} keys: caches of fixed size are "
-            "not supported. Leave cache_implementation unset."
-        )
+        _refuse_short(mask, arguments)
     return mask[:, -kv_length:].bool()
+
+
+def _refuse_short(mask: torch.Tensor, arguments: dict[str, Any]) -> None:
+    columns, keys, new = mask.shape[-1], arguments["kv_length"], arguments["q_length"]
+    cached = int(arguments["q_offset"])
+    if keys > cached + new:  # room for keys that are not there yet
+        raise UnsupportedModelError(f"a mask of {columns} columns for {keys} keys: {FIXED_SIZE}")
+    raise SurgeryError(
+        f"an attention mask of {columns} columns, but {cached} tokens are cached and {new} are new: it needs "
+        f"a column for each of the {keys}, the cached ones first."
+    )
 
 
 def surgery_attention(
@@ -95,26 +131,100 @@ def surgery_attention(
         UnsupportedModelError: A feature the topology cannot honour.
     """
     cache = keywords.pop(CACHE_KEYWORD, _ABSENT)
-    layer: LayerSurgery | None = getattr(module, ATTRIBUTE, None)
+    layer: LayerSurgery | Callable[..., Any] | None = module.__dict__.get(ATTRIBUTE)
     if layer is None:
-        return dense_function(base, module)(module, query, key, value, attention_mask, **keywords)
+        return dense_attention(base, module, query, key, value, attention_mask, **keywords)
+    if not isinstance(layer, LayerSurgery):
+        return layer(module, query, key, value, attention_mask, **keywords)
     _refuse(module, attention_mask, keywords)
     if cache is _ABSENT:
         raise UnsupportedModelError(
             f"{type(module).__name__} does not pass keywords on to its attention function, so that the "
             "cache cannot be reached. This architecture is not supported."
         )
-    return run_layer(module, layer, query, key, value, attention_mask, cache, keywords), None
+    return _operated(module, layer, query, key, value, attention_mask, cache, keywords), None
 
 
 _ABSENT = object()
 
+for _base, _name in INTERFACE_NAMES.items():
+    AttentionInterface.register(_name, functools.partial(surgery_attention, _base))
+    AttentionMaskInterface.register(_name, functools.partial(surgery_mask, _base))
 
-def dense_function(base: str, module: torch.nn.Module) -> Callable[..., tuple[torch.Tensor, Any]]:
-    """The attention function of the dense implementation ``base``; eager lives in the modeling file."""
-    if base == "eager":
-        return sys.modules[type(module).__module__].eager_attention_forward
-    return ALL_ATTENTION_FUNCTIONS[base]
+
+@torch.compiler.disable(reason="operated layers choose pages in every call: compile without fullgraph=True")
+def _operated(
+    module: torch.nn.Module,
+    layer: LayerSurgery,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,
+    cache: PagedCache | None,
+    keywords: dict[str, Any],
+) -> torch.Tensor:
+    kind, states = query.device.type, (query, key, value)
+    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+        # As PyTorch's own attention: the states are cast, and nothing inside.
+        dtype = torch.get_autocast_dtype(kind)
+        states = tuple(x if x.dtype == torch.float64 else x.to(dtype) for x in states)
+        with torch.autocast(kind, enabled=False):
+            return _on_cache(module, layer, *states, mask, cache, keywords)
+    return _on_cache(module, layer, *states, mask, cache, keywords)
+
+
+def _on_cache(
+    module: torch.nn.Module,
+    layer: LayerSurgery,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,
+    cache: PagedCache | None,
+    keywords: dict[str, Any],
+) -> torch.Tensor:
+    layer.move_router(query.device)
+    held = None if cache is None else cache.layers[module.layer_idx]
+    if held is not None and held.is_initialized and held.dtype != key.dtype:
+        raise SurgeryError(
+            f"the cache holds keys in {held.dtype}, new ones are in {key.dtype}: the model's precision, or "
+            "autocast, changed between two calls on one cache. Start with a new cache."
+        )
+    return run_layer(module, layer, query, key, value, mask, cache, keywords)
+
+
+def dense_attention(
+    base: str,
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: Any,
+    **keywords: Any,
+) -> tuple[torch.Tensor, Any]:
+    """What the dense implementation ``base`` returns, given a mask of :func:`surgery_mask`."""
+    call = current_call()
+    short = attention_mask is None or (isinstance(attention_mask, torch.Tensor) and attention_mask.dim() == 2)
+    if call is not None and short and getattr(module, "is_causal", True):
+        found, mask = call.dense_mask(ALL_MASK_ATTENTION_FUNCTIONS[base], query.shape[2], key.shape[2])
+        attention_mask = mask if found else attention_mask
+    if base == "eager":  # lives in the modeling file
+        function = sys.modules[type(module).__module__].eager_attention_forward
+    else:
+        function = ALL_ATTENTION_FUNCTIONS[base]
+    seen: Any = _Dense(module, base) if base.startswith("flash") else module
+    return function(seen, query, key, value, attention_mask, **keywords)
+
+
+class _Dense:
+    """An attention module as on the dense model: flash attention's release is chosen by the configuration."""
+
+    def __init__(self, module: torch.nn.Module, base: str) -> None:
+        self._module, self.config = module, copy.copy(module.config)
+        self.config._attn_implementation_internal = base
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._module, name)
 
 
 def _refuse(module: torch.nn.Module, mask: Any, keywords: dict[str, Any]) -> None:

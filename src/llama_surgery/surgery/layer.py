@@ -6,6 +6,8 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
+import torch
+
 from llama_surgery.config import SurgeryConfig
 from llama_surgery.surgery.statistics import Counters
 from llama_surgery.topology.router import PageRouter
@@ -30,6 +32,11 @@ class LayerSurgery:
     router: PageRouter | None = None
     counters: dict[int, Counters] = dataclasses.field(default_factory=dict)
     listener: Callable[[int, ShareListener], None] | None = None
+
+    def move_router(self, device: torch.device) -> None:
+        """Have the router where the layer is computed: where weights are offloaded, only a call tells."""
+        if self.router is not None and any(t.device != device for t in self.router.tensors().values()):
+            self.router = self.router.to(device)
 
 
 @contextlib.contextmanager

@@ -1,8 +1,6 @@
 """Operating on a model, and taking the topology out again."""
 
 import contextlib
-import functools
-from collections import Counter
 from collections.abc import Iterator, Mapping
 from typing import Any, TypeVar
 
@@ -10,9 +8,8 @@ import torch
 from transformers import PreTrainedModel
 
 from llama_surgery.config import SurgeryConfig
-from llama_surgery.errors import SurgeryError, UnsupportedModelError
-from llama_surgery.surgery.hooks import cache_hook, model_hook, prepare_cache
-from llama_surgery.surgery.interface import INTERFACE_NAMES, register, unregister
+from llama_surgery.errors import SurgeryError
+from llama_surgery.surgery.hooks import hook, unhook
 from llama_surgery.surgery.layer import ATTRIBUTE, LayerSurgery
 from llama_surgery.surgery.operation import (
     Operation,
@@ -26,6 +23,7 @@ from llama_surgery.surgery.operation import (
     statistics,
     surgery_of,
 )
+from llama_surgery.surgery.replace import check_replaceable, replace
 from llama_surgery.surgery.supported import attention_modules, head_shape, inner_model
 from llama_surgery.topology.router import PageRouter
 
@@ -39,15 +37,11 @@ __all__ = [
     "reset_statistics",
     "routers_of",
     "set_config",
-    "set_implementation",
     "statistics",
     "surgery_of",
 ]
 
 Model = TypeVar("Model", bound=torch.nn.Module)
-
-#: How many operated models use each registered interface; the last ejection unregisters it.
-_users: Counter[str] = Counter()
 
 
 def operate(
@@ -87,17 +81,14 @@ def operate(
     if (density is None) != (text is None):
         raise SurgeryError("density and text go together: thresholds are calibrated on text.")
     modules = attention_modules(inner)
-    if any(ATTRIBUTE in module.__dict__ for module in modules.values()):
-        raise SurgeryError("the model is part of one that is operated already: eject that first.")
-    base = inner.config.get_text_config()._attn_implementation
-    if base not in INTERFACE_NAMES:
-        raise UnsupportedModelError(
-            f"attention implementation {base!r}: supported are {', '.join(INTERFACE_NAMES)}. "
-            "Load the model with one of them."
-        )
-    operation = Operation(config, base, modules, [])
+    base = check_replaceable(inner, modules.values())
+    _check_routers(inner, modules, routers or {})
+    operation = Operation(config, modules, replace(inner, base, modules.values()))
+    inner.__dict__[ATTRIBUTE] = operation
     try:
-        _attach(inner, operation, routers or {})
+        for index, module in modules.items():
+            module.__dict__[ATTRIBUTE] = LayerSurgery(config, (routers or {}).get(index))
+        hook(inner, operation)
         if text is not None and density is not None:
             from llama_surgery.surgery.calibrate import calibrate
 
@@ -108,45 +99,16 @@ def operate(
     return model
 
 
-def _attach(inner: PreTrainedModel, operation: Operation, routers: Mapping[int, PageRouter]) -> None:
-    inner.__dict__[ATTRIBUTE] = operation
-    unknown = sorted(routers.keys() - operation.modules.keys())
+def _check_routers(
+    inner: PreTrainedModel, modules: Mapping[int, torch.nn.Module], routers: Mapping[int, PageRouter]
+) -> None:
+    unknown = sorted(routers.keys() - modules.keys())
     if unknown:
         raise SurgeryError(
             f"routers for layers {unknown}, which are not operated: learn them for this model."
         )
-    for index, module in operation.modules.items():
-        router = routers.get(index)
-        if router is not None:
-            router.check(*head_shape(inner, module))
-            router = router.to(next(module.parameters()).device)
-        module.__dict__[ATTRIBUTE] = LayerSurgery(operation.config, router)
-        hook = module.register_forward_pre_hook(cache_hook, with_kwargs=True)
-        operation.handles.append(hook)
-    hook = inner.register_forward_pre_hook(model_hook, with_kwargs=True)
-    operation.handles.append(hook)
-    _users[operation.base] += 1
-    name = register(operation.base)
-    set_implementation(inner, name)
-    if inner.config.get_text_config()._attn_implementation != name:
-        raise UnsupportedModelError(
-            f"{type(inner).__name__} does not use transformers' attention interface, so that its attention "
-            "cannot be replaced. Supported are decoders whose modeling file dispatches through it (Llama, "
-            "Mistral, Qwen, Gemma, Phi-3, gpt-oss and most recent ones)."
-        )
-    if inner.can_generate():
-        prepare = inner._prepare_cache_for_generation
-        inner.__dict__["_prepare_cache_for_generation"] = functools.partial(prepare_cache, inner, prepare)
-
-
-def set_implementation(inner: PreTrainedModel, name: str) -> None:
-    """Have the text part of a model attend through ``name``."""
-    text = inner.config.get_text_config()
-    if text is inner.config:
-        inner.set_attn_implementation(name)
-        return
-    key = next(k for k in inner.config.sub_configs if getattr(inner.config, k) is text)
-    inner.set_attn_implementation({key: name})
+    for index, router in routers.items():
+        router.check(*head_shape(inner, modules[index]))
 
 
 def eject(model: Model) -> Model:
@@ -157,17 +119,11 @@ def eject(model: Model) -> Model:
     """
     inner = inner_model(model)
     operation = operation_of(model)
-    for handle in operation.handles:
-        handle.remove()
+    unhook(inner, operation)
+    operation.replacement.undo()
     for module in operation.modules.values():
         module.__dict__.pop(ATTRIBUTE, None)
-    inner.__dict__.pop("_prepare_cache_for_generation", None)
     inner.__dict__.pop(ATTRIBUTE, None)
-    set_implementation(inner, operation.base)
-    # A copy of an operated model was never counted.
-    _users[operation.base] = max(0, _users[operation.base] - 1)
-    if not _users[operation.base]:
-        unregister(operation.base)
     return model
 
 

@@ -8,6 +8,7 @@ from llama_surgery.config import SurgeryConfig
 from llama_surgery.errors import SurgeryError
 from llama_surgery.surgery.cache import PagedCache
 from llama_surgery.surgery.layer import ATTRIBUTE, LayerSurgery
+from llama_surgery.surgery.replace import Replacement
 from llama_surgery.surgery.statistics import Statistics, summarise
 from llama_surgery.surgery.supported import inner_model
 from llama_surgery.topology.router import PageRouter
@@ -18,13 +19,19 @@ class Operation:
     """What has to be undone, and where the operated layers are."""
 
     config: SurgeryConfig
-    base: str
     modules: dict[int, torch.nn.Module]
-    handles: list[torch.utils.hooks.RemovableHandle]
+    replacement: Replacement
 
     @property
     def layers(self) -> dict[int, LayerSurgery]:
-        return {index: getattr(module, ATTRIBUTE) for index, module in self.modules.items()}
+        return {index: module.__dict__[ATTRIBUTE] for index, module in self.modules.items()}
+
+    def cache(self) -> PagedCache:
+        """An empty cache."""
+        text = self.replacement.text
+        # generate(assistant_early_exit=n) runs the first n layers: the configuration then counts only those.
+        count = getattr(text, "num_hidden_layers", len(self.modules))
+        return PagedCache(text, self.config, [index for index in self.modules if index < count])
 
 
 def operation_of(model: torch.nn.Module) -> Operation:
@@ -70,9 +77,7 @@ def reset_statistics(model: torch.nn.Module) -> None:
 
 def paged_cache(model: torch.nn.Module) -> PagedCache:
     """An empty cache for an operated model, as ``generate()`` and ``forward()`` build by themselves."""
-    operation = operation_of(model)
-    text = inner_model(model).config.get_text_config(decoder=True)
-    return PagedCache(text, operation.config, list(operation.modules))
+    return operation_of(model).cache()
 
 
 def routers_of(model: torch.nn.Module) -> dict[int, PageRouter]:

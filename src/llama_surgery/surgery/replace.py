@@ -1,54 +1,142 @@
-"""Another attention function for the length of a ``with`` block, where no topology is put in for good."""
+"""Replacing the attention of a model, and putting its own back."""
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator
+import weakref
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+import torch
+from transformers import PretrainedConfig, PreTrainedModel
 
-from llama_surgery.errors import UnsupportedModelError
-from llama_surgery.surgery.interface import INTERFACE_NAMES, surgery_mask
-from llama_surgery.surgery.operate import set_implementation
+from llama_surgery.errors import SurgeryError, UnsupportedModelError
+from llama_surgery.surgery.calls import enter, leave
+from llama_surgery.surgery.interface import INTERFACE_NAMES, InterfaceName, base_of
+from llama_surgery.surgery.layer import ATTRIBUTE
 
 
-def replaceable_implementation(inner: PreTrainedModel) -> str:
-    """Name of the attention implementation of a dense model.
+class Replacement:
+    """The state of a model whose attention is replaced: the one owner of its implementation.
+
+    transformers asks the configuration, which models may share and which is copied with the model, what
+    implementation to call. So a model is told apart from others by its calls, and a copy of it writes the
+    name on the copied configuration again.
+
+    Attributes:
+        text: The configuration that the replaced modules ask.
+        base: Implementation of the dense model.
+        handles: Hooks to remove.
+    """
+
+    def __init__(self, text: PretrainedConfig, base: str) -> None:
+        self.text, self.base = text, base
+        self.handles: list[torch.utils.hooks.RemovableHandle] = []
+        self._write()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._write()
+
+    def _write(self) -> None:
+        _live.add(self)
+        self.text._attn_implementation_internal = InterfaceName(INTERFACE_NAMES[self.base])
+
+    def check(self, module: torch.nn.Module) -> None:
+        """
+        Raises:
+            SurgeryError: ``module`` is about to call another implementation than the one it was given.
+        """
+        name, own = str(module.config._attn_implementation), INTERFACE_NAMES[self.base]
+        if name != own:
+            raise SurgeryError(
+                f"the attention implementation was changed to {name!r} while the model is operated: "
+                "eject(model) first, set it, and operate again."
+            )
+
+    def enter(self, model: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        """Pre-forward hook of a model that holds replaced modules."""
+        enter(model, self, self.text)
+
+    def leave(self, model: torch.nn.Module, args: tuple, result: Any) -> None:
+        """Forward hook of it, also where the call failed."""
+        leave(model)
+
+    def undo(self) -> None:
+        """Remove the hooks and give the configuration its implementation back."""
+        for handle in self.handles:
+            handle.remove()
+        _live.discard(self)
+        if not any(other.text is self.text for other in _live):
+            self.text._attn_implementation_internal = self.base
+
+
+#: Those that are in force: several models may share a configuration.
+_live: weakref.WeakSet[Replacement] = weakref.WeakSet()
+
+
+def parts_around(inner: PreTrainedModel, modules: Iterable[torch.nn.Module]) -> list[PreTrainedModel]:
+    """``inner`` and the models inside it that hold some of ``modules``, the outermost first."""
+    wanted = {id(module) for module in modules}
+    parts = [part for part in inner.modules() if isinstance(part, PreTrainedModel)]
+    return [part for part in parts if any(id(module) in wanted for module in part.modules())]
+
+
+def check_replaceable(inner: PreTrainedModel, modules: Iterable[torch.nn.Module]) -> str:
+    """Implementation of the dense model, whose calls can be replaced.
 
     Raises:
-        UnsupportedModelError: It is none whose calls can be replaced.
+        UnsupportedModelError: They cannot.
+        SurgeryError: They are replaced already.
     """
-    base = str(inner.config.get_text_config()._attn_implementation)
-    if base not in INTERFACE_NAMES:
-        raise UnsupportedModelError(
-            f"attention implementation {base!r}: supported are {', '.join(INTERFACE_NAMES)}."
-        )
+    text, modules = inner.config.get_text_config(), list(modules)
+    base = base_of(text)
+    if any(ATTRIBUTE in module.__dict__ for module in modules):
+        raise SurgeryError("the model is part of one that is operated already: eject that first.")
+    for part in parts_around(inner, modules):
+        if part.config is text and not part._can_set_attn_implementation():
+            raise UnsupportedModelError(
+                f"{type(part).__name__} does not use transformers' attention interface, so that its "
+                "attention cannot be replaced. Supported are decoders whose modeling file dispatches through "
+                "it (Llama, Mistral, Qwen, Gemma, Phi-3, gpt-oss and most recent ones)."
+            )
     return base
+
+
+def replace(inner: PreTrainedModel, base: str, modules: Iterable[torch.nn.Module]) -> Replacement:
+    """Have ``modules`` attend through what they carry as ``ATTRIBUTE``, all others through ``base``."""
+    replacement = Replacement(inner.config.get_text_config(), base)
+    for part in parts_around(inner, modules):
+        replacement.handles += [
+            part.register_forward_pre_hook(replacement.enter, with_kwargs=True),
+            part.register_forward_hook(replacement.leave, always_call=True),
+        ]
+    return replacement
 
 
 @contextlib.contextmanager
 def attention_replaced(
-    inner: PreTrainedModel,
-    name: str,
-    base: str,
-    attention: Callable[..., Any],
-    mask: Callable[..., Any] = surgery_mask,
+    inner: PreTrainedModel, modules: Iterable[torch.nn.Module], attention: Callable[..., Any]
 ) -> Iterator[None]:
-    """Run ``inner`` through another attention function; always goes back to ``base``.
+    """Run ``modules`` of a dense model through another attention function; always goes back.
 
     Args:
-        inner: A dense model of transformers.
-        name: What the function is registered by, for that long.
-        base: The model's own implementation.
-        attention: Takes what transformers passes to attention functions.
-        mask: Takes ``base`` and what transformers passes to mask functions.
+        inner: A model of transformers.
+        modules: Attention modules of it.
+        attention: Takes an implementation and what transformers passes to attention functions: the one of the
+            dense model, the module, queries, keys, values, the mask of :func:`surgery_mask` and keywords.
+
+    Raises:
+        UnsupportedModelError: The model's attention implementation is none that can be replaced.
+        SurgeryError: The attention is replaced already.
     """
-    AttentionInterface.register(name, attention)
-    AttentionMaskInterface.register(name, functools.partial(mask, base))
-    set_implementation(inner, name)
+    modules = list(modules)
+    base = check_replaceable(inner, modules)
+    replacement = replace(inner, base, modules)
     try:
+        for module in modules:
+            module.__dict__[ATTRIBUTE] = functools.partial(attention, base)
         yield
     finally:
-        set_implementation(inner, base)
-        for table in (AttentionInterface, AttentionMaskInterface):
-            table._global_mapping.pop(name, None)
+        for module in modules:
+            module.__dict__.pop(ATTRIBUTE, None)
+        replacement.undo()

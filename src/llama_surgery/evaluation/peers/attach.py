@@ -11,13 +11,9 @@ from torch import nn
 from llama_surgery.errors import SurgeryError, UnsupportedModelError
 from llama_surgery.evaluation.peers.executor import PairCount, attend_by_rule
 from llama_surgery.evaluation.peers.rule import Call, Rule
-from llama_surgery.surgery.interface import dense_function, surgery_mask
 from llama_surgery.surgery.operation import is_operated
 from llama_surgery.surgery.replace import attention_replaced
 from llama_surgery.surgery.supported import attention_modules, inner_model
-
-_NAME = "surgery_peer"
-_ATTRIBUTE = "_llama_surgery_peer"
 
 
 @contextlib.contextmanager
@@ -41,31 +37,15 @@ def running(model: nn.Module, rule: Rule) -> Iterator[PairCount]:
     if is_operated(model):
         raise SurgeryError("the model is operated: eject(model) first, peers run on the dense model.")
     inner = inner_model(model)
-    base = inner.config.get_text_config()._attn_implementation
-    modules = attention_modules(inner)
     count = PairCount()
-    try:
-        for module in modules.values():
-            module.__dict__[_ATTRIBUTE] = (rule, count)
-        with attention_replaced(inner, _NAME, base, functools.partial(_attention, base), _mask):
-            yield count
-    finally:
-        for module in modules.values():
-            module.__dict__.pop(_ATTRIBUTE, None)
-
-
-def _mask(base: str, **arguments: Any) -> Any:
-    mask = surgery_mask(base, **arguments)
-    if isinstance(mask, torch.Tensor) and mask.dim() == 2:
-        if not bool(mask.all()):
-            raise UnsupportedModelError(
-                "padding: peers run batches of sequences of one length. Give prompts of equal length."
-            )
-        return None
-    return mask
+    attention = functools.partial(_attention, rule, count)
+    with attention_replaced(inner, attention_modules(inner).values(), attention):
+        yield count
 
 
 def _attention(
+    rule: Rule,
+    count: PairCount,
     base: str,
     module: nn.Module,
     query: torch.Tensor,
@@ -75,12 +55,14 @@ def _attention(
     **keywords: Any,
 ) -> tuple[torch.Tensor, None]:
     """Attention function: queries (batch, heads, new, head_dim), keys and values of all positions so far."""
-    if _ATTRIBUTE not in module.__dict__:
-        return dense_function(base, module)(module, query, key, value, attention_mask, **keywords)
+    if attention_mask is not None and (attention_mask.ndim != 2 or not bool(attention_mask.all())):
+        raise UnsupportedModelError(
+            "padding, or a mask of your own: peers run batches of sequences of one length. Give prompts of "
+            "equal length."
+        )
     for keyword, what in (("softcap", "capped logits"), ("s_aux", "attention sinks")):
         if keywords.get(keyword) is not None:
             raise UnsupportedModelError(f"{keyword} ({what}): published rules are not defined for it.")
-    rule, count = module.__dict__[_ATTRIBUTE]
     group = query.shape[1] // key.shape[1]
     scale = keywords.get("scaling")
     call = Call(

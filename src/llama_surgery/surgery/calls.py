@@ -1,0 +1,70 @@
+"""Whose forward is running: transformers asks for a mask without saying which model it is for."""
+
+import dataclasses
+from collections.abc import Callable
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+from transformers import PretrainedConfig
+
+_current: ContextVar["Call | None"] = ContextVar("llama_surgery_call", default=None)
+
+
+@dataclasses.dataclass(eq=False)
+class Call:
+    """A forward of a model whose attention is replaced.
+
+    Attributes:
+        model: The model that was called: it, or a part of it that was called by itself.
+        owner: Who replaced its attention.
+        text: The configuration that its masks are made by.
+    """
+
+    model: torch.nn.Module
+    owner: object
+    text: PretrainedConfig
+    _arguments: dict[str, Any] | None = None
+    _dense: Any = None
+
+    def remember(self, arguments: dict[str, Any]) -> None:
+        """Keep what a plainly causal mask was asked with: dense attention needs the mask in full."""
+        self._arguments, self._dense = arguments, None
+
+    def dense_mask(self, make: Callable[..., Any], rows: int, keys: int) -> tuple[bool, Any]:
+        """The last plainly causal mask as the dense implementation has it.
+
+        Args:
+            make: The mask function of the dense implementation.
+            rows: Queries of the attention that asks.
+            keys: Its keys.
+
+        Returns:
+            Is there one for as many rows and keys, and the mask.
+        """
+        asked = self._arguments
+        if asked is None or (asked.get("q_length", rows), asked.get("kv_length", keys)) != (rows, keys):
+            return False, None
+        if self._dense is None:
+            self._dense = (make(**asked),)
+        return True, self._dense[0]
+
+
+def current_call() -> Call | None:
+    """The call that is running in this thread, of any model whose attention is replaced."""
+    return _current.get()
+
+
+def enter(model: torch.nn.Module, owner: object, text: PretrainedConfig) -> None:
+    """Begin a call of ``model``, or go on with the call that it is a part of."""
+    call = _current.get()
+    # A call of the same model is one that was interrupted: no model calls itself.
+    if call is None or call.owner is not owner or call.model is model:
+        _current.set(Call(model, owner, text))
+
+
+def leave(model: torch.nn.Module) -> None:
+    """End the call, if it is one of ``model``."""
+    call = _current.get()
+    if call is not None and call.model is model:
+        _current.set(None)
