@@ -1,7 +1,9 @@
 """Plain text in, token windows out."""
 
+import codecs
 import itertools
 import random
+import stat
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -10,43 +12,121 @@ from transformers import PreTrainedTokenizerBase
 
 from llama_surgery.errors import TextError
 
+#: Marks before a text, and the encodings that they stand for; longer ones first.
+_MARKS = {
+    codecs.BOM_UTF32_LE: "utf-32",
+    codecs.BOM_UTF32_BE: "utf-32",
+    codecs.BOM_UTF16_LE: "utf-16",
+    codecs.BOM_UTF16_BE: "utf-16",
+}
+#: What files that may be taken for text begin with.
+_OTHER_FILES = {
+    b"\x1f\x8b": "a gzip file: unpack it, or name <(zcat FILE)",
+    b"\xfd7zXZ\0": "an xz file: unpack it, or name <(xzcat FILE)",
+    b"\x28\xb5\x2f\xfd": "a Zstandard file: unpack it, or name <(zstdcat FILE)",
+    b"PK\x03\x04": "a zip archive, as office documents and e-books are",
+    b"%PDF-": "a PDF",
+}
+
 
 def read_texts(path: str | Path) -> list[str]:
     """Reads one text file, or every ``.txt`` file of a folder.
 
     Args:
-        path: A file, or a folder whose ``.txt`` files are read in the order of their names.
+        path: A file, a pipe, or a folder whose ``.txt`` files are read in the order of their names.
 
     Returns:
         One string a document, none of them blank.
 
     Raises:
-        TextError: Nothing is there, a folder holds no ``.txt`` file, or a file is blank,
-            unreadable or not UTF-8.
+        TextError: Nothing is there, a folder holds no ``.txt`` file, or a file is blank, unreadable, a
+            device, not text, or text in another encoding than UTF-8 (UTF-16 and UTF-32 are read where a mark
+            at the beginning says so).
     """
     path = Path(path)
-    if path.is_dir():
-        files = sorted(path.glob("*.txt"))
-        if not files:
-            raise TextError(f"{path}: no .txt file in this folder. Give plain text, one document a file.")
-    elif path.is_file():
-        files = [path]
-    else:
-        raise TextError(f"{path}: no such file or folder. Give a text file or a folder of .txt files.")
-    return [_read(file) for file in files]
-
-
-def _read(file: Path) -> str:
+    if not stat.S_ISDIR(_mode(path)):
+        return [read_text(path)]
     try:
-        text = file.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise TextError(
-            f"{file}: not UTF-8 (byte {error.start}: {error.reason}). Convert it to UTF-8 first."
-        ) from error
+        files = sorted(file for file in path.iterdir() if file.name.endswith(".txt") and not file.is_dir())
+    except OSError as error:
+        raise TextError(f"{path}: cannot be read ({error.strerror}).") from error
+    if not files:
+        raise TextError(f"{path}: no .txt file in this folder. Give plain text, one document a file.")
+    for file in files:
+        if not stat.S_ISREG(_mode(file)):  # a pipe that nobody writes to would be waited for
+            raise TextError(f"{file}: neither a file nor a folder. Take it out of the folder.")
+    return [read_text(file) for file in files]
+
+
+def read_text(file: str | Path) -> str:
+    """Reads one text file or pipe, without the mark that some programs put before a text.
+
+    Raises:
+        TextError: As :func:`read_texts` does; a folder is refused too.
+    """
+    file = Path(file)
+    mode = _mode(file)
+    if stat.S_ISDIR(mode):
+        raise TextError(f"{file} is a folder: give one text file.")
+    if not stat.S_ISREG(mode) and not stat.S_ISFIFO(mode):
+        raise TextError(f"{file}: a device, not a file. Give a text file.")
+    try:
+        content = file.read_bytes()
     except OSError as error:
         raise TextError(f"{file}: cannot be read ({error.strerror}).") from error
+    text = decoded(file, content)
     if not text.strip():
         raise TextError(f"{file}: the file is empty. Remove it or give it text.")
+    return text.replace("\r\n", "\n").replace("\r", "\n")
+
+
+def refuse_pipes(*paths: Path) -> None:
+    """For what several processes read.
+
+    Raises:
+        TextError: A path is a pipe, of which each would get a part; or there is nothing.
+    """
+    for path in paths:
+        if stat.S_ISFIFO(_mode(path)):
+            raise TextError(
+                f"{path}: a pipe, which only one process can read. Write the text to a file first."
+            )
+
+
+def _mode(path: Path) -> int:
+    try:
+        return path.stat().st_mode
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise TextError(
+            f"{path}: no such file or folder. Give a text file or a folder of .txt files."
+        ) from error
+    except (OSError, ValueError) as error:
+        raise TextError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error}).") from error
+
+
+def decoded(file: Path, content: bytes) -> str:
+    """Text of the bytes of a file, without the mark that some programs put before a text.
+
+    Raises:
+        TextError: It is not text, or in another encoding than UTF-8 and no mark says which.
+    """
+    for start, kind in _OTHER_FILES.items():
+        if content.startswith(start):
+            raise TextError(f"{file}: this is not text but {kind}. Give plain text in UTF-8.")
+    codec = next((codec for mark, codec in _MARKS.items() if content.startswith(mark)), "utf-8-sig")
+    binary = codec == "utf-8-sig" and b"\0" in content
+    try:
+        text = "" if binary else content.decode(codec)
+    except UnicodeDecodeError as error:
+        raise TextError(
+            f"{file}: not {codec.removesuffix('-sig').upper()} (byte {error.start}: {error.reason}). Convert "
+            "it to UTF-8 first."
+        ) from error
+    if binary or "\0" in text:
+        raise TextError(
+            f"{file}: this is not text, for it holds NUL bytes, as programs, images and UTF-16 without a "
+            "mark do. Give plain text in UTF-8."
+        )
     return text
 
 

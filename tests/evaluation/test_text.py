@@ -1,3 +1,7 @@
+import codecs
+import gzip
+import os
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -5,7 +9,7 @@ import pytest
 import torch
 
 from llama_surgery.errors import TextError
-from llama_surgery.text import encode, leading_tokens, read_texts, windows
+from llama_surgery.text import encode, leading_tokens, read_text, read_texts, refuse_pipes, windows
 
 
 def test_folder_is_read_in_order_of_names(tmp_path: Path) -> None:
@@ -18,12 +22,93 @@ def test_folder_is_read_in_order_of_names(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [(b"", "is empty"), (b" \n\t", "is empty"), (b"caf\xe9", r"not UTF-8 \(byte 3")],
+    [
+        (b"", "is empty"),
+        (b" \n\t", "is empty"),
+        (codecs.BOM_UTF8, "is empty"),
+        (codecs.BOM_UTF16_LE, "is empty"),
+        (b"caf\xe9", r"not UTF-8 \(byte 3"),
+        ("café".encode("utf-16-le"), "this is not text"),
+        ("café".encode("utf-16-be"), "this is not text"),
+        ("café".encode("utf-32-le"), "this is not text"),
+        (b"a word\0and another", "this is not text"),
+        (b"\x7fELF\x02\x01\x01\0\0\xff\xfe", "this is not text"),
+        (codecs.BOM_UTF8 + b"a\0b", "this is not text"),
+        (codecs.BOM_UTF8 + b"caf\xe9", r"not UTF-8 \(byte"),
+        (codecs.BOM_UTF16_LE + b"a\0b", r"not UTF-16 \(byte"),
+        (codecs.BOM_UTF16_LE + "a\0b".encode("utf-16-le"), "this is not text"),
+        (gzip.compress(b"a book", mtime=0), r"gzip file: unpack it, or name <\(zcat"),
+        (b"PK\x03\x04\x14\0", "a zip archive"),
+        (b"%PDF-1.7\n", "a PDF"),
+    ],
 )
 def test_bad_file_is_named(tmp_path: Path, content: bytes, message: str) -> None:
     (tmp_path / "bad.txt").write_bytes(content)
     with pytest.raises(TextError, match=f"bad.txt.*{message}"):
         read_texts(tmp_path)
+
+
+@pytest.mark.parametrize("codec", ["utf-8", "utf-8-sig", "utf-16", "utf-32"])
+def test_a_mark_before_a_text_is_no_part_of_it(tmp_path: Path, codec: str) -> None:
+    (tmp_path / "a.txt").write_bytes("Grüße\r\nvon\rhier\n".encode(codec))
+    assert read_texts(tmp_path) == read_texts(tmp_path / "a.txt") == ["Grüße\nvon\nhier\n"]
+    big = {"utf-16": codecs.BOM_UTF16_BE, "utf-32": codecs.BOM_UTF32_BE}.get(codec)
+    if big is not None:
+        (tmp_path / "a.txt").write_bytes(big + "Grüße".encode(f"{codec}-be"))
+        assert read_text(tmp_path / "a.txt") == "Grüße"
+
+
+def test_a_pipe_is_read_by_its_name(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    book = "a long book. " * 20_000  # more than a pipe holds
+    writer = threading.Thread(target=(tmp_path / "pipe").write_text, args=(book,))
+    writer.start()
+    assert read_texts(tmp_path / "pipe") == [book]
+    writer.join()
+    reading, writing = os.pipe()  # as the shell's <(…) hands it over
+    os.write(writing, codecs.BOM_UTF8 + b"from a command")
+    os.close(writing)
+    assert read_texts(f"/dev/fd/{reading}") == ["from a command"]
+    os.close(reading)
+    with pytest.raises(TextError, match="a pipe, which only one process can read"):
+        refuse_pipes(tmp_path / "pipe")
+
+
+@pytest.mark.parametrize("path", ["/dev/null", "/dev/zero"])
+def test_a_device_is_refused(path: str) -> None:
+    with pytest.raises(TextError, match=f"{path}: a device"):
+        read_texts(path)
+
+
+def test_what_a_folder_holds_besides_texts(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("a text")
+    (tmp_path / "folder.txt").mkdir()
+    (tmp_path / "image.png").write_bytes(b"\x89PNG\0")
+    assert read_texts(tmp_path) == ["a text"]
+    os.mkfifo(tmp_path / "pipe.txt")  # waiting for somebody to write would never end
+    with pytest.raises(TextError, match=r"pipe\.txt: neither a file nor a folder"):
+        read_texts(tmp_path)
+    (tmp_path / "pipe.txt").unlink()
+    (tmp_path / "broken.txt").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(TextError, match=r"broken\.txt: no such file"):
+        read_texts(tmp_path)
+
+
+def test_paths_that_cannot_be_looked_at_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for path in ("a\0b", "x" * 5000):
+        with pytest.raises(TextError, match="cannot be read"):
+            read_texts(path)
+    (tmp_path / "a.txt").write_text("a text")
+    with pytest.raises(TextError, match="is a folder: give one text file"):
+        read_text(tmp_path)
+
+    def denied(*_: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    for name in ("iterdir", "read_bytes", "stat"):
+        with monkeypatch.context() as patch, pytest.raises(TextError, match="Permission denied"):
+            patch.setattr(Path, name, denied)
+            read_texts(tmp_path)
 
 
 def test_missing_path_and_folder_without_text(tmp_path: Path) -> None:

@@ -47,6 +47,19 @@ def test_points_survive_the_csv(tmp_path: Path) -> None:
     assert read_frontier(write(tmp_path / "f.csv", points)) == points
 
 
+def test_a_table_that_a_spreadsheet_saved_is_read(tmp_path: Path) -> None:
+    path = write(tmp_path / "f.csv", [POINT])
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    assert read_frontier(path) == [POINT]
+
+
+@pytest.mark.parametrize("content", [b"page_size\0,theta\n1,2\n", b"\xff\xfea\0", b'"' + b"a" * 200_000])
+def test_what_is_no_table_is_told(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "f.csv").write_bytes(content)
+    with pytest.raises(SurgeryError, match=r"could not read the frontier|columns .* are missing"):
+        read_frontier(tmp_path / "f.csv")
+
+
 def test_a_missing_column_is_named(tmp_path: Path) -> None:
     path = write(tmp_path / "f.csv", [POINT], tuple(c for c in COLUMNS if c != "ratio_low"))
     with pytest.raises(SurgeryError, match="ratio_low"):

@@ -78,10 +78,10 @@ def read_frontier(path: Path) -> list[FrontierPoint]:
         SurgeryError: The file is missing or empty, a column is missing or a value is not a number.
     """
     try:
-        with open(path, encoding="utf-8", newline="") as file:
+        with open(path, encoding="utf-8-sig", newline="") as file:
             reader = csv.DictReader(file)
             rows = list(reader)
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise SurgeryError(f"could not read the frontier {path}: {error}.") from error
     missing = [name for name in COLUMNS if name not in (reader.fieldnames or ())]
     if missing:

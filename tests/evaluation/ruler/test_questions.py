@@ -88,6 +88,16 @@ def test_other_files_are_refused_with_the_formats_that_are_read(content, told, t
         read_questions(path)
 
 
+def test_a_mark_before_the_file_is_no_part_of_it(tmp_path) -> None:
+    path = tmp_path / "hotpot.json"
+    for codec in ("utf-8-sig", "utf-16"):
+        path.write_text(json.dumps(HOTPOT), encoding=codec)
+        assert read_questions(path).questions
+    path.write_bytes(b"\x1f\x8b\x08")
+    with pytest.raises(TextError, match=r"gzip file.*SQuAD"):
+        read_questions(path)
+
+
 def test_missing_file_is_named(tmp_path) -> None:
     with pytest.raises(TextError, match=r"nowhere.json: cannot be read \(No such file"):
         read_questions(tmp_path / "nowhere.json")

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from llama_surgery.errors import TextError
+from llama_surgery.text import decoded
 
 _FORMATS = (
     'SQuAD ({"data": [{"paragraphs": [{"context", "qas": [{"question", "answers": [{"text"}]}]}]}]}) and '
@@ -63,11 +64,13 @@ def read_questions(path: str | Path) -> QuestionSet:
     """
     path = Path(path)
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(decoded(path, path.read_bytes()))
     except OSError as error:
         raise TextError(
             f"{path}: cannot be read ({error.strerror}). Give a question file; read are {_FORMATS}."
         ) from error
+    except TextError as error:
+        raise TextError(f"{error} Read are {_FORMATS}.") from error
     except ValueError as error:
         raise TextError(f"{path}: not JSON ({error}). Read are {_FORMATS}.") from error
     read: Callable[[Any, _Documents], list[Question]] = _hotpot if isinstance(content, list) else _squad
