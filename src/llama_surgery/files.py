@@ -1,41 +1,76 @@
-"""Atomic writes: a file is complete or absent, also when the disk fills up or the process dies."""
+"""Atomic writes: a file is complete or absent, also when the disk fills up or the process dies.
 
+Nothing here replaces what belongs to somebody else: see :mod:`llama_surgery.folders`.
+"""
+
+import contextlib
 import json
 import os
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from llama_surgery.errors import SurgeryError
+from llama_surgery.folders import check_file
+
+Write = Callable[[Path], object]
 
 
-def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
+def write_atomically(path: Path, write: Write, *, own: bool = False) -> None:
     """Let ``write`` fill a temporary file beside ``path``, then move it into place.
 
+    Args:
+        path: The file; where it is a symbolic link, what that points at.
+        write: Given the temporary file, fills it.
+        own: ``path`` may have the name of a file of models or adapters: the caller has made sure whose it is.
+
     Raises:
-        SurgeryError: The folder cannot be written or the disk is full; ``path`` is as it was.
+        SurgeryError: The folder cannot be written, the disk is full, or the file is not one to replace;
+            ``path`` is as it was.
     """
-    temporary = None
+    write_together({path: write}, own=own)
+
+
+def write_together(files: Mapping[Path, Write], *, own: bool = False) -> None:
+    """:func:`write_atomically` for files that belong together: none is replaced before all are complete.
+
+    They are moved into place in the order given.
+
+    Raises:
+        SurgeryError: As :func:`write_atomically` does.
+    """
+    filled: list[tuple[Path, Path]] = []
+    path = next(iter(files))
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
-        temporary.touch(exist_ok=False)  # with the user's usual permissions, unlike tempfile
-        write(temporary)
-        with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+        for path, write in files.items():
+            target = check_file(path, own=own)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}")
+            filled.append((temporary, target))
+            temporary.touch(exist_ok=False)  # with the user's usual permissions, unlike tempfile
+            write(temporary)
+            with open(temporary, "rb+") as file:
+                os.fsync(file.fileno())
+        for temporary, path in filled:
+            os.replace(temporary, path)
     except OSError as error:
         raise SurgeryError(
             f"could not write {path}: {error.strerror or error}. Nothing was changed; check the disk and "
             "the permissions."
         ) from error
     finally:
-        if temporary is not None:
-            temporary.unlink(missing_ok=True)
+        for temporary, _ in filled:
+            with contextlib.suppress(OSError):  # what went wrong is being told
+                temporary.unlink()
 
 
-def write_json(path: Path, value: Any) -> None:
+def write_json(path: Path, value: Any, *, own: bool = False) -> None:
     """Write ``value`` as indented JSON, atomically."""
+    write_atomically(path, as_json(value), own=own)
+
+
+def as_json(value: Any) -> Write:
+    """What fills a file with ``value`` as indented JSON."""
     text = json.dumps(value, indent=2, sort_keys=True) + "\n"
-    write_atomically(path, lambda file: file.write_text(text, encoding="utf-8"))
+    return lambda file: file.write_text(text, encoding="utf-8")

@@ -130,6 +130,12 @@ def test_wrong_usage_exits_with_2(
         (["generate", "MODEL", "--prompt", "a", "--device", "tpu9"], "tpu9"),
         (["generate", "MODEL", "--prompt", "a", "--adapter", "NOWHERE"], "is missing"),
         (["generate", "MODEL", "--prompt-file", "NOWHERE"], "nowhere"),
+        (["generate", "MODEL", "--prompt-file", "FOLDER"], "give one text file"),
+        (["generate", "misspelt", "--prompt", "a"], "names on the Hub have an owner"),
+        (["generate", "MODEL", "--prompt", "a", "--adapter", "owner/name"], "not looked for on the Hub"),
+        (["evaluate", "MODEL", "--text", "/dev/null"], "a device"),
+        (["evaluate", "MODEL", "--text", "BINARY"], "is not text"),
+        (["operate", "MODEL", "--text", "BINARY", "--density", "0.2", "--out", "OUT"], "is not text"),
         (["operate", "MODEL", "--out", "OUT", "--page-size", "60"], "page_size=60"),
         (["operate", "MODEL", "--out", "TEXT"], "is a file"),
         (["evaluate", "MODEL", "--text", "TEXT", "--length", "100000"], "100000"),
@@ -142,6 +148,8 @@ def test_our_errors_are_one_line_and_exit_with_1(
     arguments: list[str], told: str, model: Path, text: Path, tmp_path: Path
 ) -> None:
     paths = {"MODEL": model, "TEXT": text, "OUT": tmp_path / "out", "NOWHERE": tmp_path / "nowhere"}
+    paths |= {"FOLDER": text.parent, "BINARY": tmp_path / "binary"}
+    paths["BINARY"].write_bytes("a book\n".encode("utf-16-le"))
     result = run(*(paths.get(argument, argument) for argument in arguments))
     assert result.exit_code == 1, result.output
     assert told in result.stderr and "Traceback" not in result.output

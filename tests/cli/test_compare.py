@@ -85,6 +85,13 @@ def _rows(folder: Path) -> list[dict[str, str]]:
     return [{name: value for name, value in row.items() if "seconds" not in name} for row in rows]
 
 
+def test_processes_do_not_share_a_pipe(model: Path, text: Path, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    given = ["--text", tmp_path / "pipe", "--calibration-text", text, "--out", tmp_path / "out"]
+    result = run("compare", model, *given, "--processes", "2")
+    assert result.exit_code == 1 and "which only one process can read" in result.stderr
+
+
 def test_processes_that_end_early_are_told(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr(compare_processes, "_work", _ends_early)
     killed, finished, failed = measure_in_processes([["dense"], ["quest"], ["duo"]], folder=tmp_path)

@@ -1,6 +1,7 @@
 """``llama-surgery learn`` from a folder of text to an adapter that evaluates and generates."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -56,6 +57,14 @@ def test_what_only_one_process_does(
     out = tmp_path / "adapter"
     result = run("learn", model, "--text", text, "--density", "0.2", "--out", out, *SMALL, *alone)
     assert result.exit_code == 1 and "2 processes" in result.output
+
+
+def test_processes_do_not_share_a_pipe(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    monkeypatch.setattr("llama_surgery.learning.processes.launched", lambda device: Processes(1, 2))
+    given = ["--text", tmp_path / "pipe", "--density", "0.2", "--out", tmp_path / "adapter"]
+    result = run("learn", model, *given, *SMALL)
+    assert result.exit_code == 1 and "which only one process can read" in result.stderr
 
 
 def test_learn_with_the_model_on_disk(model: Path, text: Path, tmp_path: Path) -> None:

@@ -176,3 +176,39 @@ def test_clear_errors(checkpoint: Path, tmp_path: Path) -> None:
 def test_damaged_blocks(block: Any, message: str) -> None:
     with pytest.raises(SurgeryError, match=message):
         read_block(block)
+
+
+def test_an_adapter_among_the_files_of_the_model_is_left_behind(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The engine would take its tensors for weights. An earlier release wrote it there, where told to."""
+    source = shutil.copytree(checkpoint, tmp_path / "source")
+    adapter = adapter_of(checkpoint, tmp_path / "adapter")
+    for file in adapter.iterdir():
+        shutil.copy(file, source)
+    with pytest.raises(SurgeryError, match="to a folder of their own"):
+        export(source, tmp_path / "out", adapter)
+    monkeypatch.setattr(
+        "llama_surgery.checkpoint.find_spec", lambda name: None
+    )  # without PEFT it can be loaded
+    monkeypatch.setattr("transformers.models.auto.auto_factory.is_peft_available", lambda: False)
+    monkeypatch.setattr("transformers.integrations.peft.is_peft_available", lambda: False)
+    export(source, tmp_path / "out", adapter)
+    assert not {"adapter_config.json", "adapter_model.safetensors"} & {
+        f.name for f in (tmp_path / "out").iterdir()
+    }
+
+
+def test_an_adapter_of_another_library_is_to_be_merged_first(checkpoint: Path, tmp_path: Path) -> None:
+    source = shutil.copytree(checkpoint, tmp_path / "source")
+    (source / "adapter_config.json").write_text('{"peft_type": "LORA"}', encoding="utf-8")
+    with pytest.raises(SurgeryError, match=r"another library .*merge it into the weights first"):
+        export(source, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_link_to_an_empty_folder_is_filled(checkpoint: Path, tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "out").symlink_to(tmp_path / "folder")
+    export(checkpoint, tmp_path / "out")
+    assert (tmp_path / "out").is_symlink() and (tmp_path / "folder" / "config.json").is_file()

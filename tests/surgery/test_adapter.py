@@ -7,10 +7,12 @@ import json
 import os
 from pathlib import Path
 
+import peft
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tests.surgery.tiny import SPARSE, build, logits, tokens
+from transformers import AutoModelForCausalLM
 
 from llama_surgery import (
     AdapterError,
@@ -25,6 +27,7 @@ from llama_surgery import (
     statistics,
 )
 from llama_surgery.surgery.adapter import CONFIG_FILE, TENSOR_FILE
+from llama_surgery.topology.router import PageRouter
 
 FIXTURE = Path(__file__).parent.parent / "fixtures" / "adapter-v1"
 
@@ -79,6 +82,34 @@ def test_saving_again_replaces_what_is_there(folder):
         save_adapter(model, folder)
     with loaded(build("Llama", seed=1), folder) as model:
         assert config_of(model).theta == 0.5
+
+
+@pytest.mark.parametrize("left", ["all", "tensors", "configuration"])
+def test_an_adapter_of_peft_is_not_written_over(tmp_path, left):
+    wrapped = peft.get_peft_model(build("Llama"), peft.LoraConfig(target_modules=["q_proj"]))
+    wrapped.save_pretrained(tmp_path)
+    if left != "all":
+        (tmp_path / (CONFIG_FILE if left == "tensors" else TENSOR_FILE)).unlink()
+    before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
+    with operated(wrapped.eval(), SPARSE), pytest.raises(SurgeryError, match="another library"):
+        save_adapter(wrapped, tmp_path)
+    assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
+    if left == "all":
+        peft.PeftModel.from_pretrained(build("Llama"), tmp_path)
+
+
+@pytest.mark.parametrize("linked", [False, True])
+def test_the_folder_of_a_model_still_loads_after_a_refused_save(tmp_path, linked):
+    model = build("Llama", dtype=torch.float32)
+    model.save_pretrained(tmp_path / "model")
+    folder = tmp_path / ("link" if linked else "model")
+    if linked:
+        folder.symlink_to(tmp_path / "model")
+    with operated(model, SPARSE):
+        with pytest.raises(SurgeryError, match=r"holds a model \(config.json\)"):
+            save_adapter(model, folder)
+        save_adapter(model, folder / "adapter")  # within it, but in a folder of its own
+    AutoModelForCausalLM.from_pretrained(tmp_path / "model")
 
 
 def test_an_adapter_serves_the_same_weights_in_low_precision(folder):
@@ -211,6 +242,24 @@ def test_a_full_disk_leaves_the_old_adapter(folder, monkeypatch, where):
         assert config_of(model) == SPARSE
 
 
+def test_learned_corrections_and_thresholds_are_replaced_together(tmp_path, monkeypatch):
+    router = PageRouter(offset=torch.full((2, 2), 0.5))
+    with operated(build("Llama"), SPARSE, routers={0: router}) as model:
+        save_adapter(model, tmp_path)
+    before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
+
+    def full(*_arguments, **_keywords):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(Path, "write_text", full)  # that of the description, which comes second
+    with (
+        operated(build("Llama"), SPARSE, routers={0: PageRouter(offset=torch.zeros(2, 2))}) as model,
+        pytest.raises(SurgeryError, match="No space left"),
+    ):
+        save_adapter(model, tmp_path)
+    assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
+
+
 def test_a_half_written_new_adapter_is_no_adapter(tmp_path, monkeypatch):
     def full(*_arguments, **_keywords):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -221,6 +270,10 @@ def test_a_half_written_new_adapter_is_no_adapter(tmp_path, monkeypatch):
             save_adapter(model, tmp_path)
         monkeypatch.undo()
     refused(tmp_path, f"{CONFIG_FILE}.* is missing")
+    with operated(build("Llama"), SPARSE) as model:
+        save_adapter(model, tmp_path)
+    with loaded(build("Llama"), tmp_path) as model:
+        assert config_of(model) == SPARSE
 
 
 def fixture_model():

@@ -148,7 +148,7 @@ def write_dense_until(folder: Path, dense_until: int) -> None:
             f"{path}: no adapter to write to ({error}). Make one with 'llama-surgery operate'."
         ) from error
     description["surgery"] = dataclasses.replace(surgery, dense_until=dense_until).to_dict()
-    write_json(path, description)
+    write_json(path, description, own=True)
 
 
 def adapter_config(folder: Path) -> SurgeryConfig:

@@ -3,7 +3,8 @@
 import typer
 
 from llama_surgery.cli.bench import bench
-from llama_surgery.cli.common import Commands, show_version
+from llama_surgery.cli.commands import Command, Commands
+from llama_surgery.cli.common import show_version
 from llama_surgery.cli.compare import compare, gate
 from llama_surgery.cli.crossover import crossover
 from llama_surgery.cli.demo import demo
@@ -39,23 +40,27 @@ def main(version: show_version = False) -> None:
     what is far, only the pages that matter. No weight changes, and nothing has to be trained.
 
     Start with **llama-surgery demo --out out/demo**: it runs on a laptop, without downloads, in a
-    few minutes. Exit codes: 0 done, 1 the command could not do its work (one line says why), 2 wrong usage.
+    few minutes. Exit codes: 0 done, 1 the command could not do its work (one line says why), 2 wrong usage,
+    130 interrupted.
     """
 
 
-app.command()(demo)
-app.command()(operate)
-app.command()(plan)
-app.command()(learn)
-app.command()(evaluate)
-app.command()(compare)
-app.command()(gate)
-app.command()(generate)
-app.command()(export)
-app.command()(export_topology)
-app.command()(lm_eval)
-app.command()(ruler)
-app.command()(verify)
-app.command()(report)
-app.command()(bench)
-app.command()(crossover)
+for command in (
+    demo,
+    operate,
+    plan,
+    learn,
+    evaluate,
+    compare,
+    gate,
+    generate,
+    export,
+    export_topology,
+    lm_eval,
+    ruler,
+    verify,
+    report,
+    bench,
+    crossover,
+):
+    app.command(cls=Command)(command)

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from llama_surgery.cli.common import DeviceOption, Dtype, checked_output, out
+from llama_surgery.cli.common import DeviceOption, Dtype, out
 
 _SIZES = "What is measured"
 
@@ -71,7 +71,6 @@ def bench(
 
     llama-surgery bench --end-to-end benchmarks/configs/llama-3.1-8b-shapes.json --length 128k
     """
-    checked_output(out_folder, folder=True)
     import torch
 
     from llama_surgery.bench.end_to_end import Task, parse_length

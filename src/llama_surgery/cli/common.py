@@ -19,11 +19,11 @@ from rich.progress import (
     TextColumn,
     TimeElapsedColumn,
 )
-from typer.core import TyperGroup
 
 from llama_surgery import __version__
 from llama_surgery.config import SurgeryConfig
 from llama_surgery.errors import SurgeryError
+from llama_surgery.folders import check_complete
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -31,18 +31,6 @@ if TYPE_CHECKING:
 #: Results go to standard output; progress, hints and errors to standard error.
 out = Console()
 err = Console(stderr=True)
-
-
-class Commands(TyperGroup):
-    """Commands whose expected errors end in one clear line instead of a traceback."""
-
-    def invoke(self, ctx: Any) -> Any:
-        """Run a command; exit with 1 when it raises one of the package's own errors."""
-        try:
-            return super().invoke(ctx)
-        except SurgeryError as error:
-            err.print(f"[bold red]Error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
-            raise typer.Exit(1) from error
 
 
 class Dtype(enum.StrEnum):
@@ -95,11 +83,16 @@ BatchOption = Annotated[
 ]
 AdapterOption = Annotated[
     Path | None,
-    typer.Option(help="Adapter folder written by 'llama-surgery operate'.", rich_help_panel="Topology"),
+    typer.Option(
+        help="Adapter folder written by 'llama-surgery operate'.",
+        rich_help_panel="Topology",
+    ),
 ]
 AdapterArgument = Annotated[
     Path | None,
-    typer.Argument(help="Adapter folder written by 'llama-surgery operate'; the default topology without."),
+    typer.Argument(
+        help="Adapter folder written by 'llama-surgery operate'; the default topology without.",
+    ),
 ]
 CalibrationOption = Annotated[
     Path | None,
@@ -145,12 +138,27 @@ def escape(text: str) -> str:
     return rich_escape(text)
 
 
-def load_model(path: str, device: str, dtype: Dtype) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
+def load_model(
+    path: str, device: str, dtype: Dtype, *, adapter: Path | None = None
+) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
     """Load a checkpoint and its tokenizer, in evaluation mode.
+
+    Args:
+        path: Folder of the checkpoint, or its name on the Hub.
+        device: Where to run.
+        dtype: Precision.
+        adapter: Folder of an adapter that will be asked for: missed before a model is loaded for it.
 
     Raises:
         SurgeryError: There is none at ``path``, or the device cannot be used.
+        AdapterError: There is no adapter.
     """
+    from llama_surgery.checkpoint import located
+
+    if adapter is not None:
+        check_complete(adapter)
+    with err.status(f"Looking for {escape(path)} …"):
+        name, options = located(path)
     with err.status("Loading PyTorch and transformers …"):
         import torch
         from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -167,18 +175,40 @@ def load_model(path: str, device: str, dtype: Dtype) -> "tuple[PreTrainedModel, 
         wanted: Any = torch.float32 if target.type == "cpu" else "auto"
     else:
         wanted = getattr(torch, dtype.value)
-    try:
-        with err.status(f"Loading {escape(path)} …"):
-            tokenizer = AutoTokenizer.from_pretrained(path)
-            model = AutoModelForCausalLM.from_pretrained(path, dtype=wanted, **placed)
-            model = (model if placed else model.to(target)).eval()
-    except (OSError, ValueError, RuntimeError) as error:
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise SurgeryError(
-            f"could not load {path!r}: {first} Give the folder of a Hugging Face checkpoint (config.json, "
-            "safetensors, tokenizer) or its name on the Hub."
-        ) from error
+    with err.status(f"Loading {escape(path)} …"), _loading(path):
+        tokenizer = AutoTokenizer.from_pretrained(name, **options)
+        model = AutoModelForCausalLM.from_pretrained(name, dtype=wanted, **options, **placed)
+        model = (model if placed else model.to(target)).eval()
     return model, tokenizer
+
+
+def load_tokenizer(path: str) -> "PreTrainedTokenizerBase":
+    """The tokenizer of a checkpoint.
+
+    Raises:
+        SurgeryError: There is none at ``path``.
+    """
+    from transformers import AutoTokenizer
+
+    from llama_surgery.checkpoint import located
+
+    name, options = located(path)
+    with _loading(path):
+        return AutoTokenizer.from_pretrained(name, **options)
+
+
+@contextmanager
+def _loading(path: str) -> Iterator[None]:
+    """Says in one line what a library makes of files that may hold anything."""
+    from llama_surgery.checkpoint import told
+
+    try:
+        yield
+    except Exception as error:
+        raise SurgeryError(
+            f"could not load {path!r}: {told(error)} Give the folder of a Hugging Face checkpoint "
+            "(config.json, safetensors, tokenizer) or its name on the Hub."
+        ) from error
 
 
 def topology_of(model: Any, adapter: Path | None) -> tuple[SurgeryConfig, dict[int, Any]]:
@@ -241,20 +271,3 @@ def progress() -> Iterator[Callable[[str, int, int], None]]:
 def print_json(value: Any) -> None:
     """Write ``value`` to standard output as JSON."""
     sys.stdout.write(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
-
-
-def checked_output(path: Path, *, folder: bool = False) -> Path:
-    """``path``, if it can be written to: better known before minutes of work than after.
-
-    Raises:
-        SurgeryError: Something else is in the way.
-    """
-    if folder and path.exists() and not path.is_dir():
-        raise SurgeryError(f"{path} is a file: give a folder to write to.")
-    if not folder and path.is_dir():
-        raise SurgeryError(f"{path} is a folder: give the name of a file to write.")
-    try:
-        (path if folder else path.parent).mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise SurgeryError(f"{path}: cannot be created ({error.strerror}).") from error
-    return path

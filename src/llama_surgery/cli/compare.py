@@ -13,7 +13,6 @@ from llama_surgery.cli.common import (
     DtypeOption,
     JsonOption,
     ModelArgument,
-    checked_output,
     err,
     escape,
     out,
@@ -126,9 +125,9 @@ def compare(
     --calibration-text demo/text/calibration.txt --length 2048 --windows 4 --needles 20 --out out/compare
     """
     began = time.monotonic()
-    checked_output(folder, folder=True)
     from llama_surgery.evaluation.compare import DENSITIES, FORMS, LEARNED, PAGES, unfinished
     from llama_surgery.evaluation.needle_variants import VARIANTS
+    from llama_surgery.text import refuse_pipes
 
     unknown = [name for name in rule or [] if name not in FORMS]
     if unknown:
@@ -165,6 +164,7 @@ def compare(
             "seed": seed,
         }
         if processes > 1:
+            refuse_pipes(text, calibration_text)
             # Heaviest first, a process each: they share the rest.
             order = sorted(wanted, key=lambda name: name not in (PAGES, LEARNED))
             shares = [order[index::processes] for index in range(processes)]

@@ -5,7 +5,8 @@ import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -72,13 +73,14 @@ def measure(
 
     if tf32:
         torch.set_float32_matmul_precision("high")
-    llm, tokenizer = load_model(model, device, dtype)
+    texts, calibration = read_texts(text), read_texts(calibration_text)
+    llm, tokenizer = load_model(model, device, dtype, adapter=adapter)
     comparison = Comparison(
         llm,
         tokenizer,
         folder,
-        texts=read_texts(text),
-        calibration=read_texts(calibration_text),
+        texts=texts,
+        calibration=calibration,
         adapter=None if adapter is None else topology_of(llm, adapter),
         **settings,
     )
@@ -113,7 +115,8 @@ def measure_in_processes(shares: Sequence[Sequence[str]], *, folder: Path, **ask
             process = spawn.Process(
                 target=_work, args=(tell, index, len(shares), first), kwargs={"folder": folder, **asked}
             )
-            process.start()
+            with _deaf():
+                process.start()
             tell.close()  # the process then holds the only open end: when it dies, the pipe ends
             processes[pipe] = process
         with err.status(f"{len(shares)} processes measure …"):
@@ -133,6 +136,19 @@ def measure_in_processes(shares: Sequence[Sequence[str]], *, folder: Path, **ask
     if found[0].refused and all(outcome == found[0] for outcome in found) and len(seen) == before:
         raise SurgeryError(found[0].error)
     return found
+
+
+@contextmanager
+def _deaf() -> Iterator[None]:
+    """What is started meanwhile never hears Ctrl-C, not even before it has come to :func:`_work`."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def print_failures(outcomes: Sequence[Outcome]) -> bool:

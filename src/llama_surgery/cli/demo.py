@@ -10,7 +10,6 @@ from llama_surgery.cli.common import (
     DeviceOption,
     Dtype,
     JsonOption,
-    checked_output,
     err,
     load_model,
     out,
@@ -42,7 +41,6 @@ def demo(
     """
     started = time.perf_counter()
     folder = demo_folder()
-    checked_output(out_folder, folder=True)
     from llama_surgery.evaluation.needle_variants import PLAIN
     from llama_surgery.text import read_texts
 

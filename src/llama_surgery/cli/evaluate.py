@@ -14,7 +14,6 @@ from llama_surgery.cli.common import (
     DtypeOption,
     JsonOption,
     ModelArgument,
-    checked_output,
     load_model,
     out,
     print_json,
@@ -138,9 +137,6 @@ def evaluate(
         raise typer.BadParameter(
             "--needle-variant says which needles to ask: give their number by --needles."
         )
-    for path in (out_file, csv):
-        if path is not None:
-            checked_output(path)
     configs = {f"T = {t}": config_for(settings, t) for t in dict.fromkeys([tile, *(also_tile or [])])}
     from llama_surgery.evaluation.needle_variants import PLAIN, VARIANTS, check_variants
     from llama_surgery.text import read_texts
@@ -155,7 +151,7 @@ def evaluate(
     texts = read_texts(text)
     domains = read_domains(domain or [])
     calibration = None if calibration_text is None else read_texts(calibration_text)
-    llm, tokenizer = load_model(model, device, dtype)
+    llm, tokenizer = load_model(model, device, dtype, adapter=adapter)
     conditions = {"text": _shown(text)}
     routers = None
     if adapter is not None:

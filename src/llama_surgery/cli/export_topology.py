@@ -12,14 +12,12 @@ from llama_surgery.cli.common import (
     DtypeOption,
     JsonOption,
     ModelArgument,
-    checked_output,
     err,
     load_model,
     out,
     print_json,
     topology_of,
 )
-from llama_surgery.errors import SurgeryError
 
 
 def export_topology(
@@ -41,13 +39,10 @@ def export_topology(
 
     llama-surgery export-topology demo/books-26m adapter --text demo/text/evaluation.txt --out topology.npz
     """
-    checked_output(out_file)
-    if text.is_dir():
-        raise SurgeryError(f"{text} is a folder: give one text file.")
-    from llama_surgery.text import encode, leading_tokens, read_texts
+    from llama_surgery.text import encode, leading_tokens, read_text
 
-    (document,) = read_texts(text)
-    llm, tokenizer = load_model(model, device, dtype)
+    document = read_text(text)
+    llm, tokenizer = load_model(model, device, dtype, adapter=adapter)
     import torch
 
     from llama_surgery.export.file import describe, write_topology

@@ -40,7 +40,7 @@ def generate(
     thresholds are not calibrated for your model.
     """
     text = _prompt(prompt, prompt_file)
-    llm, tokenizer = load_model(model, device, dtype)
+    llm, tokenizer = load_model(model, device, dtype, adapter=adapter)
 
     import torch
     from transformers import TextStreamer
@@ -84,10 +84,10 @@ def _prompt(prompt: str | None, file: Path | None) -> str:
         raise typer.BadParameter("give either --prompt or --prompt-file.")
     if prompt is not None:
         return prompt
-    from llama_surgery.text import read_texts
+    from llama_surgery.text import read_text
 
     assert file is not None  # one of the two was given
-    return read_texts(file)[0]
+    return read_text(file)
 
 
 def _table(read: dict[str, Any], prompt_tokens: int, new_tokens: int) -> Any:

@@ -16,9 +16,9 @@ from llama_surgery.cli.common import (
     JsonOption,
     ModelArgument,
     _device,
-    checked_output,
     err,
     load_model,
+    load_tokenizer,
     out,
     print_json,
     progress,
@@ -130,12 +130,10 @@ def learn(
     or load_adapter() in Python.
     """
     config = config_for(settings, tile)
-    checked_output(out_folder, folder=True)
     from llama_surgery.learning.processes import launched
     from llama_surgery.learning.settings import LearningSettings
-    from llama_surgery.text import read_texts
+    from llama_surgery.text import read_texts, refuse_pipes
 
-    texts = read_texts(text)
     planned = LearningSettings(
         density=density,
         steps=steps,
@@ -152,6 +150,9 @@ def learn(
             f"{processes.count} processes: each has the whole model on a device of its own. Start one for "
             "--stream and for --device split."
         )
+    if processes.count > 1:
+        refuse_pipes(text)
+    texts = read_texts(text)
     if stream:
         if stage != "local":
             raise SurgeryError("--stream learns from the output of every layer: add --stage local.")
@@ -240,7 +241,6 @@ def _streamed(
     text passes through an operated model that is not in memory.
     """
     import torch
-    from transformers import AutoTokenizer
 
     from llama_surgery.learning.corrections import scorer_parameters
     from llama_surgery.learning.streaming import Captured, learn_streamed
@@ -258,7 +258,7 @@ def _streamed(
         length = min(8192, bones.config.get_text_config().max_position_embeddings)
     length -= length % config.tile
     planned = dataclasses.replace(planned, length=length)
-    ids = cut_windows(AutoTokenizer.from_pretrained(model), texts, length, windows, planned.seed)
+    ids = cut_windows(load_tokenizer(model), texts, length, windows, planned.seed)
     with progress() as tell:
         report, seen = _reporter(planned.stage, planned.steps, tell)
         corrections, theta = learn_streamed(

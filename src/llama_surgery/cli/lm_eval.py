@@ -12,7 +12,6 @@ from llama_surgery.cli.common import (
     DtypeOption,
     JsonOption,
     ModelArgument,
-    checked_output,
     load_model,
     out,
     print_json,
@@ -45,9 +44,7 @@ def lm_eval(
 
     llama-surgery lm-eval MODEL adapter --tasks lambada_openai,hellaswag --limit 200
     """
-    if out_file is not None:
-        checked_output(out_file)
-    llm, tokenizer = load_model(model, device, dtype)
+    llm, tokenizer = load_model(model, device, dtype, adapter=adapter)
     import logging
 
     from llama_surgery.evaluation.lm_eval import compare_on_tasks

@@ -12,7 +12,6 @@ from llama_surgery.cli.common import (
     DtypeOption,
     JsonOption,
     ModelArgument,
-    checked_output,
     load_model,
     out,
     print_json,
@@ -56,7 +55,6 @@ def operate(
     if (text is None) != (density is None):
         raise typer.BadParameter("--text and --density go together: thresholds are set on text.")
     config = config_for(settings, tile)
-    checked_output(out_folder, folder=True)
     from llama_surgery.text import read_texts
 
     texts = None if text is None else read_texts(text)

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from llama_surgery.cli.common import checked_output, out
+from llama_surgery.cli.common import out
 
 
 def report(
@@ -22,7 +22,6 @@ def report(
     ] = None,
 ) -> None:
     """Draw a results file as one self-contained HTML page, which loads nothing from outside."""
-    checked_output(out_file)
     from llama_surgery.report.page import write_report
     from llama_surgery.report.results import read_results
 

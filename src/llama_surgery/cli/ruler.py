@@ -15,7 +15,6 @@ from llama_surgery.cli.common import (
     JsonOption,
     ModelArgument,
     SeedOption,
-    checked_output,
     err,
     load_model,
     out,
@@ -100,9 +99,6 @@ def ruler(
 
     llama-surgery ruler MODEL --adapter adapter --length 4k,8k --qa-1 dev-v2.0.json --out ruler.json
     """
-    for path in (out_file, csv):
-        if path is not None:
-            checked_output(path)
     lengths = token_counts(length or ["4k", "8k"])
     from llama_surgery.evaluation.ruler.materials import Materials
     from llama_surgery.evaluation.ruler.questions import read_questions
@@ -120,7 +116,7 @@ def ruler(
         None if haystack is None else read_texts(haystack),
         {name: read_questions(path) for name, path in given.items()},
     )
-    llm, tokenizer = load_model(model, device, dtype)
+    llm, tokenizer = load_model(model, device, dtype, adapter=adapter)
     from llama_surgery.evaluation.ruler.run import run_ruler
     from llama_surgery.evaluation.ruler.samples import Sampler
 

@@ -16,7 +16,6 @@ from llama_surgery.cli.common import (
     JsonOption,
     ModelArgument,
     SeedOption,
-    checked_output,
     load_model,
     out,
     print_json,
@@ -127,12 +126,12 @@ def verify(
     """
     if adapter is not None and calibration_text is not None:
         raise typer.BadParameter("--adapter holds thresholds already: leave --calibration-text out.")
-    checked_output(out_folder, folder=True)
     lengths = token_counts(length or ["8k", "16k", "32k", "64k"])
     from llama_surgery.text import read_texts
 
     texts = read_texts(text)
-    llm, tokenizer = load_model(model, device, dtype)
+    calibration = [] if calibration_text is None else read_texts(calibration_text)
+    llm, tokenizer = load_model(model, device, dtype, adapter=adapter)
     deadline = time.monotonic() + seconds
     from llama_surgery.evaluation.ruler.materials import Materials
     from llama_surgery.evaluation.ruler.samples import Sampler
@@ -140,11 +139,8 @@ def verify(
     from llama_surgery.evaluation.verify import TASKS, split_texts
     from llama_surgery.evaluation.verify import verify as verify_model
 
-    calibration: list[str] = []
-    if adapter is None:
-        calibration, texts = (
-            split_texts(texts) if calibration_text is None else (read_texts(calibration_text), texts)
-        )
+    if adapter is None and not calibration:
+        calibration, texts = split_texts(texts)
     chat = bool(getattr(tokenizer, "chat_template", None)) if chat is None else chat
     with progress() as tell:
         if adapter is None:

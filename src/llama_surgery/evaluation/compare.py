@@ -29,6 +29,7 @@ from llama_surgery.evaluation.needle_variants import VARIANTS
 from llama_surgery.evaluation.peers.registry import PEERS
 from llama_surgery.evaluation.perplexity import perplexity
 from llama_surgery.files import write_json
+from llama_surgery.folders import check_folder
 from llama_surgery.topology.router import PageRouter
 
 #: Names of this package's own forms: the configured topology, and that of an adapter.
@@ -67,7 +68,7 @@ class Comparison:
 
     Raises:
         SurgeryError: The model is operated or in training mode, or the folder holds another comparison
-            or another adapter's.
+            or another adapter's, a model, or an adapter of another library.
         TextError: The texts are too short.
     """
 
@@ -91,6 +92,7 @@ class Comparison:
         seed: int = 0,
     ) -> None:
         check_dense(model, {})
+        check_folder(folder)
         if not densities or not all(0 < density < 1 for density in densities):
             raise SurgeryError(f"densities {list(densities)}: give total densities between 0 and 1.")
         self.folder, self.densities = folder, densities

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
@@ -136,7 +136,8 @@ class PeerForm:
                 self._learned = load_file(self._file)
             else:
                 tensors = self._peer.learn(self._model, self._training)
-                write_atomically(self._file, lambda path: save_file(tensors, path))
+                # As bytes: the library's own writing does not raise OSError where the disk is full.
+                write_atomically(self._file, lambda path: path.write_bytes(save(tensors)), own=True)
                 self._learned = tensors
         return self._learned
 

@@ -33,6 +33,7 @@ from llama_surgery.evaluation.verdict import (
     verdict,
 )
 from llama_surgery.files import write_json
+from llama_surgery.folders import check_folder
 from llama_surgery.text import encode, leading_tokens
 from llama_surgery.topology.router import PageRouter
 
@@ -117,10 +118,10 @@ def verify(
 
     Raises:
         SurgeryError: The model is operated or in training mode, or the folder holds a run with other
-            settings.
+            settings, a model, or an adapter of another library.
         TextError: A task does not exist or its samples cannot be made.
     """
-    limits, folder, lengths = limits or Limits(), Path(folder), sorted(set(lengths))
+    limits, folder, lengths = limits or Limits(), check_folder(Path(folder)), sorted(set(lengths))
     if not lengths or not tasks:
         raise SurgeryError(f"lengths {lengths}, tasks {list(tasks)}: at least one of each is needed.")
     check_dense(model, {OPERATED: config})

@@ -1,6 +1,7 @@
 """What a run of learning consists of between two steps, and its checkpoints."""
 
 import dataclasses
+import io
 from pathlib import Path
 from typing import Any
 
@@ -99,7 +100,9 @@ def write_checkpoint(path: Path, about: dict[str, Any], content: dict[str, Any])
     Raises:
         SurgeryError: The disk is full or the folder cannot be written.
     """
-    write_atomically(path, lambda file: torch.save({"about": about, **content}, file))
+    state = io.BytesIO()  # the library's own writing does not raise OSError where the disk is full
+    torch.save({"about": about, **content}, state)
+    write_atomically(path, lambda file: file.write_bytes(state.getvalue()), own=True)
 
 
 def read_checkpoint(path: Path, about: dict[str, Any]) -> dict[str, Any] | None:
@@ -114,6 +117,8 @@ def read_checkpoint(path: Path, about: dict[str, Any]) -> dict[str, Any] | None:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         raise SurgeryError(f"{path} is damaged ({error}): remove it to start anew.") from error
+    if not isinstance(content, dict) or not isinstance(content.get("about"), dict):
+        raise SurgeryError(f"{path} is not a checkpoint of learning: name another file.")
     differing = sorted(key for key in about if about[key] != content["about"].get(key))
     if differing:
         raise SurgeryError(

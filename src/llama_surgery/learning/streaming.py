@@ -23,6 +23,7 @@ from transformers import PreTrainedModel
 from llama_surgery.config import SurgeryConfig
 from llama_surgery.errors import SurgeryError
 from llama_surgery.files import write_atomically, write_json
+from llama_surgery.folders import check_folder
 from llama_surgery.learning.attach import (
     Gates,
     Reading,
@@ -62,8 +63,9 @@ class Captured:
         """Note what the states are of, or check that those that are there are of the same.
 
         Raises:
-            SurgeryError: They are of something else, or the folder cannot be written.
+            SurgeryError: They are of something else, or the folder cannot be written or holds a model.
         """
+        check_folder(self.folder)
         file = self.folder / ABOUT_FILE
         if not file.exists():
             write_json(file, about)
@@ -89,7 +91,7 @@ class Captured:
             SurgeryError: The disk is full or the folder cannot be written.
         """
         content = save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()})
-        write_atomically(self.file(layer, window), lambda file: file.write_bytes(content))
+        write_atomically(self.file(layer, window), lambda file: file.write_bytes(content), own=True)
 
     def load(self, layer: int, window: int, device: torch.device) -> dict[str, torch.Tensor]:
         """Read them back, with a batch dimension of one.

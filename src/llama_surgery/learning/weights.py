@@ -9,6 +9,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+from llama_surgery.checkpoint import located, told
 from llama_surgery.errors import SurgeryError, UnsupportedModelError
 
 INDEX_FILE, SINGLE_FILE = "model.safetensors.index.json", "model.safetensors"
@@ -68,15 +69,18 @@ def skeleton(folder: str | Path) -> PreTrainedModel:
         UnsupportedModelError: It computes with buffers that are neither in the checkpoint nor rotary tables.
     """
     try:
-        config = AutoConfig.from_pretrained(folder)
-    except (OSError, ValueError) as error:
-        first = str(error).strip().partition("\n")[0]
+        name, options = located(folder)
+    except SurgeryError as error:
+        raise SurgeryError(f"no model configuration: {error}") from error
+    try:
+        config = AutoConfig.from_pretrained(name, **options)
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config)
+    except Exception as error:  # what a library makes of a file that may hold anything
         raise SurgeryError(
-            f"{folder}: no model configuration that can be read ({first}). Give the folder of a checkpoint, "
-            "its config.json, or its name on the Hub."
+            f"{folder}: no model configuration that can be read ({told(error)}). Give the folder of a "
+            "checkpoint, its config.json, or its name on the Hub."
         ) from error
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
     for name, module in model.named_modules():
         if not any(buffer.is_meta for buffer in module.buffers(recurse=False)):
             continue

@@ -10,9 +10,11 @@ from typing import Any
 import torch
 from safetensors.torch import save
 
+from llama_surgery.checkpoint import located, told
 from llama_surgery.config import SurgeryConfig
 from llama_surgery.errors import SurgeryError, UnsupportedModelError
 from llama_surgery.files import write_atomically, write_json
+from llama_surgery.folders import CONFIG_FILE, TENSOR_FILE, is_own_adapter
 from llama_surgery.serving.families import (
     BLOCK,
     BLOCK_VERSION,
@@ -29,6 +31,8 @@ _OTHER_WEIGHTS = (".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx")
 #: A second copy of the model in Mistral's own layout. Where the engine finds one it never looks at
 #: ``config.json``, and would serve the dense model.
 _SECOND_COPY = ("params.json", "consolidated*")
+#: Of an adapter of this package among the model's files: the engine would take its tensors for weights.
+_OWN_ADAPTER = (CONFIG_FILE, TENSOR_FILE)
 
 
 def export(model: str | Path, out: str | Path, adapter: str | Path | None = None) -> SurgeryConfig:
@@ -50,10 +54,19 @@ def export(model: str | Path, out: str | Path, adapter: str | Path | None = None
         UnsupportedModelError: The model cannot be operated or is of a family that is not served.
         SurgeryError: A folder is missing, damaged or in the way, or the disk is full.
     """
-    model, out = Path(model), Path(out)
+    model, out = Path(model), Path(os.path.realpath(out))
     description = _read_config(model)
     architecture = exported_architecture(description, str(model))
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+    if (model / CONFIG_FILE).exists() and not is_own_adapter(model):
+        raise SurgeryError(
+            f"{model} holds an adapter of another library ({CONFIG_FILE}), which the engine would not apply: "
+            "merge it into the weights first, or remove it."
+        )
+    try:
+        taken = out.exists() and (not out.is_dir() or any(out.iterdir()))
+    except OSError as error:
+        raise SurgeryError(f"{out} cannot be read ({error.strerror}): give another folder.") from error
+    if taken:
         raise SurgeryError(f"{out} is there already: give a folder that does not exist or is empty.")
     config, routers = _operation(model, adapter)
     check_servable(config)
@@ -72,7 +85,7 @@ def export(model: str | Path, out: str | Path, adapter: str | Path | None = None
             if file.is_file() and file.name != "config.json" and not _left_behind(file):
                 shutil.copyfile(file, temporary / file.name)
         _write_routers(temporary, routers)
-        write_json(temporary / "config.json", written)
+        write_json(temporary / "config.json", written, own=True)
         os.replace(temporary, out)
     except OSError as error:
         raise SurgeryError(
@@ -85,7 +98,11 @@ def export(model: str | Path, out: str | Path, adapter: str | Path | None = None
 
 
 def _left_behind(file: Path) -> bool:
-    return file.suffix in _OTHER_WEIGHTS or any(map(file.match, _SECOND_COPY))
+    return (
+        file.suffix in _OTHER_WEIGHTS
+        or file.name in _OWN_ADAPTER  # others are refused
+        or any(map(file.match, _SECOND_COPY))
+    )
 
 
 def _read_config(model: Path) -> dict[str, Any]:
@@ -112,11 +129,11 @@ def _operation(model: Path, adapter: str | Path | None) -> tuple[SurgeryConfig, 
     from llama_surgery.surgery.operate import operate
     from llama_surgery.surgery.operation import config_of, routers_of, surgery_of
 
+    located(model)
     try:
         dense = AutoModelForCausalLM.from_pretrained(model, dtype="auto", local_files_only=True)
-    except (OSError, ValueError, RuntimeError) as error:
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise SurgeryError(f"could not load {model}: {first}") from error
+    except Exception as error:  # what a library makes of files that may hold anything
+        raise SurgeryError(f"could not load {model}: {told(error)}") from error
     operated = operate(dense) if adapter is None else load_adapter(dense, adapter)
     layers = dense.config.num_hidden_layers
     if len(surgery_of(operated)) != layers:
@@ -135,9 +152,9 @@ def _write_routers(folder: Path, routers: dict[int, PageRouter]) -> None:
     }
     if not tensors:
         return
-    write_atomically(folder / ROUTER_FILE, lambda file: file.write_bytes(save(tensors)))
+    write_atomically(folder / ROUTER_FILE, lambda file: file.write_bytes(save(tensors)), own=True)
     index = folder / INDEX_FILE
     if index.exists():  # where there is an index, engines read nothing that it does not list
         listed = json.loads(index.read_text(encoding="utf-8"))
         listed["weight_map"] |= dict.fromkeys(tensors, ROUTER_FILE)
-        write_json(index, listed)
+        write_json(index, listed, own=True)

@@ -11,7 +11,8 @@ from safetensors.torch import load_file, save
 
 from llama_surgery.config import SurgeryConfig
 from llama_surgery.errors import AdapterError
-from llama_surgery.files import write_atomically, write_json
+from llama_surgery.files import as_json, write_together
+from llama_surgery.folders import CONFIG_FILE, FINGERPRINT, FORMAT, TENSOR_FILE, check_complete, check_folder
 from llama_surgery.surgery.operate import operate
 from llama_surgery.surgery.operation import config_of, routers_of
 from llama_surgery.surgery.supported import attention_modules, inner_model
@@ -19,9 +20,6 @@ from llama_surgery.topology.router import PageRouter
 
 Model = TypeVar("Model", bound=torch.nn.Module)
 
-CONFIG_FILE = "adapter_config.json"
-TENSOR_FILE = "adapter_model.safetensors"
-FORMAT = "llama-surgery"
 FORMAT_VERSION = 2
 #: Adapters without learned corrections keep the first version, which older releases read.
 PLAIN_VERSION = 1
@@ -33,10 +31,12 @@ def save_adapter(model: torch.nn.Module, folder: str | Path) -> None:
     """Write the operation of ``model`` to ``folder``: configuration, learned corrections, and a fingerprint
     of the model.
 
-    Files are written atomically, the configuration last: a folder without it is no adapter.
+    Files are written atomically, the configuration last: a folder without it is no adapter. An earlier
+    adapter of this package in ``folder`` is replaced; the names of the files are PEFT's.
 
     Raises:
-        SurgeryError: The model is not operated, or the folder cannot be written.
+        SurgeryError: The model is not operated, the folder holds a model or an adapter of another library, or
+            cannot be written.
     """
     write_adapter(folder, model, config_of(model), routers_of(model))
 
@@ -47,10 +47,10 @@ def write_adapter(
     """Write an adapter of ``model``, which need not be operated, nor in memory but for its first attention.
 
     Raises:
-        SurgeryError: The folder cannot be written.
+        SurgeryError: The folder holds a model or an adapter of another library, or cannot be written.
     """
-    folder = Path(folder)
-    tensors = {"fingerprint": _fingerprint(model)}
+    folder = check_folder(Path(folder))
+    tensors = {FINGERPRINT: _fingerprint(model)}
     for index, router in routers.items():
         for name, part in router.tensors().items():
             tensors[f"{ROUTER}.{index}.{name}"] = part.detach().float().cpu().contiguous()
@@ -60,9 +60,12 @@ def write_adapter(
         "base_model": _describe(model),
         "surgery": config.to_dict(),
     }
-    # As bytes: the library's own writing does not raise OSError where the disk is full.
-    write_atomically(folder / TENSOR_FILE, lambda file: file.write_bytes(save(tensors)))
-    write_json(folder / CONFIG_FILE, description)
+    files = {
+        # As bytes: the library's own writing does not raise OSError where the disk is full.
+        folder / TENSOR_FILE: lambda file: file.write_bytes(save(tensors)),
+        folder / CONFIG_FILE: as_json(description),
+    }
+    write_together(files, own=True)
 
 
 def load_adapter(model: Model, folder: str | Path) -> Model:
@@ -78,7 +81,7 @@ def load_adapter(model: Model, folder: str | Path) -> Model:
     if differing:
         told = ", ".join(f"{k}: adapter {expected[k]!r}, model {got.get(k)!r}" for k in differing)
         raise AdapterError(f"the adapter in {folder} is of another model ({told}).")
-    want, have = tensors["fingerprint"], _fingerprint(model)
+    want, have = tensors[FINGERPRINT], _fingerprint(model)
     # Half-precision roundings of one checkpoint agree to 1%; other weights do not.
     known = want.numel() and have.numel()
     if known and (want.shape != have.shape or not torch.allclose(want, have, rtol=1e-2, atol=1e-4)):
@@ -110,15 +113,10 @@ def _routers(folder: Path, tensors: dict[str, torch.Tensor]) -> dict[int, PageRo
 
 
 def _read(folder: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    check_complete(folder)
     try:
         description = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
         tensors = load_file(folder / TENSOR_FILE)
-    except FileNotFoundError as error:
-        absent = [name for name in (CONFIG_FILE, TENSOR_FILE) if not (folder / name).exists()]
-        raise AdapterError(
-            f"{folder / (absent or [''])[0]} is missing: an adapter is a folder with {CONFIG_FILE} and "
-            f"{TENSOR_FILE}, as save_adapter writes it."
-        ) from error
     except (OSError, ValueError, SafetensorError) as error:
         raise AdapterError(f"the adapter in {folder} is damaged: {error}. Save it again.") from error
     if not isinstance(description, dict) or description.get("peft_type") != FORMAT:
@@ -129,7 +127,7 @@ def _read(folder: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
             f"the adapter in {folder} has format version {version!r}; this release reads up to "
             f"{FORMAT_VERSION}. Update llama-surgery."
         )
-    missing = {"base_model", "surgery"} - description.keys() | {"fingerprint"} - tensors.keys()
+    missing = {"base_model", "surgery"} - description.keys() | {FINGERPRINT} - tensors.keys()
     if missing or not isinstance(description["base_model"], dict):
         missing = missing or {"a description of the base model"}
         raise AdapterError(

@@ -1,0 +1,135 @@
+"""What every command does before and after its work: outputs checked, errors and Ctrl-C told in one line."""
+
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import typer
+from typer.core import TyperCommand, TyperGroup
+
+from llama_surgery.cli.common import err, escape
+from llama_surgery.errors import SurgeryError
+from llama_surgery.folders import check_file, check_folder
+
+#: Options that name what is written; their parameters are called after a folder where they mean one.
+_OUTPUTS = {"--out", "--csv"}
+#: Commands that go on where they stopped, and what they go on from.
+_RESUMED = {
+    "compare": ("comparison.json",),
+    "learn": ("checkpoint-*.pt", "states/*"),
+    "ruler": (),
+    "verify": ("calibration.json", "verify.json"),
+}
+#: Commands that write tables and figures alone, which may lie beside a model.
+_TABLES = ("bench",)
+#: Exit code of a command that Ctrl-C ended.
+INTERRUPTED = 130
+
+
+class Commands(TyperGroup):
+    """Commands whose expected errors end in one clear line instead of a traceback."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run a command; exit with 1 when it raises one of the package's own errors."""
+        try:
+            return super().invoke(ctx)
+        except SurgeryError as error:
+            err.print(f"[bold red]Error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
+            raise typer.Exit(1) from error
+
+
+class Command(TyperCommand):
+    """A command that looks at where it will write before it works, and says what is left when interrupted."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the command; exit with 130 on Ctrl-C.
+
+        Raises:
+            SurgeryError: What it is to write cannot be written, or is not to be replaced.
+        """
+        named = {p.name for p in self.params if _OUTPUTS & set(p.opts)}
+        outputs = {name: path for name, path in ctx.params.items() if name in named and path is not None}
+        for name, path in outputs.items():
+            checked_output(path, folder="folder" in name, own=self.name not in _TABLES)
+        inputs = [path for name, value in ctx.params.items() if name not in named for path in _paths(value)]
+        files = [path for name, path in outputs.items() if "folder" not in name]
+        for number, path in enumerate(files):
+            if any(_same(path, other) for other in [*inputs, *files[:number]]):
+                raise SurgeryError(f"{path} is named twice, and would be overwritten: name another file.")
+        began = time.time()
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt as error:
+            if os.environ.get("RANK", "0") == "0":  # of several processes of 'learn' one speaks
+                told = _left(str(self.name), list(outputs.values()), began)
+                err.print(f"Interrupted{told}", highlight=False, soft_wrap=True)
+            raise typer.Exit(INTERRUPTED) from error
+
+
+def checked_output(path: Path, *, folder: bool = False, own: bool = True) -> Path:
+    """``path``, if it can be written to: better known before minutes of work than after.
+
+    Args:
+        path: A file, or a folder.
+        folder: Which of them.
+        own: A folder must not be somebody else's.
+
+    Raises:
+        SurgeryError: Something is in the way, or it belongs to somebody else.
+    """
+    try:
+        if not folder:
+            check_file(path)
+        elif own or not path.is_dir():
+            check_folder(path)
+        place = Path(os.path.realpath(path))
+        place = place if folder else place.parent
+        while not place.exists():
+            place = place.parent
+        if not place.is_dir():
+            raise SurgeryError(f"{path}: cannot be created, as {place} is a file.")
+        if not os.access(place, os.W_OK | os.X_OK):
+            raise SurgeryError(f"{path}: cannot be created ({place} may not be written to).")
+    except OSError as error:
+        raise SurgeryError(f"{path}: cannot be created ({error.strerror or error}).") from error
+    return path
+
+
+def _paths(value: Any) -> Iterator[Path]:
+    """Paths among the values of a parameter: a path, a text that may be one, ``name=path``, or several."""
+    if isinstance(value, Path):
+        yield value
+    elif isinstance(value, str):
+        yield Path(value)
+        yield Path(value.partition("=")[2])
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            yield from _paths(item)
+
+
+def _same(one: Path, other: Path) -> bool:
+    try:
+        return os.path.realpath(one) == os.path.realpath(other) or os.path.samefile(one, other)
+    except (OSError, ValueError):
+        return False
+
+
+def _left(command: str, outputs: list[Path], began: float) -> str:
+    """What an interrupted command leaves behind, as the end of a sentence."""
+    patterns = _RESUMED.get(command)
+    for path in outputs:
+        kept = path.is_file() or any(any(path.glob(pattern)) for pattern in patterns or ())
+        if patterns is not None and kept:
+            return f": what is finished is kept in {escape(str(path))}. Run the same command again to go on."
+    # To a second: file systems keep times more coarsely than the clock.
+    written = [file for path in outputs for file in _files(path) if file.stat().st_mtime > began - 1]
+    if written:
+        return f": written so far: {escape(', '.join(map(str, written)))}."
+    return ": nothing was written." if outputs else "."
+
+
+def _files(path: Path) -> list[Path]:
+    """A file, or those of a folder."""
+    return sorted(file for file in [path, *path.glob("*")] if file.is_file())
