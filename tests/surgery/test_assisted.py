@@ -4,9 +4,9 @@ import dataclasses
 
 import pytest
 import torch
-from tests.surgery.tiny import SINGLE, SPARSE, llama, tokens
+from tests.surgery.tiny import SINGLE, SPARSE, llama, logits, tokens
 
-from llama_surgery import PagedCache, operated, statistics
+from llama_surgery import PagedCache, operated, paged_cache, statistics
 from llama_surgery.surgery.compat import CACHE_NAME
 
 PROMPT, NEW = 140, 60
@@ -76,3 +76,15 @@ def test_assisted_generation_with_tiles_verifies_in_single_queries(seed):
     assert clear > 0
     assert torch.equal(out.sequences[:, : PROMPT + clear], plain.sequences[:, : PROMPT + clear])
     assert single >= 2 * 2 * (NEW - 1), "of both runs and both layers"
+
+
+def test_early_exit_drafts_for_the_whole_model():
+    """transformers cuts layers off the configuration while it drafts, for the cache too."""
+    prompt, model = tokens(1, PROMPT), llama(num_hidden_layers=4)
+    before = logits(model, prompt)
+    with operated(model, SINGLE):
+        plain = model.generate(prompt, **OPTIONS)
+        out = model.generate(prompt, assistant_early_exit=2, **OPTIONS)
+        assert torch.equal(out.sequences, plain.sequences)
+        assert len(paged_cache(model).paged) == model.config.num_hidden_layers == 4
+    assert torch.equal(logits(model, prompt), before), "with all its layers"

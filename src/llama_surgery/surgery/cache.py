@@ -153,7 +153,7 @@ class PagedLayer(CacheLayerMixin):
             what = "{} KV heads of {} and {} channels, {} on {}"
             raise SurgeryError(
                 f"the call brings {what.format(*got)}, but the paged cache holds {what.format(*holds)}. "
-                "Start with a new cache after the model, its dtype or its device has changed."
+                "Start with a new cache after the model, its dtype, autocast or its device has changed."
             )
 
     def _expect(self, store: SequenceStore, length: int) -> None:

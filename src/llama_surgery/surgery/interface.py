@@ -90,7 +90,7 @@ def surgery_mask(base: str, **arguments: Any) -> Any:
     kv_length = arguments["kv_length"]
     if mask.shape[-1] < kv_length:
         _refuse_short(mask, arguments)
-    return mask[:, -kv_length:].bool()
+    return mask[:, :kv_length].bool()
 
 
 def _refuse_short(mask: torch.Tensor, arguments: dict[str, Any]) -> None:
@@ -163,34 +163,15 @@ def _operated(
     cache: PagedCache | None,
     keywords: dict[str, Any],
 ) -> torch.Tensor:
-    kind, states = query.device.type, (query, key, value)
-    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
-        # As PyTorch's own attention: the states are cast, and nothing inside.
-        dtype = torch.get_autocast_dtype(kind)
-        states = tuple(x if x.dtype == torch.float64 else x.to(dtype) for x in states)
-        with torch.autocast(kind, enabled=False):
-            return _on_cache(module, layer, *states, mask, cache, keywords)
-    return _on_cache(module, layer, *states, mask, cache, keywords)
-
-
-def _on_cache(
-    module: torch.nn.Module,
-    layer: LayerSurgery,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    mask: torch.Tensor | None,
-    cache: PagedCache | None,
-    keywords: dict[str, Any],
-) -> torch.Tensor:
     layer.move_router(query.device)
-    held = None if cache is None else cache.layers[module.layer_idx]
-    if held is not None and held.is_initialized and held.dtype != key.dtype:
-        raise SurgeryError(
-            f"the cache holds keys in {held.dtype}, new ones are in {key.dtype}: the model's precision, or "
-            "autocast, changed between two calls on one cache. Start with a new cache."
-        )
-    return run_layer(module, layer, query, key, value, mask, cache, keywords)
+    kind = query.device.type
+    if not (torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)):
+        return run_layer(module, layer, query, key, value, mask, cache, keywords)
+    # As in PyTorch's own attention the states are cast, and nothing that is computed of them.
+    dtype = torch.get_autocast_dtype(kind)
+    states = (x if x.dtype == torch.float64 else x.to(dtype) for x in (query, key, value))
+    with torch.autocast(kind, enabled=False):
+        return run_layer(module, layer, *states, mask, cache, keywords)
 
 
 def dense_attention(

@@ -92,7 +92,14 @@ def check_replaceable(inner: PreTrainedModel, modules: Iterable[torch.nn.Module]
     base = base_of(text)
     if any(ATTRIBUTE in module.__dict__ for module in modules):
         raise SurgeryError("the model is part of one that is operated already: eject that first.")
-    for part in parts_around(inner, modules):
+    parts = parts_around(inner, modules)
+    if not _has_forward(inner):
+        names = {id(part): name for name, part in inner.named_modules()}
+        raise UnsupportedModelError(
+            f"{type(inner).__name__} has no forward, it hands its inputs to its parts. Operate on the part: "
+            f"operate(model.{names[id(next(part for part in parts if _has_forward(part)))]})."
+        )
+    for part in parts:
         if part.config is text and not part._can_set_attn_implementation():
             raise UnsupportedModelError(
                 f"{type(part).__name__} does not use transformers' attention interface, so that its "
@@ -100,6 +107,10 @@ def check_replaceable(inner: PreTrainedModel, modules: Iterable[torch.nn.Module]
                 "it (Llama, Mistral, Qwen, Gemma, Phi-3, gpt-oss and most recent ones)."
             )
     return base
+
+
+def _has_forward(model: torch.nn.Module) -> bool:
+    return type(model).forward is not torch.nn.Module.forward
 
 
 def replace(inner: PreTrainedModel, base: str, modules: Iterable[torch.nn.Module]) -> Replacement:
