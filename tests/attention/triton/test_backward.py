@@ -378,3 +378,29 @@ def test_long_rows_do_not_depend_on_the_run(device: torch.device) -> None:
         found.append([x[name].grad for name in ("queries", "keys", "values")])
     assert all(torch.equal(*pair) for pair in zip(*found, strict=True))
     assert isinstance(result, prefill.TiledResult)
+
+
+@pytest.mark.parametrize("strip_bytes", [1 << 28, 1 << 6], ids=["one strip", "several"])
+def test_page_lists_are_saved_no_longer_than_they_are(
+    strip_bytes: int, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As saved tensors, which are given back after the backward pass, and with no memory behind them."""
+    monkeypatch.setattr(job, "STRIP_BYTES", strip_bytes)
+    config = dataclasses.replace(CONFIG, theta=0.6, directions="position")
+    case = Case(40, 160, streams=1)
+    x, full = leaves(inputs(case, device), torch.float32), 128
+    saved: list[torch.Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: (saved.append(t), t)[1], lambda t: t):
+        layout = backward.build_layout(x["keys"][:, :full], x["values"][:, :full], config)
+        result = backward.attend(x["queries"], x["keys"], x["values"], layout, config=config, start=case.past)
+    assert (len(result.plans) > 1) == (strip_bytes < 1 << 28)
+    for plan in result.plans:
+        longest = int(plan.counts.max())
+        assert 0 < longest < config.pages_per_chunk * 2
+        assert plan.entries is not None and plan.entries.shape == (*plan.counts.shape, longest)
+        assert plan.entries.untyped_storage().nbytes() == 4 * plan.entries.numel()
+        assert any(t.data_ptr() == plan.entries.data_ptr() and t.shape == plan.entries.shape for t in saved)
+        assert plan.first_open().shape[-1] == plan.pages >= config.pages_per_chunk * 2
+    result.out.backward(x["d_out"])
+    with pytest.raises(RuntimeError, match="second time"):
+        result.out.backward(x["d_out"])

@@ -53,7 +53,7 @@ def attend(
     ``out`` and ``lse`` have gradients by queries, near keys and values, the layout's keys and values and sink
     logits; by ``router`` there are none. A key that is both a near key and in the layout gets the sum where
     both were made from one tensor by PyTorch, as by :func:`build_layout`. The plans
-    keep their lists: they are what the backward pass walks.
+    keep their lists, which the backward pass walks, cut to the longest of a strip: its length is read back.
 
     Raises:
         SurgeryError: A dtype, tile or rule that these kernels do not run.
@@ -71,7 +71,7 @@ def attend(
             softcap=softcap,
             sink_logit=sink_logit,
             router=router,
-            keep_lists=True,
+            trim_lists=True,
         )
     call = Call(config, start, config.tile if tile is None else tile, scale, softcap, tuple(result.plans))
     far_keys, far_values = (None, None) if layout is None else (layout.keys, layout.values)
@@ -119,9 +119,7 @@ def plan_pages(
             return TiledPlan(start, job.stop, job.tile, counts, counts, entries)
         with launching(queries):
             plan = select(job, strip)
-    assert plan.entries is not None
-    longest = int(plan.counts.max())
-    return dataclasses.replace(plan, entries=plan.entries[..., :longest].contiguous())
+    return plan.trimmed()
 
 
 def attend_plan(
@@ -200,18 +198,26 @@ class _Gradients(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, call: Call, states: States, *_inputs: torch.Tensor | None) -> Any:
-        ctx.call = call
-        ctx.save_for_backward(*states)
+        # Lists are saved as tensors, so that they are given back after the backward pass, as the states are.
+        lists = [tensor for plan in call.plans for tensor in (plan.counts, plan.entries)]
+        ctx.call, ctx.plans = call._replace(plans=()), [(p.start, p.stop, p.tile) for p in call.plans]
+        ctx.save_for_backward(*states, *lists)
         ctx.set_materialize_grads(False)
         return states.out, states.lse
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d_out: torch.Tensor | None, d_lse: torch.Tensor | None) -> Any:
-        states = States(*ctx.saved_tensors)
+        count = len(States._fields)
+        states, lists = States(*ctx.saved_tensors[:count]), iter(ctx.saved_tensors[count:])
+        plans = (
+            TiledPlan(*where, counts, counts, entries)
+            for where, counts, entries in zip(ctx.plans, lists, lists, strict=True)
+        )
+        call = ctx.call._replace(plans=tuple(plans))
         if d_out is None and d_lse is None:
             return (None,) * (2 + len(states.inputs()))
         if d_out is None:
             d_out = torch.zeros_like(states.out)
         with launching(states.queries):
-            return None, None, *gradients(ctx.call, states, d_out, d_lse, ctx.needs_input_grad[2:])
+            return None, None, *gradients(call, states, d_out, d_lse, ctx.needs_input_grad[2:])

@@ -44,6 +44,7 @@ def attend(
     sink_logit: torch.Tensor | None = None,
     router: PageRouter | None = None,
     keep_lists: bool = False,
+    trim_lists: bool = False,
 ) -> TiledResult:
     """Attention of consecutive rows through the ``pages`` (or ``dense``) topology.
 
@@ -52,6 +53,7 @@ def attend(
 
     Args:
         keep_lists: Keep the page lists in the returned plans, for inspection.
+        trim_lists: Keep no more of them than is valid, for a backward pass. Reads back a length per strip.
 
     Raises:
         SurgeryError: A dtype, tile or rule that these kernels do not run.
@@ -79,11 +81,13 @@ def attend(
             plan = None
             if strip.pages:
                 plan = select(job, strip)
-                kept = plan if keep_lists else dataclasses.replace(plan, entries=None)
-                plans.append(dataclasses.replace(kept, first=None))
             attend_strip(job, strip, plan, out, lse)
             if plan is not None and means is not None:
                 summarise_strip(job, strip, plan, means, out, lse)
+            if plan is not None:
+                kept = plan if keep_lists or trim_lists else dataclasses.replace(plan, entries=None)
+                kept = dataclasses.replace(kept, first=None)
+                plans.append(kept.trimmed() if trim_lists else kept)
     near_pairs = sum(
         _triangle(b.stop - b.closed * config.chunk_size) - _triangle(b.start - b.closed * config.chunk_size)
         for b in query_blocks(job.start, job.stop, config, job.tile)

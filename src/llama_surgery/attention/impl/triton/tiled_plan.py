@@ -26,6 +26,7 @@ class TiledPlan:
             ``page * ENTRY + first_open``; None where they were not kept.
         first: (streams, tiles, capacity) uint8, first row of every closed page, ``tile`` where none opened
             it; kept for summaries alone.
+        pages: Closed pages of the last tile, where the lists have no room for as many.
     """
 
     start: int
@@ -35,6 +36,22 @@ class TiledPlan:
     rows_seen: torch.Tensor
     entries: torch.Tensor | None = None
     first: torch.Tensor | None = None
+    pages: int = 0
+
+    def trimmed(self) -> "TiledPlan":
+        """The same plan with lists as long as the longest of them, the rest of their memory given back.
+
+        Lists are written with room for every closed page, which is many times what is opened. The length is
+        read back to the host; nothing is while a graph is captured, where the plan stays as it is.
+        """
+        assert self.entries is not None
+        if self.entries.is_cuda and torch.cuda.is_current_stream_capturing():
+            return self
+        longest, room = int(self.counts.max()), self.entries.shape[-1]
+        if longest == room:
+            return self
+        # A copy also where the slice is contiguous: it would hold on to the whole.
+        return dataclasses.replace(self, entries=self.entries[..., :longest].clone(), pages=room)
 
     def executed_pairs(self, page_size: int) -> torch.Tensor:
         """(streams,) int64: (query, key) pairs the far pass reads for one query head."""
@@ -48,11 +65,12 @@ class TiledPlan:
         return self.rows_seen.long().sum(1) * page_size
 
     def first_open(self) -> torch.Tensor:
-        """(streams, tiles, capacity) int64: first row that opened each page, ``tile`` where none did."""
+        """(streams, tiles, pages) int64: first row that opened each page, ``tile`` where none did."""
         if self.entries is None:
             raise ValueError("the lists of this plan were not kept: ask for keep_lists=True.")
-        pages = self.entries.shape[-1]
-        listed = torch.arange(pages, device=self.entries.device)
+        room = self.entries.shape[-1]
+        pages = max(room, self.pages)
+        listed = torch.arange(room, device=self.entries.device)
         valid = listed < self.counts.unsqueeze(-1)
         page = (self.entries // ENTRY).where(valid, pages).long()
         opened = (self.entries % ENTRY).where(valid, self.tile).long()
