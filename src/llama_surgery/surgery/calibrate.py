@@ -81,7 +81,7 @@ def calibrate(
         passes: Fewer do where the model's θ is near already.
 
     Raises:
-        SurgeryError: ``density`` is out of range or out of reach.
+        SurgeryError: ``density`` is out of range or out of reach. The model keeps its configuration.
         TextError: The text is too short.
     """
     config = config_of(model)
@@ -100,18 +100,24 @@ def calibrate(
             f"{config.window + config.chunk_size} tokens to have a far field."
         )
     ids = windows(tokenizer, text, length, WINDOWS, seed=0).to(inner.device)
-    for _ in range(passes):
-        # Kernels do not hand out shares.
-        listened = "gather" if config.backend == "triton" else config.backend
-        set_config(model, dataclasses.replace(config, backend=listened))
-        heard = _listen(model, ids, config)
-        theta = heard.by_tile.theta(AIM * density * heard.tile_pairs)
-        theta_decode = theta
-        if config.tile > 1:
-            theta_decode = heard.by_row.theta(AIM * density * heard.row_pairs)
-        config = dataclasses.replace(config, theta=theta, theta_decode=theta_decode)
-        set_config(model, config)
-    reset_statistics(model)
+    given = config
+    try:
+        for _ in range(passes):
+            # Kernels do not hand out shares: plain PyTorch does, from what they would score pages by.
+            listened = "gather" if config.backend == "triton" else config.backend
+            set_config(model, dataclasses.replace(config, backend=listened))
+            heard = _listen(model, ids, config)
+            theta = heard.by_tile.theta(AIM * density * heard.tile_pairs)
+            theta_decode = theta
+            if config.tile > 1:
+                theta_decode = heard.by_row.theta(AIM * density * heard.row_pairs)
+            config = dataclasses.replace(config, theta=theta, theta_decode=theta_decode)
+            set_config(model, config)
+    except BaseException:
+        set_config(model, given)
+        raise
+    finally:
+        reset_statistics(model)
     return config
 
 
@@ -139,7 +145,7 @@ def _listen(model: torch.nn.Module, ids: torch.Tensor, config: SurgeryConfig) ->
             by_row.add(shares.flatten(1, 2), (rows * config.page_size / scored).repeat_interleave(scored))
 
     reset_statistics(model)
-    with listening(surgery_of(model), hear), torch.inference_mode():
+    with listening(surgery_of(model), hear, config), torch.inference_mode():
         for window in ids:
             inner_model(model)(window[None], use_cache=False, logits_to_keep=1)
     pairs = statistics(model).causal_pairs

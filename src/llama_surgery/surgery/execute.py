@@ -6,6 +6,7 @@ from typing import Any
 import torch
 
 from llama_surgery.attention.api import attend
+from llama_surgery.attention.heard import heard_layout
 from llama_surgery.errors import SurgeryError
 from llama_surgery.surgery.cache import PagedCache, PagedLayer
 from llama_surgery.surgery.decoding import decode_step, kernels_decode
@@ -99,14 +100,16 @@ def _attend_sequences(
     if settle and tile > 1 and stop % tile:
         border = max(start, stop - stop % tile)
         parts = [part for part in ((start, border, tile), (border, stop, 1)) if part[0] < part[1]]
-    outs = []
+    outs, layout = [], store.layout
+    if layer.executed is not None and layout is not None:
+        layout = heard_layout(layout, layer.executed, query, value, tile)
     for first, last, size in parts:
         keys = near_keys.shape[1] - (stop - last)  # up to the part's last row
         result = attend(
             query[:, :, first - start : last - start].unflatten(1, (kv_heads, group)).flatten(0, 1),
             near_keys[:, :keys],
             near_values[:, :keys],
-            store.layout,
+            layout,
             config=config,
             start=first,
             tile=size,

@@ -26,12 +26,14 @@ class LayerSurgery:
         router: Learned corrections, or None.
         counters: Counts by tile size.
         listener: Hears (layer, tile, log shares, block) while calibrating.
+        executed: What will be executed afterwards, where a listener is to hear the shares of that.
     """
 
     config: SurgeryConfig
     router: PageRouter | None = None
     counters: dict[int, Counters] = dataclasses.field(default_factory=dict)
     listener: Callable[[int, ShareListener], None] | None = None
+    executed: SurgeryConfig | None = None
 
     def move_router(self, device: torch.device) -> None:
         """Have the router where the layer is computed: where weights are offloaded, only a call tells."""
@@ -40,12 +42,12 @@ class LayerSurgery:
 
 
 @contextlib.contextmanager
-def listening(layers: dict[int, LayerSurgery], listener: Any):
-    """Let ``listener(layer, tile, shares, block)`` hear every selection."""
+def listening(layers: dict[int, LayerSurgery], listener: Any, executed: SurgeryConfig):
+    """Let ``listener(layer, tile, shares, block)`` hear every selection, as it will be in ``executed``."""
     for index, layer in layers.items():
-        layer.listener = functools.partial(listener, index)
+        layer.listener, layer.executed = functools.partial(listener, index), executed
     try:
         yield
     finally:
         for layer in layers.values():
-            layer.listener = None
+            layer.listener = layer.executed = None

@@ -67,6 +67,14 @@ def pool_channels(states: torch.Tensor, pool: int) -> torch.Tensor:
     return states.unflatten(-1, (2, dim // pool, pool // 2)).sum((-3, -1))
 
 
+def unpool_channels(groups: torch.Tensor, pool: int) -> torch.Tensor:
+    """Inverse of :func:`pool_channels` as far as can be: (..., head_dim), every channel its group's value."""
+    if pool == 1:
+        return groups
+    halves = groups.repeat_interleave(pool // 2, -1)
+    return torch.cat((halves, halves), -1)
+
+
 def merge_moments(moments: Moments, children: int) -> Moments:
     """Exact moments of parents of ``children`` consecutive, equally large balls.
 

@@ -5,6 +5,7 @@ import torch
 
 pytest.importorskip("triton")
 
+from llama_surgery.attention.heard import rounded_moments
 from llama_surgery.attention.impl.triton.job import LARGEST_SQUARE, moments_from, page_features
 from llama_surgery.config import SurgeryConfig
 from llama_surgery.errors import SurgeryError
@@ -36,3 +37,19 @@ def test_moments_come_back(device: torch.device) -> None:
     torch.testing.assert_close(pool_channels(back.variance, 4), pool_channels(moments.variance, 4))
     with pytest.raises(SurgeryError, match="variance_pool=6 does not divide head_dim=16"):
         page_features(moments, 1.0, torch.float32, 6)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("pool", [1, 4])
+def test_plain_pytorch_rounds_as_the_kernel_does(dtype: torch.dtype, pool: int, device: torch.device) -> None:
+    config = SurgeryConfig(variance_pool=pool, alpha=0.5, moment_size=8)
+    keys = torch.randn(2, 64, 16, device=device)
+    keys[0, :8, 3] = 1e4 * torch.arange(8, device=device)
+    moments = moments_of(keys, 8)
+    kept = moments_from(page_features(moments, config.alpha, dtype, pool), config)
+    rounded = rounded_moments(moments, config, dtype)
+    if dtype == torch.float16 or keys.is_cuda:  # the interpreter cuts bfloat16 off where a GPU rounds
+        assert torch.equal(rounded.mean, kept.mean)
+    digit = torch.finfo(dtype).eps  # sums of several channels may be rounded either way
+    torch.testing.assert_close(rounded.mean, kept.mean, rtol=digit, atol=0)
+    torch.testing.assert_close(rounded.variance, kept.variance, rtol=digit, atol=0)

@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 #: Most queries of a tile, and the widest head.
 LARGEST_TILE, LARGEST_HEAD = 128, 256
 
+#: Squares beyond it would overflow in float16: variances are kept no larger.
+LARGEST_SQUARE = 6.0e4
+
 #: Most queries per sequence of a call of decode.
 MOST_QUERIES = 8
 

@@ -7,22 +7,19 @@ from typing import NamedTuple
 import torch
 import triton
 
-from llama_surgery.attention.impl.triton import obstacle
+from llama_surgery.attention.impl.triton import LARGEST_SQUARE, obstacle
 from llama_surgery.attention.impl.triton.feature_kernels import feature_kernel
 from llama_surgery.attention.impl.triton.helpers import exact_products, launching
 from llama_surgery.attention.impl.triton.tuning import Tuning, family_of, tuning_for
 from llama_surgery.config import SurgeryConfig
 from llama_surgery.errors import SurgeryError
 from llama_surgery.topology.geometry import closed_chunks
-from llama_surgery.topology.layout import Layout, Moments, pool_channels
+from llama_surgery.topology.layout import Layout, Moments, pool_channels, unpool_channels
 from llama_surgery.topology.router import PageRouter
 
 #: Most bytes that the page lists of one strip of tiles take. A list has room for every closed page, so
 #: that none is ever lost; long calls run in strips to keep that cheap.
 STRIP_BYTES = 1 << 28
-
-#: Squares beyond it would overflow in float16.
-LARGEST_SQUARE = 6.0e4
 
 #: Balls of a program that makes features.
 FEATURE_BALLS = 16
@@ -270,8 +267,7 @@ def moments_from(features: torch.Tensor, config: SurgeryConfig) -> Moments:
     pool, half = config.variance_pool, 0.5 * config.alpha
     groups = features.shape[-1] // (pool + 1)
     mean, spread = feature_parts(features.float(), groups * pool)
-    if pool > 1:
-        spread = spread.repeat_interleave(pool // 2, -1).repeat(1, 1, 2)
+    spread = unpool_channels(spread, pool)
     return Moments(mean, spread / half if half else torch.zeros_like(mean), config.ball_size)
 
 

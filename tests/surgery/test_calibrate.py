@@ -1,0 +1,134 @@
+"""Thresholds for a density: of what will be executed, and nothing else of the model changes."""
+
+import dataclasses
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from tests.surgery.tiny import SPARSE, VOCABULARY, build, tokens
+
+import llama_surgery as surgery
+from llama_surgery import SurgeryConfig, SurgeryError
+from llama_surgery.attention import heard
+from llama_surgery.attention.heard import heard_layout, rounded_moments
+from llama_surgery.surgery import execute
+from llama_surgery.surgery.calibrate import calibrate
+from llama_surgery.surgery.operation import surgery_of
+from llama_surgery.topology.layout import build_layout
+
+LENGTH = 256
+
+
+class Letters:
+    """A tokenizer: a letter is a token."""
+
+    def __call__(self, text: str, **_: Any) -> SimpleNamespace:
+        return SimpleNamespace(input_ids=[ord(letter) % VOCABULARY for letter in text])
+
+
+TEXT = ["".join(chr(n) for n in tokens(5 * LENGTH).tolist())]
+
+
+@pytest.mark.parametrize("backend", ["gather", "auto"])
+def test_the_density_is_kept_on_the_text(backend: str) -> None:
+    config = dataclasses.replace(SPARSE, backend=backend)
+    with surgery.operated(
+        build("Llama"), config, density=0.2, text=TEXT, tokenizer=Letters(), length=LENGTH
+    ) as model:
+        found = surgery.config_of(model)
+        assert found.backend == backend and found.theta != config.theta
+        ids = torch.tensor([[ord(letter) % VOCABULARY for letter in TEXT[0][:LENGTH]]])
+        with torch.no_grad():
+            model(ids)
+        assert 0.05 < surgery.statistics(model).far_density < 0.25
+
+
+@pytest.mark.parametrize("backend", ["gather", "auto", "triton"])
+@pytest.mark.parametrize("failing", [1, 6])
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+def test_a_pass_that_fails_leaves_the_configuration(
+    backend: str, failing: int, error: type[BaseException]
+) -> None:
+    """In the first pass, and in the second, after which the thresholds of the first had been set."""
+    model = build("Llama")
+    config = dataclasses.replace(SPARSE, backend=backend)
+    surgery.operate(model, config)
+    calls: list[int] = []
+
+    def fail(*_: Any) -> None:
+        calls.append(1)
+        if len(calls) == failing:
+            raise error("stopped")
+
+    handle = model.model.layers[1].register_forward_pre_hook(fail)
+    with pytest.raises(error, match="stopped"):
+        calibrate(model, Letters(), TEXT, 0.2, LENGTH)
+    handle.remove()
+    assert surgery.config_of(model) == config
+    for layer in surgery_of(model).values():
+        assert (layer.config, layer.listener, layer.executed) == (config, None, None)
+    assert surgery.statistics(model).rows == 0
+
+
+def test_a_density_out_of_reach_leaves_the_configuration() -> None:
+    with surgery.operated(build("Llama"), SPARSE) as model:
+        with pytest.raises(SurgeryError, match="out of reach"):
+            calibrate(model, Letters(), TEXT, 1e-4, LENGTH)
+        assert surgery.config_of(model) == SPARSE
+
+
+@pytest.mark.parametrize("backend", ["gather", "triton"])
+def test_what_is_measured_is_scored_by_what_the_kernels_keep(
+    backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without a GPU the kernels would run nothing; calibrating for them works, in the model's dtype."""
+    layouts = []
+    plain = execute.attend
+
+    def attend(queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, layout: Any, **more: Any):
+        layouts.append(layout)
+        assert more["config"].backend == "gather"
+        return plain(queries, keys, values, layout, **more)
+
+    monkeypatch.setattr(execute, "attend", attend)
+    config = dataclasses.replace(SPARSE, backend=backend, variance_pool=4)
+    with surgery.operated(build("Llama", dtype=torch.bfloat16), config) as model:
+        calibrate(model, Letters(), TEXT, 0.2, LENGTH, passes=1)
+    assert layouts
+    for layout in layouts:
+        moments, half = layout.moments, layout.moments.mean.bfloat16().float()
+        assert torch.equal(moments.mean, half) == (backend == "triton")
+        assert torch.equal(moments.variance, rounded_moments(moments, config, torch.bfloat16).variance) == (
+            backend == "triton"
+        )
+
+
+@pytest.mark.parametrize("pool", [1, 4])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_rounding_is_that_of_the_features_and_done_once(pool: int, dtype: torch.dtype) -> None:
+    config = SurgeryConfig(chunk_size=64, page_size=16, window=32, tile=8, variance_pool=pool, alpha=0.5)
+    keys = torch.randn(2, 128, 16, generator=torch.Generator().manual_seed(0))
+    keys[0, :4, 3] = 1e4  # a variance beyond what float16 holds
+    layout = build_layout(keys, keys, config)
+    rounded = rounded_moments(layout.moments, config, dtype)
+    assert rounded.variance.isfinite().all() and rounded.mean.dtype == torch.float32
+    again = rounded_moments(rounded, config, dtype)
+    assert torch.equal(again.mean, rounded.mean)
+    torch.testing.assert_close(again.variance, rounded.variance, rtol=1e-6, atol=0)
+    if pool > 1:
+        assert torch.equal(rounded.variance[..., :2], rounded.variance[..., 8:10])
+
+
+def test_only_what_kernels_will_execute_is_rounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    keys = torch.randn(1, 64, 16, generator=torch.Generator().manual_seed(0))
+    layout = build_layout(keys, keys, SPARSE)
+    on_gpu = SimpleNamespace(device=torch.device("cuda"), dtype=torch.bfloat16, shape=keys.shape)
+    auto = dataclasses.replace(SPARSE, backend="auto")
+    assert heard_layout(layout, auto, keys, keys, 8) is layout  # on a CPU plain PyTorch executes
+    for problem, rounded in ((None, True), ("of some kind", False)):
+        monkeypatch.setattr(heard, "obstacle", lambda *_, problem=problem: problem)
+        assert (heard_layout(layout, auto, on_gpu, on_gpu, 8) is not layout) == rounded
+    kept = dataclasses.replace(layout, features=(keys,))
+    named = dataclasses.replace(SPARSE, backend="triton")
+    assert heard_layout(kept, named, keys, keys, 8) is kept
