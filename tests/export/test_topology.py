@@ -17,7 +17,7 @@ from llama_surgery.attention.impl import reference
 from llama_surgery.export.file import describe, read_topology, write_topology
 from llama_surgery.export.record import record_topology
 from llama_surgery.export.topology import Topology
-from llama_surgery.surgery import interface
+from llama_surgery.surgery import execute
 from llama_surgery.topology.geometry import query_blocks
 from llama_surgery.topology.layout import reorder
 from llama_surgery.topology.tree import paths
@@ -63,7 +63,7 @@ def test_a_file_executed_by_the_reference_gives_the_operated_attention(
     config: SurgeryConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ids, seen = tokens(LENGTH), []
-    plain = interface.attend
+    plain = execute.attend
 
     def watched(queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, *rest: Any, **options: Any):
         result = plain(queries, keys, values, *rest, **options)
@@ -72,7 +72,7 @@ def test_a_file_executed_by_the_reference_gives_the_operated_attention(
 
     with llama_surgery.operated(llama(), config) as model:
         write_topology(tmp_path / "t.npz", record_topology(model, ids))
-        monkeypatch.setattr(interface, "attend", watched)
+        monkeypatch.setattr(execute, "attend", watched)
         with torch.no_grad():
             model(ids[None], use_cache=False)
     topology = read_topology(tmp_path / "t.npz")

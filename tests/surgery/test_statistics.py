@@ -1,7 +1,13 @@
 """What is counted, against the pairs found in the masks of what was executed."""
 
+import copy
 import dataclasses
 import json
+import pickle
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -11,6 +17,7 @@ from tests.surgery.tiny import (
     DENSE_LIMIT,
     SINGLE,
     SPARSE,
+    build,
     in_pieces,
     llama,
     logits,
@@ -20,8 +27,12 @@ from tests.surgery.tiny import (
 )
 
 from llama_surgery import Statistics, eject, operate, operated, reset_statistics, statistics
-from llama_surgery.surgery import interface
+from llama_surgery.attention.api import AttentionResult
+from llama_surgery.surgery import execute
+from llama_surgery.surgery.statistics import Counters
+from llama_surgery.topology.geometry import Block
 from llama_surgery.topology.mask import page_mask
+from llama_surgery.topology.plan import plan_from_first_open
 
 LAYERS, KV_HEADS = 2, 2
 
@@ -67,8 +78,8 @@ def counted():
         return result
 
     with pytest.MonkeyPatch.context() as patch:
-        original = interface.attend
-        patch.setattr(interface, "attend", listen)
+        original = execute.attend
+        patch.setattr(execute, "attend", listen)
         yield count, calls
 
 
@@ -164,3 +175,88 @@ def test_statistics_become_plain_json():
         told = json.loads(json.dumps(read.to_dict()))
     assert told["far_density"] == read.far_density
     assert told["by_layer"]["0"]["pages_read"] == read.by_layer[0]["pages_read"]
+
+
+@pytest.fixture
+def restless():
+    """Threads take turns after every few instructions, so that what is not exclusive shows."""
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    yield
+    sys.setswitchinterval(before)
+
+
+def together(run, threads=8):
+    """Call ``run(number)`` in threads that begin at once."""
+    barrier = threading.Barrier(threads)
+
+    def thread(number):
+        barrier.wait()
+        return run(number)
+
+    with ThreadPoolExecutor(threads) as pool:
+        return list(pool.map(thread, range(threads)))
+
+
+class YieldingInt(int):
+    """A number that lets other threads go first whenever it is added to: as large a race as there can be."""
+
+    def __add__(self, other):
+        time.sleep(1e-5)
+        return YieldingInt(int(self) + int(other))
+
+
+@pytest.mark.usefixtures("restless")
+def test_counts_of_threads_add_up():
+    counters, times = Counters(), 20
+    counters.rows = counters.near_pairs = counters.causal_pairs = YieldingInt(0)
+    block = Block(64, 72, 1)
+    plan = plan_from_first_open(torch.zeros(4, 1, 3, dtype=torch.int64), block, 8)
+    result = AttentionResult(torch.zeros(4, 1, 8, 16), torch.zeros(4, 1, 8), [plan], 5, 7)
+
+    def run(_):
+        for _ in range(times):
+            counters.add(result, 2, 16)
+            counters.count(1, 2, 3)
+            counters.tally(2, 16, torch.device("cpu"))
+
+    together(run)
+    calls = 8 * times
+    assert (counters.rows, counters.near_pairs, counters.causal_pairs) == (17 * calls, 12 * calls, 17 * calls)
+    assert counters.totals("pages") == [6 * calls] * 2
+    assert counters.totals("far_pairs") == counters.totals("visible_pairs") == [6 * 8 * 16 * calls] * 2
+
+
+@pytest.mark.usefixtures("restless")
+def test_a_model_called_by_threads_counts_as_one_that_is_called_in_turn():
+    model, ids = llama(), tokens(1, 150)
+    with operated(model, SPARSE):
+        for _ in range(8):
+            logits(model, ids)
+        expected = statistics(model)
+        reset_statistics(model)
+        together(lambda _: logits(model, ids))
+        assert statistics(model) == expected
+
+
+def test_there_is_one_tally_for_all_threads():
+    counters = Counters()
+    tallies = together(lambda _: counters.tally(2, 16, torch.device("cpu")))
+    assert len({id(tally) for tally in tallies}) == 1
+
+
+def test_tallies_of_other_pages_are_kept():
+    """After a change of configuration pages are of another size: what was counted keeps its own."""
+    counters = Counters()
+    counters.tally(2, 16, torch.device("cpu")).add_(torch.tensor([[1, 2], [3, 4]]))
+    counters.tally(2, 32, torch.device("cpu")).add_(torch.tensor([[10, 20], [30, 40]]))
+    assert counters.totals("visible_pairs") == [16 + 320, 32 + 640]
+    assert counters.totals("far_pairs") == [3 * 16 + 30 * 32, 4 * 16 + 40 * 32]
+    assert counters.totals("pages") == [33, 44]
+
+
+def test_counters_are_copied_and_pickled_with_their_model():
+    with operated(build("Llama"), SPARSE) as model:
+        logits(model, tokens(1, 150))
+        for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+            assert statistics(twin) == statistics(model)

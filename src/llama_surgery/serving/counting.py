@@ -1,13 +1,14 @@
-"""What an operated layer of a server reads, counted between two reports."""
+"""What the operated layers of a server read, counted between two reports."""
 
 import dataclasses
+import time
 
 import torch
 
 from llama_surgery.attention.api import AttentionResult
 from llama_surgery.config import SurgeryConfig
 from llama_surgery.serving.paged import Part
-from llama_surgery.surgery.statistics import Counters
+from llama_surgery.surgery.statistics import COUNTING, Counters, summarise
 from llama_surgery.topology.geometry import closed_chunks, query_blocks
 
 
@@ -50,27 +51,34 @@ class LayerCounters:
 
     def __init__(self, config: SurgeryConfig, kv_heads: int, *, quiet: bool = False) -> None:
         self.config, self.kv_heads, self.quiet = config, kv_heads, quiet
-        self.reset()
-
-    def reset(self) -> None:
         self.by_tile: dict[int, Counters] = {}
         self.dense_rows = 0
+
+    def reset(self) -> tuple[dict[int, Counters], int]:
+        """Start anew. Returns what was counted: :attr:`by_tile` and :attr:`dense_rows`."""
+        with COUNTING:
+            counted = self.by_tile, self.dense_rows
+            self.by_tile, self.dense_rows = {}, 0
+        return counted
 
     def add_part(self, part: Part, result: AttentionResult) -> None:
         """Count one call of consecutive rows of one sequence."""
         if self.quiet:
             return
         first, last, tile = part
-        self._of(tile).add(result, self.kv_heads, self.config.page_size)
         blocks = query_blocks(first, last, self.config, tile)
-        self.dense_rows += sum(block.stop - block.start for block in blocks if not block.closed)
+        dense_rows = sum(block.stop - block.start for block in blocks if not block.closed)
+        with COUNTING:
+            self._of(tile).add(result, self.kv_heads, self.config.page_size)
+            self.dense_rows += dense_rows
 
     def add_rows(self, count: RowCount) -> None:
         """Count single rows, whose pages are tallied."""
         if self.quiet:
             return
-        self._of(1).count(count.rows, count.near_pairs, count.causal_pairs)
-        self.dense_rows += count.dense_rows
+        with COUNTING:
+            self._of(1).count(count.rows, count.near_pairs, count.causal_pairs)
+            self.dense_rows += count.dense_rows
 
     def tally(self, device: torch.device) -> torch.Tensor | None:
         """(2, kv_heads) int64, to which kernels add the pages that single rows opened and read."""
@@ -78,3 +86,37 @@ class LayerCounters:
 
     def _of(self, tile: int) -> Counters:
         return self.by_tile.setdefault(tile, Counters())
+
+
+class EngineCounters:
+    """Counts of all layers of one engine: a process may hold several, and each speaks of its own."""
+
+    def __init__(self) -> None:
+        self._layers: dict[int, LayerCounters] = {}
+        self._told = time.monotonic()
+
+    def register(self, index: int, counters: LayerCounters) -> None:
+        """Let :meth:`take` speak of layer ``index`` too."""
+        self._layers[index] = counters
+
+    def take(self, interval: float) -> str | None:
+        """What was read since the last time, in a line, and start anew.
+
+        Returns:
+            None if nothing was counted, or the last time is less than ``interval`` seconds ago.
+        """
+        now = time.monotonic()
+        with COUNTING:
+            counted = {index: layer for index, layer in self._layers.items() if layer.by_tile}
+            if not counted or now - self._told < interval:
+                return None
+            self._told = now
+            taken = {index: layer.reset() for index, layer in counted.items()}
+        page_size = next(iter(counted.values())).config.page_size
+        read = summarise({index: by_tile for index, (by_tile, _) in taken.items()}, page_size)
+        dense = sum(rows for _, rows in taken.values())
+        return (
+            f"rows {read.rows // len(counted)}, far density {read.far_density:.4f}, total density "
+            f"{read.total_density:.4f}, pages read {read.pages_read}, dense fallbacks "
+            f"{100 * dense / max(1, read.rows):.1f}% of rows (no closed chunk yet)"
+        )

@@ -1,6 +1,7 @@
 """What operated layers really read, counted where it is read."""
 
 import dataclasses
+import threading
 from typing import Any
 
 import torch
@@ -8,11 +9,16 @@ import torch
 from llama_surgery.attention.api import AttentionResult
 from llama_surgery.surgery.buffers import writable
 
+#: Held while counts are changed, by whatever thread: for additions alone, on the host. One for all counters,
+#: since they are copied and pickled with a model, and a lock cannot be.
+COUNTING = threading.RLock()
+
 
 class Counters:
     """Running counts of one layer at one tile size, per KV head, kept on the device.
 
-    Pairs are counted for one query head of a KV head's group; all heads of a group read the same.
+    Pairs are counted for one query head of a KV head's group; all heads of a group read the same. Counts of
+    threads that call one model add up exactly, where their work is enqueued on one stream of a GPU.
     """
 
     def __init__(self) -> None:
@@ -27,18 +33,27 @@ class Counters:
 
     def tally(self, kv_heads: int, page_size: int, device: torch.device) -> torch.Tensor:
         """(2, kv_heads) int64, to which kernels add the pages that single rows opened and read."""
-        if self._tally is None:
-            self._tally = torch.zeros(2, kv_heads, dtype=torch.int64, device=device)
-            self._page_size = page_size
-        elif not writable(self._tally):
-            self._tally = self._tally.clone()
-        return self._tally
+        with COUNTING:
+            held = self._tally
+            if held is not None and (self._page_size, held.device) != (page_size, device):
+                opened, read = held
+                self._add("far_pairs", read * self._page_size)
+                self._add("visible_pairs", opened * self._page_size)
+                self._add("pages", read)
+                held = None
+            if held is None:
+                held = torch.zeros(2, kv_heads, dtype=torch.int64, device=device)
+            elif not writable(held):
+                held = held.clone()
+            self._tally, self._page_size = held, page_size
+            return held
 
     def count(self, rows: int, near_pairs: int, causal_pairs: int) -> None:
         """Count rows of all sequences, and their pairs, whose pages are tallied."""
-        self.rows += rows
-        self.near_pairs += near_pairs
-        self.causal_pairs += causal_pairs
+        with COUNTING:
+            self.rows += rows
+            self.near_pairs += near_pairs
+            self.causal_pairs += causal_pairs
 
     def totals(self, name: str) -> list[int]:
         """``far_pairs``, ``visible_pairs`` or ``pages`` of every KV head; empty before the first call."""
@@ -53,20 +68,24 @@ class Counters:
         """Count one call: ``result`` over (sequences * kv_heads) streams."""
         streams, _, rows, _ = result.out.shape
         sequences = streams // kv_heads
-        self.rows += rows * sequences
-        self.near_pairs += result.near_pairs * sequences
-        self.causal_pairs += result.causal_pairs * sequences
-        for name, counts in (
-            ("far_pairs", [p.executed_pairs(page_size) for p in result.plans]),
-            ("visible_pairs", [p.visible_pairs(page_size) for p in result.plans]),
-            ("pages", [p.counts.sum(1) for p in result.plans]),
-        ):
-            total = getattr(self, name)
-            if total is None:
-                total = torch.zeros(kv_heads, dtype=torch.int64, device=result.out.device)
-            for count in counts:
-                total = total + count.unflatten(0, (sequences, kv_heads)).sum(0)
-            setattr(self, name, total)
+
+        def heads(counts: list[torch.Tensor]) -> torch.Tensor:
+            none = torch.zeros(kv_heads, dtype=torch.int64, device=result.out.device)
+            return sum((count.unflatten(0, (sequences, kv_heads)).sum(0) for count in counts), none)
+
+        far_pairs = heads([p.executed_pairs(page_size) for p in result.plans])
+        visible_pairs = heads([p.visible_pairs(page_size) for p in result.plans])
+        pages = heads([p.counts.sum(1) for p in result.plans])
+        with COUNTING:
+            self.count(rows * sequences, result.near_pairs * sequences, result.causal_pairs * sequences)
+            self._add("far_pairs", far_pairs)
+            self._add("visible_pairs", visible_pairs)
+            self._add("pages", pages)
+
+    def _add(self, name: str, counts: torch.Tensor) -> None:
+        """Add (kv_heads,) int64, on their device: the model may have moved."""
+        total = getattr(self, name)
+        setattr(self, name, counts if total is None else total.to(counts.device) + counts)
 
 
 @dataclasses.dataclass(frozen=True)

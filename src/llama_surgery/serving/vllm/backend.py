@@ -58,6 +58,8 @@ class SurgeryMetadataBuilder(AttentionMetadataBuilder[SurgeryMetadata]):
     ) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         self.config, _ = read_block(vllm_config.model_config.hf_config.surgery)
+        layers = vllm_config.compilation_config.static_forward_context
+        self.engine = layers[layer_names[0]].surgery.engine
 
     def build(
         self,
@@ -77,7 +79,7 @@ class SurgeryMetadataBuilder(AttentionMetadataBuilder[SurgeryMetadata]):
                 break
             blocks = tables[index, : -(-stop // size)].long()
             sequences.append(Scheduled(stop - count, stop, rows[index], prefilling[index], blocks))
-        report()
+        report(self.engine)
         slots = common.slot_mapping[: rows[len(sequences)]].long()
         return SurgeryMetadata(Batch(sequences, tables[: len(sequences)], slots, self.config))
 

@@ -13,11 +13,11 @@ from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm.model_executor.models.utils import extract_layer_index
 
 from llama_surgery.errors import UnsupportedModelError
-from llama_surgery.serving.counting import LayerCounters
+from llama_surgery.serving.counting import EngineCounters, LayerCounters
 from llama_surgery.serving.execution import Executor, executor_for
 from llama_surgery.serving.families import read_block
 from llama_surgery.serving.sharding import RouterShard
-from llama_surgery.serving.vllm import compat, counters
+from llama_surgery.serving.vllm import compat
 from llama_surgery.serving.vllm.backend import SideBackend, SurgeryBackend
 
 logger = init_logger("vllm.llama_surgery")
@@ -45,12 +45,14 @@ class SideCache(torch.nn.Module, AttentionLayerBase):
 
 @dataclasses.dataclass(frozen=True)
 class LayerSurgery:
-    """What an operated layer carries: its executor, this rank's corrections, side cache and counters."""
+    """What an operated layer carries: its executor, this rank's corrections, side cache and counters, and
+    those of its engine."""
 
     executor: Executor
     shard: RouterShard
     side: SideCache
     counters: LayerCounters
+    engine: EngineCounters
 
 
 def operate_layers(model: torch.nn.Module, vllm_config: Any) -> None:
@@ -62,7 +64,7 @@ def operate_layers(model: torch.nn.Module, vllm_config: Any) -> None:
     config, routers = read_block(vllm_config.model_config.hf_config.surgery)
     context = vllm_config.compilation_config.static_forward_context
     rank, ranks = get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size()
-    operated, executors = 0, Counter[tuple[str, str]]()
+    operated, executors, engine = 0, Counter[tuple[str, str]](), EngineCounters()
     for module in list(model.modules()):
         dense = getattr(module, "attn", None)
         if type(dense) is not Attention:
@@ -92,10 +94,10 @@ def operate_layers(model: torch.nn.Module, vllm_config: Any) -> None:
         )
         side = SideCache(f"{dense.layer_name}.side", heads, executor.side_bytes())
         counted = LayerCounters(config, heads, quiet=rank > 0)
-        counters.register(index, counted)
+        engine.register(index, counted)
         module.attn, module.router = layer, shard
         # Not a submodule of the layer: the corrections belong to the attention module, where weights look.
-        layer.__dict__["surgery"] = LayerSurgery(executor, shard, side, counted)
+        layer.__dict__["surgery"] = LayerSurgery(executor, shard, side, counted, engine)
         operated += 1
         executors[executor.name, executor.reason] += 1
     left = [name for name, layer in context.items() if isinstance(layer, Attention)]

@@ -1,0 +1,78 @@
+"""What a server reads, counted for each of its engines."""
+
+import time
+
+import pytest
+import torch
+from tests.serving.batches import CONFIG, KV_HEADS
+from tests.surgery.test_statistics import together
+
+from llama_surgery.attention.api import AttentionResult
+from llama_surgery.serving.counting import EngineCounters, LayerCounters, RowCount
+from llama_surgery.topology.geometry import Block
+from llama_surgery.topology.plan import plan_from_first_open
+
+
+def engine(layers: int = 2) -> tuple[EngineCounters, list[LayerCounters]]:
+    made, counters = EngineCounters(), [LayerCounters(CONFIG, KV_HEADS) for _ in range(layers)]
+    for index, layer in enumerate(counters):
+        made.register(index, layer)
+    return made, counters
+
+
+def part() -> AttentionResult:
+    """Eight rows, each of a tile that reads two pages."""
+    opened = torch.zeros(KV_HEADS, 1, 2, dtype=torch.int64)
+    plan = plan_from_first_open(opened, Block(128, 136, 1), 8)
+    return AttentionResult(torch.zeros(KV_HEADS, 1, 8, 16), torch.zeros(KV_HEADS, 1, 8), [plan], 100, 1000)
+
+
+def test_engines_of_one_process_speak_of_their_own_layers() -> None:
+    (one, its), (other, others) = engine(), engine()
+    its[0].add_part((128, 136, 8), part())
+    its[1].add_part((128, 136, 8), part())
+    others[0].add_rows(RowCount(3, 10, 20, 3))
+    assert other.take(0.0).startswith("rows 3, far density 0.0000, total density")  # type: ignore[union-attr]
+    told = one.take(0.0)
+    assert told is not None and told.startswith("rows 8, far density 0.2560")
+    assert f"pages read {2 * 2 * KV_HEADS}, dense fallbacks 0.0%" in told
+    assert one.take(0.0) is None and other.take(0.0) is None
+
+
+def test_each_engine_has_an_interval_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 100.0
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    (one, its), (other, others) = engine(), engine()
+    for layers in (its, others):
+        layers[0].add_rows(RowCount(1, 1, 1, 0))
+    now = 109.0
+    assert one.take(10.0) is None
+    now = 110.0
+    assert one.take(10.0) is not None
+    its[0].add_rows(RowCount(1, 1, 1, 0))
+    now = 111.0
+    assert one.take(10.0) is None and other.take(10.0) is not None
+
+
+def test_nothing_is_lost_between_two_reports() -> None:
+    """Threads count while another reports."""
+    made, (layer,) = engine(1)
+    lines: list[str] = []
+
+    def run(number: int) -> None:
+        for _ in range(30):
+            if number:
+                layer.add_rows(RowCount(2, 1, 1, 1))
+            else:
+                lines.append(made.take(0.0) or "rows 0,")
+
+    together(run)
+    lines.append(made.take(0.0) or "rows 0,")
+    assert sum(int(line.split()[1].rstrip(",")) for line in lines) == 7 * 30 * 2
+
+
+def test_other_ranks_count_nothing() -> None:
+    quiet = LayerCounters(CONFIG, KV_HEADS, quiet=True)
+    quiet.add_part((128, 136, 8), part())
+    quiet.add_rows(RowCount(1, 1, 1, 1))
+    assert quiet.tally(torch.device("cpu")) is None and quiet.reset() == ({}, 0)
