@@ -211,8 +211,8 @@ class _Gradients(torch.autograd.Function):
         count = len(States._fields)
         states, lists = States(*ctx.saved_tensors[:count]), iter(ctx.saved_tensors[count:])
         plans = (
-            TiledPlan(*where, counts, counts, entries)
-            for where, counts, entries in zip(ctx.plans, lists, lists, strict=True)
+            TiledPlan(start, stop, tile, counts, counts, entries)
+            for (start, stop, tile), counts, entries in zip(ctx.plans, lists, lists, strict=True)
         )
         call = ctx.call._replace(plans=tuple(plans))
         if d_out is None and d_lse is None:
