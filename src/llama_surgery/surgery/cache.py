@@ -47,6 +47,8 @@ class PagedLayer(CacheLayerMixin):
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         self.batch, self.kv_heads = key_states.shape[:2]
         self.dtype, self.device = key_states.dtype, key_states.device
+        # Model code asks whether a layer holds any: the tensors of a dense layer, of which there are none.
+        self.keys, self.values = key_states.new_empty(0), value_states.new_empty(0)
         self.buffers = PageBuffers(self.config, self.batch * self.kv_heads, self.device)
         self.stores = self._stores([0])
         self.is_initialized = True

@@ -33,6 +33,9 @@ _BASES = {name: base for base, name in INTERFACE_NAMES.items()}
 #: Why caches of transformers that have all their room from the start are refused.
 FIXED_SIZE = "caches of fixed size are not supported. Leave cache_implementation and the cache unset."
 
+#: Attribute of a mask in full that is plainly causal: the padding mask that says the same, or None.
+_PLAIN = "_llama_surgery_plain"
+
 _REFUSED_KEYWORDS = {
     "cu_seq_lens_q": "packed rows",
     "cu_seq_lens_k": "packed rows",
@@ -81,9 +84,28 @@ def surgery_mask(base: str, **arguments: Any) -> Any:
     """
     call = current_call()
     plain = arguments.get("mask_function", causal_mask_function) is causal_mask_function
-    if call is None or not plain or arguments.get("config", call.text) is not call.text:
+    if call is None or arguments.get("config", call.text) is not call.text:
         return ALL_MASK_ATTENTION_FUNCTIONS[base](**arguments)
+    if not plain:
+        return _overlaid(base, arguments)
     call.remember(arguments)
+    return _padding(arguments)
+
+
+def _overlaid(base: str, arguments: dict[str, Any]) -> Any:
+    """A mask that other patterns are laid over, which says so where they come to nothing: no image, say."""
+    make = ALL_MASK_ATTENTION_FUNCTIONS[base]
+    made = make(**arguments)
+    full = isinstance(made, torch.Tensor) and made.dim() == 4 and arguments.get("local_size") is None
+    if full and not (made.is_cuda and torch.cuda.is_current_stream_capturing()):
+        causal = {**arguments, "mask_function": causal_mask_function, "allow_is_causal_skip": False}
+        if torch.equal(made, make(**causal)):
+            setattr(made, _PLAIN, (_padding(arguments),))
+    return made
+
+
+def _padding(arguments: dict[str, Any]) -> torch.Tensor | None:
+    """The 2-D padding mask of plainly causal attention, or None."""
     mask = arguments.get("attention_mask")
     if mask is None:
         return None
@@ -136,11 +158,17 @@ def surgery_attention(
         return dense_attention(base, module, query, key, value, attention_mask, **keywords)
     if not isinstance(layer, LayerSurgery):
         return layer(module, query, key, value, attention_mask, **keywords)
+    (attention_mask,) = getattr(attention_mask, _PLAIN, (attention_mask,))
     _refuse(module, attention_mask, keywords)
     if cache is _ABSENT:
         raise UnsupportedModelError(
             f"{type(module).__name__} does not pass keywords on to its attention function, so that the "
             "cache cannot be reached. This architecture is not supported."
+        )
+    if cache is not None and key.shape[2] != query.shape[2]:
+        raise UnsupportedModelError(
+            f"{type(module).__name__} has {query.shape[2]} new tokens attend to {key.shape[2]} new keys, so "
+            "to something else than the text before them. Only self-attention can be operated."
         )
     return _operated(module, layer, query, key, value, attention_mask, cache, keywords), None
 
@@ -215,6 +243,10 @@ def _refuse(module: torch.nn.Module, mask: Any, keywords: dict[str, Any]) -> Non
             f"{name} was given a mask that is not plainly causal (packed rows, bidirectional image tokens "
             "or a mask of your own): operated layers support causal attention with padding only. Pass a "
             "2-D attention_mask, one sequence a row."
+        )
+    if keywords.get("is_causal") is False:
+        raise UnsupportedModelError(
+            f"{name} was asked for bidirectional attention (is_causal=False). Eject first."
         )
     if keywords.get("output_attentions"):
         raise UnsupportedModelError("output_attentions: attention weights are never formed. Eject first.")
