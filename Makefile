@@ -4,6 +4,7 @@
 #   make test     make check, then the tests (those that need a GPU are skipped without one)
 #   make check    formatting, lint and types
 #   make clean    delete what the other targets wrote, except .venv and .venv-serve
+#   make sweep        operate on a tiny model of every causal language model that transformers has (10 minutes)
 #   make sanitize     a part of the GPU tests under compute-sanitizer, on a machine with a GPU
 #   make serve-test   tests of serving: real vLLM servers (the community's CPU build), in .venv-serve
 #
@@ -25,10 +26,10 @@ PACKAGE_STAMP := $(VENV)/.stamp-package
 DEV_STAMP := $(VENV)/.stamp-dev
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check clean sanitize serve-test
+.PHONY: help demo test check clean sweep sanitize serve-test
 
 help:
-	@sed -n '3,8s/^#   //p' Makefile
+	@sed -n '3,9s/^#   //p' Makefile
 
 # pip is asked for, not only the interpreter: a venv whose creation was interrupted lacks it.
 $(PACKAGE_STAMP): pyproject.toml
@@ -56,6 +57,10 @@ check: $(DEV_STAMP)
 # Two processes of one thread each: more threads than cores make the small tests slower, not faster.
 test: check
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist worksteal $(PYTEST_ARGS)
+
+sweep: $(DEV_STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist worksteal --sweep tests/surgery/test_sweep.py \
+		$(PYTEST_ARGS)
 
 # Without PyTorch's own pool every tensor is an allocation that the sanitizer watches.
 SANITIZER ?= compute-sanitizer
