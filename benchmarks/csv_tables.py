@@ -10,9 +10,15 @@ RESULTS = ROOT / "benchmarks" / "results"
 Row = dict[str, str]
 
 
+#: Options that are gone, and the value of rows that were measured as things are without them.
+GONE = {"directions": ("principal", "")}
+
+
 def read(name: str) -> list[Row]:
+    """Rows of a file, without those of options that are gone: these stay in it as an archive."""
     with (RESULTS / name).open(encoding="utf-8", newline="") as file:
-        return list(csv.DictReader(file))
+        rows = list(csv.DictReader(file))
+    return [row for row in rows if all(row.get(option, "") in kept for option, kept in GONE.items())]
 
 
 def markdown(header: Iterable[str], rows: Iterable[Iterable[str]]) -> str:

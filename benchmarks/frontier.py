@@ -24,7 +24,7 @@ from llama_surgery.text import read_texts, windows
 
 RESULTS = Path(__file__).parent / "results" / "frontier.csv"
 #: What identifies a row.
-KEYS = ("page_size", "moment_size", "chunk_size", "window", "tile", "directions", "scoring", "target")
+KEYS = ("page_size", "moment_size", "chunk_size", "window", "tile", "scoring", "target")
 
 
 def variants() -> list[tuple[SurgeryConfig, float]]:
@@ -56,8 +56,6 @@ def variants() -> list[tuple[SurgeryConfig, float]]:
         {"moment_size": 32},
         {"chunk_size": 2048},
         gpu | {"chunk_size": 2048},
-        {"directions": "position"},
-        gpu | {"directions": "position"},
         {"window": 128},
         {"window": 64},
         {"score_stride": 4},
@@ -70,7 +68,6 @@ def variants() -> list[tuple[SurgeryConfig, float]]:
         {"score_stride": 8},
         {"score_stride": 32},
         {"page_size": 128, "chunk_size": 2048},
-        {"page_size": 128, "directions": "position"},
     ):
         add(0.06, **change)
     # At 8,192 tokens all of these read as much in all.
@@ -79,11 +76,8 @@ def variants() -> list[tuple[SurgeryConfig, float]]:
         (128, 192, 0.10436), (256, 64, 0.1195), (128, 128, 0.1195),
     ):  # fmt: skip
         add(target, **cheap, chunk_size=chunk, window=window)
-    for target in (0.06, 0.03):
-        add(target, directions="subspace")
-        add(target, **cheap, directions="subspace")
     add(0.03, **cheap)
-    for change in ({"moment_size": 32}, {"directions": "position"}, {"window": 128}, {"chunk_size": 2048}):
+    for change in ({"moment_size": 32}, {"window": 128}, {"chunk_size": 2048}):
         add(0.06, tile=1, **change)
     for tile in (32, 1):
         for target in (0.015, 0.12):

@@ -48,14 +48,11 @@ def settings(length: int, *, full: bool, growth: bool, flex: bool) -> Iterator[S
         yield Setting(config, 2 * PAGES * CHEAP.page_size / length, parts=True)
         return
     yield Setting(CHEAP, 0.05, flex=flex, parts=True)
-    subspace = dataclasses.replace(CHEAP, directions="subspace")
     if length == 1 << 15:
         yield Setting(CHEAP, 0.073)
-        yield Setting(subspace, 0.073)
     if length >= 1 << 15:
         yield Setting(CHEAP, 0.01, parts=True)
     if length == 1 << 17:
-        yield Setting(subspace, 0.05)
         yield Setting(dataclasses.replace(CHEAP, coarse_to_fine=True), 0.01, parts=True)
     if not full:
         return

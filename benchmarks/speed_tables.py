@@ -15,14 +15,14 @@ def prefill(name: str = "prefill.csv") -> str:
             continue
         cells.append(
             [
-                tokens(row["n"]), row["far"], row["selection"], row["directions"],
+                tokens(row["n"]), row["far"], row["selection"],
                 f"{float(row['total_density']):.3f}",
                 milliseconds(row["p50_ms"]),
                 *(times(row.get(f"over_{rival}")) for rival in ("cuDNN", "FlashAttention-2")),
             ]
         )  # fmt: skip
     names = (
-        "tokens", "far density", "selection", "directions", "total density", "milliseconds", "cuDNN ÷",
+        "tokens", "far density", "selection", "total density", "milliseconds", "cuDNN ÷",
         "FlashAttention-2 ÷",
     )  # fmt: skip
     return markdown(names, cells) + f"\n\n{conditions(rows[0])}"
@@ -38,14 +38,8 @@ def repeats() -> str:
     rows = read("prefill-32k-repeats.csv")
     runs = list(dict.fromkeys(row["run"] for row in rows))
     whole = [row for row in rows if row["part"] == WHOLE and f"{float(row['total_density']):.2f}" == "0.10"]
-    cells = [
-        [
-            directions,
-            *(f"{float(row['over_cuDNN']):.2f} ×" for row in whole if row["directions"] == directions),
-        ]
-        for directions in dict.fromkeys(row["directions"] for row in whole)
-    ]
-    return markdown(("directions", *(f"run {run}" for run in runs)), cells) + f"\n\n{conditions(rows[0])}"
+    cells = [["cuDNN ÷", *(f"{float(row['over_cuDNN']):.2f} ×" for row in whole)]]
+    return markdown(("", *(f"run {run}" for run in runs)), cells) + f"\n\n{conditions(rows[0])}"
 
 
 def flex() -> str:
@@ -89,7 +83,7 @@ def parts() -> str:
 
 
 #: What names a setting in prefill.csv.
-LABEL = ("n", "page", "tile", "ball", "directions", "variance_pool", "stride", "totals", "selection", "far")
+LABEL = ("n", "page", "tile", "ball", "variance_pool", "stride", "totals", "selection", "far")
 
 #: Shapes that prefill is timed with and levels of the tree; an H200's FLOP/s and bytes/s by its data sheet.
 HEADS, KV_HEADS, DIM, PAGE, POOL, LEVELS = 32, 8, 128, 64, 8, 3
@@ -103,7 +97,7 @@ def floors() -> str:
     for name in ("prefill.csv", "prefill-portable.csv"):
         found[name] = {}
         for row in read(name):
-            if (row["n"], row["far"], row["directions"]) == (str(1 << 17), "0.05", "principal"):
+            if (row["n"], row["far"]) == (str(1 << 17), "0.05"):
                 found[name][row["part"]] = row
     hopper, portable = found.values()
     n = 1 << 17
@@ -111,7 +105,7 @@ def floors() -> str:
     near, far = (float(portable[part]["flops"]) for part in ("near field", "far pages"))
     states = n * KV_HEADS * DIM
     lines = (
-        ("layout, principal directions", "layout", hopper, (4 * LEVELS + 8) * states / BYTE_RATE),
+        ("layout", "layout", hopper, (4 * LEVELS + 8) * states / BYTE_RATE),
         ("`feature_kernel`", "features", hopper, 8 * states / PAGE / BYTE_RATE),
         ("`totals_kernel`, near field", "totals, near field", portable, near / 2 / FLOP_RATE),
         ("`totals_kernel`, pages", "totals, pages", portable, pages / 4 / FLOP_RATE),
@@ -204,8 +198,8 @@ def speed() -> str:
     """The figures of a first look: prompts of 128k, decode steps, a whole model."""
     lines = []
     for row in read("prefill.csv"):
-        plain = row["selection"] == "flat" and row["directions"] == "principal"
-        if row["part"] == WHOLE and int(row["n"]) in (1 << 13, 1 << 17) and plain:
+        flat = row["selection"] == "flat"
+        if row["part"] == WHOLE and int(row["n"]) in (1 << 13, 1 << 17) and flat:
             density = f"total density {float(row['total_density']):.3f}"
             name = f"attention of a prompt of {tokens(row['n'])} tokens, {density}"
             against = (f"{times(row[f'over_{rival}'])} {rival}" for rival in ("cuDNN", "FlashAttention-2"))

@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import json
 import pickle
+import re
 
 import numpy as np
 import pytest
@@ -12,14 +13,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llama_surgery import SurgeryConfig, SurgeryError
-from llama_surgery.config import CONFIG_VERSION, DECODE_SHARE
+from llama_surgery.config import CONFIG_VERSION, DECODE_SHARE, REMOVED
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"topology": "ring"}, "topology='ring': allowed are pages, dense"),
-        ({"directions": "random"}, "directions='random': allowed are principal, subspace, position"),
         ({"backend": "cuda"}, "backend='cuda': allowed are auto, reference, gather"),
         ({"chunk_size": 0}, "chunk_size=0: must be a whole number of at least 1"),
         ({"chunk_size": 512.0}, "chunk_size=512.0: must be a whole number"),
@@ -186,6 +186,28 @@ def test_adapters_of_older_releases_mean_what_they_say():
     assert dataclasses.replace(config, theta=0.2, page_size=32).to_dict()["theta_decode"] == 0.05
 
 
+def test_what_is_gone_is_ignored_where_it_changed_nothing():
+    told = SurgeryConfig(page_size=64).to_dict()
+    told |= {name: default for name, (default, _) in REMOVED.items()}
+    assert SurgeryConfig.from_dict(told) == SurgeryConfig(page_size=64)
+    del told["version"]
+    pickled = SurgeryConfig.__new__(SurgeryConfig)
+    pickled.__setstate__(told)
+    assert pickled == SurgeryConfig(page_size=64) and not set(REMOVED) & vars(pickled).keys()
+
+
+@pytest.mark.parametrize("name", REMOVED)
+def test_what_is_gone_is_refused_where_it_meant_something(name):
+    why = REMOVED[name][1]
+    values = SurgeryConfig().to_dict() | {name: "another"}
+    message = re.escape(f"{name}='another' is no longer supported: {why}")
+    with pytest.raises(SurgeryError, match=message):
+        SurgeryConfig.from_dict(values)
+    with pytest.raises(SurgeryError, match=message):
+        SurgeryConfig.__new__(SurgeryConfig).__setstate__(values)
+    assert name not in SurgeryConfig().to_dict() and why.endswith(".")
+
+
 def test_pickles_of_older_releases_mean_what_they_say():
     state = SurgeryConfig(moment_size=4, theta_decode=0.02).to_dict()
     del state["version"]
@@ -205,7 +227,6 @@ def configs(draw):
         moment_size=draw(st.sampled_from([None, 4, 16])),
         window=32 * draw(st.integers(0, 4)),
         tile=tile,
-        directions=draw(st.sampled_from(["principal", "position"])),
         theta=theta,
         theta_decode=theta if tile == 1 else draw(st.none() | st.floats(0, 2)),
         pages_per_row=draw(st.none() | st.integers(1, 9)),

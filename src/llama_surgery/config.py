@@ -9,11 +9,20 @@ from llama_surgery.derived import Derived, hide, rules, settle
 from llama_surgery.errors import SurgeryError
 
 Topology = Literal["pages", "dense"]
-Directions = Literal["principal", "subspace", "position"]
 Summary = Literal["none", "chunk", "page", "ball"]
 Backend = Literal["auto", "reference", "gather", "flex", "triton"]
 
 CONFIG_VERSION = 1
+
+#: Fields of older releases: the default, at which a stored configuration means the same without them, and
+#: what to tell whoever stored anything else.
+REMOVED: dict[str, tuple[Any, str]] = {
+    "directions": (
+        "principal",
+        "it ordered a chunk's keys by position, or in a subspace of few directions, and was removed because "
+        "models lost more quality that way at the same density. Operate and calibrate the model again.",
+    ),
+}
 
 
 def _default_theta_decode(config: "SurgeryConfig") -> float:
@@ -37,10 +46,6 @@ class SurgeryConfig:
         tile: Consecutive queries that share the pages read in prefill, anchored at multiples of
             ``tile``. A call of one token on a non-empty cache (a decode step) is a tile of one.
         arity: Children of a tree node.
-        directions: How a node's keys are ordered before they are split: along their own first
-            ``principal`` direction; along their principal direction in the ``subspace`` of their chunk's
-            four leading directions, for which a chunk's keys are read twice, not twice a level; or by
-            ``position`` (pages in original order).
         theta: A row opens a page whose expected share of some head's attention exceeds this, in
             tiles of ``tile`` queries. 0 opens everything.
         theta_decode: The same for tiles of one query. A fixed part of ``theta`` unless given; with ``tile=1``
@@ -79,7 +84,6 @@ class SurgeryConfig:
     window: int = 192
     tile: int = 32
     arity: int = 2
-    directions: Directions = "principal"
     theta: float = 0.046
     theta_decode: Derived[float] = Derived(_default_theta_decode)
     pages_per_row: int | None = None
@@ -112,7 +116,6 @@ class SurgeryConfig:
     def _check_choices(self) -> None:
         for name, allowed in (
             ("topology", Topology),
-            ("directions", Directions),
             ("summary", Summary),
             ("backend", Backend),
         ):
@@ -241,7 +244,7 @@ class SurgeryConfig:
         A value that is what would be derived counts as derived: ``dataclasses.replace`` then derives it anew.
 
         Raises:
-            SurgeryError: Unknown fields or a newer version.
+            SurgeryError: Unknown fields, a newer version, or something that is gone (:data:`REMOVED`).
         """
         values = dict(values)
         version = values.pop("version", CONFIG_VERSION)
@@ -250,6 +253,7 @@ class SurgeryConfig:
                 f"configuration version {version!r}: this release reads up to {CONFIG_VERSION}. "
                 "Update llama-surgery."
             )
+        values = _without_removed(values)
         unknown = sorted(set(values) - set(FIELDS))
         if unknown:
             raise SurgeryError(f"unknown configuration fields: {', '.join(unknown)}.")
@@ -261,7 +265,20 @@ class SurgeryConfig:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         # Pickles of older releases have no record of what was given: all of it was.
-        self.__dict__.update({"given": {name: state[name] for name in rules(type(self))}, **state})
+        given = {name: state[name] for name in rules(type(self))}
+        self.__dict__.update({"given": given, **_without_removed(state)})
+
+
+def _without_removed(values: dict[str, Any]) -> dict[str, Any]:
+    """What an older release stored, without the fields that are gone.
+
+    Raises:
+        SurgeryError: One of them has another value than its default.
+    """
+    for name, (default, why) in REMOVED.items():
+        if values.get(name, default) != default:
+            raise SurgeryError(f"{name}={values[name]!r} is no longer supported: {why}")
+    return {name: value for name, value in values.items() if name not in REMOVED}
 
 
 def _plain(value: Any) -> Any:

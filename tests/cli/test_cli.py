@@ -139,7 +139,7 @@ def test_wrong_usage_exits_with_2(
         (["operate", "MODEL", "--out", "OUT", "--page-size", "60"], "page_size=60"),
         (["operate", "MODEL", "--out", "TEXT"], "is a file"),
         (["evaluate", "MODEL", "--text", "TEXT", "--length", "100000"], "100000"),
-        (["evaluate", "MODEL", "--text", "TEXT", "--directions", "up"], "principal, subspace, position"),
+        (["evaluate", "MODEL", "--text", "TEXT", "--backend", "up"], "auto, reference, gather"),
         (["report", "NOWHERE"], "cannot be read"),
         (["report", "TEXT"], "is not JSON"),
     ],

@@ -14,7 +14,6 @@ POINT = FrontierPoint(
     chunk_size=512,
     window=128,
     tile=32,
-    directions="principal",
     scoring="all rows",
     theta=0.042,
     far_density=0.06,

@@ -37,7 +37,6 @@ def configurations(draw):
         coarse_to_fine=draw(st.booleans()),
         moment_size=draw(st.sampled_from([4, 16])),
         window=draw(st.sampled_from([0, 32])),
-        directions=draw(st.sampled_from(["principal", "position"])),
     )
 
 

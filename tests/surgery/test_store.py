@@ -11,6 +11,7 @@ from llama_surgery.attention.api import attend
 from llama_surgery.surgery import store as store_module
 from llama_surgery.surgery.buffers import GROWTH, PageBuffers
 from llama_surgery.surgery.store import SequenceStore
+from llama_surgery.topology.layout import restore
 
 CHUNK = SPARSE.chunk_size
 
@@ -86,11 +87,12 @@ def test_gradients_reach_what_earlier_calls_stored() -> None:
 
 @pytest.mark.parametrize("inside_first", [False, True])
 def test_inference_mode_may_begin_and_end_between_calls(inside_first: bool) -> None:
-    keys, store = states(180), SequenceStore(dataclasses.replace(SPARSE, directions="position"))
+    keys, store = states(180), SequenceStore(SPARSE)
     for piece, inside in ((90, inside_first), (90, not inside_first)):
         with torch.inference_mode() if inside else torch.no_grad():
             grow(store, keys, [piece])
-    assert torch.equal(store.layout.keys[0], keys[0, 0, :128])
+    in_order = restore(store.layout.keys, store.layout.order)
+    assert torch.equal(in_order[0], keys[0, 0, :128])
 
 
 @pytest.mark.parametrize("where", [10, 70, 140])

@@ -6,11 +6,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llama_surgery.topology.tree import (
-    SUBSPACE,
     distances,
     paths,
     principal_direction,
-    subspace_coordinates,
     tree_order,
 )
 
@@ -30,13 +28,10 @@ def chunks(draw):
     return keys, arity, depth, page
 
 
-directions = st.sampled_from(["principal", "subspace"])
-
-
-@given(chunks(), directions)
-def test_every_key_is_in_exactly_one_full_page_and_offsets_ascend_inside(chunk, rule):
+@given(chunks())
+def test_every_key_is_in_exactly_one_full_page_and_offsets_ascend_inside(chunk):
     keys, arity, _, page = chunk
-    order = tree_order(keys, page, arity, rule)
+    order = tree_order(keys, page, arity)
     assert torch.equal(order.sort(-1).values, torch.arange(keys.shape[1]).expand_as(order))
     inside = order.unflatten(-1, (-1, page))
     assert (inside.diff(dim=-1) > 0).all()
@@ -45,7 +40,7 @@ def test_every_key_is_in_exactly_one_full_page_and_offsets_ascend_inside(chunk, 
 @given(chunks())
 def test_balls_are_intervals_of_the_tree_order(chunk):
     keys, arity, depth, page = chunk
-    order = tree_order(keys, page, arity, "principal")
+    order = tree_order(keys, page, arity)
     digits = paths(order, page, arity)
     assert digits.shape == (*order.shape, depth)
     for stream in range(order.shape[0]):
@@ -61,7 +56,7 @@ def test_balls_are_intervals_of_the_tree_order(chunk):
 @given(chunks())
 def test_distances_are_an_ultrametric(chunk):
     keys, arity, depth, page = chunk
-    d = distances(paths(tree_order(keys, page, arity, "principal"), page, arity))
+    d = distances(paths(tree_order(keys, page, arity), page, arity))
     assert (d.diagonal(dim1=-2, dim2=-1) == 0).all()
     assert torch.equal(d, d.transpose(-1, -2))
     assert d.min() == 0 and d.max() == depth
@@ -70,19 +65,19 @@ def test_distances_are_an_ultrametric(chunk):
     assert (d <= through).all()
 
 
-@given(chunks(), directions)
-def test_the_order_is_deterministic_and_a_chunk_does_not_see_its_neighbours(chunk, rule):
+@given(chunks())
+def test_the_order_is_deterministic_and_a_chunk_does_not_see_its_neighbours(chunk):
     keys, arity, _, page = chunk
-    order = tree_order(keys, page, arity, rule)
-    assert torch.equal(order, tree_order(keys.clone(), page, arity, rule))
+    order = tree_order(keys, page, arity)
+    assert torch.equal(order, tree_order(keys.clone(), page, arity))
     for stream in range(len(keys)):
-        assert torch.equal(order[stream], tree_order(keys[stream], page, arity, rule))
+        assert torch.equal(order[stream], tree_order(keys[stream], page, arity))
 
 
-@given(chunks(), directions)
-def test_equal_keys_are_split_by_position(chunk, rule):
+@given(chunks())
+def test_equal_keys_are_split_by_position(chunk):
     keys, arity, _, page = chunk
-    leaf = paths(tree_order(keys, page, arity, rule), page, arity)
+    leaf = paths(tree_order(keys, page, arity), page, arity)
     weights = arity ** torch.arange(leaf.shape[-1] - 1, -1, -1)
     leaf = (leaf * weights).sum(-1)
     for stream in range(len(keys)):
@@ -93,18 +88,10 @@ def test_equal_keys_are_split_by_position(chunk, rule):
 
 @pytest.mark.parametrize(("arity", "depth", "page"), SHAPES)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("rule", ["principal", "subspace"])
-def test_keys_that_are_all_equal_stay_in_order(arity, depth, page, dtype, rule):
+def test_keys_that_are_all_equal_stay_in_order(arity, depth, page, dtype):
     size = page * arity**depth
     keys = torch.full((1, size, 5), 0.75, dtype=dtype)
-    assert tree_order(keys, page, arity, rule).tolist() == [list(range(size))]
-
-
-@given(chunks())
-def test_directions_by_position_keep_the_order(chunk):
-    keys, arity, _, page = chunk
-    order = tree_order(keys, page, arity, "position")
-    assert torch.equal(order, torch.arange(keys.shape[1]).expand_as(order))
+    assert tree_order(keys, page, arity).tolist() == [list(range(size))]
 
 
 @given(chunks())
@@ -112,34 +99,12 @@ def test_every_split_orders_children_along_the_principal_direction(chunk):
     keys, arity, depth, page = chunk
     if not depth:
         return
-    order = tree_order(keys, page, arity, "principal")
+    order = tree_order(keys, page, arity)
     for stream in range(len(keys)):
         centred = keys[stream] - keys[stream].mean(0)
         projection = centred @ principal_direction(centred)
         children = projection[order[stream]].unflatten(0, (arity, -1))
         assert (children[:-1].amax(-1) <= children[1:].amin(-1) + 1e-12).all()
-
-
-@given(chunks())
-def test_splits_in_the_subspace_follow_the_principal_direction_there(chunk):
-    keys, arity, _, page = chunk
-    order = tree_order(keys, page, arity, "subspace")
-    assert torch.equal(order, tree_order(subspace_coordinates(keys), page, arity, "principal"))
-
-
-@given(st.integers(0, 2**31), st.integers(0, SUBSPACE), st.sampled_from([5, 16]))
-def test_the_subspace_holds_what_varies_in_few_directions(seed, rank, dim):
-    """Coordinates are those of an orthonormal basis: they keep all distances of keys of a low rank."""
-    generator = torch.Generator().manual_seed(seed)
-    along = torch.randn(48, rank, generator=generator, dtype=torch.float64) * 3.0 ** -torch.arange(rank)
-    keys = 5 + along @ torch.randn(rank, dim, generator=generator, dtype=torch.float64)
-    coordinates = subspace_coordinates(keys)
-    assert coordinates.shape == (48, SUBSPACE)
-    torch.testing.assert_close(
-        torch.cdist(coordinates, coordinates), torch.cdist(keys, keys), atol=1e-2, rtol=1e-2
-    )
-    spread = coordinates.var(0)
-    assert (spread[rank:] <= 1e-5 * spread.sum()).all()
 
 
 @given(st.integers(0, 2**31), st.sampled_from([2, 5, 16]))
@@ -159,10 +124,10 @@ def test_principal_direction_of_equal_keys_is_zero():
 
 def test_half_precision_keys_are_ordered_as_their_float32_copies():
     keys = torch.randn(2, 32, 8, generator=torch.Generator().manual_seed(0)).bfloat16()
-    assert torch.equal(tree_order(keys, 4, 2, "principal"), tree_order(keys.float(), 4, 2, "principal"))
+    assert torch.equal(tree_order(keys, 4, 2), tree_order(keys.float(), 4, 2))
 
 
 def test_large_half_precision_keys_do_not_overflow():
     keys = (6e4 * torch.randn(64, 8, generator=torch.Generator().manual_seed(0)).clamp(-1, 1)).half()
-    order = tree_order(keys, 8, 2, "principal")
+    order = tree_order(keys, 8, 2)
     assert not torch.equal(order, torch.arange(64)), "the keys differ, so position alone cannot order them"

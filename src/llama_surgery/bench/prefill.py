@@ -115,7 +115,6 @@ class _Timed:
             "page": config.page_size,
             "tile": config.tile,
             "ball": config.ball_size,
-            "directions": config.directions,
             "variance_pool": config.variance_pool,
             "stride": config.score_stride,
             "totals": "coarse" if config.coarse_totals or config.coarse_to_fine else "fine",

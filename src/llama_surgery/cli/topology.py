@@ -25,9 +25,6 @@ _FIELDS: dict[str, Any] = {
     "page_size": _option(int, "Keys of a page, the block that is read as a whole."),
     "chunk_size": _option(int, "Tokens of a chunk: each gets a tree of its own."),
     "window": _option(int, "Tokens that always stay in the near field, which is read in full."),
-    "directions": _option(
-        str, "How keys are sorted: 'principal' or 'subspace' (by likeness), or 'position'."
-    ),
     "theta": _option(
         float | None,
         "Open a page when its expected share of a head's attention exceeds this. Set by --density.",

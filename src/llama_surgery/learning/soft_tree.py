@@ -41,20 +41,17 @@ def balls_of(keys: torch.Tensor, mapped: torch.Tensor, config: SurgeryConfig) ->
         config: Geometry; learned trees have arity 2.
 
     Raises:
-        SurgeryError: A learned tree of another arity, or without directions to learn.
+        SurgeryError: A learned tree of another arity.
     """
     size, ball = config.chunk_size, config.ball_size
     chunked = keys.unflatten(1, (-1, size))
     with torch.no_grad():
-        order = tree_order(mapped, ball, config.arity, config.directions)
+        order = tree_order(mapped, ball, config.arity)
         slot = order.argsort(-1)
         member = torch.nn.functional.one_hot(slot // ball, size // ball).to(chunked.dtype)
     if mapped.requires_grad:
-        if config.arity != 2 or config.directions != "principal":
-            raise SurgeryError(
-                f"arity={config.arity}, directions={config.directions!r}: the map of the keys is learned for "
-                "arity 2 and principal directions."
-            )
+        if config.arity != 2:
+            raise SurgeryError(f"arity={config.arity}: the map of the keys is learned for arity 2.")
         soft = _soft_membership(mapped, order, ball)
         member = member + (soft - soft.detach())
     weights = member.transpose(-1, -2) / ball

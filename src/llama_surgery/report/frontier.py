@@ -18,7 +18,6 @@ class FrontierPoint:
         chunk_size: Tokens of a chunk.
         window: Tokens that always stay in the near field.
         tile: Queries of a prefill tile.
-        directions: How a node's keys are ordered before a split.
         scoring: Which rows score which balls: ``all rows``, ``every 4th row``, ``coarse to fine`` …
         theta: Share above which a row opens a page.
         far_density: Executed far pairs over causal pairs.
@@ -41,7 +40,6 @@ class FrontierPoint:
     chunk_size: int
     window: int
     tile: int
-    directions: str
     scoring: str
     theta: float
     far_density: float

@@ -109,7 +109,7 @@ def _conditions(results: dict[str, Any]) -> list[tuple[str, str]]:
             (
                 f"topology, {measured['name']}",
                 f"pages of {config['page_size']} in chunks of {config['chunk_size']}, window "
-                f"{config['window']}, tiles of {config['tile']}, {config['directions']} directions, {budget}",
+                f"{config['window']}, tiles of {config['tile']}, {budget}",
             )
         )
     return listed
@@ -167,7 +167,6 @@ _FRONT = {
     "chunk": "chunk_size",
     "window": "window",
     "tile": "tile",
-    "directions": "directions",
     "scoring": "scoring",
 }
 

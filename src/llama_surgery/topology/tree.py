@@ -7,17 +7,9 @@ leading digits they share, an ultrametric; all keys that share a prefix form a b
 
 import torch
 
-from llama_surgery.config import Directions
-
 #: Steps of the power iteration. A direction only has to separate the keys, not to be exact. The number is a
 #: choice; others have not been measured.
 POWER_STEPS = 8
-
-#: Directions of a chunk that ``directions="subspace"`` knows keys by.
-SUBSPACE = 4
-
-#: Share of a chunk's spread below which what is left of it is taken for rounding.
-ROUNDING = 1e-6
 
 
 def principal_direction(centred: torch.Tensor) -> torch.Tensor:
@@ -33,10 +25,7 @@ def principal_direction(centred: torch.Tensor) -> torch.Tensor:
     Returns:
         (..., head_dim) unit vectors; a zero vector where all keys are equal.
     """
-    return _leading(centred.transpose(-1, -2) @ centred)
-
-
-def _leading(covariance: torch.Tensor) -> torch.Tensor:
+    covariance = centred.transpose(-1, -2) @ centred
     widest = covariance.diagonal(dim1=-2, dim2=-1).argmax(-1, keepdim=True)
     direction = covariance.gather(
         -1, widest[..., None].expand(*covariance.shape[:-1], 1)
@@ -49,39 +38,13 @@ def _leading(covariance: torch.Tensor) -> torch.Tensor:
     return direction.squeeze(-1)
 
 
-def subspace_coordinates(keys: torch.Tensor) -> torch.Tensor:
-    """Where keys lie along their chunk's leading directions, each found without those before it.
-
-    Args:
-        keys: (..., keys, head_dim), float32 or float64.
-
-    Returns:
-        (..., keys, SUBSPACE), zero along directions in which the keys do not vary but for rounding.
-    """
-    centred = keys - keys.mean(-2, keepdim=True)
-    covariance = centred.transpose(-1, -2) @ centred
-    trace = covariance.diagonal(dim1=-2, dim2=-1).sum(-1)[..., None, None]
-    found = []
-    for _ in range(SUBSPACE):
-        direction = _leading(covariance)[..., None]
-        left = covariance.diagonal(dim1=-2, dim2=-1).sum(-1)[..., None, None]
-        direction = torch.where(left > ROUNDING * trace, direction, 0.0)
-        found.append(direction)
-        image = covariance @ direction
-        spread = direction.transpose(-1, -2) @ image
-        both = direction @ (image - 0.5 * spread * direction).transpose(-1, -2)
-        covariance = covariance - both - both.transpose(-1, -2)
-    return centred @ torch.cat(found, -1)
-
-
-def tree_order(keys: torch.Tensor, page_size: int, arity: int, directions: Directions) -> torch.Tensor:
+def tree_order(keys: torch.Tensor, page_size: int, arity: int) -> torch.Tensor:
     """Tree order of each chunk: original offsets in the order of paths, ties by position.
 
     Args:
         keys: (..., chunk_size, head_dim), any floating dtype; computed in float32, or float64 if given.
         page_size: Keys of a leaf.
         arity: Children of a node; ``chunk_size = page_size * arity**depth``.
-        directions: ``principal``, ``subspace`` or ``position`` (the identity order).
 
     Returns:
         (..., chunk_size) int64: slot s of the reordered chunk holds the key of offset ``order[..., s]``.
@@ -90,11 +53,7 @@ def tree_order(keys: torch.Tensor, page_size: int, arity: int, directions: Direc
     size = keys.shape[-2]
     lead = keys.shape[:-2]
     order = torch.arange(size, device=keys.device).expand(*lead, size)
-    if directions == "position":
-        return order.contiguous()
     keys = keys if keys.dtype == torch.float64 else keys.float()
-    if directions == "subspace":
-        keys = subspace_coordinates(keys)
     nodes, order = keys.unsqueeze(-3), order.unsqueeze(-2)  # (..., nodes, keys of a node, …)
     while nodes.shape[-2] > page_size:
         centred = nodes - nodes.mean(-2, keepdim=True)

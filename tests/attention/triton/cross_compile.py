@@ -71,8 +71,6 @@ KERNELS = {
         "map_kernel",
         "project_kernel",
         "split_kernel",
-        "subspace_kernel",
-        "tree_kernel",
         "arrange_kernel",
     ),
     job: ("feature_kernel",),
@@ -248,9 +246,7 @@ def compile_all(
     keys = states[:, 0].contiguous()
     built = build_layout(keys[:, :1536], keys[:, :1536], config)
     learned = corrections(8, heads, head_dim)
-    subspace = dataclasses.replace(config, directions="subspace")
-    for rule in (config, subspace):
-        layout.build_layout(keys[:, :1536], keys[:, :1536], rule, learned)
+    layout.build_layout(keys[:, :1536], keys[:, :1536], config, learned)
     extra: dict[str, Any] = {"softcap": 50.0, "sink_logit": torch.zeros(8, heads)} if wide else {}
     pooled = dataclasses.replace(config, variance_pool=8, summary="page")
     by_ball = dataclasses.replace(config, summary="ball")

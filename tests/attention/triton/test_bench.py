@@ -25,7 +25,6 @@ def test_prefill(
         window=32,
         tile=32,
         moment_size=16,
-        directions="position",
         coarse_to_fine=descend,
     )
     setting = prefill.Setting(config, 0.1, parts=True)

@@ -26,7 +26,6 @@ from llama_surgery.surgery.operate import surgery_of
 from llama_surgery.surgery.steps import GraphedSteps
 from llama_surgery.topology.router import PageRouter
 
-#: Pages in order of position: under the interpreter the layout's kernels would take most of the time.
 CONFIG = SurgeryConfig(
     chunk_size=32,
     page_size=8,
@@ -35,7 +34,6 @@ CONFIG = SurgeryConfig(
     theta=0.12,
     theta_decode=0.12,
     moment_size=8,
-    directions="position",
 )
 SIZES = {
     "vocab_size": 64,
@@ -126,7 +124,7 @@ def test_a_learned_adapter_answers_as_with_plain_pytorch(tmp_path: Path, device:
     """A chunk fills on the way: its keys are ordered as the learned map sees them."""
     model, ids = tiny(device), tokens(1, 62).to(device)
     routers = scorer_parameters(corrections(1).float())
-    config = dataclasses.replace(CONFIG, directions="principal", summary="page")
+    config = dataclasses.replace(CONFIG, summary="page")
     answers = {}
     for backend in ("gather", "triton"):
         adapter = dataclasses.replace(config, backend=backend)

@@ -31,13 +31,9 @@ def states(chunks: int, dim: int, size: int, device: torch.device, seed: int = 0
     [
         CONFIG,
         dataclasses.replace(CONFIG, moment_size=4),
-        dataclasses.replace(CONFIG, directions="position"),
-        dataclasses.replace(CONFIG, directions="subspace", page_size=8, moment_size=8),
-        dataclasses.replace(CONFIG, directions="subspace", moment_size=2),
+        dataclasses.replace(CONFIG, page_size=8, moment_size=8),
+        dataclasses.replace(CONFIG, moment_size=2),
         SurgeryConfig(chunk_size=108, page_size=12, window=12, tile=12, arity=3, moment_size=4),
-        SurgeryConfig(
-            chunk_size=108, page_size=12, window=12, tile=12, arity=3, moment_size=4, directions="subspace"
-        ),
         SurgeryConfig(chunk_size=32, page_size=32, window=32, tile=32, moment_size=32),
     ],
 )
@@ -54,18 +50,17 @@ def test_layout_is_the_plain_one(config: SurgeryConfig, dim: int, device: torch.
         )
 
 
-def test_large_chunks_are_split_in_their_subspace_as_plainly(device: torch.device) -> None:
-    config = SurgeryConfig(directions="subspace")
+def test_large_chunks_are_split_as_plainly(device: torch.device) -> None:
+    config = SurgeryConfig()
     keys = states(1, 128, config.chunk_size, device)
     for given in (keys, keys.half()):
         got, expected = (build(given, given, config).order for build in (build_layout, plain.build_layout))
         assert torch.equal(got, expected)
 
 
-def test_wide_heads_have_a_subspace_too(device: torch.device) -> None:
-    config = dataclasses.replace(CONFIG, directions="subspace")
-    keys = states(2, 144, config.chunk_size, device)
-    got, expected = build_layout(keys, keys, config), plain.build_layout(keys, keys, config)
+def test_wide_heads_are_split_as_plainly(device: torch.device) -> None:
+    keys = states(2, 144, CONFIG.chunk_size, device)
+    got, expected = build_layout(keys, keys, CONFIG), plain.build_layout(keys, keys, CONFIG)
     assert torch.equal(got.order, expected.order) and torch.equal(got.keys, expected.keys)
 
 
@@ -93,7 +88,7 @@ def test_equal_keys_stay_in_order(dtype: torch.dtype, device: torch.device) -> N
     if dtype == torch.bfloat16 and device.type == "cpu":
         pytest.skip("Triton's interpreter does not know bfloat16")
     large = SurgeryConfig(chunk_size=256, page_size=64, window=32, tile=16)
-    for config in (CONFIG, large, dataclasses.replace(large, directions="subspace")):
+    for config in (CONFIG, large):
         keys = torch.full((1, config.chunk_size, 20), 0.7, dtype=dtype, device=device)
         order = build_layout(keys, keys, config).order
         assert order.flatten().tolist() == list(range(config.chunk_size))
@@ -113,13 +108,11 @@ def test_ties_are_broken_by_position_and_splits_follow_the_direction(device: tor
             assert along[0].max() <= along[1].min() + 1e-5
 
 
-@pytest.mark.parametrize("directions", ["principal", "subspace"])
 @pytest.mark.parametrize("mapped", [False, True])
-def test_a_chunk_does_not_see_its_neighbours(mapped: bool, directions: str, device: torch.device) -> None:
-    config = dataclasses.replace(CONFIG, directions=directions)  # type: ignore[arg-type]
+def test_a_chunk_does_not_see_its_neighbours(mapped: bool, device: torch.device) -> None:
     keys = states(3, 24, CONFIG.chunk_size, device)
     router = PageRouter(key_map=states(1, 24, 24, device, 2)) if mapped else None
-    whole = build_layout(keys, keys, config, router)
-    alone = build_layout(keys[:, 64:128], keys[:, 64:128], config, router)
+    whole = build_layout(keys, keys, CONFIG, router)
+    alone = build_layout(keys[:, 64:128], keys[:, 64:128], CONFIG, router)
     assert torch.equal(whole.order[:, 1:2], alone.order)
     assert torch.equal(whole.moments.variance[:, 8:16], alone.moments.variance)

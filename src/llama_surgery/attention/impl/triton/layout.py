@@ -6,11 +6,10 @@ import triton
 from llama_surgery.attention.impl.triton.helpers import launching
 from llama_surgery.attention.impl.triton.layout_kernels import arrange_kernel, project_kernel, split_kernel
 from llama_surgery.attention.impl.triton.map_kernel import map_kernel
-from llama_surgery.attention.impl.triton.tree_kernel import subspace_kernel, tree_kernel
 from llama_surgery.config import SurgeryConfig
 from llama_surgery.topology.layout import Layout, Moments
 from llama_surgery.topology.router import PageRouter
-from llama_surgery.topology.tree import POWER_STEPS, ROUNDING, SUBSPACE, tree_order
+from llama_surgery.topology.tree import POWER_STEPS
 
 #: Keys that are held at once.
 BLOCK = 64
@@ -88,14 +87,9 @@ def _order(keys: torch.Tensor, config: SurgeryConfig, router: PageRouter | None)
     chunk, ball = config.chunk_size, config.ball_size
     offsets = torch.arange(chunk, dtype=torch.int32, device=keys.device)
     order = offsets.repeat(streams, slots // chunk)
-    if config.directions == "position" or ball == chunk:
+    if ball == chunk:
         return order
     keys = _mapped(keys, router)
-    if config.directions == "subspace":
-        if dim > WIDEST_GRAM:
-            chunked = keys.unflatten(1, (-1, chunk))
-            return tree_order(chunked, ball, config.arity, config.directions).flatten(1, 2).int()
-        return _subspace_order(keys, order, config)
     dim_pad = max(16, triton.next_power_of_2(dim))
     children, projections = torch.empty_like(order), torch.empty_like(order, dtype=torch.float32)
     node = chunk
@@ -131,41 +125,6 @@ def _order(keys: torch.Tensor, config: SurgeryConfig, router: PageRouter | None)
         order, children = children, order
         node //= config.arity
     return order
-
-
-def _subspace_order(keys: torch.Tensor, order: torch.Tensor, config: SurgeryConfig) -> torch.Tensor:
-    """The same, of all levels at once; ``order`` is room for it."""
-    (streams, slots, dim), chunk = keys.shape, config.chunk_size
-    levels = config.levels(config.ball_size)
-    other = torch.empty_like(order)
-    here, there = (keys.new_empty(SUBSPACE, streams, slots, dtype=torch.float32) for _ in range(2))
-    grid = slots // chunk, streams
-    subspace_kernel[grid](
-        keys,
-        here,
-        *keys.stride()[:2],
-        slots,
-        CHUNK=chunk,
-        BLOCK=max(16, min(BLOCK, triton.next_power_of_2(chunk))),
-        DIM=dim,
-        DIM_PAD=max(16, triton.next_power_of_2(dim)),
-        STEPS=POWER_STEPS,
-        ROUNDING=ROUNDING,
-        num_stages=1,
-        num_warps=PROJECT_WARPS[0],
-    )
-    tree_kernel[grid](
-        order,
-        other,
-        here,
-        there,
-        slots,
-        CHUNK=chunk,
-        ARITY=config.arity,
-        LEVELS=levels,
-        STEPS=POWER_STEPS,
-    )
-    return other if levels % 2 else order
 
 
 def _mapped(keys: torch.Tensor, router: PageRouter | None) -> torch.Tensor:
