@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llama_surgery import SurgeryConfig, SurgeryError
-from llama_surgery.config import CONFIG_VERSION, DECODE_SHARE, REMOVED
+from llama_surgery.config import CONFIG_VERSION, REMOVED
 
 
 @pytest.mark.parametrize(
@@ -121,7 +121,7 @@ def test_theta_belongs_to_the_tile():
     single = SurgeryConfig(tile=1, theta=0.02)
     assert single.theta_decode == single.theta_for(1) == 0.02
     default = SurgeryConfig()
-    assert 0 < default.theta_decode < default.theta
+    assert default.theta_decode == 0  # decode steps read everything unless told otherwise
     assert SurgeryConfig(theta=0.0).theta_decode == 0
 
 
@@ -154,17 +154,17 @@ def test_a_replaced_configuration_is_the_one_constructed(start, change):
 
 
 def test_what_was_given_stays_when_something_else_is_replaced():
-    config = SurgeryConfig(moment_size=8, theta=0.1, theta_decode=0.1 * DECODE_SHARE)
+    config = SurgeryConfig(moment_size=8, theta=0.1, theta_decode=0.0)
     replaced = dataclasses.replace(config, page_size=64, theta=0.2)
-    assert replaced.moment_size == 8 and replaced.theta_decode == 0.1 * DECODE_SHARE
+    assert replaced.moment_size == 8 and replaced.theta_decode == 0
     # Handed on by hand what was read, it is given from now on.
     kept = dataclasses.replace(SurgeryConfig(), theta=0.2, theta_decode=SurgeryConfig().theta_decode)
     assert dataclasses.replace(kept, theta=0.3).theta_decode == SurgeryConfig().theta_decode
-    assert dataclasses.replace(kept, theta_decode=None).theta_decode == 0.2 * DECODE_SHARE
+    assert dataclasses.replace(kept, theta_decode=None).theta_decode == 0
 
 
 def test_configurations_that_mean_the_same_are_equal():
-    derived, told = SurgeryConfig(), SurgeryConfig(moment_size=8, theta_decode=0.046 * DECODE_SHARE)
+    derived, told = SurgeryConfig(), SurgeryConfig(moment_size=8, theta_decode=0.0)
     assert derived == told and hash(derived) == hash(told) and repr(derived) == repr(told)
     assert derived != SurgeryConfig(moment_size=4)
 

@@ -26,7 +26,7 @@ REMOVED: dict[str, tuple[Any, str]] = {
 
 
 def _default_theta_decode(config: "SurgeryConfig") -> float:
-    return config.theta if config.tile == 1 else config.theta * DECODE_SHARE
+    return config.theta if config.tile == 1 else 0.0
 
 
 def _default_moment_size(config: "SurgeryConfig") -> int:
@@ -48,8 +48,9 @@ class SurgeryConfig:
         arity: Children of a tree node.
         theta: A row opens a page whose expected share of some head's attention exceeds this, in
             tiles of ``tile`` queries. 0 opens everything.
-        theta_decode: The same for tiles of one query. A fixed part of ``theta`` unless given; with ``tile=1``
-            it must equal ``theta``.
+        theta_decode: The same for tiles of one query: decode steps, and the rows that end a prompt in
+            ``generate()``. 0 unless given, so that they read everything: sparse rows there lose most of what
+            real models look up. With ``tile=1`` it must equal ``theta``, and does unless given.
         pages_per_row: Instead of ``theta``: every scored row opens this many pages. For comparison.
         moment_size: Keys of the balls whose moments are kept, two levels below a page unless given: a page's
             score is the log-sum-exp of its balls' scores. Smaller balls score more sharply and cost more.
@@ -288,7 +289,3 @@ def _plain(value: Any) -> Any:
 
 #: Names of what is configured, as in JSON.
 FIELDS = hide(SurgeryConfig)
-
-#: Default θ for single queries as a share of the tile's θ, for users without calibration text.
-#: On the demo model the two then read about equally much of a whole text (docs/log.md).
-DECODE_SHARE = 0.23

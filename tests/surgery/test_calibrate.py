@@ -132,3 +132,35 @@ def test_only_what_kernels_will_execute_is_rounded(monkeypatch: pytest.MonkeyPat
     kept = dataclasses.replace(layout, features=(keys,))
     named = dataclasses.replace(SPARSE, backend="triton")
     assert heard_layout(kept, named, keys, keys, 8) is kept
+
+
+@pytest.mark.parametrize("backend", ["gather", "reference"])
+def test_decode_steps_read_everything_unless_a_density_is_given(backend: str) -> None:
+    config = SurgeryConfig(chunk_size=64, page_size=16, window=32, tile=8, backend=backend)
+    given = {"text": TEXT, "tokenizer": Letters(), "length": LENGTH}
+    with surgery.operated(build("Llama"), config, density=0.2, **given) as model:
+        assert surgery.config_of(model).theta_decode == 0 < surgery.config_of(model).theta
+        ids = tokens(1, 200)
+        model.generate(ids, max_new_tokens=4, do_sample=False)
+        by_tile = surgery.statistics(model).by_tile
+        assert by_tile["1"]["total_density"] == 1 > by_tile["8"]["total_density"]
+    with surgery.operated(build("Llama"), config, density=0.2, decode_density=0.1, **given) as model:
+        found = surgery.config_of(model)
+        assert 0 < found.theta_decode != found.theta
+    kept = dataclasses.replace(config, theta_decode=0.125)
+    with surgery.operated(build("Llama"), kept, density=0.2, **given) as model:
+        assert surgery.config_of(model).theta_decode == 0.125
+
+
+def test_a_density_of_decode_steps_alone_is_refused() -> None:
+    single = dataclasses.replace(SPARSE, tile=1, theta=0.1, theta_decode=0.1)
+    given = {"text": TEXT, "tokenizer": Letters(), "length": LENGTH}
+    for config, options in (
+        (SPARSE, {"decode_density": 0.1}),
+        (SPARSE, {"decode_density": 1.5, "density": 0.2, **given}),
+        (single, {"decode_density": 0.1, "density": 0.2, **given}),
+    ):
+        model = build("Llama")
+        with pytest.raises(SurgeryError, match="decode_density"):
+            surgery.operate(model, config, **options)
+        assert not surgery.is_operated(model)

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from llama_surgery.topology.geometry import Block
 from llama_surgery.topology.mask import key_mask, page_mask
-from llama_surgery.topology.plan import plan_from_first_open, tiles_of
+from llama_surgery.topology.plan import plan_from_first_open, plan_of_everything, tiles_of
 
 PAGE = 4
 
@@ -104,3 +104,13 @@ def test_the_key_mask_shows_whole_pages_at_their_keys_positions(case, seed):
             slots = range(page * PAGE % chunk, page * PAGE % chunk + PAGE)
             keys = [page // pages * chunk + int(order[stream, page // pages, s]) for s in slots]
             assert torch.equal(mask[stream][:, keys], by_page[stream, :, page, None].expand(-1, PAGE))
+
+
+def test_a_plan_of_everything_shows_all_pages_to_all_rows() -> None:
+    block = Block(70, 90, 2)
+    plan = plan_of_everything(block, 8, 4, 3, torch.device("cpu"))
+    assert page_mask(plan, 4).all() and plan.everything
+    opened = plan_from_first_open(torch.zeros(3, tiles_of(block, 8), 4, dtype=torch.long), block, 8)
+    for name in ("pages", "first_open", "counts"):
+        assert torch.equal(getattr(plan, name), getattr(opened, name))
+    assert torch.equal(plan.executed_pairs(16), opened.executed_pairs(16))

@@ -205,7 +205,7 @@ def attend(
                 scale=scale,
                 softcap=softcap,
             )
-            if config.summary != "none":
+            if config.summary != "none" and not plan.everything:
                 near = merge(*near, *summary(q, layout, plan, scorer, config))
         out, lse = near
         if sink_logit is not None:

@@ -85,7 +85,7 @@ def bench_corrections(
     job = make_job(data.queries, data.keys, data.values, _layout(data, config, None), config=config, start=0)
     totals = [selection.row_totals(job, strip) for strip in job.strips() if strip.pages]
     theta = calibrate(job, totals, density)
-    config = dataclasses.replace(config, theta=theta, theta_decode=None)
+    config = dataclasses.replace(config, theta=theta, theta_decode=theta / 4)
     plain: dict[str, float] = {}
     for name, (change, parts) in VARIANTS.items():
         if deadline.passed(name):

@@ -108,6 +108,13 @@ DensityOption = Annotated[
         rich_help_panel="Topology",
     ),
 ]
+DecodeDensityOption = Annotated[
+    float | None,
+    typer.Option(
+        help="The same share for decode steps. Left out, they read everything, as the dense model does.",
+        rich_help_panel="Topology",
+    ),
+]
 
 
 def split_values(given: Sequence[str]) -> list[str]:

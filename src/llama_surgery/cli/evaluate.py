@@ -8,6 +8,7 @@ import typer
 from llama_surgery.cli.common import (
     AdapterOption,
     CalibrationOption,
+    DecodeDensityOption,
     DensityOption,
     DeviceOption,
     Dtype,
@@ -38,6 +39,7 @@ def evaluate(
     adapter: AdapterOption = None,
     calibration_text: CalibrationOption = None,
     density: DensityOption = None,
+    decode_density: DecodeDensityOption = None,
     tile: Annotated[
         int,
         typer.Option(
@@ -161,7 +163,14 @@ def evaluate(
         if calibration is not None and density is not None:
             for name, config in configs.items():
                 configs[name] = calibrated(
-                    llm, tokenizer, config, density=density, texts=calibration, length=length, progress=tell
+                    llm,
+                    tokenizer,
+                    config,
+                    density=density,
+                    texts=calibration,
+                    length=length,
+                    progress=tell,
+                    decode_density=decode_density if config.tile > 1 else None,
                 )
             conditions["thresholds"] = f"set on {_shown(calibration_text)} for a far density of {density:.2%}"
         result, results = measured(

@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from llama_surgery.cli.common import JsonOption, err, escape, out, print_json
+from llama_surgery.cli.run import thresholds
 
 
 def export(
@@ -35,5 +36,5 @@ def export(
     if json:
         print_json({"folder": str(target), "config": config.to_dict()})
         return
-    out.print(f"Thresholds: θ = {config.theta:.3%} in prefill, {config.theta_decode:.3%} in decode.")
+    out.print(f"Thresholds: {thresholds(config)}.")
     out.print(f"Folder: {target.resolve()}", soft_wrap=True, highlight=False)

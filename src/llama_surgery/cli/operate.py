@@ -6,6 +6,7 @@ from typing import Annotated, Any
 import typer
 
 from llama_surgery.cli.common import (
+    DecodeDensityOption,
     DensityOption,
     DeviceOption,
     Dtype,
@@ -17,7 +18,7 @@ from llama_surgery.cli.common import (
     print_json,
     progress,
 )
-from llama_surgery.cli.run import calibrated
+from llama_surgery.cli.run import calibrated, thresholds
 from llama_surgery.cli.topology import config_for, topology_options
 
 
@@ -31,6 +32,7 @@ def operate(
         typer.Option(help="Text like what the model will read: a .txt file or a folder. Needs --density."),
     ] = None,
     density: DensityOption = None,
+    decode_density: DecodeDensityOption = None,
     length: Annotated[
         int | None,
         typer.Option(help="Tokens of a calibration window. The model's context, at most 8192, if left out."),
@@ -54,6 +56,8 @@ def operate(
     """
     if (text is None) != (density is None):
         raise typer.BadParameter("--text and --density go together: thresholds are set on text.")
+    if decode_density is not None and density is None:
+        raise typer.BadParameter("--decode-density needs --density and --text.")
     config = config_for(settings, tile)
     from llama_surgery.text import read_texts
 
@@ -65,12 +69,19 @@ def operate(
     if texts is not None and density is not None:
         with progress() as tell:
             config = calibrated(
-                llm, tokenizer, config, density=density, texts=texts, length=length, progress=tell
+                llm,
+                tokenizer,
+                config,
+                density=density,
+                texts=texts,
+                length=length,
+                progress=tell,
+                decode_density=decode_density,
             )
     operate_on(llm, config)
     save_adapter(llm, out_folder)
     if json:
         print_json({"adapter": str(out_folder), "config": config.to_dict()})
         return
-    out.print(f"Thresholds: θ = {config.theta:.3%} in prefill, {config.theta_decode:.3%} in decode.")
+    out.print(f"Thresholds: {thresholds(config)}.")
     out.print(f"Adapter: {out_folder.resolve()}", soft_wrap=True, highlight=False)

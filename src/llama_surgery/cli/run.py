@@ -26,6 +26,7 @@ def calibrated(
     texts: list[str],
     length: int | None,
     progress: Progress,
+    decode_density: float | None = None,
 ) -> SurgeryConfig:
     """``config`` with thresholds set on ``texts``; ``model`` is dense before and after.
 
@@ -40,10 +41,26 @@ def calibrated(
     progress(stage, 0, total)
     hook = model.register_forward_hook(lambda *_: progress(stage, min(next(passes), total), total))
     try:
-        with operated(model, config, density=density, text=texts, tokenizer=tokenizer, length=length):
+        with operated(
+            model,
+            config,
+            density=density,
+            text=texts,
+            tokenizer=tokenizer,
+            length=length,
+            decode_density=decode_density,
+        ):
             return config_of(model)
     finally:
         hook.remove()
+
+
+def thresholds(config: SurgeryConfig) -> str:
+    """The thresholds in words."""
+    decode = (
+        f"θ = {config.theta_decode:.3%} in decode" if config.theta_decode else "decode steps read everything"
+    )
+    return f"θ = {config.theta:.3%} in prefill, {decode}"
 
 
 def measured(

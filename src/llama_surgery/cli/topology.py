@@ -29,7 +29,9 @@ _FIELDS: dict[str, Any] = {
         float | None,
         "Open a page when its expected share of a head's attention exceeds this. Set by --density.",
     ),
-    "theta_decode": _option(float | None, "The same for decoding, token by token. Set by --density."),
+    "theta_decode": _option(
+        float | None, "The same for decoding, token by token: 0 reads everything. Set by --decode-density."
+    ),
     "pages_per_row": _option(int | None, "Instead of a threshold: every token opens this many pages."),
     "moment_size": _option(
         int | None,
@@ -46,6 +48,10 @@ _FIELDS: dict[str, Any] = {
     ),
     "backend": _option(str, "Who executes the plan: auto, reference, gather, flex, triton."),
 }
+
+#: θ of tiles of one query, for users without calibration text: on the demo model they then read about as much
+#: of a whole text as tiles at their default θ (docs/log.md).
+SINGLE_THETA = 0.0106
 
 #: Fields whose default depends on others.
 _UNSET = ("theta", "theta_decode", "moment_size", "pages_per_row")
@@ -93,7 +99,7 @@ def config_for(settings: dict[str, Any], tile: int) -> SurgeryConfig:
     if tile == 1:
         # Tiles of one are decode steps: one threshold serves both, and there is nothing to stride over.
         decode = settings.pop("theta_decode", None)
-        settings["theta"] = settings.get("theta", _DEFAULT.theta_decode) if decode is None else decode
+        settings["theta"] = settings.get("theta", SINGLE_THETA) if decode is None else decode
         settings["score_stride"] = 1
     return SurgeryConfig(**settings)
 

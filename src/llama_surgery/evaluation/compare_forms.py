@@ -214,7 +214,14 @@ class PagesForm:
         with self._operated(self._solved or self._config):
             length = self._ids.shape[1]
             self._solved = calibrate(
-                self._model, self._tokenizer, self._texts, density - near, length, passes
+                self._model,
+                self._tokenizer,
+                self._texts,
+                density - near,
+                length,
+                passes,
+                # Rules of others choose in decode steps too.
+                decode_density=density - near,
             )
         return self._solved.to_dict()
 

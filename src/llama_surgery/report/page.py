@@ -102,7 +102,10 @@ def _conditions(results: dict[str, Any]) -> list[tuple[str, str]]:
     listed.append(("versions", ", ".join([*versions, f"Python {environment['python']}"])))
     for measured in results["operated"]:
         config = measured["config"]
-        budget = f"θ = {config['theta']:.3%}, in decode {config['theta_decode']:.3%}"
+        decode = (
+            f"in decode {config['theta_decode']:.3%}" if config["theta_decode"] else "decode reads everything"
+        )
+        budget = f"θ = {config['theta']:.3%}, {decode}"
         if config.get("pages_per_row") is not None:
             budget = f"{config['pages_per_row']} pages a row"
         listed.append(

@@ -65,6 +65,8 @@ def calibrate(
     density: float,
     length: int | None,
     passes: int = PASSES,
+    *,
+    decode_density: float | None = None,
 ) -> SurgeryConfig:
     """Configuration of an operated model with θ set for an executed far density.
 
@@ -79,6 +81,8 @@ def calibrate(
         density: Executed far pairs over causal pairs, at most.
         length: Tokens of a window; the model's context, at most 8,192, if None.
         passes: Fewer do where the model's θ is near already.
+        decode_density: The same for decode steps. Without, their θ stays as it is: by default they read
+            everything.
 
     Raises:
         SurgeryError: ``density`` is out of range or out of reach. The model keeps its configuration.
@@ -87,8 +91,14 @@ def calibrate(
     config = config_of(model)
     if tokenizer is None:
         raise SurgeryError("tokenizer=None: calibration text needs the model's tokenizer.")
-    if not 0 < density < 1:
-        raise SurgeryError(f"density={density}: must lie between 0 and 1.")
+    for name, value in (("density", density), ("decode_density", decode_density)):
+        if value is not None and not 0 < value < 1:
+            raise SurgeryError(f"{name}={value}: must lie between 0 and 1.")
+    if config.tile == 1 and decode_density not in (None, density):
+        raise SurgeryError(
+            f"decode_density={decode_density} with tile=1: one threshold serves prompts and decode steps. "
+            "Leave it out."
+        )
     if config.pages_per_row is not None:
         raise SurgeryError("pages_per_row is set: there is no θ to calibrate. Leave it out.")
     inner = inner_model(model)
@@ -108,10 +118,12 @@ def calibrate(
             set_config(model, dataclasses.replace(config, backend=listened))
             heard = _listen(model, ids, config)
             theta = heard.by_tile.theta(AIM * density * heard.tile_pairs)
-            theta_decode = theta
-            if config.tile > 1:
-                theta_decode = heard.by_row.theta(AIM * density * heard.row_pairs)
-            config = dataclasses.replace(config, theta=theta, theta_decode=theta_decode)
+            found = {"theta": theta}
+            if config.tile == 1:
+                found["theta_decode"] = theta
+            elif decode_density is not None:
+                found["theta_decode"] = heard.by_row.theta(AIM * decode_density * heard.row_pairs)
+            config = dataclasses.replace(config, **found)
             set_config(model, config)
     except BaseException:
         set_config(model, given)

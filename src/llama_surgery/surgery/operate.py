@@ -53,12 +53,14 @@ def operate(
     text: list[str] | None = None,
     tokenizer: Any = None,
     length: int | None = None,
+    decode_density: float | None = None,
 ) -> Model:
     """Give every full-attention layer of ``model`` the configured topology. No weight changes.
 
     The same object comes back, operated; ``forward`` and ``generate`` work as before. With ``density``
-    and ``text`` the thresholds are calibrated so that the executed far density does not exceed
-    ``density`` on that text, for tiles and for decode steps.
+    and ``text`` the threshold of prompts is calibrated so that the executed far density does not exceed
+    ``density`` on that text. Decode steps, and the rows that end a prompt, read everything unless
+    ``decode_density`` is given too.
 
     Args:
         model: A Hugging Face decoder, possibly wrapped by PEFT.
@@ -68,6 +70,8 @@ def operate(
         text: Documents to calibrate on; needs ``density`` and ``tokenizer``.
         tokenizer: The model's tokenizer.
         length: Tokens of a calibration window; the model's context, at most 8,192, if None.
+        decode_density: Largest executed far density of decode steps; needs ``density``. Without, their θ
+            stays as ``config`` has it: by default they read everything.
 
     Raises:
         UnsupportedModelError: The model cannot be operated, with the reason.
@@ -78,8 +82,8 @@ def operate(
     inner = inner_model(model)
     if is_operated(model):
         raise SurgeryError("the model is operated already: eject(model) first.")
-    if (density is None) != (text is None):
-        raise SurgeryError("density and text go together: thresholds are calibrated on text.")
+    if (density is None) != (text is None) or (text is None and decode_density is not None):
+        raise SurgeryError("density, decode_density and text go together: thresholds are calibrated on text.")
     modules = attention_modules(inner)
     base = check_replaceable(inner, modules.values())
     _check_routers(inner, modules, routers or {})
@@ -92,7 +96,8 @@ def operate(
         if text is not None and density is not None:
             from llama_surgery.surgery.calibrate import calibrate
 
-            set_config(model, calibrate(model, tokenizer, text, density, length))
+            found = calibrate(model, tokenizer, text, density, length, decode_density=decode_density)
+            set_config(model, found)
     except BaseException:
         eject(model)
         raise

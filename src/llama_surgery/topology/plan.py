@@ -19,6 +19,7 @@ class Plan:
         first_open: (streams, tiles, most) int64: the first row of the tile, counted from the tile's
             anchor, that opened the page; only rows from it on see the page. ``tile`` where padded.
         counts: (streams, tiles) int64, pages of each tile.
+        everything: Every closed page is open to every row.
     """
 
     block: Block
@@ -26,6 +27,7 @@ class Plan:
     pages: torch.Tensor
     first_open: torch.Tensor
     counts: torch.Tensor
+    everything: bool = False
 
     @property
     def lead(self) -> int:
@@ -72,3 +74,11 @@ def plan_from_first_open(first_open: torch.Tensor, block: Block, tile: int) -> P
     pages = (~opened).to(torch.int8).argsort(dim=-1, stable=True)[..., :most]
     first = first_open.gather(-1, pages)
     return Plan(block, tile, pages.where(first < tile, -1), first, counts)
+
+
+def plan_of_everything(block: Block, tile: int, pages: int, streams: int, device: torch.device) -> Plan:
+    """All ``pages`` closed pages, open from every tile's first row on."""
+    tiles = tiles_of(block, tile)
+    listed = torch.arange(pages, device=device).expand(streams, tiles, pages)
+    counts = torch.full((streams, tiles), pages, device=device)
+    return Plan(block, tile, listed, torch.zeros_like(listed), counts, everything=True)

@@ -10,7 +10,7 @@ import torch
 from llama_surgery.config import SurgeryConfig
 from llama_surgery.topology.geometry import Block
 from llama_surgery.topology.layout import Layout, Moments, merge_moments, pool_channels
-from llama_surgery.topology.plan import Plan, plan_from_first_open, tiles_of
+from llama_surgery.topology.plan import Plan, plan_from_first_open, plan_of_everything, tiles_of
 from llama_surgery.topology.router import PageRouter
 
 #: Called with the log shares (streams, tiles, scored rows of a tile, pages), -inf for rows outside the
@@ -169,6 +169,10 @@ def select(
         sink_logit: (streams, heads) attention-sink parameters of models that have them.
         listener: Hears the log shares.
     """
+    if config.theta_for(tile) == 0 and config.pages_per_row is None and listener is None:
+        # Nothing to choose: no page needs a score.
+        pages = block.closed * config.pages_per_chunk
+        return plan_of_everything(block, tile, pages, queries.shape[0], queries.device)
     stride = min(config.score_stride, tile)
     rows = torch.arange(block.start, block.stop, device=queries.device)
     lead = -block.start % stride

@@ -26,6 +26,19 @@ def near_field(
     softcap: float | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """See :meth:`llama_surgery.attention.api.Backend.near_field`."""
+    return _attend(queries, keys, values, scale, softcap, causal=True)
+
+
+def _attend(
+    queries: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    scale: float,
+    softcap: float | None,
+    *,
+    causal: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention to all keys or, where it is causal and the last keys are the rows' own, to earlier ones."""
     dtype = compute_dtype(queries.dtype)
     _streams, heads, rows, _ = queries.shape
     offset = keys.shape[1] - rows
@@ -33,11 +46,12 @@ def near_field(
     outs, lses = [], []
     for start in range(0, rows, STRIP):
         strip = queries[:, :, start : start + STRIP].to(dtype)
-        length, seen = strip.shape[2], offset + min(start + STRIP, rows)
+        length = strip.shape[2]
+        seen = offset + start + length if causal else keys.shape[2]
         # The group's heads fold into rows: they share their keys.
         logits = (strip * scale).flatten(1, 2) @ keys[:, :, :seen]
         logits = cap(logits, softcap).unflatten(1, (heads, length))
-        if length > 1:
+        if causal and length > 1:
             hidden = torch.ones(length, length, dtype=torch.bool, device=logits.device).triu_(1)
             logits[..., seen - length :].masked_fill_(hidden, -torch.inf)
         out, lse = _softmax_matmul(logits.flatten(1, 2), values[:, :seen])
@@ -58,6 +72,8 @@ def far_field(
     softcap: float | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """See :meth:`llama_surgery.attention.api.Backend.far_field`."""
+    if plan.everything:  # nothing to gather
+        return merge(*near, *_attend(queries, keys, values, scale, softcap, causal=False))
     dtype = compute_dtype(queries.dtype)
     streams, heads, _, head_dim = queries.shape
     tiled = _to_tiles(queries.to(dtype) * scale, plan)  # (streams * tiles, heads * tile, head_dim)
