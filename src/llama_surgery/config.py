@@ -40,7 +40,8 @@ class SurgeryConfig:
 
     Attributes:
         topology: ``pages`` (balanced tree over each chunk's keys) or ``dense`` (everything visible).
-        chunk_size: Tokens of a chunk; a multiple of ``tile`` and ``page_size * arity**n``.
+        chunk_size: Tokens of a chunk; a multiple of ``tile`` and ``page_size * arity**n``. The kernels sort
+            chunks of up to 8,192.
         page_size: Keys of a page, the contiguous block that is read as a whole.
         window: Tokens that always stay in the near field; a multiple of ``tile``.
         tile: Consecutive queries that share the pages read in prefill, anchored at multiples of

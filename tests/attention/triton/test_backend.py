@@ -2,7 +2,9 @@
 
 import dataclasses
 import os
+import re
 from types import SimpleNamespace
+from typing import Any
 from unittest import mock
 
 import pytest
@@ -144,3 +146,23 @@ def test_too_little_shared_memory(device: torch.device) -> None:
         launching(torch.zeros(1, device=device)),
     ):
         raise OutOfResources(117760, 101376, "shared memory")
+
+
+@pytest.mark.parametrize(
+    ("change", "head_dim", "message"),
+    [
+        ({"chunk_size": 16384}, 64, "chunks of up to 8192 keys of 64 channels, not chunk_size=16384"),
+        ({"chunk_size": 32768}, 128, "chunks of up to 8192 keys.*, not chunk_size=32768"),
+        ({"chunk_size": 8192}, 160, "chunks of up to 4096 keys of 160 channels"),
+    ],
+)
+def test_chunks_that_no_program_holds_are_refused(
+    change: dict[str, Any], head_dim: int, message: str, device: torch.device
+) -> None:
+    q = torch.zeros(1, 1, 1, head_dim, device=device)
+    config = dataclasses.replace(CONFIG, **change)
+    assert re.search(message, triton.obstacle(config, q, q, 8) or "")
+    with pytest.raises(SurgeryError, match=f"backend='triton' cannot run this: .*{message}"):
+        api.backend_name(dataclasses.replace(config, backend="triton"), q, q, 8)
+    assert api.backend_name(dataclasses.replace(config, backend="auto"), q, q, 8) == "gather"
+    assert triton.obstacle(dataclasses.replace(config, chunk_size=4096), q, q, 8) is None

@@ -24,6 +24,13 @@ LARGEST_TILE, LARGEST_HEAD = 128, 256
 #: Squares beyond it would overflow in float16: variances are kept no larger.
 LARGEST_SQUARE = 6.0e4
 
+#: Most keys of a chunk, which one program splits in its registers. Keys of wide heads are held whole:
+#: of these a program holds LARGEST_BLOCK elements at most.
+LARGEST_CHUNK, LARGEST_BLOCK = 8192, 1 << 20
+
+#: Widest head whose covariance fits the registers of a program.
+WIDEST_GRAM = 128
+
 #: Most queries per sequence of a call of decode.
 MOST_QUERIES = 8
 
@@ -51,11 +58,22 @@ def obstacle(config: SurgeryConfig, queries: torch.Tensor, values: torch.Tensor,
         return (
             f"it runs head dims up to {LARGEST_HEAD}, not head_dim={max(queries.shape[-1], values.shape[-1])}"
         )
+    most = _largest_chunk(queries.shape[-1])
+    if config.chunk_size > max(most, config.ball_size):  # a chunk that is one ball is not sorted
+        return (
+            f"it sorts chunks of up to {most} keys of {queries.shape[-1]} channels, not "
+            f"chunk_size={config.chunk_size}"
+        )
     if config.summary != "none" and config.coarse_to_fine:
         return "it does not summarise with coarse_to_fine"
     if config.summary != "none" and differentiable(queries, values):
         return "it does not differentiate summaries"
     return None
+
+
+def _largest_chunk(head_dim: int) -> int:
+    padded = 1 << (head_dim - 1).bit_length()
+    return LARGEST_CHUNK if padded <= WIDEST_GRAM else min(LARGEST_CHUNK, LARGEST_BLOCK // padded)
 
 
 @functools.cache

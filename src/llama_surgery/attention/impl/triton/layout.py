@@ -3,6 +3,7 @@
 import torch
 import triton
 
+from llama_surgery.attention.impl.triton import WIDEST_GRAM
 from llama_surgery.attention.impl.triton.helpers import launching
 from llama_surgery.attention.impl.triton.layout_kernels import arrange_kernel, project_kernel, split_kernel
 from llama_surgery.attention.impl.triton.map_kernel import map_kernel
@@ -22,9 +23,6 @@ PROJECT_WARPS = (4, 1)
 
 #: Keys that a warp arranges: more warps to a small ball would wait for one another.
 ARRANGED = 16
-
-#: Widest head whose covariance fits the registers of a program.
-WIDEST_GRAM = 128
 
 
 def build_layout(
