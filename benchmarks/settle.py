@@ -1,4 +1,4 @@
-"""Needles with and without `PagedCache.settle_last_tile`, on the same prompts of one operated model.
+"""Needles with and without rows of their own for a prompt's end, on the same prompts of one operated model.
 
     python benchmarks/settle.py MODEL --calibration-text DIR --text DIR --device cuda
 
@@ -53,9 +53,8 @@ def main() -> None:
         length=options.length,
     ):
         settled = score_needles(model, prompts, options.needle_batch)
-        # generate() sets it on every cache it builds: a property that ignores that turns the rule off.
-        never = property(lambda cache: False, lambda cache, value: None)
-        with mock.patch.object(PagedCache, "settle_last_tile", never, create=True):
+        # generate() tells every cache where its prompt ends: one that does not know knows no such rule.
+        with mock.patch.object(PagedCache, "prompt_ends", None):
             unsettled = score_needles(model, prompts, options.needle_batch)
     gain = paired_difference(unsettled, settled, options.seed)
     to_dense = paired_difference(dense, settled, options.seed)

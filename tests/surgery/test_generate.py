@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from tests.surgery.tiny import (
     SINGLE,
     SPARSE,
-    generation_cache,
+    generation_cuts,
     in_pieces,
     llama,
     logits,
@@ -55,7 +55,7 @@ def assert_generated(got, expected):
 def stepped(model, sequence, prompt):
     """Logits (new, vocabulary) of a sequence fed as generate() does: the prompt, then token by token."""
     ids = sequence[None, :-1]
-    got, _ = in_pieces(model, ids, list(range(prompt, ids.shape[1])), generation_cache(model))
+    got, _ = in_pieces(model, ids, generation_cuts(model, prompt, ids.shape[1]))
     return got[0, prompt - 1 :]
 
 
@@ -86,10 +86,10 @@ def test_sampling_is_stepping_by_hand_with_the_same_seed(model):
     out = model.generate(tokens(1, PROMPT), **options)
     assert type(out[CACHE_NAME]) is PagedCache
     torch.manual_seed(5)
-    ids, cache = tokens(1, PROMPT), generation_cache(model)
+    ids, cache = tokens(1, PROMPT), None
     new = ids
     for _ in range(NEW):
-        got, cache = in_pieces(model, new, [], cache)
+        got, cache = in_pieces(model, new, generation_cuts(model, PROMPT, new.shape[1]), cache)
         new = torch.multinomial((got[:, -1] / 0.7).softmax(-1), 1)
         ids = torch.cat((ids, new), 1)
     assert torch.equal(out.sequences, ids)
@@ -129,8 +129,9 @@ def test_turns_on_one_cache(model):
     second = model.generate(history, **{CACHE_NAME: first[CACHE_NAME]}, **OPTIONS)
     assert type(second[CACHE_NAME]) is PagedCache
     assert second[CACHE_NAME] is first[CACHE_NAME]
-    cuts = [*range(PROMPT, PROMPT + 30), *range(history.shape[1], second.sequences.shape[1] - 1)]
-    expected, _ = in_pieces(model, second.sequences[:, :-1], cuts, generation_cache(model))
+    cuts = generation_cuts(model, PROMPT, PROMPT + 30)
+    cuts += generation_cuts(model, history.shape[1], second.sequences.shape[1] - 1)
+    expected, _ = in_pieces(model, second.sequences[:, :-1], cuts)
     assert_generated(torch.stack(second.logits, 1), expected[:, history.shape[1] - 1 :])
 
 

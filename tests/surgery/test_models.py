@@ -11,7 +11,7 @@ from tests.surgery.tiny import (
     SIZES,
     SPARSE,
     build,
-    generation_cache,
+    generation_cuts,
     in_pieces,
     logits,
     pad,
@@ -164,7 +164,7 @@ def test_generate_is_stepping_by_hand_and_theta_zero_generates_as_dense(name):
     with operated(model, dataclasses.replace(SPARSE, theta=0.4, theta_decode=0.3)):
         sparse = model.generate(ids, **options)
         assert type(sparse[CACHE_NAME]) is PagedCache
-        steps, _ = in_pieces(model, sparse.sequences[:, :-1], list(range(150, 155)), generation_cache(model))
+        steps, _ = in_pieces(model, sparse.sequences[:, :-1], generation_cuts(model, 150, 155))
     assert_near(torch.stack(sparse.logits, 1), steps[:, 149:], tolerance(model))
 
 

@@ -8,7 +8,7 @@ import torch
 import transformers
 from transformers import PreTrainedModel
 
-from llama_surgery import PagedCache, SurgeryConfig, paged_cache
+from llama_surgery import SurgeryConfig, config_of
 from llama_surgery.surgery.compat import CACHE_NAME
 
 VOCABULARY = 97
@@ -96,11 +96,9 @@ def logits(model: PreTrainedModel, ids: torch.Tensor, **arguments: Any) -> torch
     return model(ids if ids.dim() == 2 else ids[None], **arguments).logits
 
 
-def generation_cache(model: PreTrainedModel) -> PagedCache:
-    """A cache as generate() prepares it: the incomplete last tile of a prompt is computed row by row."""
-    cache = paged_cache(model)
-    cache.settle_last_tile = True
-    return cache
+def generation_cuts(model: PreTrainedModel, prompt: int, stop: int) -> list[int]:
+    """Cuts of plain calls that say what generate() says: whole tiles of the prompt, then one by one."""
+    return list(range(prompt - prompt % config_of(model).tile, stop))
 
 
 @torch.no_grad()

@@ -1,255 +1,25 @@
 """The paged cache: a transformers cache whose operated layers keep full chunks in tree order."""
 
+import contextlib
+from collections.abc import Iterator, Sequence
+
 import torch
 from transformers import DynamicCache, PretrainedConfig
-from transformers.cache_utils import CacheLayerMixin
 
 from llama_surgery.config import SurgeryConfig
-from llama_surgery.errors import SurgeryError, UnsupportedModelError
-from llama_surgery.surgery.buffers import PageBuffers, writable
-from llama_surgery.surgery.columns import columns_of
-from llama_surgery.surgery.store import SequenceStore
-from llama_surgery.topology.router import PageRouter
+from llama_surgery.errors import SurgeryError
+from llama_surgery.surgery.paged_layer import PagedLayer
+
+__all__ = ["Generation", "PagedCache", "PagedLayer"]
 
 
-class PagedLayer(CacheLayerMixin):
-    """Cache of one operated layer.
+class Generation:
+    """One call of ``generate()``, which caches and copies of them refer to: once over, it is over for all."""
 
-    Padding is never stored: every sequence holds its real tokens only, at their real positions. While
-    all sequences have one length they share a store; they are kept apart from the first padding on. The
-    tensors are those of the layer in both cases.
+    over = False
 
-    Args:
-        config: The topology.
-        keep: False for a single call, after which nothing is remembered.
-    """
-
-    is_sliding = False
-    is_croppable = True
-    supports_early_init = False
-
-    def __init__(self, config: SurgeryConfig, *, keep: bool = True) -> None:
-        super().__init__()
-        self.config = config
-        self.keep = keep
-        self.slots = 0  # columns seen, padding included: what transformers calls the length
-        self.cropped = False  # are there tokens of columns that are gone? The next call's mask tells which
-        self.maximum: int | None = None  # columns there will ever be, as far as is known
-        self.stores: list[SequenceStore] = []
-        self.buffers: PageBuffers | None = None
-        self.batch = 0
-        self.kv_heads = 0
-        self.recording = False  # a CUDA graph is being captured: what happens on the host is done at replays
-        self._expected = False
-        self._device_lengths: torch.Tensor | None = None
-        self._known_lengths: list[int] = []  # what the device holds
-
-    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        self.batch, self.kv_heads = key_states.shape[:2]
-        self.dtype, self.device = key_states.dtype, key_states.device
-        # Model code asks whether a layer holds any: the tensors of a dense layer, of which there are none.
-        self.keys, self.values = key_states.new_empty(0), value_states.new_empty(0)
-        self.buffers = PageBuffers(self.config, self.batch * self.kv_heads, self.device)
-        self.stores = self._stores([0])
-        self.is_initialized = True
-
-    def _stores(self, lengths: list[int]) -> list[SequenceStore]:
-        """A store for each length, of one sequence or, if there is only one, of all."""
-        heads = self.batch * self.kv_heads // len(lengths)
-        return [
-            SequenceStore(
-                self.config, self.buffers, slice(i * heads, (i + 1) * heads), length, keep=self.keep
-            )
-            for i, length in enumerate(lengths)
-        ]
-
-    def expect(self) -> None:
-        """Announce a call: an attention function of ours will take what the next update hands through."""
-        self._expected = True
-
-    def update(
-        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: object, **kwargs: object
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Hand the new states through: the attention function, which knows the padding, stores them.
-
-        Raises:
-            UnsupportedModelError: The attention that called is not operated.
-        """
-        if not self._expected:
-            raise UnsupportedModelError(
-                "a paged cache, but the attention that fills it is not operated: after eject(model), start "
-                "with a new cache. (On an operated model: this architecture hides its cache, not supported.)"
-            )
-        return key_states, value_states
-
-    def take(
-        self,
-        mask: torch.Tensor | None,
-        batch: int,
-        new: int,
-        like: tuple[torch.Tensor, torch.Tensor],
-    ) -> list[tuple[SequenceStore, slice, torch.Tensor | None]]:
-        """Stores that receive the next ``new`` columns, and the columns each receives.
-
-        Args:
-            mask: (batch, slots + new) bool, True for real tokens, or None if all are.
-            batch: Sequences of the call.
-            new: Columns of the call.
-            like: New keys and values, for the first call.
-
-        Returns:
-            For each store its slice of the batch and the indices of its real columns, None for all.
-
-        Raises:
-            SurgeryError: The batch, or the mask, does not fit what the cache holds.
-            UnsupportedModelError: The call was not announced.
-        """
-        if not self._expected:
-            raise UnsupportedModelError(
-                "an attention module calls its attention function twice for one update of the cache: "
-                "not supported."
-            )
-        self._expected = False
-        if not self.is_initialized:
-            self.lazy_initialization(*like)
-        self._check_kind(*like)
-        if batch != self.batch:
-            raise SurgeryError(
-                f"a batch of {batch} on a cache of {self.batch}: use batch_repeat_interleave, "
-                "batch_select_indices or a new cache."
-            )
-        if mask is not None and mask.shape != (batch, self.slots + new):
-            raise SurgeryError(
-                f"attention mask {tuple(mask.shape)}: the cache holds {self.slots} columns and {new} "
-                f"are new, so it must be {(batch, self.slots + new)}."
-            )
-        lengths, columns = [self.slots] * batch, [None] * batch
-        if self.recording:
-            lengths = self.lengths  # the caller knows them, and room is there
-        elif mask is not None:
-            lengths, columns = columns_of(mask, self.slots)
-            if any(c is not None for c in columns) or any(length != self.slots for length in lengths):
-                self._separate()
-        if self.keep and self.buffers is not None:
-            self.buffers.maximum = self.maximum
-            self.buffers.reserve(max(lengths) + new)
-        for store, length in zip(self.stores, lengths, strict=False):
-            self._expect(store, length)
-        self.cropped = False
-        self.slots += new
-        if len(self.stores) == 1:
-            return [(self.stores[0], slice(None), columns[0])]
-        return [(s, slice(b, b + 1), columns[b]) for b, s in enumerate(self.stores)]
-
-    def _check_kind(self, keys: torch.Tensor, values: torch.Tensor) -> None:
-        """
-        Raises:
-            SurgeryError: States of another model, dtype or device than those the cache holds.
-        """
-
-        if self.buffers is None or self.buffers.empty:
-            return
-        held = (x.unflatten(0, (self.batch, -1)) for x in (self.buffers.keys, self.buffers.values))
-        got, holds = _kind(keys, values), _kind(*held)
-        if got != holds:
-            what = "{} KV heads of {} and {} channels, {} on {}"
-            raise SurgeryError(
-                f"the call brings {what.format(*got)}, but the paged cache holds {what.format(*holds)}. "
-                "Start with a new cache after the model, its dtype, autocast or its device has changed."
-            )
-
-    def _expect(self, store: SequenceStore, length: int) -> None:
-        """Apply a pending crop: real tokens left in a cropped sequence are known from the mask alone."""
-        store.truncate(length)
-        if store.length != length:
-            raise SurgeryError(
-                f"a sequence of {store.length} cached tokens, but the attention mask counts {length}: "
-                "pass the same attention_mask, extended, in every call on one cache."
-            )
-
-    @property
-    def lengths(self) -> list[int]:
-        """Tokens of every sequence."""
-        each = self.batch // max(1, len(self.stores))
-        return [store.length for store in self.stores for _ in range(each)]
-
-    def device_lengths(self) -> torch.Tensor:
-        """(batch,) int32 on the device: :attr:`lengths`. Whoever adds to it also calls :meth:`advance`."""
-        lengths, held = self.lengths, self._device_lengths
-        if held is None or len(held) != len(lengths) or not writable(held):
-            held = self._device_lengths = torch.zeros(len(lengths), dtype=torch.int32, device=self.device)
-            self._known_lengths = [0] * len(lengths)
-        if self._known_lengths != lengths:
-            if len(set(lengths)) == 1:
-                held.fill_(lengths[0])
-            else:
-                held.copy_(torch.tensor(lengths, dtype=torch.int32))
-            self._known_lengths = lengths
-        return held
-
-    def advance(self, new: int, router: PageRouter | None = None) -> None:
-        """Count tokens that a decode step wrote; chunks that are full now are laid out."""
-        for store in self.stores:
-            store.advance(new, router)
-        self._known_lengths = self.lengths
-
-    def _separate(self) -> None:
-        if len(self.stores) < self.batch:
-            self.stores = self._stores([self.stores[0].length] * self.batch)
-
-    def _select(self, indices: torch.Tensor) -> None:
-        if not self.is_initialized or self.buffers is None:
-            return
-        indices = indices.to(self.device)
-        heads = torch.arange(self.kv_heads, device=self.device)
-        self.buffers = self.buffers.select((indices[:, None] * self.kv_heads + heads).flatten())
-        lengths = [self.stores[0].length]
-        if len(self.stores) > 1:
-            lengths = [self.stores[i].length for i in indices.tolist()]
-        self.batch = len(indices)
-        self.stores = self._stores(lengths)
-        self._device_lengths = None
-
-    def get_seq_length(self) -> int:
-        return self.slots
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self.slots + query_length, 0
-
-    def get_max_length(self) -> int:
-        return -1
-
-    def get_max_cache_shape(self) -> int:
-        return -1
-
-    def reset(self) -> None:
-        self.slots, self.batch, self.stores, self.buffers = 0, 0, [], None
-        self.is_initialized, self.cropped, self._device_lengths = False, False, None
-
-    def crop(self, tokens: int) -> None:
-        """Remove ``-tokens`` columns; a positive number is the length to keep (older transformers)."""
-        tokens = int(tokens)  # assisted generation of older transformers gives a tensor
-        kept = max(0, self.slots + tokens) if tokens <= 0 else min(self.slots, tokens)
-        self.cropped = self.cropped or kept < self.slots
-        self.slots = kept
-
-    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
-        self._select(beam_idx)
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        self._select(torch.arange(self.batch).repeat_interleave(repeats))
-
-    def batch_select_indices(self, indices: torch.Tensor) -> None:
-        if indices.dtype == torch.bool:
-            indices = indices.nonzero().squeeze(1)
-        self._select(indices)
-
-    def offload(self) -> None:
-        raise SurgeryError("the paged cache cannot be offloaded: leave cache_implementation unset.")
-
-
-def _kind(keys: torch.Tensor, values: torch.Tensor) -> tuple[object, ...]:
-    return keys.shape[1], keys.shape[-1], values.shape[-1], keys.dtype, keys.device
+    def __deepcopy__(self, memo: dict[int, object]) -> "Generation":
+        return self
 
 
 class PagedCache(DynamicCache):
@@ -266,11 +36,9 @@ class PagedCache(DynamicCache):
     def __init__(self, config: PretrainedConfig, surgery: SurgeryConfig, layers: list[int]) -> None:
         super().__init__(config=config)
         self.surgery = surgery
-        #: Calls of at most this many tokens on a non-empty cache are decode steps: tiles of one.
-        self.decode_rows = 1
-        #: Rows of a call's last tile, where the call leaves it incomplete, are decode steps. generate() asks
-        #: for it: the end of a prompt decides the answer and deserves a row's own pages.
-        self.settle_last_tile = False
+        self._generation: Generation | None = None
+        self._ends: list[int] = []
+        self._begun: list[int] | None = None  # what layers held when the call began that has not ended
         for index in layers:
             self.layers[index] = PagedLayer(surgery)
 
@@ -284,7 +52,86 @@ class PagedCache(DynamicCache):
         """Is a step being captured?"""
         return any(layer.recording for layer in self.paged)
 
+    @property
+    def prompt_ends(self) -> list[int] | None:
+        """While ``generate()`` runs, tokens of each sequence's prompt, or one number for all; else None."""
+        return None if self._generation is None or self._generation.over else self._ends
+
+    def follow(self, generation: Generation, ends: Sequence[int]) -> None:
+        """Have rows behind a prompt, or in its last tile, be decode steps in every call until it is over.
+
+        Args:
+            generation: Says when it is over.
+            ends: Tokens of each sequence's prompt, all that is cached included, or one number for all.
+        """
+        self._generation = generation
+        self._ends = list(ends)[:1] if len(set(ends)) == 1 else list(ends)
+
+    @contextlib.contextmanager
+    def prompt(self, *ends: int) -> Iterator[None]:
+        """For the length of a ``with`` block, compute rows as ``generate()`` does, for a loop of one's own.
+
+        Args:
+            ends: As in :meth:`follow`.
+        """
+        generation = Generation()
+        self.follow(generation, ends)
+        try:
+            yield
+        finally:
+            generation.over = True
+
+    def begin(self) -> None:
+        """A call of the model begins.
+
+        Raises:
+            SurgeryError: The last one ended halfway, with an exception, or ran only some of the layers.
+        """
+        held = [layer.slots if isinstance(layer, PagedLayer) else _length(layer) for layer in self.layers]
+        if self._begun not in (None, held) or len({layer.slots for layer in self.paged}) > 1:
+            before = "" if self._begun is None else f", {_several(self._begun)} before it"
+            raise SurgeryError(
+                f"the last call on this cache did not end: its layers hold {_several(held)} tokens{before}. "
+                "What it was to add is there in part. Start with a new cache."
+            )
+        self._begun = held
+
+    def end(self) -> None:
+        """The call ended as it should."""
+        self._begun = None
+
     def expect_length(self, tokens: int) -> None:
         """Say that no sequence will exceed ``tokens`` tokens: memory is then kept for those, and not more."""
         for layer in self.paged:
             layer.maximum = tokens
+
+    def reset(self) -> None:
+        super().reset()
+        self.end()
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        super().reorder_cache(beam_idx)
+        self._select(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        super().batch_repeat_interleave(repeats)
+        self._select(torch.arange(len(self._ends)).repeat_interleave(repeats))
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        super().batch_select_indices(indices)
+        self._select(indices.nonzero().squeeze(1) if indices.dtype == torch.bool else indices)
+
+    def _select(self, indices: torch.Tensor) -> None:
+        if self.prompt_ends is not None and len(self._ends) > 1:
+            self._ends = [self._ends[index] for index in indices.tolist()]
+
+
+def _length(layer: object) -> int:
+    """Tokens a layer of transformers holds; those of some kinds do not count."""
+    count = getattr(layer, "get_seq_length", None)
+    return 0 if count is None else int(count())
+
+
+def _several(counts: list[int]) -> str:
+    low, high = min(counts), max(counts)
+    return str(low) if low == high else f"{low} to {high}"

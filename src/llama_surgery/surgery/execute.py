@@ -1,4 +1,4 @@
-"""One call of an operated layer: its cache, the size of its tiles, its sequences one after the other."""
+"""One call of an operated layer: its cache, and its sequences one after the other."""
 
 import functools
 from typing import Any
@@ -11,6 +11,7 @@ from llama_surgery.errors import SurgeryError
 from llama_surgery.surgery.cache import PagedCache, PagedLayer
 from llama_surgery.surgery.decoding import decode_step, kernels_decode
 from llama_surgery.surgery.layer import LayerSurgery
+from llama_surgery.surgery.rows import Part, parts_of
 from llama_surgery.surgery.statistics import Counters
 from llama_surgery.surgery.store import SequenceStore
 from llama_surgery.topology.geometry import closed_chunks
@@ -27,20 +28,25 @@ def run_layer(
     keywords: dict[str, Any],
 ) -> torch.Tensor:
     batch, heads, new, _ = query.shape
-    settle = False
+    ends = None if cache is None else cache.prompt_ends
     if cache is not None:
         paged = cache.layers[module.layer_idx]
-        decode = paged.slots > 0 and new <= cache.decode_rows
-        settle = cache.settle_last_tile
+        step = paged.recording or (ends is None and paged.slots > 0 and new == 1)
     else:
         # Without a cache all keys are new: a fresh one holds them for this call alone.
         paged = PagedLayer(layer.config, keep=False)
         paged.expect()
-        decode = key.shape[2] > new and new == 1
-    tile = 1 if decode else layer.config.tile
-    taken = paged.take(mask, batch, key.shape[2], (key, value))
+        step = key.shape[2] > new and new == 1
+    taken = paged.take(mask, batch, key.shape[2], (key, value), apart=ends is not None and len(ends) > 1)
+    ends = [None] if ends is None else ends
+    if len(ends) < len(taken):
+        ends = ends * len(taken)
+    steps = all(
+        step or (end is not None and store.length >= end)
+        for (store, _, _), end in zip(taken, ends, strict=True)
+    )
     real = all(columns is None for _, _, columns in taken)
-    if decode and cache is not None and real and kernels_decode(layer, paged, query, key, value):
+    if steps and cache is not None and real and kernels_decode(layer, paged, query, key, value):
         return decode_step(layer, paged, query, key, value, keywords)
     if paged.recording:
         raise SurgeryError(
@@ -50,7 +56,7 @@ def run_layer(
     # Allocated as it is returned, so that it is contiguous: some architectures take views of it.
     returned = query.new_zeros(batch, new, heads, value.shape[-1])
     out = returned.transpose(1, 2)
-    for store, rows, columns in taken:
+    for (store, rows, columns), end in zip(taken, ends, strict=True):
         q, k, v = query[rows], key[rows], value[rows]
         skip = key.shape[2] - new  # keys before the queries, where there is no paged cache
         if columns is not None:
@@ -62,7 +68,9 @@ def run_layer(
                 since = store.length // layer.config.chunk_size * layer.config.chunk_size
                 store.append(k, v, since, layer.router)
             continue
-        result = _attend_sequences(module, layer, store, q, k, v, tile, settle, keywords)
+        start = store.length + k.shape[2] - q.shape[2]
+        parts = parts_of(start, start + q.shape[2], layer.config, step=step, prompt_end=end)
+        result = _attend_sequences(layer, store, q, k, v, list(parts), keywords)
         if columns is None:
             out[rows] = result
         else:
@@ -71,55 +79,45 @@ def run_layer(
 
 
 def _attend_sequences(
-    module: torch.nn.Module,
     layer: LayerSurgery,
     store: SequenceStore,
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    tile: int,
-    settle: bool,
+    parts: list[Part],
     keywords: dict[str, Any],
 ) -> torch.Tensor:
-    """Operated attention of sequences of one length: (sequences, heads, rows, value_dim).
-
-    With ``settle``, rows of the last tile are decode steps where the call leaves it incomplete.
-    """
-    sequences, heads, rows, _ = query.shape
+    """Operated attention of sequences of one length: (sequences, heads, rows, value_dim)."""
+    sequences, heads, _, _ = query.shape
     kv_heads = key.shape[1]
     group = heads // kv_heads
-    config = layer.config
-    start = store.length + key.shape[2] - rows
-    since = closed_chunks(start, config, tile) * config.chunk_size
+    start, stop = parts[0].start, parts[-1].stop
+    since = closed_chunks(start, layer.config, parts[0].tile) * layer.config.chunk_size
     near_keys, near_values = store.append(key, value, since, layer.router)
     sinks = keywords.get("s_aux")
     if sinks is not None:
         sinks = sinks.detach().view(kv_heads, group).repeat(sequences, 1)
-    stop = start + rows
-    parts = [(start, stop, tile)]
-    if settle and tile > 1 and stop % tile:
-        border = max(start, stop - stop % tile)
-        parts = [part for part in ((start, border, tile), (border, stop, 1)) if part[0] < part[1]]
     outs, layout = [], store.layout
-    if layer.executed is not None and layout is not None:
-        layout = heard_layout(layout, layer.executed, query, value, tile)
-    for first, last, size in parts:
-        keys = near_keys.shape[1] - (stop - last)  # up to the part's last row
+    for part in parts:
+        heard = layout
+        if layer.executed is not None and layout is not None:
+            heard = heard_layout(layout, layer.executed, query, value, part.tile)
+        keys = near_keys.shape[1] - (stop - part.stop)  # up to the part's last row
         result = attend(
-            query[:, :, first - start : last - start].unflatten(1, (kv_heads, group)).flatten(0, 1),
+            query[:, :, part.start - start : part.stop - start].unflatten(1, (kv_heads, group)).flatten(0, 1),
             near_keys[:, :keys],
             near_values[:, :keys],
-            layout,
-            config=config,
-            start=first,
-            tile=size,
+            heard,
+            config=part.config,
+            start=part.start,
+            tile=part.tile,
             scale=keywords.get("scaling"),
             softcap=keywords.get("softcap"),
             sink_logit=sinks,
-            listener=None if layer.listener is None else functools.partial(layer.listener, size),
+            listener=None if layer.listener is None else functools.partial(layer.listener, part.tile),
             router=layer.router,
         )
-        counters = layer.counters.setdefault(size, Counters())
-        counters.add(result, kv_heads, config.page_size)
+        counters = layer.counters.setdefault(part.tile, Counters())
+        counters.add(result, kv_heads, layer.config.page_size)
         outs.append(result.out.unflatten(0, (sequences, kv_heads)).flatten(1, 2))
     return outs[0] if len(outs) == 1 else torch.cat(outs, 2)

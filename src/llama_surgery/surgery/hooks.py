@@ -12,6 +12,7 @@ from llama_surgery.errors import SurgeryError, UnsupportedModelError
 from llama_surgery.surgery.cache import PagedCache, PagedLayer
 from llama_surgery.surgery.calls import current_call
 from llama_surgery.surgery.compat import CACHE_NAME, cache_name, given_cache, with_cache
+from llama_surgery.surgery.generation import generate, running_of
 from llama_surgery.surgery.interface import CACHE_KEYWORD, FIXED_SIZE
 from llama_surgery.surgery.layer import ATTRIBUTE
 from llama_surgery.surgery.operation import Operation
@@ -27,19 +28,15 @@ def hook(inner: PreTrainedModel, operation: Operation) -> None:
     for part in parts_around(inner, operation.modules.values()):
         before = functools.partial(model_hook, operation)
         handles.append(part.register_forward_pre_hook(before, with_kwargs=True))
+        # Before the hook by which the call ends.
+        handles.append(part.register_forward_hook(done_hook, prepend=True, with_kwargs=True))
         if part.can_generate():
             prepare = part._prepare_cache_for_generation
-            part.__dict__["_prepare_cache_for_generation"] = functools.partial(
-                prepare_cache, operation, prepare
+            operation.put(part, "generate", functools.partial(generate, operation, part.generate))
+            operation.put(
+                part, "_prepare_cache_for_generation", functools.partial(prepare_cache, operation, prepare)
             )
-            part.__dict__["init_continuous_batching"] = refuse_batching
-
-
-def unhook(inner: PreTrainedModel, operation: Operation) -> None:
-    """Take off what is no hook of torch: :meth:`Replacement.undo` removes those."""
-    for part in parts_around(inner, operation.modules.values()):
-        part.__dict__.pop("_prepare_cache_for_generation", None)
-        part.__dict__.pop("init_continuous_batching", None)
+            operation.put(part, "init_continuous_batching", refuse_batching)
 
 
 def refuse_batching(*args: Any, **kwargs: Any) -> None:
@@ -85,9 +82,21 @@ def model_hook(
     recomputed = model.training and any(
         getattr(module, "gradient_checkpointing", False) for module in model.modules()
     )
-    if use_cache and given_cache(kwargs) is None and not recomputed:
-        kwargs = with_cache(kwargs, cache_name(model), operation.cache())
+    if use_cache and given is None and not recomputed:
+        given = operation.cache()
+        if (running := running_of(operation)) is not None:
+            running.adopt(given)  # the model's own code has dropped the cache that generate() was given
+        kwargs = with_cache(kwargs, cache_name(model), given)
+    if isinstance(given, PagedCache):
+        given.begin()
     return args, kwargs
+
+
+def done_hook(model: PreTrainedModel, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
+    """Forward hook of the model: a call that failed does not come here."""
+    call, cache = current_call(), given_cache(kwargs)
+    if call is not None and call.model is model and isinstance(cache, PagedCache):
+        cache.end()
 
 
 def prepare_cache(
@@ -108,13 +117,11 @@ def prepare_cache(
     if given_cache(model_kwargs) is None and generation_config.use_cache is not False:
         model_kwargs[CACHE_NAME] = operation.cache()
     prepare(generation_config, model_kwargs, generation_mode, batch_size, max_cache_length)
-    cache = given_cache(model_kwargs)
-    if isinstance(cache, PagedCache):
-        # Assisted generation verifies several tokens in one call: decode steps too.
-        assisted = str(getattr(generation_mode, "value", generation_mode)) == "assisted_generation"
-        cache.decode_rows = cache.surgery.chunk_size if assisted else 1
-        cache.settle_last_tile = True
-        cache.expect_length(max_cache_length)
+    cache, running = given_cache(model_kwargs), running_of(operation)
+    if running is not None:
+        running.prepare(model_kwargs.get("attention_mask"), max_cache_length)
+        if isinstance(cache, PagedCache):
+            running.adopt(cache)
 
 
 def cache_hook(

@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 
 from llama_surgery.config import SurgeryConfig
 from llama_surgery.errors import SurgeryError
-from llama_surgery.surgery.hooks import hook, unhook
+from llama_surgery.surgery.hooks import hook
 from llama_surgery.surgery.layer import ATTRIBUTE, LayerSurgery
 from llama_surgery.surgery.operation import (
     Operation,
@@ -124,8 +124,7 @@ def eject(model: Model) -> Model:
     """
     inner = inner_model(model)
     operation = operation_of(model)
-    unhook(inner, operation)
-    operation.replacement.undo()
+    operation.undo()
     for module in operation.modules.values():
         module.__dict__.pop(ATTRIBUTE, None)
     inner.__dict__.pop(ATTRIBUTE, None)

@@ -1,6 +1,7 @@
 """An operation that a model carries, and what may be asked of it."""
 
 import dataclasses
+from typing import Any
 
 import torch
 
@@ -21,6 +22,19 @@ class Operation:
     config: SurgeryConfig
     modules: dict[int, torch.nn.Module]
     replacement: Replacement
+    _replaced: list[tuple[torch.nn.Module, str, dict[str, Any]]] = dataclasses.field(default_factory=list)
+
+    def put(self, part: torch.nn.Module, name: str, method: Any) -> None:
+        """Replace a method of one model, not of its class."""
+        self._replaced.append((part, name, {name: part.__dict__[name]} if name in part.__dict__ else {}))
+        part.__dict__[name] = method
+
+    def undo(self) -> None:
+        """Take out hooks and methods."""
+        self.replacement.undo()
+        for part, name, before in reversed(self._replaced):
+            part.__dict__.pop(name, None)
+            part.__dict__.update(before)
 
     @property
     def layers(self) -> dict[int, LayerSurgery]:

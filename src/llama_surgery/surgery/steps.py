@@ -124,7 +124,6 @@ class GraphedSteps:
     def _state(self) -> tuple[object, ...]:
         """What a graph holds on to: addresses of tensors, and everything that its launches hung on."""
         state: list[object] = [
-            self._cache.decode_rows,
             self._model.training,
             torch.get_float32_matmul_precision(),
             torch.is_autocast_enabled(self._ids.device.type),
@@ -156,6 +155,7 @@ class GraphedSteps:
             for paged in self._cache.paged:
                 paged.recording = False
                 paged.slots = slots
+            self._cache.end()  # nothing was added
         self._logits = out.logits
         self._positions.add_(self._rows)
 

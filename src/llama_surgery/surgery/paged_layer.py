@@ -1,0 +1,255 @@
+"""The cache of one operated layer, whose full chunks are in tree order."""
+
+import torch
+from transformers.cache_utils import CacheLayerMixin
+
+from llama_surgery.config import SurgeryConfig
+from llama_surgery.errors import SurgeryError, UnsupportedModelError
+from llama_surgery.surgery.buffers import PageBuffers, writable
+from llama_surgery.surgery.columns import columns_of
+from llama_surgery.surgery.store import SequenceStore
+from llama_surgery.topology.router import PageRouter
+
+
+class PagedLayer(CacheLayerMixin):
+    """Cache of one operated layer.
+
+    Padding is never stored: every sequence holds its real tokens only, at their real positions. While
+    all sequences have one length they share a store; they are kept apart from the first padding on. The
+    tensors are those of the layer in both cases.
+
+    Args:
+        config: The topology.
+        keep: False for a single call, after which nothing is remembered.
+    """
+
+    is_sliding = False
+    is_croppable = True
+    supports_early_init = False
+
+    def __init__(self, config: SurgeryConfig, *, keep: bool = True) -> None:
+        super().__init__()
+        self.config = config
+        self.keep = keep
+        self.slots = 0  # columns seen, padding included: what transformers calls the length
+        self.cropped = False  # are there tokens of columns that are gone? The next call's mask tells which
+        self.maximum: int | None = None  # columns there will ever be, as far as is known
+        self.stores: list[SequenceStore] = []
+        self.buffers: PageBuffers | None = None
+        self.batch = 0
+        self.kv_heads = 0
+        self.recording = False  # a CUDA graph is being captured: what happens on the host is done at replays
+        self._expected = False
+        self._device_lengths: torch.Tensor | None = None
+        self._known_lengths: list[int] = []  # what the device holds
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        self.batch, self.kv_heads = key_states.shape[:2]
+        self.dtype, self.device = key_states.dtype, key_states.device
+        # Model code asks whether a layer holds any: the tensors of a dense layer, of which there are none.
+        self.keys, self.values = key_states.new_empty(0), value_states.new_empty(0)
+        self.buffers = PageBuffers(self.config, self.batch * self.kv_heads, self.device)
+        self.stores = self._stores([0])
+        self.is_initialized = True
+
+    def _stores(self, lengths: list[int]) -> list[SequenceStore]:
+        """A store for each length, of one sequence or, if there is only one, of all."""
+        heads = self.batch * self.kv_heads // len(lengths)
+        return [
+            SequenceStore(
+                self.config, self.buffers, slice(i * heads, (i + 1) * heads), length, keep=self.keep
+            )
+            for i, length in enumerate(lengths)
+        ]
+
+    def expect(self) -> None:
+        """Announce a call: an attention function of ours will take what the next update hands through."""
+        self._expected = True
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: object, **kwargs: object
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Hand the new states through: the attention function, which knows the padding, stores them.
+
+        Raises:
+            UnsupportedModelError: The attention that called is not operated.
+        """
+        if not self._expected:
+            raise UnsupportedModelError(
+                "a paged cache, but the attention that fills it is not operated: after eject(model), start "
+                "with a new cache. (On an operated model: this architecture hides its cache, not supported.)"
+            )
+        return key_states, value_states
+
+    def take(
+        self,
+        mask: torch.Tensor | None,
+        batch: int,
+        new: int,
+        like: tuple[torch.Tensor, torch.Tensor],
+        *,
+        apart: bool = False,
+    ) -> list[tuple[SequenceStore, slice, torch.Tensor | None]]:
+        """Stores that receive the next ``new`` columns, and the columns each receives.
+
+        Args:
+            mask: (batch, slots + new) bool, True for real tokens, or None if all are.
+            batch: Sequences of the call.
+            new: Columns of the call.
+            like: New keys and values.
+            apart: Is every sequence to have a store of its own, though they have one length so far?
+
+        Returns:
+            For each store its slice of the batch and the indices of its real columns, None for all.
+
+        Raises:
+            SurgeryError: The batch, or the mask, does not fit what the cache holds.
+            UnsupportedModelError: The call was not announced.
+        """
+        if not self._expected:
+            raise UnsupportedModelError(
+                "an attention module calls its attention function twice for one update of the cache: "
+                "not supported."
+            )
+        self._expected = False
+        if not self.is_initialized:
+            self.lazy_initialization(*like)
+        self._check_kind(*like)
+        if batch != self.batch:
+            raise SurgeryError(
+                f"a batch of {batch} on a cache of {self.batch}: use batch_repeat_interleave, "
+                "batch_select_indices or a new cache."
+            )
+        if mask is not None and mask.shape != (batch, self.slots + new):
+            raise SurgeryError(
+                f"attention mask {tuple(mask.shape)}: the cache holds {self.slots} columns and {new} "
+                f"are new, so it must be {(batch, self.slots + new)}."
+            )
+        lengths, columns = [self.slots] * batch, [None] * batch
+        if apart:
+            self._separate()
+        if self.recording:
+            lengths = self.lengths  # the caller knows them, and room is there
+        elif mask is not None:
+            lengths, columns = columns_of(mask, self.slots)
+            if any(c is not None for c in columns) or any(length != self.slots for length in lengths):
+                self._separate()
+        if self.keep and self.buffers is not None:
+            self.buffers.maximum = self.maximum
+            self.buffers.reserve(max(lengths) + new)
+        for store, length in zip(self.stores, lengths, strict=False):
+            self._expect(store, length)
+        self.cropped = False
+        self.slots += new
+        if len(self.stores) == 1:
+            return [(self.stores[0], slice(None), columns[0])]
+        return [(s, slice(b, b + 1), columns[b]) for b, s in enumerate(self.stores)]
+
+    def _check_kind(self, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """
+        Raises:
+            SurgeryError: States of another model, dtype or device than those the cache holds.
+        """
+        if self.buffers is None or self.buffers.empty:
+            return
+        held = (x.unflatten(0, (self.batch, -1)) for x in (self.buffers.keys, self.buffers.values))
+        got, holds = _kind(keys, values), _kind(*held)
+        if got != holds:
+            what = "{} KV heads of {} and {} channels, {} on {}"
+            raise SurgeryError(
+                f"the call brings {what.format(*got)}, but the paged cache holds {what.format(*holds)}. "
+                "Start with a new cache after the model, its dtype, autocast or its device has changed."
+            )
+
+    def _expect(self, store: SequenceStore, length: int) -> None:
+        """Apply a pending crop: real tokens left in a cropped sequence are known from the mask alone."""
+        store.truncate(length)
+        if store.length != length:
+            raise SurgeryError(
+                f"a sequence of {store.length} cached tokens, but the attention mask counts {length}: "
+                "pass the same attention_mask, extended, in every call on one cache."
+            )
+
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens of every sequence."""
+        each = self.batch // max(1, len(self.stores))
+        return [store.length for store in self.stores for _ in range(each)]
+
+    def device_lengths(self) -> torch.Tensor:
+        """(batch,) int32 on the device: :attr:`lengths`. Whoever adds to it also calls :meth:`advance`."""
+        lengths, held = self.lengths, self._device_lengths
+        if held is None or len(held) != len(lengths) or not writable(held):
+            held = self._device_lengths = torch.zeros(len(lengths), dtype=torch.int32, device=self.device)
+            self._known_lengths = [0] * len(lengths)
+        if self._known_lengths != lengths:
+            if len(set(lengths)) == 1:
+                held.fill_(lengths[0])
+            else:
+                held.copy_(torch.tensor(lengths, dtype=torch.int32))
+            self._known_lengths = lengths
+        return held
+
+    def advance(self, new: int, router: PageRouter | None = None) -> None:
+        """Count tokens that a decode step wrote; chunks that are full now are laid out."""
+        for store in self.stores:
+            store.advance(new, router)
+        self._known_lengths = self.lengths
+
+    def _separate(self) -> None:
+        if len(self.stores) < self.batch:
+            self.stores = self._stores([self.stores[0].length] * self.batch)
+
+    def _select(self, indices: torch.Tensor) -> None:
+        if not self.is_initialized or self.buffers is None:
+            return
+        indices = indices.to(self.device)
+        heads = torch.arange(self.kv_heads, device=self.device)
+        self.buffers = self.buffers.select((indices[:, None] * self.kv_heads + heads).flatten())
+        lengths = [self.stores[0].length]
+        if len(self.stores) > 1:
+            lengths = [self.stores[i].length for i in indices.tolist()]
+        self.batch = len(indices)
+        self.stores = self._stores(lengths)
+        self._device_lengths = None
+
+    def get_seq_length(self) -> int:
+        return self.slots
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.slots + query_length, 0
+
+    def get_max_length(self) -> int:
+        return -1
+
+    def get_max_cache_shape(self) -> int:
+        return -1
+
+    def reset(self) -> None:
+        self.slots, self.batch, self.stores, self.buffers = 0, 0, [], None
+        self.is_initialized, self.cropped, self._device_lengths = False, False, None
+
+    def crop(self, tokens: int) -> None:
+        """Remove ``-tokens`` columns; a positive number is the length to keep (older transformers)."""
+        tokens = int(tokens)  # assisted generation of older transformers gives a tensor
+        kept = max(0, self.slots + tokens) if tokens <= 0 else min(self.slots, tokens)
+        self.cropped = self.cropped or kept < self.slots
+        self.slots = kept
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        self._select(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        self._select(torch.arange(self.batch).repeat_interleave(repeats))
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        if indices.dtype == torch.bool:
+            indices = indices.nonzero().squeeze(1)
+        self._select(indices)
+
+    def offload(self) -> None:
+        raise SurgeryError("the paged cache cannot be offloaded: leave cache_implementation unset.")
+
+
+def _kind(keys: torch.Tensor, values: torch.Tensor) -> tuple[object, ...]:
+    return keys.shape[1], keys.shape[-1], values.shape[-1], keys.dtype, keys.device

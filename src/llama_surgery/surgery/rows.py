@@ -1,0 +1,48 @@
+"""How the rows of a call are computed: in tiles, or one by one."""
+
+import dataclasses
+from collections.abc import Iterator
+
+from llama_surgery.config import SurgeryConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """Consecutive rows that are computed alike.
+
+    Attributes:
+        start: Position of the first row.
+        stop: One past the position of the last row.
+        tile: Queries of a tile.
+        config: What they are computed by; θ is that of the tile.
+    """
+
+    start: int
+    stop: int
+    tile: int
+    config: SurgeryConfig
+
+
+def parts_of(
+    start: int, stop: int, config: SurgeryConfig, *, step: bool = False, prompt_end: int | None = None
+) -> Iterator[Part]:
+    """Cut the rows of a call, the only place that decides on tiles: docs/semantics.md, "Tiles".
+
+    Args:
+        start: Position of the first row.
+        stop: One past the position of the last row.
+        config: The topology.
+        step: Is the call a decode step?
+        prompt_end: While ``generate()`` runs, tokens of the sequence's prompt.
+    """
+    tile = 1 if step else config.tile
+    ends = [stop]
+    if prompt_end is not None and not step:
+        # The end of a prompt decides the answer: the rows of its last tile, where it is not a whole one, have
+        # pages of their own.
+        ends = [prompt_end - prompt_end % tile, prompt_end, stop]
+    for index, end in enumerate(ends):
+        end = min(end, stop)
+        if start < end:
+            yield Part(start, end, 1 if index else tile, config)
+            start = end
