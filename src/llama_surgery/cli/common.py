@@ -146,7 +146,7 @@ def escape(text: str) -> str:
 
 
 def load_model(
-    path: str, device: str, dtype: Dtype, *, adapter: Path | None = None
+    path: str, device: str, dtype: Dtype, *, adapter: Path | None = None, longest: int | None = None
 ) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
     """Load a checkpoint and its tokenizer, in evaluation mode.
 
@@ -155,9 +155,10 @@ def load_model(
         device: Where to run.
         dtype: Precision.
         adapter: Folder of an adapter that will be asked for: missed before a model is loaded for it.
+        longest: Tokens of the longest text that was asked for.
 
     Raises:
-        SurgeryError: There is none at ``path``, or the device cannot be used.
+        SurgeryError: There is none at ``path``, the device cannot be used, or the model cannot read so far.
         AdapterError: There is no adapter.
     """
     from llama_surgery.checkpoint import located
@@ -186,6 +187,10 @@ def load_model(
         tokenizer = AutoTokenizer.from_pretrained(name, **options)
         model = AutoModelForCausalLM.from_pretrained(name, dtype=wanted, **options, **placed)
         model = (model if placed else model.to(target)).eval()
+    if longest is not None:
+        from llama_surgery.surgery.context import check_length
+
+        check_length(model, longest)
     return model, tokenizer
 
 
