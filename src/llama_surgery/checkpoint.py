@@ -15,9 +15,11 @@ PATIENCE = 5.0
 #: Names with such an ending are files, not names on the Hub.
 _FILES = (".json", ".safetensors", ".bin", ".pt", ".pth", ".gguf", ".txt")
 _HOW = (
-    "Give the folder of a Hugging Face checkpoint (config.json, safetensors, tokenizer), or a name on the "
-    "Hub with its owner, as in 'meta-llama/Llama-3.1-8B'."
+    "Give the folder of a Hugging Face checkpoint (config.json, safetensors, tokenizer), a GGUF file, or a "
+    "name on the Hub with its owner, as in 'meta-llama/Llama-3.1-8B'."
 )
+#: What GGUF files begin with.
+_GGUF = b"GGUF"
 
 
 def located(given: str | Path) -> tuple[str, dict[str, Any]]:
@@ -27,13 +29,17 @@ def located(given: str | Path) -> tuple[str, dict[str, Any]]:
     one, models in the cache are found there.
 
     Returns:
-        The name, and further arguments.
+        The name, and further arguments: for a GGUF file its folder and its name (:func:`unpacked` adds what a
+        model needs).
 
     Raises:
         SurgeryError: There is no such folder and no such model in the cache, and the name is none of the
-            Hub's or the Hub does not answer; or the folder is an adapter, or has one among the model's files.
+            Hub's or the Hub does not answer; or the folder is an adapter, or has one among the model's files;
+            or a package that reads GGUF files is missing.
     """
     name = os.fspath(given)
+    if _is_gguf(Path(name)):
+        return _in_gguf(Path(name))
     if name and os.path.exists(name):
         _check_adapter(Path(name))
         return name, {}
@@ -54,6 +60,39 @@ def located(given: str | Path) -> tuple[str, dict[str, Any]]:
     if not cached:
         raise SurgeryError(f"{lost}, {reason}. {_HOW}")
     return name, {"local_files_only": True}
+
+
+def unpacked(options: dict[str, Any]) -> dict[str, Any]:
+    """What :func:`located` returns beside the name, for a model: weights of GGUF files become plain ones."""
+    if "gguf_file" not in options:
+        return options
+    try:
+        from transformers import GgufConfig
+    except ImportError:  # older releases unpack them in any case
+        return options
+    return {**options, "quantization_config": GgufConfig(dequantize=True)}
+
+
+def _is_gguf(path: Path) -> bool:
+    try:
+        with path.open("rb") as file:
+            return path.is_file() and file.read(len(_GGUF)) == _GGUF
+    except OSError:
+        return False
+
+
+def _in_gguf(file: Path) -> tuple[str, dict[str, Any]]:
+    """
+    Raises:
+        SurgeryError: A package that transformers reads it with is missing.
+    """
+    missing = [name for name in ("gguf", "accelerate") if find_spec(name) is None]
+    if missing:
+        raise SurgeryError(
+            f"{file} is a GGUF file, and {' and '.join(missing)} is missing to read it: pip install "
+            f"{' '.join(missing)}."
+        )
+    return str(file.parent), {"gguf_file": file.name}
 
 
 def told(error: Exception) -> str:

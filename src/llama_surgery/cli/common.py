@@ -54,7 +54,9 @@ show_version = Annotated[
 
 ModelArgument = Annotated[
     str,
-    typer.Argument(help="Folder of a Hugging Face checkpoint with its tokenizer, or a name on the Hub."),
+    typer.Argument(
+        help="Folder of a Hugging Face checkpoint with its tokenizer, a GGUF file, or a name on the Hub."
+    ),
 ]
 DeviceOption = Annotated[
     str,
@@ -146,22 +148,21 @@ def escape(text: str) -> str:
 
 
 def load_model(
-    path: str, device: str, dtype: Dtype, *, adapter: Path | None = None, longest: int | None = None
+    path: str, device: str, dtype: Dtype, *, adapter: Path | None = None
 ) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
     """Load a checkpoint and its tokenizer, in evaluation mode.
 
     Args:
-        path: Folder of the checkpoint, or its name on the Hub.
+        path: Folder of the checkpoint, a GGUF file (its weights become plain ones), or a name on the Hub.
         device: Where to run.
         dtype: Precision.
         adapter: Folder of an adapter that will be asked for: missed before a model is loaded for it.
-        longest: Tokens of the longest text that was asked for.
 
     Raises:
-        SurgeryError: There is none at ``path``, the device cannot be used, or the model cannot read so far.
+        SurgeryError: There is none at ``path``, or the device cannot be used.
         AdapterError: There is no adapter.
     """
-    from llama_surgery.checkpoint import located
+    from llama_surgery.checkpoint import located, unpacked
 
     if adapter is not None:
         check_complete(adapter)
@@ -180,17 +181,17 @@ def load_model(
             raise SurgeryError("device 'split' needs accelerate: pip install accelerate.")
         placed = {"device_map": "auto"}
     if dtype is Dtype.auto:
-        wanted: Any = torch.float32 if target.type == "cpu" else "auto"
+        # What a GGUF file holds is no precision to compute in.
+        held = torch.bfloat16 if "gguf_file" in options else "auto"
+        wanted: Any = torch.float32 if target.type == "cpu" else held
     else:
         wanted = getattr(torch, dtype.value)
     with err.status(f"Loading {escape(path)} …"), _loading(path):
         tokenizer = AutoTokenizer.from_pretrained(name, **options)
-        model = AutoModelForCausalLM.from_pretrained(name, dtype=wanted, **options, **placed)
+        model = AutoModelForCausalLM.from_pretrained(name, dtype=wanted, **unpacked(options), **placed)
+        if "gguf_file" in options:
+            model.config._name_or_path = path  # transformers keeps the folder's
         model = (model if placed else model.to(target)).eval()
-    if longest is not None:
-        from llama_surgery.surgery.context import check_length
-
-        check_length(model, longest)
     return model, tokenizer
 
 
