@@ -146,6 +146,12 @@ def test_windows_depend_on_the_seed_alone(tokenizer, texts) -> None:
     assert not torch.equal(first, windows(tokenizer, texts, 256, 8, seed=2))
 
 
+def test_fewer_windows_are_the_first_of_more(tokenizer, texts) -> None:
+    whole = windows(tokenizer, texts, 256, 40, seed=1)
+    for count in (1, 2, 3, 4, 17):
+        assert torch.equal(windows(tokenizer, texts, 256, count, seed=1), whole[:count])
+
+
 def test_too_little_text_says_how_much_there_is_and_is_needed(tokenizer, texts) -> None:
     tokens = sum(len(encode(tokenizer, text)) for text in texts)
     with pytest.raises(TextError, match=rf"with {tokens} tokens hold \d+ whole ones, and 800000 tokens"):

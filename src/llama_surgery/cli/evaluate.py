@@ -59,14 +59,7 @@ def evaluate(
     length: Annotated[
         int, typer.Option(min=2, help="Tokens of a perplexity window.", rich_help_panel=_SAMPLES)
     ] = 8192,
-    windows: Annotated[
-        int | None,
-        typer.Option(
-            min=1,
-            help="Perplexity windows. 16 if left out, or as many as the text holds.",
-            rich_help_panel=_SAMPLES,
-        ),
-    ] = None,
+    windows: Annotated[int, typer.Option(min=1, help="Perplexity windows.", rich_help_panel=_SAMPLES)] = 16,
     needles: Annotated[
         int,
         typer.Option(
@@ -160,9 +153,7 @@ def evaluate(
     texts = read_texts(text)
     domains = read_domains(domain or [])
     calibration = None if calibration_text is None else read_texts(calibration_text)
-    llm, tokenizer = load_model(
-        model, device, dtype, adapter=adapter, longest=max([length, *(needle_length or [])])
-    )
+    llm, tokenizer = load_model(model, device, dtype, adapter=adapter)
     conditions = {"text": _shown(text)}
     routers = None
     if adapter is not None:

@@ -15,8 +15,6 @@ from llama_surgery.evaluation.needle import NeedlePrompt, needle_prompts
 from llama_surgery.files import write_atomically
 from llama_surgery.text import windows as cut_windows
 
-#: Perplexity windows, unless others are asked for.
-WINDOWS = 24
 #: Most calibration windows, for rules that learn, and fewest.
 TRAINING_WINDOWS, FEWEST_WINDOWS = 16, 2
 
@@ -48,7 +46,7 @@ def make_samples(
     folder: Path,
     *,
     length: int,
-    windows: int | None,
+    windows: int,
     needles: int,
     needle_lengths: Sequence[int],
     needle_variants: Sequence[str],
@@ -62,7 +60,7 @@ def make_samples(
         calibration: Other documents.
         folder: Where samples are kept, in a file named after all that they depend on.
         length: Tokens of a window.
-        windows: Perplexity windows; 24, or as many as the texts hold, if None.
+        windows: Perplexity windows.
         needles: Prompts.
         needle_lengths: Their lengths.
         needle_variants: Their variants.
@@ -82,7 +80,7 @@ def make_samples(
             [NeedlePrompt(**{key: _tuples(value) for key, value in p.items()}) for p in kept["prompts"]],
         )
     samples = Samples(
-        cut_windows(tokenizer, texts, length, windows, seed, usual=WINDOWS),
+        cut_windows(tokenizer, texts, length, windows, seed),
         _calibration_windows(tokenizer, calibration, length, seed),
         needle_prompts(
             tokenizer, texts, count=needles, lengths=needle_lengths, variants=needle_variants, seed=seed

@@ -1,0 +1,291 @@
+"""Forms of one model that benchmarks/real.py compares: dense, operated, oracles."""
+
+import contextlib
+import dataclasses
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from real_results import canonical
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+import llama_surgery
+from llama_surgery.config import FIELDS, SurgeryConfig
+from llama_surgery.derived import rules
+from llama_surgery.evaluation.compare import CALIBRATION_WINDOWS
+from llama_surgery.evaluation.compare_budgets import adapter_digest, claimed
+from llama_surgery.evaluation.compare_forms import PeerForm
+from llama_surgery.evaluation.peers.attach import running as running_peer
+from llama_surgery.evaluation.peers.registry import PEERS
+from llama_surgery.evaluation.perplexity import perplexity
+from llama_surgery.files import write_json
+from llama_surgery.surgery.operation import config_of, reset_statistics, statistics
+from llama_surgery.surgery.supported import inner_model
+from llama_surgery.text import windows
+from llama_surgery.topology.router import PageRouter
+
+#: Oracles, and the peers that they are.
+ORACLES = {"tokens": "token-oracle", "blocks": "block-oracle"}
+DECODES = ("dense", "sparse")
+ROUNDINGS = ("float32", "bfloat16", "float16", "eager", "sdpa")
+#: Precision that goes without saying in the settings of a row.
+DTYPE = "bfloat16"
+_THETAS = ("theta", "theta_decode")
+#: Of a θ: what it is measured with is then exactly what a row says.
+_DIGITS = 4
+
+#: What was read since the last call: ``far`` and ``total`` density, as far as the form knows them.
+Read = Callable[[], dict[str, float]]
+
+
+class Form(Protocol):
+    """What is measured.
+
+    Attributes:
+        name: One of :data:`real_results.FORMS`.
+        settings: What distinguishes it from others of the same name.
+    """
+
+    name: str
+    settings: dict[str, Any]
+
+    def running(self) -> contextlib.AbstractContextManager[Read]:
+        """The model follows the form."""
+
+
+def by_decode(config: SurgeryConfig) -> dict[str, SurgeryConfig]:
+    """The configuration for every way to decode that it allows: ``dense`` and ``sparse``.
+
+    Decode steps, and the rows that end a prompt, read everything where their θ is 0. With tiles of one query
+    they have that of the prompt.
+    """
+    if config.tile == 1:
+        return {"sparse" if config.theta else "dense": config}
+    dense = {"dense": dataclasses.replace(config, theta_decode=0.0)}
+    return {**dense, "sparse": config} if config.theta_decode else dense
+
+
+def changes(config: SurgeryConfig) -> dict[str, Any]:
+    """What a configuration has that the default has not, without θ and without what follows from the rest."""
+    expected = {
+        **SurgeryConfig().to_dict(),
+        **{name: rule(config) for name, rule in rules(SurgeryConfig).items()},
+    }
+    found = {name: getattr(config, name) for name in FIELDS if name not in _THETAS}
+    return {name: value for name, value in found.items() if value != expected[name]}
+
+
+@dataclasses.dataclass
+class Dense:
+    """The model as it is."""
+
+    settings: dict[str, Any]
+    name: str = "dense"
+
+    @contextlib.contextmanager
+    def running(self) -> Iterator[Read]:
+        yield dict
+
+
+@dataclasses.dataclass
+class Rounding:
+    """The dense model in another precision or with another implementation of attention."""
+
+    model: nn.Module
+    settings: dict[str, Any]
+    name: str = "rounding"
+
+    @contextlib.contextmanager
+    def running(self) -> Iterator[Read]:
+        inner = inner_model(self.model)
+        attention = inner.config.get_text_config()._attn_implementation
+        if "attention" in self.settings:
+            inner.set_attn_implementation(self.settings["attention"])
+            try:
+                yield dict
+            finally:
+                inner.set_attn_implementation(attention)
+            return
+        # Parameters alone: models keep rotary tables in float32 whatever their precision.
+        kept = {parameter: parameter.data for parameter in inner.parameters()}
+        try:
+            for parameter in kept:
+                parameter.data = parameter.data.to(getattr(torch, self.settings["dtype"]))
+            yield dict
+        finally:
+            for parameter, data in kept.items():
+                parameter.data = data
+
+
+@dataclasses.dataclass
+class Operated:
+    """The operated model."""
+
+    model: nn.Module
+    config: SurgeryConfig
+    routers: Mapping[int, PageRouter]
+    settings: dict[str, Any]
+    name: str = "operated"
+
+    @contextlib.contextmanager
+    def running(self) -> Iterator[Read]:
+        def read() -> dict[str, float]:
+            found = statistics(self.model)
+            reset_statistics(self.model)
+            return {"far": found.far_density, "total": found.total_density}
+
+        with llama_surgery.operated(self.model, self.config, routers=self.routers):
+            yield read
+
+
+@dataclasses.dataclass
+class Oracle:
+    """A rule that knows the true attention, at a budget."""
+
+    model: nn.Module
+    name: str
+    number: float
+    settings: dict[str, Any]
+
+    @contextlib.contextmanager
+    def running(self) -> Iterator[Read]:
+        with running_peer(self.model, PEERS[ORACLES[self.name]].make(self.number, {})) as count:
+
+            def read() -> dict[str, float]:
+                total = count.densities()["prefill"]
+                count.read.clear()
+                count.causal.clear()
+                return {"total": total}
+
+            yield read
+
+
+class Maker:
+    """Makes forms; what calibration finds is kept in the study's folder, so that every run has the same.
+
+    Args:
+        model: A dense model.
+        tokenizer: Its tokenizer.
+        calibration: Documents that nothing is measured on.
+        length: Tokens of a window.
+        density: Executed far density that θ is calibrated to.
+        config: The topology.
+        given: Names of what was set by hand: a θ among them is not calibrated.
+        routers: Learned corrections by layer index.
+        dtype: The model's precision.
+        rounding: One of :data:`ROUNDINGS`.
+        folder: Of the study.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        tokenizer: PreTrainedTokenizerBase,
+        calibration: Sequence[str],
+        *,
+        length: int,
+        density: float,
+        config: SurgeryConfig,
+        given: Sequence[str],
+        routers: Mapping[int, PageRouter],
+        dtype: str,
+        rounding: str,
+        folder: Path,
+    ) -> None:
+        self._model, self._tokenizer, self._texts = model, tokenizer, list(calibration)
+        self._length, self._density, self._folder = length, density, folder
+        self._config, self._given, self._routers = config, given, routers
+        self._rounding = rounding
+        self._shared = {} if dtype == DTYPE else {"dtype": dtype}
+        self._ids: torch.Tensor | None = None
+
+    def make(self, name: str, decodes: Sequence[str] = DECODES) -> list[Form]:
+        """The forms of a name: the operated model is one for each way to decode."""
+        if name == "dense":
+            return [Dense({**self._shared})]
+        if name == "rounding":
+            what = "attention" if self._rounding in ("eager", "sdpa") else "dtype"
+            return [Rounding(self._model, {**self._shared, what: self._rounding})]
+        config, total = self.calibrated()
+        if name == "operated":
+            ways = by_decode(config)
+            return [self._operated(ways[decode], decode) for decode in decodes if decode in ways]
+        peer = PEERS[ORACLES[name]]
+
+        def solve() -> dict[str, Any]:
+            form = PeerForm(
+                ORACLES[name],
+                peer,
+                self._model,
+                ids=self._windows(),
+                training=self._windows(),
+                folder=self._folder,
+            )
+            return form.setting(total)
+
+        number = self._found(f"{name} at {total:.4f}", solve)["number"]
+        return [Oracle(self._model, name, number, {**self._shared, peer.knob: number})]
+
+    def calibrated(self) -> tuple[SurgeryConfig, float]:
+        """The configuration with its θ, and the total density that it has on calibration text."""
+
+        def measure() -> dict[str, Any]:
+            if set(self._given) & set(_THETAS) or self._config.pages_per_row is not None:
+                config = self._config
+            else:
+                with llama_surgery.operated(
+                    self._model,
+                    self._config,
+                    routers=self._routers,
+                    density=self._density,
+                    decode_density=self._density,
+                    text=self._texts,
+                    tokenizer=self._tokenizer,
+                    length=self._length,
+                ):
+                    config = config_of(self._model)
+            thetas = {name: float(f"{getattr(config, name):.{_DIGITS}g}") for name in _THETAS}
+            config = dataclasses.replace(self._config, **thetas)
+            with Operated(self._model, config, self._routers, {}).running() as read:
+                perplexity(self._model, self._windows())
+                return {**thetas, **read()}
+
+        found = self._found(canonical(self._described()), measure)
+        config = dataclasses.replace(self._config, **{name: found[name] for name in _THETAS})
+        return config, found["total"]
+
+    def _described(self) -> dict[str, Any]:
+        """What calibration depends on, beside the study."""
+        by_hand = {name: getattr(self._config, name) for name in _THETAS if name in self._given}
+        described = {**self._shared, **changes(self._config), **(by_hand or {"density": self._density})}
+        if self._routers:
+            described["adapter"] = adapter_digest(SurgeryConfig(), self._routers)
+        return described
+
+    def _operated(self, config: SurgeryConfig, decode: str) -> Operated:
+        settings = {name: value for name, value in self._described().items() if name != "density"}
+        settings |= {"theta": config.theta, "decode": decode}
+        if decode == "sparse":
+            settings["theta_decode"] = config.theta_decode
+        else:
+            settings.pop("theta_decode", None)
+        return Operated(self._model, config, self._routers, settings)
+
+    def _windows(self) -> torch.Tensor:
+        """Calibration windows that densities are measured on."""
+        if self._ids is None:
+            self._ids = windows(self._tokenizer, self._texts, self._length, CALIBRATION_WINDOWS, seed=0)
+        return self._ids
+
+    def _found(self, key: str, find: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """What an earlier run found, or another process that is at it; else what ``find`` finds."""
+        file = self._folder / "calibrated.json"
+        with claimed(self._folder, "calibrated", wait=True):
+            known = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+            if key not in known:
+                known[key] = find()
+                write_json(file, known)
+        return known[key]

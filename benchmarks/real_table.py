@@ -1,0 +1,227 @@
+"""The table of benchmarks/real.py, made of all raw results there are, and the targets for it."""
+
+import csv
+import functools
+import math
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from real_results import FORMS, NEEDLE, RULER, WINDOW, Found, Results, canonical
+
+from llama_surgery.evaluation.intervals import Change, paired_change
+from llama_surgery.evaluation.io import write_csv
+from llama_surgery.evaluation.paired import (
+    PairedDifference,
+    RatioInterval,
+    paired_difference,
+    perplexity_ratio,
+)
+
+COLUMNS = (
+    *("model", "length", "text", "form", "settings", "far_density", "total_density"),
+    *("ratio", "ratio_low", "ratio_high", "needles_dense", "needles_kept", "ruler_dense", "ruler"),
+    *("worst_task", "worst_change", "windows", "samples", "seed", "device", "date"),
+)
+#: What tells rows apart.
+KEYS = COLUMNS[:5]
+#: RULER tasks on which the dense model scores less, of 100, do not count: no loss could show.
+TELLING = 20.0
+
+#: Targets: perplexity over dense, the bound of the needles' difference, RULER points, far density, and total
+#: density by length.
+MOST_RATIO, LEAST_NEEDLES, MOST_POINTS, MOST_FAR = 1.010, -0.05, 3.0, 0.06
+MOST_TOTAL = {8192: 0.19, 16384: 0.14, 32768: 0.11}
+_NOTHING = "not measured"
+
+
+class Measured:
+    """One form with one set of settings against the dense model, on what both were measured on.
+
+    Args:
+        results: Of the study.
+        form: Name of the form.
+        settings: Its settings.
+    """
+
+    def __init__(self, results: Results, form: str, settings: dict[str, Any]) -> None:
+        self.study, self.form, self.settings = results.settings, form, settings
+        dense = [results.items("dense", given) for given in results.listed("dense")]
+        self._dense = dense[0] if dense else {}
+        self._found = results.items(form, settings)
+
+    def _pairs(self, kind: str, what: str) -> tuple[list[Any], list[Any]]:
+        """What the dense model and this form have of the items that both have, in order."""
+        both = sorted(item for item in self._found if item in self._dense and item.startswith(f"{kind} "))
+        return [self._dense[item][what] for item in both], [self._found[item][what] for item in both]
+
+    @property
+    def windows(self) -> int:
+        return len(self._pairs(WINDOW, "loss")[0])
+
+    def density(self, what: str) -> float | None:
+        """Mean over windows of ``far`` or ``total`` density; None where it is not known."""
+        if self.form in ("dense", "rounding"):
+            return 1.0 if what == "total" else None
+        known = [found[what] for found in self._found.values() if what in found]
+        return math.fsum(known) / len(known) if known else None
+
+    @functools.cached_property
+    def ratio(self) -> RatioInterval | None:
+        """Perplexity over the dense model's."""
+        dense, own = self._pairs(WINDOW, "loss")
+        return perplexity_ratio(dense, own, self.study["seed"]) if dense else None
+
+    @functools.cached_property
+    def needles(self) -> PairedDifference | None:
+        """Answers of all prompts."""
+        dense, own = self._pairs(NEEDLE, "right")
+        return paired_difference(dense, own, self.study["seed"]) if dense else None
+
+    @functools.cached_property
+    def tasks(self) -> dict[str, Change]:
+        """RULER by task, where the dense model scores enough for a loss to show."""
+        changes = {}
+        names = dict.fromkeys(item.split()[1] for item in self._dense if item.startswith(f"{RULER} "))
+        for name in names:
+            dense, own = self._pairs(f"{RULER} {name}", "score")
+            scores = [f["score"] for item, f in self._dense.items() if item.startswith(f"{RULER} {name} ")]
+            if dense and 100 * math.fsum(scores) / len(scores) >= TELLING:
+                changes[name] = paired_change([(dense, own)])
+        return changes
+
+    @property
+    def about(self) -> tuple[str, str]:
+        """Devices, and the last day."""
+        found: list[Found] = list(self._found.values())
+        devices = dict.fromkeys(line["device"] for line in found)
+        return "; ".join(devices), max((line["date"] for line in found), default="")
+
+    def row(self) -> dict[str, Any]:
+        """The line of the table. What was not measured is blank, and what would compare dense with dense."""
+        row: dict[str, Any] = dict.fromkeys(COLUMNS)
+        row |= {name: self.study[name] for name in ("model", "length", "text", "seed")}
+        row |= {"form": self.form, "settings": canonical(self.settings), "windows": self.windows}
+        row |= {f"{what}_density": _rounded(self.density(what)) for what in ("far", "total")}
+        compared = self.form != "dense"
+        if self.ratio and compared:
+            row |= {"ratio": _rounded(self.ratio.ratio), "ratio_low": _rounded(self.ratio.low)}
+            row["ratio_high"] = _rounded(self.ratio.high)
+        if self.needles:
+            row["needles_dense"] = _rounded(self.needles.dense)
+            if compared and self.needles.dense:
+                row["needles_kept"] = _rounded(1 - self.needles.lost / _answered(self.needles))
+        tasks = self.tasks
+        row["samples"] = sum(change.count for change in tasks.values())
+        if tasks:
+            row["ruler_dense"], row["ruler"] = (_rounded(score) for score in pooled(tasks))
+            if compared:
+                row["worst_task"] = min(tasks, key=lambda name: tasks[name].difference)
+                row["worst_change"] = _rounded(100 * tasks[row["worst_task"]].difference)
+        row["device"], row["date"] = self.about
+        return row
+
+    def told(self) -> str:
+        """The line as text, with how many there were of each, and gains beside losses."""
+        parts = [f"{self.form} {canonical(self.settings)}:"]
+        if self.form == "dense":
+            losses = self._pairs(WINDOW, "loss")[0]
+            if losses:
+                parts.append(
+                    f"perplexity {math.exp(math.fsum(losses) / len(losses)):.3f}, {len(losses)} windows;"
+                )
+            if self.needles:
+                parts.append(f"needles {_answered(self.needles)} of {self.needles.count};")
+            scores = (f"{name} {100 * change.dense:.0f}" for name, change in self.tasks.items())
+            parts.append(f"RULER, tasks that count: {', '.join(scores) or 'none'}")
+            return " ".join(parts)
+        far, total = self.density("far"), self.density("total")
+        if self.form != "rounding" and total is not None:
+            parts.append(f"total density {total:.3f}" + ("" if far is None else f" (far {far:.3f})") + ";")
+        if self.ratio:
+            shown = f"÷ dense {self.ratio.ratio:.4f} ({self.ratio.low:.4f} … {self.ratio.high:.4f})"
+            parts.append(f"{shown}, {self.windows} windows;")
+        if self.needles:
+            answered, asked = _answered(self.needles), self.needles.count
+            parts.append(f"needles: dense {answered} of {asked}, kept {answered - self.needles.lost},")
+            parts.append(f"gained {self.needles.won}, difference at least {self.needles.bound_closed:+.1%};")
+        if self.tasks:
+            dense, own = pooled(self.tasks)
+            worst = min(self.tasks, key=lambda name: self.tasks[name].difference)
+            parts.append(f"RULER, mean of {len(self.tasks)} tasks: dense {dense:.1f}, here {own:.1f},")
+            parts.append(f"worst {worst} {100 * self.tasks[worst].difference:+.1f};")
+        return " ".join(parts).removesuffix(";").removesuffix(":")
+
+
+def measured(results: Results) -> Iterator[Measured]:
+    """All that is there of a study, in order of the table."""
+    for form in FORMS:
+        for settings in results.listed(form):
+            yield Measured(results, form, settings)
+
+
+def pooled(tasks: dict[str, Change]) -> tuple[float, float]:
+    """Mean scores over tasks, of 100: of the dense model and of a form."""
+    dense, own = (math.fsum(getattr(c, side) for c in tasks.values()) for side in ("dense", "operated"))
+    return 100 * dense / len(tasks), 100 * own / len(tasks)
+
+
+def update(file: Path, rows: Sequence[dict[str, Any]]) -> None:
+    """Puts rows into the CSV in place of those of the same name; others stay."""
+    kept: dict[tuple[str, ...], dict[str, Any]] = {}
+    if file.exists():
+        with file.open(encoding="utf-8", newline="") as opened:
+            kept = {_key(row): row for row in csv.DictReader(opened)}
+    kept |= {_key(row): row for row in rows}
+
+    def place(key: tuple[str, ...]) -> tuple[Any, ...]:
+        model, length, text, form, settings = key
+        return model, int(length), text, FORMS.index(form), settings
+
+    ordered = [{name: kept[key][name] for name in COLUMNS} for key in sorted(kept, key=place)]
+    if ordered:
+        write_csv(file, ordered)
+
+
+def check(found: Measured) -> Iterator[tuple[bool, str]]:
+    """Every target of an operated model: whether it is met, and what was found."""
+    ratio, needles, tasks, length = found.ratio, found.needles, found.tasks, found.study["length"]
+    yield (
+        ratio is not None and ratio.ratio <= MOST_RATIO,
+        f"perplexity at most {MOST_RATIO:.3f} × dense: "
+        + (f"{ratio.ratio:.4f} ({ratio.low:.4f} … {ratio.high:.4f})" if ratio else _NOTHING),
+    )
+    yield (
+        needles is not None and needles.bound_closed > LEAST_NEEDLES,
+        f"needles, difference above {100 * LEAST_NEEDLES:.0f} points with 95% confidence: "
+        + (
+            f"{100 * needles.difference:+.1f}, above {100 * needles.bound_closed:+.1f}, of {needles.count}"
+            if needles
+            else _NOTHING
+        ),
+    )
+    dense, own = pooled(tasks) if tasks else (0.0, 0.0)
+    yield (
+        bool(tasks) and own >= dense - MOST_POINTS,
+        f"RULER at most {MOST_POINTS:.0f} points under dense: "
+        + (f"{own:.1f} against {dense:.1f}, {len(tasks)} tasks" if tasks else _NOTHING),
+    )
+    for what, most in (("far", MOST_FAR), ("total", MOST_TOTAL.get(length))):
+        density = found.density(what)
+        if most is not None:
+            yield (
+                density is not None and density <= most,
+                f"{what} density at most {most}: {_NOTHING if density is None else f'{density:.4f}'}",
+            )
+
+
+def _answered(needles: PairedDifference) -> int:
+    return round(needles.dense * needles.count)
+
+
+def _rounded(value: float | None) -> float | None:
+    return None if value is None else round(value, 6)
+
+
+def _key(row: dict[str, Any]) -> tuple[str, ...]:
+    return tuple(str(row[name]) for name in KEYS)
