@@ -2,6 +2,7 @@
 
 import codecs
 import itertools
+import logging
 import random
 import stat
 from collections.abc import Sequence
@@ -12,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from llama_surgery.errors import TextError
 
+_log = logging.getLogger(__name__)
 #: Marks before a text, and the encodings that they stand for; longer ones first.
 _MARKS = {
     codecs.BOM_UTF32_LE: "utf-32",
@@ -149,7 +151,13 @@ def leading_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
 
 
 def windows(
-    tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], length: int, count: int, seed: int
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Sequence[str],
+    length: int,
+    count: int | None,
+    seed: int,
+    *,
+    usual: int = 1,
 ) -> torch.Tensor:
     """Cuts token windows that do not overlap and never cross from one document into another.
 
@@ -160,8 +168,10 @@ def windows(
         tokenizer: The model's tokenizer.
         texts: Documents.
         length: Tokens of a window.
-        count: Windows wanted; those of a smaller count are the first of a larger one.
+        count: Windows wanted, those of a smaller count the first of a larger one; None for ``usual`` of them, or
+            as many as there are, with a warning.
         seed: The same seed gives the same windows.
+        usual: What a default asks for, which is no demand.
 
     Returns:
         Token ids, int64, (count, length).
@@ -169,6 +179,7 @@ def windows(
     Raises:
         TextError: ``length`` or ``count`` is too small, or the documents hold fewer whole windows.
     """
+    exact, count = count is not None, usual if count is None else count
     lead = leading_tokens(tokenizer)
     body = length - len(lead)
     if length < 2 or body < 1 or count < 1:
@@ -194,7 +205,12 @@ def windows(
         if sum(map(bool, queues)) >= count:
             break
     chosen = [window for turn in itertools.zip_longest(*queues) for window in turn if window]
-    if len(chosen) < count:
+    if len(chosen) < count and not exact and chosen:
+        _log.warning(
+            f"the text holds {len(chosen)} windows of {length:,} tokens, fewer than the usual {count}: these "
+            "are taken."
+        )
+    elif len(chosen) < count:
         raise TextError(
             f"{count} windows of {length} tokens were asked for; {len(texts)} documents with {found} "
             f"tokens hold {len(chosen)} whole ones, and {count * body} tokens in whole windows are "

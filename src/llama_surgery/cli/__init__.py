@@ -5,12 +5,13 @@ import typer
 from llama_surgery.cli.bench import bench
 from llama_surgery.cli.commands import Command, Commands
 from llama_surgery.cli.common import show_version
-from llama_surgery.cli.compare import compare, gate
+from llama_surgery.cli.compare import compare
 from llama_surgery.cli.crossover import crossover
 from llama_surgery.cli.demo import demo
 from llama_surgery.cli.evaluate import evaluate
 from llama_surgery.cli.export import export
 from llama_surgery.cli.export_topology import export_topology
+from llama_surgery.cli.gate import gate
 from llama_surgery.cli.generate import generate
 from llama_surgery.cli.learn import learn
 from llama_surgery.cli.lm_eval import lm_eval

@@ -1,5 +1,6 @@
 """What every command does before and after its work: outputs checked, errors and Ctrl-C told in one line."""
 
+import logging
 import os
 import time
 from collections.abc import Iterator
@@ -33,11 +34,29 @@ class Commands(TyperGroup):
 
     def invoke(self, ctx: Any) -> Any:
         """Run a command; exit with 1 when it raises one of the package's own errors."""
+        log, notes = logging.getLogger("llama_surgery"), _Notes()
+        log.addHandler(notes)
         try:
             return super().invoke(ctx)
         except SurgeryError as error:
             err.print(f"[bold red]Error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
             raise typer.Exit(1) from error
+        finally:
+            log.removeHandler(notes)
+
+
+class _Notes(logging.Handler):
+    """Prints the package's own warnings, each once."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self._seen: set[str] = set()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        told = record.getMessage()
+        if told not in self._seen and _speaks():
+            self._seen.add(told)
+            err.print(f"[bold yellow]Note:[/] {escape(told)}", highlight=False, soft_wrap=True)
 
 
 class Command(TyperCommand):
@@ -62,10 +81,15 @@ class Command(TyperCommand):
         try:
             return super().invoke(ctx)
         except KeyboardInterrupt as error:
-            if os.environ.get("RANK", "0") == "0":  # of several processes of 'learn' one speaks
+            if _speaks():
                 told = _left(str(self.name), list(outputs.values()), began)
                 err.print(f"Interrupted{told}", highlight=False, soft_wrap=True)
             raise typer.Exit(INTERRUPTED) from error
+
+
+def _speaks() -> bool:
+    """Of several processes that learn together, one speaks."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def checked_output(path: Path, *, folder: bool = False, own: bool = True) -> Path:

@@ -148,7 +148,7 @@ def escape(text: str) -> str:
 
 
 def load_model(
-    path: str, device: str, dtype: Dtype, *, adapter: Path | None = None
+    path: str, device: str, dtype: Dtype, *, adapter: Path | None = None, longest: int | None = None
 ) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
     """Load a checkpoint and its tokenizer, in evaluation mode.
 
@@ -157,9 +157,10 @@ def load_model(
         device: Where to run.
         dtype: Precision.
         adapter: Folder of an adapter that will be asked for: missed before a model is loaded for it.
+        longest: Tokens of the longest text that was asked for.
 
     Raises:
-        SurgeryError: There is none at ``path``, or the device cannot be used.
+        SurgeryError: There is none at ``path``, the device cannot be used, or the model cannot read so far.
         AdapterError: There is no adapter.
     """
     from llama_surgery.checkpoint import located, unpacked
@@ -192,6 +193,10 @@ def load_model(
         if "gguf_file" in options:
             model.config._name_or_path = path  # transformers keeps the folder's
         model = (model if placed else model.to(target)).eval()
+    if longest is not None:
+        from llama_surgery.surgery.context import check_length
+
+        check_length(model, longest)
     return model, tokenizer
 
 

@@ -1,6 +1,7 @@
 """Measuring for ``llama-surgery compare``: in this process, or in several that share the GPUs."""
 
 import dataclasses
+import logging
 import multiprocessing
 import os
 import signal
@@ -74,7 +75,8 @@ def measure(
     if tf32:
         torch.set_float32_matmul_precision("high")
     texts, calibration = read_texts(text), read_texts(calibration_text)
-    llm, tokenizer = load_model(model, device, dtype, adapter=adapter)
+    longest = max(settings["length"], *settings["needle_lengths"])
+    llm, tokenizer = load_model(model, device, dtype, adapter=adapter, longest=longest)
     comparison = Comparison(
         llm,
         tokenizer,
@@ -179,6 +181,8 @@ def _work(
     parent = multiprocessing.parent_process()
     if parent is not None:
         threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
+    log = logging.getLogger("llama_surgery")
+    log.addHandler(logging.NullHandler() if index else logging.StreamHandler())  # of all, one gives warnings
     err.quiet = True  # progress bars of several processes would write over each other
     try:
         import torch

@@ -59,7 +59,14 @@ def evaluate(
     length: Annotated[
         int, typer.Option(min=2, help="Tokens of a perplexity window.", rich_help_panel=_SAMPLES)
     ] = 8192,
-    windows: Annotated[int, typer.Option(min=1, help="Perplexity windows.", rich_help_panel=_SAMPLES)] = 16,
+    windows: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Perplexity windows. 16 if left out, or as many as the text holds.",
+            rich_help_panel=_SAMPLES,
+        ),
+    ] = None,
     needles: Annotated[
         int,
         typer.Option(
@@ -153,7 +160,9 @@ def evaluate(
     texts = read_texts(text)
     domains = read_domains(domain or [])
     calibration = None if calibration_text is None else read_texts(calibration_text)
-    llm, tokenizer = load_model(model, device, dtype, adapter=adapter)
+    llm, tokenizer = load_model(
+        model, device, dtype, adapter=adapter, longest=max([length, *(needle_length or [])])
+    )
     conditions = {"text": _shown(text)}
     routers = None
     if adapter is not None:

@@ -46,6 +46,7 @@ def generate(
     from transformers import TextStreamer
 
     from llama_surgery.surgery.adapter import load_adapter
+    from llama_surgery.surgery.context import check_length
     from llama_surgery.surgery.operate import operate
     from llama_surgery.surgery.operation import statistics
 
@@ -54,6 +55,7 @@ def generate(
     prompt_tokens = inputs["input_ids"].shape[1]
     if prompt_tokens == 0:
         raise SurgeryError("the prompt holds no token: give some text.")
+    check_length(llm, prompt_tokens + max_new_tokens)
     torch.manual_seed(seed)
     streamer = None if json else TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
     options: dict[str, Any] = {"do_sample": sample}

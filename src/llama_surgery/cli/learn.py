@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -19,10 +18,9 @@ from llama_surgery.cli.common import (
     err,
     load_model,
     load_tokenizer,
-    out,
-    print_json,
     progress,
 )
+from llama_surgery.cli.learn_report import reporter, silent, told
 from llama_surgery.cli.run import calibrated
 from llama_surgery.cli.topology import STEPS, config_for, learned_parts, topology_options
 from llama_surgery.config import SurgeryConfig
@@ -33,6 +31,8 @@ if TYPE_CHECKING:
     from llama_surgery.learning.trainer import Step
 
 _LEARNING = "Learning"
+#: Training windows unless others are asked for.
+WINDOWS = 200
 #: Windows whose attention states are kept on disk unless more are asked for: at 8,192 tokens a window of a
 #: model of 70 billion parameters takes about 24 GB.
 STREAMED_WINDOWS = 16
@@ -107,7 +107,7 @@ def learn(
         typer.Option(
             min=1,
             help="Training windows, taken in turn. 200 if left out, 16 with --stream, which keeps their "
-            "states on disk.",
+            "states on disk; or as many as the text holds.",
             rich_help_panel=_LEARNING,
         ),
     ] = None,
@@ -156,33 +156,32 @@ def learn(
     if stream:
         if stage != "local":
             raise SurgeryError("--stream learns from the output of every layer: add --stage local.")
-        count = STREAMED_WINDOWS if windows is None else windows
         result = _streamed(
-            model, texts, config, planned, out_folder, length, count, checkpoint_seconds, device, dtype
+            model, texts, config, planned, out_folder, length, windows, checkpoint_seconds, device, dtype
         )
-        _told(out_folder, *result, json)
+        told(out_folder, *result, json)
         return
-    llm, tokenizer = load_model(model, device, dtype)
+    llm, tokenizer = load_model(model, device, dtype, longest=length)
     from llama_surgery.learning.corrections import scorer_parameters
     from llama_surgery.learning.trainer import learn as learn_on
     from llama_surgery.surgery.adapter import save_adapter
+    from llama_surgery.surgery.context import usual_length
     from llama_surgery.surgery.operate import operated
     from llama_surgery.text import windows as cut_windows
 
-    if length is None:
-        length = min(8192, llm.config.get_text_config().max_position_embeddings)
+    length = usual_length(llm) if length is None else length
     length -= length % tile
     planned = dataclasses.replace(planned, length=length)
     stages = [dataclasses.replace(planned, stage="local", steps=local_steps)] if local_steps else []
-    ids = cut_windows(tokenizer, texts, length, 200 if windows is None else windows, seed)
+    ids = cut_windows(tokenizer, texts, length, windows, seed, usual=WINDOWS)
     corrections, last = None, None
-    with progress() if processes.main else contextlib.nullcontext(_silent) as tell:
+    with progress() if processes.main else contextlib.nullcontext(silent) as tell:
         config = calibrated(
             llm, tokenizer, config, density=density, texts=texts, length=length, progress=tell
         )
         config = processes.agreed(config)  # to the last digit: GPUs may round differently
         for stage in [*stages, planned]:
-            report, seen = _reporter(stage.stage, stage.steps, tell)
+            report, seen = reporter(stage.stage, stage.steps, tell)
             corrections = learn_on(
                 llm,
                 config,
@@ -209,18 +208,7 @@ def learn(
 
         config = config_of(llm)
         save_adapter(llm, out_folder)
-    _told(out_folder, config, last, json)
-
-
-def _told(folder: Path, config: SurgeryConfig, last: "Step | None", json: bool) -> None:
-    """Say what was learned."""
-    if json:
-        measured = None if last is None else dataclasses.asdict(last)
-        print_json({"adapter": str(folder), "config": config.to_dict(), "last_step": measured})
-        return
-    if last is not None:
-        out.print(_described(last))
-    out.print(f"Adapter: {folder.resolve()}", soft_wrap=True, highlight=False)
+    told(out_folder, config, last, json)
 
 
 def _streamed(
@@ -230,7 +218,7 @@ def _streamed(
     planned: "LearningSettings",
     folder: Path,
     length: int | None,
-    windows: int,
+    windows: int | None,
     checkpoint_seconds: float,
     device: str,
     dtype: Dtype,
@@ -246,6 +234,7 @@ def _streamed(
     from llama_surgery.learning.streaming import Captured, learn_streamed
     from llama_surgery.learning.weights import Weights, loaded, skeleton
     from llama_surgery.surgery.adapter import write_adapter
+    from llama_surgery.surgery.context import check_length, usual_length
     from llama_surgery.surgery.supported import attention_modules
     from llama_surgery.text import windows as cut_windows
 
@@ -254,13 +243,13 @@ def _streamed(
     weights, bones = Weights(model), skeleton(model)
     if dtype is Dtype.auto and target.type != "cpu":
         precision = bones.config.dtype or torch.bfloat16
-    if length is None:
-        length = min(8192, bones.config.get_text_config().max_position_embeddings)
+    length = usual_length(bones) if length is None else length
+    check_length(bones, length)
     length -= length % config.tile
     planned = dataclasses.replace(planned, length=length)
-    ids = cut_windows(load_tokenizer(model), texts, length, windows, planned.seed)
+    ids = cut_windows(load_tokenizer(model), texts, length, windows, planned.seed, usual=STREAMED_WINDOWS)
     with progress() as tell:
-        report, seen = _reporter(planned.stage, planned.steps, tell)
+        report, seen = reporter(planned.stage, planned.steps, tell)
         corrections, theta = learn_streamed(
             bones,
             weights,
@@ -281,29 +270,3 @@ def _streamed(
     with loaded(first, name, weights, torch.device("cpu"), precision):
         write_adapter(folder, bones, config, scorer_parameters(corrections))
     return config, seen[-1] if seen else None
-
-
-def _silent(stage: str, done: int, total: int) -> None:
-    """Progress of a process that is not the main one."""
-
-
-def _reporter(
-    stage: str, steps: int, tell: Callable[[str, int, int], None]
-) -> "tuple[Callable[[Step], None], list[Step]]":
-    """A listener for the trainer, and the list it keeps: a bar for the steps, a line ten times a stage."""
-    seen: list[Step] = []
-
-    def report(step: "Step") -> None:
-        seen.append(step)
-        tell(f"learning ({stage})", step.step, steps)
-        if step.step % max(1, steps // 10) == 0:
-            err.print(f"{stage} {step.step}/{steps}: {_described(step)}", highlight=False)
-
-    return report, seen
-
-
-def _described(step: "Step") -> str:
-    return (
-        f"loss {step.loss:.5f}, mass lost {step.mass_lost:.2%}, far density {step.density:.4f}, "
-        f"θ {step.theta:.3%}, {step.seconds:.0f} s"
-    )

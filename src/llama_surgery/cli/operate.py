@@ -62,7 +62,7 @@ def operate(
     from llama_surgery.text import read_texts
 
     texts = None if text is None else read_texts(text)
-    llm, tokenizer = load_model(model, device, dtype)
+    llm, tokenizer = load_model(model, device, dtype, longest=length)
     from llama_surgery.surgery.adapter import save_adapter
     from llama_surgery.surgery.operate import operate as operate_on
 

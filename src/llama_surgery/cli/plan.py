@@ -76,11 +76,14 @@ def plan(
         from llama_surgery.learning.settings import LearningSettings
         from llama_surgery.learning.streaming import TOGETHER
         from llama_surgery.learning.weights import skeleton
+        from llama_surgery.surgery.context import check_length
 
     # Checks what is given; its sampling is what is counted.
     parts = learned_parts(part, config)
     learning = LearningSettings(density=density, length=window, steps=steps, parts=parts)
-    shape = shape_of(skeleton(model))
+    bones = skeleton(model)
+    check_length(bones, lengths[-1], read=False)
+    shape = shape_of(bones)
     texts = [at_length(shape, config, density, window, tokens) for tokens in lengths]
     learned = learning_of(
         shape,

@@ -50,6 +50,7 @@ def calibrated(
             length=length,
             decode_density=decode_density,
         ):
+            progress(stage, total, total)  # a short text makes fewer passes
             return config_of(model)
     finally:
         hook.remove()
@@ -70,7 +71,7 @@ def measured(
     *,
     texts: list[str],
     length: int,
-    windows: int,
+    windows: int | None,
     needles: int,
     needle_lengths: Sequence[int] | None,
     needle_variants: Sequence[str],

@@ -56,7 +56,7 @@ class Comparison:
         calibration: Other documents, for knobs, thresholds and rules that learn.
         config: This package's topology; thresholds are set for each density.
         length: Tokens of a perplexity window.
-        windows: Perplexity windows.
+        windows: Perplexity windows; 24, or as many as the texts hold, if None.
         needles: Needle prompts, of all variants in equal parts.
         needle_lengths: Their lengths; one that is named twice is given to twice as many.
         needle_variants: Keys of :data:`~llama_surgery.evaluation.needle_variants.VARIANTS`.
@@ -82,7 +82,7 @@ class Comparison:
         calibration: Sequence[str],
         config: SurgeryConfig,
         length: int,
-        windows: int,
+        windows: int | None,
         needles: int,
         needle_lengths: Sequence[int],
         needle_variants: Sequence[str] = tuple(VARIANTS),
@@ -122,7 +122,7 @@ class Comparison:
             "tf32": torch.get_float32_matmul_precision() != "highest",
             "config": {k: v for k, v in config.to_dict().items() if k not in ("theta", "theta_decode")},
             "length": length,
-            "windows": windows,
+            "windows": len(samples.windows),
             "needles": needles,
             "needle_lengths": list(needle_lengths),
             "needle_variants": list(needle_variants),

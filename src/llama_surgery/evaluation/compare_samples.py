@@ -15,6 +15,8 @@ from llama_surgery.evaluation.needle import NeedlePrompt, needle_prompts
 from llama_surgery.files import write_atomically
 from llama_surgery.text import windows as cut_windows
 
+#: Perplexity windows, unless others are asked for.
+WINDOWS = 24
 #: Most calibration windows, for rules that learn, and fewest.
 TRAINING_WINDOWS, FEWEST_WINDOWS = 16, 2
 
@@ -46,7 +48,7 @@ def make_samples(
     folder: Path,
     *,
     length: int,
-    windows: int,
+    windows: int | None,
     needles: int,
     needle_lengths: Sequence[int],
     needle_variants: Sequence[str],
@@ -60,7 +62,7 @@ def make_samples(
         calibration: Other documents.
         folder: Where samples are kept, in a file named after all that they depend on.
         length: Tokens of a window.
-        windows: Perplexity windows.
+        windows: Perplexity windows; 24, or as many as the texts hold, if None.
         needles: Prompts.
         needle_lengths: Their lengths.
         needle_variants: Their variants.
@@ -80,7 +82,7 @@ def make_samples(
             [NeedlePrompt(**{key: _tuples(value) for key, value in p.items()}) for p in kept["prompts"]],
         )
     samples = Samples(
-        cut_windows(tokenizer, texts, length, windows, seed),
+        cut_windows(tokenizer, texts, length, windows, seed, usual=WINDOWS),
         _calibration_windows(tokenizer, calibration, length, seed),
         needle_prompts(
             tokenizer, texts, count=needles, lengths=needle_lengths, variants=needle_variants, seed=seed

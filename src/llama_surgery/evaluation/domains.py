@@ -21,7 +21,7 @@ def evaluate_domains(
     *,
     domains: Mapping[str, Sequence[str]],
     length: int,
-    windows: int,
+    windows: int | None,
     configs: Mapping[str, SurgeryConfig],
     routers: Mapping[int, PageRouter] | None = None,
     seed: int = 0,
@@ -36,7 +36,7 @@ def evaluate_domains(
         tokenizer: Its tokenizer.
         domains: Documents by name of the domain.
         length: Tokens of a window.
-        windows: Windows in each domain.
+        windows: Windows in each domain; 16, or as many as its texts hold, if None.
         configs: What to measure, by name, thresholds set.
         routers: Learned corrections by layer index, or None.
         seed: Of windows and bootstraps.

@@ -29,9 +29,13 @@ from llama_surgery.evaluation.result import (
     Measurement,
     OperatedMeasurement,
 )
+from llama_surgery.surgery.context import check_length
 from llama_surgery.surgery.supported import inner_model
 from llama_surgery.text import windows as cut_windows
 from llama_surgery.topology.router import PageRouter
+
+#: Perplexity windows, unless others are asked for.
+WINDOWS = 16
 
 
 def evaluate(
@@ -40,7 +44,7 @@ def evaluate(
     *,
     eval_texts: Sequence[str],
     length: int,
-    windows: int,
+    windows: int | None,
     needles: int,
     configs: Mapping[str, SurgeryConfig],
     routers: Mapping[int, PageRouter] | None = None,
@@ -60,7 +64,7 @@ def evaluate(
         tokenizer: Its tokenizer.
         eval_texts: Documents that nothing was tuned on.
         length: Tokens of a perplexity window.
-        windows: Perplexity windows.
+        windows: Perplexity windows; 16, or as many as the texts hold, if None.
         needles: Needle prompts; 0 for none.
         configs: What to measure, by name, thresholds set.
         routers: Learned corrections by layer index, used with every configuration, or None.
@@ -77,10 +81,11 @@ def evaluate(
         TextError: The texts are too short.
     """
     check_dense(model, configs)
-    ids = cut_windows(tokenizer, eval_texts, length, windows, seed)
+    lengths = (length,) if needle_lengths is None else needle_lengths
+    check_length(model, max(length, *lengths) if needles else length)
+    ids = cut_windows(tokenizer, eval_texts, length, windows, seed, usual=WINDOWS)
     prompts = []
     if needles:
-        lengths = (length,) if needle_lengths is None else needle_lengths
         prompts = needle_prompts(
             tokenizer, eval_texts, count=needles, lengths=lengths, variants=needle_variants, seed=seed
         )
@@ -96,7 +101,7 @@ def evaluate(
     result = EvaluationResult(
         model=model_name(model),
         length=length,
-        windows=windows,
+        windows=len(ids),
         seed=seed,
         environment=environment(model),
         dense=Measurement(**_measured(DENSE, losses, answers, seconds)),
@@ -189,17 +194,6 @@ def model_name(model: nn.Module) -> str:
     if name and Path(name).exists():
         return Path(name).resolve().name
     return name or type(inner).__name__
-
-
-def context_length(model: nn.Module) -> int | None:
-    """Tokens that a model was made for, by its configuration; None where that does not say."""
-    text = inner_model(model).config.get_text_config()
-    longest = getattr(text, "max_position_embeddings", None)
-    scaling = getattr(text, "rope_parameters", None) or {}
-    factor, original = scaling.get("factor"), scaling.get("original_max_position_embeddings")
-    if longest and factor and original:
-        longest = max(longest, int(factor * original))
-    return longest
 
 
 def versions(model: nn.Module) -> dict[str, str]:

@@ -13,7 +13,6 @@ from llama_surgery.config import SurgeryConfig
 from llama_surgery.errors import SurgeryError, TextError
 from llama_surgery.evaluation.evaluate import (
     check_dense,
-    context_length,
     evaluate,
     model_name,
     named_progress,
@@ -34,6 +33,7 @@ from llama_surgery.evaluation.verdict import (
 )
 from llama_surgery.files import write_json
 from llama_surgery.folders import check_folder
+from llama_surgery.surgery.context import context_length
 from llama_surgery.text import encode, leading_tokens
 from llama_surgery.topology.router import PageRouter
 

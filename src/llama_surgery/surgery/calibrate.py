@@ -1,6 +1,7 @@
 """Thresholds for a density: one θ for tiles, one for decode steps, found on a little text."""
 
 import dataclasses
+import logging
 import math
 from typing import Any, NamedTuple
 
@@ -8,12 +9,14 @@ import torch
 
 from llama_surgery.config import SurgeryConfig
 from llama_surgery.errors import SurgeryError, TextError
+from llama_surgery.surgery.context import check_length, usual_length
 from llama_surgery.surgery.layer import listening
 from llama_surgery.surgery.operation import config_of, reset_statistics, set_config, statistics, surgery_of
 from llama_surgery.surgery.supported import inner_model
 from llama_surgery.text import windows
 from llama_surgery.topology.geometry import Block
 
+_log = logging.getLogger(__name__)
 #: Windows of calibration text, spread over the documents.
 WINDOWS = 4
 #: Passes over the windows: each reads the shares that arise under the previous pass's θ.
@@ -79,7 +82,7 @@ def calibrate(
         tokenizer: Its tokenizer.
         text: Documents.
         density: Executed far pairs over causal pairs, at most.
-        length: Tokens of a window; the model's context, at most 8,192, if None.
+        length: Tokens of a window; the model's context, at most 8,192 and what the text holds, if None.
         passes: Fewer do where the model's θ is near already.
         decode_density: The same for decode steps. Without, their θ stays as it is: by default they read
             everything.
@@ -102,14 +105,17 @@ def calibrate(
     if config.pages_per_row is not None:
         raise SurgeryError("pages_per_row is set: there is no θ to calibrate. Leave it out.")
     inner = inner_model(model)
-    if length is None:
-        length = min(8192, getattr(inner.config.get_text_config(), "max_position_embeddings", 8192))
+    usual = length is None
+    length = usual_length(model) if length is None else length
+    check_length(model, length)
     if length <= config.window + config.chunk_size:
         raise TextError(
             f"length={length}: a window needs more than window + chunk_size = "
             f"{config.window + config.chunk_size} tokens to have a far field."
         )
-    ids = windows(tokenizer, text, length, WINDOWS, seed=0).to(inner.device)
+    shorter = [length >> halved for halved in range(1, length.bit_length())] if usual else []
+    lengths = [n for n in (length, *shorter) if n > config.window + config.chunk_size]
+    ids = _windows(tokenizer, text, lengths).to(inner.device)
     given = config
     try:
         for _ in range(passes):
@@ -131,6 +137,24 @@ def calibrate(
     finally:
         reset_statistics(model)
     return config
+
+
+def _windows(tokenizer: Any, text: list[str], lengths: list[int]) -> torch.Tensor:
+    """Windows of the first of ``lengths`` of which the text holds any."""
+    errors = []
+    for length in lengths:
+        try:
+            found = windows(tokenizer, text, length, None, seed=0, usual=WINDOWS)
+        except TextError as error:
+            errors.append(error)
+            continue
+        if errors:
+            _log.warning(
+                f"no document holds {lengths[0]:,} tokens: thresholds are set on windows of {length:,}. Give "
+                "longer text, or the length that you mean."
+            )
+        return found
+    raise errors[0]
 
 
 class _Heard(NamedTuple):

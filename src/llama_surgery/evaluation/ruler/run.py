@@ -15,7 +15,6 @@ from llama_surgery.config import SurgeryConfig
 from llama_surgery.errors import SurgeryError
 from llama_surgery.evaluation.evaluate import (
     check_dense,
-    context_length,
     environment,
     model_name,
     versions,
@@ -27,6 +26,7 @@ from llama_surgery.evaluation.ruler.reading import questions_for
 from llama_surgery.evaluation.ruler.result import Cell, RulerResult
 from llama_surgery.evaluation.ruler.samples import RulerSample, Sampler
 from llama_surgery.evaluation.ruler.tasks import READING, task_of
+from llama_surgery.surgery.context import context_length
 from llama_surgery.topology.router import PageRouter
 
 #: Samples of a cell that are answered before the next cell has its turn.
