@@ -47,7 +47,7 @@ def tree_distances(model: torch.nn.Module, ids: torch.Tensor) -> dict[int, torch
         if isinstance(layer, PagedLayer):
             layout = layer.stores[0].layout
             assert layout is not None  # texts have whole chunks
-            digits = paths(layout.order.long().cpu(), config.page_size, config.arity)
+            digits = paths(layout.order.long().cpu(), config.page_size)
             found[index] = distances(digits).float() / digits.shape[-1]
     return found
 

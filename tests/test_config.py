@@ -29,7 +29,6 @@ from llama_surgery.config import CONFIG_VERSION, REMOVED
         ({"tile": 0}, "tile=0: must be a whole number of at least 1"),
         ({"tile": True}, "tile=True: must be a whole number"),
         ({"tile": None}, "tile=None: must be a whole number"),
-        ({"arity": 1}, "arity=1: must be a whole number of at least 2"),
         ({"score_stride": 0}, "score_stride=0: must be a whole number of at least 1"),
         ({"dense_until": -32}, "dense_until=-32: must be a whole number of at least 0"),
         ({"pages_per_row": 0}, "pages_per_row=0: must be a whole number of at least 1"),
@@ -50,14 +49,13 @@ from llama_surgery.config import CONFIG_VERSION, REMOVED
         ({"score_stride": 3}, "score_stride=3 does not divide tile=32: the first row"),
         ({"score_stride": 64}, "score_stride=64 does not divide tile=32"),
         ({"chunk_size": 2**16}, "chunk_size=65536: at most 32768, since offsets"),
-        ({"page_size": 96}, "chunk_size=512 is not page_size=96 times a power of arity=2"),
+        ({"page_size": 96}, "chunk_size=512 is not page_size=96 times a power of two"),
         ({"page_size": 1024}, "chunk_size=512 is not page_size=1024 times a power"),
-        ({"page_size": 64, "arity": 3}, "chunk_size=512 is not page_size=64 times a power of arity=3"),
         ({"moment_size": 0}, "moment_size=0: must be a whole number of at least 1"),
         ({"moment_size": "8"}, "moment_size='8': must be a whole number"),
         (
             {"page_size": 64, "moment_size": 24},
-            "moment_size=24: page_size=64 must be it times a power of arity=2",
+            "moment_size=24: page_size=64 must be it times a power of two",
         ),
         ({"page_size": 64, "moment_size": 128}, "moment_size=128: page_size=64 must be it times a power"),
         ({"moment_size": True}, "moment_size=True: must be a whole number"),
@@ -100,11 +98,11 @@ def test_replacing_checks_again():
 
 
 @pytest.mark.parametrize(
-    ("chunk_size", "page_size", "arity", "depth", "pages"),
-    [(512, 64, 2, 3, 8), (64, 64, 2, 0, 1), (96, 32, 3, 1, 3), (2048, 32, 4, 3, 64), (64, 1, 2, 6, 64)],
+    ("chunk_size", "page_size", "depth", "pages"),
+    [(512, 64, 3, 8), (64, 64, 0, 1), (192, 48, 2, 4), (2048, 32, 6, 64), (64, 1, 6, 64)],
 )
-def test_the_tree_follows_from_the_sizes(chunk_size, page_size, arity, depth, pages):
-    config = SurgeryConfig(chunk_size=chunk_size, page_size=page_size, arity=arity)
+def test_the_tree_follows_from_the_sizes(chunk_size, page_size, depth, pages):
+    config = SurgeryConfig(chunk_size=chunk_size, page_size=page_size)
     assert (config.depth, config.pages_per_chunk) == (depth, pages)
 
 
@@ -129,7 +127,7 @@ def test_theta_belongs_to_the_tile():
     "change",
     [
         {"page_size": 64},
-        {"page_size": 32, "arity": 4, "chunk_size": 512},
+        {"page_size": 16, "chunk_size": 256},
         {"theta": 0.2},
         {"tile": 1},
         {"tile": 1, "theta": 0.2},

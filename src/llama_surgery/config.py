@@ -17,6 +17,11 @@ CONFIG_VERSION = 1
 #: Fields of older releases: the default, at which a stored configuration means the same without them, and
 #: what to tell whoever stored anything else.
 REMOVED: dict[str, tuple[Any, str]] = {
+    "arity": (
+        2,
+        "it split every node of the tree into more than two and was removed because models lost more quality "
+        "that way at the same density. Operate and calibrate the model again.",
+    ),
     "directions": (
         "principal",
         "it ordered a chunk's keys by position, or in a subspace of few directions, and was removed because "
@@ -30,7 +35,7 @@ def _default_theta_decode(config: "SurgeryConfig") -> float:
 
 
 def _default_moment_size(config: "SurgeryConfig") -> int:
-    quarter, rest = divmod(config.page_size, config.arity**2)
+    quarter, rest = divmod(config.page_size, 4)
     return config.page_size if rest else quarter
 
 
@@ -40,13 +45,12 @@ class SurgeryConfig:
 
     Attributes:
         topology: ``pages`` (balanced tree over each chunk's keys) or ``dense`` (everything visible).
-        chunk_size: Tokens of a chunk; a multiple of ``tile`` and ``page_size * arity**n``. The kernels sort
-            chunks of up to 8,192.
+        chunk_size: Tokens of a chunk; a multiple of ``tile``, and ``page_size`` times a power of two. The
+            kernels sort chunks of up to 8,192.
         page_size: Keys of a page, the contiguous block that is read as a whole.
         window: Tokens that always stay in the near field; a multiple of ``tile``.
         tile: Consecutive queries that share the pages read in prefill, anchored at multiples of
             ``tile``. A call of one token on a non-empty cache (a decode step) is a tile of one.
-        arity: Children of a tree node.
         theta: A row opens a page whose expected share of some head's attention exceeds this, in
             tiles of ``tile`` queries. 0 opens everything.
         theta_decode: The same for tiles of one query: decode steps, and the rows that end a prompt in
@@ -85,7 +89,6 @@ class SurgeryConfig:
     page_size: int = 32
     window: int = 192
     tile: int = 32
-    arity: int = 2
     theta: float = 0.046
     theta_decode: Derived[float] = Derived(_default_theta_decode)
     pages_per_row: int | None = None
@@ -131,7 +134,6 @@ class SurgeryConfig:
             ("page_size", 1),
             ("window", 0),
             ("tile", 1),
-            ("arity", 2),
             ("score_stride", 1),
             ("dense_until", 0),
             ("pages_per_row", 1),
@@ -179,16 +181,15 @@ class SurgeryConfig:
             )
         ball = self.moment_size
         while 0 < ball < self.page_size:
-            ball *= self.arity
+            ball *= 2
         if ball != self.page_size:
             raise SurgeryError(
-                f"moment_size={self.moment_size}: page_size={self.page_size} must be it times a power of "
-                f"arity={self.arity}."
+                f"moment_size={self.moment_size}: page_size={self.page_size} must be it times a power of two."
             )
-        if self.page_size * self.arity**self.depth != self.chunk_size:
+        if self.page_size * 2**self.depth != self.chunk_size:
             raise SurgeryError(
                 f"chunk_size={self.chunk_size} is not page_size={self.page_size} times a power of "
-                f"arity={self.arity}: pages would not be whole balls of the tree."
+                "two: pages would not be whole balls of the tree."
             )
 
     def theta_for(self, tile: int) -> float:
@@ -204,7 +205,7 @@ class SurgeryConfig:
         """Splits from the chunk down to balls of ``size`` keys."""
         levels = 0
         while size < self.chunk_size:
-            size *= self.arity
+            size *= 2
             levels += 1
         return levels
 
@@ -226,7 +227,7 @@ class SurgeryConfig:
     @property
     def coarse_fan(self) -> int:
         """Pages of a coarse ball: two levels of the tree, or as many as the chunk has."""
-        return self.arity ** min(2, self.depth)
+        return 2 ** min(2, self.depth)
 
     @property
     def pages_per_chunk(self) -> int:

@@ -22,8 +22,8 @@ from llama_surgery.topology.geometry import query_blocks
 from llama_surgery.topology.layout import reorder
 from llama_surgery.topology.tree import paths
 
-TERNARY = SurgeryConfig(
-    chunk_size=72, page_size=8, window=24, tile=8, arity=3, theta=0.1, score_stride=4, moment_size=8
+UNEVEN = SurgeryConfig(
+    chunk_size=48, page_size=12, window=24, tile=8, theta=0.1, score_stride=4, moment_size=12
 )
 # 320 − 5 tokens: the last tile and the last chunk are partial.
 LENGTH = 315
@@ -58,7 +58,7 @@ def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.mark.parametrize("config", [SPARSE, TERNARY], ids=["binary", "ternary"])
+@pytest.mark.parametrize("config", [SPARSE, UNEVEN], ids=["binary", "ternary"])
 def test_a_file_executed_by_the_reference_gives_the_operated_attention(
     config: SurgeryConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -123,7 +123,7 @@ def test_arrays_mean_what_the_format_says(file: Path) -> None:
     assert positions.shape == (2, 256 // page, page) and path.shape == (256 // page, 2)
     # A key's path, from the tree, is its page's.
     order = torch.from_numpy(positions[1].reshape(-1, 64)).long() % 64
-    digits = paths(order, page, 2)
+    digits = paths(order, page)
     for number, row in enumerate(positions[1]):
         assert np.array_equal(digits[number * page // 64, row % 64], np.tile(path[number], (page, 1)))
 

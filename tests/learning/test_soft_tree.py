@@ -1,11 +1,9 @@
 """Balls with soft digits: the layout's values, and gradients for the map of the keys."""
 
-import dataclasses
-
 import pytest
 import torch
 
-from llama_surgery import SurgeryConfig, SurgeryError
+from llama_surgery import SurgeryConfig
 from llama_surgery.learning.soft_tree import balls_of
 from llama_surgery.topology.layout import build_layout
 from llama_surgery.topology.router import PageRouter
@@ -55,11 +53,3 @@ def test_the_gradient_of_moments_is_that_of_soft_membership() -> None:
     for part in (moments.mean, moments.variance):
         (gradient,) = torch.autograd.grad(part.square().sum(), key_map, retain_graph=True)
         assert torch.isfinite(gradient).all() and gradient.abs().max() > 0
-
-
-def test_other_arities_are_refused() -> None:
-    keys, key_map = case(3)
-    config = dataclasses.replace(CONFIG, chunk_size=24, page_size=8, moment_size=8, arity=3)
-    mapped = PageRouter(key_map=key_map.requires_grad_()).map_keys(keys[:, :48].unflatten(1, (2, 24)))
-    with pytest.raises(SurgeryError, match="arity 2"):
-        balls_of(keys[:, :48], mapped, config)

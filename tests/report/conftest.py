@@ -43,7 +43,7 @@ def results() -> dict[str, Any]:
     ]
     tree = {
         "layer": 1, "kv_head": 0, "tokens": ["<b>", " of", " the", "\n", " & ", "fox", " ran", "."],
-        "order": [0, 4, 1, 6, 3, 2, 5, 7], "page_size": 2, "arity": 2,
+        "order": [0, 4, 1, 6, 3, 2, 5, 7], "page_size": 2,
     }  # fmt: skip
     return {
         "format": "llama-surgery results", "format_version": 1, "created": "2026-01-02T03:04:05+00:00",

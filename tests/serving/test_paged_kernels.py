@@ -100,7 +100,7 @@ class TestDecodeRows:
             {"moment_size": 4},
             {"variance_pool": 4},
             {"variance_pool": 4, "moment_size": 16, "coarse_totals": True},
-            {"chunk_size": 216, "page_size": 24, "window": 24, "tile": 12, "arity": 3, "moment_size": 8},
+            {"chunk_size": 192, "page_size": 24, "window": 24, "tile": 12, "moment_size": 6},
             {"topology": "dense"},
             {"dense_until": 160},
             {"pages_per_row": 3},

@@ -17,12 +17,11 @@ from llama_surgery.topology.layout import (
 
 @st.composite
 def cases(draw):
-    arity, depth, page = draw(st.sampled_from([(2, 2, 4), (3, 2, 3), (4, 1, 8), (2, 0, 8)]))
+    depth, page = draw(st.sampled_from([(2, 4), (2, 6), (1, 10), (0, 8)]))
     config = SurgeryConfig(
-        chunk_size=page * arity**depth,
+        chunk_size=page * 2**depth,
         page_size=page,
-        moment_size=draw(st.sampled_from([page, page // arity])),
-        arity=arity,
+        moment_size=draw(st.sampled_from([page, page // 2])),
         window=0,
         tile=1,
         theta=0.01,

@@ -86,7 +86,7 @@ def test_the_tree_sees_mapped_keys_and_the_cache_those_of_the_model() -> None:
     keys, key_map = normal(STREAMS, 64, DIM), normal(KV_HEADS, DIM, DIM, seed=2)
     layout = build_layout(keys, keys, CONFIG, PageRouter(key_map=key_map))
     mapped = torch.stack([keys[s] @ key_map[s % KV_HEADS].T for s in range(STREAMS)])
-    order = tree_order(mapped.unflatten(1, (2, 32)), CONFIG.ball_size, 2)
+    order = tree_order(mapped.unflatten(1, (2, 32)), CONFIG.ball_size)
     assert torch.equal(layout.order.long(), order)
     assert torch.equal(
         layout.keys.sort(1).values, keys.unflatten(1, (2, 32)).flatten(1, 2)[:, :].sort(1).values

@@ -77,7 +77,7 @@ class Topology:
     def page_path(self) -> np.ndarray:
         """(pages, depth) int16: digits of every page's path in its chunk's tree, most significant first."""
         config = self.config
-        digits = paths(torch.arange(config.chunk_size), config.page_size, config.arity)[:: config.page_size]
+        digits = paths(torch.arange(config.chunk_size), config.page_size)[:: config.page_size]
         chunks = self.pages // config.pages_per_chunk
         return np.tile(digits.numpy().astype(np.int16), (chunks, 1))
 

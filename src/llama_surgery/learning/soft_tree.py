@@ -5,7 +5,6 @@ import dataclasses
 import torch
 
 from llama_surgery.config import SurgeryConfig
-from llama_surgery.errors import SurgeryError
 from llama_surgery.topology.layout import Moments
 from llama_surgery.topology.tree import principal_direction, tree_order
 
@@ -38,20 +37,15 @@ def balls_of(keys: torch.Tensor, mapped: torch.Tensor, config: SurgeryConfig) ->
         keys: (streams, chunks * chunk_size, head_dim), the model's keys.
         mapped: (streams, chunks, chunk_size, head_dim), the keys as the tree sees them; where they carry a
             gradient, membership and moments pass it on.
-        config: Geometry; learned trees have arity 2.
-
-    Raises:
-        SurgeryError: A learned tree of another arity.
+        config: Geometry.
     """
     size, ball = config.chunk_size, config.ball_size
     chunked = keys.unflatten(1, (-1, size))
     with torch.no_grad():
-        order = tree_order(mapped, ball, config.arity)
+        order = tree_order(mapped, ball)
         slot = order.argsort(-1)
         member = torch.nn.functional.one_hot(slot // ball, size // ball).to(chunked.dtype)
     if mapped.requires_grad:
-        if config.arity != 2:
-            raise SurgeryError(f"arity={config.arity}: the map of the keys is learned for arity 2.")
         soft = _soft_membership(mapped, order, ball)
         member = member + (soft - soft.detach())
     weights = member.transpose(-1, -2) / ball

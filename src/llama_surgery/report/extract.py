@@ -46,7 +46,7 @@ def head_tree(model: torch.nn.Module, tokenizer: Any, text: str, *, layer: int, 
     order = layout.order  # (kv_heads, chunks, chunk_size)
     if not 0 <= kv_head < order.shape[0]:
         raise SurgeryError(f"kv_head={kv_head}: layer {layer} has {order.shape[0]}.")
-    return HeadTree(layer, kv_head, pieces, order[kv_head, 0].tolist(), config.page_size, config.arity)
+    return HeadTree(layer, kv_head, pieces, order[kv_head, 0].tolist(), config.page_size)
 
 
 def _tokens(tokenizer: Any, text: str, count: int) -> tuple[list[int], list[str]]:

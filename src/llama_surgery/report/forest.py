@@ -41,7 +41,7 @@ def forest_view(tree: HeadTree) -> dict[str, Any]:
         "page_size": tree.page_size,
         "pages": leaves,
         "text": text,
-        "root": _nest(leaves, tree.arity),
+        "root": _nest(leaves),
         "distances": tree_distances(tree),
     }
 
@@ -57,7 +57,7 @@ def page_colours(tree: HeadTree) -> list[tuple[str, str]]:
     for page in range(1, pages):
         apart, a, b = 0, page - 1, page
         while a != b:
-            a, b, apart = a // tree.arity, b // tree.arity, apart + 1
+            a, b, apart = a // 2, b // 2, apart + 1
         places.append(places[-1] + apart)
     span = places[-1] or 1.0
     strong = [_COLOURS(_DARKEST + (1 - _DARKEST) * place / span)[:3] for place in places]
@@ -100,8 +100,8 @@ def _runs(offsets: list[int], page_of: list[int]) -> list[list[int]]:
     return runs
 
 
-def _nest(nodes: list[dict[str, Any]], arity: int) -> dict[str, Any]:
-    """Group ``arity`` neighbours at a time until one root is left."""
+def _nest(nodes: list[dict[str, Any]]) -> dict[str, Any]:
+    """Pair neighbours until one root is left."""
     while len(nodes) > 1:
-        nodes = [{"children": nodes[i : i + arity]} for i in range(0, len(nodes), arity)]
+        nodes = [{"children": nodes[i : i + 2]} for i in range(0, len(nodes), 2)]
     return nodes[0]

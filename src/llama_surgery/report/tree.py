@@ -19,7 +19,6 @@ class HeadTree:
         tokens: The chunk's tokens as text, in reading order.
         order: Tree order: slot s holds the token of offset ``order[s]``.
         page_size: Tokens of a page.
-        arity: Children of a node.
     """
 
     layer: int
@@ -27,7 +26,6 @@ class HeadTree:
     tokens: list[str]
     order: list[int]
     page_size: int
-    arity: int
 
     @property
     def depth(self) -> int:
@@ -52,7 +50,7 @@ class HeadTree:
         return distances(self._digits())
 
     def _digits(self) -> torch.Tensor:
-        return paths(torch.tensor(self.order), self.page_size, self.arity)
+        return paths(torch.tensor(self.order), self.page_size)
 
     def to_dict(self) -> dict[str, Any]:
         """All fields, ready for JSON."""
@@ -65,6 +63,8 @@ class HeadTree:
         Raises:
             SurgeryError: Fields are missing or unknown, or the order is not one of the tokens.
         """
+        if values.get("arity") == 2:  # results of older releases: other trees are unknown now
+            values = {name: value for name, value in values.items() if name != "arity"}
         try:
             tree = cls(**values)
         except TypeError as error:

@@ -128,7 +128,7 @@ def build_layout(
     chunked = keys.detach().unflatten(1, (-1, config.chunk_size))
     if router is not None:
         chunked = router.for_streams(keys.shape[0], keys.device).map_keys(chunked)
-    order = tree_order(chunked, config.ball_size, config.arity)
+    order = tree_order(chunked, config.ball_size)
     keys = reorder(keys, order)
     moments = moments_of(keys, config.ball_size)
     return Layout(keys, reorder(values, order), order.to(torch.int16), moments)

@@ -1,7 +1,7 @@
 """The balanced tree over a chunk's keys: splits along directions of the keys' own spread.
 
-A key's path is its leaf in an ``arity``-ary tree of depth L. Paths are balanced by construction:
-every split sends equally many keys to every child. The distance of two keys is L minus the number of
+A key's path is its leaf in a binary tree of depth L. Paths are balanced by construction:
+every split sends half of the keys to each child. The distance of two keys is L minus the number of
 leading digits they share, an ultrametric; all keys that share a prefix form a ball.
 """
 
@@ -38,13 +38,12 @@ def principal_direction(centred: torch.Tensor) -> torch.Tensor:
     return direction.squeeze(-1)
 
 
-def tree_order(keys: torch.Tensor, page_size: int, arity: int) -> torch.Tensor:
+def tree_order(keys: torch.Tensor, page_size: int) -> torch.Tensor:
     """Tree order of each chunk: original offsets in the order of paths, ties by position.
 
     Args:
         keys: (..., chunk_size, head_dim), any floating dtype; computed in float32, or float64 if given.
-        page_size: Keys of a leaf.
-        arity: Children of a node; ``chunk_size = page_size * arity**depth``.
+        page_size: Keys of a leaf; ``chunk_size`` is it times a power of two.
 
     Returns:
         (..., chunk_size) int64: slot s of the reordered chunk holds the key of offset ``order[..., s]``.
@@ -59,24 +58,24 @@ def tree_order(keys: torch.Tensor, page_size: int, arity: int) -> torch.Tensor:
         centred = nodes - nodes.mean(-2, keepdim=True)
         projection = (centred @ principal_direction(centred).unsqueeze(-1)).squeeze(-1)
         # A stable sort of nodes kept in order of position breaks ties by position.
-        child_size = nodes.shape[-2] // arity
+        child_size = nodes.shape[-2] // 2
         split = projection.argsort(dim=-1, stable=True)
-        split = split.unflatten(-1, (arity, child_size)).sort(dim=-1).values.flatten(-2)
+        split = split.unflatten(-1, (2, child_size)).sort(dim=-1).values.flatten(-2)
         nodes = nodes.gather(-2, split.unsqueeze(-1).expand(nodes.shape))
         order = order.gather(-1, split)
-        shape = (*lead, nodes.shape[-3] * arity, child_size)
+        shape = (*lead, nodes.shape[-3] * 2, child_size)
         nodes, order = nodes.reshape(*shape, keys.shape[-1]), order.reshape(shape)
     return order.reshape(*lead, size)
 
 
-def paths(order: torch.Tensor, page_size: int, arity: int) -> torch.Tensor:
+def paths(order: torch.Tensor, page_size: int) -> torch.Tensor:
     """Digits of every key, by original offset.
 
     Args:
         order: (..., chunk_size) int64 from :func:`tree_order`.
 
     Returns:
-        (..., chunk_size, depth) int64 digits in 0 … arity - 1, most significant first.
+        (..., chunk_size, depth) int64 digits 0 or 1, most significant first.
     """
     size = order.shape[-1]
     leaf = torch.empty_like(order).scatter_(
@@ -84,8 +83,8 @@ def paths(order: torch.Tensor, page_size: int, arity: int) -> torch.Tensor:
     )
     digits, leaves = [], size // page_size
     while leaves > 1:
-        leaves //= arity
-        digits.append(leaf // leaves % arity)
+        leaves //= 2
+        digits.append(leaf // leaves % 2)
     return torch.stack(digits, -1) if digits else leaf.new_empty(*leaf.shape, 0)
 
 

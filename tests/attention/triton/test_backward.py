@@ -210,9 +210,7 @@ class TestAgainstPlainAttention:
         assert not check(Case(90), dataclasses.replace(CONFIG, topology="dense"), device)
 
     def test_sizes_that_are_no_powers_of_two(self, device: torch.device) -> None:
-        config = SurgeryConfig(
-            chunk_size=216, page_size=24, window=24, tile=12, arity=3, theta=0.03, moment_size=8
-        )
+        config = SurgeryConfig(chunk_size=192, page_size=24, window=24, tile=12, theta=0.03, moment_size=6)
         check(Case(31, 250, 3, 24, streams=1, bias=True), config, device)
 
     def test_keys_far_from_the_origin(self, device: torch.device) -> None:

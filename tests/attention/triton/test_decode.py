@@ -243,9 +243,7 @@ class TestAgainstReference:
         torch.testing.assert_close(opened.out, dense.out, rtol=2e-5, atol=2e-5)
 
     def test_sizes_that_are_no_powers_of_two(self, device: torch.device) -> None:
-        config = SurgeryConfig(
-            chunk_size=216, page_size=24, window=24, tile=12, arity=3, theta=0.03, moment_size=8
-        )
+        config = SurgeryConfig(chunk_size=192, page_size=24, window=24, tile=12, theta=0.03, moment_size=6)
         check(Case((500, 239), 3, 3, 2, 24, 40), config, device)
         check(Case((500, 239), 3, 3, 2, 24, 40), dataclasses.replace(config, summary="ball"), device)
 

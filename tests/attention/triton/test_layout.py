@@ -33,7 +33,7 @@ def states(chunks: int, dim: int, size: int, device: torch.device, seed: int = 0
         dataclasses.replace(CONFIG, moment_size=4),
         dataclasses.replace(CONFIG, page_size=8, moment_size=8),
         dataclasses.replace(CONFIG, moment_size=2),
-        SurgeryConfig(chunk_size=108, page_size=12, window=12, tile=12, arity=3, moment_size=4),
+        SurgeryConfig(chunk_size=96, page_size=12, window=12, tile=12, moment_size=3),
         SurgeryConfig(chunk_size=32, page_size=32, window=32, tile=32, moment_size=32),
     ],
 )

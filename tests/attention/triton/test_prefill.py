@@ -160,9 +160,7 @@ class TestAgainstReference:
         check(Case(200, 0, 3, 40, softcap=3.0, sink=True), pooled, device)
 
     def test_summaries_of_sizes_that_are_no_powers_of_two(self, device: torch.device) -> None:
-        config = SurgeryConfig(
-            chunk_size=216, page_size=24, window=24, tile=12, arity=3, theta=0.03, moment_size=8
-        )
+        config = SurgeryConfig(chunk_size=192, page_size=24, window=24, tile=12, theta=0.03, moment_size=6)
         for summary in ("page", "ball", "chunk"):
             check(Case(61, 260, 3, 24), dataclasses.replace(config, summary=summary), device)
 
@@ -183,9 +181,7 @@ class TestAgainstReference:
         assert not check(Case(150), dataclasses.replace(CONFIG, topology="dense"), device).plans
 
     def test_sizes_that_are_no_powers_of_two(self, device: torch.device) -> None:
-        config = SurgeryConfig(
-            chunk_size=216, page_size=24, window=24, tile=12, arity=3, theta=0.03, moment_size=8
-        )
+        config = SurgeryConfig(chunk_size=192, page_size=24, window=24, tile=12, theta=0.03, moment_size=6)
         check(Case(61, 260, 3, 24), config, device)
         check(Case(61, 260, 3, 24), dataclasses.replace(config, coarse_to_fine=True), device)
 

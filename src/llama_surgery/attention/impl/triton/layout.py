@@ -118,10 +118,9 @@ def _order(keys: torch.Tensor, config: SurgeryConfig, router: PageRouter | None)
             slots,
             SIZE=node,
             NODES=chunk // node,
-            ARITY=config.arity,
         )
         order, children = children, order
-        node //= config.arity
+        node //= 2
     return order
 
 

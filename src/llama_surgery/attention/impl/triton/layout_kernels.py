@@ -15,8 +15,8 @@ def _node_offsets(order, first, NODE, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def split_places(along, present, SIZE: tl.constexpr, ARITY: tl.constexpr):
-    """Where the SIZE keys of nodes go when these are split into ARITY equal children, lower ones first:
+def split_places(along, present, SIZE: tl.constexpr):
+    """Where the SIZE keys of nodes go when these are split into two equal children, lower ones first:
     places in the node, (nodes, keys) int32. In a child keys keep their order.
 
     ``along`` (nodes, keys) float32 says which are lower, ties by place; where not ``present``, behind a
@@ -28,37 +28,28 @@ def split_places(along, present, SIZE: tl.constexpr, ARITY: tl.constexpr):
     # Three counts of at most SIZE are added up as one number.
     counts: tl.constexpr = tl.int32 if SIZE < 1 << 10 else tl.int64
     field: tl.constexpr = 10 if SIZE < 1 << 10 else 20
-    child = tl.zeros(along.shape, tl.int32)
-    for boundary in tl.static_range(1, ARITY):
-        # The largest bound with at most ``wanted`` values below it is the value of that rank. It is built
-        # two bits at a time, from the highest on.
-        wanted = boundary * (SIZE // ARITY)
-        bound = tl.full([along.shape[0]], -2147483648, tl.int32)
-        for step in range(0, 16):
-            unit = 1 << (30 - 2 * step)
-            below = (present & (value < (bound + unit)[:, None])).to(counts)
-            below += (present & (value < (bound + 2 * unit)[:, None])).to(counts) << field
-            below += (present & (value < (bound + 3 * unit)[:, None])).to(counts) << (2 * field)
-            below = tl.sum(below, 1)
-            mask: tl.constexpr = (1 << field) - 1
-            higher = ((below & mask) <= wanted).to(tl.int32)
-            higher += ((below >> field & mask) <= wanted).to(tl.int32)
-            higher += ((below >> (2 * field)) <= wanted).to(tl.int32)
-            bound += higher * unit
-        less = value < bound[:, None]
-        below = tl.sum((present & less).to(tl.int32), 1)
-        equal = present & (value == bound[:, None])
-        lower = less | (equal & (below[:, None] + tl.cumsum(equal.to(tl.int32), 1) <= wanted))
-        child += (~lower).to(tl.int32)
-    # What is left over in front of a key of the last child is of that child.
+    mask: tl.constexpr = (1 << field) - 1
+    # The largest bound with at most ``half`` values below it is the median. It is built two bits at a time,
+    # from the highest on.
+    half: tl.constexpr = SIZE // 2
+    bound = tl.full([along.shape[0]], -2147483648, tl.int32)
+    for step in range(0, 16):
+        unit = 1 << (30 - 2 * step)
+        below = (present & (value < (bound + unit)[:, None])).to(counts)
+        below += (present & (value < (bound + 2 * unit)[:, None])).to(counts) << field
+        below += (present & (value < (bound + 3 * unit)[:, None])).to(counts) << (2 * field)
+        below = tl.sum(below, 1)
+        higher = ((below & mask) <= half).to(tl.int32)
+        higher += ((below >> field & mask) <= half).to(tl.int32)
+        higher += ((below >> (2 * field)) <= half).to(tl.int32)
+        bound += higher * unit
+    less = present & (value < bound[:, None])
+    equal = present & (value == bound[:, None])
+    below = tl.sum(less.to(tl.int32), 1)
+    lower = less | (equal & (below[:, None] + tl.cumsum(equal.to(tl.int32), 1) <= half))
+    before = tl.cumsum(lower.to(tl.int32), 1)
     place = tl.arange(0, along.shape[1])[None, :]
-    target = place + (ARITY - 1) * (SIZE // ARITY)
-    for index in tl.static_range(0, ARITY - 1):
-        chosen = present & (child == index)
-        count = tl.cumsum(chosen.to(tl.int32), 1)
-        target = tl.where(child == ARITY - 1, target - count, target)
-        target = tl.where(chosen, index * (SIZE // ARITY) + count - 1, target)
-    return target
+    return tl.where(lower, before - 1, place + half - before)
 
 
 @triton.jit
@@ -148,9 +139,8 @@ def split_kernel(
     slots,
     SIZE: tl.constexpr,
     NODES: tl.constexpr,
-    ARITY: tl.constexpr,
 ):
-    """Split a chunk's NODES nodes of SIZE keys into equal children along what ``project_kernel`` wrote.
+    """Split a chunk's NODES nodes of SIZE keys into two equal children along what ``project_kernel`` wrote.
 
     ``order`` and ``projections`` are those of that kernel, ``children`` is as ``order``.
     Grid: (chunks, streams).
@@ -162,7 +152,7 @@ def split_kernel(
     cell = first + node * SIZE + place
     along = tl.load(projections_ptr + cell, mask=present, other=0.0)
     offset = tl.load(order_ptr + cell, mask=present, other=0)
-    target = split_places(along, present, SIZE, ARITY)
+    target = split_places(along, present, SIZE)
     tl.store(children_ptr + first + node * SIZE + target, offset, mask=present)
 
 
