@@ -9,7 +9,7 @@ import peft
 import pytest
 import torch
 from tests.surgery.tiny import DENSE_LIMIT, SINGLE, SPARSE, build, logits, tokens
-from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel
+from transformers import AttentionInterface, AutoModel, AutoModelForCausalLM, PreTrainedModel
 
 from llama_surgery import (
     SurgeryError,
@@ -304,3 +304,21 @@ def test_one_configuration_of_two_kinds_of_models(model):
             backbone = AutoModel.from_config(model.config).to(torch.float64).eval()
             backbone.load_state_dict(model.model.state_dict())
             torch.testing.assert_close(backbone(ids).last_hidden_state, dense)
+
+
+def test_flash_attention_of_other_layers_is_loaded_by_its_own_name(monkeypatch):
+    """It asks the configuration of the module which of its releases to load."""
+    kinds = ["sliding_attention", "full_attention"]
+    model = build("Qwen3", layer_types=kinds, sliding_window=48, use_sliding_window=True)
+    asked = []
+
+    def flash(module, query, key, value, mask, **keywords):
+        asked.append((module.config._attn_implementation, module.layer_idx, keywords["sliding_window"]))
+        return query.transpose(1, 2), None
+
+    monkeypatch.setitem(AttentionInterface._global_mapping, "flash_attention_2", flash)
+    model.config._attn_implementation_internal = "flash_attention_2"
+    with operated(model, SPARSE):
+        logits(model, tokens(1, 100))
+    assert asked == [("flash_attention_2", 0, 48)]
+    assert model.config._attn_implementation == "flash_attention_2"

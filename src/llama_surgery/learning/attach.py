@@ -261,9 +261,14 @@ def local_error(
 
 
 def projection_of(module: torch.nn.Module) -> torch.Tensor | None:
-    """Weight of an attention module's output projection, or None where the module names it otherwise."""
+    """Weight of an attention module's output projection, or None where it is named, or kept, otherwise.
+
+    Quantised weights are packed or lack their scales, and those of offloaded modules are elsewhere.
+    """
     weight = getattr(getattr(module, "o_proj", None), "weight", None)
-    return None if weight is None else weight.detach()
+    if weight is None or weight.is_meta or not weight.is_floating_point() or weight.dim() != 2:
+        return None
+    return weight.detach()
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,6 +10,12 @@ from transformers import PretrainedConfig
 
 _current: ContextVar["Call | None"] = ContextVar("llama_surgery_call", default=None)
 
+#: Puts a function outside of what torch.compile makes one graph of.
+untraced: Callable[[Callable[..., Any]], Callable[..., Any]] = torch.compiler.disable(
+    reason="operated layers choose pages in every call, so that a model is several graphs: compile without "
+    "fullgraph=True, or eject(model) first"
+)
+
 
 @dataclasses.dataclass(eq=False)
 class Call:
@@ -50,11 +56,13 @@ class Call:
         return True, self._dense[0]
 
 
+@untraced
 def current_call() -> Call | None:
     """The call that is running in this thread, of any model whose attention is replaced."""
     return _current.get()
 
 
+@untraced
 def enter(model: torch.nn.Module, owner: object, text: PretrainedConfig) -> None:
     """Begin a call of ``model``, or go on with the call that it is a part of."""
     call = _current.get()
@@ -63,6 +71,7 @@ def enter(model: torch.nn.Module, owner: object, text: PretrainedConfig) -> None
         _current.set(Call(model, owner, text))
 
 
+@untraced
 def leave(model: torch.nn.Module) -> None:
     """End the call, if it is one of ``model``."""
     call = _current.get()

@@ -13,7 +13,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from llama_surgery.errors import SurgeryError, UnsupportedModelError
 from llama_surgery.surgery.cache import PagedCache
-from llama_surgery.surgery.calls import current_call
+from llama_surgery.surgery.calls import current_call, untraced
 from llama_surgery.surgery.execute import run_layer
 from llama_surgery.surgery.layer import ATTRIBUTE, LayerSurgery
 
@@ -180,7 +180,7 @@ for _base, _name in INTERFACE_NAMES.items():
     AttentionMaskInterface.register(_name, functools.partial(surgery_mask, _base))
 
 
-@torch.compiler.disable(reason="operated layers choose pages in every call: compile without fullgraph=True")
+@untraced
 def _operated(
     module: torch.nn.Module,
     layer: LayerSurgery,
