@@ -38,7 +38,7 @@ from llama_surgery.config import FIELDS
 from llama_surgery.errors import SurgeryError
 from llama_surgery.evaluation.compare_budgets import claimed
 from llama_surgery.evaluation.compare_samples import digest
-from llama_surgery.evaluation.evaluate import context_length
+from llama_surgery.surgery.context import context_length
 
 #: A run that is cut short has measured all forms on about the same samples: they take turns.
 ROUNDS = 8

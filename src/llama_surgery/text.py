@@ -168,8 +168,8 @@ def windows(
         tokenizer: The model's tokenizer.
         texts: Documents.
         length: Tokens of a window.
-        count: Windows wanted, those of a smaller count the first of a larger one; None for ``usual`` of them, or
-            as many as there are, with a warning.
+        count: Windows wanted; None for ``usual`` of them, or as many as there are, with a warning. Windows of
+            a smaller count are the first of a larger one.
         seed: The same seed gives the same windows.
         usual: What a default asks for, which is no demand.
 
