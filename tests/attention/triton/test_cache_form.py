@@ -116,14 +116,14 @@ def test_decode_kernels_leave_gradients_of_a_recorded_prompt_alone(device: torch
     torch.testing.assert_close(found["triton"], found["gather"], rtol=1e-3, atol=1e-4)
 
 
-def test_a_form_is_decided_once() -> None:
+def test_a_form_is_decided_once(device: torch.device) -> None:
     """Also for streams that are selected, and whatever the later writes are like."""
     config = dataclasses.replace(CONFIG, backend="triton")
-    buffers, states = PageBuffers(config, 2, torch.device("cpu")), torch.randn(2, 5, 16)
+    buffers, states = PageBuffers(config, 2, device), torch.randn(2, 5, 16, device=device)
     buffers.reserve(40)
     buffers.write(slice(None), 0, states, states)
     assert buffers.kernels is True
-    assert buffers.select(torch.tensor([1, 1])).kernels is True
+    assert buffers.select(torch.tensor([1, 1], device=device)).kernels is True
     object.__setattr__(config, "backend", "gather")
     buffers.write(slice(None), 5, states, states)
     assert buffers.kernels is True
