@@ -322,3 +322,30 @@ def test_flash_attention_of_other_layers_is_loaded_by_its_own_name(monkeypatch):
         logits(model, tokens(1, 100))
     assert asked == [("flash_attention_2", 0, 48)]
     assert model.config._attn_implementation == "flash_attention_2"
+
+
+def test_dense_cross_attention_beside_operated_layers_stays_without_a_causal_mask(model):
+    """Also where it reads as many states as there are tokens."""
+
+    class SomeCrossAttention(torch.nn.Module):
+        config = model.config
+
+    given = []
+
+    def listen(module, args, result):
+        states = torch.ones(1, 4, 100, 16)
+        attend = AttentionInterface._global_mapping[model.config._attn_implementation]
+        for foreign in (SomeCrossAttention(), model.model.layers[0].mlp):
+            attend(foreign, states, states, states, None)
+
+    def dense(module, query, key, value, mask, **keywords):
+        given.append(mask)
+        return query.transpose(1, 2), None
+
+    mask = torch.ones(1, 100, dtype=torch.int64)
+    mask[0, :5] = 0
+    with operated(model, SPARSE), pytest.MonkeyPatch.context() as patch:
+        patch.setitem(AttentionInterface._global_mapping, "sdpa", dense)
+        model.model.layers[0].register_forward_hook(listen)
+        logits(model, tokens(1, 100), attention_mask=mask)
+    assert given[0] is None and given[1].shape == (1, 1, 100, 100)

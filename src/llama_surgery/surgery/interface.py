@@ -16,6 +16,7 @@ from llama_surgery.surgery.cache import PagedCache
 from llama_surgery.surgery.calls import current_call, untraced
 from llama_surgery.surgery.execute import run_layer
 from llama_surgery.surgery.layer import ATTRIBUTE, LayerSurgery
+from llama_surgery.surgery.supported import crosses
 
 #: Keyword by which an operated module's pre-forward hook hands the cache to the attention function.
 CACHE_KEYWORD = "llama_surgery_cache"
@@ -214,7 +215,7 @@ def dense_attention(
     """What the dense implementation ``base`` returns, given a mask of :func:`surgery_mask`."""
     call = current_call()
     short = attention_mask is None or (isinstance(attention_mask, torch.Tensor) and attention_mask.dim() == 2)
-    if call is not None and short and getattr(module, "is_causal", True):
+    if call is not None and short and getattr(module, "is_causal", True) and not crosses(module):
         found, mask = call.dense_mask(ALL_MASK_ATTENTION_FUNCTIONS[base], query.shape[2], key.shape[2])
         attention_mask = mask if found else attention_mask
     if base == "eager":  # lives in the modeling file

@@ -70,7 +70,7 @@ def attention_modules(model: PreTrainedModel) -> dict[int, torch.nn.Module]:
                 f"{name} shares one attention module ({path}) between layers, each with a cache of its own: "
                 "not supported."
             )
-        if _crosses(path, module):
+        if crosses(module):
             crossing[index] = path
             continue
         # Without layer types a configured window holds for all layers, as transformers' caches have it.
@@ -159,7 +159,7 @@ def _dispatches(module: torch.nn.Module) -> bool:
     return source.calls > 0
 
 
-def _crosses(path: str, module: torch.nn.Module) -> bool:
+def crosses(module: torch.nn.Module) -> bool:
     """Does an attention module take keys and values of other states than those that ask?"""
     if getattr(module, "is_cross_attention", False) or "CrossAttention" in type(module).__name__:
         return True
