@@ -90,6 +90,13 @@ def test_every_sequence_of_a_batch_has_its_own_end(model, chunk):
         )
 
 
+@pytest.mark.parametrize("dtype", [torch.bool, torch.float32])
+def test_a_mask_of_another_dtype_counts_the_same_tokens(model, dtype):
+    ids, mask = pad([tokens(141), tokens(117, seed=1)], [0, 24], 141)
+    expected = model.generate(ids, attention_mask=mask, **OPTIONS)
+    assert_same(model.generate(ids, attention_mask=mask.to(dtype), **OPTIONS), expected)
+
+
 def test_ends_that_only_later_padding_tells_apart(model):
     """Padding on the right: the sequences are equally long until the shorter one's prompt ends."""
     ids, mask = pad([tokens(141), tokens(100, seed=1)], [0, 0], 141)

@@ -1,11 +1,14 @@
 """Gradients through a cache: right however calls differ, and no copy of the cache in any step."""
 
+import dataclasses
+
 import pytest
 import torch
 from tests.surgery.tiny import SINGLE, SPARSE, build, in_pieces, llama, logits, tokens
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from llama_surgery import operated, paged_cache
+from llama_surgery.surgery import store as store_module
 from llama_surgery.surgery.compat import CACHE_NAME
 from llama_surgery.surgery.store import SequenceStore
 
@@ -159,3 +162,17 @@ def test_a_prompt_read_in_inference_mode_goes_on_with_gradients():
         got = model(ids[:, 96:], **{CACHE_NAME: cache}).logits
         got.sum().backward()
     torch.testing.assert_close(got.detach(), expected[:, 96:], **EXACT)
+
+
+@pytest.mark.parametrize("use_cache", [True, False])
+def test_gradients_pass_where_the_host_does_not_look_at_keys(use_cache, monkeypatch):
+    """As on a GPU, where what shows bad keys is added to keys that autograd has saved."""
+    model, ids = build("Llama"), tokens(1, 150)
+    found = []
+    with operated(model, dataclasses.replace(SPARSE, summary="page")):
+        for devices in (("cpu",), ()):
+            monkeypatch.setattr(store_module, "CHECKED_DEVICES", devices)
+            model.zero_grad()
+            model(ids, labels=ids, use_cache=use_cache).loss.backward()
+            found.append(model.model.layers[0].self_attn.k_proj.weight.grad.clone())
+    torch.testing.assert_close(found[1], found[0], **EXACT)

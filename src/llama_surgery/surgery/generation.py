@@ -32,7 +32,7 @@ class Running:
         """Learn what transformers made of the inputs: the prompt's mask, if one is needed, and the length."""
         self.maximum = maximum
         if isinstance(mask, torch.Tensor) and mask.dim() == 2:
-            self.columns, self.ends = mask.shape[1], mask.sum(1).tolist()
+            self.columns, self.ends = mask.shape[1], mask.bool().sum(1).tolist()
         elif self.columns is not None:
             self.ends = [self.columns]
 

@@ -86,7 +86,8 @@ class SequenceStore:
             if full:
                 self._passing = build_layout(keys[:, :full], values[:, :full], self.config, router)
                 if keys.device.type not in CHECKED_DEVICES:
-                    self._passing.keys[:, :size].add_(nan_where_not_finite(keys[:, :full]))
+                    # By-passing autograd, which may have saved them: finite keys stay as they are.
+                    self._passing.keys.data[:, :size].add_(nan_where_not_finite(keys[:, :full]))
             self.length = stop
             return near
         if self._buffers is None:
