@@ -104,9 +104,6 @@ class Layer:
             else:
                 terms, closed, size = self.pages(terms), seen, self.config.page_size
             terms = terms.masked_fill(closed, -math.inf)
-            if summary == "chunk":
-                size = self.config.chunk_size
-                terms = terms.unflatten(-1, (-1, self.config.pages_per_chunk)).logsumexp(-1)
             logits.append(terms)
             values.append(self.layout_values.unflatten(1, (-1, size)).mean(2)[:, None])
         out = torch.softmax(torch.cat(logits, -1), -1) @ torch.cat(values, 2)
@@ -142,7 +139,7 @@ def main() -> None:
             theta = shares.flatten().sort().values[int(shares.numel() * (1 - options.opened))]
             kinds = [("none", "score")]
             if score == SCORES[0]:
-                kinds += [(summary, kind) for summary in ("chunk", "page", "ball") for kind in WEIGHTS]
+                kinds += [(summary, kind) for summary in ("page", "ball") for kind in WEIGHTS]
             for summary, kind in kinds:
                 errors = [
                     layer.error(share > theta, summary, kind)

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llama_surgery import SurgeryConfig, SurgeryError
-from llama_surgery.config import CONFIG_VERSION, REMOVED
+from llama_surgery.config import CONFIG_VERSION, REMOVED, REMOVED_CHOICES
 
 
 @pytest.mark.parametrize(
@@ -204,6 +204,14 @@ def test_what_is_gone_is_refused_where_it_meant_something(name):
     with pytest.raises(SurgeryError, match=message):
         SurgeryConfig.__new__(SurgeryConfig).__setstate__(values)
     assert name not in SurgeryConfig().to_dict() and why.endswith(".")
+
+
+@pytest.mark.parametrize(("name", "value"), REMOVED_CHOICES)
+def test_a_choice_that_is_gone_is_refused_with_the_reason(name, value):
+    why = REMOVED_CHOICES[name, value]
+    with pytest.raises(SurgeryError, match=re.escape(f"{name}={value!r} is no longer supported: {why}")):
+        SurgeryConfig.from_dict(SurgeryConfig().to_dict() | {name: value})
+    assert why.endswith(".")
 
 
 def test_pickles_of_older_releases_mean_what_they_say():

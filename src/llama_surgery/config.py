@@ -9,7 +9,7 @@ from llama_surgery.derived import Derived, hide, rules, settle
 from llama_surgery.errors import SurgeryError
 
 Topology = Literal["pages", "dense"]
-Summary = Literal["none", "chunk", "page", "ball"]
+Summary = Literal["none", "page", "ball"]
 Backend = Literal["auto", "reference", "gather", "flex", "triton"]
 
 CONFIG_VERSION = 1
@@ -19,13 +19,21 @@ CONFIG_VERSION = 1
 REMOVED: dict[str, tuple[Any, str]] = {
     "arity": (
         2,
-        "it split every node of the tree into more than two and was removed because models lost more quality "
-        "that way at the same density. Operate and calibrate the model again.",
+        "it split every node of the tree into more than two and was removed because a pre-trained model lost "
+        "more quality that way at the same density. Operate and calibrate the model again.",
     ),
     "directions": (
         "principal",
         "it ordered a chunk's keys by position, or in a subspace of few directions, and was removed because "
-        "models lost more quality that way at the same density. Operate and calibrate the model again.",
+        "a pre-trained model lost more quality that way at the same density. Operate and calibrate it again.",
+    ),
+}
+
+#: Choices of older releases for fields that are still there, and what to tell whoever makes them.
+REMOVED_CHOICES: dict[tuple[str, Any], str] = {
+    ("summary", "chunk"): (
+        "one key for all that is unseen of a chunk was removed because a pre-trained model lost more quality "
+        "with it than with no summary at all. Use 'ball', 'page' or 'none'."
     ),
 }
 
@@ -70,8 +78,7 @@ class SurgeryConfig:
         variance_pool: Channels whose variances are averaged for page scores: half of them neighbours, half
             their rotary partners. 1 keeps every channel's; 8 nearly halves what scoring costs.
         summary: What stands in for pages that a row does not see: nothing (``none``), or a single key for
-            each ``page`` or ``ball``, with its expected weight and its mean value, or for what is unseen
-            of each ``chunk``, with the mean value of the whole chunk.
+            each ``page`` or ``ball``, with its expected weight and its mean value.
         dense_until: Queries at positions below this see everything; a multiple of ``tile``.
         backend: Who executes the plan. ``auto`` takes the kernels on a GPU where they can run a call, and
             plain PyTorch elsewhere. A backend asked for by name never falls back in silence.
@@ -125,6 +132,8 @@ class SurgeryConfig:
             ("backend", Backend),
         ):
             value = getattr(self, name)
+            if (name, value) in REMOVED_CHOICES:
+                raise SurgeryError(f"{name}={value!r} is no longer supported: {REMOVED_CHOICES[name, value]}")
             if value not in get_args(allowed):
                 raise SurgeryError(f"{name}={value!r}: allowed are {', '.join(get_args(allowed))}.")
 
@@ -217,7 +226,7 @@ class SurgeryConfig:
     @property
     def summarised(self) -> int:
         """Keys that one term of a summary stands for; 0 without summaries."""
-        sizes = {"none": 0, "ball": self.ball_size, "page": self.page_size, "chunk": self.chunk_size}
+        sizes = {"none": 0, "ball": self.ball_size, "page": self.page_size}
         return sizes[self.summary]
 
     @property

@@ -14,7 +14,7 @@ from llama_surgery.learning.gates import Homotopy
 
 SHAPES = {0: (2, 2, 16), 1: (2, 2, 16)}
 PARTS = ("channels", "tree", "summary")
-PAGES, BALLS, CHUNKS = (dataclasses.replace(SPARSE, summary=kind) for kind in ("page", "ball", "chunk"))
+PAGES, BALLS = (dataclasses.replace(SPARSE, summary=kind) for kind in ("page", "ball"))
 
 
 def corrections(seed: int, size: float = 0.3) -> Corrections:
@@ -35,7 +35,7 @@ def gated(model, ids: torch.Tensor, gates: Gates) -> torch.Tensor:
 
 @pytest.mark.parametrize(
     "config",
-    [SPARSE, SINGLE, PAGES, BALLS, CHUNKS, dataclasses.replace(SINGLE, summary="page", moment_size=16)],
+    [SPARSE, SINGLE, PAGES, BALLS, dataclasses.replace(SINGLE, summary="page", moment_size=16)],
 )
 def test_the_hard_end_is_the_operated_model(config) -> None:
     model, ids, learned = llama(), tokens(320), corrections(1)
@@ -86,7 +86,7 @@ def test_every_parameter_moves_loss_and_density() -> None:
     model.zero_grad()
 
 
-@pytest.mark.parametrize("config", [PAGES, BALLS, CHUNKS])
+@pytest.mark.parametrize("config", [PAGES, BALLS])
 def test_open_gates_are_dense_and_their_gradients_are_numbers(config) -> None:
     model, ids, learned = llama(), tokens(256), corrections(5)
     out = gated(model, ids, Gates(learned, config, math.log(0.15), Homotopy(0.0, 0.5)))

@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from tests.learning.test_gates import BALLS, CHUNKS, PAGES, corrections
+from tests.learning.test_gates import BALLS, PAGES, corrections
 from tests.surgery.tiny import SINGLE, in_pieces, llama, logits, tokens
 
 from llama_surgery import SurgeryConfig, operated
@@ -20,7 +20,7 @@ CONFIG = SurgeryConfig(
 )
 
 
-@pytest.mark.parametrize("summary", ["chunk", "page", "ball"])
+@pytest.mark.parametrize("summary", ["page", "ball"])
 def test_a_slow_loop_agrees(summary: str) -> None:
     config, dim, rows = dataclasses.replace(CONFIG, summary=summary), 5, 72
     generator = torch.Generator().manual_seed(0)
@@ -52,8 +52,6 @@ def test_a_slow_loop_agrees(summary: str) -> None:
                 for b in balls
             ]
             weights.append(float(torch.tensor(scores, dtype=torch.float64).logsumexp(0)))
-            if summary == "chunk":
-                kept = v[0, start // 16 * 16 : start // 16 * 16 + 16]
             values.append(kept.mean(0))
         share = torch.softmax(torch.tensor(weights, dtype=torch.float64), 0)
         torch.testing.assert_close(result.out[0, head, -1], share @ torch.stack(values))
@@ -72,7 +70,7 @@ def test_weights_are_exact_for_two_groups_and_never_above_the_score() -> None:
     assert (capped.weights(q, moments) <= capped(q, moments) + 1e-7).all()
 
 
-@pytest.mark.parametrize("config", [CHUNKS, PAGES, BALLS])
+@pytest.mark.parametrize("config", [PAGES, BALLS])
 def test_everything_open_is_dense(config) -> None:
     model, ids = llama(), tokens(256)
     with operated(model, dataclasses.replace(config, theta=0.0, theta_decode=0.0)):
@@ -80,7 +78,7 @@ def test_everything_open_is_dense(config) -> None:
     torch.testing.assert_close(ours, logits(model, ids), rtol=0, atol=1e-9)
 
 
-@pytest.mark.parametrize("config", [CHUNKS, PAGES, BALLS])
+@pytest.mark.parametrize("config", [PAGES, BALLS])
 def test_no_later_token_changes_an_earlier_logit(config) -> None:
     model, ids = llama(), tokens(240)
     with operated(model, config, routers=scorer_parameters(corrections(1))):
@@ -108,8 +106,8 @@ def test_the_summary_brings_attention_closer_to_dense() -> None:
     v = k + 0.1 * torch.randn(2, 64, 6, dtype=torch.float64, generator=generator)
     errors = {}
     dense = attend(q[:, None], k, v, None, config=dataclasses.replace(CONFIG, topology="dense"), start=0).out
-    for summary in ("none", "chunk", "page", "ball"):
+    for summary in ("none", "page", "ball"):
         config = dataclasses.replace(CONFIG, summary=summary)
         out = attend(q[:, None], k, v, build_layout(k, v, config), config=config, start=0).out
         errors[summary] = float((out - dense).square().mean())
-    assert errors["ball"] < errors["page"] < errors["chunk"] < errors["none"]
+    assert errors["ball"] < errors["page"] < errors["none"]

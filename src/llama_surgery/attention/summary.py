@@ -1,4 +1,4 @@
-"""What a row does not see of the far field, stood in for by means: one term for each ball, page or chunk."""
+"""What a row does not see of the far field, stood in for by means: one term for each ball or page."""
 
 import torch
 
@@ -15,9 +15,8 @@ def summary(
     """Attention over the pages that rows do not see, each ball a single key.
 
     A ball's logit is the log of what its keys are expected to weigh together
-    (:meth:`~llama_surgery.topology.selection.Scorer.weights`), and its value is the mean of theirs. With
-    ``chunk`` the unseen pages of a chunk are one key of their joint weight, whose value is the mean of the
-    whole chunk. Where a row sees everything nothing needs standing in for: the log-sum-exp is -inf.
+    (:meth:`~llama_surgery.topology.selection.Scorer.weights`), and its value is the mean of theirs. Where
+    a row sees everything nothing needs standing in for: the log-sum-exp is -inf.
 
     Args:
         queries: (streams, heads, rows, head_dim), the rows of the plan's block.
@@ -41,8 +40,6 @@ def summary(
     if scorer.router is not None and scorer.router.summary is not None:
         scores = scores + scorer.router.summary.to(scores.dtype)[..., None, None]
     scores = scores.masked_fill(seen.unsqueeze(1), -torch.inf)
-    if config.summary == "chunk":
-        scores = scores.unflatten(-1, (plan.block.closed, -1)).logsumexp(-1)
     lse = scores.logsumexp(-1)
     weights = (scores - lse.unsqueeze(-1).clamp_min(torch.finfo(scores.dtype).min)).exp()
     means = mean_values(layout.values[:, : pages * config.page_size], config)
@@ -50,13 +47,13 @@ def summary(
 
 
 def mean_values(values: torch.Tensor, config: SurgeryConfig) -> torch.Tensor:
-    """Mean values of all balls, pages or chunks, whatever is summarised.
+    """Mean values of all balls or pages, whichever are summarised.
 
     Args:
         values: (streams, n * chunk_size, value_dim) in tree order.
 
     Returns:
-        (streams, balls, pages or chunks, value_dim) float32, or float64 if given.
+        (streams, balls or pages, value_dim) float32, or float64 if given.
     """
     dtype = values.dtype if values.dtype == torch.float64 else torch.float32
     return values.unflatten(1, (-1, config.summarised)).mean(2, dtype=dtype)

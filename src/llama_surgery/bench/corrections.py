@@ -33,7 +33,6 @@ VARIANTS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "all": ({}, ("offset", "mean_weight", "variance_weight", "key_map")),
     "page summary": ({"summary": "page"}, ("summary",)),
     "ball summary": ({"summary": "ball"}, ("summary",)),
-    "chunk summary": ({"summary": "chunk"}, ("summary",)),
     "fixed count": ({"pages_per_row": 16}, ()),
 }
 

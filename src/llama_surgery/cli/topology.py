@@ -44,7 +44,7 @@ _FIELDS: dict[str, Any] = {
     "coarse_to_fine": _option(bool, "Score coarse balls first and descend only where it pays."),
     "coarse_totals": _option(bool, "Add up a row's far field from coarse balls, which costs less."),
     "summary": _option(
-        str, "What stands in for pages that are not read: none, or means of each chunk, page or ball."
+        str, "What stands in for pages that are not read: none, or means of each page or ball."
     ),
     "backend": _option(str, "Who executes the plan: auto, reference, gather, flex, triton."),
 }

@@ -7,7 +7,7 @@ from llama_surgery.topology.geometry import query_blocks
 def summary_pairs(start: int, stop: int, config: SurgeryConfig, tile: int) -> float:
     """What rows ``start … stop - 1`` multiply with means at most, in (query, key) pairs.
 
-    Every page, ball or chunk of a closed chunk is taken to be one term. A term costs one product with a mean
+    Every page or ball of a closed chunk is taken to be one term. A term costs one product with a mean
     value, half of what a (query, key) pair costs; its score is made for the selection in any case. With θ = 0
     nothing is unseen.
 

@@ -177,8 +177,6 @@ def _summary(
     rest = torch.expm1(bias.where(bias < 0, -1.0)).neg().clamp_min(1e-12)
     terms = weights + rest.log().masked_fill(bias >= 0, NOTHING).unsqueeze(1)
     chunked = values.unflatten(1, (closed, -1))
-    if config.summary == "chunk":
-        return chunked.mean(2), terms.unflatten(-1, (closed, -1)).logsumexp(-1)
     size = config.ball_size if config.summary == "ball" else config.page_size
     means = member.transpose(-1, -2).to(values.dtype) @ chunked / size
     return means.flatten(1, 2), terms

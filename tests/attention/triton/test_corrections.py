@@ -91,7 +91,7 @@ class TestDecodeAgainstReference:
 
 
 @pytest.mark.usefixtures("poisoned")
-@pytest.mark.parametrize("summary", ["ball", "chunk"])
+@pytest.mark.parametrize("summary", ["ball", "page"])
 def test_a_chunk_that_decoding_fills_is_ordered_by_mapped_keys(summary: str, device: torch.device) -> None:
     config = dataclasses.replace(CONFIG, summary=summary)
     case, router = test_decode.Case((126,), rows=2), learned(2, 4, 16, device)

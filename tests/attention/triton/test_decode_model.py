@@ -149,7 +149,7 @@ def test_a_learned_adapter_answers_as_with_plain_pytorch(tmp_path: Path, device:
         torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-3)
 
 
-@pytest.mark.parametrize("change", [{"summary": "chunk"}, {"summary": "ball"}, {"pages_per_row": 1}], ids=str)
+@pytest.mark.parametrize("change", [{"summary": "page"}, {"summary": "ball"}, {"pages_per_row": 1}], ids=str)
 def test_other_rules_decode_in_the_kernels(change: dict[str, object], device: torch.device) -> None:
     config = dataclasses.replace(CONFIG, **change, moment_size=4)  # type: ignore[arg-type]
     ids = tokens(1, 62).to(device)

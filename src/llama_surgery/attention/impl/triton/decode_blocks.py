@@ -12,12 +12,8 @@ def balls_of(config: SurgeryConfig) -> int:
 
 
 def units_of(config: SurgeryConfig) -> int:
-    """Terms that stand in for a page that a row does not see.
-
-    With ``summary="chunk"`` the term is the page's part of its chunk's: the logit is the page's own, the
-    value the chunk's.
-    """
-    return max(1, config.page_size // config.summarised) if config.summarised else 0
+    """Terms that stand in for a page that a row does not see."""
+    return config.page_size // config.summarised if config.summarised else 0
 
 
 def mean_blocks(means: torch.Tensor, config: SurgeryConfig, kv_heads: int) -> torch.Tensor:

@@ -93,8 +93,7 @@ class DecodeCache:
         """What the kernels know of where mean values of pages or balls lie."""
         if self.mean_values is None:
             return (None,) * 4
-        *outer, row = self.mean_values.stride()[:4]
-        return *outer, 0 if self.config.summary == "chunk" else row  # all pages of a chunk share one
+        return self.mean_values.stride()[:4]
 
 
 def make_cache(

@@ -21,16 +21,11 @@ from llama_surgery.attention.summary import mean_values
 
 
 def means_for(job: Job) -> torch.Tensor | None:
-    """Mean values for all pages or balls that a call may summarise; None where it summarises nothing.
-
-    Pages of a chunk that is summarised as a whole share its mean: their logits then add up to the chunk's.
-    """
+    """Mean values for all pages or balls that a call may summarise; None where it summarises nothing."""
     pages = job.whole().pages
     if job.config.summary == "none" or job.layout is None or not pages:
         return None
     means = mean_values(job.layout.values[:, : pages * job.config.page_size], job.config)
-    if job.config.summary == "chunk":
-        means = means.repeat_interleave(job.config.pages_per_chunk, 1)
     return means.to(job.queries.dtype)
 
 
