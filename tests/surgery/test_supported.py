@@ -11,6 +11,7 @@ from transformers.models.diffllama.modeling_diffllama import DiffLlamaAttention
 from transformers.models.gpt2.modeling_gpt2 import GPT2Attention
 from transformers.models.llama.modeling_llama import LlamaAttention, eager_attention_forward
 from transformers.models.mamba.modeling_mamba import MambaMixer
+from transformers.models.qwen2.modeling_qwen2 import Qwen2Attention
 
 from llama_surgery import UnsupportedModelError, operate, operated, statistics
 from llama_surgery.surgery import supported
@@ -42,6 +43,17 @@ def test_cross_attention_in_layers_of_its_own_stays_dense():
             assert list(statistics(model).by_layer) == [0, 2]
         for got, expected in zip(limit, dense, strict=True):
             torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("index", [None, 2])
+def test_attention_outside_of_the_decoders_layers_stays_dense(index):
+    """A resampler of images, say, has the decoder's configuration and no place in its cache."""
+    model = build("Qwen2")
+    model.resampler = Qwen2Attention(model.config, layer_idx=0)
+    model.resampler.layer_idx = index
+    with operated(model, SPARSE):
+        logits(model, tokens(1, 20))
+        assert list(statistics(model).by_layer) == [0, 1]
 
 
 def test_keys_of_something_else_are_refused_when_they_come():

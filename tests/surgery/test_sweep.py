@@ -36,7 +36,7 @@ INDEXED = "indexed_attention (sparse by a rule of their own)"
 HYBRID = "hybrid (attention and a state-space mixer or convolution in one layer"
 APART = "its attention belongs to parts configured apart"
 SHARED_KEYS = "shares keys between layers"
-SHARED_MODULE = "shares one attention module"
+SHARED_MODULE = "layers share one attention module"
 LOOPED = "runs its layers several times for a token"
 NOTHING = "it has no attention at all"
 ALL_SLIDING = "sliding_attention (a sliding window)"
@@ -45,7 +45,7 @@ ALL_SLIDING = "sliding_attention (a sliding window)"
 REFUSED = {
     **dict.fromkeys(("bloom", "mpt", "falcon with ALiBi"), "uses ALiBi"),
     **dict.fromkeys(("bart", "blenderbot", "blenderbot-small", "marian", "mbart", "musicgen"), CROSS),
-    **dict.fromkeys(("pegasus", "plbart", "whisper"), CROSS),
+    **dict.fromkeys(("bigbird_pegasus", "pegasus", "plbart", "whisper"), CROSS),
     **dict.fromkeys((name for name in VARIANTS if name.endswith("with cross-attention")), CROSS),
     **dict.fromkeys(("big_bird", "cpmant", "falcon", "git", "gpt_neo", "gpt_neox_japanese"), NO_INTERFACE),
     **dict.fromkeys(
@@ -62,7 +62,7 @@ REFUSED = {
     **dict.fromkeys(("zamba", "zamba2"), SHARED_MODULE),
     **dict.fromkeys(("dory", "hrm_text"), LOOPED),
     **dict.fromkeys(("gemma3n_text", "gemma4_assistant", "gemma4_unified_assistant"), SHARED_KEYS),
-    **dict.fromkeys(("bigbird_pegasus", "blt"), APART),
+    "blt": APART,
     **dict.fromkeys(
         ("falcon_mamba", "mamba", "mamba2", "xlstm", "granitemoehybrid without attention"), NOTHING
     ),

@@ -64,15 +64,12 @@ def attention_modules(model: PreTrainedModel) -> dict[int, torch.nn.Module]:
         if getattr(module, "config", None) is not text or not _dispatches(module):
             continue
         if not isinstance(index, int) or index < 0:
-            if not type(module).__name__.endswith("Attention"):
-                continue
-            raise UnsupportedModelError(
-                f"{name} shares one attention module ({path}) between layers, each with a cache of its own: "
-                "not supported."
-            )
+            continue  # it has no place in a cache: a layer's index is given with each call, or none at all
         if crosses(module):
             crossing[index] = path
             continue
+        if types and index >= len(types):
+            continue  # not one of the decoder's layers: a head that predicts several tokens, say
         # Without layer types a configured window holds for all layers, as transformers' caches have it.
         windows = getattr(text, "sliding_window", None)
         kind = types[index] if types else SLIDING if windows else FULL
@@ -85,7 +82,8 @@ def attention_modules(model: PreTrainedModel) -> dict[int, torch.nn.Module]:
                 f"{name} has several attention modules for layer {index}: not supported."
             )
         found[index] = module
-    beside = sorted(found.keys() & crossing.keys())
+    # Where nothing is marked as causal, self-attention and cross-attention of a layer look the same.
+    beside = sorted(crossing.keys() & (found or crossing).keys()) if found or not kinds else []
     if beside:
         raise UnsupportedModelError(
             f"{name} has cross-attention beside the self-attention of its layers ({crossing[beside[0]]}): "
@@ -210,7 +208,12 @@ def _reason(model: PreTrainedModel, text: PretrainedConfig, kinds: Counter[str])
     if not attention:
         return f"{nothing}: it has no attention at all (a state-space model)."
     for path, module in attention.items():
-        if isinstance(getattr(module, "layer_idx", None), int) and _dispatches(module):
+        if not hasattr(module, "layer_idx") or not _dispatches(module):
+            continue
+        place = isinstance(module.layer_idx, int) and module.layer_idx >= 0
+        if module.config is text and not place:
+            return f"{nothing}: layers share one attention module ({path}), each with a cache of its own."
+        if module.config is not text and place:
             config = type(module.config).__name__
             return f"{nothing}: its attention belongs to parts configured apart ({path}: {config})."
     return (
