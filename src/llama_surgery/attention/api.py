@@ -10,11 +10,12 @@ from typing import Any, Protocol, cast
 
 import torch
 
+from llama_surgery.attention.check import check_call
 from llama_surgery.attention.impl.common import differentiable, merge
 from llama_surgery.attention.summary import summary
 from llama_surgery.config import SurgeryConfig
 from llama_surgery.errors import SurgeryError
-from llama_surgery.topology.geometry import closed_chunks, query_blocks
+from llama_surgery.topology.geometry import query_blocks
 from llama_surgery.topology.layout import Layout, Moments
 from llama_surgery.topology.layout import build_layout as plain_layout
 from llama_surgery.topology.plan import Plan
@@ -152,7 +153,7 @@ def attend(
     scale = queries.shape[-1] ** -0.5 if scale is None else scale
     rows = queries.shape[2] if queries.dim() == 4 else 0
     stop = start + rows
-    _check(queries, near_keys, near_values, layout, config, start, tile, sink_logit)
+    check_call(queries, near_keys, near_values, layout, config, start, tile, sink_logit, router)
     learning = router is not None and differentiable(*router.tensors().values())
     name = backend_name(config, queries, near_values, tile, listening=listener is not None, learning=learning)
     if name == "triton":
@@ -313,53 +314,3 @@ def _attend_with_kernels(
 
 def _triangle(n: int) -> int:
     return n * (n + 1) // 2
-
-
-def _check(
-    queries: torch.Tensor,
-    keys: torch.Tensor,
-    values: torch.Tensor,
-    layout: Layout | None,
-    config: SurgeryConfig,
-    start: int,
-    tile: int,
-    sink_logit: torch.Tensor | None,
-) -> None:
-    if queries.dim() != 4 or keys.dim() != 3 or values.dim() != 3:
-        raise SurgeryError(
-            f"queries {tuple(queries.shape)}, keys {tuple(keys.shape)}, values {tuple(values.shape)}: "
-            "expected (streams, heads, rows, head_dim), (streams, keys, head_dim) and "
-            "(streams, keys, value_dim)."
-        )
-    streams, heads, rows, dim = queries.shape
-    if rows == 0:
-        raise SurgeryError("queries have no rows: nothing to attend from.")
-    if keys.shape[0] != streams or keys.shape[2] != dim or values.shape[:2] != keys.shape[:2]:
-        raise SurgeryError(
-            f"queries {tuple(queries.shape)} do not fit keys {tuple(keys.shape)} and values "
-            f"{tuple(values.shape)}: streams, keys and head_dim must agree."
-        )
-    if not queries.dtype == keys.dtype == values.dtype or not queries.is_floating_point():
-        raise SurgeryError(
-            f"dtypes {queries.dtype}, {keys.dtype}, {values.dtype}: queries, keys and values must "
-            "share one floating dtype."
-        )
-    if not queries.device == keys.device == values.device:
-        raise SurgeryError(
-            f"devices {queries.device}, {keys.device}, {values.device}: move them to one device."
-        )
-    if tile not in (1, config.tile):
-        raise SurgeryError(f"tile={tile}: must be 1 or the configured tile, {config.tile}.")
-    if sink_logit is not None and sink_logit.shape != (streams, heads):
-        raise SurgeryError(
-            f"sink_logit {tuple(sink_logit.shape)}: expected (streams, heads) = {(streams, heads)}."
-        )
-    near = start + rows - closed_chunks(start, config, tile) * config.chunk_size
-    if keys.shape[1] < near:
-        raise SurgeryError(
-            f"{keys.shape[1]} near keys: rows from position {start} need the last {near} keys."
-        )
-    closed = closed_chunks(start + rows - 1, config, tile)
-    if closed and (layout is None or layout.chunks < closed):
-        have = 0 if layout is None else layout.chunks
-        raise SurgeryError(f"the layout holds {have} chunks: the last row needs {closed}.")

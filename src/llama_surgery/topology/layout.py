@@ -124,7 +124,11 @@ def build_layout(
         keys: (streams, n * chunk_size, head_dim) after rotary embedding, in order of position.
         values: (streams, n * chunk_size, value_dim).
         router: Learned corrections, one for every KV head, or None.
+
+    Raises:
+        SurgeryError: Keys and values of another shape, or on different devices.
     """
+    check_chunks(keys, values, config)
     chunked = keys.detach().unflatten(1, (-1, config.chunk_size))
     if router is not None:
         chunked = router.for_streams(keys.shape[0], keys.device).map_keys(chunked)
@@ -132,6 +136,21 @@ def build_layout(
     keys = reorder(keys, order)
     moments = moments_of(keys, config.ball_size)
     return Layout(keys, reorder(values, order), order.to(torch.int16), moments)
+
+
+def check_chunks(keys: torch.Tensor, values: torch.Tensor, config: SurgeryConfig) -> None:
+    """
+    Raises:
+        SurgeryError: They are not keys and values of whole chunks, on one device.
+    """
+    fit = keys.dim() == values.dim() == 3 and keys.shape[:2] == values.shape[:2]
+    if not fit or keys.shape[1] % config.chunk_size or not keys.shape[1]:
+        raise SurgeryError(
+            f"keys {tuple(keys.shape)}, values {tuple(values.shape)}: expected (streams, n * "
+            f"{config.chunk_size}, dim), whole chunks."
+        )
+    if keys.device != values.device:
+        raise SurgeryError(f"keys on {keys.device}, values on {values.device}: move them to one device.")
 
 
 def reorder(states: torch.Tensor, order: torch.Tensor) -> torch.Tensor:

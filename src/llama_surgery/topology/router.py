@@ -44,6 +44,13 @@ class PageRouter:
         Raises:
             SurgeryError: A part has another shape, or is not finite.
         """
+        self.check_shapes(kv_heads, group, head_dim)
+        for name, part in self.tensors().items():
+            if not torch.isfinite(part).all():
+                raise SurgeryError(f"router {name} holds NaN or infinity: learn it again.")
+
+    def check_shapes(self, kv_heads: int, group: int, head_dim: int) -> None:
+        """:meth:`check` without a look at the numbers, for which a GPU would be waited for."""
         expected = {
             "offset": (kv_heads, group),
             "mean_weight": (kv_heads, group, head_dim),
@@ -57,16 +64,22 @@ class PageRouter:
                     f"router {name} {tuple(part.shape)}: this layer needs {expected[name]}. It was learned "
                     "for another model."
                 )
-            if not torch.isfinite(part).all():
-                raise SurgeryError(f"router {name} holds NaN or infinity: learn it again.")
 
     def for_streams(self, streams: int, device: torch.device) -> "PageRouter":
-        """Parts with a leading dimension of (sequence, KV head) streams instead of KV heads."""
+        """Contiguous parts with a leading dimension of (sequence, KV head) streams instead of KV heads.
+
+        Raises:
+            SurgeryError: There are not as many streams as several sequences have.
+        """
 
         def repeat(part: torch.Tensor) -> torch.Tensor:
-            part = part.to(device)
+            part = part.to(device).contiguous()
             if len(part) == streams:
                 return part
+            if streams % len(part):
+                raise SurgeryError(
+                    f"corrections of {len(part)} KV heads for {streams} streams: not a multiple."
+                )
             return part.repeat(streams // part.shape[0], *(1 for _ in part.shape[1:]))
 
         return PageRouter(**{name: repeat(part) for name, part in self.tensors().items()})

@@ -8,7 +8,8 @@ from llama_surgery.attention.impl.triton.helpers import launching
 from llama_surgery.attention.impl.triton.layout_kernels import arrange_kernel, project_kernel, split_kernel
 from llama_surgery.attention.impl.triton.map_kernel import map_kernel
 from llama_surgery.config import SurgeryConfig
-from llama_surgery.topology.layout import Layout, Moments
+from llama_surgery.errors import SurgeryError
+from llama_surgery.topology.layout import Layout, Moments, check_chunks
 from llama_surgery.topology.router import PageRouter
 from llama_surgery.topology.tree import POWER_STEPS
 
@@ -37,7 +38,11 @@ def build_layout(
         keys: (streams, n * chunk_size, head_dim), float32, float16 or bfloat16.
         values: (streams, n * chunk_size, value_dim).
         router: Learned corrections, one for every KV head, or None.
+
+    Raises:
+        SurgeryError: Keys and values of another shape, or on different devices.
     """
+    check_chunks(keys, values, config)
     streams, slots, dim = keys.shape
     value_dim = values.shape[-1]
     keys, values = (x if x.stride(-1) == 1 else x.contiguous() for x in (keys.detach(), values))
@@ -130,6 +135,10 @@ def _mapped(keys: torch.Tensor, router: PageRouter | None) -> torch.Tensor:
         return keys
     (streams, slots, dim), key_map = keys.shape, router.key_map.to(keys.device).contiguous()
     mapped = torch.empty_like(keys, memory_format=torch.contiguous_format)
+    if key_map.shape[1:] != (dim, dim) or streams % len(key_map):
+        raise SurgeryError(
+            f"key_map {tuple(key_map.shape)} for keys {tuple(keys.shape)}: expected (kv_heads, {dim}, {dim})."
+        )
     block = MAPPED // keys.element_size()
     map_kernel[(triton.cdiv(slots, block) * triton.cdiv(dim, block), streams)](
         keys,
