@@ -1,4 +1,4 @@
-"""Times what learned corrections, summaries and fixed numbers of pages cost the kernels, and writes a CSV.
+"""Times what learned corrections and summaries cost the kernels, and writes a CSV.
 
     python -m benchmarks.corrections --length 32k
 
@@ -27,7 +27,7 @@ def main() -> None:
     given = parser.parse_args()
     if not torch.cuda.is_available():
         raise SystemExit("needs a GPU: PyTorch sees none.")
-    config, device = SurgeryConfig(coarse_totals=True, variance_pool=8), torch.device("cuda")
+    config, device = SurgeryConfig(variance_pool=8), torch.device("cuda")
     deadline = Deadline(given.seconds)
     bench_corrections(
         config, given.length, given.output, density=given.density, deadline=deadline, device=device

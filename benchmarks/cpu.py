@@ -3,12 +3,13 @@
     python benchmarks/cpu.py            # writes benchmarks/results/cpu.csv
 
 Attention: 8 query and 2 KV heads of 64, float32, 2 threads; layout, scoring and selection included. The plan
-has a fixed number of pages for every tile and differs per tile and head. Memory: peak resident set of a
+is that of a threshold for a far density of 0.05 and differs per tile and head. Memory: peak resident set of a
 process that prefills 32,768 random tokens through the demo model, dense and operated.
 """
 
 import argparse
 import dataclasses
+import math
 import platform
 import statistics
 import subprocess
@@ -26,8 +27,9 @@ from llama_surgery.topology.layout import build_layout
 
 ROOT = Path(__file__).parent.parent
 HEADS, KV_HEADS, DIM, THREADS = 8, 2, 64, 2
-#: Pages of a tile: a far density of about 0.05 over causal pairs.
-PAGES = {8192: 8, 32768: 27}
+LENGTHS = 8192, 32768
+#: Executed far pairs over causal pairs.
+DENSITY = 0.05
 PREFILL = """
 import resource, sys, torch
 from transformers import AutoModelForCausalLM
@@ -48,8 +50,7 @@ def attention(length: int, repeats: int) -> dict[str, object]:
     generator = torch.Generator().manual_seed(0)
     q = torch.randn(KV_HEADS, HEADS // KV_HEADS, length, DIM, generator=generator)
     k, v = (torch.randn(KV_HEADS, length, DIM, generator=generator) for _ in range(2))
-    config = SurgeryConfig(pages_per_row=PAGES[length])
-    config = dataclasses.replace(config, score_stride=config.tile)
+    config = SurgeryConfig()
 
     def operated(backend: str = "gather", stop: int = length) -> AttentionResult:
         full = stop // config.chunk_size * config.chunk_size
@@ -61,6 +62,11 @@ def attention(length: int, repeats: int) -> dict[str, object]:
         keys, values = (x.repeat_interleave(HEADS // KV_HEADS, 0)[None] for x in (k, v))
         return scaled_dot_product_attention(q.flatten(0, 1)[None], keys, values, is_causal=True)
 
+    low, high = -20.0, 0.0  # log θ
+    for _ in range(10):
+        middle = (low + high) / 2
+        config = dataclasses.replace(config, theta=math.exp(middle))
+        low, high = (middle, high) if far_density(operated(), config) > DENSITY else (low, middle)
     check = 4096
     torch.testing.assert_close(
         operated(stop=check).out, operated("reference", check).out, rtol=1e-4, atol=1e-4
@@ -72,7 +78,7 @@ def attention(length: int, repeats: int) -> dict[str, object]:
             run()
             times[name].append(time.perf_counter() - started)
     result = operated()
-    far = sum(float(p.executed_pairs(config.page_size).double().mean()) for p in result.plans)
+    far = far_density(result, config)
     return {
         "what": "attention",
         "length": length,
@@ -80,9 +86,14 @@ def attention(length: int, repeats: int) -> dict[str, object]:
         "dense": statistics.median(times["dense"]),
         "unit": "s",
         "ratio": statistics.median(d / o for d, o in zip(times["dense"], times["operated"], strict=True)),
-        "far_density": far / result.causal_pairs,
-        "total_density": (far + result.near_pairs) / result.causal_pairs,
+        "far_density": far,
+        "total_density": far + result.near_pairs / result.causal_pairs,
     }
+
+
+def far_density(result: AttentionResult, config: SurgeryConfig) -> float:
+    pairs = sum(float(plan.executed_pairs(config.page_size).double().mean()) for plan in result.plans)
+    return pairs / result.causal_pairs
 
 
 def memory(model: Path) -> dict[str, object]:
@@ -103,7 +114,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "cpu.csv")
     options = parser.parse_args()
     torch.set_num_threads(THREADS)
-    rows = [attention(length, options.repeats) for length in PAGES]
+    rows = [attention(length, options.repeats) for length in LENGTHS]
     rows.append(memory(ROOT / "demo" / "books-26m"))
     for row in rows:
         row |= {"threads": THREADS, "torch": torch.__version__, "machine": platform.machine()}

@@ -39,34 +39,22 @@ def variants() -> list[tuple[SurgeryConfig, float]]:
             for target in (0.06, 0.03):
                 add(target, tile=tile, page_size=page)
     gpu = {"page_size": 64}
-    cheap = gpu | {"moment_size": 64, "variance_pool": 8, "coarse_totals": True}
+    cheap = gpu | {"moment_size": 64, "variance_pool": 8}
     for change in (
         cheap,
-        gpu | {"moment_size": 64, "variance_pool": 8},
-        gpu | {"moment_size": 16, "variance_pool": 8, "coarse_totals": True},
+        gpu | {"moment_size": 16, "variance_pool": 8},
         {"variance_pool": 8},
-        gpu | {"moment_size": 64, "coarse_totals": True},
-        gpu | {"moment_size": 16, "coarse_totals": True},
-        gpu | {"moment_size": 16, "coarse_to_fine": True},
-        gpu | {"moment_size": 8, "coarse_to_fine": True},
-        gpu | {"moment_size": 64, "coarse_to_fine": True},
         gpu | {"moment_size": 64},
         gpu | {"moment_size": 8},
-        {"coarse_to_fine": True},
         {"moment_size": 32},
         {"chunk_size": 2048},
         gpu | {"chunk_size": 2048},
         {"window": 128},
         {"window": 64},
-        {"score_stride": 4},
-        gpu | {"score_stride": 8},
         {"moment_size": 4},
         {"moment_size": 16},
         {"chunk_size": 256, "window": 320},
         {"chunk_size": 1024},
-        gpu | {"score_stride": 4},
-        {"score_stride": 8},
-        {"score_stride": 32},
         {"page_size": 128, "chunk_size": 2048},
     ):
         add(0.06, **change)
@@ -87,11 +75,7 @@ def variants() -> list[tuple[SurgeryConfig, float]]:
 
 def describe(config: SurgeryConfig, target: float) -> dict[str, str]:
     """The identifying columns, as text."""
-    scoring = "coarse to fine" if config.coarse_to_fine else "all rows"
-    if config.coarse_totals:
-        scoring = "coarse totals"
-    if config.score_stride > 1:
-        scoring = f"every {config.score_stride}th row"
+    scoring = "all rows"
     if config.variance_pool > 1:
         scoring += f", variances of {config.variance_pool} channels"
     row = config.to_dict() | {"scoring": scoring, "target": target}

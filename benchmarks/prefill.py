@@ -33,9 +33,8 @@ from llama_surgery.config import SurgeryConfig
 RESULTS = Path(__file__).parent / "results" / "prefill.csv"
 CUDA = torch.device("cuda")
 
-#: Cheap selection at page 64: whole pages scored, variances of eight channels, totals from coarse balls.
-CHEAP = SurgeryConfig(page_size=64, moment_size=64, variance_pool=8, coarse_totals=True, theta_decode=0.01)
-
+#: Cheap selection at page 64: whole pages scored, variances of eight channels.
+CHEAP = SurgeryConfig(page_size=64, moment_size=64, variance_pool=8, theta_decode=0.01)
 
 #: Pages that a tile reads on average at every length, with ``--growth``.
 PAGES = 48
@@ -44,26 +43,20 @@ PAGES = 48
 def settings(length: int, *, full: bool, growth: bool, flex: bool) -> Iterator[Setting]:
     """What is timed at a length, the most telling first."""
     if growth:
-        config = dataclasses.replace(CHEAP, coarse_to_fine=True)
-        yield Setting(config, 2 * PAGES * CHEAP.page_size / length, parts=True)
+        yield Setting(CHEAP, 2 * PAGES * CHEAP.page_size / length, parts=True)
         return
     yield Setting(CHEAP, 0.05, flex=flex, parts=True)
     if length == 1 << 15:
         yield Setting(CHEAP, 0.073)
     if length >= 1 << 15:
         yield Setting(CHEAP, 0.01, parts=True)
-    if length == 1 << 17:
-        yield Setting(dataclasses.replace(CHEAP, coarse_to_fine=True), 0.01, parts=True)
     if not full:
         return
-    fine = dataclasses.replace(CHEAP, variance_pool=1, coarse_totals=False)
+    fine = dataclasses.replace(CHEAP, variance_pool=1)
     changes: tuple[dict[str, object], ...] = (
         {},
-        {"coarse_totals": True},
         {"moment_size": 16},
-        {"moment_size": 16, "variance_pool": 8, "coarse_totals": True},
-        {"score_stride": 4},
-        {"coarse_to_fine": True},
+        {"moment_size": 16, "variance_pool": 8},
         {"page_size": 32, "moment_size": 32},
         {"page_size": 128, "moment_size": 128},
         {"tile": 16},

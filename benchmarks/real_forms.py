@@ -233,7 +233,7 @@ class Maker:
         """The configuration with its θ, and the total density that it has on calibration text."""
 
         def measure() -> dict[str, Any]:
-            if set(self._given) & set(_THETAS) or self._config.pages_per_row is not None:
+            if set(self._given) & set(_THETAS):
                 config = self._config
             else:
                 with llama_surgery.operated(

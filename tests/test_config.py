@@ -29,9 +29,7 @@ from llama_surgery.config import CONFIG_VERSION, REMOVED, REMOVED_CHOICES
         ({"tile": 0}, "tile=0: must be a whole number of at least 1"),
         ({"tile": True}, "tile=True: must be a whole number"),
         ({"tile": None}, "tile=None: must be a whole number"),
-        ({"score_stride": 0}, "score_stride=0: must be a whole number of at least 1"),
         ({"dense_until": -32}, "dense_until=-32: must be a whole number of at least 0"),
-        ({"pages_per_row": 0}, "pages_per_row=0: must be a whole number of at least 1"),
         ({"theta": -0.1}, "theta=-0.1: must be a finite number of at least 0"),
         ({"theta": float("nan")}, "theta=nan: must be a finite number"),
         ({"theta": float("inf")}, "theta=inf: must be a finite number"),
@@ -39,15 +37,12 @@ from llama_surgery.config import CONFIG_VERSION, REMOVED, REMOVED_CHOICES
         ({"theta": None}, "theta=None: must be a finite number"),
         ({"theta_decode": -1}, "theta_decode=-1: must be a finite number of at least 0"),
         ({"theta_decode": "x"}, "theta_decode='x': must be a finite number"),
-        ({"alpha": float("inf")}, "alpha=inf: must be a finite number"),
         (
             {"chunk_size": 520, "page_size": 65},
             "chunk_size=520 is not a multiple of tile=32.*multiples of 32",
         ),
         ({"window": 100}, "window=100 is not a multiple of tile=32: a tile would straddle"),
         ({"dense_until": 100}, "dense_until=100 is not a multiple of tile=32"),
-        ({"score_stride": 3}, "score_stride=3 does not divide tile=32: the first row"),
-        ({"score_stride": 64}, "score_stride=64 does not divide tile=32"),
         ({"chunk_size": 2**16}, "chunk_size=65536: at most 32768, since offsets"),
         ({"page_size": 96}, "chunk_size=512 is not page_size=96 times a power of two"),
         ({"page_size": 1024}, "chunk_size=512 is not page_size=1024 times a power"),
@@ -66,17 +61,11 @@ from llama_surgery.config import CONFIG_VERSION, REMOVED, REMOVED_CHOICES
         ({"theta": torch.tensor(float("nan"))}, "theta=nan: must be a finite number"),
         ({"theta": 10**400}, "theta=1000.*: must be a finite number"),
         ({"theta_decode": False}, "theta_decode=False: must be a finite number"),
-        ({"coarse_to_fine": "no"}, "coarse_to_fine='no': must be True or False"),
-        ({"coarse_totals": 1}, "coarse_totals=1: must be True or False"),
         ({"variance_pool": 0}, "variance_pool=0: must be a whole number of at least 1"),
         ({"variance_pool": 3}, "variance_pool=3: 1 or an even number"),
         (
             {"tile": 1, "theta": 0.1, "theta_decode": 0.2},
             "theta=0.1 and theta_decode=0.2 differ with tile=1.*Give one value",
-        ),
-        (
-            {"pages_per_row": 4, "coarse_to_fine": True},
-            "coarse_to_fine needs a threshold: leave pages_per_row",
         ),
     ],
 )
@@ -169,11 +158,11 @@ def test_configurations_that_mean_the_same_are_equal():
 
 @pytest.mark.parametrize("kind", [np.int64, np.int16, torch.tensor], ids=["int64", "int16", "tensor"])
 def test_numbers_of_other_libraries_become_plain_ones(kind):
-    config = SurgeryConfig(page_size=kind(64), moment_size=kind(16), theta=np.float64(0.25), alpha=kind(1))
-    assert config == SurgeryConfig(page_size=64, moment_size=16, theta=0.25)
-    assert json.dumps(config.to_dict()) == json.dumps(
-        SurgeryConfig(page_size=64, moment_size=16, theta=0.25).to_dict()
+    config = SurgeryConfig(
+        page_size=kind(64), moment_size=kind(16), theta=np.float64(0.25), theta_decode=kind(1)
     )
+    plain = SurgeryConfig(page_size=64, moment_size=16, theta=0.25, theta_decode=1.0)
+    assert config == plain and json.dumps(config.to_dict()) == json.dumps(plain.to_dict())
 
 
 def test_adapters_of_older_releases_mean_what_they_say():
@@ -235,8 +224,6 @@ def configs(draw):
         tile=tile,
         theta=theta,
         theta_decode=theta if tile == 1 else draw(st.none() | st.floats(0, 2)),
-        pages_per_row=draw(st.none() | st.integers(1, 9)),
-        alpha=draw(st.floats(0, 3)),
         dense_until=32 * draw(st.integers(0, 4)),
     )
 

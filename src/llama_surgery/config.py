@@ -14,18 +14,45 @@ Backend = Literal["auto", "reference", "gather", "flex", "triton"]
 
 CONFIG_VERSION = 1
 
+_AGAIN = "Operate and calibrate the model again."
+
 #: Fields of older releases: the default, at which a stored configuration means the same without them, and
 #: what to tell whoever stored anything else.
 REMOVED: dict[str, tuple[Any, str]] = {
     "arity": (
         2,
         "it split every node of the tree into more than two and was removed because a pre-trained model lost "
-        "more quality that way at the same density. Operate and calibrate the model again.",
+        f"more quality that way at the same density. {_AGAIN}",
     ),
     "directions": (
         "principal",
         "it ordered a chunk's keys by position, or in a subspace of few directions, and was removed because "
-        "a pre-trained model lost more quality that way at the same density. Operate and calibrate it again.",
+        f"a pre-trained model lost more quality that way at the same density. {_AGAIN}",
+    ),
+    "pages_per_row": (
+        None,
+        "it opened a fixed count of pages for every token, and was removed because real models lost more "
+        f"than it saved: a threshold reads what a token needs. {_AGAIN}",
+    ),
+    "score_stride": (
+        1,
+        "it scored only some tokens of a tile, and was removed because real models lost more than it saved. "
+        f"{_AGAIN}",
+    ),
+    "coarse_to_fine": (
+        False,
+        "it looked for pages under balls of several pages, and was removed because real models lost more "
+        f"than it saved. {_AGAIN}",
+    ),
+    "coarse_totals": (
+        False,
+        "it added up a token's far field from balls of several pages, and was removed because real models "
+        f"lost more than it saved. {_AGAIN}",
+    ),
+    "alpha": (
+        1.0,
+        "it weighed the variance term of the page score, which has a bound instead: the term was too large "
+        f"for some balls of sharp heads, not for all. {_AGAIN} Weights for every head can be learned.",
     ),
 }
 
@@ -64,17 +91,8 @@ class SurgeryConfig:
         theta_decode: The same for tiles of one query: decode steps, and the rows that end a prompt in
             ``generate()``. 0 unless given, so that they read everything: sparse rows there lose most of what
             real models look up. With ``tile=1`` it must equal ``theta``, and does unless given.
-        pages_per_row: Instead of ``theta``: every scored row opens this many pages. For comparison.
         moment_size: Keys of the balls whose moments are kept, two levels below a page unless given: a page's
             score is the log-sum-exp of its balls' scores. Smaller balls score more sharply and cost more.
-        score_stride: Only every ``score_stride``-th row of a tile is scored (1: all rows). The
-            first row of a tile or of a call always is; later rows see what earlier scored rows opened.
-        coarse_to_fine: Score balls of several pages first, and pages and their balls only where a coarser
-            ball promises enough, instead of scoring everything.
-        coarse_totals: In tiles of several queries, estimate what a row's far field adds up to from balls of
-            several pages (``coarse_fan``), which costs less, instead of from what pages are scored by.
-            Included in ``coarse_to_fine``.
-        alpha: Weight of the variance term of the page score.
         variance_pool: Channels whose variances are averaged for page scores: half of them neighbours, half
             their rotary partners. 1 keeps every channel's; 8 nearly halves what scoring costs.
         summary: What stands in for pages that a row does not see: nothing (``none``), or a single key for
@@ -98,12 +116,7 @@ class SurgeryConfig:
     tile: int = 32
     theta: float = 0.046
     theta_decode: Derived[float] = Derived(_default_theta_decode)
-    pages_per_row: int | None = None
     moment_size: Derived[int] = Derived(_default_moment_size)
-    score_stride: int = 1
-    coarse_to_fine: bool = False
-    coarse_totals: bool = False
-    alpha: float = 1.0
     variance_pool: int = 1
     summary: Summary = "none"
     dense_until: int = 0
@@ -122,8 +135,6 @@ class SurgeryConfig:
                 f"theta={self.theta} and theta_decode={self.theta_decode} differ with tile=1: prefill "
                 "and decode then use the same tiles of one query. Give one value."
             )
-        if self.pages_per_row is not None and self.coarse_to_fine:
-            raise SurgeryError("coarse_to_fine needs a threshold: leave pages_per_row out.")
 
     def _check_choices(self) -> None:
         for name, allowed in (
@@ -143,18 +154,16 @@ class SurgeryConfig:
             ("page_size", 1),
             ("window", 0),
             ("tile", 1),
-            ("score_stride", 1),
             ("dense_until", 0),
-            ("pages_per_row", 1),
             ("moment_size", 1),
             ("variance_pool", 1),
         ):
             value = self.__dict__[name]
-            if value is None and name in ("pages_per_row", "moment_size"):
+            if value is None and name == "moment_size":
                 continue
             if not isinstance(value, int) or isinstance(value, bool) or value < low:
                 raise SurgeryError(f"{name}={value!r}: must be a whole number of at least {low}.")
-        for name in ("theta", "theta_decode", "alpha"):
+        for name in ("theta", "theta_decode"):
             value = self.__dict__[name]
             if value is None and name == "theta_decode":
                 continue
@@ -162,10 +171,6 @@ class SurgeryConfig:
             if not known or not 0 <= value <= sys.float_info.max:
                 raise SurgeryError(f"{name}={value!r}: must be a finite number of at least 0.")
             self.__dict__[name] = float(value)
-        for name in ("coarse_to_fine", "coarse_totals"):
-            value = self.__dict__[name]
-            if not isinstance(value, bool):
-                raise SurgeryError(f"{name}={value!r}: must be True or False.")
 
     def _check_geometry(self) -> None:
         for name in ("chunk_size", "window", "dense_until"):
@@ -174,11 +179,6 @@ class SurgeryConfig:
                     f"{name}={getattr(self, name)} is not a multiple of tile={self.tile}: "
                     f"a tile would straddle a boundary. Choose multiples of {self.tile}."
                 )
-        if self.tile % self.score_stride:
-            raise SurgeryError(
-                f"score_stride={self.score_stride} does not divide tile={self.tile}: "
-                "the first row of every tile must be a scored one."
-            )
         if self.variance_pool > 1 and self.variance_pool % 2:
             raise SurgeryError(
                 f"variance_pool={self.variance_pool}: 1 or an even number, since channels are pooled with "
@@ -232,11 +232,6 @@ class SurgeryConfig:
     @property
     def balls_per_page(self) -> int:
         return self.page_size // self.ball_size
-
-    @property
-    def coarse_fan(self) -> int:
-        """Pages of a coarse ball: two levels of the tree, or as many as the chunk has."""
-        return 2 ** min(2, self.depth)
 
     @property
     def pages_per_chunk(self) -> int:

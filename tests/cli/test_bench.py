@@ -85,13 +85,6 @@ def test_the_script_runs_without_the_command_line_and_keeps_its_time(shapes: Pat
     assert "512 tokens is not run" in done.stdout and "0 rows" in done.stdout
 
 
-def test_a_fixed_count_of_pages(shapes: Path, tmp_path: Path) -> None:
-    given = ["--length", "1k", "--batch", "1", "--steps", "4", "--device", "cpu", "--dtype", "float32"]
-    result = run("bench", "--end-to-end", shapes, *given, "--pages-per-row", "2", "--out", tmp_path)
-    assert result.exit_code == 0, result.output
-    assert float(read(tmp_path / "end_to_end.csv")[2]["far_density"]) > 0
-
-
 def test_what_cannot_be_measured_is_said_in_a_line(shapes: Path, tmp_path: Path) -> None:
     for arguments, message in (
         (["bench", "--device", "cpu", "--out", tmp_path / "o"], "the kernels run on a GPU"),

@@ -170,6 +170,6 @@ def test_the_demo_says_where_its_model_is_to_be_found(
 def test_a_tile_of_one_takes_the_threshold_of_decoding() -> None:
     default = SurgeryConfig()
     assert config_for({}, 32) == default
-    assert config_for({"score_stride": 8}, 1).theta == SINGLE_THETA
+    assert config_for({"window": 64}, 1).theta == SINGLE_THETA
     assert config_for({"theta": 0.2, "theta_decode": 0.1}, 1).theta == 0.1
     assert config_for({"theta": 0.2}, 1).theta == 0.2

@@ -32,4 +32,3 @@ def test_nothing_is_summarised_without_a_summary_or_with_everything_open() -> No
     everything = dataclasses.replace(CONFIG, summary="ball", theta=0.0)
     assert summary_density(everything, 1000) == 0
     assert summary_pairs(999, 1000, dataclasses.replace(everything, theta_decode=0.1), 1) > 0
-    assert summary_density(dataclasses.replace(everything, pages_per_row=1), 1000) > 0

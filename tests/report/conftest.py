@@ -18,7 +18,7 @@ def results() -> dict[str, Any]:
         **dense, "name": "T = 32", "perplexity": 20.6, "seconds_per_window": 1.0, "needle_accuracy": 0.5,
         "config": {
             "page_size": 64, "chunk_size": 512, "window": 128, "tile": 32,
-            "theta": 0.04, "theta_decode": 0.01, "pages_per_row": None,
+            "theta": 0.04, "theta_decode": 0.01,
         },
         "ratio": {"ratio": 1.0049, "low": 1.001, "high": 1.008, "confidence": 0.95, "count": 2},
         "kl": 0.01, "top1": 0.97,

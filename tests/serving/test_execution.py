@@ -79,8 +79,6 @@ def test_who_executes(monkeypatch: pytest.MonkeyPatch) -> None:
     assert type(choose()) is KernelExecutor
     with pytest.raises(SurgeryError, match=r"queries are torch.float32, cached keys torch.bfloat16"):
         choose(cache=torch.bfloat16)
-    with pytest.raises(SurgeryError, match="coarse_to_fine"):
-        choose(coarse_to_fine=True)
     monkeypatch.setenv("TRITON_INTERPRET", "0")
     with pytest.raises(SurgeryError, match="cannot serve this model: it needs a GPU"):
         choose()

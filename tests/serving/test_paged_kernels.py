@@ -99,11 +99,10 @@ class TestDecodeRows:
         [
             {"moment_size": 4},
             {"variance_pool": 4},
-            {"variance_pool": 4, "moment_size": 16, "coarse_totals": True},
+            {"variance_pool": 4, "moment_size": 16},
             {"chunk_size": 192, "page_size": 24, "window": 24, "tile": 12, "moment_size": 6},
             {"topology": "dense"},
             {"dense_until": 160},
-            {"pages_per_row": 3},
             {"theta": 0.0, "theta_decode": 0.0},
         ],
         ids=str,

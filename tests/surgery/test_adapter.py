@@ -66,7 +66,7 @@ def refused(folder, message, model=None):
 
 
 def test_an_adapter_gives_the_same_outputs_again(tmp_path):
-    config = dataclasses.replace(SPARSE, theta=0.1234567, theta_decode=0.07, dense_until=64, alpha=0.5)
+    config = dataclasses.replace(SPARSE, theta=0.1234567, theta_decode=0.07, dense_until=64)
     ids = tokens(1, 250)
     with operated(build("Llama"), config) as model:
         expected = logits(model, ids)

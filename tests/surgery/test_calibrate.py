@@ -107,7 +107,7 @@ def test_what_is_measured_is_scored_by_what_the_kernels_keep(
 @pytest.mark.parametrize("pool", [1, 4])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_rounding_is_that_of_the_features_and_done_once(pool: int, dtype: torch.dtype) -> None:
-    config = SurgeryConfig(chunk_size=64, page_size=16, window=32, tile=8, variance_pool=pool, alpha=0.5)
+    config = SurgeryConfig(chunk_size=64, page_size=16, window=32, tile=8, variance_pool=pool)
     keys = torch.randn(2, 128, 16, generator=torch.Generator().manual_seed(0))
     keys[0, :4, 3] = 1e4  # a variance beyond what float16 holds
     layout = build_layout(keys, keys, config)

@@ -33,8 +33,6 @@ def configurations(draw):
     return dataclasses.replace(
         config,
         dense_until=draw(st.sampled_from([0, 0, 128])),
-        score_stride=draw(st.sampled_from([1, config.tile])),
-        coarse_to_fine=draw(st.booleans()),
         moment_size=draw(st.sampled_from([4, 16])),
         window=draw(st.sampled_from([0, 32])),
     )
@@ -208,7 +206,7 @@ def test_padding_and_company_never_change_a_real_tokens_logit(case):
 def test_padded_batches_in_pieces_equal_each_sequence_alone(case, cuts):
     """Pieces may fall anywhere for rows of one query: padding shifts each sequence differently."""
     config, rows, sides, width = case
-    config = dataclasses.replace(config, tile=1, score_stride=1, theta=0.15, theta_decode=0.15)
+    config = dataclasses.replace(config, tile=1, theta=0.15, theta_decode=0.15)
     ids, mask = pad(rows, sides, width)
     with operated(llama(), config) as model:
         together, cache = in_pieces(model, ids, [c for c in cuts if c < width], mask=mask)

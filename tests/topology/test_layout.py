@@ -8,7 +8,6 @@ from llama_surgery.config import SurgeryConfig
 from llama_surgery.topology.layout import (
     build_layout,
     extend_layout,
-    merge_moments,
     moments_of,
     reorder,
     restore,
@@ -43,17 +42,6 @@ def test_moments_are_those_of_the_balls_keys(case):
     torch.testing.assert_close(layout.moments.mean, mean, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(layout.moments.variance, variance, rtol=1e-12, atol=1e-12)
     assert layout.moments.size == config.moment_size
-
-
-@given(cases(), st.integers(1, 4))
-def test_moments_of_a_ball_merge_exactly_from_its_children(case, children):
-    keys, _, config = case
-    keys, size = torch.cat([keys] * children, 1), config.page_size  # balls that `children` divides
-    merged = merge_moments(moments_of(keys, size), children)
-    whole = moments_of(keys, size * children)
-    assert merged.size == whole.size
-    torch.testing.assert_close(merged.mean, whole.mean, rtol=1e-12, atol=1e-12)
-    torch.testing.assert_close(merged.variance, whole.variance, rtol=1e-12, atol=1e-12)
 
 
 @given(cases())

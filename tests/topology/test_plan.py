@@ -107,10 +107,13 @@ def test_the_key_mask_shows_whole_pages_at_their_keys_positions(case, seed):
 
 
 def test_a_plan_of_everything_shows_all_pages_to_all_rows() -> None:
-    block = Block(70, 90, 2)
-    plan = plan_of_everything(block, 8, 4, 3, torch.device("cpu"))
+    block, sinks = Block(70, 90, 2), torch.tensor([0, 2, 3])
+    plan = plan_of_everything(block, 8, 4, sinks)
     assert page_mask(plan, 4).all() and plan.everything
-    opened = plan_from_first_open(torch.zeros(3, tiles_of(block, 8), 4, dtype=torch.long), block, 8)
+    first_open = torch.zeros(3, tiles_of(block, 8), 4, dtype=torch.long)
+    first_open[:, 0] = 70 % 8  # the first row that there is; only what is always open was before
+    first_open[torch.arange(3), 0, sinks] = 0
+    opened = plan_from_first_open(first_open, block, 8)
     for name in ("pages", "first_open", "counts"):
         assert torch.equal(getattr(plan, name), getattr(opened, name))
     assert torch.equal(plan.executed_pairs(16), opened.executed_pairs(16))

@@ -71,14 +71,16 @@ def test_weights_of_channels_by_hand() -> None:
         0, 1
     )  # two heads, one row
     moments = moments_of(
-        torch.tensor([[[0.0, 2.0], [2.0, 2.0]]], dtype=torch.float64), 2
+        torch.tensor([[[0.0, 2.0], [2.0, 2.0]] * 2], dtype=torch.float64), 4
     )  # mean (1, 2), var (1, 0)
     router = PageRouter(
         mean_weight=torch.tensor([[[2.0, 1.0], [1.0, 0.5]]]),
         variance_weight=torch.tensor([[[1.0, 1.0], [3.0, 1.0]]]),
     )
-    scores = Scorer(1.0, 1.0, None, router)(query, moments).flatten()
-    expected = [math.log(2) + 2 * 1 + 2 * 2 + 0.5 * 1, math.log(2) + 3 * 1 - 0.5 * 2 + 0.5 * 3 * 9]
+    scores = Scorer(1.0, None, router)(query, moments).flatten()
+    # ½v of the first head is less than an outlier could reach; that of the second is not, √((4-1)v) = 9.
+    outlier = math.log((math.exp(9) + 3 * math.exp(-3)) / 4)
+    expected = [math.log(4) + 2 * 1 + 2 * 2 + 0.5 * 1, math.log(4) + 3 * 1 - 0.5 * 2 + outlier]
     torch.testing.assert_close(scores, torch.tensor(expected, dtype=torch.float64))
 
 
@@ -104,13 +106,6 @@ def test_everything_open_is_dense_whatever_was_learned() -> None:
     routed = run(router, dataclasses.replace(CONFIG, theta=0.0, theta_decode=0.0))
     dense = run(None, dataclasses.replace(CONFIG, topology="dense"))
     torch.testing.assert_close(routed.out, dense.out)
-
-
-def test_coarse_to_fine_opens_no_page_beyond_its_offset() -> None:
-    router = dataclasses.replace(neutral(), offset=torch.tensor([[0.7, -0.3], [0.0, 1.2]]))
-    flat, coarse = run(router), run(router, dataclasses.replace(CONFIG, coarse_to_fine=True))
-    assert sum(int(p.counts.sum()) for p in coarse.plans) > 0
-    assert len(flat.plans) == len(coarse.plans)
 
 
 @pytest.mark.parametrize(

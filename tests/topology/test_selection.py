@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 
 from llama_surgery.config import SurgeryConfig
 from llama_surgery.errors import SurgeryError
-from llama_surgery.topology.geometry import Block, query_blocks
-from llama_surgery.topology.layout import Moments, build_layout, merge_moments, moments_of
+from llama_surgery.topology.geometry import query_blocks
+from llama_surgery.topology.layout import Moments, build_layout, moments_of
 from llama_surgery.topology.mask import page_mask
-from llama_surgery.topology.selection import CANDIDATE_SHARE, Scorer, log_shares, select
+from llama_surgery.topology.selection import Scorer, bounded_variance_term, log_shares, select
 
 DIM = 8
 SCALE = DIM**-0.5
@@ -41,7 +41,7 @@ class Case:
             case.block,
             config=case.config,
             tile=case.config.tile if tile is None else tile,
-            scorer=Scorer(SCALE, case.config.alpha),
+            scorer=Scorer(SCALE),
             sink_logit=case.sinks,
         )
 
@@ -66,10 +66,6 @@ def cases(draw, **fixed):
         "tile": tile,
         "theta": theta,
         "theta_decode": theta,
-        "alpha": draw(st.sampled_from([0.0, 1.0])),
-        "coarse_to_fine": draw(st.booleans()),
-        "coarse_totals": draw(st.booleans()),
-        "score_stride": draw(st.sampled_from([1, tile])),
         "moment_size": draw(st.sampled_from([4, 2, 1])),
     }
     config = dataclasses.replace(CONFIG, **{**options, **fixed})
@@ -94,6 +90,14 @@ def cases(draw, **fixed):
     )
 
 
+def slow_bound(size, variance):
+    """The most that logits of mean 0 and a given variance add up to: one outlier among equals."""
+    if size == 1:
+        return 0.0
+    outlier, others = math.sqrt((size - 1) * variance), -math.sqrt(variance / (size - 1))
+    return torch.tensor([outlier, *[others] * (size - 1)], dtype=torch.float64).logsumexp(0).item()
+
+
 def slow_scores(case, stream, row, head):
     """Score of every page for one row of one head, by the formula of the design."""
     moments, balls, scores = case.layout.moments, case.config.balls_per_page, []
@@ -102,40 +106,29 @@ def slow_scores(case, stream, row, head):
         of_balls = []
         for ball in range(page * balls, (page + 1) * balls):
             mean, variance = moments.mean[stream, ball], moments.variance[stream, ball]
-            score = math.log(case.config.moment_size) + SCALE * float(q @ mean)
-            score += case.config.alpha * 0.5 * SCALE**2 * float(q**2 @ variance)
+            size, spread = case.config.moment_size, SCALE**2 * float(q**2 @ variance)
+            score = min(math.log(size) + spread / 2, slow_bound(size, spread)) + SCALE * float(q @ mean)
             of_balls.append(math.exp(score))
         scores.append(math.log(sum(of_balls)))
     return scores
 
 
-def merged(case, pages):
-    """The case with balls of ``pages`` pages in the place of pages."""
-    moments = merge_moments(case.layout.moments, case.config.balls_per_page * pages)
-    size = case.config.page_size * pages
-    return dataclasses.replace(
-        case,
-        layout=dataclasses.replace(case.layout, moments=moments),
-        config=dataclasses.replace(case.config, page_size=size, moment_size=size),
-    )
-
-
-def slow_shares(case, stream, row, total_of=None):
-    """Largest share over heads of every page, for one row; the row's total may come from other scores."""
+def slow_shares(case, stream, row):
+    """Largest share over heads of every page, for one row."""
     shares = []
     for head in range(case.queries.shape[1]):
         rest = [float(case.near_lse[stream, head, row])]
         if case.sinks is not None:
             rest.append(float(case.sinks[stream, head]))
-        total = torch.tensor(slow_scores(total_of or case, stream, row, head) + rest).double().logsumexp(0)
-        shares.append([math.exp(score - total) for score in slow_scores(case, stream, row, head)])
+        scores = slow_scores(case, stream, row, head)
+        total = torch.tensor(scores + rest).double().logsumexp(0)
+        shares.append([math.exp(score - total) for score in scores])
     return [max(column) for column in zip(*shares, strict=True)]
 
 
-@given(cases(coarse_to_fine=False))
+@given(cases())
 def test_a_row_opens_what_exceeds_theta_and_sees_what_rows_up_to_it_opened(case):
     block, config = case.block, case.config
-    total_of = merged(case, config.coarse_fan) if config.coarse_totals and config.tile > 1 else None
     mask = case.mask(case.plan())
     sink = case.sink_pages
     for stream in range(case.queries.shape[0]):
@@ -143,9 +136,8 @@ def test_a_row_opens_what_exceeds_theta_and_sees_what_rows_up_to_it_opened(case)
         for row, position in enumerate(range(block.start, block.stop)):
             if position % config.tile == 0 or row == 0:
                 opened = {int(sink[stream])}
-            if position % config.score_stride == 0 or row == 0:
-                shares = slow_shares(case, stream, row, total_of)
-                opened |= {page for page, share in enumerate(shares) if share > config.theta}
+            shares = slow_shares(case, stream, row)
+            opened |= {page for page, share in enumerate(shares) if share > config.theta}
             assert set(mask[stream, row].nonzero().flatten().tolist()) == opened
 
 
@@ -154,42 +146,12 @@ def test_theta_zero_opens_everything(case):
     assert case.mask(case.plan()).all()
 
 
-@given(cases(coarse_to_fine=False, coarse_totals=False), st.sampled_from([1.0, 2.0, 1e9]))
+@given(cases(), st.sampled_from([1.0, 2.0, 1e9]))
 def test_theta_of_one_or_more_opens_the_sink_page_alone(case, theta):
     config = dataclasses.replace(case.config, theta=theta, theta_decode=theta)
     plan = case.plan(config=config)
     assert (plan.counts == 1).all() and (plan.first_open == 0).all()
     assert torch.equal(plan.pages[..., 0], case.sink_pages[:, None].expand(-1, plan.tiles))
-
-
-@given(cases(coarse_to_fine=True, theta=0.0, theta_decode=0.0))
-def test_coarse_to_fine_with_theta_zero_equals_flat(case):
-    plan = case.plan()
-    flat = case.plan(config=dataclasses.replace(case.config, coarse_to_fine=False))
-    assert torch.equal(plan.pages, flat.pages) and torch.equal(plan.first_open, flat.first_open)
-
-
-@given(cases(coarse_to_fine=True))
-def test_coarse_to_fine_looks_under_candidates_alone(case):
-    """By the definition: coarse balls first, then pages, then the balls of pages."""
-    block, config, fan = case.block, case.config, case.config.coarse_fan
-    mask, sink, bar = case.mask(case.plan()), case.sink_pages, CANDIDATE_SHARE * config.theta
-    coarse, whole = merged(case, fan), merged(case, 1)
-    for stream in range(case.queries.shape[0]):
-        for row, position in enumerate(range(block.start, block.stop)):
-            if position % config.tile == 0 or row == 0:
-                opened, balls, pages = {int(sink[stream])}, set(), set()
-            if position % config.score_stride == 0 or row == 0:
-                expected = [
-                    slow_shares(level, stream, row, total_of=coarse) for level in (coarse, whole, case)
-                ]
-                balls |= {b for b, share in enumerate(expected[0]) if share > bar}
-                if config.balls_per_page > 1:
-                    pages |= {p for p, share in enumerate(expected[1]) if share > bar and p // fan in balls}
-                else:
-                    pages = {p for p in range(case.pages) if p // fan in balls}
-                opened |= {p for p in pages if expected[2][p] > config.theta}
-            assert set(mask[stream, row].nonzero().flatten().tolist()) == opened
 
 
 @given(cases(), st.data())
@@ -216,31 +178,6 @@ def test_first_open_lies_in_the_block_and_the_sink_page_is_open_from_the_first_r
     assert (plan.first_open[:, -1][others[:, -1]] <= last).all()
 
 
-@given(cases(), st.integers(0, 2**31))
-def test_a_stride_of_the_tile_scores_first_rows_alone(case, seed):
-    config = dataclasses.replace(case.config, score_stride=case.config.tile)
-    position = torch.arange(case.block.start, case.block.stop)
-    first = position % config.tile == 0
-    first[0] = True  # a call that begins inside a tile is scored by its own first row
-    generator = torch.Generator().manual_seed(seed)
-    noise = torch.randn(case.queries.shape, generator=generator, dtype=torch.float64)
-    queries = case.queries.where(first[:, None], noise)
-    near_lse = case.near_lse.where(first, 0.0)
-    plan, other = case.plan(config=config), case.plan(config=config, queries=queries, near_lse=near_lse)
-    assert torch.equal(plan.pages, other.pages) and torch.equal(plan.first_open, other.first_open)
-
-
-@given(cases(coarse_to_fine=False), st.integers(1, 5))
-def test_pages_per_row_opens_the_highest_shares(case, most):
-    config = dataclasses.replace(case.config, pages_per_row=most, score_stride=1)
-    first_rows = case.mask(case.plan(config=config, tile=1))
-    for stream, row in itertools.product(range(case.queries.shape[0]), range(case.queries.shape[2])):
-        shares = torch.tensor(slow_shares(case, stream, row))
-        best = set(shares.topk(min(most, case.pages)).indices.tolist())
-        opened = set(first_rows[stream, row].nonzero().flatten().tolist())
-        assert opened == best | {int(case.sink_pages[stream])}
-
-
 @given(st.integers(0, 2**31), st.sampled_from([None, 20.0]))
 def test_a_score_is_the_log_sum_exp_to_second_order_for_small_keys(seed, softcap):
     """What is left out is of third order in the logits."""
@@ -252,7 +189,7 @@ def test_a_score_is_the_log_sum_exp_to_second_order_for_small_keys(seed, softcap
     query = torch.randn(1, 1, 3, generator=generator, dtype=torch.float64)
     for size in (0.3, 0.1, 0.03, 0.01):
         keys = size * (centre + signs * half)
-        score = Scorer(1.0, 1.0, softcap)(query, moments_of(keys[None], 8)).item()
+        score = Scorer(1.0, softcap)(query, moments_of(keys[None], 8)).item()
         logits = keys @ query[0, 0]
         largest = logits.abs().max().item()
         if softcap is not None:
@@ -269,6 +206,59 @@ def test_a_score_of_one_channel_is_the_exact_second_order_expansion(seed):
     x = 0.3 * (query[0, 0, 0] * keys[0, :, 0])
     expected = math.log(16) + x.mean() + 0.5 * x.var(correction=0)
     assert score == pytest.approx(expected.item(), rel=1e-12)
+
+
+@given(st.integers(0, 2**31), st.integers(2, 64), st.floats(-3, 2))
+def test_a_bounded_variance_term_is_reached_by_no_less_and_passed_by_no_keys(seed, size, magnitude):
+    generator = torch.Generator().manual_seed(seed)
+    logits = 10**magnitude * torch.randn(size, generator=generator, dtype=torch.float64) ** 3
+    logits -= logits.mean()
+    variance = logits.var(correction=0)
+    most = slow_bound(size, variance.item()) - math.log(size)
+    bounded = bounded_variance_term(variance / 2, size).item()
+    assert bounded == pytest.approx(min(variance.item() / 2, most), rel=1e-9, abs=1e-12)
+    assert bounded <= math.sqrt((size - 1) * variance) + 1e-9  # no key of them can be further above the mean
+    assert logits.logsumexp(0).item() - math.log(size) <= most + 1e-9
+
+
+@given(st.integers(3, 64), st.floats(0, 1))
+def test_a_small_variance_term_has_no_bound(size, term):
+    assert bounded_variance_term(torch.tensor(term, dtype=torch.float64), size).item() == pytest.approx(term)
+
+
+def test_of_one_key_a_variance_term_is_what_it_is():
+    term = torch.tensor([0.0, 3.0, 1e4])
+    assert torch.equal(bounded_variance_term(term, 1), term)
+
+
+def test_a_variance_term_that_learned_weights_make_negative_is_kept():
+    term = torch.tensor([-3.0, -1e4])
+    assert torch.equal(bounded_variance_term(term, 8), term)
+
+
+@pytest.mark.parametrize("term", [0.0, 1e-12, 0.3, 30.0, 1e4])
+@pytest.mark.parametrize("size", [2, 8])
+def test_a_bounded_variance_term_has_finite_slopes_of_at_most_one(size, term):
+    given = torch.tensor(term, dtype=torch.float64, requires_grad=True)
+    (slope,) = torch.autograd.grad(bounded_variance_term(given, size), given)
+    assert 0 <= slope.item() <= 1
+
+
+def test_a_wide_page_takes_no_share_from_others():
+    """A page of one outlier: normally distributed logits would promise more than e^10 times what there is."""
+    keys = torch.zeros(1, 32, 1, dtype=torch.float64)
+    keys[0, :16, 0] = -2.0
+    keys[0, 7, 0] = 50.0
+    keys[0, 16:, 0] = 47.0
+    query, near_lse = torch.ones(1, 1, 1, dtype=torch.float64), torch.zeros(1, 1, dtype=torch.float64)
+    moments = moments_of(keys, 16)
+    scores = Scorer(1.0)(query, moments)
+    weights = keys[0, :, 0].unflatten(0, (2, 16)).logsumexp(-1)
+    torch.testing.assert_close(scores[0, 0], weights)
+    unbounded = moments.mean[0, 0] + moments.variance[0, 0] / 2 + math.log(16)
+    assert unbounded - weights[0] > 10
+    shares = log_shares(scores[:, None], near_lse[:, None], None, Scorer(1.0)).exp()
+    torch.testing.assert_close(shares[0, 0], (weights - torch.logaddexp(*weights)).exp(), rtol=1e-6, atol=0)
 
 
 @given(st.integers(0, 2**31), st.booleans())
@@ -302,7 +292,7 @@ def test_a_decode_step_uses_its_own_theta():
     assert select(*arguments, config=config, tile=8, scorer=scorer).counts.item() == 1
 
 
-def test_the_listener_hears_every_scored_row():
+def test_the_listener_hears_every_row():
     generator = torch.Generator().manual_seed(0)
     layout = build_layout(*torch.randn(2, 2, 16, DIM, generator=generator), CONFIG)
     (block,) = query_blocks(26, 37, CONFIG, 8)
@@ -324,22 +314,6 @@ def test_the_listener_hears_every_scored_row():
     pages = torch.arange(4) != layout.sink_pages(CONFIG.page_size)[:, None]
     heard_pages = shares.isneginf().transpose(1, 3).transpose(2, 3)[pages]
     assert torch.equal(heard_pages, outside.expand_as(heard_pages))
-
-
-def test_more_pages_a_row_than_are_closed_opens_all_of_them():
-    config = SurgeryConfig(chunk_size=16, page_size=4, window=0, tile=4, pages_per_row=50, moment_size=1)
-    keys = torch.randn(1, 32, 8, generator=torch.Generator().manual_seed(0))
-    block = Block(16, 32, 1)
-    plan = select(
-        keys[:, None, 16:],
-        build_layout(keys, keys, config),
-        torch.zeros(1, 1, 16),
-        block,
-        config=config,
-        tile=4,
-        scorer=Scorer(1.0),
-    )
-    assert (plan.counts == 4).all() and (plan.first_open == 0).all()
 
 
 def test_pooled_variances_are_means_over_neighbours_and_rotary_partners():

@@ -173,7 +173,7 @@ def attend(
     backend = cast(Backend, importlib.import_module(f"llama_surgery.attention.impl.{name}"))
     if router is not None:
         router = router.for_streams(queries.shape[0], queries.device)
-    scorer = Scorer(scale, config.alpha, softcap, router, config.variance_pool)
+    scorer = Scorer(scale, softcap, router, config.variance_pool)
     near_start = stop - near_keys.shape[1]  # position of near_keys[:, 0]
     outs, lses, near_pairs = [], [], 0
     plans: list[Plan] = []
@@ -281,19 +281,17 @@ def kernels_serve(config: SurgeryConfig, keys: torch.Tensor, values: torch.Tenso
     return backend_name(config, keys, values, config.tile) == "triton"
 
 
-def kernel_features(moments: Moments, config: SurgeryConfig, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
-    """What the Triton kernels score pages by, level by level: ``Layout.features``."""
-    from llama_surgery.attention.impl.triton.job import differentiable_features, make_levels
+def kernel_features(moments: Moments, config: SurgeryConfig, dtype: torch.dtype) -> torch.Tensor:
+    """What the Triton kernels score pages by: ``Layout.features``."""
+    from llama_surgery.attention.impl.triton.job import differentiable_features, page_features
 
-    levels = [level.features for level in make_levels(moments, config, dtype)]
-    if differentiable(moments.mean, moments.variance):
-        # Of the finest level moments are taken back (kernel_moments); the others only ever select.
-        levels[-1] = differentiable_features(moments, config.alpha, dtype, config.variance_pool)
-    return tuple(levels)
+    recorded = differentiable(moments.mean, moments.variance)
+    make = differentiable_features if recorded else page_features
+    return make(moments, dtype, config.variance_pool)
 
 
 def kernel_moments(features: torch.Tensor, config: SurgeryConfig) -> Moments:
-    """Moments of the finest balls back from :func:`kernel_features`, as exactly as those were kept."""
+    """Moments of balls back from :func:`kernel_features`, as exactly as those were kept."""
     from llama_surgery.attention.impl.triton.job import moments_from
 
     return moments_from(features, config)

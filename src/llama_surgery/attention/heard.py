@@ -29,15 +29,14 @@ def heard_layout(
         and queries.device.type == "cuda"
         and obstacle(config, queries, values, tile) is None
     )
-    if not by_kernels or layout.features:  # moments that come with features were made of them
+    if not by_kernels or layout.features is not None:  # moments that come with features were made of them
         return layout
     return dataclasses.replace(layout, moments=rounded_moments(layout.moments, config, queries.dtype))
 
 
 def rounded_moments(moments: Moments, config: SurgeryConfig, dtype: torch.dtype) -> Moments:
     """Moments as exactly as the kernels keep them in ``dtype``, on any device: with channels pooled."""
-    pool, half = config.variance_pool, 0.5 * config.alpha
-    spread = (half / pool * pool_channels(moments.variance, pool)).clamp_max(LARGEST_SQUARE)
+    pool = config.variance_pool
+    spread = (0.5 / pool * pool_channels(moments.variance, pool)).clamp_max(LARGEST_SQUARE)
     kept = [part.to(dtype).to(moments.mean.dtype) for part in (moments.mean, spread)]
-    variance = unpool_channels(kept[1], pool) / half if half else torch.zeros_like(kept[0])
-    return Moments(kept[0], variance, moments.size)
+    return Moments(kept[0], 2 * unpool_channels(kept[1], pool), moments.size)

@@ -1,4 +1,4 @@
-"""What learned corrections, summaries and fixed numbers of pages cost the kernels of one layer."""
+"""What learned corrections and summaries cost the kernels of one layer."""
 
 import dataclasses
 import math
@@ -33,7 +33,6 @@ VARIANTS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "all": ({}, ("offset", "mean_weight", "variance_weight", "key_map")),
     "page summary": ({"summary": "page"}, ("summary",)),
     "ball summary": ({"summary": "ball"}, ("summary",)),
-    "fixed count": ({"pages_per_row": 16}, ()),
 }
 
 #: Tokens of the texts that answers are checked on, and the relative error beyond which one is wrong.

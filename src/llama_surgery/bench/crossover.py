@@ -112,7 +112,7 @@ def measure_crossover(
     config = dataclasses.replace(config, dense_until=0)
     group = shape.heads // shape.kv_heads
     q, k, v = clustered_states(shape.kv_heads, group, lengths[-1], shape.head_dim, device, dtype)
-    if density is not None and config.pages_per_row is None:
+    if density is not None:
         config = _with_density(config, q, k, v, density)
     for length in lengths:
         if points and deadline.passed(f"{length} tokens"):
@@ -171,7 +171,7 @@ def _attend(config: SurgeryConfig, q: torch.Tensor, k: torch.Tensor, v: torch.Te
 
 def _check(config: SurgeryConfig, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
     """With everything open both paths must agree."""
-    opened = dataclasses.replace(config, theta=0.0, theta_decode=0.0, pages_per_row=None)
+    opened = dataclasses.replace(config, theta=0.0, theta_decode=0.0)
     dense = dataclasses.replace(opened, topology="dense")
     rows = min(q.shape[2], 2048)
     part = q[:, :, :rows], k[:, :rows], v[:, :rows]

@@ -144,7 +144,7 @@ def make_layer(setting: Setting, lengths: torch.Tensor, dtype: torch.dtype, seed
         if not full:
             continue
         moments = moments_of(keys[stream : stream + 1, :full], config.ball_size)
-        features = page_features(moments, config.alpha, dtype, config.variance_pool)
+        features = page_features(moments, dtype, config.variance_pool)
         for held, fresh in zip((means, spreads), feature_blocks(features, config, 1), strict=True):
             held[stream, : full // config.ball_size] = by_slot(fresh)[0]
     cache.filled.copy_(torch.tensor(fulls[::KV_HEADS]) // config.chunk_size)

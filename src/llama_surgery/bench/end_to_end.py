@@ -46,7 +46,7 @@ class Task:
     """What is compared.
 
     Attributes:
-        config: The topology; θ is found, unless ``pages_per_row`` is given.
+        config: The topology; θ is found.
         length: Tokens of the prompt.
         batch: Sequences of a decode step.
         density: Executed far density of the prefill.
@@ -163,11 +163,8 @@ def _operated(
         return
     device, ids = model.device, models.random_ids(model, 1, task.length)
     with operated(model, task.config):
-        if task.config.pages_per_row is None:
-            theta = models.prefill_theta(model, ids, task.density, say)
-            set_config(model, dataclasses.replace(task.config, theta=theta, theta_decode=theta))
-        else:
-            models.prefill(model, ids, models.fresh_cache(model, task.room))
+        theta = models.prefill_theta(model, ids, task.density, say)
+        set_config(model, dataclasses.replace(task.config, theta=theta, theta_decode=theta))
         measured = []
         for _ in range(task.prefills):
             cache = None
@@ -186,8 +183,7 @@ def _operated(
             return
         cache.batch_repeat_interleave(task.batch)
         last = ids[:, -1:].repeat(task.batch, 1)
-        if task.config.pages_per_row is None:
-            models.decode_theta(model, last, cache, task.decode_density, say)
+        models.decode_theta(model, last, cache, task.decode_density, say)
         forget_peak(device)
         reset_statistics(model)
         try:
@@ -239,7 +235,6 @@ def _densities(model: PreTrainedModel) -> dict[str, float]:
         "page_size": config.page_size,
         "ball": config.ball_size,
         "tile": config.tile,
-        "coarse_totals": config.coarse_totals,
         "variance_pool": config.variance_pool,
         "dense_until": config.dense_until,
     }
@@ -281,12 +276,10 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=4, help="sequences of a decode step")
     parser.add_argument("--density", type=float, default=0.05, help="executed far density of prefill")
     parser.add_argument("--decode-density", type=float, default=0.03, help="of decode steps")
-    parser.add_argument("--pages-per-row", type=int, help="fixed count instead of densities")
     parser.add_argument("--page-size", type=int, default=64)
     parser.add_argument("--moment-size", type=int, default=64)
     parser.add_argument("--tile", type=int, default=32)
     parser.add_argument("--variance-pool", type=int, default=1, help="channels whose variances are averaged")
-    parser.add_argument("--coarse-totals", action="store_true", help="a cheaper estimate of rows' totals")
     parser.add_argument("--steps", type=int, default=64, help="decode steps that are timed")
     parser.add_argument("--prefills", type=int, default=2, help="prefills that are timed")
     parser.add_argument("--seconds", type=float, default=300.0, help="no further part begins after this")
@@ -299,8 +292,6 @@ def main() -> None:
             page_size=given.page_size,
             moment_size=given.moment_size,
             tile=given.tile,
-            pages_per_row=given.pages_per_row,
-            coarse_totals=given.coarse_totals,
             variance_pool=given.variance_pool,
         )
         tasks = [

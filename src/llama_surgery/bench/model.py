@@ -164,7 +164,7 @@ def check_against_dense(model: PreTrainedModel, config: SurgeryConfig, length: i
     Raises:
         SurgeryError: The first exceeds the second by more than FACTOR.
     """
-    opened = dataclasses.replace(config, theta=0.0, theta_decode=0.0, pages_per_row=None)
+    opened = dataclasses.replace(config, theta=0.0, theta_decode=0.0)
     ids = random_ids(model, 1, length + 4, seed=1)
 
     def run() -> torch.Tensor:

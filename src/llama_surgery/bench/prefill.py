@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from llama_surgery.attention.impl.triton import hopper, prefill, selection
-from llama_surgery.attention.impl.triton.job import Job, make_job, make_levels
+from llama_surgery.attention.impl.triton import prefill, selection
+from llama_surgery.attention.impl.triton.job import Job, make_job, page_features
 from llama_surgery.attention.impl.triton.layout import build_layout
 from llama_surgery.attention.impl.triton.tiled_plan import ENTRY, TiledPlan
 from llama_surgery.bench import prefill_case as case
@@ -116,9 +116,6 @@ class _Timed:
             "tile": config.tile,
             "ball": config.ball_size,
             "variance_pool": config.variance_pool,
-            "stride": config.score_stride,
-            "totals": "coarse" if config.coarse_totals or config.coarse_to_fine else "fine",
-            "selection": "coarse to fine" if config.coarse_to_fine else "flat",
             "far": setting.density,
         }
 
@@ -173,17 +170,13 @@ class _Timed:
         assert job.layout is not None
         moments = job.layout.moments
 
-        def totals(**options: bool) -> None:
+        def totals() -> None:
             for strip in far:
-                selection.row_totals(job, strip, **options)
+                selection.row_totals(job, strip)
 
         def lists() -> None:
             for strip, total in zip(far, self.totals, strict=True):
                 selection.list_pages(job, strip, total)
-
-        def select() -> None:
-            for strip in far:
-                selection.select(job, strip)
 
         def attention(plans: list[TiledPlan], pages: bool = True) -> None:
             left = iter(plans)
@@ -195,14 +188,9 @@ class _Timed:
         case.check_tiles(job, plans, out)
         far_pairs = case.executed_pairs(plans, config.page_size)
         self.add("layout", lambda: build_layout(data.keys, data.values, config))
-        self.add("features", lambda: make_levels(moments, config, data.keys.dtype))
-        if hopper.selects(job):
-            self.add("selection", select)
-        else:
-            self.add("totals, near field", lambda: totals(far=False))
-            self.add("totals, pages", lambda: totals(near=False))
-            self.add("totals", totals)
-            self.add("lists", lists)
+        self.add("features", lambda: page_features(moments, data.keys.dtype, config.variance_pool))
+        self.add("totals", totals)
+        self.add("lists", lists)
         near = self.add("near field", lambda: attention(plans, pages=False), near_pairs)
         self.add("far pages", lambda: attention(plans), far_pairs, less=near)
         self.add("near field and far pages", lambda: attention(plans), near_pairs + far_pairs)

@@ -18,8 +18,8 @@ from llama_surgery.attention.impl.triton.tiled_plan import ENTRY, TiledPlan
 from llama_surgery.bench.states import clustered_states
 from llama_surgery.errors import SurgeryError
 from llama_surgery.topology.geometry import closed_chunks
-from llama_surgery.topology.layout import Moments, merge_moments
-from llama_surgery.topology.selection import CANDIDATE_SHARE, Scorer
+from llama_surgery.topology.layout import Moments
+from llama_surgery.topology.selection import Scorer
 
 STREAMS, HEADS, DIM = 8, 4, 128
 
@@ -114,7 +114,7 @@ def check_tiles(job: Job, plans: list[TiledPlan], out: torch.Tensor, samples: in
 def check_selection(job: Job, plans: list[TiledPlan]) -> float:
     """Share of decisions of sampled tiles that differ from float32 selection from the same moments.
 
-    A page whose share is within 10% of θ, or of what makes a candidate, may differ.
+    A page whose share is within 10% of θ may differ.
 
     Raises:
         SurgeryError: Another page differs.
@@ -129,30 +129,23 @@ def check_selection(job: Job, plans: list[TiledPlan]) -> float:
             if not closed:
                 continue
             stream = index % STREAMS
-            rows = slice(tile * size, (tile + 1) * size, size // job.slots)
+            rows = slice(tile * size, (tile + 1) * size)
             balls = closed * config.pages_per_chunk * config.balls_per_page
             q = job.queries[stream, :, rows].float() * job.scale
-            scorer = Scorer(1.0, config.alpha, pool=config.variance_pool)
+            scorer = Scorer(1.0, pool=config.variance_pool)
             one = slice(stream, stream + 1)
             moments = Moments(
                 layout.moments.mean[one, :balls], layout.moments.variance[one, :balls], config.ball_size
             )
             scores = scorer(q, moments).unflatten(-1, (-1, config.balls_per_page)).logsumexp(-1)
-            coarse = scorer(q, merge_moments(moments, config.balls_per_page * config.coarse_fan))
-            summed = coarse if config.coarse_totals or config.coarse_to_fine else scores
             first = closed * config.chunk_size
             key = torch.arange(first, tile * size + size, device=q.device)
             near = q @ job.near_keys[stream, first : tile * size + size].float().T
-            position = torch.arange(rows.start, rows.stop, rows.step, device=q.device)
+            position = torch.arange(rows.start, rows.stop, device=q.device)
             near = near.masked_fill(key[None] > position[:, None], -math.inf)
-            total = torch.cat((summed, near), -1).logsumexp(-1, keepdim=True)
+            total = torch.cat((scores, near), -1).logsumexp(-1, keepdim=True)
             by_row = (scores - total).amax(0)  # over heads
             clear = (by_row.amax(0) - bar).abs() > 0.1
-            if config.coarse_to_fine:  # only under candidates is anything looked at
-                above = (coarse - total).amax(0).cummax(0).values - bar - math.log(CANDIDATE_SHARE)
-                above = above.repeat_interleave(config.coarse_fan, -1)
-                by_row = by_row.where(above > 0, -math.inf)
-                clear &= (above.abs() > 0.1).all(0)
             wanted = by_row.amax(0) > bar
             wanted[layout.sink_pages(config.page_size)[stream]] = True
             got = torch.zeros_like(wanted)

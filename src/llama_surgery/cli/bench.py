@@ -42,16 +42,6 @@ def bench(
     variance_pool: Annotated[
         int, typer.Option(min=1, help="Channels whose variances are averaged.", rich_help_panel=_SIZES)
     ] = 1,
-    coarse_totals: Annotated[
-        bool,
-        typer.Option(
-            "--coarse-totals", help="A cheaper estimate of what rows add up to.", rich_help_panel=_SIZES
-        ),
-    ] = False,
-    pages_per_row: Annotated[
-        int | None,
-        typer.Option(help="A fixed count of pages instead of a density.", rich_help_panel=_SIZES),
-    ] = None,
     steps: Annotated[
         int, typer.Option(min=4, help="Decode steps of the model.", rich_help_panel=_SIZES)
     ] = 64,
@@ -82,8 +72,6 @@ def bench(
         page_size=page_size,
         moment_size=moment_size,
         tile=tile,
-        pages_per_row=pages_per_row,
-        coarse_totals=coarse_totals,
         variance_pool=variance_pool,
         theta_decode=None if tile == 1 else 0.01,
     )

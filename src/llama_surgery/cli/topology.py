@@ -32,7 +32,6 @@ _FIELDS: dict[str, Any] = {
     "theta_decode": _option(
         float | None, "The same for decoding, token by token: 0 reads everything. Set by --decode-density."
     ),
-    "pages_per_row": _option(int | None, "Instead of a threshold: every token opens this many pages."),
     "moment_size": _option(
         int | None,
         "Keys of the balls that pages are scored by; two levels of the tree below the page if left out.",
@@ -40,9 +39,6 @@ _FIELDS: dict[str, Any] = {
     "variance_pool": _option(
         int, "Channels whose variances are averaged for scoring: 1, or 8 to score at nearly half the cost."
     ),
-    "score_stride": _option(int, "Score only every n-th token of a tile."),
-    "coarse_to_fine": _option(bool, "Score coarse balls first and descend only where it pays."),
-    "coarse_totals": _option(bool, "Add up a row's far field from coarse balls, which costs less."),
     "summary": _option(
         str, "What stands in for pages that are not read: none, or means of each page or ball."
     ),
@@ -54,7 +50,7 @@ _FIELDS: dict[str, Any] = {
 SINGLE_THETA = 0.0106
 
 #: Fields whose default depends on others.
-_UNSET = ("theta", "theta_decode", "moment_size", "pages_per_row")
+_UNSET = ("theta", "theta_decode", "moment_size")
 
 
 def topology_options(command: Callable[..., None], **defaults: Any) -> Callable[..., None]:
@@ -97,10 +93,9 @@ def config_for(settings: dict[str, Any], tile: int) -> SurgeryConfig:
     """
     settings = {**settings, "tile": tile}
     if tile == 1:
-        # Tiles of one are decode steps: one threshold serves both, and there is nothing to stride over.
+        # Tiles of one are decode steps: one threshold serves both.
         decode = settings.pop("theta_decode", None)
         settings["theta"] = settings.get("theta", SINGLE_THETA) if decode is None else decode
-        settings["score_stride"] = 1
     return SurgeryConfig(**settings)
 
 

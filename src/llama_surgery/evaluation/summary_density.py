@@ -17,8 +17,7 @@ def summary_pairs(start: int, stop: int, config: SurgeryConfig, tile: int) -> fl
         config: The topology.
         tile: Queries of a tile: ``config.tile`` in prefill, 1 in decode steps.
     """
-    everything = config.pages_per_row is None and config.theta_for(tile) == 0
-    if not config.summarised or everything:
+    if not config.summarised or config.theta_for(tile) == 0:
         return 0.0
     closed = sum(
         (block.stop - block.start) * block.closed for block in query_blocks(start, stop, config, tile)

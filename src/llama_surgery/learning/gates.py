@@ -90,7 +90,7 @@ def gated_rows(
         rows: Which rows.
         log_theta: Global log θ.
         homotopy: λ and τ.
-        config: Geometry, tile and α.
+        config: Geometry and tile.
         scale: Scaling of q·k.
     """
     streams, heads, count, _ = queries.shape
@@ -106,7 +106,7 @@ def gated_rows(
 
     near_lse = logits[..., far:].masked_fill(hidden, -torch.inf).logsumexp(-1)
     pages = rows.closed * config.pages_per_chunk
-    scorer = Scorer(scale, config.alpha, None, router, config.variance_pool)
+    scorer = Scorer(scale, None, router, config.variance_pool)
     moments = balls.moments.first(pages * config.balls_per_page)
     scores = scorer(queries.flatten(1, 2), moments).unflatten(1, (heads, count))
     shares = _log_shares(scores, near_lse, pages)

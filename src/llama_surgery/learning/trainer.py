@@ -260,13 +260,9 @@ def check_settings(config: SurgeryConfig, windows: torch.Tensor, settings: Learn
     Raises:
         SurgeryError: Configuration, windows and settings do not fit together.
     """
-    if config.theta <= 0 or config.pages_per_row is not None or config.topology != "pages":
+    if config.theta <= 0 or config.topology != "pages":
         raise SurgeryError(
             "learning starts from pages opened by a threshold: calibrate θ for the density first."
-        )
-    if config.coarse_to_fine or config.coarse_totals or config.score_stride > 1:
-        raise SurgeryError(
-            "coarse_to_fine, coarse_totals and score_stride cannot be learned through: set them afterwards."
         )
     if "summary" in settings.parts and config.summary == "none":
         raise SurgeryError("parts='summary': the configuration has no summary to weigh, set one.")

@@ -18,7 +18,7 @@ class FrontierPoint:
         chunk_size: Tokens of a chunk.
         window: Tokens that always stay in the near field.
         tile: Queries of a prefill tile.
-        scoring: Which rows score which balls: ``all rows``, ``every 4th row``, ``coarse to fine`` …
+        scoring: Which rows score which balls: ``all rows``; in files of older releases others too.
         theta: Share above which a row opens a page.
         far_density: Executed far pairs over causal pairs.
         total_density: The same with the near field.

@@ -106,8 +106,6 @@ def _conditions(results: dict[str, Any]) -> list[tuple[str, str]]:
             f"in decode {config['theta_decode']:.3%}" if config["theta_decode"] else "decode reads everything"
         )
         budget = f"θ = {config['theta']:.3%}, {decode}"
-        if config.get("pages_per_row") is not None:
-            budget = f"{config['pages_per_row']} pages a row"
         listed.append(
             (
                 f"topology, {measured['name']}",

@@ -182,7 +182,7 @@ def attend_paged(
     since, full = closed * size, length // size
     near_states = cache.near(blocks[closed : (last - 1) // size + 1], max(0, full - closed))
     near_states = near_states[:, : last - since].to(queries.dtype)
-    scorer = Scorer(scale, config.alpha, None, router, config.variance_pool)
+    scorer = Scorer(scale, None, router, config.variance_pool)
     layout = cache.layout(blocks[: closed_chunks(last - 1, config, tile)])
     outs, lses, near_pairs = [], [], 0
     plans: list[Plan] = []

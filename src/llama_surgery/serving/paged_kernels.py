@@ -65,7 +65,7 @@ class KernelStates(PagedStates):
         states = self.states[blocks].flatten(0, 1)  # (n * kv_heads, chunk_size, 2 * head_dim)
         layout = build_layout(states[..., :dim], states[..., dim:], self.config, router)
         self.states[blocks] = torch.cat((layout.keys, layout.values), -1).unflatten(0, (-1, heads))
-        features = kernel_features(layout.moments, self.config, self.states.dtype)[-1]
+        features = kernel_features(layout.moments, self.config, self.states.dtype)
         self._features[blocks] = features.unflatten(0, (-1, heads))
         self._orders[blocks] = layout.order[:, 0].unflatten(0, (-1, heads))
         first = layout.sink_pages(self.config.page_size).int()
@@ -83,7 +83,7 @@ class KernelStates(PagedStates):
 
     @property
     def spreads(self) -> torch.Tensor:
-        """(blocks, kv_heads, balls, head_dim / variance_pool): α·½·σ², likewise."""
+        """(blocks, kv_heads, balls, head_dim / variance_pool): ½·σ², likewise."""
         return self._features[..., self.head_dim :]
 
     def order(self, blocks: torch.Tensor) -> torch.Tensor:
@@ -94,8 +94,7 @@ class KernelStates(PagedStates):
         """Order, features and moments of full chunks; keys and values stay where they are."""
         none = self.states[:0, 0]
         features = self._features[blocks].transpose(0, 1).flatten(1, 2)
-        levels = () if self.config.coarse_totals or self.config.coarse_to_fine else (features,)
-        return Layout(none, none, self.order(blocks), kernel_moments(features, self.config), levels)
+        return Layout(none, none, self.order(blocks), kernel_moments(features, self.config), features)
 
     @property
     def _features(self) -> torch.Tensor:

@@ -15,8 +15,8 @@ from llama_surgery.topology.layout import Layout, Moments
 #: times however long the text becomes.
 GROWTH = 16
 
-#: Name of the features of the finest level; coarser ones are -2 and -3.
-FINEST = "features -1"
+#: Name of what kernels score pages by.
+FEATURES = "features"
 
 #: Name of the mean values of what is summarised.
 MEAN_VALUES = "mean values"
@@ -101,11 +101,11 @@ class PageBuffers:
     def read_by_kernels(self) -> tuple[torch.Tensor, ...]:
         """What decode kernels read, at addresses a graph holds.
 
-        Keys, values, features of the finest level as ``kernel_features`` gives them for ``capacity`` tokens,
-        sink pages, and the mean values of what is summarised, if anything is.
+        Keys, values, features as ``kernel_features`` gives them for ``capacity`` tokens, sink pages, and the
+        mean values of what is summarised, if anything is.
         """
         pool, dim = self.config.variance_pool, self.keys.shape[-1]
-        features = self._held(FINEST, self.config.ball_size, self.keys, dim + dim // pool)
+        features = self._held(FEATURES, self.config.ball_size, self.keys, dim + dim // pool)
         read = (self.keys, self.values, features, self.sink_page)
         if self.config.summary == "none":
             return read
@@ -167,9 +167,8 @@ class PageBuffers:
         self.write(streams, start, layout.keys, layout.values)
         self._put("order", streams, start, tokens, layout.order)
         if self.kernels:
-            levels = kernel_features(layout.moments, self.config, layout.keys.dtype)
-            for index, features in enumerate(levels, start=-len(levels)):
-                self._put(f"features {index}", streams, start, tokens, features)
+            features = kernel_features(layout.moments, self.config, layout.keys.dtype)
+            self._put(FEATURES, streams, start, tokens, features)
             if self.config.summary != "none":
                 means = mean_values(layout.values, self.config).to(layout.values.dtype)
                 self._put(MEAN_VALUES, streams, start, tokens, means)
@@ -207,12 +206,10 @@ class PageBuffers:
             self._lent = max(self._lent, stop)
         read = {n: self._span(n, streams, stop) for n in self._tensors}
         if self.kernels:
-            names = sorted((name for name in read if name.startswith("features")), reverse=True)
-            features = tuple(read[name] for name in names)  # -2 before -1
-            moments = kernel_moments(features[-1], self.config)
+            moments = kernel_moments(read[FEATURES], self.config)
         else:
-            features, moments = (), Moments(read["mean"], read["variance"], self.config.ball_size)
-        return Layout(read["keys"], read["values"], read["order"], moments, features)
+            moments = Moments(read["mean"], read["variance"], self.config.ball_size)
+        return Layout(read["keys"], read["values"], read["order"], moments, read.get(FEATURES))
 
     def select(self, streams: torch.Tensor) -> "PageBuffers":
         """Buffers of the given streams (int64 indices, repeats allowed), copied."""

@@ -102,8 +102,6 @@ def calibrate(
             f"decode_density={decode_density} with tile=1: one threshold serves prompts and decode steps. "
             "Leave it out."
         )
-    if config.pages_per_row is not None:
-        raise SurgeryError("pages_per_row is set: there is no θ to calibrate. Leave it out.")
     inner = inner_model(model)
     usual = length is None
     length = usual_length(model) if length is None else length

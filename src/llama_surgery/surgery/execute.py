@@ -50,8 +50,7 @@ def run_layer(
         return decode_step(layer, paged, query, key, value, keywords)
     if paged.recording:
         raise SurgeryError(
-            "a step can be captured only where the decode kernels run it: a GPU, no float64, no gradients, "
-            "no coarse_to_fine."
+            "a step can be captured only where the decode kernels run it: a GPU, no float64, no gradients."
         )
     # Allocated as it is returned, so that it is contiguous: some architectures take views of it.
     returned = query.new_zeros(batch, new, heads, value.shape[-1])

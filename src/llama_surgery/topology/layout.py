@@ -75,18 +75,6 @@ def unpool_channels(groups: torch.Tensor, pool: int) -> torch.Tensor:
     return torch.cat((halves, halves), -1)
 
 
-def merge_moments(moments: Moments, children: int) -> Moments:
-    """Exact moments of parents of ``children`` consecutive, equally large balls.
-
-    Law of total variance: the parent's variance is the mean of the children's variances plus the
-    variance of their means.
-    """
-    means = moments.mean.unflatten(1, (-1, children))
-    between, mean = torch.var_mean(means, dim=2, correction=0)
-    within = moments.variance.unflatten(1, (-1, children)).mean(2)
-    return Moments(mean, within + between, moments.size * children)
-
-
 @dataclasses.dataclass(frozen=True)
 class Layout:
     """Full chunks in tree order. A *stream* is one KV head of one sequence.
@@ -96,15 +84,15 @@ class Layout:
         values: (streams, chunks * chunk_size, value_dim), the same order.
         order: (streams, chunks, chunk_size) int16, the original offset of every slot.
         moments: Moments of balls of ``moment_size`` keys.
-        features: What kernels score the pages by, where it was kept: μ and α·½·σ² side by side,
-            (streams, balls, head_dim + head_dim / variance_pool) for each level, coarse to fine.
+        features: What kernels score the pages by, where it was kept: μ and ½·σ² side by side,
+            (streams, balls, head_dim + head_dim / variance_pool).
     """
 
     keys: torch.Tensor
     values: torch.Tensor
     order: torch.Tensor
     moments: Moments
-    features: tuple[torch.Tensor, ...] = ()
+    features: torch.Tensor | None = None
 
     @property
     def chunks(self) -> int:

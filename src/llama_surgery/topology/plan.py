@@ -76,9 +76,12 @@ def plan_from_first_open(first_open: torch.Tensor, block: Block, tile: int) -> P
     return Plan(block, tile, pages.where(first < tile, -1), first, counts)
 
 
-def plan_of_everything(block: Block, tile: int, pages: int, streams: int, device: torch.device) -> Plan:
-    """All ``pages`` closed pages, open from every tile's first row on."""
-    tiles = tiles_of(block, tile)
-    listed = torch.arange(pages, device=device).expand(streams, tiles, pages)
-    counts = torch.full((streams, tiles), pages, device=device)
-    return Plan(block, tile, listed, torch.zeros_like(listed), counts, everything=True)
+def plan_of_everything(block: Block, tile: int, pages: int, sink_pages: torch.Tensor) -> Plan:
+    """All ``pages`` closed pages, opened by every tile's first row; ``sink_pages`` (streams,) need none."""
+    tiles, streams = tiles_of(block, tile), len(sink_pages)
+    listed = torch.arange(pages, device=sink_pages.device).expand(streams, tiles, pages)
+    counts = listed.new_full((streams, tiles), pages)
+    first_open = torch.zeros_like(listed)
+    first_open[:, 0] = block.start % tile
+    first_open[:, 0].scatter_(-1, sink_pages[:, None], 0)
+    return Plan(block, tile, listed, first_open, counts, everything=True)

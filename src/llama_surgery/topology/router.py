@@ -18,7 +18,7 @@ class PageRouter:
         offset: (kv_heads, group) added to log θ: a head with a positive offset opens fewer pages. θ itself
             stays the one global threshold that calibration sets for a density.
         mean_weight: (kv_heads, group, head_dim) weights of the channels of q·μ in the page score.
-        variance_weight: (kv_heads, group, head_dim) weights of the channels of q²·σ²; multiplies α.
+        variance_weight: (kv_heads, group, head_dim) weights of the channels of q²·σ².
         key_map: (kv_heads, head_dim, head_dim) linear map of keys, ``key_map @ k``, before a chunk's splits.
             It changes which keys are neighbours; keys, moments and scores stay those of the model.
         summary: (kv_heads, group) log of how much the summary of unseen pages counts, where the configuration
@@ -89,7 +89,7 @@ class PageRouter:
 
         Args:
             queries: (streams, heads * rows, head_dim), scaled.
-            spread: Same shape, ``α·½·queries²``.
+            spread: Same shape, ``½·queries²``.
         """
         return _weighted(queries, self.mean_weight), _weighted(spread, self.variance_weight)
 

@@ -9,17 +9,14 @@ import torch
 
 from llama_surgery.config import SurgeryConfig
 from llama_surgery.topology.geometry import Block
-from llama_surgery.topology.layout import Layout, Moments, merge_moments, pool_channels
+from llama_surgery.topology.layout import Layout, Moments, pool_channels
 from llama_surgery.topology.plan import Plan, plan_from_first_open, plan_of_everything, tiles_of
 from llama_surgery.topology.router import PageRouter
 
-#: Called with the log shares (streams, tiles, scored rows of a tile, pages), -inf for rows outside the
-#: block and 0 for the page that is always open, and the block: how calibration listens.
+#: Called with the log shares (streams, tiles, rows of a tile, pages), -inf for rows outside the block
+#: and 0 for the page that is always open, and the block: how calibration listens.
 ShareListener = Callable[[torch.Tensor, Block], None]
 
-
-#: Share of θ that a ball must promise by its own moments for what it holds to be looked at (coarse to fine).
-CANDIDATE_SHARE = 0.25
 #: Least variance term that a root is taken of: its derivative stays finite.
 _LEAST = 1e-8
 
@@ -28,20 +25,19 @@ _LEAST = 1e-8
 class Scorer:
     """The page score of one layer.
 
-    ``score(q, B) = log|B| + s·(q·μ) + α·½·s²·(q²·σ²)``: the diagonal second-order expansion of
-    ``log Σ_{k in B} exp(s·q·k)``. Where logits are capped, ``c·tanh(x / c)``, mean and slope pass through
-    the cap (delta method).
+    ``score(q, B) = log|B| + s·(q·μ) + bounded(t)`` with ``t = ½·s²·(q²·σ²)``: the diagonal second-order
+    expansion of ``log Σ_{k in B} exp(s·q·k)``, its variance term put in bounds by
+    :func:`bounded_variance_term`. Where logits are capped, ``c·tanh(x / c)``, mean and slope pass through the
+    cap (delta method).
 
     Attributes:
         scale: s, the module's own scaling of q·k.
-        alpha: α, weight of the variance term.
         softcap: c, or None.
         router: Learned corrections, one for every stream, or None.
         pool: Channels whose variances are averaged: σ² of each is then the mean over them.
     """
 
     scale: float
-    alpha: float = 1.0
     softcap: float | None = None
     router: PageRouter | None = None
     pool: int = 1
@@ -57,21 +53,16 @@ class Scorer:
             (streams, rows, balls), the moments' dtype.
         """
         queries, spread, variance = self._factors(queries, moments)
-        if self.softcap is None:
-            # One matrix product of [q, q²] with [μ, ½σ²].
-            features = torch.cat((moments.mean, variance), -1).transpose(1, 2)
-            scores = torch.cat((queries, spread), -1) @ features
-        else:
-            scores = torch.add(*self._terms(queries, spread, moments.mean, variance))
-        return scores.add_(math.log(moments.size))
+        linear, quadratic = self._terms(queries, spread, moments.mean, variance)
+        return linear + (bounded_variance_term(quadratic, moments.size) + math.log(moments.size))
 
     def weights(self, queries: torch.Tensor, moments: Moments) -> torch.Tensor:
         """Log of what every ball weighs, where it stands in for its keys.
 
-        The score with its variance term t put in bounds: ``log cosh √(2t)``, which is t while that is small
-        and is exact for two equally large groups of keys on both sides of their mean. The second-order term
-        itself grows without end: right for opening a page rather than missing one, but where nothing is
-        opened it gives balls more than their largest key could.
+        The score with another bound on its variance term t: ``log cosh √(2t)``, which is t while that is
+        small and is exact for two equally large groups of keys on both sides of their mean. What keys can
+        reach at most is right for opening a page rather than missing one, but where nothing is opened it
+        would give balls more than almost all of them weigh.
 
         Args:
             queries: (streams, rows, head_dim), rows of all heads of the group.
@@ -91,7 +82,7 @@ class Scorer:
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """What multiplies means and variances, with the learned weights of channels, and the variances."""
         queries = queries.to(moments.mean.dtype) * self.scale
-        spread = queries.square() * (0.5 * self.alpha)
+        spread = queries.square() * 0.5
         if self.router is not None:
             queries, spread = self.router.weigh(queries, spread)
         variance = pool_channels(moments.variance, self.pool) / self.pool
@@ -115,6 +106,26 @@ class Scorer:
         return shares.amax(1)
 
 
+def bounded_variance_term(term: torch.Tensor, size: int) -> torch.Tensor:
+    """The second-order variance term ½v of a ball's score, at most what ``size`` keys can reach.
+
+    ½v is what normally distributed logits of variance v add to their mean. It grows without end: a wide ball
+    of a sharp head would promise e^14 times what its keys can weigh, and the row's total, and so every share,
+    would be wrong by as much. Keys are finitely many: of b logits with a given mean and variance those add
+    most that are one outlier among equals, ``log((1/b)·e^√((b-1)v) + ((b-1)/b)·e^-√(v/(b-1)))``.
+    The smaller of the two is returned: ½v while v is small.
+
+    Args:
+        term: ½v, any shape; below 0 (learned weights may be) it is returned as it is.
+        size: b, keys of a ball.
+    """
+    if size == 1:
+        return term
+    root = (2 * (size - 1) * term).clamp_min(_LEAST).sqrt()
+    rest = (size - 1) * torch.exp(root * (-size / (size - 1)))
+    return torch.minimum(term, root + torch.log1p(rest) - math.log(size))
+
+
 def log_shares(
     scores: torch.Tensor, near_lse: torch.Tensor, sink_logit: torch.Tensor | None, scorer: Scorer
 ) -> torch.Tensor:
@@ -129,16 +140,10 @@ def log_shares(
     Returns:
         (streams, rows, balls).
     """
-    total = _total(scores, near_lse, sink_logit)
-    return scorer.largest(scores.sub_(total.unsqueeze(-1)))
-
-
-def _total(scores: torch.Tensor, near_lse: torch.Tensor, sink_logit: torch.Tensor | None) -> torch.Tensor:
-    """Log-sum-exp of a row's whole attention, (streams, heads, rows); arguments of :func:`log_shares`."""
     total = torch.logaddexp(scores.logsumexp(-1), near_lse.to(scores.dtype))
     if sink_logit is not None:
         total = torch.logaddexp(total, sink_logit.to(scores.dtype)[..., None])
-    return total
+    return scorer.largest(scores.sub_(total.unsqueeze(-1)))
 
 
 def select(
@@ -163,46 +168,24 @@ def select(
         layout: At least ``block.closed`` chunks.
         near_lse: (streams, heads, rows) from the near field's pass.
         block: With at least one closed chunk.
-        config: Rule, θ and strides.
+        config: Rule and θ.
         tile: Queries of a tile, ``config.tile`` or 1.
         scorer: The layer's page score.
         sink_logit: (streams, heads) attention-sink parameters of models that have them.
         listener: Hears the log shares.
     """
-    if config.theta_for(tile) == 0 and config.pages_per_row is None and listener is None:
+    if config.theta_for(tile) == 0 and listener is None:
         # Nothing to choose: no page needs a score.
         pages = block.closed * config.pages_per_chunk
-        return plan_of_everything(block, tile, pages, queries.shape[0], queries.device)
-    stride = min(config.score_stride, tile)
+        return plan_of_everything(block, tile, pages, layout.sink_pages(config.page_size))
     rows = torch.arange(block.start, block.stop, device=queries.device)
-    lead = -block.start % stride
-    scored: slice | torch.Tensor = slice(lead, None, stride)
-    if lead:  # a call that begins between scored rows: its first row opens pages for those up to the next
-        scored = torch.cat((rows[:1], rows[scored])) - block.start
-    queries, near_lse, rows = queries[:, :, scored], near_lse[:, :, scored], rows[scored]
     moments = layout.moments.first(block.closed * config.pages_per_chunk * config.balls_per_page)
     theta = config.theta_for(tile)
     opening = math.log(theta) if theta > 0 else -math.inf
-    whole = _TileRows(rows, block, tile, stride)
-    candidate = None
-    if config.coarse_to_fine:
-        shares, candidate = _descend(queries, moments, near_lse, config, scorer, sink_logit, opening, whole)
-    else:
-        scores = _page_scores(queries, moments, scorer, config)
-        if config.coarse_totals and tile > 1:
-            total = _total(_coarse_scores(queries, moments, config, scorer), near_lse, sink_logit)
-            scores = scorer.largest(scores.sub_(total.unsqueeze(-1)))
-        else:
-            scores = log_shares(scores, near_lse, sink_logit, scorer)
-        shares = whole.embed(scores, -math.inf)
-    if config.pages_per_row is None:
-        opened = shares > opening
-    else:
-        most = min(config.pages_per_row, shares.shape[-1])
-        opened = torch.zeros_like(shares, dtype=torch.bool)
-        opened.scatter_(-1, shares.topk(most, dim=-1).indices, True)
-    if candidate is not None:
-        opened &= candidate
+    whole = _TileRows(rows, block, tile)
+    scores = _page_scores(queries, moments, scorer, config)
+    shares = whole.embed(log_shares(scores, near_lse, sink_logit, scorer), -math.inf)
+    opened = shares > opening
     place = whole.embed((rows % tile).to(torch.int16)[None, :, None], tile)
     first_open = torch.where(opened, place, tile).amin(2).long()
     sink = layout.sink_pages(config.page_size)[:, None, None].expand(-1, whole.tiles, 1)
@@ -212,78 +195,30 @@ def select(
 
 
 class _TileRows(NamedTuple):
-    """Where a block's scored rows lie in the whole tiles that the block touches."""
+    """Where a block's rows lie in the whole tiles that the block touches."""
 
     rows: torch.Tensor
     block: Block
     tile: int
-    stride: int
 
     @property
     def tiles(self) -> int:
         return tiles_of(self.block, self.tile)
 
     def embed(self, values: torch.Tensor, absent: float) -> torch.Tensor:
-        """(streams, rows, pages) to (streams, tiles, scored rows of a tile, pages)."""
-        per_tile = self.tile // self.stride
-        if values.shape[1] != self.tiles * per_tile:
-            place = (self.rows - self.block.start // self.tile * self.tile) // self.stride
-            shape = (values.shape[0], self.tiles * per_tile, values.shape[2])
+        """(streams, rows, pages) to (streams, tiles, rows of a tile, pages)."""
+        if values.shape[1] != self.tiles * self.tile:
+            place = self.rows - self.block.start // self.tile * self.tile
+            shape = (values.shape[0], self.tiles * self.tile, values.shape[2])
             values = values.new_full(shape, absent).index_copy_(1, place, values)
-        return values.unflatten(1, (self.tiles, per_tile))
-
-
-def _scores(queries: torch.Tensor, moments: Moments, scorer: Scorer) -> torch.Tensor:
-    heads, rows = queries.shape[1:3]
-    return scorer(queries.flatten(1, 2), moments).unflatten(1, (heads, rows))
+        return values.unflatten(1, (self.tiles, self.tile))
 
 
 def _page_scores(
     queries: torch.Tensor, moments: Moments, scorer: Scorer, config: SurgeryConfig
 ) -> torch.Tensor:
     """Scores of pages: the log-sum-exp of the scores of their balls."""
-    scores = _scores(queries, moments, scorer)
+    scores = scorer(queries.flatten(1, 2), moments).unflatten(1, queries.shape[1:3])
     if config.balls_per_page == 1:
         return scores
     return scores.unflatten(-1, (-1, config.balls_per_page)).logsumexp(-1)
-
-
-def _coarse_scores(
-    queries: torch.Tensor, balls: Moments, config: SurgeryConfig, scorer: Scorer
-) -> torch.Tensor:
-    """Scores of coarse balls of ``coarse_fan`` pages, by their own moments."""
-    return _scores(queries, merge_moments(balls, config.balls_per_page * config.coarse_fan), scorer)
-
-
-def _descend(
-    queries: torch.Tensor,
-    balls: Moments,
-    near_lse: torch.Tensor,
-    config: SurgeryConfig,
-    scorer: Scorer,
-    sink_logit: torch.Tensor | None,
-    opening: float,
-    whole: _TileRows,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Log shares of pages and whether each is a candidate at all, coarse to fine.
-
-    Totals come from coarse balls of ``coarse_fan`` pages. A ball is a candidate for a row when, by its own
-    moments, some row up to that one of the tile expects more than CANDIDATE_SHARE · θ of it, and the ball
-    around it is a candidate; only under candidates is anything finer looked at.
-
-    Returns:
-        Both (streams, tiles, scored rows of a tile, pages). Shares are those of all pages.
-    """
-    bar = opening + math.log(CANDIDATE_SHARE)
-    coarse = _coarse_scores(queries, balls, config, scorer)
-    total = _total(coarse, near_lse, sink_logit)
-
-    def shares_of(scores: torch.Tensor) -> torch.Tensor:
-        return whole.embed(scorer.largest(scores.sub_(total.unsqueeze(-1))), -math.inf)
-
-    candidate = (shares_of(coarse) > bar).cummax(2).values.repeat_interleave(config.coarse_fan, dim=-1)
-    shares = shares_of(_page_scores(queries, balls, scorer, config))
-    if config.balls_per_page > 1:
-        pages = shares_of(_scores(queries, merge_moments(balls, config.balls_per_page), scorer))
-        candidate = ((pages > bar) & candidate).cummax(2).values
-    return shares, candidate

@@ -28,10 +28,8 @@ from llama_surgery.attention.impl.triton import (
     helpers,
     hopper,
     hopper_attend_kernel,
-    hopper_select_kernel,
     job,
     layout,
-    page_count,
     prefill,
     selection,
     summary,
@@ -64,8 +62,7 @@ PROCESSORS = 132
 #: Kernels by the module that launches them.
 KERNELS = {
     prefill: ("attend_kernel",),
-    selection: ("totals_kernel", "list_kernel", "descend_kernel"),
-    page_count: ("share_kernel",),
+    selection: ("totals_kernel", "list_kernel"),
     summary: ("summary_kernel",),
     layout: (
         "map_kernel",
@@ -85,7 +82,6 @@ KERNELS = {
     decode: ("score_kernel", "open_kernel", "merge_kernel"),
     token_mask: ("window_kernel", "ball_list_kernel", "ball_kernel"),
     hopper_attend_kernel: ("hopper_attend_kernel",),
-    hopper_select_kernel: ("hopper_select_kernel",),
 }
 
 
@@ -213,7 +209,6 @@ def launch_decode(states: torch.Tensor, config: SurgeryConfig, family: str, extr
         (coarse, 1, True),
         (by_ball, 1, False),
         (by_page, 8, True),
-        (dataclasses.replace(config, pages_per_row=4), 1, False),
     ):
         cache = decode_cache.make_cache(rule, 1, streams, 1 << 16, dim, dtype=states.dtype, device="cpu")
         if paged:
@@ -250,13 +245,11 @@ def compile_all(
     extra: dict[str, Any] = {"softcap": 50.0, "sink_logit": torch.zeros(8, heads)} if wide else {}
     pooled = dataclasses.replace(config, variance_pool=8, summary="page")
     by_ball = dataclasses.replace(config, summary="ball")
-    descent = dataclasses.replace(config, coarse_to_fine=True)
-    counted = dataclasses.replace(config, pages_per_row=4)
-    for rule in (config, pooled, by_ball, descent, counted):
+    for rule in (config, pooled, by_ball):
         prefill.attend(states, keys, keys, built, config=rule, start=0, **extra)
-    for rule in (pooled, descent):
+    for rule in (config, pooled):
         prefill.attend(states, keys, keys, built, config=rule, start=0, router=learned, **extra)
-    fast = dataclasses.replace(config, page_size=64, moment_size=64, variance_pool=8, coarse_totals=True)
+    fast = dataclasses.replace(config, page_size=64, moment_size=64, variance_pool=8)
     coarse = build_layout(keys[:, :1536], keys[:, :1536], fast)
     prefill.attend(states, keys, keys, coarse, config=fast, start=0, **extra)
     prefill.attend(states[:, :, :64], keys[:, :64], keys[:, :64], None, config=fast, start=0, **extra)

@@ -24,7 +24,7 @@ from llama_surgery.attention.impl.triton.helpers import ENTRY, FLOOR, LN2, LOG2E
 from llama_surgery.attention.impl.triton.tuning import Tuning
 
 PACKAGE = "llama_surgery.attention.impl.triton"
-MODULES = ("hopper_helpers", "hopper_attend_kernel", "hopper_select_kernel")
+MODULES = ("hopper_helpers", "hopper_attend_kernel")
 
 #: Seconds after which a wait is taken for one without end.
 PATIENCE = 20.0
@@ -223,14 +223,6 @@ def elementwise(tensors: Callable[..., Any], numbers: Callable[..., Any]) -> Cal
     return call
 
 
-def assembly(code: str, constraints: str, given: list[torch.Tensor], *_: Any, **__: Any) -> torch.Tensor:
-    if code.startswith("mul.rn.bf16x2 $0, $1, $1"):
-        return given[0] * given[0]
-    assert code.startswith("popc.b64")
-    bits = torch.as_tensor(given[0])[..., None] >> torch.arange(64) & 1
-    return values(bits.sum(-1).int())
-
-
 class Launches:
     """Programs and partitions as threads, and what stands for Gluon in them."""
 
@@ -273,10 +265,10 @@ class Launches:
             arange=lambda start, stop, layout: values(torch.arange(start, stop, dtype=torch.int32)),
             convert_layout=lambda x, layout: x,
             where=elementwise(torch.where, lambda c, a, b: a if c else b),
-            minimum=elementwise(torch.minimum, min), maximum=elementwise(torch.maximum, max),
+            maximum=elementwise(torch.maximum, max),
             exp2=elementwise(torch.exp2, lambda x: 2.0**x), log2=torch.log2,
-            max=reduce("amax"), min=reduce("amin"), sum=reduce("sum"),
-            load=load, store=store, inline_asm_elementwise=assembly, allocate_shared_memory=shared,
+            max=reduce("amax"), sum=reduce("sum"),
+            load=load, store=store, allocate_shared_memory=shared,
             program_id=lambda axis: Number(self.here.number), num_programs=lambda axis: self.here.programs,
             atomic_add=self.add, warp_specialize=self.specialise,
         )  # fmt: skip
@@ -314,9 +306,7 @@ class Launches:
     def kernel(self, source: Callable[..., None], names: list[str]) -> Any:
         """What launches a kernel."""
 
-        def launch(
-            grid: tuple[int], *given: Any, num_warps: int, maxnreg: int = 255, **constants: Any
-        ) -> None:
+        def launch(grid: tuple[int], *given: Any, num_warps: int, **constants: Any) -> None:
             arguments = {
                 name: Pointer(value) if isinstance(value, torch.Tensor) else value
                 for name, value in (dict(zip(names, given, strict=False)) | constants).items()
@@ -369,7 +359,7 @@ def emulated(monkeypatch: pytest.MonkeyPatch, processors: int = 2) -> Iterator[N
 
     stand_ins = {
         "gl": language, "fetch": fetch, "closed_chunks": closed, "barrier": lambda: None,
-        "warpgroup_mma": product, "warpgroup_mma_wait": wait_for_products, "fence_async_shared": lambda: None,
+        "warpgroup_mma": product, "warpgroup_mma_wait": wait_for_products,
         "mbarrier": SimpleNamespace(
             MBarrierLayout=lambda: "mbarrier", init=init, expect=expect,
             arrive=lambda barrier, count: barrier.update(count, 0), wait=Barrier.wait,
@@ -383,7 +373,7 @@ def emulated(monkeypatch: pytest.MonkeyPatch, processors: int = 2) -> Iterator[N
             for name, own in list(vars(module).items()):
                 if name in stand_ins:
                     patch.setattr(module, name, stand_ins[name])
-                elif name in ("hopper_attend_kernel", "hopper_select_kernel"):
+                elif name == "hopper_attend_kernel":
                     patch.setattr(module, name, launches.kernel(own.fn, own.arg_names))
                 elif isinstance(own, GluonJITFunction):
                     patch.setattr(module, name, _ring(own.fn) if name == "make_ring" else own.fn)

@@ -12,10 +12,7 @@ from llama_surgery.bench.measure import Deadline, environment
 from llama_surgery.config import SurgeryConfig
 
 
-@pytest.mark.parametrize("descend", [False, True], ids=["flat", "coarse to fine"])
-def test_prefill(
-    device: torch.device, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, descend: bool
-) -> None:
+def test_prefill(device: torch.device, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in {"STREAMS": 1, "HEADS": 2, "DIM": 16}.items():
         monkeypatch.setattr(prefill_case, name, value)
     monkeypatch.setattr(prefill, "FLEX_LIMIT", 0)
@@ -25,7 +22,6 @@ def test_prefill(
         window=32,
         tile=32,
         moment_size=16,
-        coarse_to_fine=descend,
     )
     setting = prefill.Setting(config, 0.1, parts=True)
     given = {"device": device, "dtype": torch.float32}

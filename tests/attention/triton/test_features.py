@@ -9,44 +9,40 @@ from llama_surgery.attention.heard import rounded_moments
 from llama_surgery.attention.impl.triton.job import LARGEST_SQUARE, moments_from, page_features
 from llama_surgery.config import SurgeryConfig
 from llama_surgery.errors import SurgeryError
-from llama_surgery.topology.layout import merge_moments, moments_of, pool_channels
+from llama_surgery.topology.layout import moments_of, pool_channels
 
 
 @pytest.mark.usefixtures("poisoned")
-@pytest.mark.parametrize("children", [1, 3])
 @pytest.mark.parametrize(("dim", "pool"), [(16, 1), (40, 1), (64, 8), (80, 8), (24, 2)])
-def test_features_are_moments_pooled_and_merged(
-    dim: int, pool: int, children: int, device: torch.device
-) -> None:
-    keys = torch.randn(2, 6 * 17 * children, dim, device=device)
+def test_features_are_moments_pooled(dim: int, pool: int, device: torch.device) -> None:
+    keys = torch.randn(2, 6 * 17, dim, device=device)
     keys[0, :6, 3] = 1e4  # a variance beyond what half precision holds
     moments = moments_of(keys, 6)
-    got = page_features(moments, 0.8, torch.float32, pool, children)
-    merged = merge_moments(moments, children)
-    spread = (pool_channels(merged.variance, pool) * (0.5 * 0.8 / pool)).clamp_max(LARGEST_SQUARE)
+    got = page_features(moments, torch.float32, pool)
+    spread = (pool_channels(moments.variance, pool) * (0.5 / pool)).clamp_max(LARGEST_SQUARE)
     mean, half = got.split((dim, dim // pool), -1)
-    torch.testing.assert_close(mean, merged.mean, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(mean, moments.mean, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(half, spread, rtol=1e-4, atol=1e-5)
 
 
 def test_moments_come_back(device: torch.device) -> None:
-    config = SurgeryConfig(variance_pool=4, alpha=0.5, moment_size=8)
+    config = SurgeryConfig(variance_pool=4, moment_size=8)
     moments = moments_of(torch.randn(2, 64, 16, device=device), 8)
-    back = moments_from(page_features(moments, config.alpha, torch.float32, 4), config)
+    back = moments_from(page_features(moments, torch.float32, 4), config)
     torch.testing.assert_close(back.mean, moments.mean)
     torch.testing.assert_close(pool_channels(back.variance, 4), pool_channels(moments.variance, 4))
     with pytest.raises(SurgeryError, match="variance_pool=6 does not divide head_dim=16"):
-        page_features(moments, 1.0, torch.float32, 6)
+        page_features(moments, torch.float32, 6)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("pool", [1, 4])
 def test_plain_pytorch_rounds_as_the_kernel_does(dtype: torch.dtype, pool: int, device: torch.device) -> None:
-    config = SurgeryConfig(variance_pool=pool, alpha=0.5, moment_size=8)
+    config = SurgeryConfig(variance_pool=pool, moment_size=8)
     keys = torch.randn(2, 64, 16, device=device)
     keys[0, :8, 3] = 1e4 * torch.arange(8, device=device)
     moments = moments_of(keys, 8)
-    kept = moments_from(page_features(moments, config.alpha, dtype, pool), config)
+    kept = moments_from(page_features(moments, dtype, pool), config)
     rounded = rounded_moments(moments, config, dtype)
     if dtype == torch.float16 or keys.is_cuda:  # the interpreter cuts bfloat16 off where a GPU rounds
         assert torch.equal(rounded.mean, kept.mean)

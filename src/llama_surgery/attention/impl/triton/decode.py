@@ -17,7 +17,6 @@ from llama_surgery.attention.impl.triton.decode_shape import Shape
 from llama_surgery.attention.impl.triton.decode_tuning import DecodeTuning, decode_tuning_for
 from llama_surgery.attention.impl.triton.helpers import launching
 from llama_surgery.attention.impl.triton.job import EVERYWHERE
-from llama_surgery.attention.impl.triton.page_count import row_bars
 from llama_surgery.attention.impl.triton.tuning import family_of
 from llama_surgery.config import SurgeryConfig
 from llama_surgery.errors import SurgeryError
@@ -140,10 +139,6 @@ def decode(
         )
         if shape.far_splits:
             theta = config.theta_for(1)
-            bars = None
-            if config.pages_per_row is not None:
-                near = part_lse[:, : shape.splits]
-                bars = row_bars(config, scores, sums, near, cache.lengths, sink_logit, router)
             open_kernel[(shape.far_splits, blocks)](
                 queries,
                 cache.keys,
@@ -156,7 +151,6 @@ def decode(
                 cache.mean_values,
                 scores,
                 weights,
-                bars,
                 sums,
                 part_out,
                 part_lse,
@@ -220,8 +214,6 @@ def decode_obstacle(config: SurgeryConfig, queries: torch.Tensor, values: torch.
         )
     if torch.is_grad_enabled() and queries.requires_grad:
         return "decode steps are not differentiated; use torch.no_grad()"
-    if config.coarse_to_fine:
-        return "single rows score all pages, but the configuration says coarse_to_fine"
     return obstacle(config, queries, values, 1)
 
 

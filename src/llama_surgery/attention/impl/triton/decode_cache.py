@@ -37,7 +37,7 @@ class DecodeCache:
         keys: (sequences, kv_heads, blocks, chunk_size, head_dim), any strides but the last, which is 1.
         values: (sequences, kv_heads, blocks, chunk_size, value_dim), likewise.
         means: (sequences, kv_heads, blocks, balls of a chunk, head_dim), μ of balls, the keys' dtype.
-        spreads: (sequences, kv_heads, blocks, balls of a chunk, head_dim / variance_pool), α·½·σ², strides of
+        spreads: (sequences, kv_heads, blocks, balls of a chunk, head_dim / variance_pool), ½·σ², strides of
             ``means``. See :func:`feature_blocks`.
         sink_page: (sequences, kv_heads, blocks) int32, page of a block that holds its first position; looked
             up for a sequence's first chunk.
@@ -176,7 +176,7 @@ def load_sequence(
     expect("values", values, (*keys.shape[:2], cache.values.shape[-1]), cache.keys.dtype, cache.keys.device)
     held_keys, held_values = (x[sequence].view(heads, cache.capacity, -1) for x in (cache.keys, cache.values))
     if layout is not None:
-        features = page_features(layout.moments, config.alpha, cache.means.dtype, config.variance_pool)
+        features = page_features(layout.moments, cache.means.dtype, config.variance_pool)
         means, spreads = feature_blocks(features, config, heads)
         held_keys[:, :full] = layout.keys
         held_values[:, :full] = layout.values
@@ -256,7 +256,7 @@ def fill_chunks(cache: DecodeCache, router: PageRouter | None = None) -> None:
     # Memory that holds no chunk yet may hold anything, NaN included.
     known = torch.where(mask, old_keys, 0.0)
     layout = build_layout(known.flatten(0, 1), old_values.flatten(0, 1), config, router)
-    features = page_features(layout.moments, config.alpha, cache.means.dtype, config.variance_pool)
+    features = page_features(layout.moments, cache.means.dtype, config.variance_pool)
     means, spreads = (x.squeeze(2) for x in feature_blocks(features, config, cache.kv_heads))
     replaced = [
         (cache.keys, layout.keys.view_as(old_keys)),

@@ -15,6 +15,7 @@ from llama_surgery.attention.impl.triton.decode_append_kernel import block_of
 from llama_surgery.attention.impl.triton.helpers import (
     FLOOR,
     LOG2E,
+    ball_scores,
     ball_terms,
     ball_weights,
     cap_logits,
@@ -230,7 +231,7 @@ def score_kernel(
             mean = load_rows(mean_base, cells, 1, present, DIM, DIM_PAD, True)
             spread = load_rows(spread_base, cells, 1, present, SPREAD, SPREAD_PAD, True)
             along, across = ball_terms(q, squares, mean, spread, scale, softcap, CAP)
-            scores = (along + across) * LOG2E + LOG2_BALL
+            scores = ball_scores(along, across, LOG2_BALL, PAGE // BALLS)
             if BALLS > 1:
                 scores = sum_of_balls(scores, present, BLOCK_PAGES, BALLS_PAD)
             if UNITS > 0:

@@ -31,7 +31,6 @@ def open_kernel(
     means_ptr,
     scores_ptr,
     weights_ptr,
-    bar_ptr,
     sums_ptr,
     part_out_ptr,
     part_lse_ptr,
@@ -92,8 +91,6 @@ def open_kernel(
     Grid: (far_splits, streams * blocks of queries). Writes partial results behind those of the first
     ``splits`` programs, and counts (streams, far_splits, queries, 2) int32: pages that the query opened,
     and pages that its program read. ``offset_ptr`` (KV_HEADS, HEADS) float32, or None, is added to log θ.
-    ``bar_ptr`` (streams, queries) float32, if not None, holds for each query the log2 of the share that opens
-    a page, instead of ``log2_bar``.
     """
     stream, first, length, row, head, closed, live = rows_of(
         lengths_ptr, capacity, dense_until,
@@ -138,9 +135,6 @@ def open_kernel(
         if UNITS > 0:
             weights_base = weights_ptr + stream * (capacity // PAGE * UNITS) * ROWS * HEADS
             means_base = means_ptr + sequence * means_sequence + kv_head * means_head
-        bar = log2_bar
-        if bar_ptr is not None:
-            bar = tl.load(bar_ptr + stream * ROWS + first + query, mask=is_query, other=float("inf"))[None, :]
         far = closed_chunks(length + first + query, CHUNK, WINDOW, dense_until) * per_chunk
         far = tl.where(is_query & (length + first + query < capacity), far, 0)
         bit = tl.full([WORD], 1, tl.int64) << place.to(tl.int64)
@@ -148,7 +142,7 @@ def open_kernel(
         mine = (pages - split + far_splits - 1) // far_splits
         for word in range(0, mine, WORD):
             share = tl.reshape(score - row_total[None, :], [WORD, ROWS_PAD, HEADS_PAD])
-            opened = (tl.max(share, 2) > bar) | (page == sink_page)[:, None]
+            opened = (tl.max(share, 2) > log2_bar) | (page == sink_page)[:, None]
             opened = (opened & (page[:, None] < far[None, :])).to(tl.int64)
             some = tl.max(opened, 1)
             count = tl.sum(some, 0).to(tl.int32)

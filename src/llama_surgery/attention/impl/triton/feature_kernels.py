@@ -15,35 +15,23 @@ def feature_kernel(
     out_stream,
     out_row,
     balls,
-    half_alpha,
     largest,
-    CHILDREN: tl.constexpr,
     DIM: tl.constexpr,
     DIM_PAD: tl.constexpr,
     SPREAD: tl.constexpr,
     SPREAD_PAD: tl.constexpr,
     BALLS: tl.constexpr,
 ):
-    """μ and α·½·σ² of balls of CHILDREN balls each, σ² pooled over DIM / SPREAD channels.
+    """μ and ½·σ² of balls, σ² pooled over DIM / SPREAD channels.
 
-    Moments (streams, balls * CHILDREN, DIM) float32, rows contiguous. Grid: (balls / BALLS rounded up,
-    streams). A parent's variance is the mean of its children's plus the variance of their means.
+    Moments (streams, balls, DIM) float32, rows contiguous. Grid: (balls / BALLS rounded up, streams).
     """
     stream = tl.program_id(1).to(tl.int64)
     ball = tl.program_id(0) * BALLS + tl.arange(0, BALLS)
     present = ball < balls
     means, variances = mean_ptr + stream * moment_stream, variance_ptr + stream * moment_stream
-    mean = tl.zeros([BALLS, DIM_PAD], tl.float32)
-    variance = tl.zeros([BALLS, DIM_PAD], tl.float32)
-    for child in range(CHILDREN):
-        mean += load_rows(means, ball * CHILDREN + child, DIM, present, DIM, DIM_PAD, True)
-        variance += load_rows(variances, ball * CHILDREN + child, DIM, present, DIM, DIM_PAD, True)
-    mean /= CHILDREN
-    if CHILDREN > 1:
-        for child in range(CHILDREN):
-            apart = load_rows(means, ball * CHILDREN + child, DIM, present, DIM, DIM_PAD, True) - mean
-            variance += apart * apart
-    spread = variance * (half_alpha / CHILDREN)
+    mean = load_rows(means, ball, DIM, present, DIM, DIM_PAD, True)
+    spread = load_rows(variances, ball, DIM, present, DIM, DIM_PAD, True) * 0.5
     channel, group = tl.arange(0, DIM_PAD), tl.arange(0, SPREAD_PAD)
     if SPREAD < DIM:
         # As a product with a matrix of ones and zeros: head dims need not be powers of two.

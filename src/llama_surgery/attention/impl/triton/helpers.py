@@ -247,7 +247,7 @@ def ball_terms(queries, squares, mean, spread, scale, softcap, CAP: tl.constexpr
     Args:
         queries, squares: (rows, dim) and (rows, dim or groups) from :func:`score_factors`.
         mean: (balls, dim) the balls' μ.
-        spread: (balls, dim) or (balls, groups) their α·½·σ².
+        spread: (balls, dim) or (balls, groups) their ½·σ².
     """
     along = tl.dot(queries, tl.trans(mean))
     across = tl.dot(squares, tl.trans(spread))
@@ -260,10 +260,24 @@ def ball_terms(queries, squares, mean, spread, scale, softcap, CAP: tl.constexpr
 
 
 @triton.jit
-def ball_scores(queries, squares, mean, spread, scale, softcap, log2_size, CAP: tl.constexpr):
-    """Scores (rows, balls) in log2 units; ``log2_size`` is the log2 of the keys of a ball."""
-    along, across = ball_terms(queries, squares, mean, spread, scale, softcap, CAP)
-    return (along + across) * LOG2E + log2_size
+def bounded_term(across, SIZE: tl.constexpr):
+    """A variance term, in log2 units, at most what SIZE keys can reach.
+
+    ``topology.selection.bounded_variance_term``, with the outlier's part before the brackets.
+    """
+    if SIZE == 1:
+        return across * LOG2E
+    else:
+        others: tl.constexpr = SIZE - 1
+        root = tl.sqrt(tl.maximum(2.0 * others * across, LEAST)) * LOG2E
+        rest = others * tl.exp2(root * (-SIZE / others))
+        return tl.minimum(across * LOG2E, root + tl.log2((1.0 + rest) / SIZE))
+
+
+@triton.jit
+def ball_scores(along, across, log2_size, SIZE: tl.constexpr):
+    """Scores in log2 units from :func:`ball_terms`; ``log2_size`` is the log2 of SIZE, the keys of a ball."""
+    return along * LOG2E + bounded_term(across, SIZE) + log2_size
 
 
 @triton.jit

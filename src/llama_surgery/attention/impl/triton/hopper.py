@@ -1,11 +1,9 @@
 """Where the kernels for Hopper can run a call, and how they are launched.
 
-They are an addition: everything they do ``totals_kernel``, ``list_kernel`` and ``attend_kernel`` do too, on
-any GPU and for any shape.
+They are an addition: everything they do ``attend_kernel`` does too, on any GPU and for any shape.
 """
 
 import functools
-import math
 import re
 
 import torch
@@ -13,11 +11,11 @@ import triton
 
 from llama_surgery.attention.impl.triton.decode_tuning import processors_of
 from llama_surgery.attention.impl.triton.helpers import LOG2E
-from llama_surgery.attention.impl.triton.job import Job, Level, Strip, feature_parts
+from llama_surgery.attention.impl.triton.job import Job, Strip
 from llama_surgery.attention.impl.triton.launch import aligned, placed_rows
 from llama_surgery.attention.impl.triton.tiled_plan import TiledPlan
 
-#: Keys or balls of a block, rows of a tile.
+#: Keys of a block, rows of a tile.
 BLOCK, ROWS = 64, 128
 
 #: First and last version of Triton with which these kernels have been compiled: their language, Gluon, is
@@ -25,7 +23,7 @@ BLOCK, ROWS = 64, 128
 TRITON = (3, 6), (3, 9)
 
 #: Blocks that are loaded ahead.
-ATTEND_STAGES, SELECT_STAGES = 4, 4
+ATTEND_STAGES = 4
 
 
 def attends(job: Job) -> bool:
@@ -45,27 +43,6 @@ def attends(job: Job) -> bool:
         and job.near_values.shape[-1] == dim
         and job.config.page_size == BLOCK
         and job.softcap is None
-    )
-
-
-def selects(job: Job) -> bool:
-    """Can they list pages? Otherwise ``totals_kernel`` and ``list_kernel`` do.
-
-    Beyond :func:`attends`: all heads of a group fit one matrix tile, every row is scored, pages by themselves
-    and at once, with pooled variances and without learned weights.
-    """
-    config, spread = job.config, job.queries.shape[-1] // job.config.variance_pool
-    return (
-        attends(job)
-        and job.queries.shape[1] <= ROWS // job.tile
-        and len(job.steps) == 1
-        and job.steps[0].ball == config.page_size
-        and job.slots == job.tile
-        and spread in (8, 16, 32)
-        and config.pages_per_row is None
-        and config.summary == "none"
-        and job.router.mean_weight is None
-        and job.router.variance_weight is None
     )
 
 
@@ -127,61 +104,4 @@ def attend_strip(
         SINK=job.sink_logit is not None,
         STAGES=ATTEND_STAGES,
         num_warps=4,
-    )
-
-
-def list_pages(job: Job, strip: Strip, log2_bar: float, *outputs: torch.Tensor) -> None:
-    """Write the lists of a strip's tiles.
-
-    Args:
-        job: The call.
-        strip: Its tiles.
-        log2_bar: log2 of the share that opens a page.
-        outputs: What ``list_kernel`` reads and writes: sink page, entries, counts, rows that see them.
-    """
-    from llama_surgery.attention.impl.triton.hopper_select_kernel import hopper_select_kernel
-
-    streams, heads, _, dim = job.queries.shape
-    spread = dim // job.config.variance_pool
-    spread_pad = max(16, spread)
-
-    def parts(level: Level) -> list[object]:
-        widths = (dim, spread_pad)
-        return [
-            _described(part, BLOCK, width)
-            for part, width in zip(feature_parts(level.features, dim), widths, strict=True)
-        ]
-
-    pages, summed = job.steps[0], job.total_level
-    programs = min(streams * strip.tiles, 2 * processors_of(job.queries.device))
-    hopper_select_kernel[(programs,)](
-        _described(job.queries, ROWS // job.tile, job.tile, dim),
-        _described(job.near_keys, BLOCK, dim),
-        *parts(summed),
-        *parts(pages),
-        job.sink_logit,
-        job.router.offset,
-        *outputs,
-        torch.zeros(1, dtype=torch.int32, device=job.queries.device),
-        streams,
-        strip.tiles,
-        outputs[1].shape[-1],
-        *placed_rows(job, strip),
-        job.scale,
-        log2_bar,
-        HEADS=heads,
-        TILE=job.tile,
-        DIM=dim,
-        SPREAD=spread,
-        SPREAD_PAD=spread_pad,
-        CHUNK=job.config.chunk_size,
-        WINDOW=job.config.window,
-        SUM_BALL=summed.ball,
-        LOG2_SUM_BALL=math.log2(summed.ball),
-        PAGE=pages.page,
-        LOG_PAGE=math.log(pages.page),
-        SINK=job.sink_logit is not None,
-        STAGES=SELECT_STAGES if spread_pad == 16 else SELECT_STAGES - 1,
-        num_warps=4,
-        maxnreg=128,  # two programs share a processor
     )

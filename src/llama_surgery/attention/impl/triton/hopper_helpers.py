@@ -12,7 +12,7 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warp
 
 from llama_surgery.attention.impl.triton import helpers
 
-#: Keys or balls of a block.
+#: Keys of a block.
 BLOCK = gl.constexpr(64)
 
 # Names that changed between Triton 3.6 and 3.9.

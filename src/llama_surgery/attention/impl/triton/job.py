@@ -42,20 +42,6 @@ class Strip(NamedTuple):
     pages: int
 
 
-class Level(NamedTuple):
-    """What one step of selection scores.
-
-    Attributes:
-        features: (streams, balls, …) from :func:`page_features`.
-        page: Keys of what is listed: a page, or a coarse ball of several.
-        ball: Keys of the balls whose scores make up that of a page.
-    """
-
-    features: torch.Tensor
-    page: int
-    ball: int
-
-
 @dataclasses.dataclass(frozen=True)
 class Job:
     """The rows of one call and how they are executed.
@@ -64,8 +50,8 @@ class Job:
         queries: (streams, heads, rows, head_dim), rows at ``start … start + rows - 1``.
         near_keys, near_values: (streams, n, dim), the last n keys.
         layout: Full chunks, or None.
-        levels: What selection scores, coarse to fine: pages alone, coarse balls for the totals, or steps of
-            a descent; none without closed chunks.
+        features: What pages are scored by, (streams, balls, …) from :func:`page_features`; None without
+            closed chunks.
         sink_logit: (streams, heads), or None.
         router: Learned corrections, for streams; every part may be None.
     """
@@ -74,7 +60,7 @@ class Job:
     near_keys: torch.Tensor
     near_values: torch.Tensor
     layout: Layout | None
-    levels: tuple[Level, ...]
+    features: torch.Tensor | None
     sink_logit: torch.Tensor | None
     router: PageRouter
     config: SurgeryConfig
@@ -97,21 +83,6 @@ class Job:
     def dense_until(self) -> int:
         return EVERYWHERE if self.config.topology == "dense" else self.config.dense_until
 
-    @property
-    def steps(self) -> tuple[Level, ...]:
-        """The levels that are listed, one under the other."""
-        return self.levels if self.config.coarse_to_fine else self.levels[-1:]
-
-    @property
-    def total_level(self) -> Level:
-        """Whose balls add up to the far field of a row."""
-        return self.levels[0] if self.tile > 1 else self.steps[0]
-
-    @property
-    def slots(self) -> int:
-        """Scored rows of a tile."""
-        return self.tile // min(self.config.score_stride, self.tile)
-
     def whole(self) -> Strip:
         """All tiles as one strip."""
         first, last = self.start // self.tile, (self.stop - 1) // self.tile
@@ -123,14 +94,9 @@ class Job:
         return closed * self.config.pages_per_chunk
 
     def strips(self) -> Iterator[Strip]:
-        """Cut the tiles so that the lists of one strip stay within STRIP_BYTES.
-
-        With ``pages_per_row`` that is the shares of pages, which are written down for every scored row.
-        """
+        """Cut the tiles so that the lists of one strip stay within STRIP_BYTES."""
         first, tiles, _ = self.whole()
         room = STRIP_BYTES // (4 * self.queries.shape[0])
-        if self.config.pages_per_row is not None:
-            room //= self.slots
         last = first + tiles
         while first < last:
             count = last - first
@@ -162,16 +128,16 @@ def make_job(
     queries, near_keys, near_values = (
         x if x.stride(-1) == 1 else x.contiguous() for x in (queries, near_keys, near_values)
     )
-    levels: tuple[Level, ...] = ()
+    features = None
     last = start + queries.shape[2] - 1
     if layout is not None and closed_chunks(last, config, tile):
-        levels = levels_of(layout, config, queries.dtype)
+        features = features_of(layout, config, queries.dtype)
     return Job(
         queries,
         near_keys,
         near_values,
         layout,
-        levels,
+        features,
         None if sink_logit is None else sink_logit.contiguous(),
         (router or PageRouter()).for_streams(queries.shape[0], queries.device),
         config,
@@ -188,40 +154,17 @@ def make_job(
     )
 
 
-def levels_of(layout: Layout, config: SurgeryConfig, dtype: torch.dtype) -> tuple[Level, ...]:
-    """Steps of selection over a layout's pages, from kept features where there are any."""
-    if layout.features and layout.features[-1].dtype == dtype:
-        sizes = level_sizes(config)
-        return tuple(Level(f, *size) for f, size in zip(layout.features, sizes, strict=True))
-    return make_levels(layout.moments, config, dtype)
+def features_of(layout: Layout, config: SurgeryConfig, dtype: torch.dtype) -> torch.Tensor:
+    """What a layout's pages are scored by: kept features where there are any of this dtype."""
+    if layout.features is not None and layout.features.dtype == dtype:
+        return layout.features
+    return page_features(layout.moments, dtype, config.variance_pool)
 
 
-def make_levels(moments: Moments, config: SurgeryConfig, dtype: torch.dtype) -> tuple[Level, ...]:
-    """Steps of selection over the balls of ``moments``."""
+def page_features(moments: Moments, dtype: torch.dtype, pool: int = 1) -> torch.Tensor:
+    """What selection multiplies queries with: (streams, balls, head_dim + head_dim / pool), μ and ½·σ².
 
-    def level(page: int, ball: int) -> Level:
-        children = ball // moments.size
-        return Level(page_features(moments, config.alpha, dtype, config.variance_pool, children), page, ball)
-
-    return tuple(level(page, ball) for page, ball in level_sizes(config))
-
-
-def level_sizes(config: SurgeryConfig) -> tuple[tuple[int, int], ...]:
-    """Keys of what is scored and of the balls it is scored by, coarse to fine."""
-    page, ball, coarse = config.page_size, config.ball_size, config.page_size * config.coarse_fan
-    if config.coarse_to_fine and ball != page:
-        return ((coarse, coarse), (page, page), (page, ball))
-    if config.coarse_to_fine or config.coarse_totals:
-        return ((coarse, coarse), (page, ball))
-    return ((page, ball),)
-
-
-def page_features(
-    moments: Moments, alpha: float, dtype: torch.dtype, pool: int = 1, children: int = 1
-) -> torch.Tensor:
-    """What selection multiplies queries with: (streams, balls, head_dim + head_dim / pool), μ and α·½·σ².
-
-    The balls are those of ``moments`` (float32), or parents of ``children`` neighbours each.
+    The balls are those of ``moments`` (float32).
 
     Raises:
         SurgeryError: ``pool`` does not divide head_dim.
@@ -232,7 +175,6 @@ def page_features(
         raise SurgeryError(
             f"variance_pool={pool} does not divide head_dim={dim}: choose an even divisor or 1."
         )
-    balls //= children
     features = means.new_empty(streams, balls, dim + spread, dtype=dtype)
     with launching(means):
         feature_kernel[(triton.cdiv(balls, FEATURE_BALLS), streams)](
@@ -242,9 +184,7 @@ def page_features(
             means.stride(0),
             *features.stride()[:2],
             balls,
-            0.5 * alpha,
             LARGEST_SQUARE,
-            CHILDREN=children,
             DIM=dim,
             DIM_PAD=max(16, triton.next_power_of_2(dim)),
             SPREAD=spread,
@@ -254,23 +194,20 @@ def page_features(
     return features
 
 
-def differentiable_features(
-    moments: Moments, alpha: float, dtype: torch.dtype, pool: int = 1
-) -> torch.Tensor:
+def differentiable_features(moments: Moments, dtype: torch.dtype, pool: int = 1) -> torch.Tensor:
     """:func:`page_features` of the balls of ``moments`` themselves, with gradients by the moments."""
-    spread = pool_channels(moments.variance, pool) * (0.5 * alpha / pool)
+    spread = pool_channels(moments.variance, pool) * (0.5 / pool)
     return torch.cat((moments.mean, spread.clamp_max(LARGEST_SQUARE)), -1).to(dtype)
 
 
 def moments_from(features: torch.Tensor, config: SurgeryConfig) -> Moments:
     """Moments back from :func:`page_features`; pooled channels get the mean of their variances."""
-    pool, half = config.variance_pool, 0.5 * config.alpha
+    pool = config.variance_pool
     groups = features.shape[-1] // (pool + 1)
     mean, spread = feature_parts(features.float(), groups * pool)
-    spread = unpool_channels(spread, pool)
-    return Moments(mean, spread / half if half else torch.zeros_like(mean), config.ball_size)
+    return Moments(mean, 2 * unpool_channels(spread, pool), config.ball_size)
 
 
 def feature_parts(features: torch.Tensor, head_dim: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Views of :func:`page_features`: μ (streams, balls, head_dim) and α·½·σ² (streams, balls, …)."""
+    """Views of :func:`page_features`: μ (streams, balls, head_dim) and ½·σ² (streams, balls, …)."""
     return features[..., :head_dim], features[..., head_dim:]

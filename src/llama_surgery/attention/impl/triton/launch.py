@@ -8,13 +8,13 @@ import triton
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from llama_surgery.attention.impl.triton.helpers import product_options
-from llama_surgery.attention.impl.triton.job import Job, Level, Strip
+from llama_surgery.attention.impl.triton.job import Job, Strip
 
 
 class ScoreShape(NamedTuple):
-    """How selection packs slots and heads into matrix tiles."""
+    """How selection packs queries and heads into matrix tiles."""
 
-    slots_pad: int
+    tile_pad: int
     heads_block: int
     head_blocks: int
     tiles_block: int
@@ -23,19 +23,19 @@ class ScoreShape(NamedTuple):
     @classmethod
     def of(cls, job: Job, strip: Strip) -> "ScoreShape":
         streams, heads = job.queries.shape[:2]
-        slots_pad = triton.next_power_of_2(job.slots)
+        tile_pad = triton.next_power_of_2(job.tile)
         heads_pad = triton.next_power_of_2(heads)
         rows = job.tuning.score_rows
         # Fewer rows per program where there would not be two programs for each processor.
-        while rows > 32 and streams * strip.tiles * slots_pad * heads_pad < rows * 256:
+        while rows > 32 and streams * strip.tiles * tile_pad * heads_pad < rows * 256:
             rows //= 2
-        heads_block = min(heads_pad, max(1, rows // slots_pad))
-        tiles_block = max(1, max(16, rows) // (slots_pad * heads_block))
+        heads_block = min(heads_pad, max(1, rows // tile_pad))
+        tiles_block = max(1, max(16, rows) // (tile_pad * heads_block))
         tiles_block = min(tiles_block, triton.next_power_of_2(strip.tiles))
         # A matrix tile has at least 16 rows.
-        heads_block = max(heads_block, 16 // (slots_pad * tiles_block))
+        heads_block = max(heads_block, 16 // (tile_pad * tiles_block))
         return cls(
-            slots_pad,
+            tile_pad,
             heads_block,
             triton.cdiv(heads, heads_block),
             tiles_block,
@@ -54,9 +54,8 @@ def score_constants(job: Job, shape: ScoreShape) -> dict[str, Any]:
     return {
         "HEADS": job.queries.shape[1],
         "HEADS_BLOCK": shape.heads_block,
-        "SLOTS": job.slots,
-        "SLOTS_PAD": shape.slots_pad,
         "TILE": job.tile,
+        "TILE_PAD": shape.tile_pad,
         "DIM": head_dim,
         "DIM_PAD": max(16, triton.next_power_of_2(head_dim)),
         "SPREAD": spread,
@@ -68,12 +67,12 @@ def score_constants(job: Job, shape: ScoreShape) -> dict[str, Any]:
     }
 
 
-def page_constants(job: Job, level: Level) -> dict[str, Any]:
+def page_constants(job: Job) -> dict[str, Any]:
     """Constants of kernels that score pages by their balls."""
-    balls = level.page // level.ball
+    balls = job.config.balls_per_page
     balls_pad = triton.next_power_of_2(balls)
     return {
-        "LOG_BALL": math.log(level.ball),
+        "LOG2_BALL": math.log2(job.config.ball_size),
         "BALLS": balls,
         "BALLS_PAD": balls_pad,
         "BLOCK_BALLS": max(job.tuning.block_balls, balls_pad),

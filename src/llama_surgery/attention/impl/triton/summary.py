@@ -36,17 +36,18 @@ def summarise_strip(
 
     ``means`` are those of :func:`means_for`.
     """
-    level, config = job.steps[-1], job.config
+    features, config = job.features, job.config
+    assert features is not None
     by_ball = config.summary == "ball"
     heads, head_dim, value_dim = job.queries.shape[1], job.queries.shape[-1], out.shape[-1]
     tile_pad = triton.next_power_of_2(job.tile)
     heads_block = heads_of_tile(heads, job.tuning.rows, tile_pad)
-    constants = score_constants(job, ScoreShape.of(job, strip)) | page_constants(job, level)
+    constants = score_constants(job, ScoreShape.of(job, strip)) | page_constants(job)
     balls, balls_pad = constants["BALLS"], constants["BALLS_PAD"]
     # A matrix tile has at least 16 columns.
     pages_block = max(constants["BLOCK_BALLS"] // balls_pad, 16 // (balls_pad if by_ball else 1))
     value_pad = max(16, triton.next_power_of_2(value_dim))
-    mean, spread = (x.unflatten(1, (-1, balls)) for x in feature_parts(level.features, head_dim))
+    mean, spread = (x.unflatten(1, (-1, balls)) for x in feature_parts(features, head_dim))
     unit = (pages_block, balls_pad) if by_ball else (pages_block,)
     values = means.unflatten(1, (-1, balls)) if by_ball else means
     summary_kernel[(strip.tiles * triton.cdiv(heads, heads_block), job.queries.shape[0])](
@@ -74,11 +75,11 @@ def summarise_strip(
         VALUE_PAD=value_pad,
         CHUNK=config.chunk_size,
         WINDOW=config.window,
-        PAGE=level.page,
+        PAGE=config.page_size,
         BALLS=balls,
         BALLS_PAD=balls_pad,
         BLOCK_PAGES=pages_block,
-        LOG2_BALL=math.log2(level.ball),
+        LOG2_BALL=math.log2(config.ball_size),
         BY_BALL=by_ball,
         CAP=job.softcap is not None,
         **{name: constants[name] for name in ("DIM", "DIM_PAD", "SPREAD", "SPREAD_PAD")},
