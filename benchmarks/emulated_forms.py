@@ -1,0 +1,234 @@
+"""Forms of selection and of summaries on a real model, end to end, emulated with exact masks (`emulated.py`).
+
+    python benchmarks/emulated_forms.py MODEL --calibration-text DIR --text DIR --device cuda
+
+Every form has its threshold set to the same executed far density on the calibration text, then perplexity, KL
+divergence to dense and needles are measured on the same windows and prompts as dense; decode steps and the
+last tile of a prompt read everything. Rows are added to benchmarks/results/emulated_forms.csv as measured.
+"""
+
+import argparse
+import csv
+import dataclasses
+import datetime
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from emulated import CHUNK, WINDOW, Counts, Form, Layer, attend
+from torch.nn import functional as F
+
+from llama_surgery.cli.common import Dtype, load_model
+from llama_surgery.evaluation.divergence import token_divergence
+from llama_surgery.evaluation.io import write_csv
+from llama_surgery.evaluation.logits import Head, final_states
+from llama_surgery.evaluation.needle import needle_prompts, score_needles
+from llama_surgery.evaluation.perplexity import perplexity
+from llama_surgery.surgery.replace import attention_replaced
+from llama_surgery.surgery.supported import attention_modules
+from llama_surgery.text import read_texts, windows
+
+RESULTS = Path(__file__).parent / "results" / "emulated_forms.csv"
+#: Bins of log thresholds.
+LOWEST, STEP, BINS = -40.0, 0.02, 3000
+
+OWN = {"own": True, "tile": 64}
+FORMS = (
+    Form("gaussian, nothing stands in", "gaussian", summary=0),
+    Form("gaussian, balls stand in", "gaussian", summary=8),
+    Form("bounded, pages stand in"),
+    Form("bounded, pages by bounded weights", weight="bounded"),
+    Form("bounded, pages by true weights", weight="exact"),
+    Form("bounded, pages by their balls", weight="balls"),
+    Form("log cosh", "logcosh"),
+    Form("mean alone", "mean"),
+    Form("log cosh of balls of 4", "logcosh", ball=4),
+    Form("log cosh of balls of 16", "logcosh", ball=16),
+    Form("true shares", "exact"),
+    Form("true shares and weights", "exact", weight="exact"),
+    Form("true shares and weights, balls", "exact", weight="exact", summary=8),
+    Form("error of the summary", criterion="error"),
+    Form("error, summed", criterion="error", combine="sum"),
+    Form("error, summed, by gradient", criterion="error", combine="sum", sensitivity=1),
+    Form("error, by gradient", criterion="error", sensitivity=1),
+    Form("share, by gradient", sensitivity=1),
+    Form("share, summed", combine="sum"),
+    Form(
+        "true error, summed, by gradient",
+        weight="exact",
+        criterion="exact error",
+        combine="sum",
+        sensitivity=1,
+    ),
+    Form("heads alone, tile 16", own=True, tile=16, weight="balls"),
+    Form("heads alone, tile 32", own=True),
+    Form("heads alone, tile 64", **OWN),
+    Form("heads alone, balls of 16", ball=16, weight="balls", **OWN),
+    Form("heads alone, balls of 4", ball=4, weight="balls", **OWN),
+    Form("heads alone, true shares", "exact", **OWN),
+    Form("heads alone, tree of queries", tree="queries", **OWN),
+    Form("heads alone, tree of values", tree="values", **OWN),
+    Form("heads alone, tree of both", tree="both", **OWN),
+    Form("heads alone, tile 32, tree of both", own=True, tree="both"),
+    Form("heads alone, tree of both, true shares", "exact", tree="both", **OWN),
+    Form("tree of both", tree="both"),
+    Form("tree of both, true shares", "exact", tree="both"),
+    Form("heads alone, 2 centroids", "centroids-2", **OWN),
+    Form("heads alone, 2 centroids, bounded", "centroids-2-bounded", **OWN),
+    Form("heads alone, 4 centroids", "centroids-4", **OWN),
+    Form("heads alone, principal direction", "direction", **OWN),
+)
+
+
+class Emulation:
+    """Runs a dense model with a form's attention, or as it is while there is no form."""
+
+    def __init__(self, layers: dict[int, Layer]) -> None:
+        self.layers, self.form, self.theta = layers, None, 0.0
+        self.counts, self.bins = Counts(), None
+
+    def attention(
+        self, base: str, module: Any, query: Any, key: Any, value: Any, mask: Any, **keywords: Any
+    ) -> Any:
+        scale, rows = keywords["scaling"], query.shape[2]
+        if self.form is None or rows == 1 or key.shape[2] <= CHUNK + WINDOW:
+            out = F.scaled_dot_product_attention(
+                query, key, value, is_causal=rows > 1, enable_gqa=True, scale=scale
+            )
+            return out.transpose(1, 2).contiguous(), None
+        layer = self.layers[module.layer_idx]
+        outs = [
+            attend(
+                self.form, q.float() * scale, k.float(), v.float(), layer, self.theta, self.counts, self._hear
+            )
+            for q, k, v in zip(query, key, value, strict=True)
+        ]
+        return torch.stack(outs).to(query.dtype).transpose(1, 2).contiguous(), None
+
+    def _hear(self, compared: torch.Tensor, pairs: torch.Tensor) -> None:
+        if self.bins is not None:
+            index = ((compared - LOWEST) / STEP).ceil().long().clamp(0, BINS - 1)
+            self.bins += torch.bincount(index.flatten(), pairs.flatten().double(), BINS)
+
+    def calibrate(self, form: Form, run: Callable[[], None], device: torch.device) -> None:
+        """Set the threshold that gives the form its far density over what ``run`` runs."""
+        self.form, self.theta = form, -3.0 if form.criterion == "share" else -6.0
+        self.counts, self.bins = Counts(), torch.zeros(BINS, dtype=torch.float64, device=device)
+        run()
+        above = self.bins.flip(0).cumsum(0).flip(0) - self.bins
+        self.theta = LOWEST + STEP * int((above <= form.density * self.counts.causal).nonzero()[0])
+        self.counts, self.bins = Counts(), None
+
+
+def layers_of(model: Any, ids: torch.Tensor) -> dict[int, Layer]:
+    """Metric of the queries, equal within rotary pairs, and mean square gradients of the loss by heads."""
+    squares: dict[int, torch.Tensor] = {}
+    gradients: dict[int, torch.Tensor] = {}
+
+    def attention(
+        base: str, module: Any, query: Any, key: Any, value: Any, mask: Any, **keywords: Any
+    ) -> Any:
+        index, kv_heads = module.layer_idx, key.shape[1]
+        square = query.detach().float().square().mean((0, 2)).unflatten(0, (kv_heads, -1)).mean(1)
+        square = square.unflatten(-1, (2, -1)).mean(1).repeat(1, 2)
+        squares[index] = squares.get(index, 0) + square
+        out = F.scaled_dot_product_attention(
+            query, key, value, is_causal=True, enable_gqa=True, scale=keywords["scaling"]
+        )
+
+        def keep(gradient: torch.Tensor) -> None:
+            by_head = gradient.float().square().sum(-1).mean((0, 2)).unflatten(0, (kv_heads, -1))
+            gradients[index] = gradients.get(index, 0) + by_head
+
+        out.register_hook(keep)
+        return out.transpose(1, 2).contiguous(), None
+
+    model.requires_grad_(False)
+    with attention_replaced(model, attention_modules(model).values(), attention), torch.enable_grad():
+        for window in ids:
+            states = model.get_input_embeddings()(window[None].to(model.device)).requires_grad_()
+            logits = model(inputs_embeds=states, use_cache=False).logits[0, :-1].float()
+            drawn = torch.distributions.Categorical(logits=logits.detach()).sample()
+            F.cross_entropy(logits, drawn, reduction="sum").backward()
+    middle = torch.stack([g.log().mean() for g in gradients.values()]).mean() / 2
+    return {
+        index: Layer(
+            (square / square.mean(-1, keepdim=True)).sqrt(), gradients[index].log() / 2 - middle
+        )
+        for index, square in squares.items()
+    }  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("model")
+    parser.add_argument("--calibration-text", required=True)
+    parser.add_argument("--text", required=True)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--length", type=int, default=8192)
+    parser.add_argument("--windows", type=int, default=8)
+    parser.add_argument("--needles", type=int, default=30)
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--form", action="append", help="only these")
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    options = parser.parse_args()
+    model, tokenizer = load_model(options.model, options.device, Dtype.bfloat16)
+    texts = read_texts(options.text)
+    calibration = windows(tokenizer, read_texts(options.calibration_text), options.length, 3, seed=0)
+    ids = windows(tokenizer, texts, options.length, options.windows, seed=options.seed)
+    prompts = needle_prompts(
+        tokenizer, texts, count=options.needles, lengths=[options.length], seed=options.seed
+    )
+    emulation = Emulation(layers_of(model, calibration[:2, : options.length // 2]))
+    head = Head(model, ids[0])
+    dense_states: list[torch.Tensor] = []
+    with attention_replaced(model, attention_modules(model).values(), emulation.attention), torch.no_grad():
+        dense = perplexity(model, ids, head=head, each=lambda states, _: dense_states.append(states))
+        answered = [p for p, right in zip(prompts, score_needles(model, prompts), strict=True) if right]
+        for form in FORMS:
+            if options.form and form.name not in options.form:
+                continue
+            emulation.calibrate(form, lambda: [final_states(model, w) for w in calibration], model.device)
+            divergence: list[float] = []
+
+            def compare(states: torch.Tensor, head: Head) -> None:
+                whole = token_divergence(head, dense_states[len(divergence)], states)[0]  # noqa: B023
+                divergence.append(float(whole.mean()))  # noqa: B023
+
+            measured = perplexity(model, ids, head=head, each=compare)
+            counts = emulation.counts
+            far, summary = float(counts.far) / counts.causal, counts.summary / 2 / counts.causal
+            kept = sum(score_needles(model, answered))
+            emulation.form = None
+            changes = (measured.nll - dense.nll).mean(1)
+            row = {
+                "model": Path(options.model).stem, "length": options.length, "form": form.name,
+                **{name: value for name, value in dataclasses.asdict(form).items() if name != "name"},
+                "far_density": round(far, 4), "summary_density": round(summary, 4),
+                "total_density": round(far + summary + counts.near / counts.causal, 4),
+                "ratio": round(math.exp(changes.mean()), 4),
+                "ratio_se": round(float(changes.std() / len(changes) ** 0.5), 4),
+                "kl": round(sum(divergence) / len(divergence), 5),
+                "needles_asked": len(prompts), "needles_dense": len(answered), "needles_kept": kept,
+                "windows": len(ids), "seed": options.seed,
+                "device": torch.cuda.get_device_name() if model.device.type == "cuda" else "cpu",
+                "date": datetime.date.today().isoformat(),
+            }  # fmt: skip
+            print(row, flush=True)
+            _add(options.out, row)
+
+
+def _add(path: Path, row: dict[str, Any]) -> None:
+    before: list[dict[str, Any]] = []
+    if path.exists():
+        with path.open(encoding="utf-8", newline="") as file:
+            before = list(csv.DictReader(file))
+    write_csv(path, [*before, row])
+
+
+if __name__ == "__main__":
+    main()
