@@ -137,7 +137,10 @@ def cache_hook(
         cache = None
     if cache is not None:
         paged = cache.layers[module.layer_idx]
-        if not isinstance(paged, PagedLayer) or paged.config != getattr(module, ATTRIBUTE).config:
+        config = getattr(module, ATTRIBUTE).config
+        # Most often it is the same object, and compilers cannot compare configurations.
+        fits = isinstance(paged, PagedLayer) and (paged.config is config or paged.config == config)
+        if not fits:
             raise SurgeryError(
                 "the paged cache was made for another model or configuration: start with a new one."
             )
