@@ -11,9 +11,9 @@ from pathlib import Path
 import torch
 
 from llama_surgery.bench.corrections import bench_corrections
-from llama_surgery.bench.end_to_end import parse_length
 from llama_surgery.bench.measure import Deadline
 from llama_surgery.config import SurgeryConfig
+from llama_surgery.lengths import parse_length
 
 RESULTS = Path(__file__).parent / "results" / "corrections.csv"
 

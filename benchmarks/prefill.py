@@ -23,12 +23,12 @@ from llama_surgery.attention.impl.triton import prefill, selection
 from llama_surgery.attention.impl.triton.job import Job, Strip, make_job
 from llama_surgery.attention.impl.triton.layout import build_layout
 from llama_surgery.attention.impl.triton.tuning import TABLE
-from llama_surgery.bench.end_to_end import parse_length
 from llama_surgery.bench.measure import Deadline, quantiles, say, times
 from llama_surgery.bench.plot import plot_prefill
 from llama_surgery.bench.prefill import Setting, bench_prefill
 from llama_surgery.bench.prefill_case import Data, calibrate, make_data
 from llama_surgery.config import SurgeryConfig
+from llama_surgery.lengths import parse_length
 
 RESULTS = Path(__file__).parent / "results" / "prefill.csv"
 CUDA = torch.device("cuda")

@@ -96,10 +96,11 @@ def _in_gguf(file: Path) -> tuple[str, dict[str, Any]]:
 
 
 def told(error: Exception) -> str:
-    """The first line of what a library says about a checkpoint that it cannot load."""
-    lines = str(error).strip().splitlines() or [""]
-    known = lines[0] and isinstance(error, (OSError, ValueError, RuntimeError, ImportError))
-    return lines[0] if known else f"{type(error).__name__}: {lines[0]}"
+    """What a library says about a checkpoint that it cannot load, to the end of the first full line."""
+    lines = [line.strip() for line in str(error).strip().splitlines() if line.strip()] or [""]
+    first = " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
+    known = first and isinstance(error, (OSError, ValueError, RuntimeError, ImportError))
+    return (first if known else f"{type(error).__name__}: {first}").rstrip(" .:")
 
 
 def _check_adapter(folder: Path) -> None:

@@ -10,8 +10,8 @@ import pytest
 from tests.cli.runner import SMALL, run
 
 from llama_surgery.bench.crossover import Heads, Point, heads_of, recommend
-from llama_surgery.bench.end_to_end import parse_length
 from llama_surgery.errors import SurgeryError
+from llama_surgery.lengths import parse_length
 
 ROOT = Path(__file__).parents[2]
 
@@ -133,5 +133,6 @@ def test_the_recommendation_weighs_stretches_and_not_whole_texts() -> None:
 def test_heads_and_lengths_are_read(shapes: Path) -> None:
     assert heads_of(shapes) == Heads(4, 2, 8) == heads_of(shapes.parent)
     assert parse_length("2k") == 2048 and parse_length("300") == 300
-    with pytest.raises(SurgeryError, match="tokens"):
-        parse_length("k")
+    for wrong in ("k", "", "-5", "0", "0k", "1.5k"):
+        with pytest.raises(SurgeryError, match="tokens"):
+            parse_length(wrong)

@@ -128,6 +128,7 @@ def test_wrong_usage_exits_with_2(
     [
         (["generate", "NOWHERE", "--prompt", "a"], "could not load"),
         (["generate", "MODEL", "--prompt", "a", "--device", "tpu9"], "tpu9"),
+        (["generate", "MODEL", "--prompt", "a", "--device", "meta"], "holds no values"),
         (["generate", "MODEL", "--prompt", "a", "--adapter", "NOWHERE"], "is missing"),
         (["generate", "MODEL", "--prompt-file", "NOWHERE"], "nowhere"),
         (["generate", "MODEL", "--prompt-file", "FOLDER"], "give one text file"),

@@ -81,3 +81,11 @@ def test_ratio_and_interval() -> None:
 def test_unpaired_samples_are_refused(compare, dense, operated) -> None:
     with pytest.raises(SurgeryError, match=r"same (prompts|windows)"):
         compare(dense, operated, seed=0)
+
+
+def test_a_negative_seed_is_a_seed_like_any_other() -> None:
+    """Windows and prompts are drawn with it before, hours of work ago."""
+    answers = [True, False] * 20, [True, True, False, False] * 10
+    assert paired_difference(*answers, seed=-1) == paired_difference(*answers, seed=-1)
+    losses = [1.0, 2.0, 3.0], [1.1, 2.0, 3.3]
+    assert perplexity_ratio(*losses, seed=-1) != perplexity_ratio(*losses, seed=-2)

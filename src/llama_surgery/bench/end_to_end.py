@@ -32,6 +32,7 @@ from llama_surgery.bench.measure import (
 )
 from llama_surgery.config import SurgeryConfig
 from llama_surgery.errors import SurgeryError
+from llama_surgery.lengths import parse_length
 from llama_surgery.surgery.compat import cache_name
 from llama_surgery.surgery.operate import operated
 from llama_surgery.surgery.operation import config_of, reset_statistics, set_config, statistics
@@ -252,18 +253,6 @@ def _states(model: PreTrainedModel, batch: int, rows: int, length: int) -> tuple
         return torch.randn(batch, heads, n, dim, device=model.device, dtype=dtype)
 
     return normal(heads, rows), normal(kv_heads, length), normal(kv_heads, length)
-
-
-def parse_length(text: str) -> int:
-    """``128k`` to 131072.
-
-    Raises:
-        SurgeryError: It is no length.
-    """
-    try:
-        return int(text[:-1]) * 1024 if text.lower().endswith("k") else int(text)
-    except ValueError:
-        raise SurgeryError(f"length {text!r}: give tokens, as in 32768 or 32k.") from None
 
 
 def main() -> None:

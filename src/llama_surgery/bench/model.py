@@ -12,6 +12,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+from llama_surgery.checkpoint import told
 from llama_surgery.config import SurgeryConfig
 from llama_surgery.errors import SurgeryError
 from llama_surgery.surgery.cache import PagedCache
@@ -44,9 +45,11 @@ def random_model(path: Path, device: torch.device, dtype: torch.dtype, seed: int
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
         config = AutoConfig.for_model(values.pop("model_type"), **values)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        with torch.device("meta"):
+            AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
+    except Exception as error:  # what a library makes of a file that may hold anything
         raise SurgeryError(
-            f"{path}: no configuration of a transformers model ({error}). Give the config.json of a "
+            f"{path}: no configuration of a transformers model ({told(error)}). Give the config.json of a "
             "checkpoint, or its folder."
         ) from error
     torch.manual_seed(seed)

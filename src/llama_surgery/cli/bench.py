@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from llama_surgery.cli.common import DeviceOption, Dtype, out
+from llama_surgery.cli.common import DeviceOption, Dtype, out, token_counts
 
 _SIZES = "What is measured"
 
@@ -27,10 +27,11 @@ def bench(
         int, typer.Option(min=1, help="Sequences of a model's decode step.", rich_help_panel=_SIZES)
     ] = 4,
     density: Annotated[
-        float, typer.Option(help="Executed far density of prefill.", rich_help_panel=_SIZES)
+        float, typer.Option(min=0, max=1, help="Executed far density of prefill.", rich_help_panel=_SIZES)
     ] = 0.05,
     decode_density: Annotated[
-        float, typer.Option(help="Executed far density of decode steps.", rich_help_panel=_SIZES)
+        float,
+        typer.Option(min=0, max=1, help="Executed far density of decode steps.", rich_help_panel=_SIZES),
     ] = 0.03,
     page_size: Annotated[int, typer.Option(help="Keys of a page.", rich_help_panel=_SIZES)] = 64,
     moment_size: Annotated[
@@ -63,7 +64,7 @@ def bench(
     """
     import torch
 
-    from llama_surgery.bench.end_to_end import Task, parse_length
+    from llama_surgery.bench.end_to_end import Task
     from llama_surgery.cli.common import _device
     from llama_surgery.config import SurgeryConfig
     from llama_surgery.errors import SurgeryError
@@ -75,7 +76,7 @@ def bench(
         variance_pool=variance_pool,
         theta_decode=None if tile == 1 else 0.01,
     )
-    lengths = [parse_length(text) for text in length or ["128k"]]
+    lengths = token_counts(length or ["128k"])
     target, precision = _device(device), getattr(torch, "bfloat16" if dtype is Dtype.auto else dtype.value)
     if end_to_end is not None:
         from llama_surgery.bench.end_to_end import end_to_end as measure

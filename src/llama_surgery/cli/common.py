@@ -24,6 +24,7 @@ from llama_surgery import __version__
 from llama_surgery.config import SurgeryConfig
 from llama_surgery.errors import SurgeryError
 from llama_surgery.folders import check_complete
+from llama_surgery.lengths import parse_length
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -131,13 +132,10 @@ def token_counts(given: Sequence[str]) -> list[int]:
     Raises:
         SurgeryError: One is no such number.
     """
-    counts = set()
-    for part in split_values(given):
-        number, factor = (part[:-1], 1024) if part[-1] in "kK" else (part, 1)
-        if not number.isascii() or not number.isdigit() or not int(number):
-            raise SurgeryError(f"length {part!r}: give a number of tokens, such as 8192 or 8k.")
-        counts.add(int(number) * factor)
-    return sorted(counts)
+    counts = sorted({parse_length(part) for part in split_values(given)})
+    if not counts:
+        raise SurgeryError("no length: give a number of tokens, such as 8192 or 8k.")
+    return counts
 
 
 def escape(text: str) -> str:
@@ -224,7 +222,7 @@ def _loading(path: str) -> Iterator[None]:
         yield
     except Exception as error:
         raise SurgeryError(
-            f"could not load {path!r}: {told(error)} Give the folder of a Hugging Face checkpoint "
+            f"could not load {path!r}: {told(error)}. Give the folder of a Hugging Face checkpoint "
             "(config.json, safetensors, tokenizer) or its name on the Hub."
         ) from error
 
@@ -256,6 +254,8 @@ def _device(name: str) -> Any:
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
+        if device.type == "meta":
+            raise SurgeryError("device 'meta' holds no values: use 'cpu', or 'auto' to take a GPU.")
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         raise SurgeryError(

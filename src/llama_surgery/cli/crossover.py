@@ -6,7 +6,15 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from llama_surgery.cli.common import AdapterOption, DeviceOption, Dtype, JsonOption, out, print_json
+from llama_surgery.cli.common import (
+    AdapterOption,
+    DeviceOption,
+    Dtype,
+    JsonOption,
+    out,
+    print_json,
+    token_counts,
+)
 
 
 def crossover(
@@ -15,7 +23,9 @@ def crossover(
     adapter: AdapterOption = None,
     density: Annotated[
         float | None,
-        typer.Option(help="Executed far density at the largest length, for which a threshold is found."),
+        typer.Option(
+            min=0, max=1, help="Executed far density at the largest length, for which a threshold is found."
+        ),
     ] = 0.06,
     length: Annotated[list[str] | None, typer.Option(help="Tokens, as 4096 or 4k. May be repeated.")] = None,
     write: Annotated[bool, typer.Option("--write", help="Write the result into --adapter.")] = False,
@@ -40,7 +50,6 @@ def crossover(
     import torch
 
     from llama_surgery.bench.crossover import adapter_config, heads_of, measure_crossover, write_dense_until
-    from llama_surgery.bench.end_to_end import parse_length
     from llama_surgery.cli.common import _device
     from llama_surgery.config import SurgeryConfig
 
@@ -55,7 +64,7 @@ def crossover(
     until, points = measure_crossover(
         shape,
         config,
-        sorted({parse_length(text) for text in length or default}),
+        token_counts(length or default),
         density,
         csv,
         seconds=seconds,

@@ -55,7 +55,7 @@ def learn(
     ],
     length: Annotated[
         int | None,
-        typer.Option(help="Tokens of a window. The model's context, at most 8192, if left out."),
+        typer.Option(min=1, help="Tokens of a window. The model's context, at most 8192, if left out."),
     ] = None,
     tile: Annotated[
         int,

@@ -35,7 +35,9 @@ def operate(
     decode_density: DecodeDensityOption = None,
     length: Annotated[
         int | None,
-        typer.Option(help="Tokens of a calibration window. The model's context, at most 8192, if left out."),
+        typer.Option(
+            min=1, help="Tokens of a calibration window. The model's context, at most 8192, if left out."
+        ),
     ] = None,
     tile: Annotated[
         int,

@@ -74,7 +74,7 @@ def paired_difference(
     # Resampling n prompts with replacement draws the number of lost, equal and won ones from a
     # multinomial: the same bootstrap, without a (resamples × prompts) table.
     shares = np.array([lost, count - lost - won, won]) / count
-    draws = np.random.default_rng(seed).multinomial(count, shares, size=RESAMPLES)
+    draws = _generator(seed).multinomial(count, shares, size=RESAMPLES)
     bootstrap = float(np.quantile((draws[:, 2] - draws[:, 0]) / count, 1 - confidence))
 
     p_lost, p_won = (lost + 1) / (count + 2), (won + 1) / (count + 2)
@@ -132,7 +132,7 @@ def perplexity_ratio(
             "measured on the same windows, at least one."
         )
     change = np.asarray(operated, dtype=np.float64) - np.asarray(dense, dtype=np.float64)
-    picks = np.random.default_rng(seed).integers(0, len(change), size=(RESAMPLES, len(change)))
+    picks = _generator(seed).integers(0, len(change), size=(RESAMPLES, len(change)))
     tail = (1 - confidence) / 2
     low, high = np.exp(np.quantile(change[picks].mean(axis=1), [tail, 1 - tail]))
     return RatioInterval(
@@ -142,3 +142,8 @@ def perplexity_ratio(
         confidence=confidence,
         count=len(change),
     )
+
+
+def _generator(seed: int) -> np.random.Generator:
+    """Random numbers of a seed, which may be negative as it may be for windows and prompts."""
+    return np.random.default_rng(seed % 2**63)

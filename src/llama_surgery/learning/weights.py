@@ -45,6 +45,7 @@ class Weights:
 
         Raises:
             UnsupportedModelError: The checkpoint does not hold one under its name.
+            SurgeryError: A file is missing or damaged.
         """
         by_file: dict[str, list[str]] = {}
         for name in names:
@@ -56,8 +57,11 @@ class Weights:
             by_file.setdefault(self.files[name], []).append(name)
         tensors = {}
         for path, wanted in by_file.items():
-            with safe_open(self.folder / path, framework="pt") as file:
-                tensors |= {name: file.get_tensor(name) for name in wanted}
+            try:
+                with safe_open(self.folder / path, framework="pt") as file:
+                    tensors |= {name: file.get_tensor(name) for name in wanted}
+            except (OSError, SafetensorError) as error:
+                raise SurgeryError(f"{self.folder / path} cannot be read ({error}).") from error
         return tensors
 
 
@@ -119,12 +123,21 @@ def loaded(
 def load(
     module: torch.nn.Module, name: str, weights: Weights, device: torch.device, dtype: torch.dtype
 ) -> None:
-    """Load the parameters of ``module``, called ``name`` in the checkpoint, without gradient."""
+    """Load the parameters of ``module``, called ``name`` in the checkpoint, without gradient.
+
+    Raises:
+        UnsupportedModelError: The checkpoint does not hold them, or in another shape.
+    """
     tensors = weights.read(f"{name}.{key}" for key, _ in module.named_parameters())
     for key, _ in list(module.named_parameters()):
         *path, leaf = key.split(".")
         tensor = tensors.pop(f"{name}.{key}").to(device, dtype)
         owner = module.get_submodule(".".join(path))
+        wanted = owner._parameters[leaf].shape
+        if tensor.shape != wanted:
+            raise UnsupportedModelError(
+                f"{weights.folder}: {name}.{key} is {tuple(tensor.shape)}; config.json says {tuple(wanted)}."
+            )
         owner._parameters[leaf] = torch.nn.Parameter(tensor, requires_grad=False)
 
 

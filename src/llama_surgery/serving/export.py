@@ -114,6 +114,8 @@ def _read_config(model: Path) -> dict[str, Any]:
         ) from error
     except ValueError as error:
         raise SurgeryError(f"{model / 'config.json'} is damaged: {error}.") from error
+    if not isinstance(description, dict):
+        raise SurgeryError(f"{model / 'config.json'} is damaged: it does not describe a model.")
     if all(_left_behind(file) for file in model.glob("*.safetensors")):
         raise SurgeryError(
             f"{model} holds no safetensors: save it with model.save_pretrained() of a recent transformers."
@@ -133,7 +135,7 @@ def _operation(model: Path, adapter: str | Path | None) -> tuple[SurgeryConfig, 
     try:
         dense = AutoModelForCausalLM.from_pretrained(model, dtype="auto", local_files_only=True)
     except Exception as error:  # what a library makes of files that may hold anything
-        raise SurgeryError(f"could not load {model}: {told(error)}") from error
+        raise SurgeryError(f"could not load {model}: {told(error)}.") from error
     operated = operate(dense) if adapter is None else load_adapter(dense, adapter)
     layers = dense.config.num_hidden_layers
     if len(surgery_of(operated)) != layers:
