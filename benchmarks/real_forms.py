@@ -1,5 +1,6 @@
 """Forms of one model that benchmarks/real.py compares: dense, operated, oracles."""
 
+import bisect
 import contextlib
 import dataclasses
 import json
@@ -17,8 +18,8 @@ from llama_surgery.config import FIELDS, SurgeryConfig
 from llama_surgery.derived import rules
 from llama_surgery.evaluation.compare import CALIBRATION_WINDOWS
 from llama_surgery.evaluation.compare_budgets import adapter_digest, claimed
-from llama_surgery.evaluation.compare_forms import PeerForm
 from llama_surgery.evaluation.peers.attach import running as running_peer
+from llama_surgery.evaluation.peers.blocks import HeaviestBlocks
 from llama_surgery.evaluation.peers.registry import PEERS
 from llama_surgery.evaluation.perplexity import perplexity
 from llama_surgery.files import write_json
@@ -147,12 +148,12 @@ class Oracle:
 
     model: nn.Module
     name: str
-    number: float
+    count: int
     settings: dict[str, Any]
 
     @contextlib.contextmanager
     def running(self) -> Iterator[Read]:
-        with running_peer(self.model, PEERS[ORACLES[self.name]].make(self.number, {})) as count:
+        with running_peer(self.model, PEERS[ORACLES[self.name]].make(self.count, {})) as count:
 
             def read() -> dict[str, float]:
                 total = count.densities()["prefill"]
@@ -161,6 +162,23 @@ class Oracle:
                 return {"total": total}
 
             yield read
+
+
+def budget(name: str, total: float, length: int) -> int:
+    """The count of keys or blocks of a row with which an oracle comes nearest to a total density.
+
+    What it reads is known beforehand: so many keys, or so many blocks with the row's own among them, or all.
+    """
+    rows = torch.arange(length)
+    size = HeaviestBlocks.block if name == "blocks" else 1
+
+    def density(count: int) -> float:
+        read = rows % size + 1 + (rows // size).clamp(max=count - 1) * size
+        return read.sum().item() / (rows + 1).sum().item()
+
+    most = -(-length // size)
+    over = min(most, 1 + bisect.bisect_left(range(1, most + 1), total, key=density))
+    return min((max(1, over - 1), over), key=lambda count: abs(density(count) - total))
 
 
 class Maker:
@@ -213,21 +231,8 @@ class Maker:
         if name == "operated":
             ways = by_decode(config)
             return [self._operated(ways[decode], decode) for decode in decodes if decode in ways]
-        peer = PEERS[ORACLES[name]]
-
-        def solve() -> dict[str, Any]:
-            form = PeerForm(
-                ORACLES[name],
-                peer,
-                self._model,
-                ids=self._windows(),
-                training=self._windows(),
-                folder=self._folder,
-            )
-            return form.setting(total)
-
-        number = self._found(f"{name} at {total:.4f}", solve)["number"]
-        return [Oracle(self._model, name, number, {**self._shared, peer.knob: number})]
+        count = budget(name, total, self._length)
+        return [Oracle(self._model, name, count, {**self._shared, PEERS[ORACLES[name]].knob: count})]
 
     def calibrated(self) -> tuple[SurgeryConfig, float]:
         """The configuration with its θ, and the total density that it has on calibration text."""

@@ -1,6 +1,7 @@
 """Measuring the items of benchmarks/real.py, one batch at a time."""
 
 import itertools
+import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -44,10 +45,14 @@ class Measure:
         for kind, measure in ((WINDOW, self._windows), (NEEDLE, self._needles), (RULER, self._ruler)):
             items = [item for item in due if item.startswith(f"{kind} ")]
             if items:
+                began = time.perf_counter()
                 for found in measure(form, items):
+                    seconds = round((time.perf_counter() - began) / len(found), 3)
                     for item, values in found.items():
-                        self._results.add(form.name, form.settings, item, {**values, "device": self._device})
+                        about = {"seconds": seconds, "device": self._device}
+                        self._results.add(form.name, form.settings, item, {**values, **about})
                     yield len(found)
+                    began = time.perf_counter()
 
     def _windows(self, form: Form, items: Sequence[str]) -> Iterator[dict[str, Any]]:
         with form.running() as read:

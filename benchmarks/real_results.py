@@ -15,7 +15,7 @@ FORMS = ("dense", "rounding", "operated", "tokens", "blocks")
 #: Kinds of samples, as they begin the name of an item: ``window 3``, ``needle 17``, ``ruler vt 4``.
 WINDOW, NEEDLE, RULER = "window", "needle", "ruler"
 
-#: Of an item: ``loss`` and densities, or ``right``, or ``score`` and ``answer``; and ``device`` and ``date``.
+#: Of an item: ``loss`` and densities, ``right``, or ``score`` and ``answer``; seconds, device and date.
 Found = dict[str, Any]
 
 
