@@ -58,9 +58,7 @@ def calibrated(
 
 def thresholds(config: SurgeryConfig) -> str:
     """The thresholds in words."""
-    decode = (
-        f"θ = {config.theta_decode:.3%} in decode" if config.theta_decode else "decode steps read everything"
-    )
+    decode = f"{config.theta_decode:.3%} in decode" if config.theta_decode else "decode steps read everything"
     return f"θ = {config.theta:.3%} in prefill, {decode}"
 
 
