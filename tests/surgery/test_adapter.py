@@ -276,6 +276,16 @@ def test_a_half_written_new_adapter_is_no_adapter(tmp_path, monkeypatch):
         assert config_of(model) == SPARSE
 
 
+def test_an_adapter_of_a_rule_that_is_gone_is_refused_with_the_reason(folder):
+    rewrite(
+        folder, surgery=lambda stored: stored | {"alpha": 1.0, "score_stride": 1, "coarse_to_fine": False}
+    )
+    with loaded(build("Llama"), folder) as model:
+        assert config_of(model) == SPARSE
+    rewrite(folder, surgery=lambda stored: stored | {"score_stride": 4})
+    refused(folder, "score_stride=4 is no longer supported: .* Operate and calibrate the model again")
+
+
 def fixture_model():
     """A model whose weights are a formula, so that no release of a library can change them."""
     model = build("Llama")
