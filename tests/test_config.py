@@ -21,6 +21,7 @@ from llama_surgery.config import CONFIG_VERSION, REMOVED, REMOVED_CHOICES
     [
         ({"topology": "ring"}, "topology='ring': allowed are pages, dense"),
         ({"backend": "cuda"}, "backend='cuda': allowed are auto, reference, gather"),
+        ({"backend": ["auto"]}, r"backend=\['auto'\]: allowed are auto"),
         ({"chunk_size": 0}, "chunk_size=0: must be a whole number of at least 1"),
         ({"chunk_size": 512.0}, "chunk_size=512.0: must be a whole number"),
         ({"page_size": -64}, "page_size=-64: must be a whole number of at least 1"),

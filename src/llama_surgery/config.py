@@ -10,7 +10,7 @@ from llama_surgery.errors import SurgeryError
 
 Topology = Literal["pages", "dense"]
 Summary = Literal["none", "page", "ball"]
-Backend = Literal["auto", "reference", "gather", "flex", "triton"]
+Backend = Literal["auto", "reference", "gather", "triton"]
 
 CONFIG_VERSION = 1
 
@@ -57,7 +57,11 @@ REMOVED: dict[str, tuple[Any, str]] = {
 }
 
 #: Choices of older releases for fields that are still there, and what to tell whoever makes them.
-REMOVED_CHOICES: dict[tuple[str, Any], str] = {
+REMOVED_CHOICES: dict[tuple[str, str], str] = {
+    ("backend", "flex"): (
+        "FlexAttention as an executor was removed because the kernels are faster wherever it is fast. Use "
+        "'auto', which executes the same."
+    ),
     ("summary", "chunk"): (
         "one key for all that is unseen of a chunk was removed because a pre-trained model lost more quality "
         "with it than with no summary at all. Use 'ball', 'page' or 'none'."
@@ -143,10 +147,12 @@ class SurgeryConfig:
             ("backend", Backend),
         ):
             value = getattr(self, name)
-            if (name, value) in REMOVED_CHOICES:
-                raise SurgeryError(f"{name}={value!r} is no longer supported: {REMOVED_CHOICES[name, value]}")
-            if value not in get_args(allowed):
-                raise SurgeryError(f"{name}={value!r}: allowed are {', '.join(get_args(allowed))}.")
+            if value in get_args(allowed):
+                continue
+            why = REMOVED_CHOICES.get((name, value)) if isinstance(value, str) else None
+            if why:
+                raise SurgeryError(f"{name}={value!r} is no longer supported: {why}")
+            raise SurgeryError(f"{name}={value!r}: allowed are {', '.join(get_args(allowed))}.")
 
     def _check_numbers(self) -> None:
         for name, low in (

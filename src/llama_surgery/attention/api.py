@@ -23,7 +23,7 @@ from llama_surgery.topology.router import PageRouter
 from llama_surgery.topology.selection import Scorer, ShareListener, select
 
 #: Modules that execute plans block by block, loaded when first asked for. ``triton`` takes whole calls.
-BACKENDS = ("reference", "gather", "flex")
+BACKENDS = ("reference", "gather")
 
 
 class Backend(Protocol):

@@ -42,7 +42,7 @@ _FIELDS: dict[str, Any] = {
     "summary": _option(
         str, "What stands in for pages that are not read: none, or means of each page or ball."
     ),
-    "backend": _option(str, "Who executes the plan: auto, reference, gather, flex, triton."),
+    "backend": _option(str, "Who executes the plan: auto, reference, gather, triton."),
 }
 
 #: θ of tiles of one query, for users without calibration text: on the demo model they then read about as much

@@ -203,8 +203,8 @@ def test_calls_that_do_not_fit_are_refused(device: torch.device) -> None:
         attend_balls(q, k, v, balls.int(), window=8)
     with pytest.raises(SurgeryError, match="window=0"):
         attend_balls(q, k, v, balls, window=0)
-    with pytest.raises(SurgeryError, match="backend='flex'"):
-        attend_balls(q, k, v, balls, window=8, backend="flex")
+    with pytest.raises(SurgeryError, match="backend='tpu'"):
+        attend_balls(q, k, v, balls, window=8, backend="tpu")
     with pytest.raises(SurgeryError, match="float64"):
         attend_balls(q.double(), k.double(), v.double(), balls, window=8, backend="triton")
     with pytest.raises(SurgeryError, match="does not differentiate"):
