@@ -92,6 +92,7 @@ def check(target: str, *options: str, kernels: set[str] = KERNELS) -> None:
         assert not row.get("tf32"), row
 
 
+@pytest.mark.timeout(660)
 @pytest.mark.parametrize("target", sorted(SHARED))
 def test_targets(target: str) -> None:
     check(target, kernels=KERNELS | HOPPER if target == "cuda:90" else KERNELS)
