@@ -45,6 +45,7 @@ SIZES: dict[str, Any] = {
     **_all("sliding_window sliding_window_size window_size attention_window_size", 24),
     **_all("chunk_size mamba_chunk_size attention_chunk_size keep_window_size local_attention", 32),
     **_all("index_topk index_block_size", 16),
+    "attn_logit_softcapping": 3.0,  # few logits of a small model come near a larger one
     **_all("index_topk_blocks num_codebooks", 1),
 }
 #: Given where the configuration has the name at all: a default of None is not always worked out.
@@ -207,6 +208,10 @@ def build(name: str) -> PreTrainedModel:
         else:
             model = transformers.AutoModelForCausalLM.from_config(config)
         model = model.double()
+        if getattr(config.get_text_config(decoder=True), "attn_logit_softcapping", None):
+            model.set_attn_implementation(
+                "eager"
+            )  # in older transformers the only one that honours soft caps
         # The grouped products of experts have no float64 kernel.
         model.set_experts_implementation("eager")
         with torch.no_grad():
