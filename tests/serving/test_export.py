@@ -139,7 +139,7 @@ def test_what_is_not_served_is_not_exported(checkpoint: Path, tmp_path: Path, su
 def test_command_line(checkpoint: Path, tmp_path: Path) -> None:
     adapter = adapter_of(checkpoint, tmp_path / "adapter")
     done = run("export", checkpoint, adapter, tmp_path / "out")
-    assert done.exit_code == 0 and "θ = 20.000% in prefill, θ = 10.000% in decode" in done.output
+    assert done.exit_code == 0 and "θ = 20.000% in prefill, 10.000% in decode" in done.output
     done = run("export", checkpoint, tmp_path / "plain", "--json")
     assert json.loads(done.stdout)["config"] == SurgeryConfig().to_dict()
     assert run("export", checkpoint, tmp_path / "plain").exit_code == 1
