@@ -384,7 +384,7 @@ def test_page_lists_are_saved_no_longer_than_they_are(
 ) -> None:
     """As saved tensors, which are given back after the backward pass, and with no memory behind them."""
     monkeypatch.setattr(job, "STRIP_BYTES", strip_bytes)
-    config = dataclasses.replace(CONFIG, theta=0.6, directions="position")
+    config = dataclasses.replace(CONFIG, theta=0.6)
     case = Case(40, 160, streams=1)
     x, full = leaves(inputs(case, device), torch.float32), 128
     saved: list[torch.Tensor] = []
