@@ -19,7 +19,7 @@ from llama_surgery.config import CONFIG_VERSION, REMOVED, REMOVED_CHOICES
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"topology": "ring"}, "topology='ring': allowed are pages, dense"),
+        ({"topology": "ring"}, "topology='ring': allowed are pages"),
         ({"backend": "cuda"}, "backend='cuda': allowed are auto, reference, gather"),
         ({"backend": ["auto"]}, r"backend=\['auto'\]: allowed are auto"),
         ({"chunk_size": 0}, "chunk_size=0: must be a whole number of at least 1"),
@@ -31,6 +31,7 @@ from llama_surgery.config import CONFIG_VERSION, REMOVED, REMOVED_CHOICES
         ({"tile": True}, "tile=True: must be a whole number"),
         ({"tile": None}, "tile=None: must be a whole number"),
         ({"dense_until": -32}, "dense_until=-32: must be a whole number of at least 0"),
+        ({"dense_until": 2**31}, "dense_until=2147483648: at most 2147483647, since positions"),
         ({"theta": -0.1}, "theta=-0.1: must be a finite number of at least 0"),
         ({"theta": float("nan")}, "theta=nan: must be a finite number"),
         ({"theta": float("inf")}, "theta=inf: must be a finite number"),
@@ -217,7 +218,6 @@ def configs(draw):
     tile = draw(st.sampled_from([1, 8, 32]))
     theta = draw(st.floats(0, 2))
     return SurgeryConfig(
-        topology=draw(st.sampled_from(["pages", "dense"])),
         chunk_size=draw(st.sampled_from([64, 256])),
         page_size=draw(st.sampled_from([16, 64])),
         moment_size=draw(st.sampled_from([None, 4, 16])),

@@ -8,7 +8,7 @@ from typing import Any, Literal, get_args
 from llama_surgery.derived import Derived, hide, rules, settle
 from llama_surgery.errors import SurgeryError
 
-Topology = Literal["pages", "dense"]
+Topology = Literal["pages"]
 Summary = Literal["none", "page", "ball"]
 Backend = Literal["auto", "reference", "gather", "triton"]
 
@@ -62,6 +62,10 @@ REMOVED_CHOICES: dict[tuple[str, str], str] = {
         "FlexAttention as an executor was removed because the kernels are faster wherever it is fast. Use "
         "'auto', which executes the same."
     ),
+    ("topology", "dense"): (
+        "dense_until says which positions see everything. For dense attention everywhere, set dense_until to "
+        "the length of the longest text or more."
+    ),
     ("summary", "chunk"): (
         "one key for all that is unseen of a chunk was removed because a pre-trained model lost more quality "
         "with it than with no summary at all. Use 'ball', 'page' or 'none'."
@@ -83,7 +87,7 @@ class SurgeryConfig:
     """What every operated layer may see, and how it is executed.
 
     Attributes:
-        topology: ``pages`` (balanced tree over each chunk's keys) or ``dense`` (everything visible).
+        topology: ``pages``, a balanced tree over each chunk's keys.
         chunk_size: Tokens of a chunk; a multiple of ``tile``, and ``page_size`` times a power of two. The
             kernels sort chunks of up to 8,192.
         page_size: Keys of a page, the contiguous block that is read as a whole.
@@ -101,7 +105,8 @@ class SurgeryConfig:
             their rotary partners. 1 keeps every channel's; 8 nearly halves what scoring costs.
         summary: What stands in for pages that a row does not see: nothing (``none``), or a single key for
             each ``page`` or ``ball``, with its expected weight and its mean value.
-        dense_until: Queries at positions below this see everything; a multiple of ``tile``.
+        dense_until: Queries at positions below this see everything; a multiple of ``tile``. From the length
+            of the longest text on, all attention is dense.
         backend: Who executes the plan. ``auto`` takes the kernels on a GPU where they can run a call, and
             plain PyTorch elsewhere. A backend asked for by name never falls back in silence.
         given: ``theta_decode`` and ``moment_size`` as they were given, None where they follow from other
@@ -193,6 +198,10 @@ class SurgeryConfig:
         if self.chunk_size > 2**15:
             raise SurgeryError(
                 f"chunk_size={self.chunk_size}: at most {2**15}, since offsets are kept in 16 bits."
+            )
+        if self.dense_until >= 2**31:
+            raise SurgeryError(
+                f"dense_until={self.dense_until}: at most {2**31 - 1}, since positions are kept in 32 bits."
             )
         ball = self.moment_size
         while 0 < ball < self.page_size:

@@ -49,8 +49,7 @@ def cases(draw, max_length=130):
         window=draw(st.sampled_from([0, 16, 32])),
         theta=theta,
         theta_decode=theta,
-        dense_until=draw(st.sampled_from([0, 0, 64])),
-        topology=draw(st.sampled_from(["pages"] * 5 + ["dense"])),
+        dense_until=draw(st.sampled_from([0] * 4 + [64] * 2 + [256])),
     )
     stop = draw(st.one_of(st.sampled_from([1, 63, 64, 65, 128]), st.integers(1, max_length)))
     start = draw(st.sampled_from([0, stop - 1, draw(st.integers(0, stop - 1))]))
@@ -131,7 +130,7 @@ def test_reported_pairs_are_those_of_the_masks(case):
     assert (mask.sum((1, 2)) == result.near_pairs + far).all()
     rows = torch.arange(case.start, case.keys.shape[1])
     assert result.causal_pairs == int((rows + 1).sum())
-    if case.config.theta == 0 or case.config.topology == "dense":
+    if case.config.theta == 0 or case.config.dense_until >= case.keys.shape[1]:
         assert int(mask[0].sum()) == result.causal_pairs
 
 

@@ -105,7 +105,9 @@ def test_the_summary_brings_attention_closer_to_dense() -> None:
     q, k = (torch.randn(2, 64, 6, dtype=torch.float64, generator=generator) for _ in range(2))
     v = k + 0.1 * torch.randn(2, 64, 6, dtype=torch.float64, generator=generator)
     errors = {}
-    dense = attend(q[:, None], k, v, None, config=dataclasses.replace(CONFIG, topology="dense"), start=0).out
+    dense = attend(
+        q[:, None], k, v, None, config=dataclasses.replace(CONFIG, dense_until=1 << 20), start=0
+    ).out
     for summary in ("none", "page", "ball"):
         config = dataclasses.replace(CONFIG, summary=summary)
         out = attend(q[:, None], k, v, build_layout(k, v, config), config=config, start=0).out

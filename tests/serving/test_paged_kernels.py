@@ -101,7 +101,7 @@ class TestDecodeRows:
             {"variance_pool": 4},
             {"variance_pool": 4, "moment_size": 16},
             {"chunk_size": 192, "page_size": 24, "window": 24, "tile": 12, "moment_size": 6},
-            {"topology": "dense"},
+            {"dense_until": 1 << 20},
             {"dense_until": 160},
             {"theta": 0.0, "theta_decode": 0.0},
         ],

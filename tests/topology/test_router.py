@@ -104,7 +104,7 @@ def test_everything_open_is_dense_whatever_was_learned() -> None:
         normal(KV_HEADS, DIM, DIM),
     )
     routed = run(router, dataclasses.replace(CONFIG, theta=0.0, theta_decode=0.0))
-    dense = run(None, dataclasses.replace(CONFIG, topology="dense"))
+    dense = run(None, dataclasses.replace(CONFIG, dense_until=1 << 20))
     torch.testing.assert_close(routed.out, dense.out)
 
 

@@ -120,7 +120,7 @@ def measure_crossover(
         states = q[:, :, :length], k[:, :length], v[:, :length]
         _check(config, *states)
         way = fastest(states[0].flatten(0, 1)[None], states[1][None], states[2][None])[1]
-        dense = dataclasses.replace(config, topology="dense")
+        dense = _dense(config, length)
         measured = [_middle(functools.partial(_attend, c, *states), device) for c in (dense, config)]
         points.append(Point(length, *measured, min(way.values())))
         found = _attend(config, *states)
@@ -163,19 +163,23 @@ def adapter_config(folder: Path) -> SurgeryConfig:
         raise AdapterError(f"{folder}: no adapter ({error}).") from error
 
 
+def _dense(config: SurgeryConfig, length: int) -> SurgeryConfig:
+    return dataclasses.replace(config, dense_until=-(-length // config.tile) * config.tile)
+
+
 def _attend(config: SurgeryConfig, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> AttentionResult:
-    full = 0 if config.topology == "dense" else q.shape[2] // config.chunk_size * config.chunk_size
-    layout = build_layout(k[:, :full], v[:, :full], config) if full else None
+    full = q.shape[2] // config.chunk_size * config.chunk_size
+    sparse = full and q.shape[2] > config.dense_until
+    layout = build_layout(k[:, :full], v[:, :full], config) if sparse else None
     return attend(q, k, v, layout, config=config, start=0)
 
 
 def _check(config: SurgeryConfig, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
     """With everything open both paths must agree."""
     opened = dataclasses.replace(config, theta=0.0, theta_decode=0.0)
-    dense = dataclasses.replace(opened, topology="dense")
     rows = min(q.shape[2], 2048)
     part = q[:, :, :rows], k[:, :rows], v[:, :rows]
-    one, other = (_attend(c, *part).out.float() for c in (opened, dense))
+    one, other = (_attend(c, *part).out.float() for c in (opened, _dense(opened, rows)))
     error = float((one - other).norm() / other.norm())
     if not error < 0.02:
         raise SurgeryError(f"with everything open, sparse and dense attention differ by {error:.2e}.")

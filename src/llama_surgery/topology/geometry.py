@@ -27,10 +27,10 @@ def closed_chunks(position: int, config: SurgeryConfig, tile: int) -> int:
     """Closed chunks for the query at ``position`` in tiles of ``tile`` queries.
 
     Chunk c is closed when ``(c + 1) * chunk_size <= q0 - window`` with q0 the first position of the
-    query's tile; none is closed in the dense topology and below ``dense_until``.
+    query's tile; none is closed below ``dense_until``.
     """
     first = position // tile * tile
-    if config.topology == "dense" or first < config.dense_until:
+    if first < config.dense_until:
         return 0
     return max(0, (first - config.window) // config.chunk_size)
 
@@ -44,10 +44,8 @@ def query_blocks(start: int, stop: int, config: SurgeryConfig, tile: int) -> Ite
     while start < stop:
         closed = closed_chunks(start, config, tile)
         next_change = (closed + 1) * config.chunk_size + config.window
-        limit = min(stop, start - start % tile + config.chunk_size)
         if start < config.dense_until:
-            limit = min(limit, config.dense_until)
-        elif config.topology != "dense":
-            limit = min(limit, next_change)
+            next_change = config.dense_until
+        limit = min(stop, start - start % tile + config.chunk_size, next_change)
         yield Block(start, limit, closed)
         start = limit

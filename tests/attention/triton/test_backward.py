@@ -206,8 +206,8 @@ class TestAgainstPlainAttention:
     def test_dense_until(self, device: torch.device) -> None:
         check(Case(60, 112, streams=1), dataclasses.replace(CONFIG, dense_until=144), device)
 
-    def test_dense_topology(self, device: torch.device) -> None:
-        assert not check(Case(90), dataclasses.replace(CONFIG, topology="dense"), device)
+    def test_dense_everywhere(self, device: torch.device) -> None:
+        assert not check(Case(90), dataclasses.replace(CONFIG, dense_until=1 << 20), device)
 
     def test_sizes_that_are_no_powers_of_two(self, device: torch.device) -> None:
         config = SurgeryConfig(chunk_size=192, page_size=24, window=24, tile=12, theta=0.03, moment_size=6)

@@ -233,14 +233,14 @@ class TestAgainstReference:
     def test_rows_on_both_sides_of_dense_until(self, device: torch.device) -> None:
         check(Case((300, 316, 320), 4), dataclasses.replace(CONFIG, dense_until=320), device)
 
-    def test_dense_topology(self, device: torch.device) -> None:
-        result = check(Case((300, 5), 2), dataclasses.replace(CONFIG, topology="dense"), device)
+    def test_dense_everywhere(self, device: torch.device) -> None:
+        result = check(Case((300, 5), 2), dataclasses.replace(CONFIG, dense_until=1 << 20), device)
         assert not result.read.any()
 
     def test_everything_open_is_dense(self, device: torch.device) -> None:
         case = Case((300, 129), 2)
         opened = check(case, dataclasses.replace(CONFIG, theta=0.0, theta_decode=0.0), device)
-        dense = check(case, dataclasses.replace(CONFIG, topology="dense"), device)
+        dense = check(case, dataclasses.replace(CONFIG, dense_until=1 << 20), device)
         torch.testing.assert_close(opened.out, dense.out, rtol=2e-5, atol=2e-5)
 
     def test_sizes_that_are_no_powers_of_two(self, device: torch.device) -> None:

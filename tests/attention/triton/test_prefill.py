@@ -159,8 +159,8 @@ class TestAgainstReference:
     def test_dense_until(self, device: torch.device) -> None:
         check(Case(200), dataclasses.replace(CONFIG, dense_until=144), device)
 
-    def test_dense_topology(self, device: torch.device) -> None:
-        assert not check(Case(150), dataclasses.replace(CONFIG, topology="dense"), device).plans
+    def test_dense_everywhere(self, device: torch.device) -> None:
+        assert not check(Case(150), dataclasses.replace(CONFIG, dense_until=1 << 20), device).plans
 
     def test_sizes_that_are_no_powers_of_two(self, device: torch.device) -> None:
         config = SurgeryConfig(chunk_size=192, page_size=24, window=24, tile=12, theta=0.03, moment_size=6)
@@ -173,7 +173,7 @@ class TestAgainstReference:
         given = inputs(case, config, device)
         dense = prefill.attend(
             **given,
-            config=dataclasses.replace(config, topology="dense"),  # type: ignore[arg-type]
+            config=dataclasses.replace(config, dense_until=1 << 20),  # type: ignore[arg-type]
         )
         torch.testing.assert_close(result.out, dense.out, rtol=2e-5, atol=2e-5)
 

@@ -16,7 +16,6 @@ from llama_surgery.attention.impl.triton.decode_open_kernel import open_kernel
 from llama_surgery.attention.impl.triton.decode_shape import Shape
 from llama_surgery.attention.impl.triton.decode_tuning import DecodeTuning, decode_tuning_for
 from llama_surgery.attention.impl.triton.helpers import launching
-from llama_surgery.attention.impl.triton.job import EVERYWHERE
 from llama_surgery.attention.impl.triton.tuning import family_of
 from llama_surgery.config import SurgeryConfig
 from llama_surgery.errors import SurgeryError
@@ -104,7 +103,6 @@ def decode(
         new(rows, dtype=torch.int32),
         shape.rows_block,
     )
-    dense_until = EVERYWHERE if config.topology == "dense" else config.dense_until
     cap = 1.0 if softcap is None else softcap
     factor = dim**-0.5 if scale is None else scale
     where = (*queries.stride()[:3], *cache.strides())
@@ -131,7 +129,7 @@ def decode(
             cache.capacity,
             shape.splits,
             parts,
-            dense_until,
+            config.dense_until,
             factor,
             cap,
             **shape.constants(queries, cache, capped=softcap is not None),
@@ -161,7 +159,7 @@ def decode(
                 cache.capacity,
                 shape.splits,
                 shape.far_splits,
-                dense_until,
+                config.dense_until,
                 factor,
                 cap,
                 math.log2(theta) if theta > 0 else -math.inf,

@@ -56,9 +56,9 @@ class Shape(NamedTuple):
         keys = tuning.keys_per_step(dim, cache.values.shape[-1], queries.element_size())
         programs = streams * triton.cdiv(rows, rows_block)
         processors = processors_of(queries.device)
-        near, pages = cache.capacity, 0
-        if config.topology != "dense":
-            near = min(near, max(config.dense_until, config.window + config.chunk_size) + rows)
+        near = max(config.dense_until, config.window + config.chunk_size) + rows
+        near, pages = min(near, cache.capacity), 0
+        if config.dense_until < cache.capacity:
             pages = max(0, cache.capacity - config.window) // config.chunk_size * config.pages_per_chunk
         units = triton.cdiv(near, keys) + triton.cdiv(pages * config.balls_per_page, keys)
         far_splits = open_splits(config, pages, programs, processors, tuning) if pages else 0

@@ -24,9 +24,6 @@ STRIP_BYTES = 1 << 28
 #: Balls of a program that makes features.
 FEATURE_BALLS = 16
 
-#: A position beyond every text: tiles below it have no far field.
-EVERYWHERE = 2**31 - 1
-
 
 class Strip(NamedTuple):
     """Consecutive tiles of one launch.
@@ -78,10 +75,6 @@ class Job:
     def near_start(self) -> int:
         """Position of the first near key."""
         return self.stop - self.near_keys.shape[1]
-
-    @property
-    def dense_until(self) -> int:
-        return EVERYWHERE if self.config.topology == "dense" else self.config.dense_until
 
     def whole(self) -> Strip:
         """All tiles as one strip."""

@@ -82,12 +82,12 @@ def page_constants(job: Job) -> dict[str, Any]:
 def scored_rows(job: Job, strip: Strip) -> tuple[float, ...]:
     """Arguments of kernels that say which rows are scored, and how."""
     softcap = 1.0 if job.softcap is None else job.softcap
-    return job.start, job.stop, strip.first_tile, job.dense_until, job.scale, softcap
+    return job.start, job.stop, strip.first_tile, job.config.dense_until, job.scale, softcap
 
 
 def placed_rows(job: Job, strip: Strip) -> tuple[int, ...]:
     """Arguments of kernels that read the near field: which rows are given, and where keys and tiles begin."""
-    return job.start, job.stop, job.near_start, strip.first_tile, job.dense_until
+    return job.start, job.stop, job.near_start, strip.first_tile, job.config.dense_until
 
 
 def heads_of_tile(heads: int, rows: int, tile_pad: int) -> int:
