@@ -1,7 +1,6 @@
 """What learned corrections and summaries cost the kernels of one layer."""
 
 import dataclasses
-import math
 from pathlib import Path
 from typing import Any
 
@@ -10,18 +9,16 @@ import torch
 from llama_surgery.attention import api
 from llama_surgery.attention.impl.triton import prefill, selection
 from llama_surgery.attention.impl.triton.decode import DecodeResult, decode
-from llama_surgery.attention.impl.triton.decode_cache import (
-    DecodeCache,
-    append_tokens,
-    load_sequence,
-    make_cache,
-)
+from llama_surgery.attention.impl.triton.decode_cache import DecodeCache, append_tokens
 from llama_surgery.attention.impl.triton.job import make_job
 from llama_surgery.attention.impl.triton.layout import build_layout
 from llama_surgery.bench.measure import Deadline, Rows, graphed, quantiles, times
 from llama_surgery.bench.prefill_case import DIM, HEADS, STREAMS, Data, calibrate, executed_density, make_data
 from llama_surgery.config import SurgeryConfig
 from llama_surgery.errors import SurgeryError
+from llama_surgery.surgery.buffers import PageBuffers
+from llama_surgery.surgery.decoding import cache_view
+from llama_surgery.surgery.store import SequenceStore
 from llama_surgery.topology.router import PageRouter
 
 #: What is timed: changes of the configuration, and which corrections there are.
@@ -158,14 +155,15 @@ def _layout(data: Data, config: SurgeryConfig, router: PageRouter | None) -> Any
 
 def _cache(data: Data, config: SurgeryConfig, router: PageRouter | None) -> DecodeCache:
     """All but the last token settled, that one appended."""
-    length = data.keys.shape[1]
-    room = math.ceil(length / config.chunk_size) * config.chunk_size
-    keys = data.keys
-    cache = make_cache(config, 1, STREAMS, room, DIM, dtype=keys.dtype, device=keys.device)
-    layout = _layout(data, config, router)
-    rest = slice(layout.keys.shape[1], length - 1)
-    load_sequence(cache, 0, layout, keys[:, rest], data.values[:, rest])
-    append_tokens(cache, keys[:, -1:], data.values[:, -1:])
+    keys, values = data.keys, data.values
+    config = dataclasses.replace(config, backend="triton")
+    buffers = PageBuffers(config, STREAMS, keys.device)
+    buffers.reserve(keys.shape[1])
+    store = SequenceStore(config, buffers)
+    store.append(keys[None, :, :-1], values[None, :, :-1], 0, router)
+    lengths = torch.tensor([store.length], dtype=torch.int32, device=keys.device)
+    cache = cache_view(buffers, config, STREAMS, lengths)
+    append_tokens(cache, keys[:, -1:], values[:, -1:])
     return cache
 
 

@@ -2,7 +2,7 @@
 
 A graph holds one call on each of several caches, together more than four times the L2 cache that a call finds
 empty; times are per call. Every timing follows a check against float64 on the planted pages. A step run
-appends a token, attends, and fills chunks when they are due: its p99 and its worst step are the latencies of
+appends a token, attends, and lays out chunks that are full: its p99 and its worst step are the latencies of
 generation.
 """
 
@@ -16,13 +16,13 @@ from typing import Any
 import torch
 
 from llama_surgery.attention.impl.triton.decode import decode
-from llama_surgery.attention.impl.triton.decode_cache import append_tokens, fill_chunks
+from llama_surgery.attention.impl.triton.decode_cache import append_tokens
 from llama_surgery.bench import decode_case as case
 from llama_surgery.bench.decode_case import Layer, Setting
 from llama_surgery.bench.decode_paged import block_tables, paged, same
 from llama_surgery.bench.dense import ways
 from llama_surgery.bench.measure import Deadline, Rows, graphed, quantiles, say, synchronise, times
-from llama_surgery.errors import SurgeryError
+from llama_surgery.surgery.store import SequenceStore
 
 SETTINGS = (
     Setting(1 << 17, 1),
@@ -150,11 +150,7 @@ def measure(layers: list[Layer], call: Callable[[Layer], Any], budget_ms: float 
 
 
 def step_run(layers: list[Layer], setting: Setting, device: torch.device) -> dict[str, float]:
-    """Quantiles, mean and maximum of single steps per layer while the text grows.
-
-    Raises:
-        SurgeryError: A chunk was not filled.
-    """
+    """Quantiles, mean and maximum of single steps per layer while the text grows."""
     lengths = layers[0].cache.lengths
 
     def step() -> None:
@@ -163,27 +159,16 @@ def step_run(layers: list[Layer], setting: Setting, device: torch.device) -> dic
             decode(layer.queries, layer.cache)
         lengths.add_(setting.rows)
 
-    def fill() -> None:
-        for layer in layers:
-            fill_chunks(layer.cache)
-
-    replay_fill = graphed(fill, device)  # first: capturing runs the call, and nothing is due yet
     replay_step = graphed(step, device)
     lengths.fill_(setting.start)
-    size, done = setting.config.chunk_size, 0
+    stores = [SequenceStore(setting.config, layer.buffers, length=setting.start) for layer in layers]
 
     def one() -> None:
-        nonlocal done
         replay_step()
-        before = setting.start + done * setting.rows
-        done += 1
-        if before // size < (before + setting.rows) // size:
-            replay_fill()
+        for store in stores:
+            store.advance(setting.rows)
 
     measured = times(one, device, case.STEPS // setting.rows - 8)
-    filled = (setting.start + done * setting.rows) // size
-    if layers[-1].cache.filled is None or not (layers[-1].cache.filled == filled).all():
-        raise SurgeryError(f"{setting}: chunks were not filled.")
     lengths.fill_(setting.start)
     each = [ms / len(layers) for ms in measured]
     return quantiles(each) | {"max_ms": each[-1]}

@@ -12,13 +12,13 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
 from llama_surgery.attention.impl.triton.decode import DecodeResult
-from llama_surgery.attention.impl.triton.decode_blocks import feature_blocks
-from llama_surgery.attention.impl.triton.decode_cache import DecodeCache, append_tokens, make_cache
-from llama_surgery.attention.impl.triton.job import page_features
+from llama_surgery.attention.impl.triton.decode_cache import DecodeCache, append_tokens
 from llama_surgery.config import SurgeryConfig
 from llama_surgery.errors import SurgeryError
+from llama_surgery.surgery.buffers import PageBuffers
+from llama_surgery.surgery.decoding import cache_view
 from llama_surgery.topology.geometry import closed_chunks
-from llama_surgery.topology.layout import moments_of, pool_channels
+from llama_surgery.topology.layout import Layout, moments_of, pool_channels
 
 KV_HEADS, HEADS, DIM = 8, 4, 128
 #: Length of the planted part of a key, and logit that it gets from the planted part of a query.
@@ -53,7 +53,7 @@ class Setting:
 
     @property
     def config(self) -> SurgeryConfig:
-        return SurgeryConfig(page_size=self.page, moment_size=self.ball, theta_decode=0.01)
+        return SurgeryConfig(page_size=self.page, moment_size=self.ball, theta_decode=0.01, backend="triton")
 
     @property
     def lengths(self) -> list[int]:
@@ -90,8 +90,13 @@ class Setting:
 
 @dataclasses.dataclass
 class Layer:
-    """One cache, its queries, the next token's keys and values, and the pages its streams will open."""
+    """One cache, its queries, the next token's keys and values, and the pages its streams will open.
 
+    Attributes:
+        buffers: What ``cache`` is a view of.
+    """
+
+    buffers: PageBuffers
     cache: DecodeCache
     queries: torch.Tensor
     new: torch.Tensor
@@ -125,34 +130,36 @@ def make_layer(setting: Setting, lengths: torch.Tensor, dtype: torch.dtype, seed
     """A full cache with planted pages. Page 0 is the sink page, open without being planted."""
     config, device = setting.config, lengths.device
     streams = setting.batch * KV_HEADS
-    steps = 0 if setting.ragged else STEPS
-    room = -(-(setting.length + steps) // config.chunk_size) * config.chunk_size
-    cache = make_cache(
-        config, setting.batch, KV_HEADS, room, DIM, dtype=dtype, device=device, lengths=lengths
-    )
+    buffers = PageBuffers(config, streams, device)
+    buffers.maximum = setting.length + (0 if setting.ragged else STEPS)
+    buffers.reserve(buffers.maximum)
     generator = torch.Generator(device).manual_seed(seed)
     pages = choose_pages(setting, torch.Generator().manual_seed(seed))
-    cache.keys.normal_(generator=generator)
-    cache.values.normal_(generator=generator)
     pull = torch.randn(streams, DIM, generator=generator, device=device)
     pull = pull / pull.norm(dim=-1, keepdim=True)
-    fulls = [(n - setting.rows) // config.chunk_size * config.chunk_size for n in setting.streams()]
-    keys, means, spreads = (by_slot(x) for x in (cache.keys, cache.means, cache.spreads))
-    for stream, (planted, full) in enumerate(zip(pages, fulls, strict=True)):
-        by_page = keys[stream].unflatten(0, (-1, setting.page))
-        by_page[planted[1:].to(device)] += (KEY_PULL * pull[stream]).to(dtype)
-        if not full:
-            continue
-        moments = moments_of(keys[stream : stream + 1, :full], config.ball_size)
-        features = page_features(moments, dtype, config.variance_pool)
-        for held, fresh in zip((means, spreads), feature_blocks(features, config, 1), strict=True):
-            held[stream, : full // config.ball_size] = by_slot(fresh)[0]
-    cache.filled.copy_(torch.tensor(fulls[::KV_HEADS]) // config.chunk_size)
+    for index, length in enumerate(setting.lengths):
+        own = slice(index * KV_HEADS, (index + 1) * KV_HEADS)
+        settled = length - setting.rows
+        full = settled // config.chunk_size * config.chunk_size
+        keys, values = (
+            torch.randn(KV_HEADS, settled, DIM, generator=generator, device=device, dtype=dtype)
+            for _ in range(2)
+        )
+        for head, planted in enumerate(pages[own]):
+            by_page = keys[head, :full].unflatten(0, (-1, setting.page))
+            by_page[planted[1:].to(device)] += (KEY_PULL * pull[own][head]).to(dtype)
+        if full:  # in the order in which keys were planted: no tree is built
+            order = torch.arange(config.chunk_size, dtype=torch.int16, device=device)
+            order = order.expand(KV_HEADS, full // config.chunk_size, -1)
+            moments = moments_of(keys[:, :full], config.ball_size)
+            buffers.write_chunks(own, 0, Layout(keys[:, :full], values[:, :full], order, moments))
+        buffers.write(own, full, keys[:, full:], values[:, full:])
+    cache = cache_view(buffers, config, KV_HEADS, lengths)
     shape = (streams, HEADS, setting.rows, DIM)
     planted_query = LOGIT * DIM**0.5 / KEY_PULL * pull[:, None, None]
     queries = torch.randn(shape, generator=generator, device=device) + planted_query
     new = torch.randn(2, streams, setting.rows, DIM, generator=generator, device=device)
-    return Layer(cache, queries.to(dtype), new.to(dtype), pages)
+    return Layer(buffers, cache, queries.to(dtype), new.to(dtype), pages)
 
 
 def place_theta(setting: Setting, layers: list[Layer]) -> tuple[float, float]:

@@ -1,15 +1,20 @@
 """Decode steps of an operated layer through the Triton kernels: one launch for all sequences of a batch."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from llama_surgery.attention.api import backend_name
 from llama_surgery.attention.impl.common import differentiable
+from llama_surgery.config import SurgeryConfig
+from llama_surgery.surgery.buffers import PageBuffers
 from llama_surgery.surgery.cache import PagedLayer
 from llama_surgery.surgery.layer import LayerSurgery
 from llama_surgery.surgery.statistics import Counters
 from llama_surgery.topology.geometry import closed_chunks
+
+if TYPE_CHECKING:
+    from llama_surgery.attention.impl.triton.decode_cache import DecodeCache
 
 
 def kernels_decode(
@@ -59,8 +64,7 @@ def decode_step(
         (batch, new, heads, value_dim), contiguous.
     """
     from llama_surgery.attention.impl.triton.decode import decode
-    from llama_surgery.attention.impl.triton.decode_blocks import feature_blocks, mean_blocks
-    from llama_surgery.attention.impl.triton.decode_cache import DecodeCache, append_tokens
+    from llama_surgery.attention.impl.triton.decode_cache import append_tokens
 
     (batch, heads, rows, _), kv_heads = query.shape, key.shape[1]
     buffers, lengths = paged.buffers, paged.device_lengths()
@@ -68,16 +72,7 @@ def decode_step(
     sinks = keywords.get("s_aux")
     if sinks is not None:
         sinks = sinks.detach().view(kv_heads, heads // kv_heads).repeat(batch, 1)
-    keys, values, features, sink_page, *means = buffers.read_by_kernels()
-    by_chunk = (x.view(batch, kv_heads, -1, layer.config.chunk_size, x.shape[-1]) for x in (keys, values))
-    cache = DecodeCache(
-        layer.config,
-        *by_chunk,
-        *feature_blocks(features, layer.config, kv_heads),
-        sink_page.view(batch, kv_heads, 1),
-        lengths,
-        mean_values=mean_blocks(*means, layer.config, kv_heads) if means else None,
-    )
+    cache = cache_view(buffers, layer.config, kv_heads, lengths)
     append_tokens(cache, key.flatten(0, 1), value.flatten(0, 1), longest=max(paged.lengths))
     result = decode(
         query.unflatten(1, (kv_heads, heads // kv_heads)).flatten(0, 1),
@@ -92,6 +87,35 @@ def decode_step(
     if not paged.recording:
         settle(layer, paged, rows)
     return result.out.view(batch, heads, rows, -1).transpose(1, 2).contiguous()
+
+
+def cache_view(
+    buffers: PageBuffers, config: SurgeryConfig, kv_heads: int, lengths: torch.Tensor
+) -> "DecodeCache":
+    """A layer's tensors as the decode kernels read them. Nothing is copied.
+
+    Args:
+        buffers: Hold keys and values; their streams are (sequence, KV head) flattened.
+        config: The topology of the call.
+        kv_heads: Streams of a sequence.
+        lengths: (sequences,) int32 on the buffers' device, settled tokens.
+    """
+    from llama_surgery.attention.impl.triton.decode_blocks import feature_blocks, mean_blocks
+    from llama_surgery.attention.impl.triton.decode_cache import DecodeCache
+
+    keys, values, features, sink_page, *means = buffers.read_by_kernels()
+    by_chunk = (
+        x.view(-1, kv_heads, x.shape[1] // config.chunk_size, config.chunk_size, x.shape[-1])
+        for x in (keys, values)
+    )
+    return DecodeCache(
+        config,
+        *by_chunk,
+        *feature_blocks(features, config, kv_heads),
+        sink_page.view(-1, kv_heads, 1),
+        lengths,
+        mean_values=mean_blocks(*means, config, kv_heads) if means else None,
+    )
 
 
 def settle(layer: LayerSurgery, paged: PagedLayer, rows: int) -> None:

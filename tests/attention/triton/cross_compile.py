@@ -39,6 +39,8 @@ from llama_surgery.attention.impl.triton import (
 from llama_surgery.attention.impl.triton.decode_tuning import decode_tuning_for
 from llama_surgery.attention.impl.triton.tiled_plan import TiledPlan
 from llama_surgery.config import SurgeryConfig
+from llama_surgery.surgery.buffers import PageBuffers
+from llama_surgery.surgery.decoding import cache_view
 from llama_surgery.topology.layout import Layout, build_layout
 from llama_surgery.topology.router import PageRouter
 
@@ -198,7 +200,7 @@ def corrections(kv_heads: int, group: int, head_dim: int) -> PageRouter:
 
 def launch_decode(states: torch.Tensor, config: SurgeryConfig, family: str, extra: dict[str, Any]) -> None:
     """Steps on caches for long texts: small balls; pooled balls, large ones; a block table; summaries."""
-    streams, _, _, dim = states.shape
+    streams = states.shape[0]
     tuning = decode_tuning_for(family)
     decode_shape.processors_of = lambda _: PROCESSORS  # type: ignore[assignment]
     coarse = dataclasses.replace(config, page_size=64, moment_size=64, variance_pool=8)
@@ -210,7 +212,10 @@ def launch_decode(states: torch.Tensor, config: SurgeryConfig, family: str, extr
         (by_ball, 1, False),
         (by_page, 8, True),
     ):
-        cache = decode_cache.make_cache(rule, 1, streams, 1 << 16, dim, dtype=states.dtype, device="cpu")
+        buffers = PageBuffers(rule, streams, states.device)
+        buffers.reserve(1 << 16)
+        buffers.write(slice(None), 0, states[:, 0], states[:, 0])
+        cache = cache_view(buffers, rule, streams, torch.zeros(1, dtype=torch.int32))
         if paged:
             cache = dataclasses.replace(cache, table=torch.zeros(1, cache.chunks, dtype=torch.int32))
         queries, new = states[:, :, :rows], states[:, 0, :rows]

@@ -8,13 +8,15 @@ import torch
 pytest.importorskip("triton")
 
 from tests.attention.triton import test_decode, test_prefill
+from tests.attention.triton.decode_caches import loaded
 from tests.attention.triton.test_prefill import Case, check, inputs
 
 from llama_surgery.attention import api
-from llama_surgery.attention.impl.triton.decode_cache import append_tokens, fill_chunks
+from llama_surgery.attention.impl.triton.decode_cache import append_tokens
 from llama_surgery.attention.impl.triton.layout import build_layout
 from llama_surgery.attention.summary import mean_values
 from llama_surgery.errors import SurgeryError
+from llama_surgery.surgery.store import SequenceStore
 from llama_surgery.topology.router import PageRouter
 
 #: A θ high enough for pages to stay closed.
@@ -88,10 +90,9 @@ def test_a_chunk_that_decoding_fills_is_ordered_by_mapped_keys(summary: str, dev
     config = dataclasses.replace(CONFIG, summary=summary)
     case, router = test_decode.Case((126,), rows=2), learned(2, 4, 16, device)
     text = test_decode.make_texts(case, config, device, router)[0]
-    cache = test_decode.loaded_cache([text], case, config, device)
+    buffers, cache = loaded(config, [test_decode.settled(text, config)], 128)
     append_tokens(cache, text.keys[:, 126:], text.values[:, 126:])
-    cache.lengths.add_(2)
-    fill_chunks(cache, router)
+    SequenceStore(buffers.config, buffers, length=126).advance(2, router)
     expected = build_layout(text.keys, text.values, config, router)
     assert torch.equal(cache.keys.flatten(2, 3)[0], expected.keys)
     assert cache.mean_values is not None

@@ -9,20 +9,16 @@ pytest.importorskip("triton")
 
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from tests.attention.triton.decode_caches import Sequence, loaded
 
 from llama_surgery.attention import api
 from llama_surgery.attention.impl.triton.decode import DecodeResult, decode
-from llama_surgery.attention.impl.triton.decode_cache import (
-    DecodeCache,
-    append_tokens,
-    fill_chunks,
-    load_sequence,
-    make_cache,
-)
+from llama_surgery.attention.impl.triton.decode_cache import DecodeCache, append_tokens
 from llama_surgery.attention.impl.triton.decode_tuning import DecodeTuning, open_splits
 from llama_surgery.attention.impl.triton.layout import build_layout as kernel_layout
 from llama_surgery.config import SurgeryConfig
 from llama_surgery.errors import SurgeryError
+from llama_surgery.surgery.store import SequenceStore
 from llama_surgery.topology.layout import Layout, build_layout
 from llama_surgery.topology.router import PageRouter
 
@@ -75,31 +71,15 @@ def make_texts(
     return texts
 
 
-def poisoned_cache(case: Case, config: SurgeryConfig, device: torch.device) -> DecodeCache:
-    room = max(case.lengths) + case.rows
-    cache = make_cache(
-        config,
-        len(case.lengths),
-        case.kv_heads,
-        -(-room // config.chunk_size) * config.chunk_size,
-        case.dim,
-        case.value_dim,
-        dtype=case.dtype,
-        device=device,
-    )
-    for tensor in (cache.keys, cache.values, cache.means, cache.spreads):
-        tensor.fill_(torch.nan)
-    return cache
+def loaded_cache(texts: list[Text], case: Case, config: SurgeryConfig) -> DecodeCache:
+    """A cache that holds all but the new rows, NaN behind them."""
+    return loaded(config, [settled(text, config) for text in texts], max(case.lengths) + case.rows)[1]
 
 
-def loaded_cache(texts: list[Text], case: Case, config: SurgeryConfig, device: torch.device) -> DecodeCache:
-    """A poisoned cache that holds all but the new rows."""
-    cache = poisoned_cache(case, config, device)
-    for index, text in enumerate(texts):
-        full = 0 if text.layout is None else text.layout.chunks * config.chunk_size
-        span = slice(full, text.length)
-        load_sequence(cache, index, text.layout, text.keys[:, span], text.values[:, span])
-    return cache
+def settled(text: Text, config: SurgeryConfig) -> Sequence:
+    """All but the new rows of a text."""
+    full = 0 if text.layout is None else text.layout.chunks * config.chunk_size
+    return text.layout, text.keys[:, full : text.length], text.values[:, full : text.length]
 
 
 def append(cache: DecodeCache, texts: list[Text]) -> None:
@@ -120,7 +100,7 @@ def run(
 ) -> tuple[DecodeResult, list[api.AttentionResult]]:
     """The kernels' result and, for every sequence, the reference's."""
     texts = make_texts(case, config, device, router)
-    cache = loaded_cache(texts, case, config, device)
+    cache = loaded_cache(texts, case, config)
     append(cache, texts)
     sink = None
     if case.sink:
@@ -309,7 +289,7 @@ def test_blocks_may_lie_anywhere(
     config = dataclasses.replace(CONFIG, **sizes)
     case = Case((250, 0, 97, 191), rows, dim=24)
     texts = make_texts(case, config, device)
-    cache = loaded_cache(texts, case, config, device)
+    cache = loaded_cache(texts, case, config)
     sequences = len(texts)
     order = torch.randperm(sequences * cache.chunks, generator=torch.Generator().manual_seed(1)).to(device)
 
@@ -327,7 +307,6 @@ def test_blocks_may_lie_anywhere(
         spreads=pooled(cache.spreads),
         sink_page=pooled(cache.sink_page.expand(-1, -1, cache.chunks)),
         table=order.int().view(sequences, -1),
-        filled=None,
     )
     queries = torch.cat([t.queries for t in texts])
     results = []
@@ -342,7 +321,7 @@ def test_blocks_may_lie_anywhere(
 def test_rows_are_settled_on_demand(device: torch.device) -> None:
     case = Case((100, 3, 70), 2)
     texts = make_texts(case, CONFIG, device)
-    cache = loaded_cache(texts, case, CONFIG, device)
+    cache = loaded_cache(texts, case, CONFIG)
     queries = torch.cat([t.queries for t in texts])
     append(cache, texts)
     for advance, lengths in ((False, [100, 3, 70]), (True, [102, 5, 72])):
@@ -360,12 +339,10 @@ def test_texts_grow_by_accepted_drafts(device: torch.device) -> None:
     generator = torch.Generator().manual_seed(5)
     keys, values = (torch.randn(2, last, 16, generator=generator).to(device) for _ in range(2))
     queries = 2 * torch.randn(2, 2, last, 16, generator=generator).to(device)
-    lengths = torch.zeros(2, dtype=torch.int32, device=device)
-    cache = make_cache(config, 2, 1, 128, 16, dtype=torch.float32, device=device, lengths=lengths)
-    assert cache.lengths is lengths
-    cache.keys.fill_(torch.nan)
-    load_sequence(cache, 0, None, keys[:1, :29], values[:1, :29])
-    oracle, position, step = dataclasses.replace(config, backend="reference"), [29, 0], 0
+    oracle, position, step = dataclasses.replace(config, backend="reference"), [29, 1], 0
+    past_of = [(None, keys[i : i + 1, :n], values[i : i + 1, :n]) for i, n in enumerate(position)]
+    buffers, cache = loaded(config, past_of, 128)
+    stores = [SequenceStore(buffers.config, buffers, slice(i, i + 1), n) for i, n in enumerate(position)]
     while max(position) + rows <= last:
         new = torch.tensor([[p + r for r in range(rows)] for p in position], device=device)
         of = torch.arange(2, device=device)[:, None]
@@ -388,27 +365,11 @@ def test_texts_grow_by_accepted_drafts(device: torch.device) -> None:
             )
             torch.testing.assert_close(result.out[past], expected.out, rtol=3e-5, atol=3e-5)
         kept = torch.tensor([2 + step % 3, 2 + (step + 1) % 3], dtype=torch.int32, device=device)
-        before = [p // 32 for p in position]
-        lengths += kept
-        position = [p + int(k) for p, k in zip(position, kept, strict=True)]
-        if [p // 32 for p in position] != before:
-            fill_chunks(cache)
-            assert cache.filled.tolist() == [p // 32 for p in position]
+        cache.lengths.add_(kept)
+        for index, (store, count) in enumerate(zip(stores, kept.tolist(), strict=True)):
+            position[index] += count
+            store.advance(count)
         step += 1
-
-
-def test_filling_where_nothing_is_due_changes_nothing(device: torch.device) -> None:
-    case = Case((40, 80), kv_heads=1)
-    cache = poisoned_cache(case, CONFIG, device)
-    for index, text in enumerate(make_texts(case, CONFIG, device)):
-        full = index * CONFIG.chunk_size
-        span = slice(full, text.length)
-        load_sequence(cache, index, text.layout, text.keys[:, span], text.values[:, span])
-    tensors = (cache.keys, cache.values, cache.means, cache.spreads, cache.filled, cache.sink_page)
-    before = [t.clone() for t in tensors]
-    fill_chunks(cache)
-    for tensor, old in zip(tensors, before, strict=True):
-        assert torch.equal(tensor.nan_to_num(7.0), old.nan_to_num(7.0))
 
 
 def test_pages_at_one_place_of_their_chunks_are_spread() -> None:
@@ -425,9 +386,8 @@ def test_pages_at_one_place_of_their_chunks_are_spread() -> None:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_a_captured_step_follows_the_length(device: torch.device) -> None:
     case = Case((290,), 1)
-    text, cache = make_texts(case, CONFIG, device)[0], poisoned_cache(case, CONFIG, device)
-    full = slice(256, 290)
-    load_sequence(cache, 0, text.layout, text.keys[:, full], text.values[:, full])
+    text = make_texts(case, CONFIG, device)[0]
+    cache = loaded_cache([text], Case((290,), 3), CONFIG)
 
     def step() -> DecodeResult:
         append_tokens(cache, text.keys[:, 290:], text.values[:, 290:])
@@ -458,23 +418,11 @@ class TestWhatIsRefused:
 
     def test_shapes(self, device: torch.device) -> None:
         case = Case((40,))
-        cache = poisoned_cache(case, CONFIG, device)
-        queries = make_texts(case, CONFIG, device)[0].queries
+        texts = make_texts(case, CONFIG, device)
+        cache, queries = loaded_cache(texts, case, CONFIG), texts[0].queries
         with pytest.raises(SurgeryError, match="do not fit cached keys"):
             decode(queries[:1], cache)
         with pytest.raises(SurgeryError, match=r"torch\.float16"):
             decode(queries.half(), cache)
         with pytest.raises(SurgeryError, match="sink_logit"):
             decode(queries, cache, sink_logit=torch.zeros(2, 1, device=device))
-
-    def test_caches(self, device: torch.device) -> None:
-        with pytest.raises(SurgeryError, match="capacity=65"):
-            make_cache(CONFIG, 1, 1, 65, 16, dtype=torch.float32, device=device)
-        with pytest.raises(SurgeryError, match=r"torch\.int64"):
-            make_cache(
-                CONFIG, 1, 1, 64, 16, dtype=torch.float32, device=device, lengths=torch.zeros(1).long()
-            )
-        cache = make_cache(CONFIG, 1, 1, 64, 16, dtype=torch.float32, device=device)
-        keys = torch.zeros(1, 65, 16, device=device)
-        with pytest.raises(SurgeryError, match="65 tokens"):
-            load_sequence(cache, 0, None, keys, keys)

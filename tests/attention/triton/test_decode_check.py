@@ -8,15 +8,11 @@ import torch
 
 pytest.importorskip("triton")
 
+from tests.attention.triton.decode_caches import loaded
+
 from llama_surgery.attention.impl.triton import decode_cache
 from llama_surgery.attention.impl.triton.decode import decode
-from llama_surgery.attention.impl.triton.decode_cache import (
-    DecodeCache,
-    append_tokens,
-    fill_chunks,
-    load_sequence,
-    make_cache,
-)
+from llama_surgery.attention.impl.triton.decode_cache import DecodeCache, append_tokens
 from llama_surgery.config import SurgeryConfig
 from llama_surgery.errors import SurgeryError
 from llama_surgery.topology.layout import build_layout
@@ -29,15 +25,12 @@ DIM, HEADS = 16, 2
 @pytest.fixture
 def cache(device: torch.device) -> DecodeCache:
     """Two sequences of 62 and 40 tokens in a cache of 64."""
-    made = make_cache(CONFIG, 2, 1, 64, DIM, dtype=torch.float32, device=device)
-    for tensor in (made.keys, made.values, made.means, made.spreads):
-        tensor.zero_()
-    generator = torch.Generator().manual_seed(0)
-    for index, length in enumerate((62, 40)):
+    generator, sequences = torch.Generator().manual_seed(0), []
+    for length in (62, 40):
         keys, values = torch.randn(2, 1, length, DIM, generator=generator).to(device)
         layout = build_layout(keys[:, :32], values[:, :32], CONFIG)
-        load_sequence(made, index, layout, keys[:, 32:], values[:, 32:])
-    return made
+        sequences.append((layout, keys[:, 32:], values[:, 32:]))
+    return loaded(CONFIG, sequences, 64)[1]
 
 
 @pytest.fixture
@@ -65,7 +58,7 @@ def test_tokens_without_room_are_refused(
     before = cache.keys.clone()
     with pytest.raises(SurgeryError, match=r"3 new tokens behind 6. for a cache of 64"):
         append_tokens(cache, keys, values, longest=longest)
-    assert torch.equal(cache.keys, before)
+    assert torch.equal(cache.keys.nan_to_num(7.0), before.nan_to_num(7.0))
     append_tokens(cache, keys[:, :2], values[:, :2], longest=62)
 
 
@@ -90,27 +83,11 @@ def test_rows_beyond_the_capacity_are_nan_and_no_others(
     assert not result.opened[0, there:].any() and tally[0, 0] == result.opened.sum()
 
 
-@pytest.mark.usefixtures("unknown")
-def test_a_full_cache_is_not_laid_out_again(cache: DecodeCache, device: torch.device) -> None:
-    _, keys, values = states(4, device)
-    append_tokens(cache, keys, values)
-    cache.lengths.add_(60)
-    for _ in range(3):
-        fill_chunks(cache)
-    before = [x.clone() for x in (cache.keys, cache.means, cache.sink_page)]
-    fill_chunks(cache)
-    assert cache.filled.tolist() == [2, 2]
-    for held, old in zip((cache.keys, cache.means, cache.sink_page), before, strict=True):
-        assert torch.equal(held, old)
-
-
 def test_new_tokens_of_another_shape_or_dtype(cache: DecodeCache, device: torch.device) -> None:
     _, keys, values = states(1, device)
     for wrong in ((keys[:1], values), (keys, values.half()), (keys[..., :8], values), (keys[0], values[0])):
         with pytest.raises(SurgeryError, match=r"new (keys|values)"):
             append_tokens(cache, *wrong)
-    with pytest.raises(SurgeryError, match=r"keys \(2, 1, 16\)"):
-        load_sequence(cache, 0, None, keys, values)  # one KV head, which would be repeated
 
 
 @pytest.mark.parametrize(

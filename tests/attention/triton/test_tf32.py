@@ -59,7 +59,7 @@ def test_steps(dim: int, rows: int, device: torch.device) -> None:
     config = dataclasses.replace(CONFIG, theta_decode=0.0)
     case = test_decode.Case((3000, 700), rows, 4, 2, dim, dim)
     texts = test_decode.make_texts(case, config, device)
-    cache = test_decode.loaded_cache(texts, case, config, device)
+    cache = test_decode.loaded_cache(texts, case, config)
     test_decode.append(cache, texts)
     queries = torch.cat([text.queries for text in texts])
     exact = decode(queries, cache)

@@ -50,8 +50,6 @@ def check_cache(cache: "DecodeCache") -> None:
     if cache.table is not None:
         expect("table", cache.table, (outer[0], cache.table.shape[-1]), torch.int32, keys.device)
         rows.append(cache.table)
-    if cache.filled is not None:
-        expect("filled", cache.filled, (outer[0],), torch.int32, keys.device)
     if cache.mean_values is not None:
         runs, width = cache.mean_values.shape[-2:]
         expect("mean_values", cache.mean_values, (*outer, runs, width), *like)
