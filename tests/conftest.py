@@ -1,5 +1,6 @@
 """What all tests share: threads, markers, hypothesis profiles, the demo model's folder."""
 
+import importlib.util
 import logging
 import os
 from collections.abc import Iterator
@@ -15,6 +16,10 @@ import torch
 # Without a GPU the Triton kernels run under its interpreter, asked for before anything imports them.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton"):
+    from tests.interpreter import quicken
+
+    quicken()
 
 ROOT = Path(__file__).resolve().parent.parent
 
