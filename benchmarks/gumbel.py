@@ -28,21 +28,23 @@ import torch
 from benchmarks.matching import losses_of
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from llama_surgery import SurgeryConfig, operated, statistics
 from llama_surgery.evaluation.io import write_csv
 from llama_surgery.evaluation.logits import Head
 from llama_surgery.evaluation.paired import perplexity_ratio
 from llama_surgery.evaluation.perplexity import Perplexity
-from llama_surgery.learning.gumbel import Gumbel, GumbelSettings
-from llama_surgery.learning.gumbel_attach import gumbel_in
-from llama_surgery.learning.gumbel_trainer import GumbelStep, learn_gumbel
-from llama_surgery.text import read_texts, windows
-from llama_surgery.topology.balls import (
+from llama_surgery.gumbel.balls import (
     ball_intervals,
     blocks_in_order_of_text,
     pages_read,
     tree_order,
     window_pairs_read,
 )
+from llama_surgery.gumbel.config import GumbelConfig
+from llama_surgery.gumbel.learn import GumbelLearning, GumbelStep, learn_gumbel
+from llama_surgery.gumbel.router import ContentRouter
+from llama_surgery.surgery.operation import surgery_of
+from llama_surgery.text import read_texts, windows
 
 RESULTS = Path(__file__).parent / "results" / "gumbel.csv"
 #: What identifies a row.
@@ -64,7 +66,7 @@ class BlockCounter:
         self.sizes, self.window, self.causal = sizes, window, 0
         self.pairs = {f"{order}_{size}": 0 for size in sizes for order in ("tree", "text")}
 
-    def __call__(self, layer: int, balls: torch.Tensor) -> None:
+    def __call__(self, balls: torch.Tensor) -> None:
         batch, heads, n = balls.shape
         self.causal += batch * heads * n * (n + 1) // 2
         found = ball_intervals(tree_order(balls), balls, n, self.window)
@@ -99,15 +101,21 @@ def main() -> None:
     print(f"dense: perplexity {dense.value:.4f}", flush=True)
     for arity in options.arities:
         begun, last = time.time(), {}
-        gumbel = _learned(model, learned_on, arity, options, last)
+        config = GumbelConfig(
+            arities=(arity,), window=options.window, length=max(options.length, learned_on.shape[1])
+        )
+        routers = _learned(model, learned_on, config, options, last)
         seconds = round(time.time() - begun, 1)
-        levels = max(levels for router in gumbel.routers.values() for levels, _ in router.shapes)
+        levels = max(levels for router in routers.values() for levels, _ in router.shapes)
         for radius in options.radii or range(levels + 1):
             key = _key(options, arity, radius)
             row = next((row for row in rows if all(str(row.get(k)) == v for k, v in key.items())), None)
             if row is None:
                 about = {"levels": levels, "trained_radius": levels // 2, "learning_seconds": seconds, **last}
-                row = key | about | _measured(model, ids, head, gumbel, radius, dense, options)
+                measured = _measured(
+                    model, ids, head, routers, dataclasses.replace(config, radius=radius), dense, options
+                )
+                row = key | about | measured
                 rows.append(row)
                 write_csv(options.out, rows)
             _tell(row, options.blocks)
@@ -116,17 +124,15 @@ def main() -> None:
 
 
 def _learned(
-    model: torch.nn.Module, ids: torch.Tensor, arity: int, options: argparse.Namespace, last: dict
-) -> Gumbel:
+    model: torch.nn.Module,
+    ids: torch.Tensor,
+    config: GumbelConfig,
+    options: argparse.Namespace,
+    last: dict,
+) -> dict[int, ContentRouter]:
     """Train routers of one arity, or go on; ``last`` gets what the last step told."""
-    settings = GumbelSettings(
-        length=max(options.length, ids.shape[1]),
-        steps=options.steps,
-        arities=(arity,),
-        window=options.window,
-        rate=options.rate,
-        seed=options.seed,
-    )
+    settings = GumbelLearning(steps=options.steps, rate=options.rate, seed=options.seed)
+    (arity,) = config.arities
 
     def tell(step: GumbelStep) -> None:
         last.update(training_loss=step.loss, balance=step.balance, training_density=step.density)
@@ -137,32 +143,34 @@ def _learned(
     if options.checkpoints is not None:
         file = options.checkpoints / f"arity-{arity}-seed-{options.seed}.pt"
     torch.set_float32_matmul_precision("high" if options.tf32 else "highest")
-    gumbel = learn_gumbel(model, ids, settings, tell, checkpoint_file=file, every_seconds=30)
+    surgery = SurgeryConfig(topology="gumbel", gumbel=config)
+    routers = learn_gumbel(model, surgery, ids, settings, tell, checkpoint_file=file, every_seconds=30)
     torch.set_float32_matmul_precision("highest")
-    return gumbel
+    return routers
 
 
 def _measured(
     model: torch.nn.Module,
     ids: torch.Tensor,
     head: Head,
-    gumbel: Gumbel,
-    radius: int,
+    routers: dict[int, ContentRouter],
+    config: GumbelConfig,
     dense: Perplexity,
     options: argparse.Namespace,
 ) -> dict:
-    """Losses and densities at a radius."""
+    """Losses and densities at the radius of ``config``."""
     counter = BlockCounter(options.blocks, options.window)
-    gumbel.settings = dataclasses.replace(gumbel.settings, radius=radius)
-    gumbel.backend, gumbel.listener = options.backend, counter if options.blocks else None
-    gumbel.reset()
+    surgery = SurgeryConfig(topology="gumbel", gumbel=config, backend=options.backend)
     begun = time.time()
-    with gumbel_in(model, gumbel):
+    with operated(model, surgery, routers=routers):
+        for layer in surgery_of(model).values():
+            layer.listener = counter if options.blocks else None
         losses = losses_of(model, ids, 1, head)
+        read = statistics(model)
     ratio = perplexity_ratio(dense.per_window, losses.per_window, 0)
     return {
-        "total_density": gumbel.density(),
-        "executed_density": gumbel.executed_density(),
+        "total_density": read.near_density + read.visible_far_density,
+        "executed_density": read.total_density,
         **counter.densities(),
         "ppl": losses.value,
         "dense_ppl": dense.value,

@@ -13,13 +13,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llama_surgery import SurgeryConfig, SurgeryError
-from llama_surgery.config import CONFIG_VERSION, REMOVED, REMOVED_CHOICES
+from llama_surgery.config import CONFIG_VERSION
+from llama_surgery.removed import REMOVED, REMOVED_CHOICES
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"topology": "ring"}, "topology='ring': allowed are pages"),
+        ({"topology": "ring"}, "topology='ring': allowed are pages, gumbel"),
         ({"backend": "cuda"}, "backend='cuda': allowed are auto, reference, gather"),
         ({"backend": ["auto"]}, r"backend=\['auto'\]: allowed are auto"),
         ({"chunk_size": 0}, "chunk_size=0: must be a whole number of at least 1"),

@@ -7,70 +7,14 @@ from typing import Any, Literal, get_args
 
 from llama_surgery.derived import Derived, hide, rules, settle
 from llama_surgery.errors import SurgeryError
+from llama_surgery.gumbel.config import GumbelConfig
+from llama_surgery.removed import REMOVED_CHOICES, without_removed
 
-Topology = Literal["pages"]
+Topology = Literal["pages", "gumbel"]
 Summary = Literal["none", "page", "ball"]
 Backend = Literal["auto", "reference", "gather", "triton"]
 
 CONFIG_VERSION = 1
-
-_AGAIN = "Operate and calibrate the model again."
-
-#: Fields of older releases: the default, at which a stored configuration means the same without them, and
-#: what to tell whoever stored anything else.
-REMOVED: dict[str, tuple[Any, str]] = {
-    "arity": (
-        2,
-        "it split every node of the tree into more than two and was removed because a pre-trained model lost "
-        f"more quality that way at the same density. {_AGAIN}",
-    ),
-    "directions": (
-        "principal",
-        "it ordered a chunk's keys by position, or in a subspace of few directions, and was removed because "
-        f"a pre-trained model lost more quality that way at the same density. {_AGAIN}",
-    ),
-    "pages_per_row": (
-        None,
-        "it opened a fixed count of pages for every token, and was removed because real models lost more "
-        f"than it saved: a threshold reads what a token needs. {_AGAIN}",
-    ),
-    "score_stride": (
-        1,
-        "it scored only some tokens of a tile, and was removed because real models lost more than it saved. "
-        f"{_AGAIN}",
-    ),
-    "coarse_to_fine": (
-        False,
-        "it looked for pages under balls of several pages, and was removed because real models lost more "
-        f"than it saved. {_AGAIN}",
-    ),
-    "coarse_totals": (
-        False,
-        "it added up a token's far field from balls of several pages, and was removed because real models "
-        f"lost more than it saved. {_AGAIN}",
-    ),
-    "alpha": (
-        1.0,
-        "it weighed the variance term of the page score, which has a bound instead: the term was too large "
-        f"for some balls of sharp heads, not for all. {_AGAIN} Weights for every head can be learned.",
-    ),
-}
-
-#: Choices of older releases for fields that are still there, and what to tell whoever makes them.
-REMOVED_CHOICES: dict[tuple[str, str], str] = {
-    ("backend", "flex"): (
-        "FlexAttention as an executor was removed because the kernels are faster wherever it is fast. Use "
-        "'auto', which executes the same."
-    ),
-    ("topology", "dense"): (
-        "dense_until says which positions see everything. For dense attention everywhere, set dense_until to "
-        "the length of the longest text or more."
-    ),
-    ("summary", "chunk"): (
-        "one key for all that is unseen of a chunk was removed because a pre-trained model lost more quality "
-        "with it than with no summary at all. Use 'ball', 'page' or 'none'."
-    ),
-}
 
 
 def _default_theta_decode(config: "SurgeryConfig") -> float:
@@ -87,7 +31,8 @@ class SurgeryConfig:
     """What every operated layer may see, and how it is executed.
 
     Attributes:
-        topology: ``pages``, a balanced tree over each chunk's keys.
+        topology: ``pages``, a balanced tree over each chunk's keys, or ``gumbel``, the preprint's content
+            router, for which all options below but ``gumbel`` and ``backend`` are without meaning.
         chunk_size: Tokens of a chunk; a multiple of ``tile``, and ``page_size`` times a power of two. The
             kernels sort chunks of up to 8,192.
         page_size: Keys of a page, the contiguous block that is read as a whole.
@@ -109,6 +54,7 @@ class SurgeryConfig:
             of the longest text on, all attention is dense.
         backend: Who executes the plan. ``auto`` takes the kernels on a GPU where they can run a call, and
             plain PyTorch elsewhere. A backend asked for by name never falls back in silence.
+        gumbel: Options of ``topology="gumbel"``, or a mapping of them; None for other topologies.
         given: ``theta_decode`` and ``moment_size`` as they were given, None where they follow from other
             fields, in a copy by ``dataclasses.replace`` from its own. Not to be set.
 
@@ -130,6 +76,7 @@ class SurgeryConfig:
     summary: Summary = "none"
     dense_until: int = 0
     backend: Backend = "auto"
+    gumbel: GumbelConfig | None = None
     given: Mapping[str, Any] = dataclasses.field(default_factory=dict, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -137,6 +84,7 @@ class SurgeryConfig:
         self.__dict__.update({name: _plain(value) for name, value in self.__dict__.items()})
         settle(self)
         self._check_choices()
+        self._check_gumbel()
         self._check_numbers()
         self._check_geometry()
         if self.tile == 1 and self.theta_decode != self.theta:
@@ -158,6 +106,20 @@ class SurgeryConfig:
             if why:
                 raise SurgeryError(f"{name}={value!r} is no longer supported: {why}")
             raise SurgeryError(f"{name}={value!r}: allowed are {', '.join(get_args(allowed))}.")
+
+    def _check_gumbel(self) -> None:
+        gumbel = self.gumbel
+        if isinstance(gumbel, Mapping):
+            gumbel = GumbelConfig.from_dict(dict(gumbel))
+        if self.topology != "gumbel" and gumbel is not None:
+            raise SurgeryError(f"gumbel={gumbel}: options of topology='gumbel', not of {self.topology!r}.")
+        if self.topology == "gumbel":
+            gumbel = GumbelConfig() if gumbel is None else gumbel
+            if self.backend == "gather":
+                raise SurgeryError("backend='gather': topology='gumbel' has auto, reference and triton.")
+        if gumbel is not None and not isinstance(gumbel, GumbelConfig):
+            raise SurgeryError(f"gumbel={gumbel!r}: must be a GumbelConfig, or a mapping of its fields.")
+        self.__dict__["gumbel"] = gumbel
 
     def _check_numbers(self) -> None:
         for name, low in (
@@ -257,7 +219,9 @@ class SurgeryConfig:
 
         Derived ones too: they say what was executed, also where a later release derives others.
         """
-        return {"version": CONFIG_VERSION, **{name: getattr(self, name) for name in FIELDS}}
+        values = {"version": CONFIG_VERSION, **{name: getattr(self, name) for name in FIELDS}}
+        gumbel = values.pop("gumbel")  # older releases read all other topologies
+        return values if gumbel is None else {**values, "gumbel": gumbel.to_dict()}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "SurgeryConfig":
@@ -266,7 +230,8 @@ class SurgeryConfig:
         A value that is what would be derived counts as derived: ``dataclasses.replace`` then derives it anew.
 
         Raises:
-            SurgeryError: Unknown fields, a newer version, or something that is gone (:data:`REMOVED`).
+            SurgeryError: Unknown fields, a newer version, or something that is gone
+                (:data:`llama_surgery.removed.REMOVED`).
         """
         values = dict(values)
         version = values.pop("version", CONFIG_VERSION)
@@ -275,7 +240,7 @@ class SurgeryConfig:
                 f"configuration version {version!r}: this release reads up to {CONFIG_VERSION}. "
                 "Update llama-surgery."
             )
-        values = _without_removed(values)
+        values = without_removed(values)
         unknown = sorted(set(values) - set(FIELDS))
         if unknown:
             raise SurgeryError(f"unknown configuration fields: {', '.join(unknown)}.")
@@ -288,19 +253,7 @@ class SurgeryConfig:
     def __setstate__(self, state: dict[str, Any]) -> None:
         # Pickles of older releases have no record of what was given: all of it was.
         given = {name: state[name] for name in rules(type(self))}
-        self.__dict__.update({"given": given, **_without_removed(state)})
-
-
-def _without_removed(values: dict[str, Any]) -> dict[str, Any]:
-    """What an older release stored, without the fields that are gone.
-
-    Raises:
-        SurgeryError: One of them has another value than its default.
-    """
-    for name, (default, why) in REMOVED.items():
-        if values.get(name, default) != default:
-            raise SurgeryError(f"{name}={values[name]!r} is no longer supported: {why}")
-    return {name: value for name, value in values.items() if name not in REMOVED}
+        self.__dict__.update({"given": given, **without_removed(state)})
 
 
 def _plain(value: Any) -> Any:

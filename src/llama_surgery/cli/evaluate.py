@@ -1,5 +1,6 @@
 """``llama-surgery evaluate``."""
 
+import functools
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -28,7 +29,7 @@ from llama_surgery.cli.topology import config_for, topology_options
 _SAMPLES = "Samples"
 
 
-@topology_options
+@functools.partial(topology_options, gumbel=True)
 def evaluate(
     *,
     model: ModelArgument,

@@ -38,7 +38,7 @@ WINDOWS = 200
 STREAMED_WINDOWS = 16
 
 
-@functools.partial(topology_options, summary="ball")
+@functools.partial(topology_options, gumbel=True, summary="ball")
 def learn(
     *,
     model: ModelArgument,
@@ -47,12 +47,13 @@ def learn(
         Path, typer.Option(help="Text like what the model will read: a .txt file or a folder of them.")
     ],
     density: Annotated[
-        float,
+        float | None,
         typer.Option(
-            help="Largest share of all (query, key) pairs that may be read from the far field, such as 0.06.",
+            help="Largest share of all (query, key) pairs that may be read from the far field, such as 0.06. "
+            "--topology gumbel has none, all else needs it.",
             rich_help_panel="Topology",
         ),
-    ],
+    ] = None,
     length: Annotated[
         int | None,
         typer.Option(min=1, help="Tokens of a window. The model's context, at most 8192, if left out."),
@@ -101,7 +102,13 @@ def learn(
             rich_help_panel=_LEARNING,
         ),
     ] = None,
-    rate: Annotated[float, typer.Option(help="Learning rate.", rich_help_panel=_LEARNING)] = 0.03,
+    rate: Annotated[
+        float | None,
+        typer.Option(
+            help="Learning rate: 0.03, or 0.001 with --topology gumbel, if left out.",
+            rich_help_panel=_LEARNING,
+        ),
+    ] = None,
     windows: Annotated[
         int | None,
         typer.Option(
@@ -130,6 +137,22 @@ def learn(
     or load_adapter() in Python.
     """
     config = config_for(settings, tile)
+    if config.topology == "gumbel":
+        if density is not None or part or stream or local_steps or stage != "logits":
+            raise SurgeryError(
+                "--topology gumbel learns from the language model's loss alone: leave --density, --part, "
+                "--stage, --local-steps and --stream out."
+            )
+        from llama_surgery.cli.learn_gumbel import learn_routers
+
+        learn_routers(
+            model, text, config, out_folder,
+            length=length, steps=steps, rate=rate, windows=windows, seed=seed,
+            checkpoint_seconds=checkpoint_seconds, device=device, dtype=dtype, json=json,
+        )  # fmt: skip
+        return
+    if density is None:
+        raise typer.BadParameter("--density is needed: how much may be read.", param_hint="--density")
     from llama_surgery.learning.processes import launched
     from llama_surgery.learning.settings import LearningSettings
     from llama_surgery.text import read_texts, refuse_pipes
@@ -138,7 +161,7 @@ def learn(
         density=density,
         steps=steps,
         parts=learned_parts(part, config),
-        rate=rate,
+        rate=0.03 if rate is None else rate,
         seed=seed,
         stage=stage,  # type: ignore[arg-type]
     )

@@ -1,5 +1,6 @@
 """``llama-surgery operate``."""
 
+import functools
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -22,7 +23,7 @@ from llama_surgery.cli.run import calibrated, thresholds
 from llama_surgery.cli.topology import config_for, topology_options
 
 
-@topology_options
+@functools.partial(topology_options, gumbel=True)
 def operate(
     *,
     model: ModelArgument,
@@ -85,5 +86,6 @@ def operate(
     if json:
         print_json({"adapter": str(out_folder), "config": config.to_dict()})
         return
-    out.print(f"Thresholds: {thresholds(config)}.")
+    if config.topology == "pages":
+        out.print(f"Thresholds: {thresholds(config)}.")
     out.print(f"Adapter: {out_folder.resolve()}", soft_wrap=True, highlight=False)

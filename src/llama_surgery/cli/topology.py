@@ -45,6 +45,20 @@ _FIELDS: dict[str, Any] = {
     "backend": _option(str, "Who executes the plan: auto, reference, gather, triton."),
 }
 
+#: The same for ``topology="gumbel"``, of commands that take it.
+_GUMBEL_FIELDS: dict[str, Any] = {
+    "topology": _option(str, "pages, or gumbel: the preprint's content router, with the options --gumbel-…"),
+    "gumbel_arities": _option(
+        list[int] | None,
+        "Children of a node of its tree, 2 if left out. Repeated, one for each of equal groups of heads.",
+    ),
+    "gumbel_radius": _option(int | None, "Largest visible distance; half the tree's levels if left out."),
+    "gumbel_window": _option(int | None, "Last tokens that are always visible, 128 if left out."),
+    "gumbel_length": _option(
+        int | None, "Tokens of the longest text its tree is made for, 8192 if left out."
+    ),
+}
+
 #: θ of tiles of one query, for users without calibration text: on the demo model they then read about as much
 #: of a whole text as tiles at their default θ (docs/log.md).
 SINGLE_THETA = 0.0106
@@ -53,21 +67,24 @@ SINGLE_THETA = 0.0106
 _UNSET = ("theta", "theta_decode", "moment_size")
 
 
-def topology_options(command: Callable[..., None], **defaults: Any) -> Callable[..., None]:
-    """Add an option for every field of :data:`_FIELDS` to ``command``.
+def topology_options(
+    command: Callable[..., None], *, gumbel: bool = False, **defaults: Any
+) -> Callable[..., None]:
+    """Add an option for every field of :data:`_FIELDS` to ``command``, and with ``gumbel`` of that topology.
 
     ``defaults`` are those that differ from the configuration's. ``command`` takes the values as one keyword,
     ``settings``: fields of a configuration, those left at None not among them.
     """
     own = inspect.signature(command)
+    fields = {**_FIELDS, **_GUMBEL_FIELDS} if gumbel else _FIELDS
     extra = [
         inspect.Parameter(
             name,
             inspect.Parameter.KEYWORD_ONLY,
-            default=defaults.get(name, None if name in _UNSET else getattr(_DEFAULT, name)),
+            default=defaults.get(name, None if name in _UNSET else getattr(_DEFAULT, name, None)),
             annotation=annotation,
         )
-        for name, annotation in _FIELDS.items()
+        for name, annotation in fields.items()
     ]
     kept = [
         p.replace(kind=inspect.Parameter.KEYWORD_ONLY)
@@ -77,8 +94,8 @@ def topology_options(command: Callable[..., None], **defaults: Any) -> Callable[
 
     @functools.wraps(command)
     def wrapped(**values: Any) -> None:
-        given = {name: values.pop(name) for name in _FIELDS}
-        command(**values, settings={n: v for n, v in given.items() if v is not None})
+        given = {name: values.pop(name) for name in fields}
+        command(**values, settings={n: v for n, v in given.items() if v is not None and v != []})
 
     wrapped.__signature__ = own.replace(parameters=kept + extra)  # type: ignore[attr-defined]
     wrapped.__annotations__ = {p.name: p.annotation for p in kept + extra}
@@ -92,6 +109,13 @@ def config_for(settings: dict[str, Any], tile: int) -> SurgeryConfig:
         SurgeryError: The values do not fit together.
     """
     settings = {**settings, "tile": tile}
+    gumbel = {
+        name.removeprefix("gumbel_"): settings.pop(name)
+        for name in list(settings)
+        if name.startswith("gumbel_")
+    }
+    if gumbel:
+        settings["gumbel"] = gumbel
     if tile == 1:
         # Tiles of one are decode steps: one threshold serves both.
         decode = settings.pop("theta_decode", None)

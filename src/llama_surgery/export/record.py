@@ -7,7 +7,7 @@ from contextlib import contextmanager
 import torch
 
 from llama_surgery.attention.api import AttentionResult
-from llama_surgery.errors import TextError
+from llama_surgery.errors import SurgeryError, TextError
 from llama_surgery.evaluation.evaluate import model_name
 from llama_surgery.export.topology import Topology, layer_topology
 from llama_surgery.surgery.cache import PagedLayer
@@ -38,6 +38,8 @@ class _Recorder(Counters):
 def _recording(model: torch.nn.Module) -> Iterator[dict[int, _Recorder]]:
     """Recorders in the place of the layers' counters, and plans as lists of pages whatever the backend."""
     layers, config = surgery_of(model), config_of(model)
+    if config.topology != "pages":
+        raise SurgeryError(f"topology={config.topology!r} has no plans: only those of 'pages' are recorded.")
     counters = {index: layer.counters for index, layer in layers.items()}
     recorders = {index: _Recorder() for index in layers}
     if config.backend in ("auto", "triton"):

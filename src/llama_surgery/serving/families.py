@@ -41,6 +41,8 @@ def check_servable(config: SurgeryConfig) -> None:
     Raises:
         SurgeryError: The topology needs something that the engine's plugin does not do.
     """
+    if config.topology != "pages":
+        raise SurgeryError(f"topology={config.topology!r}: not served. Use an adapter of topology='pages'.")
     if config.summary != "none":
         raise SurgeryError(f"summary={config.summary!r}: not served yet. Use an adapter with summary='none'.")
     if config.backend not in ("auto", "gather", "triton"):

@@ -42,7 +42,7 @@ def save_adapter(model: torch.nn.Module, folder: str | Path) -> None:
 
 
 def write_adapter(
-    folder: str | Path, model: torch.nn.Module, config: SurgeryConfig, routers: Mapping[int, PageRouter]
+    folder: str | Path, model: torch.nn.Module, config: SurgeryConfig, routers: Mapping[int, Any]
 ) -> None:
     """Write an adapter of ``model``, which need not be operated, nor in memory but for its first attention.
 
@@ -93,17 +93,23 @@ def load_adapter(model: Model, folder: str | Path) -> Model:
         config = SurgeryConfig.from_dict(description["surgery"])
     except (ValueError, TypeError) as error:
         raise AdapterError(f"{folder / CONFIG_FILE}: {error}") from error
-    return operate(model, config, routers=_routers(folder, tensors))
+    return operate(model, config, routers=_routers(folder, tensors, config, model))
 
 
-def _routers(folder: Path, tensors: dict[str, torch.Tensor]) -> dict[int, PageRouter]:
-    """Learned corrections by layer index, from tensors named ``router.<layer>.<part>``."""
+def _routers(
+    folder: Path, tensors: dict[str, torch.Tensor], config: SurgeryConfig, model: torch.nn.Module
+) -> dict[int, Any]:
+    """Learned corrections, or content routers, by layer index, from tensors ``router.<layer>.<part>``."""
     parts: dict[int, dict[str, torch.Tensor]] = {}
     try:
         for name, tensor in tensors.items():
             if name.startswith(f"{ROUTER}."):
-                _, index, part = name.split(".")
+                _, index, part = name.split(".", 2)
                 parts.setdefault(int(index), {})[part] = tensor
+        if config.gumbel is not None:
+            from llama_surgery.gumbel.router import routers_from
+
+            return dict(routers_from(inner_model(model), config.gumbel, parts))
         return {index: PageRouter(**values) for index, values in parts.items()}
     except (ValueError, TypeError) as error:
         raise AdapterError(

@@ -92,6 +92,10 @@ def calibrate(
         TextError: The text is too short.
     """
     config = config_of(model)
+    if config.topology != "pages":
+        raise SurgeryError(
+            f"topology={config.topology!r} has no threshold that a density could set: leave density out."
+        )
     if tokenizer is None:
         raise SurgeryError("tokenizer=None: calibration text needs the model's tokenizer.")
     for name, value in (("density", density), ("decode_density", decode_density)):

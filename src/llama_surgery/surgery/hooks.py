@@ -22,8 +22,11 @@ from llama_surgery.surgery.replace import Replacement, parts_around
 def hook(inner: PreTrainedModel, operation: Operation) -> None:
     """Put the hooks on ``inner``, the models inside it and its operated modules."""
     handles, replacement = operation.replacement.handles, operation.replacement
+    paged, of_module = operation.config.topology == "pages", cache_hook
+    if not paged:
+        from llama_surgery.gumbel.layer import route_hook as of_module
     for module in operation.modules.values():
-        before = functools.partial(cache_hook, replacement)
+        before = functools.partial(of_module, replacement)
         handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
     for part in parts_around(inner, operation.modules.values()):
         before = functools.partial(model_hook, operation)
@@ -32,7 +35,8 @@ def hook(inner: PreTrainedModel, operation: Operation) -> None:
         handles.append(part.register_forward_hook(done_hook, prepend=True, with_kwargs=True))
         if part.can_generate():
             prepare = part._prepare_cache_for_generation
-            operation.put(part, "generate", functools.partial(generate, operation, part.generate))
+            if paged:
+                operation.put(part, "generate", functools.partial(generate, operation, part.generate))
             operation.put(
                 part, "_prepare_cache_for_generation", functools.partial(prepare_cache, operation, prepare)
             )

@@ -160,7 +160,7 @@ def surgery_attention(
     if not isinstance(layer, LayerSurgery):
         return layer(module, query, key, value, attention_mask, **keywords)
     (attention_mask,) = getattr(attention_mask, _PLAIN, (attention_mask,))
-    _refuse(module, attention_mask, keywords)
+    refuse(module, attention_mask, keywords)
     if cache is _ABSENT:
         raise UnsupportedModelError(
             f"{type(module).__name__} does not pass keywords on to its attention function, so that the "
@@ -237,7 +237,11 @@ class _Dense:
         return getattr(self._module, name)
 
 
-def _refuse(module: torch.nn.Module, mask: Any, keywords: dict[str, Any]) -> None:
+def refuse(module: torch.nn.Module, mask: Any, keywords: dict[str, Any]) -> None:
+    """
+    Raises:
+        UnsupportedModelError: What no topology can honour.
+    """
     name = type(module).__name__
     if mask is not None and (not isinstance(mask, torch.Tensor) or mask.dim() != 2):
         raise UnsupportedModelError(

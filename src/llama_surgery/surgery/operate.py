@@ -2,7 +2,7 @@
 
 import contextlib
 from collections.abc import Iterator, Mapping
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from transformers import PreTrainedModel
@@ -27,6 +27,10 @@ from llama_surgery.surgery.replace import check_replaceable, replace
 from llama_surgery.surgery.supported import attention_modules, head_shape, inner_model
 from llama_surgery.topology.router import PageRouter
 
+if TYPE_CHECKING:
+    from llama_surgery.gumbel.layer import GumbelLayer
+    from llama_surgery.gumbel.router import ContentRouter
+
 __all__ = [
     "config_of",
     "eject",
@@ -48,7 +52,7 @@ def operate(
     model: Model,
     config: SurgeryConfig | None = None,
     *,
-    routers: Mapping[int, PageRouter] | None = None,
+    routers: "Mapping[int, PageRouter] | Mapping[int, ContentRouter] | None" = None,
     density: float | None = None,
     text: list[str] | None = None,
     tokenizer: Any = None,
@@ -65,7 +69,8 @@ def operate(
     Args:
         model: A Hugging Face decoder, possibly wrapped by PEFT.
         config: The topology; the documented defaults if None.
-        routers: Learned corrections by layer index, or None.
+        routers: Learned corrections by layer index, or None; with ``topology="gumbel"`` content routers, and
+            untrained ones, with which the model is dense, if None.
         density: Largest executed far density, over causal pairs, at ``length``.
         text: Documents to calibrate on; needs ``density`` and ``tokenizer``.
         tokenizer: The model's tokenizer.
@@ -86,12 +91,12 @@ def operate(
         raise SurgeryError("density, decode_density and text go together: thresholds are calibrated on text.")
     modules = attention_modules(inner)
     base = check_replaceable(inner, modules.values())
-    _check_routers(inner, modules, routers or {})
+    layers = _layers(inner, modules, config, routers or {})
     operation = Operation(config, modules, replace(inner, base, modules.values()))
     inner.__dict__[ATTRIBUTE] = operation
     try:
         for index, module in modules.items():
-            module.__dict__[ATTRIBUTE] = LayerSurgery(config, (routers or {}).get(index))
+            module.__dict__[ATTRIBUTE] = layers[index]
         hook(inner, operation)
         if text is not None and density is not None:
             from llama_surgery.surgery.calibrate import calibrate
@@ -104,16 +109,29 @@ def operate(
     return model
 
 
-def _check_routers(
-    inner: PreTrainedModel, modules: Mapping[int, torch.nn.Module], routers: Mapping[int, PageRouter]
-) -> None:
+def _layers(
+    inner: PreTrainedModel,
+    modules: Mapping[int, torch.nn.Module],
+    config: SurgeryConfig,
+    routers: Mapping[int, Any],
+) -> "dict[int, LayerSurgery] | dict[int, GumbelLayer]":
+    """What the operated modules are to carry, by layer index."""
+    if config.topology == "gumbel":
+        from llama_surgery.gumbel.layer import gumbel_layers
+
+        return gumbel_layers(inner, modules, config, routers)
     unknown = sorted(routers.keys() - modules.keys())
     if unknown:
         raise SurgeryError(
             f"routers for layers {unknown}, which are not operated: learn them for this model."
         )
     for index, router in routers.items():
+        if not isinstance(router, PageRouter):
+            raise SurgeryError(
+                f"the router of layer {index} is a {type(router).__name__}: set topology='gumbel'."
+            )
         router.check(*head_shape(inner, modules[index]))
+    return {index: LayerSurgery(config, routers.get(index)) for index in modules}
 
 
 def eject(model: Model) -> Model:

@@ -1,18 +1,22 @@
 """An operation that a model carries, and what may be asked of it."""
 
 import dataclasses
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from llama_surgery.config import SurgeryConfig
 from llama_surgery.errors import SurgeryError
 from llama_surgery.surgery.cache import PagedCache
-from llama_surgery.surgery.layer import ATTRIBUTE, LayerSurgery
+from llama_surgery.surgery.layer import ATTRIBUTE
 from llama_surgery.surgery.replace import Replacement
 from llama_surgery.surgery.statistics import Statistics, summarise
 from llama_surgery.surgery.supported import inner_model
 from llama_surgery.topology.router import PageRouter
+
+if TYPE_CHECKING:
+    from llama_surgery.gumbel.cache import BallCache
+    from llama_surgery.gumbel.router import ContentRouter
 
 
 @dataclasses.dataclass
@@ -37,15 +41,20 @@ class Operation:
             part.__dict__.update(before)
 
     @property
-    def layers(self) -> dict[int, LayerSurgery]:
+    def layers(self) -> dict[int, Any]:
         return {index: module.__dict__[ATTRIBUTE] for index, module in self.modules.items()}
 
-    def cache(self) -> PagedCache:
+    def cache(self) -> "PagedCache | BallCache":
         """An empty cache."""
         text = self.replacement.text
         # generate(assistant_early_exit=n) runs the first n layers: the configuration then counts only those.
         count = getattr(text, "num_hidden_layers", len(self.modules))
-        return PagedCache(text, self.config, [index for index in self.modules if index < count])
+        indices = [index for index in self.modules if index < count]
+        if self.config.topology == "gumbel":
+            from llama_surgery.gumbel.cache import BallCache
+
+            return BallCache(text, indices)
+        return PagedCache(text, self.config, indices)
 
 
 def operation_of(model: torch.nn.Module) -> Operation:
@@ -65,15 +74,29 @@ def config_of(model: torch.nn.Module) -> SurgeryConfig:
 
 
 def set_config(model: torch.nn.Module, config: SurgeryConfig) -> None:
-    """Change the configuration of an operated model. Caches made before do not fit it."""
+    """Change the configuration of an operated model. Caches made before do not fit it.
+
+    Raises:
+        SurgeryError: Another topology, or other trees: operate anew.
+    """
     operation = operation_of(model)
+    old, new = (_trees(each) for each in (operation.config, config))
+    if old != new:
+        raise SurgeryError(f"the model is operated with {old}, not {new}: eject(model) and operate again.")
     operation.config = config
     for layer in operation.layers.values():
         layer.config = config
 
 
-def surgery_of(model: torch.nn.Module) -> dict[int, LayerSurgery]:
-    """What the operated layers carry, by layer index."""
+def _trees(config: SurgeryConfig) -> tuple[Any, ...]:
+    """What an operated model cannot change: the topology, and what content routers are made for."""
+    gumbel = config.gumbel
+    return (config.topology,) if gumbel is None else (config.topology, gumbel.arities, gumbel.length)
+
+
+def surgery_of(model: torch.nn.Module) -> dict[int, Any]:
+    """What the operated layers carry, by layer index: a ``LayerSurgery`` or, with ``topology="gumbel"``, a
+    ``GumbelLayer`` each."""
     return operation_of(model).layers
 
 
@@ -89,11 +112,11 @@ def reset_statistics(model: torch.nn.Module) -> None:
         layer.counters.clear()
 
 
-def paged_cache(model: torch.nn.Module) -> PagedCache:
+def paged_cache(model: torch.nn.Module) -> "PagedCache | BallCache":
     """An empty cache for an operated model, as ``generate()`` and ``forward()`` build by themselves."""
     return operation_of(model).cache()
 
 
-def routers_of(model: torch.nn.Module) -> dict[int, PageRouter]:
-    """Learned corrections of an operated model, by layer index."""
+def routers_of(model: torch.nn.Module) -> "dict[int, PageRouter] | dict[int, ContentRouter]":
+    """Learned corrections, or content routers, of an operated model, by layer index."""
     return {index: layer.router for index, layer in surgery_of(model).items() if layer.router is not None}

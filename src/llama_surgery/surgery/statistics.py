@@ -55,6 +55,13 @@ class Counters:
             self.near_pairs += near_pairs
             self.causal_pairs += causal_pairs
 
+    def count_far(self, read: torch.Tensor, seen: torch.Tensor) -> None:
+        """Count far pairs (heads,) int64 that were read, and that rows saw, where there are no pages."""
+        with COUNTING:
+            self._add("far_pairs", read)
+            self._add("visible_pairs", seen)
+            self._add("pages", torch.zeros_like(read))
+
     def totals(self, name: str) -> list[int]:
         """``far_pairs``, ``visible_pairs`` or ``pages`` of every KV head; empty before the first call."""
         parts = [] if getattr(self, name) is None else [getattr(self, name).tolist()]

@@ -39,6 +39,11 @@ class GraphedSteps:
     def __init__(self, model: torch.nn.Module, cache: PagedCache, rows: int = 1) -> None:
         if not 1 <= rows <= MOST_QUERIES:
             raise SurgeryError(f"rows={rows}: a step has 1 to {MOST_QUERIES} tokens.")
+        if not isinstance(cache, PagedCache):
+            raise SurgeryError(
+                f"a step on a {type(cache).__name__} cannot be captured: take a model operated with "
+                "topology='pages', and its cache."
+            )
         self._model, self._cache, self._rows = inner_model(model), cache, rows
         if len(cache.paged) != len(cache.layers) or len(surgery_of(model)) != len(cache.layers):
             raise SurgeryError(

@@ -33,12 +33,12 @@ from llama_surgery.attention.impl.triton import (
     prefill,
     selection,
     summary,
-    token_mask,
     tuning,
 )
 from llama_surgery.attention.impl.triton.decode_tuning import decode_tuning_for
 from llama_surgery.attention.impl.triton.tiled_plan import TiledPlan
 from llama_surgery.config import SurgeryConfig
+from llama_surgery.gumbel import token_mask
 from llama_surgery.surgery.buffers import PageBuffers
 from llama_surgery.surgery.decoding import cache_view
 from llama_surgery.topology.layout import Layout, build_layout

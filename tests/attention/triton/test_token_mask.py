@@ -7,14 +7,14 @@ import torch
 
 pytest.importorskip("triton")
 
-from tests.topology.test_balls import random_balls
+from tests.gumbel.test_balls import random_balls
 
-from llama_surgery.attention.balls import BallResult, attend_balls
-from llama_surgery.attention.impl import reference
-from llama_surgery.attention.impl.triton import token_mask as masked
 from llama_surgery.attention.impl.triton.tuning import Tuning
 from llama_surgery.errors import SurgeryError
-from llama_surgery.topology.balls import ball_intervals, ball_mask, pages_read, tree_order, window_pairs_read
+from llama_surgery.gumbel import attend
+from llama_surgery.gumbel import token_mask as masked
+from llama_surgery.gumbel.attend import BallResult, attend_balls
+from llama_surgery.gumbel.balls import ball_intervals, ball_mask, pages_read, tree_order, window_pairs_read
 
 WINDOW = 20
 
@@ -137,7 +137,7 @@ def test_steps_share_pages_and_keep_an_order(
 def test_the_plain_executor(
     past: int, rows: int, device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(reference, "STRIP", 16)
+    monkeypatch.setattr(attend, "STRIP", 16)
     result = check(Case(rows, past, softcap=3.0), device, "reference")
     assert (result.read_pairs >= result.causal_pairs).all()  # it skips nothing
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from llama_surgery.topology.balls import (
+from llama_surgery.gumbel.balls import (
     always_pairs,
     ball_ids,
     ball_intervals,

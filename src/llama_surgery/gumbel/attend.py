@@ -5,14 +5,14 @@ from typing import Literal
 
 import torch
 
-from llama_surgery.attention.impl import reference
 from llama_surgery.attention.impl.common import differentiable
-from llama_surgery.config import SurgeryConfig
+from llama_surgery.attention.impl.reference import masked_softmax
+from llama_surgery.config import Backend, SurgeryConfig
 from llama_surgery.errors import SurgeryError
-from llama_surgery.topology.balls import TreeOrder, order_serves
+from llama_surgery.gumbel.balls import TreeOrder, ball_mask, order_serves
 
-#: ``triton``: kernels that read a tile's blocks only. ``reference``: a masked softmax over everything.
-BallBackend = Literal["auto", "triton", "reference"]
+#: Rows whose logits over all keys are held at once.
+STRIP = 256
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,9 +46,9 @@ def attend_balls(
     scale: float | None = None,
     softcap: float | None = None,
     order: TreeOrder | None = None,
-    backend: BallBackend = "auto",
+    backend: Backend = "auto",
 ) -> BallResult:
-    """Attention of a text's last rows over what :func:`llama_surgery.topology.balls.ball_mask` shows them.
+    """Attention of a text's last rows over what :func:`llama_surgery.gumbel.balls.ball_mask` shows them.
 
     Args:
         queries: (batch, heads, rows, head_dim), rows at the last positions.
@@ -58,9 +58,11 @@ def attend_balls(
         window: Last positions that are always seen, the row's own counted.
         scale: Scaling of q·k, default ``head_dim**-0.5``.
         softcap: Cap of the logits, or None.
-        order: Of the first tokens, as many as :func:`llama_surgery.topology.balls.order_serves` asks for, so
+        order: Of the first tokens, as many as :func:`llama_surgery.gumbel.balls.order_serves` asks for, so
             that not every step sorts; made here if None. Only the kernels look at it.
-        backend: ``auto`` takes the kernels on a GPU where they can run the call. They do not differentiate.
+        backend: ``triton`` takes kernels that read a tile's blocks only and do not differentiate,
+            ``reference`` a masked softmax over everything, ``auto`` the kernels on a GPU where they can run
+            the call.
 
     Raises:
         SurgeryError: Arguments that do not fit together, or a call that the backend asked for cannot run.
@@ -72,17 +74,47 @@ def attend_balls(
         )
     scale = queries.shape[-1] ** -0.5 if scale is None else scale
     if ball_backend(backend, queries, keys, values) == "triton":
-        from llama_surgery.attention.impl.triton import token_mask
+        from llama_surgery.gumbel import token_mask
 
         out, lse, seen, read = token_mask.attend(queries, keys, values, balls, window, scale, softcap, order)
     else:
-        out, lse, seen, read = reference.attend_balls(queries, keys, values, balls, window, scale, softcap)
+        out, lse, seen, read = _plain(queries, keys, values, balls, window, scale, softcap)
     rows, count = queries.shape[2], keys.shape[2]
     return BallResult(out, lse, seen, read, rows * (2 * count - rows + 1) // 2)
 
 
+def _plain(
+    queries: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    balls: torch.Tensor,
+    window: int,
+    scale: float,
+    softcap: float | None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Output, log-sum-exp, pairs seen and read of :func:`attend_balls`, by a masked softmax over all keys."""
+    (batch, kv_heads, count, _), rows = keys.shape, queries.shape[2]
+    grouped, group_balls = (x.unflatten(1, (kv_heads, -1)).flatten(0, 1) for x in (queries, balls))
+    keys, values = keys.flatten(0, 1), values.flatten(0, 1)
+    outs, lses, seen, read = [], [], torch.zeros_like(balls[..., 0]), 0
+    for start in range(0, rows, STRIP):
+        stop = min(start + STRIP, rows)
+        end = count - rows + stop
+        position = torch.arange(count - rows + start, end, device=queries.device)
+        visible = ball_mask(group_balls[..., :end], position, window)
+        out, lse = masked_softmax(
+            grouped[:, :, start:stop], keys[:, :end], values[:, :end], visible, scale, softcap
+        )
+        outs.append(out.to(queries.dtype))
+        lses.append(lse)
+        seen = seen + visible.sum((-1, -2)).view_as(seen)
+        read += (stop - start) * end
+    out, lse = (torch.cat(x, 2).unflatten(0, (batch, kv_heads)).flatten(1, 2) for x in (outs, lses))
+    return out, lse, seen, torch.full_like(seen, read)
+
+
 def ball_backend(
-    backend: BallBackend, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor
+    backend: Backend, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor
 ) -> Literal["triton", "reference"]:
     """Who executes a call: the backend asked for, or the fastest that can.
 

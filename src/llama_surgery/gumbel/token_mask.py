@@ -10,19 +10,19 @@ import triton
 
 from llama_surgery.attention.impl.triton.helpers import launching, product_options
 from llama_surgery.attention.impl.triton.job import STRIP_BYTES
-from llama_surgery.attention.impl.triton.token_mask_kernels import (
-    ball_kernel,
-    ball_list_kernel,
-    window_kernel,
-)
 from llama_surgery.attention.impl.triton.tuning import family_of, tuning_for
-from llama_surgery.topology.balls import (
+from llama_surgery.gumbel.balls import (
     Intervals,
     TreeOrder,
     always_pairs,
     ball_intervals,
     tree_order,
     window_pairs_read,
+)
+from llama_surgery.gumbel.token_mask_kernels import (
+    ball_kernel,
+    ball_list_kernel,
+    window_kernel,
 )
 
 #: Rows of a tile: more of them share fewer pages, fewer do not fill a matrix unit.
@@ -55,7 +55,7 @@ def attend(
     softcap: float | None,
     order: TreeOrder | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Output, log-sum-exp, pairs seen and read of :func:`llama_surgery.attention.balls.attend_balls`.
+    """Output, log-sum-exp, pairs seen and read of :func:`llama_surgery.gumbel.attend.attend_balls`.
 
     Nothing is read back to the host.
     """

@@ -1,0 +1,103 @@
+"""The cache of a model under the ``gumbel`` topology: keys, values, and the ball of every token."""
+
+import torch
+from transformers import DynamicCache, PretrainedConfig
+from transformers.cache_utils import DynamicLayer
+
+from llama_surgery.errors import SurgeryError
+from llama_surgery.gumbel.balls import TreeOrder, order_serves, tree_order
+
+
+class BallLayer(DynamicLayer):
+    """Cache of one operated layer.
+
+    Attributes:
+        balls: (batch, heads, n) int64 of all tokens, those of the running call included; None before any.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.balls: torch.Tensor | None = None
+        self._order: TreeOrder | None = None
+
+    def extend(self, fresh: torch.Tensor) -> torch.Tensor:
+        """Balls of the tokens held and of the new ones, whose keys are not written yet.
+
+        Args:
+            fresh: (batch, heads, new) int64.
+
+        Returns:
+            (batch, heads, n) int64.
+        """
+        held = self.get_seq_length()
+        if held:
+            assert self.balls is not None
+            fresh = torch.cat((self.balls[:, :, :held], fresh), 2)
+        self.balls = fresh
+        return fresh
+
+    def order(self, past: int, window: int) -> TreeOrder:
+        """The first tokens sorted by ball: once for as many steps as a window has tokens.
+
+        Args:
+            past: Tokens before the running call: what comes later may be taken back.
+            window: Last tokens that are seen without it.
+        """
+        assert self.balls is not None
+        held = self._order
+        if held is None or held.slots > past or not order_serves(held, self.balls.shape[2], window):
+            held = self._order = tree_order(self.balls)
+        return held
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        super().reorder_cache(beam_idx)
+        self._select(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        super().batch_repeat_interleave(repeats)
+        if self.balls is not None:
+            self._select(torch.arange(len(self.balls)).repeat_interleave(repeats))
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        super().batch_select_indices(indices)
+        self._select(indices)
+
+    def _select(self, sequences: torch.Tensor) -> None:
+        self._order = None
+        if self.balls is not None:
+            self.balls = self.balls[sequences.to(self.balls.device)]
+
+
+class BallCache(DynamicCache):
+    """Cache of a model under the ``gumbel`` topology. ``generate()`` builds one by itself.
+
+    Args:
+        config: The model's configuration.
+        layers: Indices of the operated layers.
+    """
+
+    def __init__(self, config: PretrainedConfig, layers: list[int]) -> None:
+        super().__init__(config=config)
+        for index in layers:
+            self.layers[index] = BallLayer()
+
+
+def balls_with(layer: object, fresh: torch.Tensor) -> torch.Tensor:
+    """Balls of all tokens of a call: those that its cache's layer holds, and the new ones.
+
+    Args:
+        layer: Of the call's cache, or None.
+        fresh: (batch, heads, new) int64.
+
+    Raises:
+        SurgeryError: The cache holds tokens whose balls are not known.
+    """
+    if isinstance(layer, BallLayer):
+        return layer.extend(fresh)
+    held = 0 if layer is None else int(layer.get_seq_length())  # type: ignore[attr-defined]
+    if held:
+        raise SurgeryError(
+            f"the cache holds {held} tokens that content routers have not seen: leave the cache unset, or "
+            "start with paged_cache(model)."
+        )
+    return fresh

@@ -1,0 +1,183 @@
+"""What an attention module carries under the ``gumbel`` topology, and how it attends."""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from transformers import Cache, PreTrainedModel
+
+from llama_surgery.config import SurgeryConfig
+from llama_surgery.errors import SurgeryError, UnsupportedModelError
+from llama_surgery.gumbel.attend import attend_balls, ball_backend
+from llama_surgery.gumbel.balls import always_pairs
+from llama_surgery.gumbel.cache import BallLayer, balls_with
+from llama_surgery.gumbel.config import GumbelConfig
+from llama_surgery.gumbel.router import ContentRouter, routers_for
+from llama_surgery.gumbel.soft import Drawing, balls_of, gumbel_digits, load_balance, soft_attention
+from llama_surgery.surgery.calls import untraced
+from llama_surgery.surgery.interface import refuse
+from llama_surgery.surgery.layer import ATTRIBUTE
+from llama_surgery.surgery.replace import Replacement
+from llama_surgery.surgery.statistics import Counters
+
+#: Keyword by which the pre-forward hook hands on what the router said.
+ROUTED = "llama_surgery_routed"
+
+#: Hears the balls (batch, heads, n) of every call.
+BallListener = Callable[[torch.Tensor], None]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Routed:
+    """What a layer's router said of a call's tokens.
+
+    Attributes:
+        balls: (batch, heads, n) int64 of all tokens so far; None in training.
+        digits: In training, one-hot for each group of heads, (batch, heads of it, n, levels, arity).
+        layer: Of the cache, or None.
+    """
+
+    balls: torch.Tensor | None
+    digits: list[torch.Tensor]
+    layer: object
+
+
+@dataclasses.dataclass
+class GumbelLayer:
+    """What an operated attention module carries.
+
+    Attributes:
+        config: The operation's configuration.
+        router: The layer's content router.
+        counters: Counts by tile size: lists over query heads, since each has balls of its own.
+        listener: Hears the balls of calls, or None.
+        drawing: How digits are drawn in training; None where the likeliest are executed.
+    """
+
+    config: SurgeryConfig
+    router: ContentRouter
+    counters: dict[int, Counters] = dataclasses.field(default_factory=dict)
+    listener: BallListener | None = None
+    drawing: Drawing | None = None
+
+    @property
+    def gumbel(self) -> GumbelConfig:
+        assert self.config.gumbel is not None
+        return self.config.gumbel
+
+    def route(self, hidden: torch.Tensor, layer: object) -> _Routed:
+        """Ask the router.
+
+        Args:
+            hidden: (batch, new, hidden_size), what the module reads.
+            layer: Its layer of the call's cache, or None.
+        """
+        if next(self.router.parameters()).device != hidden.device:
+            self.router.to(hidden.device)
+        drawing = self.drawing
+        if drawing is None:
+            with torch.no_grad():
+                return _Routed(balls_with(layer, balls_of(self.router(hidden), self.gumbel)), [], layer)
+        logits = self.router(hidden)
+        drawing.balances.append(torch.stack([load_balance(part) for part in logits]).mean())
+        digits = [gumbel_digits(part, drawing.temperature, drawing.generator) for part in logits]
+        return _Routed(None, digits, layer)
+
+    @untraced
+    def __call__(
+        self,
+        module: torch.nn.Module,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: Any,
+        **keywords: Any,
+    ) -> tuple[torch.Tensor, None]:
+        """Attention function; arguments and results are those of ``surgery_attention``."""
+        refuse(module, attention_mask, keywords)
+        routed = keywords.get(ROUTED)
+        if routed is None or keywords.get("softcap") is not None or keywords.get("s_aux") is not None:
+            raise UnsupportedModelError(
+                f"{type(module).__name__} caps its logits, has attention sinks, or does not pass keywords on "
+                "to its attention function: the gumbel topology does not support it."
+            )
+        if attention_mask is not None and not bool(attention_mask.all()):
+            raise SurgeryError(
+                "the gumbel topology is executed on unpadded text only: give one prompt a call."
+            )
+        scale = keywords.get("scaling") or query.shape[-1] ** -0.5
+        count, rows = key.shape[2], query.shape[2]
+        if self.drawing is not None:
+            if rows != count:
+                raise SurgeryError("content routers are trained on whole windows, without a cache.")
+            out, seen = soft_attention(
+                query, key, value, routed.digits, self.gumbel, self.drawing.temperature, scale
+            )
+            read = torch.full_like(seen, query.shape[0] * count * count)
+        else:
+            if self.listener is not None:
+                self.listener(routed.balls)
+            backend, order = self.config.backend, None
+            if isinstance(routed.layer, BallLayer) and ball_backend(backend, query, key, value) == "triton":
+                order = routed.layer.order(count - rows, self.gumbel.window)
+            result = attend_balls(
+                query, key, value, routed.balls,
+                window=self.gumbel.window, scale=scale, order=order, backend=backend,
+            )  # fmt: skip
+            out, seen, read = result.out, result.seen_pairs.sum(0), result.read_pairs.sum(0)
+        self._count(query.shape[0], count - rows, rows, seen, read)
+        return out.transpose(1, 2).contiguous(), None
+
+    def _count(self, batch: int, past: int, rows: int, seen: torch.Tensor, read: torch.Tensor) -> None:
+        """Count a call: its near field is position 0 and window, all else that it saw or read is far."""
+        near = always_pairs(past + rows, self.gumbel.window) - always_pairs(past, self.gumbel.window)
+        causal = rows * (2 * past + rows + 1) // 2
+        tile = 1 if rows == 1 and past else self.config.tile
+        counters = self.counters.setdefault(tile, Counters())
+        counters.count(rows * batch, near * batch, causal * batch)
+        counters.count_far(read - near * batch, seen - near * batch)
+
+
+def gumbel_layers(
+    inner: PreTrainedModel,
+    modules: Mapping[int, torch.nn.Module],
+    config: SurgeryConfig,
+    routers: Mapping[int, ContentRouter] | None,
+) -> dict[int, GumbelLayer]:
+    """What the modules of an operated model carry, by layer index. Without routers, untrained ones.
+
+    Raises:
+        SurgeryError: Routers of other layers, or of another configuration.
+    """
+    assert config.gumbel is not None
+    wanted = routers_for(inner, modules, config.gumbel)
+    if routers is None or not routers:
+        return {index: GumbelLayer(config, router) for index, router in wanted.items()}
+    if routers.keys() != wanted.keys():
+        raise SurgeryError(
+            f"content routers for layers {sorted(routers)}, operated are {sorted(wanted)}: learn them for "
+            "this model."
+        )
+    for index, router in routers.items():
+        same = isinstance(router, ContentRouter) and router.shapes == wanted[index].shapes
+        if not same or router.backbone.in_features != wanted[index].backbone.in_features:
+            raise SurgeryError(
+                f"the content router of layer {index} does not fit the model, or not arities="
+                f"{config.gumbel.arities} and length={config.gumbel.length}: learn them again."
+            )
+    return {index: GumbelLayer(config, router) for index, router in routers.items()}
+
+
+@untraced
+def route_hook(
+    replacement: Replacement, module: torch.nn.Module, args: tuple, kwargs: dict[str, Any]
+) -> tuple[tuple, dict[str, Any]]:
+    """Pre-forward hook of operated modules: asks the router, and hands on what it says."""
+    replacement.check(module)
+    layer: GumbelLayer = module.__dict__[ATTRIBUTE]
+    cache = next((value for value in (*kwargs.values(), *args) if isinstance(value, Cache)), None)
+    index: Any = module.layer_idx
+    held = cache.layers[index] if cache is not None and index < len(cache.layers) else None
+    routed = layer.route(args[0] if args else kwargs["hidden_states"], held)
+    return args, {**kwargs, ROUTED: routed}
