@@ -8,9 +8,10 @@ import torch
 from tests.surgery.tiny import SINGLE, SPARSE, llama, logits, tokens
 
 from llama_surgery import operated, reset_statistics, statistics
-from llama_surgery.learning.attach import Gates, Reading, gates_in
+from llama_surgery.learning.attach import Gates, gates_in
 from llama_surgery.learning.corrections import Corrections, scorer_parameters
 from llama_surgery.learning.gates import Homotopy
+from llama_surgery.learning.reading import Reading
 
 SHAPES = {0: (2, 2, 16), 1: (2, 2, 16)}
 PARTS = ("channels", "tree", "summary")

@@ -8,7 +8,6 @@ named. Decode steps of both sides are replays of CUDA graphs of the whole model,
 side's include the filling of chunks. θ is found for the densities asked for; those that came out are printed.
 """
 
-import argparse
 import dataclasses
 from pathlib import Path
 from typing import Any
@@ -32,7 +31,6 @@ from llama_surgery.bench.measure import (
 )
 from llama_surgery.config import SurgeryConfig
 from llama_surgery.errors import SurgeryError
-from llama_surgery.lengths import parse_length
 from llama_surgery.surgery.compat import cache_name
 from llama_surgery.surgery.operate import operated
 from llama_surgery.surgery.operation import config_of, reset_statistics, set_config, statistics
@@ -253,58 +251,3 @@ def _states(model: PreTrainedModel, batch: int, rows: int, length: int) -> tuple
         return torch.randn(batch, heads, n, dim, device=model.device, dtype=dtype)
 
     return normal(heads, rows), normal(kv_heads, length), normal(kv_heads, length)
-
-
-def main() -> None:
-    """The command line of ``benchmarks/end_to_end.py``."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("config", type=Path, help="config.json of the model, or its folder")
-    parser.add_argument("--length", nargs="+", default=["128k"], help="tokens of the prompt, as 32768 or 32k")
-    parser.add_argument("--batch", type=int, default=4, help="sequences of a decode step")
-    parser.add_argument("--density", type=float, default=0.05, help="executed far density of prefill")
-    parser.add_argument("--decode-density", type=float, default=0.03, help="of decode steps")
-    parser.add_argument("--page-size", type=int, default=64)
-    parser.add_argument("--moment-size", type=int, default=64)
-    parser.add_argument("--tile", type=int, default=32)
-    parser.add_argument("--variance-pool", type=int, default=1, help="channels whose variances are averaged")
-    parser.add_argument("--steps", type=int, default=64, help="decode steps that are timed")
-    parser.add_argument("--prefills", type=int, default=2, help="prefills that are timed")
-    parser.add_argument("--seconds", type=float, default=300.0, help="no further part begins after this")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--dtype", choices=["bfloat16", "float16", "float32"], default="bfloat16")
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/end_to_end.csv"))
-    given = parser.parse_args()
-    try:
-        config = SurgeryConfig(
-            page_size=given.page_size,
-            moment_size=given.moment_size,
-            tile=given.tile,
-            variance_pool=given.variance_pool,
-        )
-        tasks = [
-            Task(
-                config,
-                parse_length(length),
-                given.batch,
-                given.density,
-                given.decode_density,
-                given.steps,
-                given.prefills,
-            )
-            for length in given.length
-        ]
-        rows = end_to_end(
-            given.config,
-            tasks,
-            given.out,
-            seconds=given.seconds,
-            device=torch.device(given.device),
-            dtype=getattr(torch, given.dtype),
-        )
-        from llama_surgery.bench.plot import plot_end_to_end
-
-        plot_end_to_end(rows, given.out.with_suffix(".svg"))
-    except SurgeryError as error:
-        raise SystemExit(f"Error: {error}") from None

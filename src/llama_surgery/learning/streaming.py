@@ -26,12 +26,12 @@ from llama_surgery.files import write_atomically, write_json
 from llama_surgery.folders import check_folder
 from llama_surgery.learning.attach import (
     Gates,
-    Reading,
     local_error,
     refuse_unlearnable,
     watch_residual,
 )
 from llama_surgery.learning.corrections import Corrections
+from llama_surgery.learning.reading import Reading
 from llama_surgery.learning.settings import LearningSettings
 from llama_surgery.learning.state import first_state
 from llama_surgery.learning.trainer import Step, check_settings, digest, fresh_corrections, run

@@ -13,9 +13,10 @@ from transformers import PreTrainedModel
 
 from llama_surgery.config import SurgeryConfig
 from llama_surgery.errors import SurgeryError
-from llama_surgery.learning.attach import Gates, Reading, gates_in
+from llama_surgery.learning.attach import Gates, gates_in
 from llama_surgery.learning.corrections import Corrections
 from llama_surgery.learning.processes import ALONE, Processes
+from llama_surgery.learning.reading import Reading
 from llama_surgery.learning.settings import LearningSettings, homotopy_at, rate_at
 from llama_surgery.learning.state import LearningState, first_state
 from llama_surgery.surgery.supported import attention_modules, head_shape, inner_model
