@@ -15,16 +15,18 @@ from llama_surgery.attention.impl.triton.decode_append_kernel import block_of
 from llama_surgery.attention.impl.triton.helpers import (
     FLOOR,
     LOG2E,
-    ball_scores,
-    ball_terms,
-    ball_weights,
     cap_logits,
     closed_chunks,
     load_rows,
-    score_factors,
     softmax_step,
-    sum_of_balls,
     sum_step,
+)
+from llama_surgery.attention.impl.triton.page_scores import (
+    ball_scores,
+    ball_terms,
+    ball_weights,
+    score_factors,
+    sum_of_balls,
 )
 
 #: Blocks of a table that are looked up at once, at least.

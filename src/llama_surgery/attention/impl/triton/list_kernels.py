@@ -9,12 +9,11 @@ import triton.language as tl
 
 from llama_surgery.attention.impl.triton.helpers import (
     ENTRY,
-    ball_scores,
     closed_chunks,
     load_rows,
-    score_factors,
     tanh,
 )
+from llama_surgery.attention.impl.triton.page_scores import ball_scores, score_factors
 from llama_surgery.attention.impl.triton.select_kernels import rows_of_tiles
 
 

@@ -11,14 +11,12 @@ import triton.language as tl
 from llama_surgery.attention.impl.triton.helpers import (
     FLOOR,
     LOG2E,
-    ball_scores,
-    ball_terms,
     cap_logits,
     closed_chunks,
     load_rows,
-    score_factors,
     sum_step,
 )
+from llama_surgery.attention.impl.triton.page_scores import ball_scores, ball_terms, score_factors
 
 
 @triton.jit

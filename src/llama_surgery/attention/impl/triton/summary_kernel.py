@@ -7,12 +7,14 @@ from llama_surgery.attention.impl.triton.helpers import (
     FLOOR,
     LN2,
     LOG2E,
-    ball_terms,
-    ball_weights,
     closed_chunks,
     load_rows,
-    score_factors,
     softmax_step,
+)
+from llama_surgery.attention.impl.triton.page_scores import (
+    ball_terms,
+    ball_weights,
+    score_factors,
     sum_of_balls,
 )
 

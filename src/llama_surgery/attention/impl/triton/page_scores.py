@@ -1,0 +1,153 @@
+"""Page scores inside kernels: what queries, means and variances give, in log2 units."""
+
+import triton
+import triton.language as tl
+
+from llama_surgery.attention.impl.triton.helpers import FLOOR, LOG2E, load_rows, tanh
+
+#: Least variance term: below it the root would have no slope (``topology.selection``).
+LEAST = tl.constexpr(1e-8)
+
+
+@triton.jit
+def score_factors(
+    queries,
+    scale,
+    mean_weight_ptr,
+    variance_weight_ptr,
+    group,
+    first_head,
+    HEADS: tl.constexpr,
+    HEADS_BLOCK: tl.constexpr,
+    HEAD_INSIDE: tl.constexpr,
+    DIM: tl.constexpr,
+    DIM_PAD: tl.constexpr,
+    SPREAD: tl.constexpr,
+    SPREAD_PAD: tl.constexpr,
+):
+    """What multiplies means and variances in page scores, both in the queries' dtype.
+
+    Args:
+        queries: (rows, DIM_PAD), unscaled.
+        scale: What queries are multiplied with before they are squared.
+        mean_weight_ptr, variance_weight_ptr: Learned weights of channels (groups, HEADS, DIM) float32, or
+            None.
+        group, first_head: Rows are those of heads ``first_head … first_head + HEADS_BLOCK - 1`` of a group,
+            one head after the other or, with HEAD_INSIDE, one query's heads after the other's.
+
+    Returns:
+        The queries (rows, DIM_PAD), and their squares, summed over the channels whose variances are pooled
+        (rows, SPREAD_PAD); clamped where they would overflow in float16.
+    """
+    squares = queries.to(tl.float32) * scale
+    squares = squares * squares
+    if variance_weight_ptr is not None:
+        squares = _weigh(
+            squares, variance_weight_ptr, group, first_head, HEADS, HEADS_BLOCK, HEAD_INSIDE, DIM, DIM_PAD
+        )
+        squares = tl.maximum(squares, -6.0e4)
+    squares = tl.minimum(squares, 6.0e4).to(queries.dtype)
+    if SPREAD < DIM:
+        # As a product with a matrix of ones and zeros: head dims need not be powers of two.
+        channel = tl.arange(0, DIM_PAD)
+        member = channel % (DIM // 2) // (DIM // (2 * SPREAD))
+        member = (member[:, None] == tl.arange(0, SPREAD_PAD)[None, :]) & (channel < DIM)[:, None]
+        summed = tl.dot(squares, member.to(squares.dtype))
+        if variance_weight_ptr is not None:
+            summed = tl.maximum(summed, -6.0e4)
+        squares = tl.minimum(summed, 6.0e4).to(squares.dtype)
+    if mean_weight_ptr is not None:
+        weighted = _weigh(
+            queries.to(tl.float32), mean_weight_ptr, group, first_head,
+            HEADS, HEADS_BLOCK, HEAD_INSIDE, DIM, DIM_PAD,
+        )  # fmt: skip
+        queries = weighted.to(queries.dtype)
+    return queries, squares
+
+
+@triton.jit
+def _weigh(
+    states,
+    weight_ptr,
+    group,
+    first_head,
+    HEADS: tl.constexpr,
+    HEADS_BLOCK: tl.constexpr,
+    HEAD_INSIDE: tl.constexpr,
+    DIM: tl.constexpr,
+    DIM_PAD: tl.constexpr,
+):
+    """Multiply (rows, DIM_PAD) states with their heads' weights, which are loaded once for each head."""
+    head = first_head + tl.arange(0, HEADS_BLOCK)
+    weight = load_rows(weight_ptr, group * HEADS + head, DIM, head < HEADS, DIM, DIM_PAD, True)
+    if HEADS_BLOCK == 1:
+        return states * weight
+    else:
+        rows: tl.constexpr = states.shape[0] // HEADS_BLOCK
+        if HEAD_INSIDE:
+            by_head = tl.reshape(states, [rows, HEADS_BLOCK, DIM_PAD]) * weight[None, :, :]
+        else:
+            by_head = tl.reshape(states, [HEADS_BLOCK, rows, DIM_PAD]) * weight[:, None, :]
+        return tl.reshape(by_head, [rows * HEADS_BLOCK, DIM_PAD])
+
+
+@triton.jit
+def ball_terms(queries, squares, mean, spread, scale, softcap, CAP: tl.constexpr):
+    """Mean and variance term of page scores, (rows, balls) each, through the cap if there is one.
+
+    Args:
+        queries, squares: (rows, dim) and (rows, dim or groups) from :func:`score_factors`.
+        mean: (balls, dim) the balls' μ.
+        spread: (balls, dim) or (balls, groups) their ½·σ².
+    """
+    along = tl.dot(queries, tl.trans(mean))
+    across = tl.dot(squares, tl.trans(spread))
+    if CAP:
+        slope = tanh(along * (scale / softcap))
+        bend = 1.0 - slope * slope
+        return slope * softcap, across * bend * bend
+    else:
+        return along * scale, across
+
+
+@triton.jit
+def bounded_term(across, SIZE: tl.constexpr):
+    """A variance term, in log2 units, at most what SIZE keys can reach.
+
+    ``topology.selection.bounded_variance_term``, with the outlier's part before the brackets.
+    """
+    if SIZE == 1:
+        return across * LOG2E
+    else:
+        others: tl.constexpr = SIZE - 1
+        root = tl.sqrt(tl.maximum(2.0 * others * across, LEAST)) * LOG2E
+        rest = others * tl.exp2(root * (-SIZE / others))
+        return tl.minimum(across * LOG2E, root + tl.log2((1.0 + rest) / SIZE))
+
+
+@triton.jit
+def ball_scores(along, across, log2_size, SIZE: tl.constexpr):
+    """Scores in log2 units from :func:`ball_terms`; ``log2_size`` is the log2 of SIZE, the keys of a ball."""
+    return along * LOG2E + bounded_term(across, SIZE) + log2_size
+
+
+@triton.jit
+def ball_weights(along, across, log2_size):
+    """Log2 of what balls weigh where they stand in for their keys, from :func:`ball_terms`.
+
+    The variance term is put in bounds, log cosh of its root: ``topology.selection.Scorer.weights``.
+    """
+    root = tl.sqrt(tl.maximum(2.0 * across, LEAST))
+    return (along + root) * LOG2E + tl.log2(1.0 + tl.exp2(root * (-2.0 * LOG2E))) - 1.0 + log2_size
+
+
+@triton.jit
+def sum_of_balls(logits, present, PAGES: tl.constexpr, BALLS_PAD: tl.constexpr):
+    """Log-sum-exp over the balls of each page, in log2 units: (rows, PAGES * BALLS_PAD) to (rows, PAGES).
+
+    ``present`` (PAGES * BALLS_PAD,) says which balls there are.
+    """
+    logits = tl.where(present[None, :], logits, FLOOR)
+    logits = tl.reshape(logits, [logits.shape[0], PAGES, BALLS_PAD])
+    peak = tl.max(logits, 2)
+    return peak + tl.log2(tl.sum(tl.exp2(logits - peak[:, :, None]), 2))
