@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from llama_surgery import SurgeryConfig, SurgeryError
-from llama_surgery.attention.api import attend, build_layout
+from llama_surgery.attention.api import attend
+from llama_surgery.attention.executor import build_layout
 from llama_surgery.topology.layout import Layout, Moments
 from llama_surgery.topology.router import PageRouter
 

@@ -9,7 +9,8 @@ from tests.learning.test_gates import BALLS, PAGES, corrections
 from tests.surgery.tiny import SINGLE, in_pieces, llama, logits, tokens
 
 from llama_surgery import SurgeryConfig, operated
-from llama_surgery.attention.api import attend, build_layout
+from llama_surgery.attention.api import attend
+from llama_surgery.attention.executor import build_layout
 from llama_surgery.learning.corrections import scorer_parameters
 from llama_surgery.topology.layout import moments_of
 from llama_surgery.topology.mask import page_mask

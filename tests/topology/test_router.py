@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from llama_surgery import SurgeryConfig, SurgeryError
-from llama_surgery.attention.api import attend, build_layout
+from llama_surgery.attention.api import attend
+from llama_surgery.attention.executor import build_layout
 from llama_surgery.topology.layout import moments_of
 from llama_surgery.topology.mask import page_mask
 from llama_surgery.topology.router import PageRouter

@@ -10,7 +10,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from llama_surgery.attention.api import AttentionResult, attend, build_layout
+from llama_surgery.attention.api import AttentionResult, attend
+from llama_surgery.attention.executor import build_layout
 from llama_surgery.bench.dense import fastest
 from llama_surgery.bench.measure import Deadline, Rows, graphed, say, times
 from llama_surgery.bench.states import clustered_states

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from llama_surgery.attention.api import backend_name
+from llama_surgery.attention.executor import backend_name
 from llama_surgery.bench import model as models
 from llama_surgery.bench.dense import DenseModel, fastest, repeat_static
 from llama_surgery.bench.measure import (

@@ -9,7 +9,8 @@ import dataclasses
 
 import torch
 
-from llama_surgery.attention.api import AttentionResult, build_layout
+from llama_surgery.attention.api import AttentionResult
+from llama_surgery.attention.executor import build_layout
 from llama_surgery.attention.impl import gather
 from llama_surgery.config import SurgeryConfig
 from llama_surgery.topology.geometry import closed_chunks, query_blocks

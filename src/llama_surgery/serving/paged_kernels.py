@@ -10,13 +10,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from llama_surgery.attention.api import (
-    AttentionResult,
-    attend,
-    build_layout,
-    kernel_features,
-    kernel_moments,
-)
+from llama_surgery.attention.api import AttentionResult, attend
+from llama_surgery.attention.executor import build_layout, kernel_features, kernel_moments
 from llama_surgery.config import SurgeryConfig
 from llama_surgery.errors import SurgeryError
 from llama_surgery.serving.paged import PagedStates

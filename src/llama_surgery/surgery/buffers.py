@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from llama_surgery.attention.api import kernel_features, kernel_moments, kernels_serve
+from llama_surgery.attention.executor import kernel_features, kernel_moments, kernels_serve
 from llama_surgery.attention.summary import mean_values
 from llama_surgery.config import SurgeryConfig
 from llama_surgery.topology.layout import Layout, Moments

@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from llama_surgery.attention.api import backend_name
+from llama_surgery.attention.executor import backend_name
 from llama_surgery.attention.impl.common import differentiable
 from llama_surgery.config import SurgeryConfig
 from llama_surgery.surgery.buffers import PageBuffers

@@ -2,7 +2,7 @@
 
 import torch
 
-from llama_surgery.attention.api import build_layout
+from llama_surgery.attention.executor import build_layout
 from llama_surgery.config import SurgeryConfig
 from llama_surgery.errors import SurgeryError
 from llama_surgery.surgery.buffers import PageBuffers

@@ -16,7 +16,7 @@ pytest.importorskip("triton")
 from triton.runtime.errors import OutOfResources
 
 import llama_surgery as surgery
-from llama_surgery.attention import api
+from llama_surgery.attention import executor
 from llama_surgery.attention.impl import triton
 from llama_surgery.attention.impl.triton import tuning
 from llama_surgery.attention.impl.triton.helpers import launching
@@ -61,13 +61,13 @@ def test_a_model_answers_as_with_gather(change: dict[str, object], device: torch
 def test_auto_takes_the_kernels_on_a_gpu_where_they_can_run(device: torch.device) -> None:
     q = torch.zeros(1, 1, 1, 16, device=device)
     kernels = "triton" if q.is_cuda else "gather"
-    assert api.backend_name(CONFIG, q, q, 8) == kernels
-    assert api.backend_name(CONFIG, q, q, 8, listening=True) == "gather"
-    assert api.backend_name(CONFIG, q.double(), q.double(), 8) == "gather"
+    assert executor.backend_name(CONFIG, q, q, 8) == kernels
+    assert executor.backend_name(CONFIG, q, q, 8, listening=True) == "gather"
+    assert executor.backend_name(CONFIG, q.double(), q.double(), 8) == "gather"
     summarised = dataclasses.replace(CONFIG, summary="page")
-    assert api.backend_name(summarised, q, q, 8) == kernels
-    assert api.backend_name(CONFIG, q.requires_grad_(), q, 8) == kernels
-    assert api.backend_name(summarised, q.requires_grad_(), q, 8) == "gather"
+    assert executor.backend_name(summarised, q, q, 8) == kernels
+    assert executor.backend_name(CONFIG, q.requires_grad_(), q, 8) == kernels
+    assert executor.backend_name(summarised, q.requires_grad_(), q, 8) == "gather"
 
 
 def test_a_model_learns_as_with_gather(device: torch.device) -> None:
@@ -92,14 +92,14 @@ def test_asked_for_by_name_it_never_falls_back(device: torch.device) -> None:
         mock.patch.dict(os.environ, {"TRITON_INTERPRET": "0"}),
         pytest.raises(SurgeryError, match="needs a GPU"),
     ):
-        api.backend_name(named, on_cpu, on_cpu, 8)
+        executor.backend_name(named, on_cpu, on_cpu, 8)
     with pytest.raises(SurgeryError, match="shares are not handed out"):
-        api.backend_name(named, q, q, 8, listening=True)
+        executor.backend_name(named, q, q, 8, listening=True)
     with (
         mock.patch.object(triton, "_installed", lambda: False),
         pytest.raises(SurgeryError, match="not installed"),
     ):
-        api.backend_name(named, q, q, 8)
+        executor.backend_name(named, q, q, 8)
 
 
 @pytest.mark.parametrize(
@@ -164,6 +164,6 @@ def test_chunks_that_no_program_holds_are_refused(
     config = dataclasses.replace(CONFIG, **change)
     assert re.search(message, triton.obstacle(config, q, q, 8) or "")
     with pytest.raises(SurgeryError, match=f"backend='triton' cannot run this: .*{message}"):
-        api.backend_name(dataclasses.replace(config, backend="triton"), q, q, 8)
-    assert api.backend_name(dataclasses.replace(config, backend="auto"), q, q, 8) == "gather"
+        executor.backend_name(dataclasses.replace(config, backend="triton"), q, q, 8)
+    assert executor.backend_name(dataclasses.replace(config, backend="auto"), q, q, 8) == "gather"
     assert triton.obstacle(dataclasses.replace(config, chunk_size=4096), q, q, 8) is None

@@ -13,7 +13,7 @@ pytest.importorskip("triton")
 from tests.attention.triton.test_decode_model import CONFIG, tiny, tokens
 
 import llama_surgery as surgery
-from llama_surgery.attention import api
+from llama_surgery.attention import api, executor
 from llama_surgery.config import SurgeryConfig
 from llama_surgery.errors import SurgeryError
 from llama_surgery.surgery import decoding
@@ -31,7 +31,7 @@ Mode = Callable[[], contextlib.AbstractContextManager[object]]
 @pytest.fixture
 def automatic(monkeypatch: pytest.MonkeyPatch) -> None:
     """``backend="auto"`` takes the kernels where they can run a call, as on a GPU."""
-    plain = api.backend_name
+    plain = executor.backend_name
 
     def name(config: SurgeryConfig, *args: object, **options: object) -> str:
         if config.backend == "auto":
@@ -39,8 +39,8 @@ def automatic(monkeypatch: pytest.MonkeyPatch) -> None:
                 return plain(dataclasses.replace(config, backend="triton"), *args, **options)  # type: ignore[arg-type]
         return plain(config, *args, **options)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(api, "backend_name", name)
-    monkeypatch.setattr(decoding, "backend_name", name)
+    for module in (api, decoding, executor):
+        monkeypatch.setattr(module, "backend_name", name)
 
 
 def answers(device: torch.device, *modes: Mode) -> torch.Tensor:
@@ -99,9 +99,9 @@ def test_gradients_reach_a_prompt_through_summaries_that_kernels_read(device: to
 def test_differentiable_features_are_those_of_the_kernel(pool: int, device: torch.device) -> None:
     config = dataclasses.replace(CONFIG, variance_pool=pool)
     mean, variance = torch.randn(2, 2, 16, 16, device=device)
-    expected = api.kernel_features(Moments(mean, variance.square(), 8), config, torch.float32)
+    expected = executor.kernel_features(Moments(mean, variance.square(), 8), config, torch.float32)
     mean.requires_grad_()
-    got = api.kernel_features(Moments(mean, variance.square(), 8), config, torch.float32)
+    got = executor.kernel_features(Moments(mean, variance.square(), 8), config, torch.float32)
     assert got.requires_grad
     torch.testing.assert_close(got.detach(), expected, rtol=1e-5, atol=1e-5)
 
