@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from llama_surgery.config import SurgeryConfig
 from llama_surgery.errors import AdapterError, SurgeryError, TextError, UnsupportedModelError
+from llama_surgery.gumbel.config import GumbelConfig
 
 if TYPE_CHECKING:
     from llama_surgery.surgery.adapter import load_adapter, save_adapter
@@ -23,6 +24,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "AdapterError",
+    "GumbelConfig",
     "PagedCache",
     "Statistics",
     "SurgeryConfig",

@@ -1,8 +1,10 @@
 """The preprint's router: dense at the start, and executed with the mask it was trained with."""
 
+import copy
 import dataclasses
 import importlib.util
 import json
+import pickle
 from pathlib import Path
 
 import pytest
@@ -242,7 +244,13 @@ def test_the_dense_model_comes_back() -> None:
     model, ids = llama(), tokens(64)
     before = logits(model, ids)
     with operated(model, CONFIG, routers=random_routers(model, CONFIG)):
-        assert not torch.equal(logits(model, ids), before)
+        found = logits(model, ids)
+        assert not torch.equal(found, before)
+        copied = build("Llama", dtype=torch.float32)
+        operate(copied, CONFIG, routers=random_routers(copied, CONFIG))
+        again = pickle.loads(pickle.dumps(copy.deepcopy(copied)))
+        assert torch.equal(logits(copied, ids), logits(again, ids))
+        assert statistics(again).rows == statistics(copied).rows > 0
     assert torch.equal(logits(model, ids), before)
 
 

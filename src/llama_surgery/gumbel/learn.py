@@ -107,7 +107,7 @@ def learn_gumbel(
         )
     inner = inner_model(model)
     routers = routers_for(inner, attention_modules(inner), gumbel, settings.seed)
-    named = torch.nn.ModuleDict({str(index): router for index, router in routers.items()})
+    named = torch.nn.ModuleDict({str(index): router for index, router in routers.items()}).to(inner.device)
     optimiser = torch.optim.Adam(named.parameters(), lr=settings.rate)
     about = {"settings": settings.to_dict(), "gumbel": gumbel.to_dict(), "windows": digest(windows)}
     done = 0

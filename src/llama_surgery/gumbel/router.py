@@ -81,12 +81,12 @@ def levels_for(arity: int, length: int) -> int:
 def routers_for(
     inner: PreTrainedModel, layers: Iterable[int], config: GumbelConfig, seed: int = 0
 ) -> dict[int, ContentRouter]:
-    """Untrained routers of a model's layers: with them it is dense."""
+    """Untrained routers of a model's layers, with which it is dense; on the CPU until they are called."""
     text = inner.config.get_text_config()
     return {
         index: ContentRouter(
             text.hidden_size, text.num_attention_heads, config.arities, config.length, seed * 1009 + index
-        ).to(inner.device)
+        )
         for index in layers
     }
 
