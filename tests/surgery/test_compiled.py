@@ -7,7 +7,7 @@ import torch
 from tests.surgery.tiny import SPARSE, build, logits, tokens
 from torch import nn
 
-from llama_surgery import SurgeryError, eject, operate, operated, statistics
+from llama_surgery import SurgeryError, eject, is_operated, operate, operated, statistics
 
 Compile = Callable[[nn.Module], nn.Module]
 
@@ -65,8 +65,12 @@ def test_a_compiled_model_is_operated_and_ejected(way: Compile, compiled_first: 
     for calls in (1, 2):
         torch.testing.assert_close(logits(compiled, ids), sparse)
         assert statistics(compiled).rows == 100 * calls
+    assert is_operated(compiled)
     eject(compiled)
+    assert not is_operated(model)
     torch.testing.assert_close(logits(compiled, ids), dense)
+    with operated(compiled, SPARSE):
+        assert is_operated(model)
 
 
 @pytest.mark.slow

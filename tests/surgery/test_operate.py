@@ -266,23 +266,6 @@ def test_a_model_spread_by_accelerate(model, tmp_path):
     assert torch.equal(logits(spread, ids), dense)
 
 
-def test_a_compiled_model():
-    model, ids = build("Llama", num_hidden_layers=1), tokens(1, 150)
-    dense = logits(model, ids)
-    operate(model, SPARSE)
-    expected = logits(model, ids)
-    torch._dynamo.reset()
-    compiled = torch.compile(model, backend="eager")
-    torch.testing.assert_close(logits(compiled, ids), expected, rtol=1e-6, atol=1e-6)
-    assert is_operated(compiled) and statistics(compiled).rows > 0
-    eject(compiled)
-    assert not is_operated(model)
-    torch.testing.assert_close(logits(compiled, ids), dense, rtol=1e-6, atol=1e-6)
-    with operated(compiled, SPARSE):
-        assert is_operated(model)
-    torch._dynamo.reset()
-
-
 @pytest.mark.parametrize("use_cache", [True, False])
 @pytest.mark.parametrize("config", [SPARSE, SINGLE, DENSE_LIMIT], ids=["tiles", "single", "dense limit"])
 def test_gradients_flow(model, config, use_cache):
