@@ -4,6 +4,8 @@
 #   make test     make check, then the tests (those that need a GPU are skipped without one)
 #   make check    formatting, lint and types
 #   make clean    delete what the other targets wrote, except .venv and .venv-serve
+#   make compile-test   compile the kernels for every family of GPUs, which need not be there
+#   make package-test   the built package in an empty environment, and with the oldest transformers it claims
 #   make sweep        operate on a tiny model of every causal language model that transformers has (10 minutes)
 #   make sanitize     a part of the GPU tests under compute-sanitizer, on a machine with a GPU
 #   make serve-test   tests of serving: real vLLM servers (the community's CPU build), in .venv-serve
@@ -26,10 +28,10 @@ PACKAGE_STAMP := $(VENV)/.stamp-package
 DEV_STAMP := $(VENV)/.stamp-dev
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check clean sweep sanitize serve-test
+.PHONY: help demo test check clean compile-test package-test sweep sanitize serve-test
 
 help:
-	@sed -n '3,9s/^#   //p' Makefile
+	@sed -n '3,11s/^#   //p' Makefile
 
 # pip is asked for, not only the interpreter: a venv whose creation was interrupted lacks it.
 $(PACKAGE_STAMP): pyproject.toml
@@ -57,6 +59,26 @@ check: $(DEV_STAMP)
 # Two processes of one thread each: more threads than cores make the small tests slower, not faster.
 test: check
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist worksteal $(PYTEST_ARGS)
+
+compile-test: $(DEV_STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist worksteal --compile \
+		tests/attention/triton/test_cross_compile.py $(PYTEST_ARGS)
+
+# The wheel is built from the source archive, so that both are tried.
+PACKAGE_VENV := .venv-package
+PACKAGE_PIP := $(PACKAGE_VENV)/bin/python -m pip install $(PIP_INSTALL)
+OLDEST := $(shell sed -n 's/^ *"\(transformers\)>=\(.*\)",$$/\1==\2/p' pyproject.toml)
+SMOKE_TESTS := $(addprefix tests/surgery/test_,supported.py cache.py interrupted.py statistics.py store.py)
+
+package-test: $(DEV_STAMP)
+	rm -rf dist
+	$(BIN)/python -m build --outdir dist .
+	$(PYTHON) -m venv --clear $(PACKAGE_VENV)
+	$(PACKAGE_PIP) $(TORCH)
+	$(PACKAGE_PIP) dist/*.whl
+	$(PACKAGE_VENV)/bin/python -P tests/package/readme.py
+	$(PACKAGE_PIP) $(OLDEST) hypothesis pytest pytest-timeout
+	OMP_NUM_THREADS=1 $(PACKAGE_VENV)/bin/python -P -m pytest -q -m 'not slow' $(SMOKE_TESTS) $(PYTEST_ARGS)
 
 sweep: $(DEV_STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist worksteal --sweep tests/surgery/test_sweep.py \
@@ -93,5 +115,5 @@ serve-test: $(SERVE_STAMP)
 	OMP_NUM_THREADS=1 $(SERVE_VENV)/bin/python -m pytest -q tests/serving --durations=8 $(PYTEST_ARGS)
 
 clean:
-	rm -rf out dist .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	rm -rf out dist .venv-package .pytest_cache .ruff_cache .mypy_cache .hypothesis
 	find src tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -32,16 +32,22 @@ hypothesis.settings.register_profile("ci", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("ci")
 
 
+#: Marks of tests that have a target of their own in the Makefile.
+APART = ("sweep", "compile")
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--sweep", action="store_true", help="run the tests marked sweep too")
+    for mark in APART:
+        parser.addoption(f"--{mark}", action="store_true", help=f"run the tests marked {mark} too")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out tests marked ``sweep`` unless asked for; skip ``gpu`` ones where there is no CUDA device."""
-    if not config.getoption("--sweep"):
-        left_out = [item for item in items if "sweep" in item.keywords]
-        config.hook.pytest_deselected(items=left_out)
-        items[:] = [item for item in items if "sweep" not in item.keywords]
+    """Leave out tests of ``APART`` unless asked for; skip ``gpu`` ones where there is no CUDA device."""
+    for mark in APART:
+        if not config.getoption(f"--{mark}"):
+            left_out = [item for item in items if item.get_closest_marker(mark)]
+            config.hook.pytest_deselected(items=left_out)
+            items[:] = [item for item in items if not item.get_closest_marker(mark)]
     if torch.cuda.is_available():
         return
     skip = pytest.mark.skip(reason="needs a CUDA device")

@@ -98,9 +98,10 @@ def parse_target(name: str) -> tuple[GPUTarget, str]:
 class Recorder:
     """Stands in for a kernel: compiles what would be launched."""
 
-    def __init__(self, kernel: Any, target: GPUTarget, asked: bool = True) -> None:
-        self.kernel, self.target, self.asked = kernel, target, asked
+    def __init__(self, kernel: Any, target: GPUTarget, asked: bool = True, sparing: bool = False) -> None:
+        self.kernel, self.target, self.asked, self.sparing = kernel, target, asked, sparing
         self.compiled: dict[str, Any] = {}
+        self.met: set[tuple[str, str, str]] = set()
 
     def __getitem__(self, grid: Any) -> Any:
         return self.launch
@@ -136,7 +137,10 @@ class Recorder:
                 if value % 16 == 0 and name not in unspecialised:
                     attributes[(place,)] = [["tt.divisibility", 16]]
         key = json.dumps([signature, {names[k[0]]: v for k, v in constants.items()}], default=str)
-        if key not in self.compiled:
+        given = {(name, kind, str(constants.get((names.index(name),)))) for name, kind in signature.items()}
+        known = given <= self.met if self.sparing else key in self.compiled
+        self.met |= given
+        if not known:
             kind = GluonASTSource if self.kernel.is_gluon() else ASTSource
             source = kind(self.kernel, signature, constants, attributes)
             self.compiled[key] = triton.compile(source, target=self.target, options=options)
@@ -207,10 +211,10 @@ def launch_decode(states: torch.Tensor, config: SurgeryConfig, family: str, extr
     by_ball, by_page = (dataclasses.replace(config, summary=summary) for summary in ("ball", "page"))
     for rule, rows, paged in (
         (config, 1, False),
+        (by_page, 8, True),
+        (by_ball, 1, False),
         (coarse, 4, False),
         (coarse, 1, True),
-        (by_ball, 1, False),
-        (by_page, 8, True),
     ):
         buffers = PageBuffers(rule, streams, states.device)
         buffers.reserve(1 << 16)
@@ -226,15 +230,25 @@ def launch_decode(states: torch.Tensor, config: SurgeryConfig, family: str, extr
 
 
 def compile_all(
-    target_name: str, head_dim: int, dtype: torch.dtype, heads: int, *, wide: bool, only: list[str]
+    target_name: str,
+    head_dim: int,
+    dtype: torch.dtype,
+    heads: int,
+    *,
+    wide: bool,
+    only: list[str],
+    sparing: bool = False,
 ) -> list[dict[str, Any]]:
-    """Compile what calls launch, of the kernels ``only`` or of all; returns a row per kernel variant."""
+    """Compile what calls launch, of the kernels ``only`` or of all; returns a row per kernel variant.
+
+    ``sparing`` leaves out a variant whose every argument has a type or value that was compiled already.
+    """
     target, family = parse_target(target_name)
     config = SurgeryConfig(theta_decode=0.01)
     recorders = []
     for module, names in KERNELS.items():
         for name in names:
-            recorders.append(Recorder(getattr(module, name), target, not only or name in only))
+            recorders.append(Recorder(getattr(module, name), target, not only or name in only, sparing))
             setattr(module, name, recorders[-1])
     chosen = tuning.tuning_for(family, head_dim, dtype.itemsize, helpers.exact_products(dtype))
     job.tuning_for = lambda *_: chosen  # type: ignore[assignment]
@@ -250,10 +264,11 @@ def compile_all(
     extra: dict[str, Any] = {"softcap": 50.0, "sink_logit": torch.zeros(8, heads)} if wide else {}
     pooled = dataclasses.replace(config, variance_pool=8, summary="page")
     by_ball = dataclasses.replace(config, summary="ball")
-    for rule in (config, pooled, by_ball):
-        prefill.attend(states, keys, keys, built, config=rule, start=0, **extra)
-    for rule in (config, pooled):
-        prefill.attend(states, keys, keys, built, config=rule, start=0, router=learned, **extra)
+    # What differs most comes first: little is left to do for those that spare.
+    for rule, router in (
+        (config, None), (pooled, learned), (by_ball, None), (pooled, None), (config, learned),
+    ):  # fmt: skip
+        prefill.attend(states, keys, keys, built, config=rule, start=0, router=router, **extra)
     fast = dataclasses.replace(config, page_size=64, moment_size=64, variance_pool=8)
     coarse = build_layout(keys[:, :1536], keys[:, :1536], fast)
     prefill.attend(states, keys, keys, coarse, config=fast, start=0, **extra)
@@ -293,6 +308,7 @@ if __name__ == "__main__":
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--wide", action="store_true", help="with softcap and sinks")
     parser.add_argument("--tf32", action="store_true", help="float32 products may be in TF32")
+    parser.add_argument("--sparing", action="store_true", help="every argument's values once, not together")
     parser.add_argument("--only", nargs="+", default=[], help="these kernels")
     given = parser.parse_args()
     if given.tf32:
@@ -304,5 +320,6 @@ if __name__ == "__main__":
         given.heads,
         wide=given.wide,
         only=given.only,
+        sparing=given.sparing,
     ):
         print(json.dumps(line))

@@ -1,4 +1,9 @@
-"""Every kernel compiles for every GPU family of the tuning table, on a machine without a GPU."""
+"""Every kernel compiles for every GPU family of the tuning table, on a machine without a GPU.
+
+Hopper is compiled for in every run, all families with ``--compile`` (``make compile-test``). Every
+combination of arguments that calls launch is compiled for one family of either maker; for the others, and for
+other sizes and dtypes, every value of every argument at least once.
+"""
 
 import json
 import os
@@ -10,6 +15,8 @@ import pytest
 
 pytest.importorskip("triton")
 from triton.backends import backends
+
+pytestmark = pytest.mark.timeout(660)
 
 KERNELS = {
     "totals_kernel",
@@ -65,14 +72,15 @@ SHARED = {
 }
 
 
-def compile_for(target: str, *options: str) -> list[dict[str, object]]:
+def compile_for(target: str, *options: str, sparing: bool = True) -> list[dict[str, object]]:
     """Run the compiler in a process of its own: this one may be interpreting the kernels."""
     owner = {"cuda": "nvidia", "hip": "amd"}[target.split(":")[0]]
     if owner not in backends:
         pytest.skip(f"this triton has no {owner} backend")
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    script = str(Path(__file__).with_name("cross_compile.py"))
     run = subprocess.run(
-        [sys.executable, str(Path(__file__).with_name("cross_compile.py")), target, *options],
+        [sys.executable, script, target, *options, *["--sparing"] * sparing],
         capture_output=True,
         text=True,
         env=environment,
@@ -83,58 +91,67 @@ def compile_for(target: str, *options: str) -> list[dict[str, object]]:
     return [json.loads(line) for line in run.stdout.splitlines()]
 
 
-def check(target: str, *options: str, kernels: set[str] = KERNELS) -> None:
-    rows = compile_for(target, *options)
+def check(
+    target: str, *options: str, kernels: set[str] = KERNELS, sparing: bool = True
+) -> list[dict[str, object]]:
+    rows = compile_for(target, *options, sparing=sparing)
     assert {row["kernel"] for row in rows} == kernels
     for row in rows:
         assert {"cubin", "hsaco"} & set(row["forms"]), row  # type: ignore[arg-type]
         assert row["shared"] <= SHARED[target], row  # type: ignore[operator]
         assert not row.get("tf32"), row
+    return rows
 
 
-@pytest.mark.timeout(660)
-@pytest.mark.parametrize("target", sorted(SHARED))
-def test_targets(target: str) -> None:
-    check(target, kernels=KERNELS | HOPPER if target == "cuda:90" else KERNELS)
-
-
-@pytest.mark.slow
-def test_small_heads_on_hopper() -> None:
-    check("cuda:90", "--head-dim", "64", "--heads", "3", "--dtype", "float16", kernels=KERNELS | HOPPER)
-
-
-# All six targets at each width would take longer than everything else together.
-@pytest.mark.slow
-@pytest.mark.timeout(660)
-@pytest.mark.parametrize("target", ["cuda:89", "cuda:90"])
-@pytest.mark.parametrize("head_dim", [80, 256])
-def test_head_dims(target: str, head_dim: int) -> None:
-    check(target, "--head-dim", str(head_dim))
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(660)
-@pytest.mark.parametrize("target", ["cuda:89", "cuda:90", "hip:gfx942"])
-def test_caps_sinks_and_single_precision(target: str) -> None:
-    check(target, "--wide", "--dtype", "float32", "--heads", "3")
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(660)
-def test_single_precision_on_small_gpus() -> None:
-    largest = {"list_kernel", "attend_kernel"}
-    check("cuda:89", "--dtype", "float32", "--only", *largest, kernels=largest)
-
-
-def test_hopper_uses_its_matrix_units_and_waits_for_them() -> None:
-    rows = compile_for("cuda:90")
+def check_hopper(sparing: bool) -> None:
+    rows = check("cuda:90", kernels=KERNELS | HOPPER, sparing=sparing)
     without = WITHOUT_PRODUCTS | SMALL_TILES
     assert all(row["wgmma"] for row in rows if row["kernel"] not in without), rows
     assert not [row["kernel"] for row in rows if row["filled_while_read"]]
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(660)
+def test_hopper_uses_its_matrix_units_and_waits_for_them() -> None:
+    check_hopper(sparing=True)
+
+
+@pytest.mark.compile
+def test_every_combination_on_hopper() -> None:
+    check_hopper(sparing=False)
+
+
+@pytest.mark.compile
+@pytest.mark.parametrize("target", sorted(SHARED.keys() - {"cuda:90"}))
+def test_targets(target: str) -> None:
+    check(target, sparing=target != "hip:gfx942")
+
+
+@pytest.mark.compile
+def test_small_heads_on_hopper() -> None:
+    check("cuda:90", "--head-dim", "64", "--heads", "3", "--dtype", "float16", kernels=KERNELS | HOPPER)
+
+
+# All six targets at each width would take longer than everything else together.
+@pytest.mark.compile
+@pytest.mark.parametrize("target", ["cuda:89", "cuda:90"])
+@pytest.mark.parametrize("head_dim", [80, 256])
+def test_head_dims(target: str, head_dim: int) -> None:
+    check(target, "--head-dim", str(head_dim))
+
+
+@pytest.mark.compile
+@pytest.mark.parametrize("target", ["cuda:89", "cuda:90", "hip:gfx942"])
+def test_caps_sinks_and_single_precision(target: str) -> None:
+    check(target, "--wide", "--dtype", "float32", "--heads", "3")
+
+
+@pytest.mark.compile
+def test_single_precision_on_small_gpus() -> None:
+    largest = {"list_kernel", "attend_kernel"}
+    check("cuda:89", "--dtype", "float32", "--only", *largest, kernels=largest)
+
+
+@pytest.mark.compile
 def test_single_precision_is_rounded_where_tf32_will_do() -> None:
     rows = compile_for("cuda:90", "--head-dim", "64", "--dtype", "float32", "--tf32")
     of_gradients = {"query_gradient_kernel", "near_gradient_kernel", "far_gradient_kernel"}
