@@ -34,7 +34,7 @@ def variants() -> list[tuple[SurgeryConfig, float]]:
     def add(target: float, **change: object) -> None:
         rows.append((SurgeryConfig(**change), target))
 
-    for tile in (32, 1, 16, 64):
+    for tile in (64, 1, 16, 32):
         for page in (32, 64, 16, 128):
             for target in (0.06, 0.03):
                 add(target, tile=tile, page_size=page)
@@ -67,7 +67,7 @@ def variants() -> list[tuple[SurgeryConfig, float]]:
     add(0.03, **cheap)
     for change in ({"moment_size": 32}, {"window": 128}, {"chunk_size": 2048}):
         add(0.06, tile=1, **change)
-    for tile in (32, 1):
+    for tile in (64, 1):
         for target in (0.015, 0.12):
             add(target, tile=tile)
     return rows

@@ -60,7 +60,7 @@ def settings(length: int, *, full: bool, growth: bool, flex: bool) -> Iterator[S
         {"page_size": 32, "moment_size": 32},
         {"page_size": 128, "moment_size": 128},
         {"tile": 16},
-        {"tile": 64},
+        {"tile": 32},
     )
     for change in changes:
         yield Setting(dataclasses.replace(fine, **change), 0.05, parts=True)  # type: ignore[arg-type]
@@ -83,7 +83,7 @@ def tune(length: int, seconds: float) -> None:
     job, strip, totals = _job(data, 0.05)
     job = dataclasses.replace(job, tuning=dataclasses.replace(job.tuning, specialised=False))
     plan = selection.list_pages(job, strip, totals)
-    out, lse = torch.empty_like(data.queries), torch.empty(data.queries.shape[:3], device=CUDA)
+    out, lse = torch.empty_like(job.queries), torch.empty(job.queries.shape[:3], device=CUDA)
     calls: dict[str, Callable[[Job], object]] = {
         "totals": lambda job: selection.row_totals(job, strip),
         "lists": lambda job: selection.list_pages(job, strip, totals),

@@ -200,7 +200,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--learn-on", nargs="+", help="names of the domains to learn on; all of them if left out")
     single = [name for name, (_, stages) in IDEAS.items() if len(stages) == 1]
     add("--idea", choices=single, default="ball+channels")
-    add("--tile", type=int, default=32)
+    add("--tile", type=int, default=64)
     add("--density", type=float, default=0.06, help="executed far density")
     add("--theta", type=float, default=FIRST_THETA[False], help="to begin the search of the first with")
     add("--steps", type=int, default=150)

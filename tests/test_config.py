@@ -42,10 +42,10 @@ from llama_surgery.removed import REMOVED, REMOVED_CHOICES
         ({"theta_decode": "x"}, "theta_decode='x': must be a finite number"),
         (
             {"chunk_size": 520, "page_size": 65},
-            "chunk_size=520 is not a multiple of tile=32.*multiples of 32",
+            "chunk_size=520 is not a multiple of tile=64.*multiples of 64",
         ),
-        ({"window": 100}, "window=100 is not a multiple of tile=32: a tile would straddle"),
-        ({"dense_until": 100}, "dense_until=100 is not a multiple of tile=32"),
+        ({"window": 100}, "window=100 is not a multiple of tile=64: a tile would straddle"),
+        ({"dense_until": 100}, "dense_until=100 is not a multiple of tile=64"),
         ({"chunk_size": 2**16}, "chunk_size=65536: at most 32768, since offsets"),
         ({"page_size": 96}, "chunk_size=512 is not page_size=96 times a power of two"),
         ({"page_size": 1024}, "chunk_size=512 is not page_size=1024 times a power"),
@@ -107,7 +107,7 @@ def test_moments_are_kept_two_levels_below_a_page_unless_given():
 
 def test_theta_belongs_to_the_tile():
     config = SurgeryConfig(theta=0.04, theta_decode=0.01)
-    assert config.theta_for(32) == 0.04 and config.theta_for(1) == 0.01
+    assert config.theta_for(64) == 0.04 and config.theta_for(1) == 0.01
     single = SurgeryConfig(tile=1, theta=0.02)
     assert single.theta_decode == single.theta_for(1) == 0.02
     default = SurgeryConfig()
@@ -136,7 +136,7 @@ def test_a_replaced_configuration_is_the_one_constructed(start, change):
         copy.deepcopy(SurgeryConfig(**start)),
         dataclasses.replace(SurgeryConfig(**start), moment_size=4, theta_decode=None),
     ):
-        replaced = dataclasses.replace(dataclasses.replace(config, window=32, moment_size=None), **change)
+        replaced = dataclasses.replace(dataclasses.replace(config, window=128, moment_size=None), **change)
         replaced = dataclasses.replace(replaced, window=expected.window)
         assert replaced == expected and hash(replaced) == hash(expected)
         assert replaced.to_dict() == expected.to_dict()

@@ -37,10 +37,11 @@ class SurgeryConfig:
             kernels sort chunks of up to 8,192.
         page_size: Keys of a page, the contiguous block that is read as a whole.
         window: Tokens that always stay in the near field; a multiple of ``tile``.
-        tile: Consecutive queries that share the pages read in prefill, anchored at multiples of
-            ``tile``. A call of one token on a non-empty cache (a decode step) is a tile of one.
-        theta: A row opens a page whose expected share of some head's attention exceeds this, in
-            tiles of ``tile`` queries. 0 opens everything.
+        tile: Consecutive queries of a head that share the pages read in prefill, anchored at multiples of
+            ``tile``. A call of one token on a non-empty cache (a decode step) is a tile of one, whose pages
+            all query heads of a KV head share.
+        theta: A row opens a page for a head when its expected share of that head's attention exceeds this,
+            in tiles of ``tile`` queries. 0 opens everything.
         theta_decode: The same for tiles of one query: decode steps, and the rows that end a prompt in
             ``generate()``. 0 unless given, so that they read everything: sparse rows there lose most of what
             real models look up. With ``tile=1`` it must equal ``theta``, and does unless given.
@@ -68,7 +69,7 @@ class SurgeryConfig:
     chunk_size: int = 512
     page_size: int = 32
     window: int = 192
-    tile: int = 32
+    tile: int = 64
     theta: float = 0.046
     theta_decode: Derived[float] = Derived(_default_theta_decode)
     moment_size: Derived[int] = Derived(_default_moment_size)

@@ -77,9 +77,9 @@ def cases(draw, max_length=130):
 
 
 def executed_mask(case, result, layout):
-    """(streams, rows, keys) bool: what rows see, read from the plans."""
-    streams, _, rows, _ = case.queries.shape
-    mask = torch.zeros(streams, rows, case.keys.shape[1], dtype=torch.bool)
+    """(streams, heads, rows, keys) bool: what rows see, read from the plans."""
+    streams, heads, rows, _ = case.queries.shape
+    mask = torch.zeros(streams, heads, rows, case.keys.shape[1], dtype=torch.bool)
     position = torch.arange(case.start, case.start + rows)
     near_from = torch.zeros(rows, dtype=torch.int64)
     for plan in result.plans:
@@ -87,7 +87,9 @@ def executed_mask(case, result, layout):
         far = plan.block.closed * case.config.chunk_size
         near_from[inside] = far
         order = layout.order[:, : plan.block.closed]
-        mask[:, inside, :far] = key_mask(plan, order, case.config.page_size)
+        assert len(plan.counts) == streams * (1 if plan.tile == 1 else heads)
+        by_chooser = key_mask(plan, order, case.config.page_size).unflatten(0, (streams, -1))
+        mask[:, :, inside, :far] = by_chooser
     key = torch.arange(case.keys.shape[1])
     mask |= (key >= near_from[:, None]) & (key <= position[:, None])
     return mask
@@ -112,7 +114,7 @@ def test_the_output_is_the_softmax_over_what_the_plans_show(case, backend):
     logits = scale * case.queries @ case.keys[:, None].transpose(-1, -2)
     if case.options["softcap"]:
         logits = case.options["softcap"] * torch.tanh(logits / case.options["softcap"])
-    logits = logits.masked_fill(~executed_mask(case, result, layout)[:, None], -torch.inf)
+    logits = logits.masked_fill(~executed_mask(case, result, layout), -torch.inf)
     values = case.values[:, None]
     if case.options["sink_logit"] is not None:
         sink = case.options["sink_logit"][..., None, None].expand(*logits.shape[:3], 1)
@@ -127,11 +129,40 @@ def test_reported_pairs_are_those_of_the_masks(case):
     result, layout = case.run("gather")
     mask = executed_mask(case, result, layout)
     far = sum(plan.visible_pairs(case.config.page_size) for plan in result.plans)
-    assert (mask.sum((1, 2)) == result.near_pairs + far).all()
+    if result.plans:
+        far = far.unflatten(0, (len(mask), -1))  # of every head, or of all of them together
+    assert (mask.sum((2, 3)) == result.near_pairs + far).all()
     rows = torch.arange(case.start, case.keys.shape[1])
     assert result.causal_pairs == int((rows + 1).sum())
     if case.config.theta == 0 or case.config.dense_until >= case.keys.shape[1]:
-        assert int(mask[0].sum()) == result.causal_pairs
+        assert int(mask[0, 0].sum()) == result.causal_pairs
+
+
+@pytest.mark.parametrize("backend", ["reference", "gather"])
+@pytest.mark.parametrize("heads", [1, 3, 7])
+def test_heads_open_pages_for_themselves_in_tiles_and_together_in_single_rows(backend, heads):
+    generator = torch.Generator().manual_seed(0)
+    normal = lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64)  # noqa: E731
+    case = Case(BASE, 0, 2 * normal(2, heads, 130, 8), normal(2, 130, 8), normal(2, 130, 8), {})
+    last = dataclasses.replace(case, start=129, queries=case.queries[:, :, 129:], options={"tile": 1})
+    alone, plans, together = [], [], []
+    for head in range(heads):
+        one = slice(head, head + 1)
+        result, _ = dataclasses.replace(case, queries=case.queries[:, one]).run(backend)
+        alone.append(result.out)
+        plans.append(result.plans)
+        step, layout = dataclasses.replace(last, queries=last.queries[:, one]).run(backend)
+        together.append(executed_mask(last, step, layout)[:, 0])
+    got, _ = case.run(backend)
+    torch.testing.assert_close(got.out, torch.cat(alone, 1), rtol=1e-12, atol=1e-12)
+    assert len({str(of_head[-1].pages[0].tolist()) for of_head in plans}) == heads  # no two open the same
+    for plan, *of_heads in zip(got.plans, *plans, strict=True):
+        counts = torch.stack([one.counts for one in of_heads], 1).flatten(0, 1)
+        assert torch.equal(plan.counts, counts)  # pages are counted for every head
+    step, layout = last.run(backend)
+    union = torch.stack(together, 1).any(1, keepdim=True)
+    assert torch.equal(executed_mask(last, step, layout), union.expand(-1, heads, -1, -1))
+    assert step.plans[0].counts.shape == (2, 1)
 
 
 @given(cases(), st.integers(0, 100))
@@ -202,7 +233,7 @@ def test_gradients_are_those_of_masked_softmax(backend, softcap):
     logits = 8**-0.5 * case.queries @ case.keys[:, None].transpose(-1, -2)
     if softcap:
         logits = softcap * torch.tanh(logits / softcap)
-    logits = logits.masked_fill(~executed_mask(case, result, layout)[:, None], -torch.inf)
+    logits = logits.masked_fill(~executed_mask(case, result, layout), -torch.inf)
     out = logits.softmax(-1) @ case.values[:, None]
     expected = torch.autograd.grad((out * weights).sum(), inputs)
     for one, other in zip(got, expected, strict=True):

@@ -95,7 +95,7 @@ def test_several_tiles_share_one_dense_run(model: Path, text: Path) -> None:
 def test_generate_prints_text_and_what_was_read(model: Path, text: Path) -> None:
     result = run("generate", model, "--prompt-file", text, "--max-new-tokens", "3")
     assert result.exit_code == 0, result.output
-    assert "prefill, tiles of 32" in result.stdout and "decode" in result.stdout
+    assert "prefill, tiles of 64" in result.stdout and "decode" in result.stdout
     told = run("generate", model, "--prompt", "Once upon", "--max-new-tokens", "3", "--json")
     read = json.loads(told.stdout)
     assert read["new_tokens"] <= 3 and read["statistics"]["far_density"] == 0
@@ -170,7 +170,7 @@ def test_the_demo_says_where_its_model_is_to_be_found(
 
 def test_a_tile_of_one_takes_the_threshold_of_decoding() -> None:
     default = SurgeryConfig()
-    assert config_for({}, 32) == default
+    assert config_for({}, 64) == default
     assert config_for({"window": 64}, 1).theta == SINGLE_THETA
     assert config_for({"theta": 0.2, "theta_decode": 0.1}, 1).theta == 0.1
     assert config_for({"theta": 0.2}, 1).theta == 0.2

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tests.surgery.tiny import SPARSE, llama, tokens
+from tests.surgery.tiny import SINGLE, SPARSE, llama, tokens
 
 import llama_surgery
 from llama_surgery import SurgeryConfig, SurgeryError, TextError
@@ -112,11 +112,12 @@ def test_arrays_mean_what_the_format_says(file: Path) -> None:
     with np.load(file, allow_pickle=False) as archive:
         arrays = dict(archive)
     header = json.loads(str(arrays["header"]))
-    assert header["format_version"] == 1 and header["layers"] == {"0": {"group": 2}, "1": {"group": 2}}
+    assert header["format_version"] == 2 and header["layers"] == {"0": {"group": 2}, "1": {"group": 2}}
     tile, page = SPARSE.tile, SPARSE.page_size
     assert arrays["tile_start"].tolist() == list(range(0, LENGTH, tile))
     for start, near in zip(arrays["tile_start"], arrays["near_start"], strict=True):
         assert near == max(0, (start - SPARSE.window) // SPARSE.chunk_size) * SPARSE.chunk_size
+    assert arrays["layer.1.indptr"].shape == (4, len(arrays["tile_start"]) + 1)  # a row for every query head
     positions, path = arrays["layer.1.positions"], arrays["page_path"]
     assert positions.shape == (2, 256 // page, page) and path.shape == (256 // page, 2)
     # A key's path, from the tree, is its page's.
@@ -124,6 +125,31 @@ def test_arrays_mean_what_the_format_says(file: Path) -> None:
     digits = paths(order, page)
     for number, row in enumerate(positions[1]):
         assert np.array_equal(digits[number * page // 64, row % 64], np.tile(path[number], (page, 1)))
+
+
+def test_files_of_version_1_hold_one_set_of_pages_for_a_kv_head(file: Path, tmp_path: Path) -> None:
+    with np.load(file) as archive:
+        arrays = dict(archive)
+    for layer in ("layer.0", "layer.1"):  # of every KV head the first query head's pages, for both
+        indptr = arrays[f"{layer}.indptr"]
+        kept = np.concatenate([np.arange(indptr[head, 0], indptr[head, -1]) for head in (0, 2)])
+        counts = np.diff(indptr, axis=1)[::2]
+        flat = np.concatenate(([0], counts.ravel().cumsum()))
+        arrays[f"{layer}.indptr"] = np.stack((flat[: indptr.shape[1]], flat[indptr.shape[1] - 1 :]))
+        for name in ("indices", "first_row"):
+            arrays[f"{layer}.{name}"] = arrays[f"{layer}.{name}"][kept]
+    header(format_version=1)(arrays)
+    np.savez(tmp_path / "t.npz", **arrays)
+    old, new = read_topology(tmp_path / "t.npz"), read_topology(file)
+    for one, other in zip(old.plans(0), new.plans(0), strict=True):
+        assert torch.equal(one.counts, other.counts[::2])
+
+
+def test_with_tiles_of_one_row_a_kv_heads_query_heads_share_their_pages(tmp_path: Path) -> None:
+    with llama_surgery.operated(llama(), SINGLE) as model:
+        write_topology(tmp_path / "t.npz", record_topology(model, tokens(LENGTH)))
+    topology = read_topology(tmp_path / "t.npz")
+    assert len(topology.layers[0].indptr) == 2 and describe(topology)["kv_heads"] == [2]
 
 
 def test_a_short_text_has_no_pages(tmp_path: Path) -> None:
@@ -163,7 +189,7 @@ def put(place: Any, value: int) -> Callable[[np.ndarray], np.ndarray]:
     ("change", "told"),
     [
         (header(format="something"), "is not a topology file"),
-        (header(format_version=2), "Update llama-surgery"),
+        (header(format_version=3), "Update llama-surgery"),
         (header(config={"chunk_size": 7}), "its header"),
         (header(layers={"0": {}}), "its header: 'group'"),
         (header(layers={"0": {"group": 0}, "1": {"group": 2}}), "layer 0: group 0"),
@@ -175,7 +201,7 @@ def put(place: Any, value: int) -> Callable[[np.ndarray], np.ndarray]:
         (damage("tokens", lambda a: a[:100]), "tile_start contradicts"),
         (damage("near_start", put(-1, 0)), "near_start contradicts"),
         (damage("page_path", put((0, 0), 1)), "page_path contradicts"),
-        (damage("layer.0.indptr", lambda a: a[:, 1:]), r"layer 0: indptr has shape \(2, 40\)"),
+        (damage("layer.0.indptr", lambda a: a[:, 1:]), r"layer 0: indptr has shape \(4, 40\)"),
         (damage("layer.0.indptr", put((1, 0), 0)), "indptr does not cut"),
         (damage("layer.0.indptr", put((1, 20), 10**6)), "indptr does not cut"),
         (damage("layer.1.first_row", lambda a: a[1:]), "differ in shape"),
@@ -184,6 +210,7 @@ def put(place: Any, value: int) -> Callable[[np.ndarray], np.ndarray]:
         (damage("layer.1.indices", put(slice(-2, None), 3)), "do not ascend"),
         (damage("layer.1.first_row", put(0, 8)), "first row lies outside"),
         (damage("layer.0.positions", lambda a: a[:, :-1]), "positions has shape"),
+        (damage("layer.0.positions", lambda a: a[:1]), "4 choosers for 1 KV heads of 2 query heads"),
         (damage("layer.0.positions", put((0, 0, 0), 70)), "positions are not those"),
     ],
 )

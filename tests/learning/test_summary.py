@@ -30,11 +30,12 @@ def test_a_slow_loop_agrees(summary: str) -> None:
     layout = build_layout(2 * k[:, :64], v[:, :64], config)
     result = attend(q, 2 * k, v, layout, config=config, start=0, scale=1.0)
     last = result.plans[-1]
-    seen = page_mask(last, last.block.closed * 2)[0, -1]
-    assert last.block.stop == rows and 0 < seen.sum() < len(seen)
+    by_head = page_mask(last, last.block.closed * 2)[:, -1]
+    assert last.block.stop == rows and len(by_head) == 2 and not torch.equal(*by_head)
     size = 4 if summary == "ball" else 8
     for head in range(2):
-        query = q[0, head, -1]
+        query, seen = q[0, head, -1], by_head[head]
+        assert 0 < seen.sum() < len(seen)
         weights, values = [], []
         for position in range(last.block.closed * 16, rows):
             weights.append(float(query @ (2 * k[0, position])))

@@ -39,7 +39,7 @@ LAYERS, KV_HEADS = 2, 2
 
 @dataclasses.dataclass
 class Count:
-    """Pairs by layer and KV head, counted one by one in boolean matrices."""
+    """Pairs by layer and KV head, counted one by one in boolean matrices; far ones are means over heads."""
 
     near: torch.Tensor
     visible: torch.Tensor
@@ -51,7 +51,7 @@ class Count:
 @pytest.fixture(scope="module")
 def counted():
     """Counts what attend() executes, from its plans as masks, beside the package's own counters."""
-    count = Count(*(torch.zeros(LAYERS, KV_HEADS, dtype=torch.int64) for _ in range(4)))
+    count = Count(*(torch.zeros(LAYERS, KV_HEADS, dtype=torch.float64) for _ in range(4)))
     calls = []
 
     def listen(queries, near_keys, near_values, layout, **options):
@@ -63,13 +63,16 @@ def counted():
             inside = slice(plan.block.start - start, plan.block.stop - start)
             near_from[inside] = plan.block.closed * config.chunk_size
             pages = plan.block.closed * config.pages_per_chunk
-            mask = page_mask(plan, pages).unflatten(0, (-1, KV_HEADS))  # (…, KV heads, rows, pages)
+            assert len(plan.counts) == len(queries) * (1 if plan.tile == 1 else queries.shape[1])
+            mask = page_mask(plan, pages).unflatten(0, (len(queries), -1))
+            mask = mask.transpose(0, 1).unflatten(1, (-1, KV_HEADS))  # (choosers, …, KV heads, rows, pages)
             tile = torch.arange(plan.block.start, plan.block.stop) // plan.tile
-            count.visible[layer] += mask.sum((0, 2, 3)) * config.page_size
+            count.visible[layer] += mask.sum((0, 1, 3, 4)) * config.page_size / len(mask)
             for t in tile.unique():
-                read = mask[:, :, tile == t].any(2)  # a tile reads what any of its rows sees
-                count.executed[layer] += read.sum((0, 2)) * (tile == t).sum() * config.page_size
-                count.pages[layer] += read.sum((0, 2))
+                read = mask[..., tile == t, :].any(-2)  # a tile reads what any of its rows sees
+                rows_read = (tile == t).sum() * config.page_size / len(mask)
+                count.executed[layer] += read.sum((0, 1, 3)) * rows_read
+                count.pages[layer] += read.sum((0, 1, 3))
         sequences = len(queries) // KV_HEADS
         row = torch.arange(start, start + rows)
         count.near[layer] += int((row + 1 - near_from).sum()) * sequences
@@ -87,8 +90,8 @@ def check(read: Statistics, count: Count):
     pairs = count.causal * KV_HEADS
     assert read.causal_pairs == pairs
     assert read.near_density == pytest.approx(int(count.near.sum()) / pairs)
-    assert read.far_density == pytest.approx(int(count.executed.sum()) / pairs)
-    assert read.visible_far_density == pytest.approx(int(count.visible.sum()) / pairs)
+    assert read.far_density == pytest.approx(float(count.executed.sum()) / pairs)
+    assert read.visible_far_density == pytest.approx(float(count.visible.sum()) / pairs)
     assert read.total_density == pytest.approx(read.near_density + read.far_density)
     assert read.pages_read == int(count.pages.sum())
     causal = count.causal / LAYERS

@@ -51,8 +51,9 @@ class Case:
 
     @property
     def sink_pages(self):
-        """(streams,): the page of the slot that holds position 0."""
-        return (self.layout.order[:, 0] == 0).nonzero()[:, 1] // self.config.page_size
+        """(choosers,): the page of the slot that holds position 0."""
+        pages = (self.layout.order[:, 0] == 0).nonzero()[:, 1] // self.config.page_size
+        return pages.repeat_interleave(1 if self.config.tile == 1 else self.queries.shape[1])
 
     def mask(self, plan):
         return page_mask(plan, self.pages)
@@ -114,7 +115,7 @@ def slow_scores(case, stream, row, head):
 
 
 def slow_shares(case, stream, row):
-    """Largest share over heads of every page, for one row."""
+    """Share of every page for one row, (heads, pages); in tiles of one row the largest over heads."""
     shares = []
     for head in range(case.queries.shape[1]):
         rest = [float(case.near_lse[stream, head, row])]
@@ -123,7 +124,7 @@ def slow_shares(case, stream, row):
         scores = slow_scores(case, stream, row, head)
         total = torch.tensor(scores + rest).double().logsumexp(0)
         shares.append([math.exp(score - total) for score in scores])
-    return [max(column) for column in zip(*shares, strict=True)]
+    return shares if case.config.tile > 1 else [[max(column) for column in zip(*shares, strict=True)]]
 
 
 @given(cases())
@@ -131,14 +132,17 @@ def test_a_row_opens_what_exceeds_theta_and_sees_what_rows_up_to_it_opened(case)
     block, config = case.block, case.config
     mask = case.mask(case.plan())
     sink = case.sink_pages
+    opened = {}
     for stream in range(case.queries.shape[0]):
-        opened = set()
         for row, position in enumerate(range(block.start, block.stop)):
-            if position % config.tile == 0 or row == 0:
-                opened = {int(sink[stream])}
-            shares = slow_shares(case, stream, row)
-            opened |= {page for page, share in enumerate(shares) if share > config.theta}
-            assert set(mask[stream, row].nonzero().flatten().tolist()) == opened
+            by_head = slow_shares(case, stream, row)
+            for head, shares in enumerate(by_head):
+                chooser = stream * len(by_head) + head
+                if position % config.tile == 0 or row == 0:
+                    opened[chooser] = {int(sink[chooser])}
+                opened[chooser] |= {page for page, share in enumerate(shares) if share > config.theta}
+                assert set(mask[chooser, row].nonzero().flatten().tolist()) == opened[chooser]
+    assert len(mask) == len(opened)
 
 
 @given(cases(theta=0.0, theta_decode=0.0))
@@ -258,7 +262,9 @@ def test_a_wide_page_takes_no_share_from_others():
     unbounded = moments.mean[0, 0] + moments.variance[0, 0] / 2 + math.log(16)
     assert unbounded - weights[0] > 10
     shares = log_shares(scores[:, None], near_lse[:, None], None, Scorer(1.0)).exp()
-    torch.testing.assert_close(shares[0, 0], (weights - torch.logaddexp(*weights)).exp(), rtol=1e-6, atol=0)
+    torch.testing.assert_close(
+        shares[0, 0, 0], (weights - torch.logaddexp(*weights)).exp(), rtol=1e-6, atol=0
+    )
 
 
 @given(st.integers(0, 2**31), st.booleans())
@@ -277,7 +283,7 @@ def test_shares_of_pages_of_equal_keys_are_exact_and_add_up(seed, with_sink):
     if with_sink:
         logits = torch.cat((logits, sink.expand(1, 3, 1)), -1)
     weights = logits.softmax(-1)
-    torch.testing.assert_close(shares, weights[..., :20].unflatten(-1, (5, 4)).sum(-1))
+    torch.testing.assert_close(shares[:, 0], weights[..., :20].unflatten(-1, (5, 4)).sum(-1))
     assert (shares.sum(-1) <= 1).all()
 
 
@@ -288,11 +294,11 @@ def test_a_decode_step_uses_its_own_theta():
     (block,) = query_blocks(40, 41, config, 1)
     arguments = (torch.randn(1, 2, 1, DIM), layout, torch.zeros(1, 2, 1), block)
     scorer = Scorer(SCALE)
-    assert select(*arguments, config=config, tile=1, scorer=scorer).counts.item() == 8
-    assert select(*arguments, config=config, tile=8, scorer=scorer).counts.item() == 1
+    assert select(*arguments, config=config, tile=1, scorer=scorer).counts.tolist() == [[8]]
+    assert select(*arguments, config=config, tile=8, scorer=scorer).counts.tolist() == [[1], [1]]
 
 
-def test_the_listener_hears_every_row():
+def test_the_listener_hears_every_row_of_every_head():
     generator = torch.Generator().manual_seed(0)
     layout = build_layout(*torch.randn(2, 2, 16, DIM, generator=generator), CONFIG)
     (block,) = query_blocks(26, 37, CONFIG, 8)
@@ -308,11 +314,11 @@ def test_the_listener_hears_every_row():
         listener=lambda shares, where: heard.append((shares, where)),
     )
     ((shares, where),) = heard
-    assert where == block and shares.shape == (2, 2, 8, 4)
+    assert where == block and shares.shape == (2, 3, 2, 8, 4)
     outside = torch.arange(24, 40).view(2, 8)
     outside = (outside < block.start) | (outside >= block.stop)
     pages = torch.arange(4) != layout.sink_pages(CONFIG.page_size)[:, None]
-    heard_pages = shares.isneginf().transpose(1, 3).transpose(2, 3)[pages]
+    heard_pages = shares.isneginf().movedim(-1, 1)[pages]
     assert torch.equal(heard_pages, outside.expand_as(heard_pages))
 
 

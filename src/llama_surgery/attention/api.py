@@ -69,7 +69,7 @@ class Backend(Protocol):
             keys: (streams, pages * page_size, head_dim) in tree order.
             values: (streams, pages * page_size, value_dim), the same order.
             page_size: Keys of a page.
-            plan: Which pages each tile reads, and which rows see them.
+            plan: Which pages each tile reads, and which rows see them; its choosers are heads, or streams.
             near: Output and log-sum-exp of :meth:`near_field`.
             scale: Scaling of q·k.
             softcap: Cap of the logits, or None.
@@ -84,13 +84,13 @@ class CountedPlan(Protocol):
 
     @property
     def counts(self) -> torch.Tensor:
-        """(streams, tiles), pages each tile reads."""
+        """(choosers, tiles), pages each tile reads."""
 
     def executed_pairs(self, page_size: int) -> torch.Tensor:
-        """(streams,): (query, key) pairs the far pass reads for one query head."""
+        """(choosers,): (query, key) pairs the far pass reads for one query head."""
 
     def visible_pairs(self, page_size: int) -> torch.Tensor:
-        """(streams,): pairs that the rows may see."""
+        """(choosers,): pairs that the rows may see."""
 
 
 @dataclasses.dataclass(frozen=True)

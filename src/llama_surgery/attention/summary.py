@@ -31,7 +31,7 @@ def summary(
     heads, rows = queries.shape[1:3]
     pages = plan.block.closed * config.pages_per_chunk
     scores = scorer.weights(queries.flatten(1, 2), layout.moments.first(pages * config.balls_per_page))
-    seen = page_mask(plan, pages)
+    seen = page_mask(plan, pages).unflatten(0, (len(queries), -1))  # (streams, heads or 1, rows, pages)
     if config.summary == "ball":
         seen = seen.repeat_interleave(config.balls_per_page, -1)
     elif config.balls_per_page > 1:
@@ -39,7 +39,7 @@ def summary(
     scores = scores.unflatten(1, (heads, rows))
     if scorer.router is not None and scorer.router.summary is not None:
         scores = scores + scorer.router.summary.to(scores.dtype)[..., None, None]
-    scores = scores.masked_fill(seen.unsqueeze(1), -torch.inf)
+    scores = scores.masked_fill(seen, -torch.inf)
     lse = scores.logsumexp(-1)
     weights = (scores - lse.unsqueeze(-1).clamp_min(torch.finfo(scores.dtype).min)).exp()
     means = mean_values(layout.values[:, : pages * config.page_size], config)

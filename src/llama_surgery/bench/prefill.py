@@ -134,7 +134,7 @@ class _Timed:
         if torch.isnan(result.out).any() or torch.isnan(result.lse).any():
             raise SurgeryError("the sparse path wrote NaN.")
         executed = case.executed_density(result.plans, self.config.page_size, self.length)
-        visible = sum(int(p.visible_pairs(self.config.page_size).sum()) for p in result.plans)
+        visible = sum(float(p.visible_pairs(self.config.page_size).double().mean()) for p in result.plans)
         pages = torch.cat([plan.counts.flatten() for plan in result.plans]).float().sort().values
         if self.setting.parts:
             self.time_parts(result.plans, result.near_pairs)
@@ -143,7 +143,7 @@ class _Timed:
         self.rows.add(
             **self.label, part="attention with layout and selection", **measured, **speedups,
             theta=self.config.theta, executed_far=executed, total_density=executed
-            + result.near_pairs / result.causal_pairs, visible_far=visible / case.STREAMS
+            + result.near_pairs / result.causal_pairs, visible_far=visible
             / result.causal_pairs, pages_p50=float(pages[len(pages) // 2]),
             pages_p95=float(pages[int(0.95 * (len(pages) - 1))]), error=error, plain_error=plain,
             differing=differing,
@@ -165,7 +165,7 @@ class _Timed:
         data, job, config = self.data, self.job, self.config
         strips = list(job.strips())
         far = [strip for strip in strips if strip.pages]
-        out = torch.full_like(data.queries, torch.nan)
+        out = torch.full_like(job.queries, torch.nan)
         lse = torch.full(out.shape[:3], torch.nan, device=out.device)
         assert job.layout is not None
         moments = job.layout.moments

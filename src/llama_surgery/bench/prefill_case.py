@@ -49,8 +49,8 @@ def plans_of(job: Job, theta: float, totals: list[torch.Tensor]) -> list[TiledPl
 
 
 def executed_pairs(plans: list[TiledPlan], page_size: int) -> float:
-    """Far pairs that one query head reads, mean over streams."""
-    return sum(int(p.executed_pairs(page_size).sum()) for p in plans) / STREAMS
+    """Far pairs that one query head reads, mean over heads."""
+    return sum(float(p.executed_pairs(page_size).double().mean()) for p in plans)
 
 
 def executed_density(plans: list[TiledPlan], page_size: int, length: int) -> float:
@@ -72,18 +72,23 @@ def check_tiles(job: Job, plans: list[TiledPlan], out: torch.Tensor, samples: in
     """Largest relative error of sampled tiles against float64 on the plan's own pages, and that of plain
     PyTorch in the queries' dtype on the same keys.
 
+    Args:
+        out: Of all rows, with as many elements as the job's queries have.
+
     Raises:
         SurgeryError: The first exceeds the second by more than a half.
     """
     worst, plain = 0.0, 0.0
     size, config, layout = job.tile, job.config, job.layout
     tiles = job.stop // size
+    (choosers, heads, _, _), outs = job.queries.shape, out.reshape(*job.queries.shape[:3], -1)
     for sample in range(samples):
         tile = tiles - 1 - sample * (tiles // samples)
-        stream = (sample * 3) % STREAMS
+        chooser = (sample * 5) % choosers
+        stream = chooser // job.group
         rows = slice(tile * size, (tile + 1) * size)
         first = closed_chunks(tile * size, config, size) * config.chunk_size
-        q = job.queries[stream, :, rows].double()
+        q = job.queries[chooser, :, rows].double()
         k, v = (x[stream, first : rows.stop] for x in (job.near_keys, job.near_values))
         row = torch.arange(size, device=q.device)
         key = torch.arange(first, rows.stop, device=q.device)
@@ -92,7 +97,7 @@ def check_tiles(job: Job, plans: list[TiledPlan], out: torch.Tensor, samples: in
             index = tile - plan.start // size
             if layout is None or not 0 <= index < plan.counts.shape[1]:
                 continue
-            entries = plan.entries[stream, index, : plan.counts[stream, index]]  # type: ignore[index]
+            entries = plan.entries[chooser, index, : plan.counts[chooser, index]]  # type: ignore[index]
             slot = torch.arange(config.page_size, device=q.device)
             slots = (entries.long() // ENTRY * config.page_size)[:, None] + slot
             k = torch.cat((k, layout.keys[stream, slots.flatten()]))
@@ -100,10 +105,10 @@ def check_tiles(job: Job, plans: list[TiledPlan], out: torch.Tensor, samples: in
             seen = (row[:, None] >= entries % ENTRY).repeat_interleave(config.page_size, 1)
             visible = torch.cat((visible, seen), 1)
         exact, rough = (
-            sdpa(q.to(t), k.to(t).expand(HEADS, -1, -1), v.to(t).expand(HEADS, -1, -1), visible).double()
+            sdpa(q.to(t), k.to(t).expand(heads, -1, -1), v.to(t).expand(heads, -1, -1), visible).double()
             for t in (torch.float64, job.queries.dtype)
         )
-        got = out[stream, :, rows].double()
+        got = outs[chooser, :, rows].double()
         worst = max(worst, float((got - exact).norm() / exact.norm()))
         plain = max(plain, float((rough - exact).norm() / exact.norm()))
     if not worst <= 1.5 * plain + 1e-3:
@@ -128,10 +133,11 @@ def check_selection(job: Job, plans: list[TiledPlan]) -> float:
             closed = closed_chunks(tile * size, config, size)
             if not closed:
                 continue
-            stream = index % STREAMS
+            chooser = index % len(plan.counts)
+            stream = chooser // job.group
             rows = slice(tile * size, (tile + 1) * size)
             balls = closed * config.pages_per_chunk * config.balls_per_page
-            q = job.queries[stream, :, rows].float() * job.scale
+            q = job.queries[chooser, :, rows].float() * job.scale
             scorer = Scorer(1.0, pool=config.variance_pool)
             one = slice(stream, stream + 1)
             moments = Moments(
@@ -144,15 +150,15 @@ def check_selection(job: Job, plans: list[TiledPlan]) -> float:
             position = torch.arange(rows.start, rows.stop, device=q.device)
             near = near.masked_fill(key[None] > position[:, None], -math.inf)
             total = torch.cat((scores, near), -1).logsumexp(-1, keepdim=True)
-            by_row = (scores - total).amax(0)  # over heads
+            by_row = (scores - total).amax(0)  # over the chooser's heads
             clear = (by_row.amax(0) - bar).abs() > 0.1
             wanted = by_row.amax(0) > bar
             wanted[layout.sink_pages(config.page_size)[stream]] = True
             got = torch.zeros_like(wanted)
-            entries = plan.entries[stream, index, : plan.counts[stream, index]]  # type: ignore[index]
+            entries = plan.entries[chooser, index, : plan.counts[chooser, index]]  # type: ignore[index]
             got[entries.long() // ENTRY] = True
             if bool(((got != wanted) & clear).any()):
-                raise SurgeryError(f"wrong pages in tile {tile} of stream {stream}.")
+                raise SurgeryError(f"wrong pages in tile {tile} of chooser {chooser}.")
             differing += int((got != wanted).sum())
             decisions += int(wanted.sum())
     return differing / max(1, decisions)
@@ -166,20 +172,20 @@ def scattered_plans(job: Job, plans: list[TiledPlan], density: float) -> list[Ti
             (s, job.pages_of(s.first_tile)) for s in job.strips() if s.pages
         )
     )  # fmt: skip
-    made = []
+    made, choosers = [], len(job.queries)
     for strip, plan in zip((s for s in job.strips() if s.pages), plans, strict=True):
         closed = [job.pages_of(strip.first_tile + t) for t in range(strip.tiles)]
         pages = torch.tensor(closed, device=plan.counts.device)
         counts = (pages * min(1.0, share)).round().clamp_min(1).minimum(pages).int()
         most = int(counts.max())
         place = torch.arange(most, device=pages.device)
-        jitter = torch.rand(STREAMS, strip.tiles, most, device=pages.device)
+        jitter = torch.rand(choosers, strip.tiles, most, device=pages.device)
         width = pages / counts.clamp_min(1)
         page = ((place + jitter) * width[:, None]).int().minimum((pages - 1).clamp_min(0)[:, None])
         opened = torch.randint(0, job.tile // 2, page.shape, device=pages.device)
         entries = torch.zeros_like(plan.entries)  # type: ignore[arg-type]
         entries[..., :most] = (page * ENTRY + opened).int()
-        counts = counts.expand(STREAMS, -1).contiguous()
+        counts = counts.expand(choosers, -1).contiguous()
         made.append(dataclasses.replace(plan, counts=counts, entries=entries))
     return made
 
@@ -193,8 +199,9 @@ def flex_call(job: Job, plans: list[TiledPlan]) -> Callable[[], torch.Tensor]:
     device, length = job.queries.device, job.stop
     far_keys = layout.keys.shape[1]
     tiles, far_pages, near_pages = length // size, far_keys // page, -(-length // page)
-    full = torch.zeros(STREAMS, tiles, far_pages + near_pages, dtype=torch.int32, device=device)
-    full_count = torch.zeros(STREAMS, tiles, dtype=torch.int32, device=device)
+    choosers = len(job.queries)
+    full = torch.zeros(choosers, tiles, far_pages + near_pages, dtype=torch.int32, device=device)
+    full_count = torch.zeros(choosers, tiles, dtype=torch.int32, device=device)
     for plan in plans:
         at = slice(plan.start // size, plan.start // size + plan.counts.shape[1])
         entries = plan.entries
@@ -210,9 +217,9 @@ def flex_call(job: Job, plans: list[TiledPlan]) -> Callable[[], torch.Tensor]:
     step = torch.arange(most, device=device)
     spot = full_count[..., None].long() + step
     near = (far_pages + first // page)[:, None] + step
-    for stream in range(STREAMS):
+    for chooser in range(choosers):
         tile, j = torch.nonzero(step < whole[:, None], as_tuple=True)
-        full[stream, tile, spot[stream, tile, j]] = near[tile, j].int()
+        full[chooser, tile, spot[chooser, tile, j]] = near[tile, j].int()
     full_count += whole.int()
     partial = torch.zeros(1, 1, tiles, far_pages + near_pages, dtype=torch.int32, device=device)
     begin, end = first // page + whole, (anchor + size - 1) // page
@@ -223,11 +230,12 @@ def flex_call(job: Job, plans: list[TiledPlan]) -> Callable[[], torch.Tensor]:
     def visible(b: Any, h: Any, q: Any, kv: Any) -> Any:
         return kv - far_keys <= q
 
+    by_head = (STREAMS, choosers // STREAMS)
     mask = BlockMask.from_kv_blocks(
-        partial_count.expand(STREAMS, -1, -1).contiguous(),
-        partial.expand(STREAMS, -1, -1, -1).contiguous(),  # the kernel takes its strides for the full ones
-        full_count[:, None],
-        full[:, None],
+        partial_count.expand(*by_head, -1).contiguous(),
+        partial.expand(*by_head, -1, -1).contiguous(),  # the kernel takes its strides for the full ones
+        full_count.unflatten(0, by_head),
+        full.unflatten(0, by_head),
         BLOCK_SIZE=(size, page),
         mask_mod=visible,
         seq_lengths=(length, far_keys + near_pages * page),
@@ -239,9 +247,10 @@ def flex_call(job: Job, plans: list[TiledPlan]) -> Callable[[], torch.Tensor]:
         for a, b in ((layout.keys, job.near_keys), (layout.values, job.near_values))
     )
     compiled = torch.compile(flex_attention, dynamic=False)
+    queries = job.queries.reshape(STREAMS, HEADS, length, DIM)
     options = {"BLOCK_M": min(size, 128), "BLOCK_N": min(page, 128)}
 
     def call() -> torch.Tensor:
-        return compiled(job.queries, keys, values, block_mask=mask, enable_gqa=True, kernel_options=options)
+        return compiled(queries, keys, values, block_mask=mask, enable_gqa=True, kernel_options=options)
 
     return call

@@ -38,8 +38,9 @@ def bench(
         int, typer.Option(help="Keys of the balls that pages are scored by.", rich_help_panel=_SIZES)
     ] = 64,
     tile: Annotated[
-        int, typer.Option(min=1, help="Neighbouring tokens that share pages.", rich_help_panel=_SIZES)
-    ] = 32,
+        int,
+        typer.Option(min=1, help="Neighbouring tokens that share a head's pages.", rich_help_panel=_SIZES),
+    ] = 64,
     variance_pool: Annotated[
         int, typer.Option(min=1, help="Channels whose variances are averaged.", rich_help_panel=_SIZES)
     ] = 1,

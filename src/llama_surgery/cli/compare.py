@@ -54,8 +54,11 @@ def compare(
         typer.Option(help="Total density wanted of every rule, near field included. May be repeated."),
     ] = None,
     tile: Annotated[
-        int, typer.Option(min=1, help="Neighbouring tokens that share pages.", rich_help_panel="Topology")
-    ] = 32,
+        int,
+        typer.Option(
+            min=1, help="Neighbouring tokens that share a head's pages.", rich_help_panel="Topology"
+        ),
+    ] = 64,
     length: Annotated[
         int, typer.Option(min=2, help="Tokens of a perplexity window.", rich_help_panel=_SAMPLES)
     ] = 8192,

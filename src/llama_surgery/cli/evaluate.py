@@ -48,7 +48,7 @@ def evaluate(
             help="Neighbouring tokens that share what they read in prefill.",
             rich_help_panel="Topology",
         ),
-    ] = 32,
+    ] = 64,
     also_tile: Annotated[
         list[int] | None,
         typer.Option(

@@ -32,7 +32,7 @@ def export_topology(
 ) -> None:
     """Write what every layer and head sees of a text as block-sparse arrays, for other tools and hardware.
 
-    The file holds, for each layer and KV head, the far pages that every tile of queries reads (CSR), from
+    The file holds, for each layer and query head, the far pages that every tile of queries reads (CSR), from
     which row on, the token positions of every page and its path in the tree. docs/topology-format.md
     describes it. Without an adapter the documented default topology is used, whose thresholds are not
     calibrated for your model. Example:

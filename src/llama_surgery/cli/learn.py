@@ -65,7 +65,7 @@ def learn(
             help="Neighbouring tokens that share what they read in prefill.",
             rich_help_panel="Topology",
         ),
-    ] = 32,
+    ] = 64,
     steps: Annotated[
         int, typer.Option(min=1, help="Steps, each on one window.", rich_help_panel=_LEARNING)
     ] = STEPS,

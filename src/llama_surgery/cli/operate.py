@@ -45,7 +45,7 @@ def operate(
         typer.Option(
             help="Neighbouring tokens that share what they read in prefill.", rich_help_panel="Topology"
         ),
-    ] = 32,
+    ] = 64,
     device: DeviceOption = "auto",
     dtype: DtypeOption = Dtype.auto,
     json: JsonOption = False,

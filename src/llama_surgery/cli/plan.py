@@ -38,7 +38,7 @@ def plan(
         typer.Option(
             min=1, help="Neighbouring tokens that share what they read.", rich_help_panel="Topology"
         ),
-    ] = 32,
+    ] = 64,
     length: Annotated[
         list[str] | None,
         typer.Option(help="Tokens of a text, as 8192 or 8k. May be repeated, or several after commas."),

@@ -15,7 +15,7 @@ from llama_surgery.export.topology import LayerTopology, Topology
 from llama_surgery.files import write_atomically
 
 FORMAT = "llama-surgery topology"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 _LAYER_ARRAYS = ("indptr", "indices", "first_row", "positions")
 _SHARED_ARRAYS = ("tokens", "tile_start", "near_start", "page_path")
@@ -110,7 +110,7 @@ def _check_layer(layer: LayerTopology, topology: Topology, fail: Callable[[str],
     if layer.group < 1:
         raise fail(f"group {layer.group}")
     if indptr.ndim != 2 or indptr.shape[1] != tiles + 1 or not len(indptr):
-        raise fail(f"indptr has shape {indptr.shape}, expected (KV heads, {tiles + 1})")
+        raise fail(f"indptr has shape {indptr.shape}, expected (choosers, {tiles + 1})")
     flat = indptr.ravel()
     entries = layer.indices.size
     if (
@@ -119,7 +119,7 @@ def _check_layer(layer: LayerTopology, topology: Topology, fail: Callable[[str],
         or (np.diff(flat) < 0).any()
         or (indptr[1:, 0] != indptr[:-1, -1]).any()
     ):
-        raise fail(f"indptr does not cut {entries} indices into {tiles} tiles a head")
+        raise fail(f"indptr does not cut {entries} indices into {tiles} tiles a chooser")
     if layer.indices.shape != (entries,) or layer.first_row.shape != (entries,):
         raise fail(f"indices {layer.indices.shape} and first_row {layer.first_row.shape} differ in shape")
     tile = np.tile(np.arange(tiles), len(indptr)).repeat(np.diff(indptr, axis=1).ravel())
@@ -133,10 +133,15 @@ def _check_layer(layer: LayerTopology, topology: Topology, fail: Callable[[str],
     begins[flat[flat < entries]] = True
     if (np.diff(layer.indices)[~begins[1:]] <= 0).any():
         raise fail("the pages of a tile do not ascend")
-    shape = (len(indptr), topology.pages, config.page_size)
-    if layer.positions.shape != shape:
-        raise fail(f"positions has shape {layer.positions.shape}, expected {shape}")
-    ordered = np.sort(layer.positions.reshape(len(indptr), -1, config.chunk_size), axis=-1)
+    if layer.positions.shape[1:] != (topology.pages, config.page_size):
+        raise fail(
+            f"positions has shape {layer.positions.shape}, expected (KV heads, {topology.pages}, "
+            f"{config.page_size})"
+        )
+    kv_heads = len(layer.positions)
+    if len(indptr) not in (kv_heads, kv_heads * layer.group):
+        raise fail(f"{len(indptr)} choosers for {kv_heads} KV heads of {layer.group} query heads each")
+    ordered = np.sort(layer.positions.reshape(kv_heads, -1, config.chunk_size), axis=-1)
     if (ordered != np.arange(topology.pages * config.page_size).reshape(-1, config.chunk_size)).any():
         raise fail("positions are not those of the pages' chunks, each once")
 
@@ -147,7 +152,7 @@ def describe(topology: Topology) -> dict[str, Any]:
         "model": topology.model,
         "tokens": topology.length,
         "layers": sorted(topology.layers),
-        "kv_heads": sorted({len(layer.indptr) for layer in topology.layers.values()}),
+        "kv_heads": sorted({len(layer.positions) for layer in topology.layers.values()}),
         "tiles": len(topology.tile_start),
         "pages": topology.pages,
         "entries": sum(len(layer.indices) for layer in topology.layers.values()),

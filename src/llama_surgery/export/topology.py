@@ -17,12 +17,15 @@ from llama_surgery.topology.tree import paths
 
 @dataclasses.dataclass(frozen=True)
 class LayerTopology:
-    """Block-sparse rows of one layer: a row of blocks is a tile, a column a page, for every KV head.
+    """Block-sparse rows of one layer: a row of blocks is a tile, a column a page, for every chooser.
+
+    Choosers are the query heads in order; with tiles of one row, and in files of format version 1, they
+    are the KV heads, each for all its query heads.
 
     Attributes:
-        group: Query heads of a KV head; query head h follows KV head ``h // group``.
-        indptr: (kv_heads, tiles + 1) int64; tile t of head h reads entries ``indptr[h, t]`` up to
-            ``indptr[h, t + 1]``.
+        group: Query heads of a KV head; the keys of query head h are those of KV head ``h // group``.
+        indptr: (choosers, tiles + 1) int64; tile t of chooser c reads entries ``indptr[c, t]`` up to
+            ``indptr[c, t + 1]``.
         indices: (entries,) int32, pages, ascending within a tile.
         first_row: (entries,) int32; rows of the tile from this one on, counted from 0, see the page.
         positions: (kv_heads, pages, page_size) int32, the token in every slot of every page.
@@ -93,15 +96,15 @@ class Topology:
         return [_plan(arrays, block, tile) for block in blocks if block.closed]
 
     def far_pairs(self) -> int:
-        """(query, key) pairs that tiles read from the far field, over layers and KV heads."""
+        """(query, key) pairs that tiles read from the far field, over layers and choosers."""
         rows = np.minimum(self.config.tile, self.length - self.tile_start)
         pages = sum((np.diff(layer.indptr) @ rows).sum() for layer in self.layers.values())
         return int(pages) * self.config.page_size
 
     def far_density(self) -> float:
         """Far pairs over causal pairs."""
-        streams = sum(len(layer.indptr) for layer in self.layers.values())
-        return self.far_pairs() / (streams * self.length * (self.length + 1) // 2)
+        choosers = sum(len(layer.indptr) for layer in self.layers.values())
+        return self.far_pairs() / (choosers * self.length * (self.length + 1) // 2)
 
 
 def _plan(arrays: LayerTopology, block: Block, tile: int) -> Plan:
@@ -109,7 +112,7 @@ def _plan(arrays: LayerTopology, block: Block, tile: int) -> Plan:
     first, last = block.start // tile, (block.stop - 1) // tile + 1
     begin, counts = indptr[:, first:last], indptr[:, first : last + 1].diff(dim=1)
     slot = torch.arange(int(counts.max()))
-    used = slot < counts.unsqueeze(-1)  # (kv_heads, tiles, most)
+    used = slot < counts.unsqueeze(-1)  # (choosers, tiles, most)
     entry = (begin.unsqueeze(-1) + slot).clamp_max(max(0, len(arrays.indices) - 1))
     pages, rows = (torch.from_numpy(a).long()[entry] for a in (arrays.indices, arrays.first_row))
     return Plan(block, tile, pages.where(used, -1), rows.where(used, tile), counts)
@@ -127,23 +130,24 @@ def layer_topology(
         length: Tokens of the text.
         config: The topology.
     """
-    heads, chunks, size = order.shape
-    counts = torch.zeros(heads, -(-length // config.tile), dtype=torch.int64)
+    kv_heads, chunks, size = order.shape
+    choosers = kv_heads * (1 if config.tile == 1 else group)
+    counts = torch.zeros(choosers, -(-length // config.tile), dtype=torch.int64)
     for plan in plans:
         first = plan.block.start // config.tile
         counts[:, first : first + plan.tiles] = plan.counts
-    indptr = torch.zeros(heads, counts.shape[1] + 1, dtype=torch.int64)
+    indptr = torch.zeros(choosers, counts.shape[1] + 1, dtype=torch.int64)
     indptr[:, 1:] = counts.flatten().cumsum(0).view(counts.shape)
     indptr[1:, 0] = indptr[:-1, -1]
-    read = [(head, plan) for head in range(heads) for plan in plans]
+    read = [(chooser, plan) for chooser in range(choosers) for plan in plans]
     none = torch.empty(0, dtype=torch.int32)
-    indices = [plan.pages[head][plan.pages[head] >= 0].int() for head, plan in read]
-    first_row = [plan.first_open[head][plan.pages[head] >= 0].int() for head, plan in read]
+    indices = [plan.pages[chooser][plan.pages[chooser] >= 0].int() for chooser, plan in read]
+    first_row = [plan.first_open[chooser][plan.pages[chooser] >= 0].int() for chooser, plan in read]
     positions = order + torch.arange(chunks)[:, None] * size
     return LayerTopology(
         group=group,
         indptr=indptr.numpy(),
         indices=torch.cat([none, *indices]).numpy(),
         first_row=torch.cat([none, *first_row]).numpy(),
-        positions=positions.int().view(heads, chunks * config.pages_per_chunk, config.page_size).numpy(),
+        positions=positions.int().view(kv_heads, chunks * config.pages_per_chunk, config.page_size).numpy(),
     )

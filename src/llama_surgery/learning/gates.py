@@ -1,9 +1,9 @@
 """Attention through soft page gates: dense at the start of a homotopy, the operated layer at its end.
 
-A page's logits get the bias ``λ·log σ(margin / τ)``. The margin of a page for a row is the largest, over the
-heads of the group and the rows up to that one of the tile, of log share − log θ − the head's offset: what the
-row sees, as topology/selection.py decides it, made soft. λ goes from 0, where the layer is the dense one, to
-1, then τ to hard.
+A page's logits get the bias ``λ·log σ(margin / τ)``. The margin of a page for a row of a head is the
+largest, over the rows up to that one of the tile, of log share − log θ − the head's offset: what the row
+sees, as topology/selection.py decides it, made soft. In tiles of one row it is the largest over the heads
+of the group. λ goes from 0, where the layer is the dense one, to 1, then τ to hard.
 """
 
 import dataclasses
@@ -53,8 +53,8 @@ class Gated(NamedTuple):
 
     Attributes:
         out: (streams, heads, rows, value_dim).
-        soft: (streams,) expected executed far pairs, with gradient.
-        hard: (streams,) executed far pairs at τ = 0, without.
+        soft: (streams,) expected executed far pairs, mean over heads, with gradient.
+        hard: (streams,) the same at τ = 0, without.
         slope: (streams,) derivative of ``soft`` in log θ, without gradient.
         lost: (streams,) expected attention on pages that the rows do not see at τ = 0, mean over heads,
             summed over rows, without gradient.
@@ -110,27 +110,27 @@ def gated_rows(
     moments = balls.moments.first(pages * config.balls_per_page)
     scores = scorer(queries.flatten(1, 2), moments).unflatten(1, (heads, count))
     shares = _log_shares(scores, near_lse, pages)
-    expected = shares.detach().exp().mean(1)  # (streams, rows, pages)
+    expected = shares.detach().exp()
     if router.offset is not None:
         shares = shares - router.offset.to(shares.dtype)[..., None, None]
-    margin = (
-        (shares.amax(1) - log_theta).unflatten(1, (-1, config.tile)).cummax(2).values
-    )  # (streams, tiles, tile, pages)
+    if config.tile == 1:
+        shares = shares.amax(1, keepdim=True)
+    margin = (shares - log_theta).unflatten(2, (-1, config.tile)).cummax(3).values
+    # (streams, choosers, tiles, tile, pages); a chooser is a head, or all heads together.
     sink = balls.pages(config)[:, 0, 0].detach() > 0.5  # the first chunk's page that holds position 0
-    sink = torch.nn.functional.pad(sink, (0, pages - sink.shape[1]))[:, None, None]
-    soft, hard, slope = _pairs(margin[:, :, -1].masked_fill(sink[:, :, 0], math.inf), homotopy, config)
-    seen = ((margin > 0) | sink).flatten(1, 2)
-    lost = expected.masked_fill(seen, 0).sum((1, 2))
-    bias = _bias(margin, sink, homotopy).flatten(1, 2)  # (streams, rows, pages)
-    by_chunk = bias.unflatten(-1, (rows.closed, -1)).transpose(1, 2)
+    sink = torch.nn.functional.pad(sink, (0, pages - sink.shape[1]))[:, None, None, None]
+    soft, hard, slope = _pairs(margin[:, :, :, -1].masked_fill(sink[:, :, 0], math.inf), homotopy, config)
+    seen = ((margin > 0) | sink).flatten(2, 3)
+    lost = expected.masked_fill(seen, 0).sum((1, 2, 3)) / heads
+    bias = _bias(margin, sink, homotopy).flatten(2, 3)  # (streams, choosers, rows, pages)
+    by_chunk = bias.flatten(1, 2).unflatten(-1, (rows.closed, -1)).transpose(1, 2)
     # Keys are in order of position: membership carries a page's bias to its keys, and gradients back.
     member = balls.pages(config)[:, : rows.closed].transpose(-1, -2)
-    by_key = (by_chunk @ member.to(bias.dtype)).transpose(1, 2).flatten(2)
+    by_key = (by_chunk @ member.to(bias.dtype)).transpose(1, 2).flatten(2).unflatten(1, bias.shape[1:3])
     if homotopy.temperature == 0:
         by_key = torch.zeros_like(by_key).masked_fill(by_key < 0, -torch.inf)
-    causal = torch.zeros_like(hidden, dtype=logits.dtype).masked_fill(hidden, -torch.inf)
-    whole = torch.cat((by_key.to(logits.dtype), causal.expand(streams, -1, -1)), -1)
-    logits = logits + whole[:, None]
+    causal = logits[..., far:].masked_fill(hidden, -torch.inf)
+    logits = torch.cat((logits[..., :far] + by_key.to(logits.dtype), causal), -1)
     if config.summary != "none":
         weights = scorer.weights(queries.flatten(1, 2), moments).unflatten(1, (heads, count))
         means, terms = _summary(values[:, :far], weights, bias, balls, router, rows.closed, config)
@@ -161,6 +161,7 @@ def _summary(
 
     Args:
         weights: (streams, heads, rows, balls), logs of what the balls are expected to weigh.
+        bias: (streams, choosers, rows, pages).
 
     Returns:
         (streams, terms, value_dim) and (streams, heads, rows, terms), lowered by NOTHING where all is open.
@@ -175,7 +176,7 @@ def _summary(
         weights = weights + router.summary.to(weights.dtype)[..., None, None]
     # A bias of b leaves a page's keys e^b of their weight; the summary has the rest, and none where b is 0.
     rest = torch.expm1(bias.where(bias < 0, -1.0)).neg().clamp_min(1e-12)
-    terms = weights + rest.log().masked_fill(bias >= 0, NOTHING).unsqueeze(1)
+    terms = weights + rest.log().masked_fill(bias >= 0, NOTHING)
     chunked = values.unflatten(1, (closed, -1))
     size = config.ball_size if config.summary == "ball" else config.page_size
     means = member.transpose(-1, -2).to(values.dtype) @ chunked / size
@@ -196,12 +197,13 @@ def _pairs(
     """Executed far pairs, soft and hard, and the slope of the soft ones in log θ.
 
     Args:
-        margin: (streams, tiles, pages) of the tiles' last rows: a tile reads what any of its rows opens.
+        margin: (streams, choosers, tiles, pages) of the tiles' last rows: a tile reads what any of its rows
+            opens.
     """
-    each = config.tile * config.page_size
-    hard = (margin > 0).sum((1, 2)) * each
+    each = config.tile * config.page_size / margin.shape[1]
+    hard = (margin > 0).sum((1, 2, 3)).double() * each
     if homotopy.temperature == 0:
         return hard.to(margin.dtype), hard, torch.zeros_like(hard)
     gate = torch.sigmoid(margin / homotopy.temperature)
-    slope = -(gate * (1 - gate)).detach().sum((1, 2)) / homotopy.temperature
-    return gate.sum((1, 2)) * each, hard, slope * each
+    slope = -(gate * (1 - gate)).detach().sum((1, 2, 3)) / homotopy.temperature
+    return gate.sum((1, 2, 3)) * each, hard, slope * each

@@ -40,9 +40,9 @@ class ShareHistogram:
         self.bins = torch.zeros(round(-_LOWEST / _BIN) + 1, dtype=torch.float64)
 
     def add(self, shares: torch.Tensor, pairs: torch.Tensor) -> None:
-        """Count log shares (streams, tiles, pages), each standing for ``pairs`` (tiles,) pairs."""
+        """Count log shares (…, tiles, pages), each standing for ``pairs`` (tiles,) pairs."""
         index = ((shares.double() - _LOWEST) / _BIN).ceil().long().clamp(0, len(self.bins) - 1)
-        weight = pairs.to(shares.device, torch.float64)[None, :, None].expand(shares.shape)
+        weight = pairs.to(shares.device, torch.float64)[:, None].expand(shares.shape)
         self.bins += torch.bincount(index.flatten(), weight.flatten(), len(self.bins)).cpu()
 
     def theta(self, pairs: float) -> float:
@@ -176,11 +176,15 @@ def _listen(model: torch.nn.Module, ids: torch.Tensor, config: SurgeryConfig) ->
     def hear(layer: int, tile: int, shares: torch.Tensor, block: Block) -> None:
         row = torch.arange(block.start, block.stop)
         number = row // tile - block.start // tile
-        by_tile.add(shares.amax(2), torch.bincount(number) * config.page_size)
-        if tile > 1 and block.stop > first:
-            scored = shares.shape[2]
+        pairs = torch.bincount(number) * config.page_size
+        if tile == 1:  # a row opens a page for all heads
+            by_tile.add(shares.amax(1).squeeze(2), pairs)
+            return
+        # Density is a mean over heads, each of which opens pages for itself.
+        by_tile.add(shares.amax(3), pairs / shares.shape[1])
+        if block.stop > first:
             rows = torch.bincount(number, (row >= first).double())
-            by_row.add(shares.flatten(1, 2), (rows * config.page_size / scored).repeat_interleave(scored))
+            by_row.add(shares.amax(1).flatten(1, 2), (rows * config.page_size / tile).repeat_interleave(tile))
 
     reset_statistics(model)
     with listening(surgery_of(model), hear, config), torch.inference_mode():

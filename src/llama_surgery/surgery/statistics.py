@@ -17,11 +17,13 @@ COUNTING = threading.RLock()
 class Counters:
     """Running counts of one layer at one tile size, per KV head, kept on the device.
 
-    Pairs are counted for one query head of a KV head's group; all heads of a group read the same. Counts of
-    threads that call one model add up exactly, where their work is enqueued on one stream of a GPU.
+    Near and causal pairs are those of one query head; far pairs and pages are added up over the sets of pages
+    that a KV head has, :attr:`choosers`: one for all its query heads in tiles of one row, else one for each.
+    Counts of threads that call one model add up exactly, where their work is enqueued on one stream of a GPU.
     """
 
     def __init__(self) -> None:
+        self.choosers = 1
         self.rows = 0
         self.near_pairs = 0
         self.causal_pairs = 0
@@ -63,7 +65,8 @@ class Counters:
             self._add("pages", torch.zeros_like(read))
 
     def totals(self, name: str) -> list[int]:
-        """``far_pairs``, ``visible_pairs`` or ``pages`` of every KV head; empty before the first call."""
+        """``far_pairs``, ``visible_pairs`` or ``pages`` of every KV head, over all its choosers; empty before
+        the first call."""
         parts = [] if getattr(self, name) is None else [getattr(self, name).tolist()]
         if self._tally is not None:
             opened, read = self._tally.tolist()
@@ -78,12 +81,13 @@ class Counters:
 
         def heads(counts: list[torch.Tensor]) -> torch.Tensor:
             none = torch.zeros(kv_heads, dtype=torch.int64, device=result.out.device)
-            return sum((count.unflatten(0, (sequences, kv_heads)).sum(0) for count in counts), none)
+            return sum((count.unflatten(0, (sequences, kv_heads, -1)).sum((0, 2)) for count in counts), none)
 
         far_pairs = heads([p.executed_pairs(page_size) for p in result.plans])
         visible_pairs = heads([p.visible_pairs(page_size) for p in result.plans])
         pages = heads([p.counts.sum(1) for p in result.plans])
         with COUNTING:
+            self.choosers = max([self.choosers, *(len(p.counts) // streams for p in result.plans)])
             self.count(rows * sequences, result.near_pairs * sequences, result.causal_pairs * sequences)
             self._add("far_pairs", far_pairs)
             self._add("visible_pairs", visible_pairs)
@@ -100,19 +104,20 @@ class Statistics:
     """Densities over all that an operated model computed since the last reset.
 
     Densities share one denominator, the causal pairs: ``total = near + far``. *Executed* pairs are what
-    tiles read, *visible* pairs what rows may see of it.
+    tiles read, *visible* pairs what rows may see of it, both means over query heads.
 
     Attributes:
         near_density: Near-field pairs over causal pairs.
         far_density: Executed far pairs over causal pairs.
         visible_far_density: Visible far pairs over causal pairs.
         total_density: Near and executed far together.
-        pages_read: Far pages read, over all layers, KV heads and tiles.
+        pages_read: Far pages read, over all layers, query heads and tiles; in decode steps over KV heads,
+            whose query heads read together.
         rows: Query rows, over all layers.
         causal_pairs: Over all layers and KV heads.
         by_layer: Per layer ``far_density`` and ``pages_read`` (lists over KV heads), ``near_density``.
         by_tile: Per tile size (as text: "1" for decode) ``far_density``, ``total_density``, ``rows`` and
-            ``pages_per_tile_row``, the mean number of far pages a row's tile reads.
+            ``pages_per_tile_row``, the mean number of far pages a row's tile reads for a head.
     """
 
     near_density: float
@@ -166,11 +171,13 @@ def summarise(layers: dict[int, dict[int, Counters]], page_size: int) -> Statist
 
 
 def _sums(counters: list[Counters]) -> dict[str, Any]:
-    """Sums over counters of one layer, lists over KV heads."""
+    """Sums over counters of one layer, lists over KV heads; pairs are means over their query heads."""
 
-    def heads(name: str) -> list[int]:
-        rows = [totals for c in counters if (totals := c.totals(name))]
-        return [sum(column) for column in zip(*rows, strict=True)]
+    def heads(name: str) -> list[Any]:
+        rows = [(c, totals) for c in counters if (totals := c.totals(name))]
+        if name != "pages":
+            rows = [(c, [pairs / c.choosers for pairs in totals]) for c, totals in rows]
+        return [sum(column) for column in zip(*(totals for _, totals in rows), strict=True)]
 
     return {
         "near": sum(c.near_pairs for c in counters),

@@ -11,14 +11,17 @@ from llama_surgery.topology.geometry import Block
 class Plan:
     """Far pages of one block of rows. Nothing else of the far field is read.
 
+    A *chooser* has pages of its own: every query head in tiles of several rows, all heads of a KV head
+    together in tiles of one. Choosers of one stream are neighbours.
+
     Attributes:
         block: The rows the plan is for.
         tile: Queries of a tile; tiles are anchored at multiples of it, so the first and the last tile
             of a block may be partial.
-        pages: (streams, tiles, most) int64, ascending, left-packed, -1 padded.
-        first_open: (streams, tiles, most) int64: the first row of the tile, counted from the tile's
+        pages: (choosers, tiles, most) int64, ascending, left-packed, -1 padded.
+        first_open: (choosers, tiles, most) int64: the first row of the tile, counted from the tile's
             anchor, that opened the page; only rows from it on see the page. ``tile`` where padded.
-        counts: (streams, tiles) int64, pages of each tile.
+        counts: (choosers, tiles) int64, pages of each tile.
         everything: Every closed page is open to every row.
     """
 
@@ -44,12 +47,12 @@ class Plan:
         return torch.bincount(row // self.tile - self.block.start // self.tile)
 
     def executed_pairs(self, page_size: int) -> torch.Tensor:
-        """(streams,) int64: (query, key) pairs the far pass reads for one query head."""
+        """(choosers,) int64: (query, key) pairs the far pass reads for one query head."""
         rows = self.rows_per_tile().to(self.counts.device)
         return (self.counts * rows).sum(1) * page_size
 
     def visible_pairs(self, page_size: int) -> torch.Tensor:
-        """(streams,) int64: pairs that the rows may see, first-open rows respected."""
+        """(choosers,) int64: pairs that the rows may see, first-open rows respected."""
         rows = self.rows_per_tile().to(self.counts.device)
         first = torch.zeros_like(rows)
         first[0] = self.lead
@@ -66,7 +69,7 @@ def plan_from_first_open(first_open: torch.Tensor, block: Block, tile: int) -> P
     """List the opened pages.
 
     Args:
-        first_open: (streams, tiles, pages) int64, ``tile`` where no row opened the page.
+        first_open: (choosers, tiles, pages) int64, ``tile`` where no row opened the page.
     """
     opened = first_open < tile
     counts = opened.sum(-1)
@@ -77,10 +80,10 @@ def plan_from_first_open(first_open: torch.Tensor, block: Block, tile: int) -> P
 
 
 def plan_of_everything(block: Block, tile: int, pages: int, sink_pages: torch.Tensor) -> Plan:
-    """All ``pages`` closed pages, opened by every tile's first row; ``sink_pages`` (streams,) need none."""
-    tiles, streams = tiles_of(block, tile), len(sink_pages)
-    listed = torch.arange(pages, device=sink_pages.device).expand(streams, tiles, pages)
-    counts = listed.new_full((streams, tiles), pages)
+    """All ``pages`` closed pages, opened by every tile's first row; ``sink_pages`` (choosers,) need none."""
+    tiles, choosers = tiles_of(block, tile), len(sink_pages)
+    listed = torch.arange(pages, device=sink_pages.device).expand(choosers, tiles, pages)
+    counts = listed.new_full((choosers, tiles), pages)
     first_open = torch.zeros_like(listed)
     first_open[:, 0] = block.start % tile
     first_open[:, 0].scatter_(-1, sink_pages[:, None], 0)

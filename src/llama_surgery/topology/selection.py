@@ -13,7 +13,7 @@ from llama_surgery.topology.layout import Layout, Moments, pool_channels
 from llama_surgery.topology.plan import Plan, plan_from_first_open, plan_of_everything, tiles_of
 from llama_surgery.topology.router import PageRouter
 
-#: Called with the log shares (streams, tiles, rows of a tile, pages), -inf for rows outside the block
+#: Called with the log shares (streams, heads, tiles, rows of a tile, pages), -inf for rows outside the block
 #: and 0 for the page that is always open, and the block: how calibration listens.
 ShareListener = Callable[[torch.Tensor, Block], None]
 
@@ -98,13 +98,6 @@ class Scorer:
         capped = torch.tanh(linear / self.softcap)
         return self.softcap * capped, quadratic * (1 - capped.square()).square()
 
-    def largest(self, shares: torch.Tensor) -> torch.Tensor:
-        """Log shares (streams, heads, rows, balls), consumed, less the heads' learned offsets: the largest
-        over the heads, (streams, rows, balls)."""
-        if self.router is not None and self.router.offset is not None:
-            shares = shares.sub_(self.router.offset.to(shares.dtype)[..., None, None])
-        return shares.amax(1)
-
 
 def bounded_variance_term(term: torch.Tensor, size: int) -> torch.Tensor:
     """The second-order variance term ½v of a ball's score, at most what ``size`` keys can reach.
@@ -129,21 +122,23 @@ def bounded_variance_term(term: torch.Tensor, size: int) -> torch.Tensor:
 def log_shares(
     scores: torch.Tensor, near_lse: torch.Tensor, sink_logit: torch.Tensor | None, scorer: Scorer
 ) -> torch.Tensor:
-    """Log of each ball's expected share of the row's whole attention, largest over the group's heads.
+    """Log of each ball's expected share of the row's whole attention, less the head's learned offset.
 
     Args:
-        scores: (streams, heads, rows, balls), -inf where a ball does not count.
+        scores: (streams, heads, rows, balls), consumed; -inf where a ball does not count.
         near_lse: (streams, heads, rows), log-sum-exp of the near field's logits.
         sink_logit: (streams, heads) attention-sink parameters, or None.
         scorer: Knows the heads' learned offsets.
 
     Returns:
-        (streams, rows, balls).
+        (streams, heads, rows, balls).
     """
     total = torch.logaddexp(scores.logsumexp(-1), near_lse.to(scores.dtype))
     if sink_logit is not None:
         total = torch.logaddexp(total, sink_logit.to(scores.dtype)[..., None])
-    return scorer.largest(scores.sub_(total.unsqueeze(-1)))
+    if scorer.router is not None and scorer.router.offset is not None:
+        total = total + scorer.router.offset.to(total.dtype)[..., None]
+    return scores.sub_(total.unsqueeze(-1))
 
 
 def select(
@@ -160,8 +155,9 @@ def select(
 ) -> Plan:
     """Plan one block of rows.
 
-    Row r of a tile opens a page when its expected share, in some head of the group, exceeds θ. The tile
-    reads the union; row r sees what rows ≤ r opened (law 2). The sink page is open from the first row.
+    Row r of a tile opens a page for a head when its expected share in that head exceeds θ; in tiles of one
+    row, for all heads of the group when it does in some. The tile reads the union; row r sees what rows ≤ r
+    opened (law 2). The sink page is open from the first row.
 
     Args:
         queries: (streams, heads, rows, head_dim), the block's rows.
@@ -173,24 +169,32 @@ def select(
         scorer: The layer's page score.
         sink_logit: (streams, heads) attention-sink parameters of models that have them.
         listener: Hears the log shares.
+
+    Returns:
+        A plan of as many choosers as there are heads in all, or streams if ``tile`` is 1.
     """
+    streams, heads = queries.shape[:2]
+    choosers = 1 if tile == 1 else heads
+    sinks = layout.sink_pages(config.page_size)
     if config.theta_for(tile) == 0 and listener is None:
         # Nothing to choose: no page needs a score.
         pages = block.closed * config.pages_per_chunk
-        return plan_of_everything(block, tile, pages, layout.sink_pages(config.page_size))
+        return plan_of_everything(block, tile, pages, sinks.repeat_interleave(choosers))
     rows = torch.arange(block.start, block.stop, device=queries.device)
     moments = layout.moments.first(block.closed * config.pages_per_chunk * config.balls_per_page)
     theta = config.theta_for(tile)
     opening = math.log(theta) if theta > 0 else -math.inf
     whole = _TileRows(rows, block, tile)
     scores = _page_scores(queries, moments, scorer, config)
-    shares = whole.embed(log_shares(scores, near_lse, sink_logit, scorer), -math.inf)
-    opened = shares > opening
+    shares = log_shares(scores, near_lse, sink_logit, scorer)
+    shares = whole.embed(shares.flatten(0, 1), -math.inf).unflatten(0, (streams, heads))
+    if listener is not None:
+        sink = sinks[:, None, None, None, None].expand(*shares.shape[:4], 1)
+        listener(shares.scatter(-1, sink, 0.0), block)
+    opened = (shares > opening).unflatten(1, (choosers, -1)).any(2).flatten(0, 1)
     place = whole.embed((rows % tile).to(torch.int16)[None, :, None], tile)
     first_open = torch.where(opened, place, tile).amin(2).long()
-    sink = layout.sink_pages(config.page_size)[:, None, None].expand(-1, whole.tiles, 1)
-    if listener is not None:
-        listener(shares.scatter(-1, sink[:, :, None].expand(*shares.shape[:3], 1), 0.0), block)
+    sink = sinks.repeat_interleave(choosers)[:, None, None].expand(-1, whole.tiles, 1)
     return plan_from_first_open(first_open.scatter_(-1, sink, 0), block, tile)
 
 
@@ -206,7 +210,7 @@ class _TileRows(NamedTuple):
         return tiles_of(self.block, self.tile)
 
     def embed(self, values: torch.Tensor, absent: float) -> torch.Tensor:
-        """(streams, rows, pages) to (streams, tiles, rows of a tile, pages)."""
+        """(choosers, rows, pages) to (choosers, tiles, rows of a tile, pages)."""
         if values.shape[1] != self.tiles * self.tile:
             place = self.rows - self.block.start // self.tile * self.tile
             shape = (values.shape[0], self.tiles * self.tile, values.shape[2])

@@ -184,10 +184,10 @@ def launch_backward(
     states.requires_grad_()
     keys.requires_grad_()
     streams, heads, length, _ = states.shape
-    counts = torch.zeros(streams, length // config.tile, dtype=torch.int32)
+    counts = torch.zeros(streams * heads, length // config.tile, dtype=torch.int32)
     plan = TiledPlan(0, length, config.tile, counts, counts, counts.new_zeros(*counts.shape, 4))
     differentiable = dataclasses.replace(built, keys=keys[:, :1536], values=keys[:, :1536])
-    for bias in (None, torch.zeros(*counts.shape, 4, heads, config.tile, requires_grad=True)):
+    for bias in (None, torch.zeros(*counts.shape, 4, 1, config.tile, requires_grad=True)):
         out, _ = backward.attend_plan(
             states, keys, keys, differentiable, plan, config=config, page_bias=bias, **extra
         )

@@ -364,7 +364,7 @@ def emulated(monkeypatch: pytest.MonkeyPatch, processors: int = 2) -> Iterator[N
             MBarrierLayout=lambda: "mbarrier", init=init, expect=expect,
             arrive=lambda barrier, count: barrier.update(count, 0), wait=Barrier.wait,
         ),
-        "BLOCK": 64, "HALF": 64, "ROWS": 128, "ENTRY": ENTRY.value, "FLOOR": FLOOR.value, "LN2": LN2.value,
+        "BLOCK": 64, "TILE": 64, "ENTRY": ENTRY.value, "FLOOR": FLOOR.value, "LN2": LN2.value,
         "LOG2E": LOG2E.value,
     }  # fmt: skip
     with monkeypatch.context() as patch:

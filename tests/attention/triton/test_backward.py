@@ -92,20 +92,25 @@ def plain(
     visible = near.expand(streams, case.heads, case.rows, total).clone()
     extra = torch.zeros(visible.shape, dtype=x["keys"].dtype, device=key.device)
     for plan in plans:
-        for stream, i in torch.cartesian_prod(torch.arange(streams), torch.arange(plan.counts.shape[1])):
-            for place in range(int(plan.counts[stream, i])):
+        choosers, tiles = plan.counts.shape
+        assert choosers == streams * (1 if tile == 1 else case.heads)
+        for chooser, i in torch.cartesian_prod(torch.arange(choosers), torch.arange(tiles)):
+            first_head = int(chooser) * streams * case.heads // choosers
+            stream, first_head = divmod(first_head, case.heads)
+            heads = slice(first_head, first_head + streams * case.heads // choosers)
+            for place in range(int(plan.counts[chooser, i])):
                 assert order is not None and plan.entries is not None
-                page, first_open = divmod(int(plan.entries[stream, i, place]), ENTRY)
+                page, first_open = divmod(int(plan.entries[chooser, i, place]), ENTRY)
                 slot = torch.arange(page * config.page_size, (page + 1) * config.page_size)
                 chunk = slot // config.chunk_size
                 seen = chunk * config.chunk_size + order[stream, chunk, slot % config.chunk_size].long().cpu()
                 anchor = (plan.start // tile + int(i)) * tile
                 rows = range(max(anchor + first_open, plan.start), min(anchor + tile, plan.stop))
                 for p in rows:
-                    visible[stream, :, p - case.past, seen] = True
+                    visible[stream, heads, p - case.past, seen] = True
                     if page_bias is not None:
-                        bias = page_bias[stream, i, place, :, p - anchor]
-                        extra[stream, :, p - case.past, seen] = bias[:, None]
+                        bias = page_bias[chooser, i, place, :, p - anchor]
+                        extra[stream, heads, p - case.past, seen] = bias[:, None]
     logits = x["queries"] @ x["keys"].unsqueeze(1).transpose(-1, -2) * dim**-0.5
     if case.softcap is not None:
         logits = case.softcap * torch.tanh(logits / case.softcap)
@@ -137,7 +142,8 @@ def run(
     call = (x["queries"], x["keys"], x["values"], layout)
     if case.bias:
         plan = backward.plan_pages(*call, start=case.past, tile=case.tile, **options)
-        shape = (*plan.entries.shape, case.heads, plan.tile)  # type: ignore[union-attr]
+        each = case.streams * case.heads // len(plan.counts)
+        shape = (*plan.entries.shape, each, plan.tile)  # type: ignore[union-attr]
         bias = torch.randn(shape, generator=torch.Generator().manual_seed(3)).to(device)
         x["page_bias"] = bias.requires_grad_()
         out, lse = backward.attend_plan(*call, plan, page_bias=x["page_bias"], **options)
@@ -285,7 +291,7 @@ def test_what_does_not_fit_a_plan_is_refused(device: torch.device) -> None:
     call = (given["queries"], given["keys"], given["values"], layout)
     plan = backward.plan_pages(*call, config=CONFIG, start=130)
     short = (given["queries"][:, :, 1:], *call[1:])
-    with pytest.raises(SurgeryError, match="20 rows, the queries are 2 streams of 19"):
+    with pytest.raises(SurgeryError, match="20 rows, the queries are 4 choosers of 19"):
         backward.attend_plan(*short, plan, config=CONFIG)
     with pytest.raises(SurgeryError, match=r"page_bias \(2, 2\)"):
         backward.attend_plan(*call, plan, config=CONFIG, page_bias=torch.zeros(2, 2, device=device))
@@ -300,15 +306,16 @@ def dense_half(x: Tensors, visible: torch.Tensor, group: int) -> torch.Tensor:
 
 
 def visible_keys(plans: list[TiledPlan], layout: Layout, case: Case, config: SurgeryConfig) -> torch.Tensor:
-    """(streams, 1, rows, keys) bool: near field and what the plans open, keys in order of position."""
+    """(streams, heads, rows, keys) bool: near field and what the plans open, keys in order of position."""
     total = case.past + case.rows
     position = torch.arange(case.past, total, device=layout.keys.device)
     first = position // config.tile * config.tile
     begin = ((first - config.window).clamp_min(0) // config.chunk_size) * config.chunk_size
     key = torch.arange(total, device=position.device)
-    seen = ((key <= position[:, None]) & (key >= begin[:, None])).expand(case.streams, -1, -1).clone()
+    near = (key <= position[:, None]) & (key >= begin[:, None])
+    seen = near.expand(case.streams * case.heads, -1, -1).clone()
     start = torch.arange(layout.chunks, device=key.device)[:, None] * config.chunk_size
-    of_slot = (layout.order.long() + start).flatten(1)
+    of_slot = (layout.order.long() + start).flatten(1).repeat_interleave(case.heads, 0)
     for plan in plans:
         opened = plan.first_open()
         rows = torch.arange(plan.start, plan.stop, device=key.device)
@@ -317,7 +324,7 @@ def visible_keys(plans: list[TiledPlan], layout: Layout, case: Case, config: Sur
         index = of_slot[:, None, : by_slot.shape[-1]].expand_as(by_slot)
         far = torch.zeros((*by_slot.shape[:2], total), dtype=torch.bool, device=key.device)
         seen[:, rows - case.past] |= far.scatter_(-1, index, by_slot)
-    return seen.unsqueeze(1)
+    return seen.unflatten(0, (case.streams, case.heads))
 
 
 def check_half(case: Case, config: SurgeryConfig, device: torch.device) -> None:

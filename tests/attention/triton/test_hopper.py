@@ -20,13 +20,13 @@ from llama_surgery.topology.layout import build_layout
 from llama_surgery.topology.router import PageRouter
 
 CONFIG = SurgeryConfig(
-    chunk_size=256, page_size=64, moment_size=64, window=64, tile=32, theta=0.02, theta_decode=0.02,
+    chunk_size=256, page_size=64, moment_size=64, window=64, tile=64, theta=0.02, theta_decode=0.02,
     variance_pool=8,
 )  # fmt: skip
 
 STREAMS = 3
 
-LLAMA = test_prefill.Case(32, 600, 4, 128, dtype=torch.float16)
+LLAMA = test_prefill.Case(64, 600, 4, 128, dtype=torch.float16)
 
 hopper_only = pytest.mark.skipif(
     not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9, reason="needs a Hopper GPU"
@@ -61,11 +61,10 @@ class TestEmulated:
         [
             (1, 0, 4, 64, {}),
             (330, 300, 3, 64, {}),
-            (255, 111, 7, 64, {"tile": 16, "variance_pool": 4}),
-            (400, 0, 2, 128, {"tile": 64}),
-            (100, 400, 6, 64, {}),  # two matrix tiles
-            (500, 0, 4, 64, {"dense_until": 416}),
-            (150, 300, 4, 64, {"chunk_size": 128, "window": 32}),
+            (275, 111, 7, 64, {"variance_pool": 4}),
+            (400, 0, 2, 128, {}),
+            (530, 0, 1, 64, {"dense_until": 448}),
+            (150, 300, 2, 64, {"chunk_size": 128, "window": 128}),
         ],
     )
     def test_same_as_portable_kernels(
@@ -110,13 +109,13 @@ class TestEmulated:
 @pytest.mark.usefixtures("poisoned")
 class TestAgainstPortableKernels:
     @pytest.mark.parametrize(
-        ("tile", "heads", "dim", "dtype"),
+        ("heads", "dim", "dtype"),
         [
-            (32, 4, 128, torch.bfloat16),
-            (32, 3, 64, torch.float16),
-            (32, 6, 128, torch.float16),
-            (64, 5, 128, torch.bfloat16),
-            (16, 7, 64, torch.bfloat16),
+            (4, 128, torch.bfloat16),
+            (3, 64, torch.float16),
+            (6, 128, torch.float16),
+            (1, 128, torch.bfloat16),
+            (7, 64, torch.bfloat16),
         ],
     )
     @pytest.mark.parametrize(
@@ -131,12 +130,11 @@ class TestAgainstPortableKernels:
         ],
     )
     def test_attention(
-        self, past: int, rows: int, sink: bool, tile: int, heads: int, dim: int, dtype: torch.dtype,
+        self, past: int, rows: int, sink: bool, heads: int, dim: int, dtype: torch.dtype,
         device: torch.device, monkeypatch: pytest.MonkeyPatch,
     ) -> None:  # fmt: skip
-        config = dataclasses.replace(CONFIG, tile=tile)
         case = test_prefill.Case(rows, past, heads, dim, dtype=dtype, sink=sink, streams=STREAMS)
-        fast, plain = both(test_prefill.inputs(case, config, device), config, monkeypatch)
+        fast, plain = both(test_prefill.inputs(case, CONFIG, device), CONFIG, monkeypatch)
         assert bool(fast.plans) == bool(past or rows > 320)
         check_attention(fast, plain)
 
@@ -190,7 +188,7 @@ class TestWhereTheyAreTaken:
     @pytest.mark.parametrize(
         "change",
         [
-            {"dtype": torch.float32}, {"dim": 80}, {"dim": 256}, {"heads": 2}, {"softcap": 30.0}, {"tile": 1},
+            {"dtype": torch.float32}, {"dim": 80}, {"dim": 256}, {"softcap": 30.0}, {"tile": 1},
         ],
     )  # fmt: skip
     def test_no_other_shapes(self, change: dict[str, Any], device: torch.device) -> None:
@@ -204,8 +202,12 @@ class TestWhereTheyAreTaken:
     def test_pages_however_they_are_selected(self, change: dict[str, Any], device: torch.device) -> None:
         assert hopper.attends(job_of(device, LLAMA, dataclasses.replace(CONFIG, **change)))
 
-    def test_groups_wider_than_a_matrix_tile(self, device: torch.device) -> None:
-        assert hopper.attends(job_of(device, dataclasses.replace(LLAMA, heads=8)))
+    def test_no_other_tiles(self, device: torch.device) -> None:
+        assert not hopper.attends(job_of(device, LLAMA, dataclasses.replace(CONFIG, tile=32)))
+
+    @pytest.mark.parametrize("heads", [1, 8])
+    def test_groups_of_any_size(self, heads: int, device: torch.device) -> None:
+        assert hopper.attends(job_of(device, dataclasses.replace(LLAMA, heads=heads)))
 
     def test_learned_weights(self, device: torch.device) -> None:
         weights = torch.ones(LLAMA.streams, LLAMA.heads, LLAMA.dim)

@@ -75,10 +75,14 @@ def far_field(
     if plan.everything:  # nothing to gather
         return merge(*near, *_attend(queries, keys, values, scale, softcap, causal=False))
     dtype = compute_dtype(queries.dtype)
-    streams, heads, _, head_dim = queries.shape
-    tiled = _to_tiles(queries.to(dtype) * scale, plan)  # (streams * tiles, heads * tile, head_dim)
+    choosers, head_dim = plan.pages.shape[0], queries.shape[-1]
+    # A chooser is a head, or all heads of a stream: (choosers, heads of each, rows, head_dim).
+    queries = queries.flatten(0, 1).unflatten(0, (choosers, -1))
+    heads = queries.shape[1]
+    tiled = _to_tiles(queries.to(dtype) * scale, plan)  # (choosers * tiles, heads * tile, head_dim)
     pages = plan.pages.clamp_min(0).flatten(0, 1)
-    stream = torch.arange(streams, device=keys.device).repeat_interleave(plan.tiles)[:, None]
+    stream = torch.arange(choosers, device=keys.device) // (choosers // len(keys))
+    stream = stream.repeat_interleave(plan.tiles)[:, None]
     (flat_keys, key_rows), (flat_values, value_rows) = (_pages(x, page_size) for x in (keys, values))
     first_open = plan.first_open.flatten(0, 1)
     row = torch.arange(plan.tile, device=keys.device)
@@ -99,8 +103,8 @@ def far_field(
             by_page = logits.view(len(jobs), heads, plan.tile, most, page_size)
             by_page.masked_fill_(hidden[:, None, :, :, None], -torch.inf)
         out[jobs], lse[jobs] = _softmax_matmul(logits, v.to(dtype))
-    far_out = _from_tiles(out, plan, streams, heads)
-    far_lse = _from_tiles(lse.unsqueeze(-1), plan, streams, heads).squeeze(-1)
+    far_out = _from_tiles(out, plan, choosers, heads).reshape(near[0].shape)
+    far_lse = _from_tiles(lse.unsqueeze(-1), plan, choosers, heads).reshape(near[1].shape)
     return merge(*near, far_out, far_lse)
 
 
@@ -145,7 +149,7 @@ def _softmax_matmul(logits: torch.Tensor, values: torch.Tensor) -> tuple[torch.T
 
 
 def _to_tiles(states: torch.Tensor, plan: Plan) -> torch.Tensor:
-    """(streams, heads, rows, dim) to (streams * tiles, heads * tile, dim), absent rows zero."""
+    """(choosers, heads, rows, dim) to (choosers * tiles, heads * tile, dim), absent rows zero."""
     tail = plan.tiles * plan.tile - plan.lead - states.shape[2]
     if plan.lead or tail:
         states = torch.nn.functional.pad(states, (0, 0, plan.lead, tail))
@@ -153,9 +157,9 @@ def _to_tiles(states: torch.Tensor, plan: Plan) -> torch.Tensor:
     return states.flatten(2, 3).flatten(0, 1)
 
 
-def _from_tiles(states: torch.Tensor, plan: Plan, streams: int, heads: int) -> torch.Tensor:
-    """Inverse of :func:`_to_tiles`: (streams, heads, rows, dim)."""
-    states = states.unflatten(1, (heads, plan.tile)).unflatten(0, (streams, plan.tiles))
+def _from_tiles(states: torch.Tensor, plan: Plan, choosers: int, heads: int) -> torch.Tensor:
+    """Inverse of :func:`_to_tiles`: (choosers, heads, rows, dim)."""
+    states = states.unflatten(1, (heads, plan.tile)).unflatten(0, (choosers, plan.tiles))
     states = states.transpose(1, 2).flatten(2, 3)
     rows = plan.block.stop - plan.block.start
     return states[:, :, plan.lead : plan.lead + rows]

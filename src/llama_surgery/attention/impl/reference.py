@@ -37,7 +37,8 @@ def far_field(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """See :meth:`llama_surgery.attention.api.Backend.far_field`."""
     visible = page_mask(plan, keys.shape[1] // page_size).repeat_interleave(page_size, -1)
-    far_out, far_lse = masked_softmax(queries, keys, values, visible.unsqueeze(1), scale, softcap)
+    visible = visible.unflatten(0, (len(keys), -1))  # (streams, heads or 1, rows, keys)
+    far_out, far_lse = masked_softmax(queries, keys, values, visible, scale, softcap)
     return merge(*near, far_out, far_lse)
 
 

@@ -32,17 +32,17 @@ def attend_kernel(
     bias_ptr,
     out_ptr,
     lse_ptr,
-    q_stream,
+    q_chooser,
     q_head,
     q_row,
     far_k_stream,
     far_k_row,
     far_v_stream,
     far_v_row,
-    out_stream,
+    out_chooser,
     out_head,
     out_row,
-    lse_stream,
+    lse_chooser,
     lse_head,
     tiles,
     capacity,
@@ -53,6 +53,7 @@ def attend_kernel(
     dense_until,
     scale,
     softcap,
+    GROUP: tl.constexpr,
     HEADS: tl.constexpr,
     HEADS_BLOCK: tl.constexpr,
     TILE: tl.constexpr,
@@ -71,18 +72,20 @@ def attend_kernel(
     SINK: tl.constexpr,
     CAP: tl.constexpr,
 ):
-    """One program: one tile of queries times HEADS_BLOCK heads of its group.
+    """One program: one tile of queries times HEADS_BLOCK heads of its chooser.
 
     Row m of the matrix tile is query ``m % TILE_PAD`` of head ``m // TILE_PAD``. Grid: (tiles of this
-    launch * blocks of heads, streams). ``start … stop`` are the positions of the queries given,
-    ``first_tile`` is the launch's first tile counted from position 0. ``bias_ptr``, if not None, holds what
-    is added to the logits of listed pages: (streams, tiles, capacity, heads, tile); PAGES_PER_STEP is then 1.
+    launch * blocks of heads, choosers), GROUP choosers to a stream of keys. ``start … stop`` are the
+    positions of the queries given, ``first_tile`` is the launch's first tile counted from position 0.
+    ``bias_ptr``, if not None, holds what is added to the logits of listed pages: (streams, tiles,
+    capacity, heads, tile); PAGES_PER_STEP is then 1.
     """
     head_blocks: tl.constexpr = (HEADS + HEADS_BLOCK - 1) // HEADS_BLOCK
     rows: tl.constexpr = TILE_PAD * HEADS_BLOCK
     tile = tl.program_id(0) // head_blocks
-    stream = tl.program_id(1)
-    wide_stream = stream.to(tl.int64)
+    chooser = tl.program_id(1)
+    wide_chooser = chooser.to(tl.int64)
+    stream = chooser // GROUP
     m = tl.arange(0, rows)
     row = m % TILE_PAD
     head = (tl.program_id(0) % head_blocks) * HEADS_BLOCK + m // TILE_PAD
@@ -90,12 +93,12 @@ def attend_kernel(
     position = q_first + row
     live = (row < TILE) & (head < HEADS) & (position >= start) & (position < stop)
     q_offset = head.to(tl.int64) * q_head + (position - start).to(tl.int64) * q_row
-    q = load_rows(q_ptr + wide_stream * q_stream, q_offset, 1, live, DIM, DIM_PAD, True)
+    q = load_rows(q_ptr + wide_chooser * q_chooser, q_offset, 1, live, DIM, DIM_PAD, True)
 
     top = tl.full([rows], FLOOR, tl.float32)
     total = tl.zeros([rows], tl.float32)
     if SINK:
-        sink = tl.load(sink_ptr + stream * HEADS + head, mask=head < HEADS, other=0.0)
+        sink = tl.load(sink_ptr + chooser * HEADS + head, mask=head < HEADS, other=0.0)
         top = tl.maximum(sink.to(tl.float32) * LOG2E, FLOOR)
         total = total + 1.0
     acc = tl.zeros([rows, VALUE_PAD], tl.float32)
@@ -125,9 +128,9 @@ def attend_kernel(
         acc, total, top = softmax_step(acc, total, top, products, factor, v, live, False)
 
     if FAR:
-        k_base = far_k_ptr + wide_stream * far_k_stream
-        v_base = far_v_ptr + wide_stream * far_v_stream
-        listed = wide_stream * tiles + tile
+        k_base = far_k_ptr + stream.to(tl.int64) * far_k_stream
+        v_base = far_v_ptr + stream.to(tl.int64) * far_v_stream
+        listed = wide_chooser * tiles + tile
         entries = entries_ptr + listed * capacity
         count = tl.load(counts_ptr + listed)
         within = tl.arange(0, PAGES_PER_STEP * PAGE_PAD)
@@ -173,9 +176,9 @@ def attend_kernel(
     out = acc / tl.where(total > 0.0, total, 1.0)[:, None]
     lse = tl.where(total > 0.0, (top + tl.log2(total)) * LN2, float("-inf"))
     local = (position - start).to(tl.int64)
-    out_offset = wide_stream * out_stream + head.to(tl.int64) * out_head + local * out_row
+    out_offset = wide_chooser * out_chooser + head.to(tl.int64) * out_head + local * out_row
     keep = live[:, None] & (column < VALUE_DIM)[None, :]
     out_cells = out_ptr + out_offset[:, None] + column[None, :]
     tl.store(out_cells, out.to(out_ptr.dtype.element_ty), mask=keep)
-    lse_cells = lse_ptr + wide_stream * lse_stream + head.to(tl.int64) * lse_head + local
+    lse_cells = lse_ptr + wide_chooser * lse_chooser + head.to(tl.int64) * lse_head + local
     tl.store(lse_cells, lse, mask=live)

@@ -114,7 +114,7 @@ def plan_pages(
         )
         strip = job.whole()
         if strip.pages == 0:
-            counts = torch.zeros(queries.shape[0], strip.tiles, dtype=torch.int32, device=queries.device)
+            counts = torch.zeros(job.queries.shape[0], strip.tiles, dtype=torch.int32, device=queries.device)
             entries = counts.new_empty(*counts.shape, 0)
             return TiledPlan(start, job.stop, job.tile, counts, counts, entries)
         with launching(queries):
@@ -155,12 +155,13 @@ def attend_plan(
     if plan.entries is None:
         raise SurgeryError("the lists of this plan were not kept: take it from plan_pages().")
     streams, heads, rows = queries.shape[:3]
-    if (plan.entries.shape[0], plan.stop - plan.start) != (streams, rows):
+    choosers = streams if plan.tile == 1 else streams * heads
+    if (plan.entries.shape[0], plan.stop - plan.start) != (choosers, rows):
         raise SurgeryError(
-            f"the plan is for {plan.entries.shape[0]} streams of {plan.stop - plan.start} rows, the queries "
-            f"are {streams} streams of {rows}: plan the same rows."
+            f"the plan is for {plan.entries.shape[0]} choosers of {plan.stop - plan.start} rows, the queries "
+            f"are {choosers} choosers of {rows}: plan the same rows."
         )
-    expected = (*plan.entries.shape, heads, plan.tile)
+    expected = (*plan.entries.shape, streams * heads // choosers, plan.tile)
     if page_bias is not None and (page_bias.shape != expected or page_bias.dtype != torch.float32):
         raise SurgeryError(
             f"page_bias {tuple(page_bias.shape)} {page_bias.dtype}: expected (streams, tiles, listed, heads, "
@@ -186,7 +187,8 @@ def attend_plan(
         strip = Strip(plan.start // plan.tile, *plan.entries.shape[1:])
         listed = plan if strip.pages else None
         with launching(queries):
-            prefill.attend_strip(job, strip, listed, out, lse, page_bias=page_bias)
+            by_chooser = out.view(*job.queries.shape[:3], -1), lse.view(job.queries.shape[:3])
+            prefill.attend_strip(job, strip, listed, *by_chooser, page_bias=page_bias)
     call = Call(config, plan.start, plan.tile, scale, softcap, () if listed is None else (plan,))
     far_keys, far_values = (None, None) if layout is None else (layout.keys, layout.values)
     states = States(queries, near_keys, near_values, far_keys, far_values, sink_logit, page_bias, out, lse)

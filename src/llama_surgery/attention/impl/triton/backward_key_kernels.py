@@ -83,7 +83,7 @@ def near_gradient_kernel(
     d_out_ptr,
     d_k_ptr,
     d_v_ptr,
-    q_stream,
+    q_chooser,
     q_head,
     q_row,
     k_stream,
@@ -96,6 +96,7 @@ def near_gradient_kernel(
     dense_until,
     scale,
     softcap,
+    GROUP: tl.constexpr,
     HEADS: tl.constexpr,
     TILE: tl.constexpr,
     DIM: tl.constexpr,
@@ -127,16 +128,17 @@ def near_gradient_kernel(
     last = tl.minimum(first + BLOCK_KEYS, stop) - 1
     low = tl.maximum(start, first)
     high = tl.minimum(stop, tl.maximum(dense_until, (last // CHUNK + 1) * CHUNK + WINDOW))
-    for index in range(0, tl.cdiv(tl.maximum(high - low, 0), BLOCK_ROWS) * HEADS):
-        position = low + index // HEADS * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
-        head = index % HEADS
+    heads: tl.constexpr = GROUP * HEADS
+    for index in range(0, tl.cdiv(tl.maximum(high - low, 0), BLOCK_ROWS) * heads):
+        position = low + index // heads * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+        head = stream * heads + index % heads
         live = position < high
         local = (position - start).to(tl.int64)
         begin = closed_chunks(position // TILE * TILE, CHUNK, WINDOW, dense_until) * CHUNK
         visible = (key[None, :] <= position[:, None]) & (key[None, :] >= begin[:, None])
         d_k, d_v = _add_rows(
-            d_k, d_v, k, v, q_ptr + stream * q_stream + head.to(tl.int64) * q_head, local * q_row,
-            lse_ptr, delta_ptr, d_out_ptr, (stream * HEADS + head) * rows + local, live, live, 0.0, visible,
+            d_k, d_v, k, v, q_ptr + head // HEADS * q_chooser + head % HEADS * q_head, local * q_row,
+            lse_ptr, delta_ptr, d_out_ptr, head * rows + local, live, live, 0.0, visible,
             scale, softcap, DIM, DIM_PAD, VALUE_DIM, VALUE_PAD, CAP, True,
         )  # fmt: skip
 
@@ -161,7 +163,7 @@ def far_gradient_kernel(
     d_out_ptr,
     d_k_ptr,
     d_v_ptr,
-    q_stream,
+    q_chooser,
     q_head,
     q_row,
     k_stream,
@@ -177,6 +179,7 @@ def far_gradient_kernel(
     first_tile,
     scale,
     softcap,
+    GROUP: tl.constexpr,
     HEADS: tl.constexpr,
     HEADS_BLOCK: tl.constexpr,
     TILE: tl.constexpr,
@@ -192,9 +195,10 @@ def far_gradient_kernel(
 ):
     """Gradients of far keys and values in tree order; one program per page and stream.
 
-    Walks the tiles that read the page, from ``transpose_kernel``; pages from ``pages`` on are read by
-    none. d_k and d_v are contiguous (streams, slots, dim); with ADD they are added to. Early pages have the
-    most readers and their programs come first, so that the longest are not the last to finish.
+    Walks the tiles that read the page, chooser by chooser, from ``reader_kernel``; pages from ``pages``
+    on are read by none. d_k and d_v are contiguous (streams, slots, dim); with ADD they are added to.
+    Early pages have the most readers and their programs come first, so that the longest are not the last
+    to finish.
     """
     head_blocks: tl.constexpr = (HEADS + HEADS_BLOCK - 1) // HEADS_BLOCK
     page = tl.program_id(0)
@@ -209,26 +213,27 @@ def far_gradient_kernel(
     m = tl.arange(0, TILE_PAD * HEADS_BLOCK)
     row = m % TILE_PAD
 
-    read = stream * pages + page
-    count = tl.load(counts_ptr + read, mask=page < pages, other=0)
-    for index in range(0, count * head_blocks):
-        reader = tl.load(readers_ptr + read * tiles + index // head_blocks)
-        tile = reader // ENTRY
-        head = index % head_blocks * HEADS_BLOCK + m // TILE_PAD
-        position = (first_tile + tile) * TILE + row
-        live = (row < TILE) & (head < HEADS) & (position >= start) & (position < start + rows)
-        local = (position - start).to(tl.int64)
-        bias = 0.0
-        if bias_ptr is not None:
-            place = tl.load(places_ptr + read * tiles + tile) // ENTRY
-            cell = (((stream * tiles + tile) * capacity + place) * HEADS + head) * TILE + row
-            bias = tl.load(bias_ptr + cell, mask=live, other=0.0) * LOG2E
-        d_k, d_v = _add_rows(
-            d_k, d_v, k, v, q_ptr + stream * q_stream, head.to(tl.int64) * q_head + local * q_row,
-            lse_ptr, delta_ptr, d_out_ptr, (stream * HEADS + head) * rows + local, live,
-            row >= reader % ENTRY, bias, of_page[None, :],
-            scale, softcap, DIM, DIM_PAD, VALUE_DIM, VALUE_PAD, CAP, PAGE != PAGE_PAD,
-        )  # fmt: skip
+    for chooser in range(stream * GROUP, (stream + 1) * GROUP):
+        read = chooser * pages + page
+        count = tl.load(counts_ptr + read, mask=page < pages, other=0)
+        for index in range(0, count * head_blocks):
+            reader = tl.load(readers_ptr + read * tiles + index // head_blocks)
+            tile = reader // ENTRY
+            head = index % head_blocks * HEADS_BLOCK + m // TILE_PAD
+            position = (first_tile + tile) * TILE + row
+            live = (row < TILE) & (head < HEADS) & (position >= start) & (position < start + rows)
+            local = (position - start).to(tl.int64)
+            bias = 0.0
+            if bias_ptr is not None:
+                place = tl.load(places_ptr + read * tiles + tile) // ENTRY
+                cell = (((chooser * tiles + tile) * capacity + place) * HEADS + head) * TILE + row
+                bias = tl.load(bias_ptr + cell, mask=live, other=0.0) * LOG2E
+            d_k, d_v = _add_rows(
+                d_k, d_v, k, v, q_ptr + chooser * q_chooser, head.to(tl.int64) * q_head + local * q_row,
+                lse_ptr, delta_ptr, d_out_ptr, (chooser * HEADS + head) * rows + local, live,
+                row >= reader % ENTRY, bias, of_page[None, :],
+                scale, softcap, DIM, DIM_PAD, VALUE_DIM, VALUE_PAD, CAP, PAGE != PAGE_PAD,
+            )  # fmt: skip
 
     base = stream * slots
     _store_keys(d_k_ptr, d_k * scale, base + slot, of_page, DIM, DIM_PAD, ADD)

@@ -12,29 +12,29 @@ from llama_surgery.attention.impl.triton.helpers import ENTRY
 
 @triton.jit(do_not_specialize=["pages", "capacity"])
 def place_kernel(entries_ptr, counts_ptr, places_ptr, pages, capacity, BLOCK: tl.constexpr):
-    """Write where a tile lists its pages; one program per tile and stream.
+    """Write where a tile lists its pages; one program per tile and chooser.
 
-    ``places`` (streams, pages, tiles) int32 gets ``place * ENTRY + first_open`` where a tile lists a page;
+    ``places`` (choosers, pages, tiles) int32 gets ``place * ENTRY + first_open`` where a tile lists a page;
     the rest is left as it is.
     """
     tile = tl.program_id(0)
     tiles = tl.num_programs(0)
-    stream = tl.program_id(1).to(tl.int64)
-    listed = stream * tiles + tile
+    chooser = tl.program_id(1).to(tl.int64)
+    listed = chooser * tiles + tile
     count = tl.load(counts_ptr + listed)
     for block in range(0, count, BLOCK):
         place = block + tl.arange(0, BLOCK)
         entry = tl.load(entries_ptr + listed * capacity + place, mask=place < count, other=0)
-        cell = (stream * pages + entry // ENTRY) * tiles + tile
+        cell = (chooser * pages + entry // ENTRY) * tiles + tile
         tl.store(places_ptr + cell, place * ENTRY + entry % ENTRY, mask=place < count)
 
 
 @triton.jit(do_not_specialize=["tiles"])
 def reader_kernel(places_ptr, readers_ptr, counts_ptr, tiles, BLOCK: tl.constexpr):
-    """List the tiles that read a page; one program per page and stream.
+    """List the tiles that read a page; one program per page and chooser.
 
-    ``places`` is that of :func:`place_kernel`, -1 elsewhere. ``readers`` (streams, pages, tiles) int32 gets
-    ascending, left-packed ``tile * ENTRY + first_open``, ``counts`` (streams, pages) int32 their number.
+    ``places`` is that of :func:`place_kernel`, -1 elsewhere. ``readers`` (choosers, pages, tiles) int32 gets
+    ascending, left-packed ``tile * ENTRY + first_open``, ``counts`` (choosers, pages) int32 their number.
     """
     page = tl.program_id(1).to(tl.int64) * tl.num_programs(0) + tl.program_id(0)
     count = tl.full([], 0, tl.int32)

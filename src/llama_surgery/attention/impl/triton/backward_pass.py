@@ -53,7 +53,10 @@ class States(NamedTuple):
 
 
 class _Rows(NamedTuple):
-    """Contiguous states of the rows: (streams, heads, rows, dim) and (streams, heads, rows)."""
+    """Contiguous states of the rows: (streams, heads, rows, dim) and (streams, heads, rows).
+
+    In memory they are (choosers, heads of each, …), too.
+    """
 
     d_out: torch.Tensor
     lse: torch.Tensor
@@ -93,7 +96,7 @@ def gradients(
     d_lse = None if d_lse is None else d_lse.contiguous()
     d_queries, d_bias = _of_queries(job, tuning, call.plans, far, states, rows, d_lse, bias=needed[6])
     grads: list[torch.Tensor | None] = [None] * len(needed)
-    grads[0], grads[6] = d_queries, d_bias
+    grads[0], grads[6] = d_queries.view(states.queries.shape), d_bias
     if needed[1] or needed[2]:
         grads[1:3] = _of_near_keys(job, tuning, rows)
     if far[0] is not None and far[1] is not None and (needed[3] or needed[4]):
@@ -116,8 +119,8 @@ def _of_queries(
     *,
     bias: bool,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Gradients of queries and page bias; fills ``rows.delta``. One launch per strip."""
-    streams, heads, length, _ = job.queries.shape
+    """Gradients of queries by chooser, and of page bias; fills ``rows.delta``. One launch per strip."""
+    choosers, heads, length, _ = job.queries.shape
     d_queries = torch.empty_like(job.queries, memory_format=torch.contiguous_format)
     # Lists are of different lengths: what is beyond them is not written.
     d_bias = torch.zeros_like(states.page_bias) if bias and states.page_bias is not None else None
@@ -128,7 +131,7 @@ def _of_queries(
     for first_tile, tiles, plan in _strips(job, plans):
         shape = _shape(job, tuning)
         entries = None if plan is None else plan.entries
-        query_gradient_kernel[(tiles * triton.cdiv(heads, shape["HEADS_BLOCK"]), streams)](
+        query_gradient_kernel[(tiles * triton.cdiv(heads, shape["HEADS_BLOCK"]), choosers)](
             job.queries,
             job.near_keys,
             job.near_values,
@@ -270,20 +273,20 @@ def transpose(plan: TiledPlan, pages: int) -> tuple[torch.Tensor, torch.Tensor, 
     """Which tiles read each page.
 
     Args:
-        plan: Lists of (streams, tiles).
+        plan: Lists of (choosers, tiles).
         pages: Closed pages of its last tile.
 
     Returns:
-        (streams, pages, tiles) int32, ``place * ENTRY + first_open`` where a tile lists a page, -1 elsewhere;
-        (streams, pages, tiles) int32, left-packed ascending ``tile * ENTRY + first_open``;
-        (streams, pages) int32, how many of those are valid.
+        (choosers, pages, tiles) int32, ``place * ENTRY + first_open`` where a tile lists a page, else -1;
+        (choosers, pages, tiles) int32, left-packed ascending ``tile * ENTRY + first_open``;
+        (choosers, pages) int32, how many of those are valid.
     """
     assert plan.entries is not None
-    streams, tiles, capacity = plan.entries.shape
-    places = torch.full((streams, pages, tiles), -1, dtype=torch.int32, device=plan.counts.device)
+    choosers, tiles, capacity = plan.entries.shape
+    places = torch.full((choosers, pages, tiles), -1, dtype=torch.int32, device=plan.counts.device)
     readers = torch.empty_like(places)
-    counts = places.new_empty(streams, pages)
-    place_kernel[(tiles, streams)](
+    counts = places.new_empty(choosers, pages)
+    place_kernel[(tiles, choosers)](
         plan.entries,
         plan.counts,
         places,
@@ -292,7 +295,7 @@ def transpose(plan: TiledPlan, pages: int) -> tuple[torch.Tensor, torch.Tensor, 
         BLOCK=min(LIST_BLOCK, triton.next_power_of_2(max(1, capacity))),
     )
     block = min(LIST_BLOCK, triton.next_power_of_2(tiles))
-    reader_kernel[(pages, streams)](places, readers, counts, tiles, BLOCK=block)
+    reader_kernel[(pages, choosers)](places, readers, counts, tiles, BLOCK=block)
     return places, readers, counts
 
 
@@ -312,6 +315,7 @@ def _shape(job: Job, tuning: BackwardTuning) -> dict[str, Any]:
     heads, dim, value_dim = job.queries.shape[1], job.queries.shape[-1], job.near_values.shape[-1]
     tile_pad = triton.next_power_of_2(job.tile)
     return {
+        "GROUP": job.group,
         "HEADS": heads,
         "HEADS_BLOCK": heads_of_tile(heads, tuning.rows, tile_pad),
         "TILE": job.tile,

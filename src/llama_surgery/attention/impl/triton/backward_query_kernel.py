@@ -78,7 +78,7 @@ def query_gradient_kernel(
     d_q_ptr,
     delta_ptr,
     d_bias_ptr,
-    q_stream,
+    q_chooser,
     q_head,
     q_row,
     near_k_stream,
@@ -99,6 +99,7 @@ def query_gradient_kernel(
     dense_until,
     scale,
     softcap,
+    GROUP: tl.constexpr,
     HEADS: tl.constexpr,
     HEADS_BLOCK: tl.constexpr,
     TILE: tl.constexpr,
@@ -118,12 +119,13 @@ def query_gradient_kernel(
     """Gradients of queries and page biases, and delta for the kernels of keys.
 
     Programs, matrix tiles and lists are those of ``attend_kernel``. Without strides, tensors are
-    contiguous: out, d_out and d_q (streams, heads, rows, dim); lse, d_lse (or None) and delta (streams,
-    heads, rows) float32; bias (or None) and d_bias (streams, tiles, capacity, heads, tile) float32.
+    contiguous: out, d_out and d_q (choosers, heads, rows, dim); lse, d_lse (or None) and delta (choosers,
+    heads, rows) float32; bias (or None) and d_bias (choosers, tiles, capacity, heads, tile) float32.
     """
     head_blocks: tl.constexpr = (HEADS + HEADS_BLOCK - 1) // HEADS_BLOCK
     tile = tl.program_id(0) // head_blocks
-    stream = tl.program_id(1).to(tl.int64)
+    chooser = tl.program_id(1).to(tl.int64)
+    stream = chooser // GROUP
     m = tl.arange(0, TILE_PAD * HEADS_BLOCK)
     row = m % TILE_PAD
     head = (tl.program_id(0) % head_blocks) * HEADS_BLOCK + m // TILE_PAD
@@ -132,9 +134,9 @@ def query_gradient_kernel(
     live = (row < TILE) & (head < HEADS) & (position >= start) & (position < stop)
     local = (position - start).to(tl.int64)
     q = load_rows(
-        q_ptr + stream * q_stream, head.to(tl.int64) * q_head + local * q_row, 1, live, DIM, DIM_PAD, True
+        q_ptr + chooser * q_chooser, head.to(tl.int64) * q_head + local * q_row, 1, live, DIM, DIM_PAD, True
     )
-    cell = (stream * HEADS + head) * rows + local
+    cell = (chooser * HEADS + head) * rows + local
     d_out = load_rows(d_out_ptr, cell, VALUE_DIM, live, VALUE_DIM, VALUE_PAD, True)
     out = load_rows(out_ptr, cell, VALUE_DIM, live, VALUE_DIM, VALUE_PAD, True)
     delta = tl.sum(out.to(tl.float32) * d_out.to(tl.float32), 1)
@@ -168,7 +170,7 @@ def query_gradient_kernel(
     if FAR:
         k_base = far_k_ptr + stream * far_k_stream
         v_base = far_v_ptr + stream * far_v_stream
-        listed = stream * tiles + tile
+        listed = chooser * tiles + tile
         count = tl.load(counts_ptr + listed)
         within = tl.arange(0, PAGE_PAD)
         of_page = within < PAGE

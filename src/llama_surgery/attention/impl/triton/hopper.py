@@ -15,30 +15,29 @@ from llama_surgery.attention.impl.triton.job import Job, Strip
 from llama_surgery.attention.impl.triton.launch import aligned, placed_rows
 from llama_surgery.attention.impl.triton.tiled_plan import TiledPlan
 
-#: Keys of a block, rows of a tile.
-BLOCK, ROWS = 64, 128
+#: Keys of a block, and rows of a tile.
+BLOCK = 64
 
 #: First and last version of Triton with which these kernels have been compiled: their language, Gluon, is
 #: still changing.
 TRITON = (3, 6), (3, 9)
 
-#: Blocks that are loaded ahead.
-ATTEND_STAGES = 4
+#: Blocks of keys and of values that there is room for, for each of two tiles. Values are needed a step later.
+KEY_STAGES, VALUE_STAGES = 2, 3
 
 
 def attends(job: Job) -> bool:
     """Can they attend to the near field and to pages? Otherwise ``attend_kernel`` does.
 
-    Rows of a tile must fill a matrix tile exactly, pages be blocks, channels be half a swizzled line or whole
-    ones; logits have no cap.
+    Rows of a tile must fill a warpgroup's matrix tile exactly, pages be blocks, channels be half a swizzled
+    line or whole ones; logits have no cap.
     """
     dim = job.queries.shape[-1]
     return (
         job.tuning.specialised
         and _known_triton()
         and job.queries.dtype in (torch.float16, torch.bfloat16)
-        and job.tile in (16, 32, 64)
-        and triton.next_power_of_2(job.queries.shape[1]) >= ROWS // job.tile
+        and job.tile == BLOCK
         and dim in (64, 128)
         and job.near_values.shape[-1] == dim
         and job.config.page_size == BLOCK
@@ -68,17 +67,16 @@ def attend_strip(
     """See :func:`prefill.attend_strip`."""
     from llama_surgery.attention.impl.triton.hopper_attend_kernel import hopper_attend_kernel
 
-    streams, heads, _, dim = job.queries.shape
-    heads_block = ROWS // job.tile
+    choosers, dim = job.queries.shape[0], job.queries.shape[-1]
     near = [_described(states, BLOCK, dim) for states in (job.near_keys, job.near_values)]
     far, entries, counts = near, None, None
     if plan is not None:
         assert job.layout is not None
         far = [_described(states, BLOCK, dim) for states in (job.layout.keys, job.layout.values)]
         entries, counts = plan.entries, plan.counts
-    units = streams * strip.tiles * triton.cdiv(heads, heads_block)
-    hopper_attend_kernel[(min(units, processors_of(out.device)),)](
-        _described(job.queries, heads_block // 2, job.tile, dim),
+    programs = triton.cdiv(choosers * strip.tiles, 2)
+    hopper_attend_kernel[(min(programs, processors_of(out.device)),)](
+        _described(job.queries[:, 0], BLOCK, dim),
         *near,
         *far,
         entries,
@@ -87,21 +85,21 @@ def attend_strip(
         job.sink_logit,
         out,
         lse,
-        *out.stride()[:3],
-        *lse.stride()[:2],
-        streams,
+        out.stride(0),
+        out.stride(2),
+        lse.stride(0),
+        choosers,
         strip.tiles,
         strip.pages,
         *placed_rows(job, strip),
         job.scale * LOG2E.value,
-        HEADS=heads,
-        HEADS_BLOCK=heads_block,
-        TILE=job.tile,
+        GROUP=job.group,
         DIM=dim,
         CHUNK=job.config.chunk_size,
         WINDOW=job.config.window,
         FAR=plan is not None,
         SINK=job.sink_logit is not None,
-        STAGES=ATTEND_STAGES,
+        KEY_STAGES=KEY_STAGES,
+        VALUE_STAGES=VALUE_STAGES,
         num_warps=4,
     )

@@ -43,14 +43,17 @@ class Strip(NamedTuple):
 class Job:
     """The rows of one call and how they are executed.
 
+    Kernels know *choosers*, which list pages for themselves: a head in tiles of several rows, all heads of a
+    KV head in tiles of one. The keys of a chooser are those of stream ``chooser // group``.
+
     Attributes:
-        queries: (streams, heads, rows, head_dim), rows at ``start … start + rows - 1``.
+        queries: (choosers, heads of each, rows, head_dim), rows at ``start … start + rows - 1``.
         near_keys, near_values: (streams, n, dim), the last n keys.
         layout: Full chunks, or None.
         features: What pages are scored by, (streams, balls, …) from :func:`page_features`; None without
             closed chunks.
         sink_logit: (streams, heads), or None.
-        router: Learned corrections, for streams; every part may be None.
+        router: Learned corrections, for streams, contiguous; every part may be None.
     """
 
     queries: torch.Tensor
@@ -70,6 +73,11 @@ class Job:
     @property
     def stop(self) -> int:
         return self.start + self.queries.shape[2]
+
+    @property
+    def group(self) -> int:
+        """Choosers of a stream."""
+        return self.queries.shape[0] // self.near_keys.shape[0]
 
     @property
     def near_start(self) -> int:
@@ -113,14 +121,17 @@ def make_job(
     sink_logit: torch.Tensor | None = None,
     router: PageRouter | None = None,
 ) -> Job:
-    """Gather a call's arguments. See :func:`attend`."""
+    """Gather a call's arguments, queries (streams, heads, rows, head_dim). See :func:`attend`."""
     tile = config.tile if tile is None else tile
+    streams = queries.shape[0]
     problem = obstacle(config, queries, near_values, tile)
     if problem is not None:
         raise SurgeryError(f"the triton kernels cannot run this: {problem}.")
     queries, near_keys, near_values = (
         x if x.stride(-1) == 1 else x.contiguous() for x in (queries, near_keys, near_values)
     )
+    if tile > 1:
+        queries = queries.flatten(0, 1).unsqueeze(1)
     features = None
     last = start + queries.shape[2] - 1
     if layout is not None and closed_chunks(last, config, tile):
@@ -132,7 +143,7 @@ def make_job(
         layout,
         features,
         None if sink_logit is None else sink_logit.contiguous(),
-        (router or PageRouter()).for_streams(queries.shape[0], queries.device),
+        (router or PageRouter()).for_streams(streams, queries.device),
         config,
         start,
         tile,

@@ -22,12 +22,12 @@ class ScoreShape(NamedTuple):
 
     @classmethod
     def of(cls, job: Job, strip: Strip) -> "ScoreShape":
-        streams, heads = job.queries.shape[:2]
+        choosers, heads = job.queries.shape[:2]
         tile_pad = triton.next_power_of_2(job.tile)
         heads_pad = triton.next_power_of_2(heads)
         rows = job.tuning.score_rows
         # Fewer rows per program where there would not be two programs for each processor.
-        while rows > 32 and streams * strip.tiles * tile_pad * heads_pad < rows * 256:
+        while rows > 32 and choosers * strip.tiles * tile_pad * heads_pad < rows * 256:
             rows //= 2
         heads_block = min(heads_pad, max(1, rows // tile_pad))
         tiles_block = max(1, max(16, rows) // (tile_pad * heads_block))
@@ -52,6 +52,7 @@ def score_constants(job: Job, shape: ScoreShape) -> dict[str, Any]:
     if weighted and shape.head_blocks > 1:
         stages = 1  # weights are loaded for each block of heads: loads ahead would keep room for all of them
     return {
+        "GROUP": job.group,
         "HEADS": job.queries.shape[1],
         "HEADS_BLOCK": shape.heads_block,
         "TILE": job.tile,

@@ -25,7 +25,7 @@ def _rows(
     mean_weight_ptr,
     variance_weight_ptr,
     totals_ptr,
-    q_stream,
+    q_chooser,
     q_head,
     q_row,
     tiles,
@@ -52,20 +52,20 @@ def _rows(
     Squares carry the scale once, to be multiplied by it after the product as q·μ is; with a cap, twice.
     Bars are scores in log2 units.
     """
-    stream = tl.program_id(1).to(tl.int64)
+    chooser = tl.program_id(1).to(tl.int64)
     tile, head, position, live = rows_of_tiles(
         block_id, head_block, first_tile, tiles, start, stop,
         HEADS, HEADS_BLOCK, TILES_BLOCK, TILE, TILE_PAD,
     )  # fmt: skip
     q_offset = head.to(tl.int64) * q_head + (position - start).to(tl.int64) * q_row
-    q = load_rows(q_ptr + stream * q_stream, q_offset, 1, live, DIM, DIM_PAD, True)
+    q = load_rows(q_ptr + chooser * q_chooser, q_offset, 1, live, DIM, DIM_PAD, True)
     q, squares = score_factors(
-        q, scale if CAP else tl.sqrt(scale), mean_weight_ptr, variance_weight_ptr, stream,
+        q, scale if CAP else tl.sqrt(scale), mean_weight_ptr, variance_weight_ptr, chooser,
         head_block * HEADS_BLOCK, HEADS, HEADS_BLOCK, True, DIM, DIM_PAD, SPREAD, SPREAD_PAD,
     )  # fmt: skip
     # Rows that are not there, or have nothing closed, open nothing.
     live = live & ((first_tile + tile) * TILE >= dense_until)
-    cell = ((stream * tiles + tile) * TILE + position - (first_tile + tile) * TILE) * HEADS + head
+    cell = ((chooser * tiles + tile) * TILE + position - (first_tile + tile) * TILE) * HEADS + head
     bar = tl.load(totals_ptr + cell, mask=live, other=float("inf")) + log2_bar
     bar = tl.where(live, bar, float("inf"))
     return tl.trans(q), tl.trans(squares), bar, position - (first_tile + tile) * TILE
@@ -121,7 +121,7 @@ def list_kernel(
     counts_ptr,
     seen_ptr,
     first_ptr,
-    q_stream,
+    q_chooser,
     q_head,
     q_row,
     tiles,
@@ -133,6 +133,7 @@ def list_kernel(
     scale,
     softcap,
     log2_bar,
+    GROUP: tl.constexpr,
     HEADS: tl.constexpr,
     HEADS_BLOCK: tl.constexpr,
     TILES_BLOCK: tl.constexpr,
@@ -154,17 +155,18 @@ def list_kernel(
     """Score all closed pages against the rows' totals and list those that rows open.
 
     Writes, for every tile, its pages in ascending order, left-packed, as ``page * ENTRY + first_open``
-    (streams, tiles, capacity) int32; their number (streams, tiles) int32; and how many of the tile's
-    rows see each of them, summed (streams, tiles) int32. ``capacity`` is at least the number of closed
-    pages of the launch's last tile, so that a list cannot overflow. Grid: (blocks of tiles, streams).
-    With ``first_ptr`` (streams, tiles, capacity) uint8 also the first row of every closed page, TILE where
-    none opened it. ``log2_bar`` is the log2 of the share that opens a page.
+    (choosers, tiles, capacity) int32; their number (choosers, tiles) int32; and how many of the tile's
+    rows see each of them, summed (choosers, tiles) int32. ``capacity`` is at least the number of closed
+    pages of the launch's last tile, so that a list cannot overflow. Grid: (blocks of tiles, choosers),
+    GROUP choosers to a stream. With ``first_ptr`` (choosers, tiles, capacity) uint8 also the first row of
+    every closed page, TILE where none opened it. ``log2_bar`` is the log2 of the share that opens a page.
     """
     head_blocks: tl.constexpr = (HEADS + HEADS_BLOCK - 1) // HEADS_BLOCK
     per_chunk: tl.constexpr = CHUNK // PAGE
     per_tile: tl.constexpr = TILE_PAD * HEADS_BLOCK
     block_pages: tl.constexpr = BLOCK_BALLS // BALLS_PAD
-    stream = tl.program_id(1).to(tl.int64)
+    chooser = tl.program_id(1).to(tl.int64)
+    stream = tl.program_id(1) // GROUP
     block_id = tl.program_id(0)
 
     tile = block_id * TILES_BLOCK + tl.arange(0, TILES_BLOCK)
@@ -176,13 +178,13 @@ def list_kernel(
     low = tl.maximum(start - q_first, 0)
     high = tl.minimum(stop - q_first, TILE)
     sink_page = tl.load(sink_page_ptr + stream)
-    list_base = entries_ptr + (stream * tiles + tile.to(tl.int64)) * capacity
+    list_base = entries_ptr + (chooser * tiles + tile.to(tl.int64)) * capacity
     count = tl.zeros([TILES_BLOCK], tl.int32)
     seen = tl.zeros([TILES_BLOCK], tl.int32)
 
     if head_blocks == 1:
         queries, squares, bar, row = _rows(
-            block_id, 0, q_ptr, mean_weight_ptr, variance_weight_ptr, totals_ptr, q_stream, q_head, q_row,
+            block_id, 0, q_ptr, mean_weight_ptr, variance_weight_ptr, totals_ptr, q_chooser, q_head, q_row,
             tiles, start, stop, first_tile, dense_until, scale, softcap, log2_bar,
             HEADS, HEADS_BLOCK, TILES_BLOCK, TILE, TILE_PAD, DIM, DIM_PAD,
             SPREAD, SPREAD_PAD, CAP,
@@ -195,18 +197,18 @@ def list_kernel(
         present = (block + index // BALLS_PAD < last) & (index % BALLS_PAD < BALLS)
         # What lies behind the last page may be anything: it is not listed.
         if BALLS == BALLS_PAD:
-            mean = means.load([tl.program_id(1), block * BALLS, 0])
-            spread = spreads.load([tl.program_id(1), block * BALLS, 0])
+            mean = means.load([stream, block * BALLS, 0])
+            spread = spreads.load([stream, block * BALLS, 0])
         else:
-            mean = means.load([tl.program_id(1), block, 0, 0])
-            spread = spreads.load([tl.program_id(1), block, 0, 0])
+            mean = means.load([stream, block, 0, 0])
+            spread = spreads.load([stream, block, 0, 0])
         mean, spread = mean.reshape(BLOCK_BALLS, DIM_PAD), spread.reshape(BLOCK_BALLS, SPREAD_PAD)
         first = tl.full([block_pages, TILES_BLOCK], TILE, tl.int32)
         for head_block in tl.static_range(head_blocks):
             if head_blocks > 1:
                 queries, squares, bar, row = _rows(
                     block_id, head_block, q_ptr, mean_weight_ptr, variance_weight_ptr, totals_ptr,
-                    q_stream, q_head, q_row,
+                    q_chooser, q_head, q_row,
                     tiles, start, stop, first_tile, dense_until, scale, softcap, log2_bar,
                     HEADS, HEADS_BLOCK, TILES_BLOCK, TILE, TILE_PAD, DIM, DIM_PAD,
                     SPREAD, SPREAD_PAD, CAP,
@@ -220,7 +222,7 @@ def list_kernel(
             first = tl.minimum(first, tl.min(opened, 2))
         first = tl.where((page == sink_page)[:, None], 0, first)
         if first_ptr is not None:
-            table = first_ptr + (stream * tiles + tile.to(tl.int64)) * capacity
+            table = first_ptr + (chooser * tiles + tile.to(tl.int64)) * capacity
             closed_page = page[:, None] < pages[None, :]
             tl.store(table[None, :] + page[:, None], first.to(tl.uint8), mask=closed_page)
         listed = (first < TILE) & (page[:, None] < pages[None, :])
@@ -230,6 +232,6 @@ def list_kernel(
         rows_seen = tl.maximum(high[None, :] - tl.maximum(first, low[None, :]), 0)
         seen += tl.sum(tl.where(listed, rows_seen, 0), 0)
 
-    cell = stream * tiles + tile
+    cell = chooser * tiles + tile
     tl.store(counts_ptr + cell, count, mask=tile < tiles)
     tl.store(seen_ptr + cell, seen, mask=tile < tiles)

@@ -76,14 +76,15 @@ def attend(
     lse = queries.new_empty(streams, heads, rows, dtype=torch.float32)
     plans = []
     means = means_for(job)
+    by_chooser = out.view(*job.queries.shape[:3], -1), lse.view(job.queries.shape[:3])
     with launching(queries):
         for strip in job.strips():
             plan = None
             if strip.pages:
                 plan = select(job, strip)
-            attend_strip(job, strip, plan, out, lse)
+            attend_strip(job, strip, plan, *by_chooser)
             if plan is not None and means is not None:
-                summarise_strip(job, strip, plan, means, out, lse)
+                summarise_strip(job, strip, plan, means, *by_chooser)
             if plan is not None:
                 kept = plan if keep_lists or trim_lists else dataclasses.replace(plan, entries=None)
                 kept = dataclasses.replace(kept, first=None)
@@ -106,12 +107,14 @@ def attend_strip(
 ) -> None:
     """Near field, then the plan's pages, of one strip; writes its rows of ``out`` and ``lse``.
 
+    These are (choosers, heads of each, rows, value_dim) and (choosers, heads of each, rows).
+
     ``page_bias`` (streams, tiles, listed, heads, tile) float32, contiguous, is added to listed pages' logits.
     """
     if page_bias is None and hopper.attends(job):
         hopper.attend_strip(job, strip, plan, out, lse)
         return
-    streams, heads = job.queries.shape[:2]
+    choosers, heads = job.queries.shape[:2]
     tile_pad = triton.next_power_of_2(job.tile)
     heads_block = heads_of_tile(heads, job.tuning.rows, tile_pad)
     far_keys, far_values = job.near_keys, job.near_values
@@ -129,7 +132,7 @@ def attend_strip(
     size = job.queries.element_size()
     room = job.tuning.shared - heads_block * tile_pad * dim_pad * size
     ahead = room // (page_pad * (dim_pad + value_pad) * size)
-    attend_kernel[(strip.tiles * triton.cdiv(heads, heads_block), streams)](
+    attend_kernel[(strip.tiles * triton.cdiv(heads, heads_block), choosers)](
         job.queries,
         described(job.near_keys, block_near, dim_pad),
         described(job.near_values, block_near, value_pad),
@@ -153,6 +156,7 @@ def attend_strip(
         *placed_rows(job, strip),
         job.scale,
         1.0 if job.softcap is None else job.softcap,
+        GROUP=job.group,
         HEADS=heads,
         HEADS_BLOCK=heads_block,
         TILE=job.tile,

@@ -56,7 +56,7 @@ def totals_kernel(
     mean_weight_ptr,
     variance_weight_ptr,
     totals_ptr,
-    q_stream,
+    q_chooser,
     q_head,
     q_row,
     tiles,
@@ -67,6 +67,7 @@ def totals_kernel(
     dense_until,
     scale,
     softcap,
+    GROUP: tl.constexpr,
     HEADS: tl.constexpr,
     HEADS_BLOCK: tl.constexpr,
     TILES_BLOCK: tl.constexpr,
@@ -88,13 +89,15 @@ def totals_kernel(
     """Log-sum-exp, in log2 units, of every row's whole attention as selection sees it.
 
     The near field is exact, closed balls count by their scores, attention sinks are included. With
-    ``offset_ptr`` (streams, HEADS) float32 a head's totals are raised by it: what is added to log θ. Weights
+    ``offset_ptr`` (choosers, HEADS) float32 a head's totals are raised by it: what is added to log θ. Weights
     of channels are those of ``score_factors``. Rows without closed chunks are left unwritten. Grid: (blocks
-    of tiles * blocks of heads, streams). Writes (streams, tiles, TILE, HEADS) float32.
+    of tiles * blocks of heads, choosers), GROUP choosers to a stream. Writes (choosers, tiles, TILE, HEADS)
+    float32.
     """
     head_blocks: tl.constexpr = (HEADS + HEADS_BLOCK - 1) // HEADS_BLOCK
-    stream = tl.program_id(1)
-    wide_stream = stream.to(tl.int64)
+    chooser = tl.program_id(1)
+    wide_chooser = chooser.to(tl.int64)
+    stream = chooser // GROUP
     tile, head, position, live = rows_of_tiles(
         tl.program_id(0) // head_blocks,
         tl.program_id(0) % head_blocks,
@@ -114,28 +117,28 @@ def totals_kernel(
     least = tl.min(tl.where(live, closed, most), 0)
     if most > 0:
         q_offset = head.to(tl.int64) * q_head + (position - start).to(tl.int64) * q_row
-        q = load_rows(q_ptr + wide_stream * q_stream, q_offset, 1, live, DIM, DIM_PAD, True)
+        q = load_rows(q_ptr + wide_chooser * q_chooser, q_offset, 1, live, DIM, DIM_PAD, True)
         rows: tl.constexpr = TILES_BLOCK * TILE_PAD * HEADS_BLOCK
         top = tl.full([rows], FLOOR, tl.float32)
         total = tl.zeros([rows], tl.float32)
         if SINK:
-            sink = tl.load(sink_ptr + stream * HEADS + head, mask=head < HEADS, other=0.0)
+            sink = tl.load(sink_ptr + chooser * HEADS + head, mask=head < HEADS, other=0.0)
             top = tl.maximum(sink.to(tl.float32) * LOG2E, FLOOR)
             total = total + 1.0
         factor = scale * LOG2E
         if CAP:
             factor = 1.0
         end = tl.max(tl.where(live, position, -1), 0) + 1
+        # Keys up to the first query are seen by every row whose near field begins as early: only what follows
+        # needs the mask.
         masked = least * CHUNK
-        if TILES_BLOCK == 1:
-            # Keys up to the tile's first query are seen by every row: only what follows needs the mask.
-            seen = (first_tile + tl.program_id(0) // head_blocks) * TILE + 1 - masked
-            masked += tl.maximum(seen, 0) // BLOCK_NEAR * BLOCK_NEAR
-            for block in range(least * CHUNK, masked, BLOCK_NEAR):
-                k = near_k.load([stream, block - near_start, 0]).reshape(BLOCK_NEAR, DIM_PAD)
-                products = tl.dot(q, tl.trans(k))
-                logits = cap_logits(products, scale, softcap, CAP) * factor
-                total, top = sum_step(total, top, logits)
+        seen = (first_tile + tl.program_id(0) // head_blocks * TILES_BLOCK) * TILE + 1 - masked
+        masked += tl.where(least == most, tl.maximum(seen, 0) // BLOCK_NEAR * BLOCK_NEAR, 0)
+        for block in range(least * CHUNK, masked, BLOCK_NEAR):
+            k = near_k.load([stream, block - near_start, 0]).reshape(BLOCK_NEAR, DIM_PAD)
+            products = tl.dot(q, tl.trans(k))
+            logits = cap_logits(products, scale, softcap, CAP) * factor
+            total, top = sum_step(total, top, logits)
         for block in range(masked, end, BLOCK_NEAR):
             key = block + tl.arange(0, BLOCK_NEAR)
             k = near_k.load([stream, block - near_start, 0]).reshape(BLOCK_NEAR, DIM_PAD)
@@ -144,7 +147,7 @@ def totals_kernel(
             visible = (key[None, :] >= (closed * CHUNK)[:, None]) & (key[None, :] <= position[:, None])
             total, top = sum_step(total, top, tl.where(visible, logits, float("-inf")))
         q, squares = score_factors(
-            q, scale, mean_weight_ptr, variance_weight_ptr, stream,
+            q, scale, mean_weight_ptr, variance_weight_ptr, chooser,
             tl.program_id(0) % head_blocks * HEADS_BLOCK, HEADS, HEADS_BLOCK, True,
             DIM, DIM_PAD, SPREAD, SPREAD_PAD,
         )  # fmt: skip
@@ -166,7 +169,7 @@ def totals_kernel(
             far = ball[None, :] < (closed * per_chunk)[:, None]
             total, top = sum_step(total, top, tl.where(far, scores, float("-inf")))
         row = position - (first_tile + tile) * TILE
-        cell = ((wide_stream * tiles + tile) * TILE + row) * HEADS + head
+        cell = ((wide_chooser * tiles + tile) * TILE + row) * HEADS + head
         if offset_ptr is not None:
-            top += tl.load(offset_ptr + stream * HEADS + head, mask=live, other=0.0) * LOG2E
+            top += tl.load(offset_ptr + chooser * HEADS + head, mask=live, other=0.0) * LOG2E
         tl.store(totals_ptr + cell, top + tl.log2(total), mask=live)

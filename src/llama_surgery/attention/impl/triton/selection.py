@@ -24,12 +24,12 @@ def select(job: Job, strip: Strip) -> TiledPlan:
 
 
 def row_totals(job: Job, strip: Strip) -> torch.Tensor:
-    """Log-sum-exp, in log2 units, of the rows: (streams, tiles, tile, heads) float32.
+    """Log-sum-exp, in log2 units, of the rows: (choosers, tiles, tile, heads of each) float32.
 
     Learned offsets are added to it: shares that are measured by it are to be compared with θ.
     """
-    streams, heads = job.queries.shape[:2]
-    totals = job.queries.new_empty(streams, strip.tiles, job.tile, heads, dtype=torch.float32)
+    choosers, heads = job.queries.shape[:2]
+    totals = job.queries.new_empty(choosers, strip.tiles, job.tile, heads, dtype=torch.float32)
     shape = ScoreShape.of(job, strip)
     assert job.features is not None
     head_dim, block_balls = job.queries.shape[-1], job.tuning.block_balls
@@ -37,7 +37,7 @@ def row_totals(job: Job, strip: Strip) -> torch.Tensor:
     constants = score_constants(job, shape)
     if job.config.variance_pool > 1:
         constants |= {"num_warps": job.tuning.totals_warps, "num_stages": job.tuning.totals_stages}
-    totals_kernel[(shape.blocks * shape.head_blocks, streams)](
+    totals_kernel[(shape.blocks * shape.head_blocks, choosers)](
         job.queries,
         described(job.near_keys, job.tuning.block_near, constants["DIM_PAD"]),
         described(mean, block_balls, constants["DIM_PAD"]),
@@ -105,9 +105,9 @@ def list_pages(job: Job, strip: Strip, totals: torch.Tensor) -> TiledPlan:
 
 def _new_plan(job: Job, strip: Strip) -> tuple[TiledPlan, tuple[torch.Tensor, ...]]:
     """An unwritten plan, and what the kernels write: sink page (read), entries, counts, rows."""
-    streams = job.queries.shape[0]
-    entries = job.queries.new_empty(streams, strip.tiles, strip.pages, dtype=torch.int32)
-    counts, rows_seen = (job.queries.new_empty(streams, strip.tiles, dtype=torch.int32) for _ in range(2))
+    choosers = job.queries.shape[0]
+    entries = job.queries.new_empty(choosers, strip.tiles, strip.pages, dtype=torch.int32)
+    counts, rows_seen = (job.queries.new_empty(choosers, strip.tiles, dtype=torch.int32) for _ in range(2))
     start = max(job.start, strip.first_tile * job.tile)
     stop = min(job.stop, (strip.first_tile + strip.tiles) * job.tile)
     assert job.layout is not None

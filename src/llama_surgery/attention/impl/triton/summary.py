@@ -34,7 +34,7 @@ def summarise_strip(
 ) -> None:
     """Add one key for every page, or ball, that rows of a strip do not see to ``out`` and ``lse``.
 
-    ``means`` are those of :func:`means_for`.
+    ``means`` are those of :func:`means_for`, ``out`` and ``lse`` those of :func:`prefill.attend_strip`.
     """
     features, config = job.features, job.config
     assert features is not None
@@ -67,6 +67,7 @@ def summarise_strip(
         strip.tiles,
         strip.pages,
         *scored_rows(job, strip),
+        GROUP=job.group,
         HEADS=heads,
         HEADS_BLOCK=heads_block,
         TILE=job.tile,

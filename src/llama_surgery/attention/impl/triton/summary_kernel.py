@@ -31,13 +31,13 @@ def summary_kernel(
     weight_ptr,
     out_ptr,
     lse_ptr,
-    q_stream,
+    q_chooser,
     q_head,
     q_row,
-    out_stream,
+    out_chooser,
     out_head,
     out_row,
-    lse_stream,
+    lse_chooser,
     lse_head,
     tiles,
     capacity,
@@ -47,6 +47,7 @@ def summary_kernel(
     dense_until,
     scale,
     softcap,
+    GROUP: tl.constexpr,
     HEADS: tl.constexpr,
     HEADS_BLOCK: tl.constexpr,
     TILE: tl.constexpr,
@@ -71,18 +72,19 @@ def summary_kernel(
 
     A ball's logit is that of ``ball_weights``, its value the mean of its keys' values; a page's logit is the
     log-sum-exp of its balls'. ``means``, ``spreads`` and ``values`` are described by pages: (streams, pages,
-    balls, dim), values (streams, pages, dim) unless BY_BALL. ``first_ptr`` (streams, tiles, capacity) uint8
-    holds the first row of the tile that opened each page, TILE where none did. ``weight_ptr`` (streams,
+    balls, dim), values (streams, pages, dim) unless BY_BALL. ``first_ptr`` (choosers, tiles, capacity) uint8
+    holds the first row of the tile that opened each page, TILE where none did. ``weight_ptr`` (choosers,
     HEADS) float32, if not None, is added to a head's logits; weights of channels are those of
     ``score_factors``. Rows are those of ``attend_kernel``, whose ``out`` and ``lse`` are read and written.
-    Grid: (tiles of this launch * blocks of heads, streams).
+    Grid: (tiles of this launch * blocks of heads, choosers).
     """
     head_blocks: tl.constexpr = (HEADS + HEADS_BLOCK - 1) // HEADS_BLOCK
     rows: tl.constexpr = TILE_PAD * HEADS_BLOCK
     balls: tl.constexpr = BLOCK_PAGES * BALLS_PAD
     tile = tl.program_id(0) // head_blocks
-    stream = tl.program_id(1)
-    wide_stream = stream.to(tl.int64)
+    chooser = tl.program_id(1)
+    wide_chooser = chooser.to(tl.int64)
+    stream = chooser // GROUP
     m = tl.arange(0, rows)
     row = m % TILE_PAD
     head = (tl.program_id(0) % head_blocks) * HEADS_BLOCK + m // TILE_PAD
@@ -93,15 +95,15 @@ def summary_kernel(
     if pages > 0:
         local = (position - start).to(tl.int64)
         q_offset = head.to(tl.int64) * q_head + local * q_row
-        q = load_rows(q_ptr + wide_stream * q_stream, q_offset, 1, live, DIM, DIM_PAD, True)
+        q = load_rows(q_ptr + wide_chooser * q_chooser, q_offset, 1, live, DIM, DIM_PAD, True)
         q, squares = score_factors(
-            q, scale, mean_weight_ptr, variance_weight_ptr, stream,
+            q, scale, mean_weight_ptr, variance_weight_ptr, chooser,
             tl.program_id(0) % head_blocks * HEADS_BLOCK, HEADS, HEADS_BLOCK, False,
             DIM, DIM_PAD, SPREAD, SPREAD_PAD,
         )  # fmt: skip
         if weight_ptr is not None:
-            weight = tl.load(weight_ptr + stream * HEADS + head, mask=live, other=0.0)
-        first_base = first_ptr + (wide_stream * tiles + tile) * capacity
+            weight = tl.load(weight_ptr + chooser * HEADS + head, mask=live, other=0.0)
+        first_base = first_ptr + (wide_chooser * tiles + tile) * capacity
         index = tl.arange(0, balls)
         top = tl.full([rows], FLOOR, tl.float32)
         total = tl.zeros([rows], tl.float32)
@@ -128,10 +130,10 @@ def summary_kernel(
             acc, total, top = softmax_step(acc, total, top, logits, 1.0, v, live, False)
 
         column = tl.arange(0, VALUE_PAD)
-        out_offset = wide_stream * out_stream + head.to(tl.int64) * out_head + local * out_row
+        out_offset = wide_chooser * out_chooser + head.to(tl.int64) * out_head + local * out_row
         cells = out_ptr + out_offset[:, None] + column[None, :]
         keep = live[:, None] & (column < VALUE_DIM)[None, :]
-        lse_cells = lse_ptr + wide_stream * lse_stream + head.to(tl.int64) * lse_head + local
+        lse_cells = lse_ptr + wide_chooser * lse_chooser + head.to(tl.int64) * lse_head + local
         seen = tl.load(lse_cells, mask=live, other=0.0) * LOG2E
         seen_out = tl.load(cells, mask=keep, other=0.0).to(tl.float32)
         new_top = tl.maximum(top, seen)

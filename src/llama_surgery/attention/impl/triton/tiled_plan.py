@@ -14,17 +14,17 @@ ENTRY = 256
 
 @dataclasses.dataclass(frozen=True)
 class TiledPlan:
-    """Far pages of consecutive tiles whose rows may differ in closed chunks.
+    """Far pages of consecutive tiles whose rows may differ in closed chunks; choosers are those of ``Plan``.
 
     Attributes:
         start: Position of the first row.
         stop: One past the position of the last row.
         tile: Queries of a tile; the first and the last may be partial.
-        counts: (streams, tiles) int32, pages of each tile.
-        rows_seen: (streams, tiles) int32, for how many rows its pages are visible, summed over pages.
-        entries: (streams, tiles, capacity) int32 lists, the first ``counts`` of each are valid: ascending
+        counts: (choosers, tiles) int32, pages of each tile.
+        rows_seen: (choosers, tiles) int32, for how many rows its pages are visible, summed over pages.
+        entries: (choosers, tiles, capacity) int32 lists, the first ``counts`` of each are valid: ascending
             ``page * ENTRY + first_open``; None where they were not kept.
-        first: (streams, tiles, capacity) uint8, first row of every closed page, ``tile`` where none opened
+        first: (choosers, tiles, capacity) uint8, first row of every closed page, ``tile`` where none opened
             it; kept for summaries alone.
         pages: Closed pages of the last tile, where the lists have no room for as many.
     """
@@ -54,18 +54,18 @@ class TiledPlan:
         return dataclasses.replace(self, entries=self.entries[..., :longest].clone(), pages=room)
 
     def executed_pairs(self, page_size: int) -> torch.Tensor:
-        """(streams,) int64: (query, key) pairs the far pass reads for one query head."""
+        """(choosers,) int64: (query, key) pairs the far pass reads for one query head."""
         first = self.start // self.tile * self.tile
         anchors = torch.arange(first, self.stop, self.tile, device=self.counts.device)
         rows = (anchors + self.tile).clamp_max(self.stop) - anchors.clamp_min(self.start)
         return (self.counts.long() * rows).sum(1) * page_size
 
     def visible_pairs(self, page_size: int) -> torch.Tensor:
-        """(streams,) int64: pairs that the rows may see, first-open rows respected."""
+        """(choosers,) int64: pairs that the rows may see, first-open rows respected."""
         return self.rows_seen.long().sum(1) * page_size
 
     def first_open(self) -> torch.Tensor:
-        """(streams, tiles, pages) int64: first row that opened each page, ``tile`` where none did."""
+        """(choosers, tiles, pages) int64: first row that opened each page, ``tile`` where none did."""
         if self.entries is None:
             raise ValueError("the lists of this plan were not kept: ask for keep_lists=True.")
         room = self.entries.shape[-1]
