@@ -20,7 +20,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor as GluonDes
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from llama_surgery.attention.impl.triton import (
-    backward,
+    backward_lists,
     backward_pass,
     decode,
     decode_cache,
@@ -77,9 +77,8 @@ KERNELS = {
         "query_gradient_kernel",
         "near_gradient_kernel",
         "far_gradient_kernel",
-        "place_kernel",
-        "reader_kernel",
     ),
+    backward_lists: ("place_kernel", "reader_kernel"),
     decode_cache: ("append_kernel",),
     decode: ("score_kernel", "open_kernel", "merge_kernel"),
     token_mask: ("window_kernel", "ball_list_kernel", "ball_kernel"),
@@ -180,20 +179,14 @@ def filled_while_read(ttgir: str) -> bool:
 def launch_backward(
     states: torch.Tensor, keys: torch.Tensor, built: Layout, config: SurgeryConfig, extra: dict[str, Any]
 ) -> None:
-    """Forward and backward over lists of four pages, with biases and without."""
-    states.requires_grad_()
-    keys.requires_grad_()
+    """The backward pass over lists of four pages."""
     streams, heads, length, _ = states.shape
     counts = torch.zeros(streams * heads, length // config.tile, dtype=torch.int32)
     plan = TiledPlan(0, length, config.tile, counts, counts, counts.new_zeros(*counts.shape, 4))
-    differentiable = dataclasses.replace(built, keys=keys[:, :1536], values=keys[:, :1536])
-    for bias in (None, torch.zeros(*counts.shape, 4, 1, config.tile, requires_grad=True)):
-        out, _ = backward.attend_plan(
-            states, keys, keys, differentiable, plan, config=config, page_bias=bias, **extra
-        )
-        out.sum().backward()
-    states.requires_grad_(False)
-    keys.requires_grad_(False)
+    call = backward_pass.Call(config, 0, config.tile, None, extra.get("softcap"), (plan,))
+    far, sinks = (keys[:, :1536], keys[:, :1536]), extra.get("sink_logit")
+    passed = backward_pass.States(states, keys, keys, *far, sinks, states, torch.zeros(states.shape[:3]))
+    backward_pass.gradients(call, passed, states, None, [True] * 6)
 
 
 def corrections(kv_heads: int, group: int, head_dim: int) -> PageRouter:

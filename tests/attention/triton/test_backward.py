@@ -9,11 +9,10 @@ import torch
 pytest.importorskip("triton")
 
 from llama_surgery.attention import api
-from llama_surgery.attention.impl.triton import backward, backward_pass, job, prefill
+from llama_surgery.attention.impl.triton import backward, backward_lists, backward_pass, job, prefill
 from llama_surgery.attention.impl.triton.backward_tuning import BackwardTuning
 from llama_surgery.attention.impl.triton.tiled_plan import ENTRY, TiledPlan
 from llama_surgery.config import SurgeryConfig
-from llama_surgery.errors import SurgeryError
 from llama_surgery.topology.geometry import closed_chunks
 from llama_surgery.topology.layout import Layout, reorder
 from llama_surgery.topology.layout import build_layout as plain_layout
@@ -37,7 +36,6 @@ class Case:
     softcap: float | None = None
     sink: bool = False
     tile: int | None = None
-    bias: bool = False
     spread: float = 2.0
 
 
@@ -80,7 +78,6 @@ def plain(
     plans: list[TiledPlan],
     case: Case,
     config: SurgeryConfig,
-    page_bias: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Masked softmax over all keys in order of position: each row's near field and what the plans open."""
     streams, total, dim = x["keys"].shape
@@ -90,7 +87,6 @@ def plain(
     key = torch.arange(total, device=position.device)
     near = (key <= position[:, None]) & (key >= begin.to(key.device)[:, None])
     visible = near.expand(streams, case.heads, case.rows, total).clone()
-    extra = torch.zeros(visible.shape, dtype=x["keys"].dtype, device=key.device)
     for plan in plans:
         choosers, tiles = plan.counts.shape
         assert choosers == streams * (1 if tile == 1 else case.heads)
@@ -108,13 +104,10 @@ def plain(
                 rows = range(max(anchor + first_open, plan.start), min(anchor + tile, plan.stop))
                 for p in rows:
                     visible[stream, heads, p - case.past, seen] = True
-                    if page_bias is not None:
-                        bias = page_bias[chooser, i, place, :, p - anchor]
-                        extra[stream, heads, p - case.past, seen] = bias[:, None]
     logits = x["queries"] @ x["keys"].unsqueeze(1).transpose(-1, -2) * dim**-0.5
     if case.softcap is not None:
         logits = case.softcap * torch.tanh(logits / case.softcap)
-    logits = (logits + extra).masked_fill(~visible, -torch.inf)
+    logits = logits.masked_fill(~visible, -torch.inf)
     if "sink_logit" in x:
         sink = x["sink_logit"][..., None, None].expand(*logits.shape[:3], 1)
         lse = torch.cat((logits, sink), -1).logsumexp(-1)
@@ -140,19 +133,10 @@ def run(
     }
     layout = laid_out(x["keys"], x["values"], order, built)
     call = (x["queries"], x["keys"], x["values"], layout)
-    if case.bias:
-        plan = backward.plan_pages(*call, start=case.past, tile=case.tile, **options)
-        each = case.streams * case.heads // len(plan.counts)
-        shape = (*plan.entries.shape, each, plan.tile)  # type: ignore[union-attr]
-        bias = torch.randn(shape, generator=torch.Generator().manual_seed(3)).to(device)
-        x["page_bias"] = bias.requires_grad_()
-        out, lse = backward.attend_plan(*call, plan, page_bias=x["page_bias"], **options)
-        plans = [plan]
-    else:
-        result = backward.attend(*call, start=case.past, tile=case.tile, **options)
-        out, lse, plans = result.out, result.lse, result.plans
+    result = backward.attend(*call, start=case.past, tile=case.tile, **options)
+    out, lse, plans = result.out, result.lse, result.plans
     y = leaves({name: v for name, v in x.items()}, torch.float64)
-    exact = plain(y, order, plans, case, config, y.get("page_bias"))
+    exact = plain(y, order, plans, case, config)
     got, want = {"out": out, "lse": lse}, dict(zip(("out", "lse"), exact, strict=True))
     for found, source in ((got, x), (want, y)):
         loss = (found["out"] * source["d_out"]).sum() + (found["lse"] * source["d_lse"]).sum()
@@ -196,15 +180,12 @@ class TestAgainstPlainAttention:
     def test_sink_logits(self, device: torch.device) -> None:
         check(Case(40, 128, sink=True), CONFIG, device)
 
-    def test_page_bias(self, device: torch.device) -> None:
-        plans = check(Case(40, 121, 3, bias=True), CONFIG, device)
+    def test_lists_of_different_lengths(self, device: torch.device) -> None:
+        plans = check(Case(40, 121, 3), CONFIG, device)
         assert plans[0].counts.min() < plans[0].counts.max()
 
-    def test_page_bias_with_cap_and_sink(self, device: torch.device) -> None:
-        check(Case(40, 128, softcap=2.0, sink=True, bias=True), CONFIG, device)
-
-    def test_page_bias_without_a_far_field(self, device: torch.device) -> None:
-        assert not check(Case(40, bias=True), CONFIG, device)[0].counts.any()
+    def test_softcap_with_sink_logits(self, device: torch.device) -> None:
+        check(Case(40, 128, softcap=2.0, sink=True), CONFIG, device)
 
     def test_tiles_of_one_query(self, device: torch.device) -> None:
         check(Case(3, 197, 4, tile=1), CONFIG, device)
@@ -217,7 +198,7 @@ class TestAgainstPlainAttention:
 
     def test_sizes_that_are_no_powers_of_two(self, device: torch.device) -> None:
         config = SurgeryConfig(chunk_size=192, page_size=24, window=24, tile=12, theta=0.03, moment_size=6)
-        check(Case(31, 250, 3, 24, streams=1, bias=True), config, device)
+        check(Case(31, 250, 3, 24, streams=1), config, device)
 
     def test_keys_far_from_the_origin(self, device: torch.device) -> None:
         """Logits of hundreds: weights without their log-sum-exp would overflow."""
@@ -233,7 +214,7 @@ class TestAgainstPlainAttention:
     def test_small_steps(self, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
         small = BackwardTuning(rows=16, block_near=16, block_keys=16, block_rows=16)
         monkeypatch.setattr(backward_pass, "backward_tuning_for", lambda *_: small)
-        monkeypatch.setattr(backward_pass, "LIST_BLOCK", 2)
+        monkeypatch.setattr(backward_lists, "LIST_BLOCK", 2)
         check(Case(36, 110, 3, streams=1), CONFIG, device)
 
 
@@ -278,25 +259,10 @@ def test_readers_of_pages(device: torch.device) -> None:
         [[[2 * ENTRY + 1, -7], [0 * ENTRY + 3, 2 * ENTRY]]], dtype=torch.int32, device=device
     )
     counts = torch.tensor([[1, 2]], dtype=torch.int32, device=device)
-    places, readers, number = backward_pass.transpose(TiledPlan(0, 32, 16, counts, counts, listed), 3)
+    readers, number = backward_lists.transpose(TiledPlan(0, 32, 16, counts, counts, listed), 3)
     assert number.tolist() == [[1, 0, 2]]
     assert readers[0, 0, :1].tolist() == [1 * ENTRY + 3]
     assert readers[0, 2].tolist() == [0 * ENTRY + 1, 1 * ENTRY + 0]
-    assert places.tolist() == [[[-1, 3], [-1, -1], [1, ENTRY]]]
-
-
-def test_what_does_not_fit_a_plan_is_refused(device: torch.device) -> None:
-    given = inputs(Case(20, 130), device)
-    layout = plain_layout(given["keys"][:, :128], given["values"][:, :128], CONFIG)
-    call = (given["queries"], given["keys"], given["values"], layout)
-    plan = backward.plan_pages(*call, config=CONFIG, start=130)
-    short = (given["queries"][:, :, 1:], *call[1:])
-    with pytest.raises(SurgeryError, match="20 rows, the queries are 4 choosers of 19"):
-        backward.attend_plan(*short, plan, config=CONFIG)
-    with pytest.raises(SurgeryError, match=r"page_bias \(2, 2\)"):
-        backward.attend_plan(*call, plan, config=CONFIG, page_bias=torch.zeros(2, 2, device=device))
-    with pytest.raises(SurgeryError, match="plan_pages"):
-        backward.attend_plan(*call, dataclasses.replace(plan, entries=None), config=CONFIG)
 
 
 def dense_half(x: Tensors, visible: torch.Tensor, group: int) -> torch.Tensor:

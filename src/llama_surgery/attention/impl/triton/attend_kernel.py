@@ -29,7 +29,6 @@ def attend_kernel(
     entries_ptr,
     counts_ptr,
     sink_ptr,
-    bias_ptr,
     out_ptr,
     lse_ptr,
     q_chooser,
@@ -77,8 +76,6 @@ def attend_kernel(
     Row m of the matrix tile is query ``m % TILE_PAD`` of head ``m // TILE_PAD``. Grid: (tiles of this
     launch * blocks of heads, choosers), GROUP choosers to a stream of keys. ``start … stop`` are the
     positions of the queries given, ``first_tile`` is the launch's first tile counted from position 0.
-    ``bias_ptr``, if not None, holds what is added to the logits of listed pages: (streams, tiles,
-    capacity, heads, tile); PAGES_PER_STEP is then 1.
     """
     head_blocks: tl.constexpr = (HEADS + HEADS_BLOCK - 1) // HEADS_BLOCK
     rows: tl.constexpr = TILE_PAD * HEADS_BLOCK
@@ -142,10 +139,6 @@ def attend_kernel(
                 v = far_v.load([stream, first, 0]).reshape(PAGE_PAD, VALUE_PAD)
                 products = tl.dot(q, tl.trans(k))
                 products = cap_logits(products, scale, softcap, CAP)
-                if bias_ptr is not None:
-                    cell = ((listed * capacity + place) * HEADS + head) * TILE + row
-                    bias = tl.load(bias_ptr + cell, mask=live, other=0.0)
-                    products = products * factor + (bias * LOG2E)[:, None]
                 if PAGE != PAGE_PAD:
                     products = tl.where((within < PAGE)[None, :], products, float("-inf"))
                 acc, total, top = softmax_step(
@@ -153,7 +146,7 @@ def attend_kernel(
                     total,
                     top,
                     products,
-                    factor if bias_ptr is None else 1.0,
+                    factor,
                     v,
                     row >= entry % ENTRY,
                     True,

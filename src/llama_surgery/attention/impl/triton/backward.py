@@ -1,4 +1,4 @@
-"""Attention through the pages topology with gradients: by queries, keys, values, sink logits, page biases.
+"""Attention through the pages topology with gradients: by queries, keys, values, sink logits.
 
 What rows open is constant: no gradient passes through the selection.
 """
@@ -13,11 +13,8 @@ from llama_surgery.attention.impl.triton import layout as layouts
 from llama_surgery.attention.impl.triton import prefill
 from llama_surgery.attention.impl.triton.backward_pass import Call, States, gradients
 from llama_surgery.attention.impl.triton.helpers import launching
-from llama_surgery.attention.impl.triton.job import Strip, make_job
-from llama_surgery.attention.impl.triton.selection import select
 from llama_surgery.attention.impl.triton.tiled_plan import TiledPlan
 from llama_surgery.config import SurgeryConfig
-from llama_surgery.errors import SurgeryError
 from llama_surgery.topology.layout import Layout, reorder
 from llama_surgery.topology.router import PageRouter
 
@@ -75,124 +72,9 @@ def attend(
         )
     call = Call(config, start, config.tile if tile is None else tile, scale, softcap, tuple(result.plans))
     far_keys, far_values = (None, None) if layout is None else (layout.keys, layout.values)
-    states = States(
-        queries, near_keys, near_values, far_keys, far_values, sink_logit, None, result.out, result.lse
-    )
+    states = States(queries, near_keys, near_values, far_keys, far_values, sink_logit, result.out, result.lse)
     out, lse = _Gradients.apply(call, states, *states.inputs())
     return dataclasses.replace(result, out=out, lse=lse)
-
-
-def plan_pages(
-    queries: torch.Tensor,
-    near_keys: torch.Tensor,
-    near_values: torch.Tensor,
-    layout: Layout | None,
-    *,
-    config: SurgeryConfig,
-    start: int,
-    tile: int | None = None,
-    scale: float | None = None,
-    softcap: float | None = None,
-    sink_logit: torch.Tensor | None = None,
-) -> TiledPlan:
-    """What the rows open, for :func:`attend_plan`: lists cut to the longest of them.
-
-    Arguments are those of :func:`attend`. The length of the longest list is read back to the host, once.
-    """
-    with torch.no_grad():
-        job = make_job(
-            queries,
-            near_keys,
-            near_values,
-            layout,
-            config=config,
-            start=start,
-            tile=tile,
-            scale=scale,
-            softcap=softcap,
-            sink_logit=sink_logit,
-        )
-        strip = job.whole()
-        if strip.pages == 0:
-            counts = torch.zeros(job.queries.shape[0], strip.tiles, dtype=torch.int32, device=queries.device)
-            entries = counts.new_empty(*counts.shape, 0)
-            return TiledPlan(start, job.stop, job.tile, counts, counts, entries)
-        with launching(queries):
-            plan = select(job, strip)
-    return plan.trimmed()
-
-
-def attend_plan(
-    queries: torch.Tensor,
-    near_keys: torch.Tensor,
-    near_values: torch.Tensor,
-    layout: Layout | None,
-    plan: TiledPlan,
-    *,
-    config: SurgeryConfig,
-    scale: float | None = None,
-    softcap: float | None = None,
-    sink_logit: torch.Tensor | None = None,
-    page_bias: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attention over the near field and a given plan's pages, differentiable as :func:`attend` is.
-
-    Args:
-        queries, near_keys, near_values, layout, config, scale, softcap, sink_logit: Those of :func:`attend`;
-            tile and rows are the plan's.
-        plan: From :func:`plan_pages`.
-        page_bias: (streams, tiles, listed, heads, tile) float32, or None. Added, in natural logarithms, to
-            the (capped) logits of a row and head with all keys of the page that ``plan.entries`` (streams,
-            tiles, listed) names: a soft gate on the page. Its gradient is the sum of those logits'
-            gradients; it is zero where a row does not see the page, or the list is shorter.
-
-    Returns:
-        Output (streams, heads, rows, value_dim) and log-sum-exp (streams, heads, rows) float32.
-
-    Raises:
-        SurgeryError: The plan or the bias does not fit the rows, or the kernels cannot run the call.
-    """
-    if plan.entries is None:
-        raise SurgeryError("the lists of this plan were not kept: take it from plan_pages().")
-    streams, heads, rows = queries.shape[:3]
-    choosers = streams if plan.tile == 1 else streams * heads
-    if (plan.entries.shape[0], plan.stop - plan.start) != (choosers, rows):
-        raise SurgeryError(
-            f"the plan is for {plan.entries.shape[0]} choosers of {plan.stop - plan.start} rows, the queries "
-            f"are {choosers} choosers of {rows}: plan the same rows."
-        )
-    expected = (*plan.entries.shape, streams * heads // choosers, plan.tile)
-    if page_bias is not None and (page_bias.shape != expected or page_bias.dtype != torch.float32):
-        raise SurgeryError(
-            f"page_bias {tuple(page_bias.shape)} {page_bias.dtype}: expected (streams, tiles, listed, heads, "
-            f"tile) = {expected} in torch.float32."
-        )
-    page_bias = None if page_bias is None else page_bias.contiguous()
-    with torch.no_grad():
-        job = make_job(
-            queries,
-            near_keys,
-            near_values,
-            None,  # nothing is scored
-            config=config,
-            start=plan.start,
-            tile=plan.tile,
-            scale=scale,
-            softcap=softcap,
-            sink_logit=sink_logit,
-        )
-        job = dataclasses.replace(job, layout=layout)
-        out = queries.new_empty(streams, heads, rows, near_values.shape[-1])
-        lse = queries.new_empty(streams, heads, rows, dtype=torch.float32)
-        strip = Strip(plan.start // plan.tile, *plan.entries.shape[1:])
-        listed = plan if strip.pages else None
-        with launching(queries):
-            by_chooser = out.view(*job.queries.shape[:3], -1), lse.view(job.queries.shape[:3])
-            prefill.attend_strip(job, strip, listed, *by_chooser, page_bias=page_bias)
-    call = Call(config, plan.start, plan.tile, scale, softcap, () if listed is None else (plan,))
-    far_keys, far_values = (None, None) if layout is None else (layout.keys, layout.values)
-    states = States(queries, near_keys, near_values, far_keys, far_values, sink_logit, page_bias, out, lse)
-    return _Gradients.apply(call, states, *states.inputs())
 
 
 class _Gradients(torch.autograd.Function):

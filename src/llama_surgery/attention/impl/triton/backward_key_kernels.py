@@ -31,7 +31,6 @@ def _add_rows(
     cell,
     live,
     seen,
-    bias,
     visible,
     scale,
     softcap,
@@ -48,14 +47,13 @@ def _add_rows(
         q_offset, cell: (rows,) where queries, and contiguous states of rows, lie.
         live: (rows,) bool, rows that are there.
         seen: (rows,) bool, rows that see the keys.
-        bias: (rows,) log2-unit bias of the logits.
         visible: (rows, keys) bool, with MASK.
     """
     q = load_rows(q_ptr, q_offset, 1, live, DIM, DIM_PAD, True)
     d_out = load_rows(d_out_ptr, cell, VALUE_DIM, live, VALUE_DIM, VALUE_PAD, True)
-    shift = tl.load(lse_ptr + cell, mask=live & seen, other=float("inf")) * LOG2E - bias
+    shift = tl.load(lse_ptr + cell, mask=live & seen, other=float("inf")) * LOG2E
     delta = tl.load(delta_ptr + cell, mask=live, other=0.0)
-    weights, _, inner = logit_gradients(q, k, v, d_out, shift, delta, visible, scale, softcap, CAP, MASK)
+    weights, inner = logit_gradients(q, k, v, d_out, shift, delta, visible, scale, softcap, CAP, MASK)
     d_v = tl.dot(tl.trans(d_out), weights.to(d_out.dtype), d_v, input_precision=EXACT)
     d_k = tl.dot(tl.trans(q), inner.to(q.dtype), d_k, input_precision=EXACT)
     return d_k, d_v
@@ -138,7 +136,7 @@ def near_gradient_kernel(
         visible = (key[None, :] <= position[:, None]) & (key[None, :] >= begin[:, None])
         d_k, d_v = _add_rows(
             d_k, d_v, k, v, q_ptr + head // HEADS * q_chooser + head % HEADS * q_head, local * q_row,
-            lse_ptr, delta_ptr, d_out_ptr, head * rows + local, live, live, 0.0, visible,
+            lse_ptr, delta_ptr, d_out_ptr, head * rows + local, live, live, visible,
             scale, softcap, DIM, DIM_PAD, VALUE_DIM, VALUE_PAD, CAP, True,
         )  # fmt: skip
 
@@ -148,7 +146,7 @@ def near_gradient_kernel(
 
 
 @triton.jit(
-    do_not_specialize=["pages", "tiles", "capacity", "slots", "rows", "start", "first_tile"],
+    do_not_specialize=["pages", "tiles", "slots", "rows", "start", "first_tile"],
 )
 def far_gradient_kernel(
     q_ptr,
@@ -156,8 +154,6 @@ def far_gradient_kernel(
     v_ptr,
     readers_ptr,
     counts_ptr,
-    places_ptr,
-    bias_ptr,
     lse_ptr,
     delta_ptr,
     d_out_ptr,
@@ -172,7 +168,6 @@ def far_gradient_kernel(
     v_row,
     pages,
     tiles,
-    capacity,
     slots,
     rows,
     start,
@@ -223,15 +218,10 @@ def far_gradient_kernel(
             position = (first_tile + tile) * TILE + row
             live = (row < TILE) & (head < HEADS) & (position >= start) & (position < start + rows)
             local = (position - start).to(tl.int64)
-            bias = 0.0
-            if bias_ptr is not None:
-                place = tl.load(places_ptr + read * tiles + tile) // ENTRY
-                cell = (((chooser * tiles + tile) * capacity + place) * HEADS + head) * TILE + row
-                bias = tl.load(bias_ptr + cell, mask=live, other=0.0) * LOG2E
             d_k, d_v = _add_rows(
                 d_k, d_v, k, v, q_ptr + chooser * q_chooser, head.to(tl.int64) * q_head + local * q_row,
                 lse_ptr, delta_ptr, d_out_ptr, (chooser * HEADS + head) * rows + local, live,
-                row >= reader % ENTRY, bias, of_page[None, :],
+                row >= reader % ENTRY, of_page[None, :],
                 scale, softcap, DIM, DIM_PAD, VALUE_DIM, VALUE_PAD, CAP, PAGE != PAGE_PAD,
             )  # fmt: skip
 

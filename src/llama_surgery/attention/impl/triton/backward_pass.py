@@ -10,7 +10,7 @@ import torch
 import triton
 
 from llama_surgery.attention.impl.triton.backward_key_kernels import far_gradient_kernel, near_gradient_kernel
-from llama_surgery.attention.impl.triton.backward_list_kernels import place_kernel, reader_kernel
+from llama_surgery.attention.impl.triton.backward_lists import transpose
 from llama_surgery.attention.impl.triton.backward_query_kernel import query_gradient_kernel
 from llama_surgery.attention.impl.triton.backward_tuning import BackwardTuning, backward_tuning_for
 from llama_surgery.attention.impl.triton.job import Job, make_job
@@ -18,9 +18,6 @@ from llama_surgery.attention.impl.triton.launch import heads_of_tile
 from llama_surgery.attention.impl.triton.tiled_plan import TiledPlan
 from llama_surgery.attention.impl.triton.tuning import family_of
 from llama_surgery.config import SurgeryConfig
-
-#: Tiles or places that the list kernels hold at once.
-LIST_BLOCK = 1024
 
 
 class Call(NamedTuple):
@@ -35,7 +32,7 @@ class Call(NamedTuple):
 
 
 class States(NamedTuple):
-    """Tensors of a forward pass; shapes as in :func:`backward.attend_plan`."""
+    """Tensors of a forward pass; shapes as in :func:`backward.attend`."""
 
     queries: torch.Tensor
     near_keys: torch.Tensor
@@ -43,13 +40,12 @@ class States(NamedTuple):
     far_keys: torch.Tensor | None
     far_values: torch.Tensor | None
     sink_logit: torch.Tensor | None
-    page_bias: torch.Tensor | None
     out: torch.Tensor
     lse: torch.Tensor
 
     def inputs(self) -> Sequence[torch.Tensor | None]:
         """All but the results."""
-        return self[:7]
+        return self[:6]
 
 
 class _Rows(NamedTuple):
@@ -94,13 +90,13 @@ def gradients(
     far = [x if x is None or x.stride(-1) == 1 else x.contiguous() for x in states[3:5]]
     rows = _Rows(d_out.contiguous(), states.lse, torch.empty_like(states.lse))
     d_lse = None if d_lse is None else d_lse.contiguous()
-    d_queries, d_bias = _of_queries(job, tuning, call.plans, far, states, rows, d_lse, bias=needed[6])
+    d_queries = _of_queries(job, tuning, call.plans, far, states, rows, d_lse)
     grads: list[torch.Tensor | None] = [None] * len(needed)
-    grads[0], grads[6] = d_queries.view(states.queries.shape), d_bias
+    grads[0] = d_queries.view(states.queries.shape)
     if needed[1] or needed[2]:
         grads[1:3] = _of_near_keys(job, tuning, rows)
     if far[0] is not None and far[1] is not None and (needed[3] or needed[4]):
-        grads[3:5] = _of_far_keys(job, tuning, call.plans, far[0], far[1], states.page_bias, rows)
+        grads[3:5] = _of_far_keys(job, tuning, call.plans, far[0], far[1], rows)
     if states.sink_logit is not None and needed[5]:
         # The sink is a key of value zero: its share takes -delta.
         share = (states.sink_logit.float().unsqueeze(-1) - states.lse).exp()
@@ -116,14 +112,10 @@ def _of_queries(
     states: States,
     rows: _Rows,
     d_lse: torch.Tensor | None,
-    *,
-    bias: bool,
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Gradients of queries by chooser, and of page bias; fills ``rows.delta``. One launch per strip."""
+) -> torch.Tensor:
+    """Gradients of queries by chooser; fills ``rows.delta``. One launch per strip."""
     choosers, heads, length, _ = job.queries.shape
     d_queries = torch.empty_like(job.queries, memory_format=torch.contiguous_format)
-    # Lists are of different lengths: what is beyond them is not written.
-    d_bias = torch.zeros_like(states.page_bias) if bias and states.page_bias is not None else None
     page_pad = max(16, triton.next_power_of_2(job.config.page_size))
     far_keys, far_values = (
         near if x is None else x for x, near in zip(far, (job.near_keys, job.near_values), strict=True)
@@ -139,14 +131,12 @@ def _of_queries(
             far_values,
             entries,
             None if plan is None else plan.counts,
-            states.page_bias,
             states.out,
             rows.lse,
             rows.d_out,
             d_lse,
             d_queries,
             rows.delta,
-            d_bias,
             *job.queries.stride()[:3],
             *job.near_keys.stride()[:2],
             *job.near_values.stride()[:2],
@@ -172,7 +162,7 @@ def _of_queries(
             num_warps=tuning.query_warps,
             num_stages=tuning.stages,
         )
-    return d_queries, d_bias
+    return d_queries
 
 
 def _of_near_keys(job: Job, tuning: BackwardTuning, rows: _Rows) -> tuple[torch.Tensor, torch.Tensor]:
@@ -215,7 +205,6 @@ def _of_far_keys(
     plans: Sequence[TiledPlan],
     keys: torch.Tensor,
     values: torch.Tensor,
-    page_bias: torch.Tensor | None,
     rows: _Rows,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Gradients in tree order: of one strip as they are, of several added up in float32."""
@@ -232,7 +221,7 @@ def _of_far_keys(
         assert plan.entries is not None
         last = (plan.stop - 1) // plan.tile
         pages = job.pages_of(last)
-        places, readers, counts = transpose(plan, pages)
+        readers, counts = transpose(plan, pages)
         shape = _shape(job, tuning)
         far_gradient_kernel[(pages if several else slots // page, streams)](
             job.queries,
@@ -240,8 +229,6 @@ def _of_far_keys(
             values,
             readers,
             counts,
-            places,
-            page_bias,
             rows.lse,
             rows.delta,
             rows.d_out,
@@ -252,7 +239,6 @@ def _of_far_keys(
             *values.stride()[:2],
             pages,
             plan.counts.shape[1],
-            plan.entries.shape[-1],
             slots,
             job.queries.shape[2],
             job.start,
@@ -267,36 +253,6 @@ def _of_far_keys(
             num_stages=tuning.stages,
         )
     return d_keys.to(keys.dtype), d_values.to(values.dtype)
-
-
-def transpose(plan: TiledPlan, pages: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Which tiles read each page.
-
-    Args:
-        plan: Lists of (choosers, tiles).
-        pages: Closed pages of its last tile.
-
-    Returns:
-        (choosers, pages, tiles) int32, ``place * ENTRY + first_open`` where a tile lists a page, else -1;
-        (choosers, pages, tiles) int32, left-packed ascending ``tile * ENTRY + first_open``;
-        (choosers, pages) int32, how many of those are valid.
-    """
-    assert plan.entries is not None
-    choosers, tiles, capacity = plan.entries.shape
-    places = torch.full((choosers, pages, tiles), -1, dtype=torch.int32, device=plan.counts.device)
-    readers = torch.empty_like(places)
-    counts = places.new_empty(choosers, pages)
-    place_kernel[(tiles, choosers)](
-        plan.entries,
-        plan.counts,
-        places,
-        pages,
-        capacity,
-        BLOCK=min(LIST_BLOCK, triton.next_power_of_2(max(1, capacity))),
-    )
-    block = min(LIST_BLOCK, triton.next_power_of_2(tiles))
-    reader_kernel[(pages, choosers)](places, readers, counts, tiles, BLOCK=block)
-    return places, readers, counts
 
 
 def _strips(job: Job, plans: Sequence[TiledPlan]) -> list[tuple[int, int, TiledPlan | None]]:

@@ -27,7 +27,7 @@ def logit_gradients(
     CAP: tl.constexpr,
     MASK: tl.constexpr,
 ):
-    """Softmax weights of a block of keys, recomputed, and gradients of its logits, all (rows, keys).
+    """Softmax weights of a block of keys, recomputed, and gradients of its products, all (rows, keys).
 
     With weights p = exp(logit - lse), dp = d_out·v and delta = d_out·out - d_lse, the gradient of a logit is
     p·(dp - delta); see Dao et al., FlashAttention, 2022, appendix B. A cap ``c·tanh(x/c)`` multiplies what
@@ -35,12 +35,12 @@ def logit_gradients(
 
     Args:
         q, d_out: (rows, dim); k, v: (keys, dim).
-        shift: (rows,) log2-unit log-sum-exp, less the page's bias; inf hides the block from a row.
+        shift: (rows,) log2-unit log-sum-exp; inf hides the block from a row.
         delta: (rows,).
         visible: (rows, keys) bool, with MASK.
 
     Returns:
-        Weights, gradients of the logits, and of the scaled products that the cap was put on.
+        Weights, and gradients of the scaled products that a cap was put on, if any.
     """
     products = tl.dot(q, tl.trans(k), input_precision=EXACT)
     if CAP:
@@ -51,10 +51,9 @@ def logit_gradients(
     if MASK:
         weights = tl.where(visible, weights, 0.0)
     d_logits = weights * (tl.dot(d_out, tl.trans(v), input_precision=EXACT) - delta[:, None])
-    d_products = d_logits
     if CAP:
-        d_products = d_logits * (1.0 - bent * bent)
-    return weights, d_logits, d_products
+        d_logits = d_logits * (1.0 - bent * bent)
+    return weights, d_logits
 
 
 @triton.jit(
@@ -70,14 +69,12 @@ def query_gradient_kernel(
     far_v_ptr,
     entries_ptr,
     counts_ptr,
-    bias_ptr,
     out_ptr,
     lse_ptr,
     d_out_ptr,
     d_lse_ptr,
     d_q_ptr,
     delta_ptr,
-    d_bias_ptr,
     q_chooser,
     q_head,
     q_row,
@@ -116,11 +113,11 @@ def query_gradient_kernel(
     FAR: tl.constexpr,
     CAP: tl.constexpr,
 ):
-    """Gradients of queries and page biases, and delta for the kernels of keys.
+    """Gradients of queries, and delta for the kernels of keys.
 
     Programs, matrix tiles and lists are those of ``attend_kernel``. Without strides, tensors are
     contiguous: out, d_out and d_q (choosers, heads, rows, dim); lse, d_lse (or None) and delta (choosers,
-    heads, rows) float32; bias (or None) and d_bias (choosers, tiles, capacity, heads, tile) float32.
+    heads, rows) float32.
     """
     head_blocks: tl.constexpr = (HEADS + HEADS_BLOCK - 1) // HEADS_BLOCK
     tile = tl.program_id(0) // head_blocks
@@ -157,14 +154,14 @@ def query_gradient_kernel(
         key = block + step
         k = load_rows(k_base, key - near_start, near_k_row, live, DIM, DIM_PAD, False)
         v = load_rows(v_base, key - near_start, near_v_row, live, VALUE_DIM, VALUE_PAD, False)
-        _, _, inner = logit_gradients(q, k, v, d_out, shift, delta, live, scale, softcap, CAP, False)
+        _, inner = logit_gradients(q, k, v, d_out, shift, delta, live, scale, softcap, CAP, False)
         d_q = tl.dot(inner.to(k.dtype), k, d_q, input_precision=EXACT)
     for block in range(diagonal, end, BLOCK_NEAR):
         key = block + step
         k = load_rows(k_base, key - near_start, near_k_row, key < end, DIM, DIM_PAD, True)
         v = load_rows(v_base, key - near_start, near_v_row, key < end, VALUE_DIM, VALUE_PAD, True)
         causal = (key[None, :] <= position[:, None]) & (key < end)[None, :]
-        _, _, inner = logit_gradients(q, k, v, d_out, shift, delta, causal, scale, softcap, CAP, True)
+        _, inner = logit_gradients(q, k, v, d_out, shift, delta, causal, scale, softcap, CAP, True)
         d_q = tl.dot(inner.to(k.dtype), k, d_q, input_precision=EXACT)
 
     if FAR:
@@ -180,14 +177,9 @@ def query_gradient_kernel(
             k = load_rows(k_base, slot, far_k_row, of_page, DIM, DIM_PAD, PAGE != PAGE_PAD)
             v = load_rows(v_base, slot, far_v_row, of_page, VALUE_DIM, VALUE_PAD, PAGE != PAGE_PAD)
             page_shift = tl.where(row >= entry % ENTRY, shift, float("inf"))
-            bias_cell = ((listed * capacity + place) * HEADS + head) * TILE + row
-            if bias_ptr is not None:
-                page_shift -= tl.load(bias_ptr + bias_cell, mask=live, other=0.0) * LOG2E
-            _, d_logits, inner = logit_gradients(
+            _, inner = logit_gradients(
                 q, k, v, d_out, page_shift, delta, of_page[None, :], scale, softcap, CAP, PAGE != PAGE_PAD
             )
-            if d_bias_ptr is not None:
-                tl.store(d_bias_ptr + bias_cell, tl.sum(d_logits, 1), mask=(row < TILE) & (head < HEADS))
             d_q = tl.dot(inner.to(k.dtype), k, d_q, input_precision=EXACT)
 
     column = tl.arange(0, DIM_PAD)

@@ -46,7 +46,7 @@ def attend(
     keep_lists: bool = False,
     trim_lists: bool = False,
 ) -> TiledResult:
-    """Attention of consecutive rows through the ``pages`` (or ``dense``) topology.
+    """Attention of consecutive rows through the ``pages`` topology.
 
     Arguments and results are those of :func:`llama_surgery.attention.api.attend`, which checks them.
     Pages are scored from moments in the queries' dtype.
@@ -102,16 +102,12 @@ def attend_strip(
     plan: TiledPlan | None,
     out: torch.Tensor,
     lse: torch.Tensor,
-    *,
-    page_bias: torch.Tensor | None = None,
 ) -> None:
     """Near field, then the plan's pages, of one strip; writes its rows of ``out`` and ``lse``.
 
     These are (choosers, heads of each, rows, value_dim) and (choosers, heads of each, rows).
-
-    ``page_bias`` (streams, tiles, listed, heads, tile) float32, contiguous, is added to listed pages' logits.
     """
-    if page_bias is None and hopper.attends(job):
+    if hopper.attends(job):
         hopper.attend_strip(job, strip, plan, out, lse)
         return
     choosers, heads = job.queries.shape[:2]
@@ -143,7 +139,6 @@ def attend_strip(
         entries,
         counts,
         job.sink_logit,
-        page_bias,
         out,
         lse,
         *job.queries.stride()[:3],
@@ -169,7 +164,7 @@ def attend_strip(
         WINDOW=job.config.window,
         PAGE=job.config.page_size,
         PAGE_PAD=page_pad,
-        PAGES_PER_STEP=1 if page_bias is not None else max(1, job.tuning.keys_per_step // page_pad),
+        PAGES_PER_STEP=max(1, job.tuning.keys_per_step // page_pad),
         BLOCK_NEAR=block_near,
         FAR=plan is not None,
         SINK=job.sink_logit is not None,
