@@ -233,6 +233,22 @@ def test_a_configuration_pickled_while_operated_loads_without_this_package(model
     subprocess.run([sys.executable, "-c", code, str(tmp_path / "config.pickle")], check=True)
 
 
+def test_the_name_on_the_configuration_is_a_plain_string_while_a_call_runs(model):
+    """torch.compile of torch 2.11 takes no other for a constant; copies made between calls are dense."""
+    kinds: list[type] = []
+    handle = model.model.register_forward_pre_hook(
+        lambda *_: kinds.append(type(model.config._attn_implementation))
+    )
+    with operated(model, SPARSE):
+        logits(model, tokens(1, 20))
+        assert copy.deepcopy(model.config)._attn_implementation == "sdpa"
+        with pytest.raises(RuntimeError):
+            model(torch.zeros(1, 4))  # no indices of tokens
+        assert copy.deepcopy(model.config)._attn_implementation == "sdpa"
+    handle.remove()
+    assert kinds == [str, str]
+
+
 def test_copies_of_an_operated_model_are_operated_and_keep_apart(model):
     ids = tokens(1, 150)
     dense = logits(model, ids)

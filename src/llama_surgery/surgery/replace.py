@@ -10,7 +10,7 @@ import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
 from llama_surgery.errors import SurgeryError, UnsupportedModelError
-from llama_surgery.surgery.calls import enter, leave
+from llama_surgery.surgery.calls import current_call, enter, leave, untraced
 from llama_surgery.surgery.interface import INTERFACE_NAMES, InterfaceName, base_of
 from llama_surgery.surgery.layer import ATTRIBUTE
 
@@ -56,10 +56,13 @@ class Replacement:
     def enter(self, model: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         """Pre-forward hook of a model that holds replaced modules."""
         enter(model, self, self.text)
+        _rename(self.text, INTERFACE_NAMES[self.base], str)
 
     def leave(self, model: torch.nn.Module, args: tuple, result: Any) -> None:
         """Forward hook of it, also where the call failed."""
         leave(model)
+        if current_call() is None:
+            _rename(self.text, INTERFACE_NAMES[self.base], InterfaceName)
 
     def undo(self) -> None:
         """Remove the hooks and give the configuration its implementation back."""
@@ -68,6 +71,17 @@ class Replacement:
         _live.discard(self)
         if not any(other.text is self.text for other in _live):
             self.text._attn_implementation_internal = self.base
+
+
+@untraced
+def _rename(text: PretrainedConfig, name: str, kind: type[str]) -> None:
+    """Write ``name``, if it is the one on the configuration, as a string of another kind.
+
+    While a call runs it is plain: torch.compile takes it for a constant, and of a string class of our own
+    torch 2.11 cannot do so.
+    """
+    if text._attn_implementation_internal == name:
+        text._attn_implementation_internal = kind(name)
 
 
 #: Those that are in force: several models may share a configuration.
