@@ -37,7 +37,8 @@ def launching(tensor: torch.Tensor) -> Iterator[None]:
         except OutOfResources as error:
             raise SurgeryError(
                 f"A kernel needs {error.required:,} bytes of {error.name}, and this GPU has {error.limit:,}: "
-                "smaller pages (page_size), a type of 16 bits or backend='gather' take less."
+                "smaller pages (page_size), smaller tiles (tile), a type of 16 bits or backend='gather' take "
+                "less."
             ) from error
 
 

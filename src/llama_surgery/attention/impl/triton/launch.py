@@ -20,6 +20,11 @@ class ScoreShape(NamedTuple):
     tiles_block: int
     blocks: int
 
+    @property
+    def rows(self) -> int:
+        """Rows of a matrix tile."""
+        return self.tile_pad * self.heads_block * self.tiles_block
+
     @classmethod
     def of(cls, job: Job, strip: Strip) -> "ScoreShape":
         choosers, heads = job.queries.shape[:2]
@@ -62,7 +67,8 @@ def score_constants(job: Job, shape: ScoreShape) -> dict[str, Any]:
         "SPREAD": spread,
         "SPREAD_PAD": max(16, triton.next_power_of_2(spread)),
         "CAP": job.softcap is not None,
-        "num_warps": job.tuning.score_warps,
+        # A tile longer than what was tuned for: threads hold as many of its rows as they did.
+        "num_warps": min(8, job.tuning.score_warps * max(1, shape.rows // job.tuning.score_rows)),
         "num_stages": stages,
         **product_options(job.queries),
     }
