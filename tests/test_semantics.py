@@ -53,6 +53,12 @@ def bounded(variance: torch.Tensor, size: int) -> torch.Tensor:
     return torch.minimum(variance / 2, ((outlier + (size - 1) * rest) / size).log())
 
 
+def stands_in(variance: torch.Tensor) -> torch.Tensor:
+    """The same where the ball is not read: log cosh √v."""
+    root = variance.clamp_min(1e-8).sqrt()
+    return root + (-2 * root).exp().log1p() - math.log(2)
+
+
 def slow_attention(q, k, v, config, calls):
     """Output and pairs of one stream: q (heads, n, dim), k and v (n, dim), calls [(start, stop)].
 
@@ -79,16 +85,21 @@ def slow_attention(q, k, v, config, calls):
             closed = 0 if q0 < config.dense_until else max(0, (q0 - config.window) // CHUNK)
             far = [page for chunk in pages[:closed] for page in chunk]
             near = list(range(closed * CHUNK, p + 1))
+            estimates: list[list[list[torch.Tensor]]] = []  # by head and page, what balls weigh unread
             for h in range(heads):
                 scores = []
+                estimates.append([])
                 for page in far:
-                    parts = []
+                    parts, unread = [], []
                     for ball in page:
                         mean, var = k[ball].mean(0), k[ball].var(0, correction=0)
                         var = pooled(var, config.variance_pool)
                         score = math.log(len(ball)) + SCALE * (q[h, p] @ mean)
-                        parts.append(score + bounded(SCALE**2 * (q[h, p] ** 2 @ var), len(ball)))
+                        spread = SCALE**2 * (q[h, p] ** 2 @ var)
+                        parts.append(score + bounded(spread, len(ball)))
+                        unread.append(score + stands_in(spread))
                     scores.append(torch.stack(parts).logsumexp(0))
+                    estimates[h].append(unread)
                 logits = [SCALE * (q[h, p] @ k[j]) for j in near]
                 total = torch.stack(scores + logits).logsumexp(0)
                 for b, score in enumerate(scores):
@@ -99,11 +110,18 @@ def slow_attention(q, k, v, config, calls):
             flat = [[j for ball in page for j in ball] for page in far]
             near_pairs += len(near)
             for h in range(heads):
-                shown = [j for b, page in enumerate(flat) if b in opened[h] or 0 in page for j in page]
+                seen = [b for b, page in enumerate(flat) if b in opened[h] or 0 in page]
+                shown = [j for b in seen for j in flat[b]]
                 far_pairs += len(shown) if tile > 1 or h == 0 else 0
                 visible = near + shown
-                weights = torch.softmax(SCALE * (k[visible] @ q[h, p]), 0)
-                out[h, p] = weights @ v[visible]
+                logits, values = [SCALE * (k[visible] @ q[h, p])], [v[visible]]
+                for b in set(range(len(far))) - set(seen) if config.summary != "none" else ():
+                    terms, runs = torch.stack(estimates[h][b]), far[b]
+                    if config.summary == "page":
+                        terms, runs = terms.logsumexp(0)[None], [flat[b]]
+                    logits.append(terms)
+                    values += [v[run].mean(0)[None] for run in runs]
+                out[h, p] = torch.softmax(torch.cat(logits), 0) @ torch.cat(values)
     return out, near_pairs, far_pairs
 
 
@@ -123,6 +141,7 @@ def cases(draw):
         theta=theta,
         theta_decode=decode,
         variance_pool=draw(st.sampled_from([1, 1, 2, 4])),
+        summary=draw(st.sampled_from(["page", "page", "ball", "none"])),
         dense_until=draw(st.sampled_from([0, 0, 40])),
         backend=draw(st.sampled_from(["reference", "gather"])),
     )

@@ -14,7 +14,9 @@ from llama_surgery.topology.geometry import closed_chunks
 from llama_surgery.topology.router import PageRouter
 
 KV_HEADS, GROUP, DIM = 2, 2, 16
-CONFIG = SurgeryConfig(chunk_size=64, page_size=16, window=32, tile=8, theta=0.05, theta_decode=0.02)
+CONFIG = SurgeryConfig(
+    chunk_size=64, page_size=16, window=32, tile=8, theta=0.05, theta_decode=0.02, summary="page"
+)
 SCALE = DIM**-0.5
 
 

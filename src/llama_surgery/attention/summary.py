@@ -10,7 +10,13 @@ from llama_surgery.topology.selection import Scorer
 
 
 def summary(
-    queries: torch.Tensor, layout: Layout, plan: Plan, scorer: Scorer, config: SurgeryConfig
+    queries: torch.Tensor,
+    layout: Layout,
+    plan: Plan,
+    scorer: Scorer,
+    config: SurgeryConfig,
+    *,
+    means: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention over the pages that rows do not see, each ball a single key.
 
@@ -24,6 +30,8 @@ def summary(
         plan: What the rows see.
         scorer: The layer's page score.
         config: Says what is summarised.
+        means: Mean values of at least the closed chunks, from :func:`mean_values`, where they are kept; else
+            made of the layout's values.
 
     Returns:
         Output (streams, heads, rows, value_dim) and log-sum-exp (streams, heads, rows), the moments' dtype.
@@ -42,7 +50,9 @@ def summary(
     scores = scores.masked_fill(seen, -torch.inf)
     lse = scores.logsumexp(-1)
     weights = (scores - lse.unsqueeze(-1).clamp_min(torch.finfo(scores.dtype).min)).exp()
-    means = mean_values(layout.values[:, : pages * config.page_size], config)
+    if means is None:
+        means = mean_values(layout.values[:, : pages * config.page_size], config)
+    means = means[:, : scores.shape[-1]]
     return weights @ means.to(scores.dtype).unsqueeze(1), lse
 
 

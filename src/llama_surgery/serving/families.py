@@ -43,8 +43,6 @@ def check_servable(config: SurgeryConfig) -> None:
     """
     if config.topology != "pages":
         raise SurgeryError(f"topology={config.topology!r}: not served. Use an adapter of topology='pages'.")
-    if config.summary != "none":
-        raise SurgeryError(f"summary={config.summary!r}: not served yet. Use an adapter with summary='none'.")
     if config.backend not in ("auto", "gather", "triton"):
         raise SurgeryError(
             f"backend={config.backend!r} does not serve. Use 'auto', 'gather' (plain PyTorch) or 'triton'."

@@ -12,6 +12,8 @@ import torch
 from llama_surgery.attention.api import AttentionResult
 from llama_surgery.attention.executor import build_layout
 from llama_surgery.attention.impl import gather
+from llama_surgery.attention.impl.common import merge
+from llama_surgery.attention.summary import mean_values, summary
 from llama_surgery.config import SurgeryConfig
 from llama_surgery.topology.geometry import closed_chunks, query_blocks
 from llama_surgery.topology.layout import Layout, Moments, restore
@@ -73,9 +75,14 @@ def filled_blocks(batch: list[Scheduled], chunk_size: int) -> torch.Tensor:
 
 
 def side_bytes(config: SurgeryConfig, head_dim: int) -> int:
-    """Bytes of the side cache for one chunk of one KV head: float32 moments and int16 order."""
+    """Bytes of the side cache for one chunk of one KV head: float32 moments and mean values, int16 order."""
     moments = 2 * head_dim * 4 * config.pages_per_chunk * config.balls_per_page
-    return moments + 2 * (config.chunk_size + config.chunk_size % 2)
+    return moments + 4 * head_dim * summaries_of(config) + 2 * (config.chunk_size + config.chunk_size % 2)
+
+
+def summaries_of(config: SurgeryConfig) -> int:
+    """Terms that stand in for the pages of one chunk; 0 without summaries."""
+    return config.chunk_size // config.summarised if config.summarised else 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,6 +107,23 @@ class PagedStates:
     def _moment_floats(self) -> int:
         return 2 * self.head_dim * self.config.pages_per_chunk * self.config.balls_per_page
 
+    @property
+    def _order_start(self) -> int:
+        """Floats of the side cache before the order."""
+        return self._moment_floats + self.head_dim * summaries_of(self.config)
+
+    @property
+    def mean_values(self) -> torch.Tensor | None:
+        """(blocks, kv_heads, summaries of a chunk, head_dim): mean values of full chunks' pages, or balls."""
+        if not self.config.summarised:
+            return None
+        return self.side[..., self._moment_floats : self._order_start].unflatten(-1, (-1, self.head_dim))
+
+    def means_of(self, blocks: torch.Tensor) -> torch.Tensor | None:
+        """(kv_heads, summaries, head_dim) of the full chunks ``blocks`` (n,); None without summaries."""
+        means = self.mean_values
+        return None if means is None else means[blocks].transpose(0, 1).flatten(1, 2)
+
     def write(self, keys: torch.Tensor, values: torch.Tensor, slots: torch.Tensor) -> None:
         """Store (rows, kv_heads, head_dim) at ``slots`` (rows,), block · chunk_size + offset."""
         size = self.config.chunk_size
@@ -120,12 +144,20 @@ class PagedStates:
         self.states[blocks] = torch.cat((layout.keys, layout.values), -1).unflatten(0, (-1, heads))
         moments = torch.cat((layout.moments.mean, layout.moments.variance), -1).flatten(1)
         self.side[blocks, :, : self._moment_floats] = moments.float().unflatten(0, (-1, heads))
-        orders = self.side.view(torch.int16)[..., 2 * self._moment_floats :]
+        self._keep_means(blocks, layout)
+        orders = self.side.view(torch.int16)[..., 2 * self._order_start :]
         orders[blocks, :, : self.config.chunk_size] = layout.order.flatten(1).unflatten(0, (-1, heads))
+
+    def _keep_means(self, blocks: torch.Tensor, layout: Layout) -> None:
+        means = self.mean_values
+        if means is not None:
+            heads = self.states.shape[1]
+            kept = mean_values(layout.values, self.config).unflatten(0, (-1, heads))
+            means[blocks] = kept.to(means.dtype)
 
     def order(self, blocks: torch.Tensor) -> torch.Tensor:
         """(kv_heads, n, chunk_size) int16: original offsets of the slots of full chunks."""
-        orders = self.side.view(torch.int16)[..., 2 * self._moment_floats :]
+        orders = self.side.view(torch.int16)[..., 2 * self._order_start :]
         return orders[blocks, :, : self.config.chunk_size].transpose(0, 1)
 
     def layout(self, blocks: torch.Tensor) -> Layout:
@@ -184,7 +216,8 @@ def attend_paged(
     near_states = cache.near(blocks[closed : (last - 1) // size + 1], max(0, full - closed))
     near_states = near_states[:, : last - since].to(queries.dtype)
     scorer = Scorer(scale, None, router, config.variance_pool)
-    layout = cache.layout(blocks[: closed_chunks(last - 1, config, tile)])
+    closed_blocks = blocks[: closed_chunks(last - 1, config, tile)]
+    layout, means = cache.layout(closed_blocks), cache.means_of(closed_blocks)
     outs, lses, near_pairs = [], [], 0
     plans: list[Plan] = []
     for block in query_blocks(first, last, config, tile):
@@ -200,6 +233,8 @@ def attend_paged(
             state = gather.far_field(
                 q, far[..., :dim], far[..., dim:], config.page_size, plan, state, scale=scale, softcap=None
             )
+            if means is not None and not plan.everything:
+                state = merge(*state, *summary(q, layout, plans[-1], scorer, config, means=means))
         outs.append(state[0].to(queries.dtype))
         lses.append(state[1])
         near_pairs += _pairs(block.start - start, block.stop - start)

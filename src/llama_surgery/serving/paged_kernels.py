@@ -14,7 +14,7 @@ from llama_surgery.attention.api import AttentionResult, attend
 from llama_surgery.attention.executor import build_layout, kernel_features, kernel_moments
 from llama_surgery.config import SurgeryConfig
 from llama_surgery.errors import SurgeryError
-from llama_surgery.serving.paged import PagedStates
+from llama_surgery.serving.paged import PagedStates, summaries_of
 from llama_surgery.topology.geometry import closed_chunks
 from llama_surgery.topology.layout import Layout
 from llama_surgery.topology.router import PageRouter
@@ -29,12 +29,17 @@ ALIGNMENT = 64
 def kernel_side_bytes(config: SurgeryConfig, head_dim: int, dtype: torch.dtype) -> int:
     """Bytes of the side cache for one chunk of one KV head.
 
-    They are features of balls in the keys' dtype, the chunk's order (int16) and the page of its first token
-    (int32).
+    They are features of balls and mean values of what is summarised, both in the keys' dtype, the chunk's
+    order (int16) and the page of its first token (int32).
     """
-    features = _balls(config) * _feature_width(config, head_dim) * dtype.itemsize
-    orders = 2 * (config.chunk_size + config.chunk_size % 2)
-    return -(-(features + features % 4 + orders + 4) // ALIGNMENT) * ALIGNMENT
+    return -(-(_order_end(config, head_dim, dtype) + 4) // ALIGNMENT) * ALIGNMENT
+
+
+def _order_end(config: SurgeryConfig, head_dim: int, dtype: torch.dtype) -> int:
+    """Bytes of the side cache up to the end of the order, a multiple of 4."""
+    halves = _balls(config) * _feature_width(config, head_dim) + summaries_of(config) * head_dim
+    size = halves * dtype.itemsize
+    return size + size % 4 + 2 * (config.chunk_size + config.chunk_size % 2)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,6 +67,7 @@ class KernelStates(PagedStates):
         self.states[blocks] = torch.cat((layout.keys, layout.values), -1).unflatten(0, (-1, heads))
         features = kernel_features(layout.moments, self.config, self.states.dtype)
         self._features[blocks] = features.unflatten(0, (-1, heads))
+        self._keep_means(blocks, layout)
         self._orders[blocks] = layout.order[:, 0].unflatten(0, (-1, heads))
         first = layout.sink_pages(self.config.page_size).int()
         self.first_pages[blocks] = first.unflatten(0, (-1, heads))
@@ -69,7 +75,9 @@ class KernelStates(PagedStates):
     @property
     def first_pages(self) -> torch.Tensor:
         """(blocks, kv_heads) int32: the page that holds a chunk's first token."""
-        return self.side.view(torch.int32)[..., self._order_end // 4]
+        return self.side.view(torch.int32)[
+            ..., _order_end(self.config, self.head_dim, self.states.dtype) // 4
+        ]
 
     @property
     def means(self) -> torch.Tensor:
@@ -80,6 +88,15 @@ class KernelStates(PagedStates):
     def spreads(self) -> torch.Tensor:
         """(blocks, kv_heads, balls, head_dim / variance_pool): ½·σ², likewise."""
         return self._features[..., self.head_dim :]
+
+    @property
+    def mean_values(self) -> torch.Tensor | None:
+        """(blocks, kv_heads, summaries of a chunk, head_dim), the keys' dtype; None without summaries."""
+        if not self.config.summarised:
+            return None
+        first = _balls(self.config) * _feature_width(self.config, self.head_dim)
+        halves = self.side.view(self.states.dtype)[..., first:]
+        return halves[..., : summaries_of(self.config) * self.head_dim].unflatten(-1, (-1, self.head_dim))
 
     def order(self, blocks: torch.Tensor) -> torch.Tensor:
         """(kv_heads, n, chunk_size) int16: original offsets of the slots of full chunks."""
@@ -99,14 +116,9 @@ class KernelStates(PagedStates):
 
     @property
     def _orders(self) -> torch.Tensor:
-        stop = self._order_end // 2 - self.config.chunk_size % 2
+        end = _order_end(self.config, self.head_dim, self.states.dtype)
+        stop = end // 2 - self.config.chunk_size % 2
         return self.side.view(torch.int16)[..., stop - self.config.chunk_size : stop]
-
-    @property
-    def _order_end(self) -> int:
-        features = _balls(self.config) * _feature_width(self.config, self.head_dim)
-        features *= self.states.dtype.itemsize
-        return features + features % 4 + 2 * (self.config.chunk_size + self.config.chunk_size % 2)
 
 
 def _balls(config: SurgeryConfig) -> int:
@@ -191,6 +203,7 @@ def kernel_view(cache: KernelStates, tables: torch.Tensor, positions: torch.Tens
         everyone(cache.first_pages),
         positions,
         tables,
+        None if cache.mean_values is None else everyone(cache.mean_values),
     )
 
 
