@@ -72,7 +72,7 @@ def by_decode(config: SurgeryConfig) -> dict[str, SurgeryConfig]:
 def changes(config: SurgeryConfig) -> dict[str, Any]:
     """What a configuration has that the default has not, without θ and without what follows from the rest."""
     expected = {
-        **SurgeryConfig().to_dict(),
+        **{name: getattr(SurgeryConfig(), name) for name in FIELDS},
         **{name: rule(config) for name, rule in rules(SurgeryConfig).items()},
     }
     found = {name: getattr(config, name) for name in FIELDS if name not in _THETAS}

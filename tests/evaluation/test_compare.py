@@ -107,10 +107,8 @@ def test_every_form_is_measured_and_merged(comparison, tmp_path: Path, monkeypat
 def test_an_adapter_is_a_form_of_its_own(comparison, tiny_llama, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr(compare_budgets, "densities_between", lambda floor, requested: [0.6])
     routers = []
-    check = operate._check_routers
-    monkeypatch.setattr(
-        operate, "_check_routers", lambda *given: (routers.append(given[2]), check(*given))[1]
-    )
+    layers = operate._layers
+    monkeypatch.setattr(operate, "_layers", lambda *given: (routers.append(given[3]), layers(*given))[1])
     compared = comparison()
     with pytest.raises(SurgeryError, match="'learned' needs an adapter"):
         compared.run(["learned"])

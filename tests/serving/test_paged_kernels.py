@@ -14,7 +14,9 @@ from llama_surgery.serving.paged_kernels import KernelStates, attend_piece, deco
 
 KV_HEADS, GROUP, DIM = 2, 3, 16
 SCALE = 0.3
-CONFIG = SurgeryConfig(chunk_size=64, page_size=16, window=32, tile=8, theta=0.05, theta_decode=0.02)
+CONFIG = SurgeryConfig(
+    chunk_size=64, page_size=16, window=32, tile=8, theta=0.05, theta_decode=0.02, summary="page"
+)
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
