@@ -72,6 +72,12 @@ def slow_attention(q, k, v, config, calls):
         balls = slow_balls(k[c * CHUNK : (c + 1) * CHUNK], config.moment_size)
         balls = [[c * CHUNK + offset for offset in ball] for ball in balls]
         pages.append([balls[i : i + per_page] for i in range(0, len(balls), per_page)])
+    moments = {  # of every ball, by its first key
+        ball[0]: (k[ball].mean(0), pooled(k[ball].var(0, correction=0), config.variance_pool))
+        for chunk in pages
+        for page in chunk
+        for ball in page
+    }
     out = torch.empty(heads, n, DIM, dtype=q.dtype)
     near_pairs = far_pairs = 0
     for start, stop in calls:
@@ -92,16 +98,14 @@ def slow_attention(q, k, v, config, calls):
                 for page in far:
                     parts, unread = [], []
                     for ball in page:
-                        mean, var = k[ball].mean(0), k[ball].var(0, correction=0)
-                        var = pooled(var, config.variance_pool)
+                        mean, var = moments[ball[0]]
                         score = math.log(len(ball)) + SCALE * (q[h, p] @ mean)
                         spread = SCALE**2 * (q[h, p] ** 2 @ var)
                         parts.append(score + bounded(spread, len(ball)))
                         unread.append(score + stands_in(spread))
                     scores.append(torch.stack(parts).logsumexp(0))
                     estimates[h].append(unread)
-                logits = [SCALE * (q[h, p] @ k[j]) for j in near]
-                total = torch.stack(scores + logits).logsumexp(0)
+                total = torch.cat((torch.tensor(scores).to(q), SCALE * (k[near] @ q[h, p]))).logsumexp(0)
                 for b, score in enumerate(scores):
                     if (score - total).exp() > theta:
                         opened[h].add(b)
