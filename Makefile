@@ -4,7 +4,7 @@
 #   make test     make check, then the tests (those that need a GPU are skipped without one)
 #   make check    formatting, lint and types
 #   make clean    delete what the other targets wrote, except .venv and .venv-serve
-#   make compile-test   compile the kernels for every family of GPUs, which need not be there
+#   make compile-test   compile the kernels for every family of GPUs, which need not be there (25 minutes on 2 cores)
 #   make package-test   the built package in an empty environment, and with the oldest transformers it claims
 #   make sweep        operate on a tiny model of every causal language model that transformers has (10 minutes)
 #   make sanitize     a part of the GPU tests under compute-sanitizer, on a machine with a GPU
