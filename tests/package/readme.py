@@ -16,12 +16,14 @@ from pathlib import Path
 # Set before transformers is imported: the demo model needs no network.
 os.environ["HF_HUB_OFFLINE"] = "1"
 
+import torch
+
 import llama_surgery
 
 ROOT = Path(__file__).resolve().parents[2]
 
 #: Of the text: enough for a far field.
-CHARACTERS = 12_000
+CHARACTERS = 8_000
 
 
 def ten_lines() -> str:
@@ -35,6 +37,7 @@ def ten_lines() -> str:
 def main() -> None:
     installed = Path(llama_surgery.__file__)
     assert "site-packages" in installed.parts, f"{installed} is not an installed package"
+    torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
         Path("demo/text").mkdir(parents=True)
         Path("demo/books-26m").symlink_to(ROOT / "demo" / "books-26m")
