@@ -215,6 +215,15 @@ class SurgeryConfig:
     def pages_per_chunk(self) -> int:
         return self.chunk_size // self.page_size
 
+    @property
+    def balls_per_chunk(self) -> int:
+        return self.chunk_size // self.ball_size
+
+    @property
+    def summaries_per_chunk(self) -> int:
+        """Terms that can stand in for a chunk's pages; 0 without summaries."""
+        return self.chunk_size // self.summarised if self.summarised else 0
+
     def to_dict(self) -> dict[str, Any]:
         """All values and the format version, ready for JSON.
 

@@ -30,8 +30,8 @@ def summary(
         plan: What the rows see.
         scorer: The layer's page score.
         config: Says what is summarised.
-        means: Mean values of at least the closed chunks, from :func:`mean_values`, where they are kept; else
-            made of the layout's values.
+        means: Mean values of the closed chunks, from :func:`mean_values`, where they are kept; else made of
+            the layout's values.
 
     Returns:
         Output (streams, heads, rows, value_dim) and log-sum-exp (streams, heads, rows), the moments' dtype.
@@ -52,7 +52,6 @@ def summary(
     weights = (scores - lse.unsqueeze(-1).clamp_min(torch.finfo(scores.dtype).min)).exp()
     if means is None:
         means = mean_values(layout.values[:, : pages * config.page_size], config)
-    means = means[:, : scores.shape[-1]]
     return weights @ means.to(scores.dtype).unsqueeze(1), lse
 
 

@@ -136,7 +136,7 @@ def check_selection(job: Job, plans: list[TiledPlan]) -> float:
             chooser = index % len(plan.counts)
             stream = chooser // job.group
             rows = slice(tile * size, (tile + 1) * size)
-            balls = closed * config.pages_per_chunk * config.balls_per_page
+            balls = closed * config.balls_per_chunk
             q = job.queries[chooser, :, rows].float() * job.scale
             scorer = Scorer(1.0, pool=config.variance_pool)
             one = slice(stream, stream + 1)

@@ -147,7 +147,7 @@ def learn(
 
         learn_routers(
             model, text, config, out_folder,
-            length=length, steps=steps, rate=rate, windows=windows, seed=seed,
+            length=length, steps=steps, rate=rate, windows=windows, usual=WINDOWS, seed=seed,
             checkpoint_seconds=checkpoint_seconds, device=device, dtype=dtype, json=json,
         )  # fmt: skip
         return
@@ -161,7 +161,7 @@ def learn(
         density=density,
         steps=steps,
         parts=learned_parts(part, config),
-        rate=0.03 if rate is None else rate,
+        rate=LearningSettings.rate if rate is None else rate,
         seed=seed,
         stage=stage,  # type: ignore[arg-type]
     )

@@ -11,9 +11,6 @@ from llama_surgery.errors import SurgeryError
 if TYPE_CHECKING:
     from llama_surgery.gumbel.learn import GumbelStep
 
-#: Adam's learning rate, and training windows, unless others are asked for.
-RATE, WINDOWS = 1e-3, 200
-
 
 def learn_routers(
     model: str,
@@ -25,13 +22,15 @@ def learn_routers(
     steps: int,
     rate: float | None,
     windows: int | None,
+    usual: int,
     seed: int,
     checkpoint_seconds: float,
     device: str,
     dtype: Dtype,
     json: bool,
 ) -> None:
-    """Train content routers on a text and save the adapter. Arguments are those of the command.
+    """Train content routers on a text and save the adapter. Arguments are those of the command,
+    ``usual`` its windows where none are asked for.
 
     Raises:
         SurgeryError: Windows longer than the routers' trees are for, or a checkpoint of another run.
@@ -49,9 +48,9 @@ def learn_routers(
     from llama_surgery.surgery.operate import operated
     from llama_surgery.text import windows as cut_windows
 
-    settings = GumbelLearning(steps=steps, rate=RATE if rate is None else rate, seed=seed)
+    settings = GumbelLearning(steps=steps, rate=GumbelLearning.rate if rate is None else rate, seed=seed)
     length = usual_length(llm) if length is None else length
-    ids = cut_windows(tokenizer, texts, length, windows, seed, usual=WINDOWS)
+    ids = cut_windows(tokenizer, texts, length, windows, seed, usual=usual)
     seen: list[GumbelStep] = []
     with progress() as tell:
 

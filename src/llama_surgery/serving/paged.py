@@ -76,13 +76,10 @@ def filled_blocks(batch: list[Scheduled], chunk_size: int) -> torch.Tensor:
 
 def side_bytes(config: SurgeryConfig, head_dim: int) -> int:
     """Bytes of the side cache for one chunk of one KV head: float32 moments and mean values, int16 order."""
-    moments = 2 * head_dim * 4 * config.pages_per_chunk * config.balls_per_page
-    return moments + 4 * head_dim * summaries_of(config) + 2 * (config.chunk_size + config.chunk_size % 2)
-
-
-def summaries_of(config: SurgeryConfig) -> int:
-    """Terms that stand in for the pages of one chunk; 0 without summaries."""
-    return config.chunk_size // config.summarised if config.summarised else 0
+    moments = 2 * head_dim * 4 * config.balls_per_chunk
+    return (
+        moments + 4 * head_dim * config.summaries_per_chunk + 2 * (config.chunk_size + config.chunk_size % 2)
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,7 +107,7 @@ class PagedStates:
     @property
     def _order_start(self) -> int:
         """Floats of the side cache before the order."""
-        return self._moment_floats + self.head_dim * summaries_of(self.config)
+        return self._moment_floats + self.head_dim * self.config.summaries_per_chunk
 
     @property
     def mean_values(self) -> torch.Tensor | None:
@@ -216,8 +213,7 @@ def attend_paged(
     near_states = cache.near(blocks[closed : (last - 1) // size + 1], max(0, full - closed))
     near_states = near_states[:, : last - since].to(queries.dtype)
     scorer = Scorer(scale, None, router, config.variance_pool)
-    closed_blocks = blocks[: closed_chunks(last - 1, config, tile)]
-    layout, means = cache.layout(closed_blocks), cache.means_of(closed_blocks)
+    layout = cache.layout(blocks[: closed_chunks(last - 1, config, tile)])
     outs, lses, near_pairs = [], [], 0
     plans: list[Plan] = []
     for block in query_blocks(first, last, config, tile):
@@ -233,7 +229,8 @@ def attend_paged(
             state = gather.far_field(
                 q, far[..., :dim], far[..., dim:], config.page_size, plan, state, scale=scale, softcap=None
             )
-            if means is not None and not plan.everything:
+            if config.summarised and not plan.everything:
+                means = cache.means_of(blocks[: block.closed])
                 state = merge(*state, *summary(q, layout, plans[-1], scorer, config, means=means))
         outs.append(state[0].to(queries.dtype))
         lses.append(state[1])

@@ -14,7 +14,7 @@ from llama_surgery.attention.api import AttentionResult, attend
 from llama_surgery.attention.executor import build_layout, kernel_features, kernel_moments
 from llama_surgery.config import SurgeryConfig
 from llama_surgery.errors import SurgeryError
-from llama_surgery.serving.paged import PagedStates, summaries_of
+from llama_surgery.serving.paged import PagedStates
 from llama_surgery.topology.geometry import closed_chunks
 from llama_surgery.topology.layout import Layout
 from llama_surgery.topology.router import PageRouter
@@ -37,7 +37,7 @@ def kernel_side_bytes(config: SurgeryConfig, head_dim: int, dtype: torch.dtype) 
 
 def _order_end(config: SurgeryConfig, head_dim: int, dtype: torch.dtype) -> int:
     """Bytes of the side cache up to the end of the order, a multiple of 4."""
-    halves = _balls(config) * _feature_width(config, head_dim) + summaries_of(config) * head_dim
+    halves = config.balls_per_chunk * _feature_width(config, head_dim) + config.summaries_per_chunk * head_dim
     size = halves * dtype.itemsize
     return size + size % 4 + 2 * (config.chunk_size + config.chunk_size % 2)
 
@@ -94,9 +94,11 @@ class KernelStates(PagedStates):
         """(blocks, kv_heads, summaries of a chunk, head_dim), the keys' dtype; None without summaries."""
         if not self.config.summarised:
             return None
-        first = _balls(self.config) * _feature_width(self.config, self.head_dim)
+        first = self.config.balls_per_chunk * _feature_width(self.config, self.head_dim)
         halves = self.side.view(self.states.dtype)[..., first:]
-        return halves[..., : summaries_of(self.config) * self.head_dim].unflatten(-1, (-1, self.head_dim))
+        return halves[..., : self.config.summaries_per_chunk * self.head_dim].unflatten(
+            -1, (-1, self.head_dim)
+        )
 
     def order(self, blocks: torch.Tensor) -> torch.Tensor:
         """(kv_heads, n, chunk_size) int16: original offsets of the slots of full chunks."""
@@ -111,7 +113,7 @@ class KernelStates(PagedStates):
     @property
     def _features(self) -> torch.Tensor:
         width = _feature_width(self.config, self.head_dim)
-        halves = self.side.view(self.states.dtype)[..., : _balls(self.config) * width]
+        halves = self.side.view(self.states.dtype)[..., : self.config.balls_per_chunk * width]
         return halves.unflatten(-1, (-1, width))
 
     @property
@@ -119,10 +121,6 @@ class KernelStates(PagedStates):
         end = _order_end(self.config, self.head_dim, self.states.dtype)
         stop = end // 2 - self.config.chunk_size % 2
         return self.side.view(torch.int16)[..., stop - self.config.chunk_size : stop]
-
-
-def _balls(config: SurgeryConfig) -> int:
-    return config.pages_per_chunk * config.balls_per_page
 
 
 def _feature_width(config: SurgeryConfig, head_dim: int) -> int:

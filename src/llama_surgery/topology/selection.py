@@ -181,7 +181,7 @@ def select(
         pages = block.closed * config.pages_per_chunk
         return plan_of_everything(block, tile, pages, sinks.repeat_interleave(choosers))
     rows = torch.arange(block.start, block.stop, device=queries.device)
-    moments = layout.moments.first(block.closed * config.pages_per_chunk * config.balls_per_page)
+    moments = layout.moments.first(block.closed * config.balls_per_chunk)
     theta = config.theta_for(tile)
     opening = math.log(theta) if theta > 0 else -math.inf
     whole = _TileRows(rows, block, tile)

@@ -6,11 +6,6 @@ from llama_surgery.attention.impl.triton.job import feature_parts
 from llama_surgery.config import SurgeryConfig
 
 
-def balls_of(config: SurgeryConfig) -> int:
-    """Balls of a chunk."""
-    return config.pages_per_chunk * config.balls_per_page
-
-
 def units_of(config: SurgeryConfig) -> int:
     """Terms that stand in for a page that a row does not see."""
     return config.page_size // config.summarised if config.summarised else 0
@@ -18,7 +13,7 @@ def units_of(config: SurgeryConfig) -> int:
 
 def mean_blocks(means: torch.Tensor, config: SurgeryConfig, kv_heads: int) -> torch.Tensor:
     """View of mean values (streams, summarised runs, value_dim) of whole chunks, by blocks of one chunk."""
-    return means.unflatten(1, (-1, config.chunk_size // config.summarised)).unflatten(0, (-1, kv_heads))
+    return means.unflatten(1, (-1, config.summaries_per_chunk)).unflatten(0, (-1, kv_heads))
 
 
 def feature_blocks(
@@ -34,6 +29,6 @@ def feature_blocks(
     """
     groups = features.shape[-1] // (config.variance_pool + 1)
     halves = feature_parts(features, features.shape[-1] - groups)
-    by_chunk = (half.unflatten(1, (-1, balls_of(config))) for half in halves)
+    by_chunk = (half.unflatten(1, (-1, config.balls_per_chunk)) for half in halves)
     means, spreads = (half.unflatten(0, (-1, kv_heads)) for half in by_chunk)
     return means, spreads

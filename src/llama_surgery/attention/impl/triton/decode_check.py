@@ -38,7 +38,7 @@ def check_cache(cache: "DecodeCache") -> None:
         )
     *outer, dim = keys.shape
     outer = [cache.lengths.shape[0], *outer[1:3]]
-    balls, like = config.chunk_size // config.ball_size, (keys.dtype, keys.device)
+    balls, like = config.balls_per_chunk, (keys.dtype, keys.device)
     spread = dim // config.variance_pool
     expect("keys", keys, (*outer, config.chunk_size, dim), *like)
     expect("values", cache.values, (*outer, config.chunk_size, cache.values.shape[-1]), *like)
