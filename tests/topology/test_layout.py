@@ -7,7 +7,6 @@ from hypothesis import strategies as st
 from llama_surgery.config import SurgeryConfig
 from llama_surgery.topology.layout import (
     build_layout,
-    extend_layout,
     moments_of,
     reorder,
     restore,
@@ -24,6 +23,7 @@ def cases(draw):
         window=0,
         tile=1,
         theta=0.01,
+        summary=draw(st.sampled_from(["page", "ball"])),
     )
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
     shape = (draw(st.integers(1, 3)), draw(st.integers(1, 3)) * config.chunk_size)
@@ -42,6 +42,8 @@ def test_moments_are_those_of_the_balls_keys(case):
     torch.testing.assert_close(layout.moments.mean, mean, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(layout.moments.variance, variance, rtol=1e-12, atol=1e-12)
     assert layout.moments.size == config.moment_size
+    by_run = layout.values.unflatten(1, (-1, config.summarised))
+    torch.testing.assert_close(layout.mean_values, by_run.mean(2), rtol=1e-12, atol=1e-12)
 
 
 @given(cases())
@@ -56,20 +58,20 @@ def test_restore_undoes_reorder(case):
 @given(cases())
 def test_a_chunk_is_laid_out_by_its_own_keys_alone(case):
     keys, values, config = case
-    whole, pieces = build_layout(keys, values, config), None
+    whole, pieces = build_layout(keys, values, config), []
     for start in range(0, keys.shape[1], config.chunk_size):
         span = slice(start, start + config.chunk_size)
-        piece = build_layout(keys[:, span], values[:, span], config)
-        pieces = piece if pieces is None else extend_layout(pieces, piece)
-    assert pieces.chunks == whole.chunks == keys.shape[1] // config.chunk_size
-    for one, other in (
-        (whole.keys, pieces.keys),
-        (whole.values, pieces.values),
-        (whole.order, pieces.order),
-        (whole.moments.mean, pieces.moments.mean),
-        (whole.moments.variance, pieces.moments.variance),
+        pieces.append(build_layout(keys[:, span], values[:, span], config))
+    assert len(pieces) == whole.chunks == keys.shape[1] // config.chunk_size
+    for of in (
+        lambda layout: layout.keys,
+        lambda layout: layout.values,
+        lambda layout: layout.order,
+        lambda layout: layout.moments.mean,
+        lambda layout: layout.moments.variance,
+        lambda layout: layout.mean_values,
     ):
-        torch.testing.assert_close(one, other, rtol=1e-14, atol=1e-14)
+        torch.testing.assert_close(of(whole), torch.cat([of(x) for x in pieces], 1), rtol=1e-14, atol=1e-14)
 
 
 @given(cases())

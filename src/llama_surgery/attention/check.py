@@ -80,11 +80,17 @@ def _check_layout(layout: Layout, config: SurgeryConfig, queries: torch.Tensor, 
         and layout.moments.size == config.ball_size
         and layout.moments.mean.shape == (streams, slots // config.ball_size, dim)
     )
+    means = layout.mean_values
+    if config.summarised:
+        summaries = (streams, layout.chunks * config.summaries_per_chunk, values.shape[-1])
+        fits = fits and means is not None and means.shape == summaries
     if not fits:
         raise SurgeryError(
             f"a layout of {layout.chunks} chunks, keys {tuple(layout.keys.shape)}, values "
-            f"{tuple(layout.values.shape)}, balls of {layout.moments.size}: it was not made for queries "
-            f"{tuple(queries.shape)} with chunk_size={config.chunk_size} and moment_size={config.ball_size}."
+            f"{tuple(layout.values.shape)}, balls of {layout.moments.size}, mean values "
+            f"{None if means is None else tuple(means.shape)}: it was not made for queries "
+            f"{tuple(queries.shape)} with chunk_size={config.chunk_size}, moment_size={config.ball_size} and "
+            f"summary={config.summary!r}."
         )
     for states in (layout.keys, layout.values):
         if states.dtype != queries.dtype or states.device != queries.device:

@@ -15,8 +15,6 @@ def summary(
     plan: Plan,
     scorer: Scorer,
     config: SurgeryConfig,
-    *,
-    means: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention over the pages that rows do not see, each ball a single key.
 
@@ -26,12 +24,10 @@ def summary(
 
     Args:
         queries: (streams, heads, rows, head_dim), the rows of the plan's block.
-        layout: At least the block's closed chunks.
+        layout: At least the block's closed chunks, with mean values.
         plan: What the rows see.
         scorer: The layer's page score.
         config: Says what is summarised.
-        means: Mean values of the closed chunks, from :func:`mean_values`, where they are kept; else made of
-            the layout's values.
 
     Returns:
         Output (streams, heads, rows, value_dim) and log-sum-exp (streams, heads, rows), the moments' dtype.
@@ -50,19 +46,6 @@ def summary(
     scores = scores.masked_fill(seen, -torch.inf)
     lse = scores.logsumexp(-1)
     weights = (scores - lse.unsqueeze(-1).clamp_min(torch.finfo(scores.dtype).min)).exp()
-    if means is None:
-        means = mean_values(layout.values[:, : pages * config.page_size], config)
-    return weights @ means.to(scores.dtype).unsqueeze(1), lse
-
-
-def mean_values(values: torch.Tensor, config: SurgeryConfig) -> torch.Tensor:
-    """Mean values of all balls or pages, whichever are summarised.
-
-    Args:
-        values: (streams, n * chunk_size, value_dim) in tree order.
-
-    Returns:
-        (streams, balls or pages, value_dim) float32, or float64 if given.
-    """
-    dtype = values.dtype if values.dtype == torch.float64 else torch.float32
-    return values.unflatten(1, (-1, config.summarised)).mean(2, dtype=dtype)
+    assert layout.mean_values is not None
+    means = layout.mean_values[:, : scores.shape[-1]].to(scores.dtype)
+    return weights @ means.unsqueeze(1), lse

@@ -13,7 +13,7 @@ from llama_surgery.attention.api import AttentionResult
 from llama_surgery.attention.executor import build_layout
 from llama_surgery.attention.impl import gather
 from llama_surgery.attention.impl.common import merge
-from llama_surgery.attention.summary import mean_values, summary
+from llama_surgery.attention.summary import summary
 from llama_surgery.config import SurgeryConfig
 from llama_surgery.topology.geometry import closed_chunks, query_blocks
 from llama_surgery.topology.layout import Layout, Moments, restore
@@ -149,8 +149,7 @@ class PagedStates:
         means = self.mean_values
         if means is not None:
             heads = self.states.shape[1]
-            kept = mean_values(layout.values, self.config).unflatten(0, (-1, heads))
-            means[blocks] = kept.to(means.dtype)
+            means[blocks] = layout.mean_values.unflatten(0, (-1, heads)).to(means.dtype)
 
     def order(self, blocks: torch.Tensor) -> torch.Tensor:
         """(kv_heads, n, chunk_size) int16: original offsets of the slots of full chunks."""
@@ -158,12 +157,18 @@ class PagedStates:
         return orders[blocks, :, : self.config.chunk_size].transpose(0, 1)
 
     def layout(self, blocks: torch.Tensor) -> Layout:
-        """Order and moments of full chunks, for selection; keys and values stay where they are."""
+        """Order, moments and mean values of full chunks; keys and values stay where they are."""
         moments = self.side[blocks, :, : self._moment_floats].transpose(0, 1)
         moments = moments.unflatten(-1, (-1, 2 * self.head_dim)).flatten(1, 2)
         mean, variance = moments.split(self.head_dim, dim=-1)
         none = self.states[:0, 0]
-        return Layout(none, none, self.order(blocks), Moments(mean, variance, self.config.ball_size))
+        return Layout(
+            none,
+            none,
+            self.order(blocks),
+            Moments(mean, variance, self.config.ball_size),
+            mean_values=self.means_of(blocks),
+        )
 
     def near(self, blocks: torch.Tensor, full: int) -> torch.Tensor:
         """States (kv_heads, n * chunk_size, 2 * head_dim) in order of position.
@@ -230,8 +235,7 @@ def attend_paged(
                 q, far[..., :dim], far[..., dim:], config.page_size, plan, state, scale=scale, softcap=None
             )
             if config.summarised and not plan.everything:
-                means = cache.means_of(blocks[: block.closed])
-                state = merge(*state, *summary(q, layout, plans[-1], scorer, config, means=means))
+                state = merge(*state, *summary(q, layout, plans[-1], scorer, config))
         outs.append(state[0].to(queries.dtype))
         lses.append(state[1])
         near_pairs += _pairs(block.start - start, block.stop - start)

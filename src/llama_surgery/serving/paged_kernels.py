@@ -105,10 +105,11 @@ class KernelStates(PagedStates):
         return self._orders[blocks].transpose(0, 1)
 
     def layout(self, blocks: torch.Tensor) -> Layout:
-        """Order, features and moments of full chunks; keys and values stay where they are."""
+        """Order, features, moments and mean values of full chunks; keys and values stay where they are."""
         none = self.states[:0, 0]
         features = self._features[blocks].transpose(0, 1).flatten(1, 2)
-        return Layout(none, none, self.order(blocks), kernel_moments(features, self.config), features)
+        moments = kernel_moments(features, self.config)
+        return Layout(none, none, self.order(blocks), moments, features, self.means_of(blocks))
 
     @property
     def _features(self) -> torch.Tensor:

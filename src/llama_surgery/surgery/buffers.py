@@ -7,7 +7,6 @@ from typing import Any
 import torch
 
 from llama_surgery.attention.executor import kernel_features, kernel_moments, kernels_serve
-from llama_surgery.attention.summary import mean_values
 from llama_surgery.config import SurgeryConfig
 from llama_surgery.topology.layout import Layout, Moments
 
@@ -169,12 +168,12 @@ class PageBuffers:
         if self.kernels:
             features = kernel_features(layout.moments, self.config, layout.keys.dtype)
             self._put(FEATURES, streams, start, tokens, features)
-            if self.config.summary != "none":
-                means = mean_values(layout.values, self.config).to(layout.values.dtype)
-                self._put(MEAN_VALUES, streams, start, tokens, means)
         else:
             self._put("mean", streams, start, tokens, layout.moments.mean)
             self._put("variance", streams, start, tokens, layout.moments.variance)
+        if layout.mean_values is not None:
+            means = layout.mean_values.to(layout.keys.dtype) if self.kernels else layout.mean_values
+            self._put(MEAN_VALUES, streams, start, tokens, means)
         if start == 0:
             if not writable(self.sink_page):
                 self.sink_page = self.sink_page.clone()
@@ -209,7 +208,9 @@ class PageBuffers:
             moments = kernel_moments(read[FEATURES], self.config)
         else:
             moments = Moments(read["mean"], read["variance"], self.config.ball_size)
-        return Layout(read["keys"], read["values"], read["order"], moments, read.get(FEATURES))
+        return Layout(
+            read["keys"], read["values"], read["order"], moments, read.get(FEATURES), read.get(MEAN_VALUES)
+        )
 
     def select(self, streams: torch.Tensor) -> "PageBuffers":
         """Buffers of the given streams (int64 indices, repeats allowed), copied."""

@@ -41,6 +41,21 @@ def moments_of(keys: torch.Tensor, size: int) -> Moments:
     return Moments(mean, variance, size)
 
 
+def mean_values(values: torch.Tensor, config: SurgeryConfig) -> torch.Tensor | None:
+    """What the values of all pages or balls, whichever are summarised, are stood in for by.
+
+    Args:
+        values: (streams, n * chunk_size, value_dim) in tree order.
+
+    Returns:
+        (streams, pages or balls, value_dim) float32, or float64 if given; None without summaries.
+    """
+    if not config.summarised:
+        return None
+    dtype = values.dtype if values.dtype == torch.float64 else torch.float32
+    return values.unflatten(1, (-1, config.summarised)).mean(2, dtype=dtype)
+
+
 def pool_channels(states: torch.Tensor, pool: int) -> torch.Tensor:
     """Sum over groups of ``pool`` channels: ``pool / 2`` neighbours and their rotary partners.
 
@@ -86,6 +101,8 @@ class Layout:
         moments: Moments of balls of ``moment_size`` keys.
         features: What kernels score the pages by, where it was kept: μ and ½·σ² side by side,
             (streams, balls, head_dim + head_dim / variance_pool).
+        mean_values: From :func:`mean_values`, where kernels read them in the values' dtype; None without
+            summaries.
     """
 
     keys: torch.Tensor
@@ -93,6 +110,7 @@ class Layout:
     order: torch.Tensor
     moments: Moments
     features: torch.Tensor | None = None
+    mean_values: torch.Tensor | None = None
 
     @property
     def chunks(self) -> int:
@@ -121,9 +139,9 @@ def build_layout(
     if router is not None:
         chunked = router.for_streams(keys.shape[0], keys.device).map_keys(chunked)
     order = tree_order(chunked, config.ball_size)
-    keys = reorder(keys, order)
+    keys, values = reorder(keys, order), reorder(values, order)
     moments = moments_of(keys, config.ball_size)
-    return Layout(keys, reorder(values, order), order.to(torch.int16), moments)
+    return Layout(keys, values, order.to(torch.int16), moments, mean_values=mean_values(values, config))
 
 
 def check_chunks(keys: torch.Tensor, values: torch.Tensor, config: SurgeryConfig) -> None:
@@ -150,17 +168,3 @@ def reorder(states: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
 def restore(states: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
     """Inverse of :func:`reorder`: tree order back to order of position."""
     return reorder(states, order.argsort(dim=-1))
-
-
-def extend_layout(layout: Layout, more: Layout) -> Layout:
-    """Append the chunks of ``more``."""
-    return Layout(
-        torch.cat((layout.keys, more.keys), 1),
-        torch.cat((layout.values, more.values), 1),
-        torch.cat((layout.order, more.order), 1),
-        Moments(
-            torch.cat((layout.moments.mean, more.moments.mean), 1),
-            torch.cat((layout.moments.variance, more.moments.variance), 1),
-            layout.moments.size,
-        ),
-    )

@@ -28,7 +28,8 @@ def build_layout(
     """
     with torch.no_grad():
         built = layouts.build_layout(keys, values, config, router)
-    return Layout(reorder(keys, built.order), reorder(values, built.order), built.order, built.moments)
+    keys, values = (reorder(x, built.order) for x in (keys, values))
+    return dataclasses.replace(built, keys=keys, values=values)
 
 
 def attend(

@@ -1,5 +1,7 @@
 """Layout on a GPU: tree order, reordered keys and values, moments."""
 
+import dataclasses
+
 import torch
 import triton
 
@@ -9,7 +11,7 @@ from llama_surgery.attention.impl.triton.layout_kernels import arrange_kernel, p
 from llama_surgery.attention.impl.triton.map_kernel import map_kernel
 from llama_surgery.config import SurgeryConfig
 from llama_surgery.errors import SurgeryError
-from llama_surgery.topology.layout import Layout, Moments, check_chunks
+from llama_surgery.topology.layout import Layout, Moments, check_chunks, mean_values
 from llama_surgery.topology.router import PageRouter
 from llama_surgery.topology.tree import POWER_STEPS
 
@@ -32,7 +34,7 @@ def build_layout(
     """Lay out full chunks; see :func:`llama_surgery.topology.layout.build_layout`, which it equals.
 
     Orders may differ from it where projections tie to rounding. A chunk's layout depends on that chunk
-    alone, and nothing is read back to the host.
+    alone, and nothing is read back to the host. Mean values are in the values' dtype.
 
     Args:
         keys: (streams, n * chunk_size, head_dim), float32, float16 or bfloat16.
@@ -81,7 +83,8 @@ def build_layout(
             VALUE_PAD=value_pad,
             num_warps=min(4, max(1, ball_pad // ARRANGED)),
         )
-    return layout
+    means = mean_values(layout.values, config)
+    return dataclasses.replace(layout, mean_values=None if means is None else means.to(values.dtype))
 
 
 def _order(keys: torch.Tensor, config: SurgeryConfig, router: PageRouter | None) -> torch.Tensor:

@@ -17,16 +17,15 @@ from llama_surgery.attention.impl.triton.launch import (
 )
 from llama_surgery.attention.impl.triton.summary_kernel import summary_kernel
 from llama_surgery.attention.impl.triton.tiled_plan import TiledPlan
-from llama_surgery.attention.summary import mean_values
 
 
 def means_for(job: Job) -> torch.Tensor | None:
     """Mean values for all pages or balls that a call may summarise; None where it summarises nothing."""
-    pages = job.whole().pages
-    if job.config.summary == "none" or job.layout is None or not pages:
+    config = job.config
+    if not config.summarised or config.theta_for(job.tile) == 0 or job.layout is None:
         return None
-    means = mean_values(job.layout.values[:, : pages * job.config.page_size], job.config)
-    return means.to(job.queries.dtype)
+    assert job.layout.mean_values is not None
+    return job.layout.mean_values.to(job.queries.dtype)
 
 
 def summarise_strip(
