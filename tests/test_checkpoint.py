@@ -84,7 +84,7 @@ def test_a_name_on_the_hub_is_asked_for_once(cache: Path, monkeypatch: pytest.Mo
     assert located("meta-llama/Llama-3.1-8B") == ("meta-llama/Llama-3.1-8B", {})
     monkeypatch.setattr(checkpoint, "_answers", lambda address: False)
     with pytest.raises(
-        SurgeryError, match=r"no such folder, https://\S+ does not answer and .* not in the cache"
+        SurgeryError, match=r"no such folder or file, https://\S+ does not answer and .* not in the cache"
     ):
         located("meta-llama/Llama-3.1-8B")
 

@@ -1,7 +1,10 @@
 """Where a model is: in a folder, in the cache of the Hub, or on the Hub, which is not waited for in vain."""
 
+import contextlib
+import functools
 import os
 import threading
+from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -33,17 +36,17 @@ def located(given: str | Path) -> tuple[str, dict[str, Any]]:
         model needs).
 
     Raises:
-        SurgeryError: There is no such folder and no such model in the cache, and the name is none of the
-            Hub's or the Hub does not answer; or the folder is an adapter, or has one among the model's files;
-            or a package that reads GGUF files is missing.
+        SurgeryError: There is no such folder or file, and no such model in the cache, and the name is none of
+            the Hub's or the Hub does not answer; or the folder is an adapter, or has one among the model's
+            files; or a package that reads GGUF files is missing.
     """
     name = os.fspath(given)
-    if _is_gguf(Path(name)):
+    if is_gguf(Path(name)):
         return _in_gguf(Path(name))
     if name and os.path.exists(name):
         _check_adapter(Path(name))
         return name, {}
-    lost = f"could not load {name!r}: there is no such folder"
+    lost = f"could not load {name!r}: there is no such folder or file"
     if not _may_be_on_hub(name):
         raise SurgeryError(f"{lost}. {_HOW}")
     from huggingface_hub import constants
@@ -62,6 +65,54 @@ def located(given: str | Path) -> tuple[str, dict[str, Any]]:
     return name, {"local_files_only": True}
 
 
+def configuration(given: str | Path) -> Any:
+    """transformers' configuration of a model in a folder, a ``config.json``, a GGUF file or on the Hub.
+
+    Raises:
+        SurgeryError: There is none, or it describes no model that transformers knows.
+    """
+    from transformers import AutoConfig
+
+    try:
+        name, options = located(given)
+    except SurgeryError as error:
+        raise SurgeryError(f"no model configuration: {error}") from error
+    try:
+        return AutoConfig.from_pretrained(name, **options)
+    except Exception as error:  # what a library makes of a file that may hold anything
+        raise unreadable(given, error) from error
+
+
+def unreadable(given: str | Path, error: Exception) -> SurgeryError:
+    """What is said where a library cannot make a model of its configuration."""
+    return SurgeryError(
+        f"{given}: no model configuration that can be read ({told(error)}). Give the folder of a "
+        "checkpoint, its config.json, a GGUF file, or its name on the Hub."
+    )
+
+
+def unpack(file: Path, folder: Path) -> None:
+    """Writes the model and the tokenizer of a GGUF file as a checkpoint of bfloat16 into ``folder``.
+
+    Raises:
+        SurgeryError: A package that reads the file is missing, or the file is damaged.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    name, options = _in_gguf(file)
+    try:
+        with read_once(options):
+            tokenizer = AutoTokenizer.from_pretrained(name, **options)
+            model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.bfloat16, **unpacked(options))
+    except Exception as error:  # the same
+        raise SurgeryError(f"could not load {file}: {told(error)}.") from error
+    model.hf_quantizer = None
+    vars(model.config).pop("quantization_config", None)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
 def unpacked(options: dict[str, Any]) -> dict[str, Any]:
     """What :func:`located` returns beside the name, for a model: weights of GGUF files become plain ones."""
     if "gguf_file" not in options:
@@ -73,7 +124,30 @@ def unpacked(options: dict[str, Any]) -> dict[str, Any]:
     return {**options, "quantization_config": GgufConfig(dequantize=True)}
 
 
-def _is_gguf(path: Path) -> bool:
+@contextlib.contextmanager
+def read_once(options: dict[str, Any]) -> Iterator[None]:
+    """While a model of :func:`located` is loaded, the head of a GGUF file is read once.
+
+    transformers reads it for the configuration, the tokenizer and the weights, and makes the table of tensor
+    names anew for every module: three quarters of a minute for a model of 135 million weights.
+    """
+    if "gguf_file" not in options:
+        yield
+        return
+    import gguf
+
+    plain = {name: getattr(gguf, name) for name in ("GGUFReader", "get_tensor_name_map")}
+    for name, function in plain.items():
+        setattr(gguf, name, functools.cache(function))
+    try:
+        yield
+    finally:
+        for name, function in plain.items():
+            setattr(gguf, name, function)
+
+
+def is_gguf(path: Path) -> bool:
+    """Whether a file begins as GGUF files do."""
     try:
         with path.open("rb") as file:
             return path.is_file() and file.read(len(_GGUF)) == _GGUF

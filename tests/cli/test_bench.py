@@ -88,7 +88,10 @@ def test_the_script_runs_without_the_command_line_and_keeps_its_time(shapes: Pat
 def test_what_cannot_be_measured_is_said_in_a_line(shapes: Path, tmp_path: Path) -> None:
     for arguments, message in (
         (["bench", "--device", "cpu", "--out", tmp_path / "o"], "the kernels run on a GPU"),
-        (["bench", "--end-to-end", tmp_path / "none.json", "--out", tmp_path / "o"], "no configuration"),
+        (
+            ["bench", "--end-to-end", tmp_path / "none.json", "--out", tmp_path / "o"],
+            "no model configuration",
+        ),
         (["bench", "--length", "many", "--out", tmp_path / "o"], "'many'"),
         (["crossover", tmp_path / "none.json"], "no configuration"),
         (["crossover", shapes, "--adapter", tmp_path], "no adapter"),

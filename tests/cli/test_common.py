@@ -8,10 +8,13 @@ import torch
 from transformers import PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
 
 from llama_surgery import checkpoint
+from llama_surgery.bench.model import random_model
 from llama_surgery.cli import common
 from llama_surgery.cli.common import Dtype, load_model, load_tokenizer, split_values, token_counts
 from llama_surgery.errors import SurgeryError
 from llama_surgery.evaluation.evaluate import model_name
+from llama_surgery.learning.weights import Weights, skeleton
+from llama_surgery.serving.export import export
 
 
 def test_token_counts() -> None:
@@ -90,6 +93,17 @@ def test_a_gguf_file_is_a_plain_dense_model(
     ids = tokenizer(text).input_ids
     assert tokenizer.decode(ids) == text and 0 < len(ids) < len(text) and max(ids) < 400
     assert load_tokenizer(str(file))(text).input_ids == ids
+    assert skeleton(file).config.to_dict()["hidden_size"] == 32
+    assert (
+        random_model(file, torch.device("cpu"), torch.float32)(torch.arange(9)[None]).logits.isfinite().all()
+    )
+    export(file, tmp_path / "served")
+    served, _ = load_model(str(tmp_path / "served"), "cpu", Dtype.float32)
+    assert (
+        served(torch.arange(5, 60)[None]).logits - written(torch.arange(5, 60)[None]).logits
+    ).abs().max() < 0.05
+    with pytest.raises(SurgeryError, match="is a GGUF file, and streaming reads safetensors"):
+        Weights(file)
     monkeypatch.setattr(checkpoint, "find_spec", lambda name: None if name == "gguf" else object())
     with pytest.raises(SurgeryError, match=r"is a GGUF file.*pip install gguf\.$"):
         load_model(str(file), "cpu", Dtype.auto)

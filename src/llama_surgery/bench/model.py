@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import json
 import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -10,9 +9,9 @@ from typing import Any
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from llama_surgery.checkpoint import told
+from llama_surgery.checkpoint import configuration, unreadable
 from llama_surgery.config import SurgeryConfig
 from llama_surgery.errors import SurgeryError
 from llama_surgery.surgery.cache import PagedCache
@@ -36,22 +35,17 @@ def random_model(path: Path, device: torch.device, dtype: torch.dtype, seed: int
     """A model with random weights.
 
     Args:
-        path: A ``config.json``, or a folder with one.
+        path: A ``config.json``, a folder with one, or a GGUF file.
 
     Raises:
         SurgeryError: No configuration is there, or it is of a model whose attention is not full and causal.
     """
-    path = path / "config.json" if path.is_dir() else path
+    config = configuration(path)
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-        config = AutoConfig.for_model(values.pop("model_type"), **values)
         with torch.device("meta"):
             AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
     except Exception as error:  # what a library makes of a file that may hold anything
-        raise SurgeryError(
-            f"{path}: no configuration of a transformers model ({told(error)}). Give the config.json of a "
-            "checkpoint, or its folder."
-        ) from error
+        raise unreadable(path, error) from error
     torch.manual_seed(seed)
     with torch.device(device):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")

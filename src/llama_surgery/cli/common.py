@@ -161,7 +161,7 @@ def load_model(
         SurgeryError: There is none at ``path``, the device cannot be used, or the model cannot read so far.
         AdapterError: There is no adapter.
     """
-    from llama_surgery.checkpoint import located, unpacked
+    from llama_surgery.checkpoint import located, read_once, unpacked
 
     if adapter is not None:
         check_complete(adapter)
@@ -185,7 +185,7 @@ def load_model(
         wanted: Any = torch.float32 if target.type == "cpu" else held
     else:
         wanted = getattr(torch, dtype.value)
-    with err.status(f"Loading {escape(path)} …"), _loading(path):
+    with err.status(f"Loading {escape(path)} …"), _loading(path), read_once(options):
         tokenizer = AutoTokenizer.from_pretrained(name, **options)
         model = AutoModelForCausalLM.from_pretrained(name, dtype=wanted, **unpacked(options), **placed)
         if "gguf_file" in options:
@@ -223,7 +223,7 @@ def _loading(path: str) -> Iterator[None]:
     except Exception as error:
         raise SurgeryError(
             f"could not load {path!r}: {told(error)}. Give the folder of a Hugging Face checkpoint "
-            "(config.json, safetensors, tokenizer) or its name on the Hub."
+            "(config.json, safetensors, tokenizer), a GGUF file, or its name on the Hub."
         ) from error
 
 

@@ -10,7 +10,9 @@ from llama_surgery.cli.run import thresholds
 
 
 def export(
-    model: Annotated[Path, typer.Argument(help="Folder of a Hugging Face checkpoint in safetensors.")],
+    model: Annotated[
+        Path, typer.Argument(help="Folder of a Hugging Face checkpoint in safetensors, or a GGUF file.")
+    ],
     folders: Annotated[
         list[Path],
         typer.Argument(

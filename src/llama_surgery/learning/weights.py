@@ -7,9 +7,9 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from llama_surgery.checkpoint import located, told
+from llama_surgery.checkpoint import configuration, is_gguf, unreadable
 from llama_surgery.errors import SurgeryError, UnsupportedModelError
 
 INDEX_FILE, SINGLE_FILE = "model.safetensors.index.json", "model.safetensors"
@@ -27,6 +27,11 @@ class Weights:
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
+        if is_gguf(self.folder):
+            raise SurgeryError(
+                f"{folder} is a GGUF file, and streaming reads safetensors: leave out --stream, or give the "
+                "folder of the same model in safetensors."
+            )
         index = self.folder / INDEX_FILE
         try:
             if index.exists():
@@ -72,19 +77,12 @@ def skeleton(folder: str | Path) -> PreTrainedModel:
         SurgeryError: There is no configuration.
         UnsupportedModelError: It computes with buffers that are neither in the checkpoint nor rotary tables.
     """
+    config = configuration(folder)
     try:
-        name, options = located(folder)
-    except SurgeryError as error:
-        raise SurgeryError(f"no model configuration: {error}") from error
-    try:
-        config = AutoConfig.from_pretrained(name, **options)
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config)
     except Exception as error:  # what a library makes of a file that may hold anything
-        raise SurgeryError(
-            f"{folder}: no model configuration that can be read ({told(error)}). Give the folder of a "
-            "checkpoint, its config.json, or its name on the Hub."
-        ) from error
+        raise unreadable(folder, error) from error
     for name, module in model.named_modules():
         if not any(buffer.is_meta for buffer in module.buffers(recurse=False)):
             continue

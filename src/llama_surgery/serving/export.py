@@ -4,13 +4,14 @@ import json
 import os
 import secrets
 import shutil
+import tempfile
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import save
 
-from llama_surgery.checkpoint import located, told
+from llama_surgery.checkpoint import is_gguf, located, told, unpack
 from llama_surgery.config import SurgeryConfig
 from llama_surgery.errors import SurgeryError, UnsupportedModelError
 from llama_surgery.files import write_atomically, write_json
@@ -43,7 +44,7 @@ def export(model: str | Path, out: str | Path, adapter: str | Path | None = None
     as the dense model. The folder appears whole or not at all.
 
     Args:
-        model: Folder of a Hugging Face checkpoint in safetensors.
+        model: Folder of a Hugging Face checkpoint in safetensors, or a GGUF file (written as bfloat16).
         out: Folder to write; absent or empty.
         adapter: Folder of an adapter; the default topology, not calibrated, if None.
 
@@ -55,6 +56,10 @@ def export(model: str | Path, out: str | Path, adapter: str | Path | None = None
         SurgeryError: A folder is missing, damaged or in the way, or the disk is full.
     """
     model, out = Path(model), Path(os.path.realpath(out))
+    if is_gguf(model):
+        with tempfile.TemporaryDirectory() as folder:
+            unpack(model, Path(folder))
+            return export(folder, out, adapter)
     description = _read_config(model)
     architecture = exported_architecture(description, str(model))
     if (model / CONFIG_FILE).exists() and not is_own_adapter(model):
