@@ -2,7 +2,6 @@
 
 import torch
 
-from llama_surgery.attention.impl.common import differentiable
 from llama_surgery.config import SurgeryConfig
 from llama_surgery.errors import SurgeryError
 from llama_surgery.topology.layout import Layout, Moments
@@ -68,11 +67,9 @@ def kernels_serve(config: SurgeryConfig, keys: torch.Tensor, values: torch.Tenso
 
 def kernel_features(moments: Moments, config: SurgeryConfig, dtype: torch.dtype) -> torch.Tensor:
     """What the Triton kernels score pages by: ``Layout.features``."""
-    from llama_surgery.attention.impl.triton.job import differentiable_features, page_features
+    from llama_surgery.attention.impl.triton.job import page_features
 
-    recorded = differentiable(moments.mean, moments.variance)
-    make = differentiable_features if recorded else page_features
-    return make(moments, dtype, config.variance_pool)
+    return page_features(moments, dtype, config.variance_pool)
 
 
 def kernel_moments(features: torch.Tensor, config: SurgeryConfig) -> Moments:

@@ -9,13 +9,21 @@ import torch
 pytest.importorskip("triton")
 
 from llama_surgery.attention import api
-from llama_surgery.attention.impl.triton import backward, backward_lists, backward_pass, job, prefill
+from llama_surgery.attention.impl.triton import (
+    backward,
+    backward_lists,
+    backward_pass,
+    backward_summary,
+    job,
+    prefill,
+)
 from llama_surgery.attention.impl.triton.backward_tuning import BackwardTuning
 from llama_surgery.attention.impl.triton.tiled_plan import ENTRY, TiledPlan
 from llama_surgery.config import SurgeryConfig
 from llama_surgery.topology.geometry import closed_chunks
 from llama_surgery.topology.layout import Layout, reorder
 from llama_surgery.topology.layout import build_layout as plain_layout
+from llama_surgery.topology.router import PageRouter
 
 CONFIG = SurgeryConfig(chunk_size=64, page_size=16, window=32, tile=16, theta=0.06, theta_decode=0.03)
 
@@ -219,21 +227,49 @@ class TestAgainstPlainAttention:
 
 
 @pytest.mark.usefixtures("poisoned")
-def test_through_a_layout_it_equals_the_reference_backend(device: torch.device) -> None:
-    """Near keys and pages are parts of the same keys: their gradients meet there."""
-    given = inputs(Case(70, 105, streams=1), device)
-    grads = []
+@pytest.mark.parametrize("summary", ["none", "page", "ball"])
+@pytest.mark.parametrize(
+    ("change", "case", "strip_bytes", "elements"),
+    [
+        ({}, Case(70, 105, streams=1), 1 << 28, 1 << 25),
+        ({"variance_pool": 4}, Case(90, 100, 3, value_dim=24, softcap=8.0, sink=True), 400, 1 << 10),
+        ({"moment_size": 16}, Case(3, 197, 3, tile=1, sink=True), 1 << 28, 1 << 25),
+    ],
+    ids=["plain", "all", "single"],
+)
+def test_through_a_layout_it_equals_the_reference_backend(
+    summary: str,
+    change: dict,
+    case: Case,
+    strip_bytes: int,
+    elements: int,
+    device: torch.device,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Near keys, pages and what stands in for them are made of the same keys: their gradients meet there."""
+    monkeypatch.setattr(job, "STRIP_BYTES", strip_bytes)
+    monkeypatch.setattr(backward_summary, "ELEMENTS", elements)
+    given, grads = inputs(case, device), []
+    router = PageRouter(
+        mean_weight=1 + 0.1 * torch.randn(case.streams, case.heads, case.dim, device=device),
+        variance_weight=1 + 0.1 * torch.randn(case.streams, case.heads, case.dim, device=device),
+        summary=0.1 * torch.randn(case.streams, case.heads, device=device),
+    )
     for dtype, backend in ((torch.float32, "triton"), (torch.float64, "reference")):
         x = leaves(given, dtype)
-        config = dataclasses.replace(CONFIG, backend=backend)
+        config = dataclasses.replace(CONFIG, backend=backend, summary=summary, **change)
         build: Callable = backward.build_layout if backend == "triton" else plain_layout
-        layout = build(x["keys"][:, :128], x["values"][:, :128], config)
+        full = x["keys"].shape[1] // config.chunk_size * config.chunk_size
+        layout = build(x["keys"][:, :full], x["values"][:, :full], config)
         attend: Callable = backward.attend if backend == "triton" else api.attend
-        result = attend(x["queries"], x["keys"], x["values"], layout, config=config, start=105)
-        (result.out * x["d_out"]).sum().backward()
-        grads.append([x[name].grad.double() for name in ("queries", "keys", "values")])
+        result = attend(
+            x["queries"], x["keys"], x["values"], layout, config=config, start=case.past, tile=case.tile,
+            softcap=case.softcap, sink_logit=x.get("sink_logit"), router=router,
+        )  # fmt: skip
+        ((result.out * x["d_out"]).sum() + (result.lse * x["d_lse"]).sum()).backward()
+        grads.append([v.grad.double() for name, v in x.items() if not name.startswith("d_")])
     for got, want in zip(*grads, strict=True):
-        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=2e-5)
 
 
 def test_two_runs_agree_bit_by_bit(device: torch.device) -> None:

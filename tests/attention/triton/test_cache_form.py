@@ -21,7 +21,6 @@ from llama_surgery.surgery.buffers import PageBuffers
 from llama_surgery.surgery.compat import CACHE_NAME
 from llama_surgery.topology.layout import Moments
 
-#: Summaries are what the kernels run without gradients only.
 SUMMARISED = dataclasses.replace(CONFIG, summary="page", moment_size=4, backend="auto")
 START, STOP = 54, 57
 

@@ -64,8 +64,6 @@ def obstacle(config: SurgeryConfig, queries: torch.Tensor, values: torch.Tensor,
             f"it sorts chunks of up to {most} keys of {queries.shape[-1]} channels, not "
             f"chunk_size={config.chunk_size}"
         )
-    if config.summary != "none" and differentiable(queries, values):
-        return "it does not differentiate summaries"
     return None
 
 

@@ -13,23 +13,30 @@ from llama_surgery.attention.impl.triton import layout as layouts
 from llama_surgery.attention.impl.triton import prefill
 from llama_surgery.attention.impl.triton.backward_pass import Call, States, gradients
 from llama_surgery.attention.impl.triton.helpers import launching
+from llama_surgery.attention.impl.triton.job import features_of
 from llama_surgery.attention.impl.triton.tiled_plan import TiledPlan
 from llama_surgery.config import SurgeryConfig
-from llama_surgery.topology.layout import Layout, reorder
+from llama_surgery.topology.layout import Layout, Moments, mean_values, reorder
 from llama_surgery.topology.router import PageRouter
 
 
 def build_layout(
     keys: torch.Tensor, values: torch.Tensor, config: SurgeryConfig, router: PageRouter | None = None
 ) -> Layout:
-    """:func:`layout.build_layout` whose keys and values are differentiable by those given.
+    """:func:`layout.build_layout`, differentiable by the keys and values given.
 
-    Their order and the moments are constant.
+    The order is constant; so are moments that nothing but the selection reads.
     """
     with torch.no_grad():
         built = layouts.build_layout(keys, values, config, router)
     keys, values = (reorder(x, built.order) for x in (keys, values))
-    return dataclasses.replace(built, keys=keys, values=values)
+    built = dataclasses.replace(built, keys=keys, values=values)
+    if not config.summarised:
+        return built
+    means = mean_values(values, config, values.dtype)
+    mean, variance = _Moments.apply(keys, built.moments.mean, built.moments.variance)
+    moments = Moments(mean, variance, config.ball_size)
+    return dataclasses.replace(built, moments=moments, mean_values=means)
 
 
 def attend(
@@ -48,14 +55,21 @@ def attend(
 ) -> prefill.TiledResult:
     """:func:`prefill.attend`, differentiable.
 
-    ``out`` and ``lse`` have gradients by queries, near keys and values, the layout's keys and values and sink
-    logits; by ``router`` there are none. A key that is both a near key and in the layout gets the sum where
-    both were made from one tensor by PyTorch, as by :func:`build_layout`. The plans
-    keep their lists, which the backward pass walks, cut to the longest of a strip: its length is read back.
+    ``out`` and ``lse`` have gradients by queries, near keys and values, the layout's keys, values and what
+    stands in for its pages, and sink logits; by ``router`` there are none. A key that is both a near key and
+    in the layout gets the sum where both were made from one tensor by PyTorch, as by :func:`build_layout`.
+    The plans keep their lists, which the backward pass walks, cut to the longest of a strip: its length is
+    read back.
 
     Raises:
         SurgeryError: A dtype, tile or rule that these kernels do not run.
     """
+    tile = config.tile if tile is None else tile
+    features = means = None
+    if layout is not None and config.summarised and config.theta_for(tile) > 0:
+        assert layout.mean_values is not None
+        features, means = features_of(layout, config, queries.dtype), layout.mean_values.to(queries.dtype)
+        layout = dataclasses.replace(layout, features=features, mean_values=means)
     with torch.no_grad():
         result = prefill.attend(
             queries,
@@ -71,11 +85,41 @@ def attend(
             router=router,
             trim_lists=True,
         )
-    call = Call(config, start, config.tile if tile is None else tile, scale, softcap, tuple(result.plans))
+    call = Call(config, start, tile, scale, softcap, router, tuple(result.plans))
     far_keys, far_values = (None, None) if layout is None else (layout.keys, layout.values)
-    states = States(queries, near_keys, near_values, far_keys, far_values, sink_logit, result.out, result.lse)
+    states = States(
+        queries,
+        near_keys,
+        near_values,
+        far_keys,
+        far_values,
+        sink_logit,
+        features,
+        means,
+        result.out,
+        result.lse,
+    )
     out, lse = _Gradients.apply(call, states, *states.inputs())
     return dataclasses.replace(result, out=out, lse=lse)
+
+
+class _Moments(torch.autograd.Function):
+    """Hangs gradients by keys (streams, slots, head_dim) in tree order on moments that were made of them."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, keys: torch.Tensor, mean: torch.Tensor, variance: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        ctx.save_for_backward(keys, mean)
+        return mean.clone(), variance.clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_mean: torch.Tensor, d_variance: torch.Tensor) -> Any:
+        keys, mean = ctx.saved_tensors
+        balls = keys.float().unflatten(1, (mean.shape[1], -1))
+        d_keys = d_mean.unsqueeze(2) + 2 * d_variance.unsqueeze(2) * (balls - mean.unsqueeze(2))
+        return (d_keys / balls.shape[2]).flatten(1, 2).to(keys.dtype), None, None
 
 
 class _Gradients(torch.autograd.Function):
@@ -85,7 +129,10 @@ class _Gradients(torch.autograd.Function):
     def forward(ctx: Any, call: Call, states: States, *_inputs: torch.Tensor | None) -> Any:
         # Lists are saved as tensors, so that they are given back after the backward pass, as the states are.
         lists = [tensor for plan in call.plans for tensor in (plan.counts, plan.entries)]
-        ctx.call, ctx.plans = call._replace(plans=()), [(p.start, p.stop, p.tile) for p in call.plans]
+        ctx.call, ctx.plans = (
+            call._replace(plans=()),
+            [(p.start, p.stop, p.tile, p.pages) for p in call.plans],
+        )
         ctx.save_for_backward(*states, *lists)
         ctx.set_materialize_grads(False)
         return states.out, states.lse
@@ -96,8 +143,8 @@ class _Gradients(torch.autograd.Function):
         count = len(States._fields)
         states, lists = States(*ctx.saved_tensors[:count]), iter(ctx.saved_tensors[count:])
         plans = (
-            TiledPlan(start, stop, tile, counts, counts, entries)
-            for (start, stop, tile), counts, entries in zip(ctx.plans, lists, lists, strict=True)
+            TiledPlan(start, stop, tile, counts, counts, entries, pages=pages)
+            for (start, stop, tile, pages), counts, entries in zip(ctx.plans, lists, lists, strict=True)
         )
         call = ctx.call._replace(plans=tuple(plans))
         if d_out is None and d_lse is None:

@@ -12,12 +12,14 @@ import triton
 from llama_surgery.attention.impl.triton.backward_key_kernels import far_gradient_kernel, near_gradient_kernel
 from llama_surgery.attention.impl.triton.backward_lists import transpose
 from llama_surgery.attention.impl.triton.backward_query_kernel import query_gradient_kernel
+from llama_surgery.attention.impl.triton.backward_summary import summary_gradients
 from llama_surgery.attention.impl.triton.backward_tuning import BackwardTuning, backward_tuning_for
 from llama_surgery.attention.impl.triton.job import Job, make_job
 from llama_surgery.attention.impl.triton.launch import heads_of_tile
 from llama_surgery.attention.impl.triton.tiled_plan import TiledPlan
 from llama_surgery.attention.impl.triton.tuning import family_of
 from llama_surgery.config import SurgeryConfig
+from llama_surgery.topology.router import PageRouter
 
 
 class Call(NamedTuple):
@@ -28,11 +30,12 @@ class Call(NamedTuple):
     tile: int
     scale: float | None
     softcap: float | None
+    router: PageRouter | None
     plans: tuple[TiledPlan, ...]
 
 
 class States(NamedTuple):
-    """Tensors of a forward pass; shapes as in :func:`backward.attend`."""
+    """Tensors of a forward pass, see :func:`backward.attend`; without summaries no features and no means."""
 
     queries: torch.Tensor
     near_keys: torch.Tensor
@@ -40,12 +43,14 @@ class States(NamedTuple):
     far_keys: torch.Tensor | None
     far_values: torch.Tensor | None
     sink_logit: torch.Tensor | None
+    features: torch.Tensor | None
+    means: torch.Tensor | None
     out: torch.Tensor
     lse: torch.Tensor
 
     def inputs(self) -> Sequence[torch.Tensor | None]:
         """All but the results."""
-        return self[:6]
+        return self[:8]
 
 
 class _Rows(NamedTuple):
@@ -81,6 +86,7 @@ def gradients(
         tile=call.tile,
         scale=call.scale,
         softcap=call.softcap,
+        router=call.router,
     )
     tuning = backward_tuning_for(
         family_of(job.queries.device),
@@ -90,9 +96,8 @@ def gradients(
     far = [x if x is None or x.stride(-1) == 1 else x.contiguous() for x in states[3:5]]
     rows = _Rows(d_out.contiguous(), states.lse, torch.empty_like(states.lse))
     d_lse = None if d_lse is None else d_lse.contiguous()
-    d_queries = _of_queries(job, tuning, call.plans, far, states, rows, d_lse)
-    grads: list[torch.Tensor | None] = [None] * len(needed)
-    grads[0] = d_queries.view(states.queries.shape)
+    d_queries = _of_queries(job, tuning, call.plans, far, states, rows, d_lse).view(states.queries.shape)
+    grads: list[torch.Tensor | None] = [d_queries] + [None] * (len(needed) - 1)
     if needed[1] or needed[2]:
         grads[1:3] = _of_near_keys(job, tuning, rows)
     if far[0] is not None and far[1] is not None and (needed[3] or needed[4]):
@@ -101,6 +106,10 @@ def gradients(
         # The sink is a key of value zero: its share takes -delta.
         share = (states.sink_logit.float().unsqueeze(-1) - states.lse).exp()
         grads[5] = -(share * rows.delta).sum(-1).to(states.sink_logit.dtype)
+    if states.features is not None and states.means is not None:
+        grads[6:8] = summary_gradients(
+            job, call.plans, states.features, states.means, *rows, d_queries, by_features=needed[6]
+        )
     return grads
 
 

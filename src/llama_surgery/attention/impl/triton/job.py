@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 import triton
 
+from llama_surgery.attention.impl.common import differentiable
 from llama_surgery.attention.impl.triton import LARGEST_SQUARE, obstacle
 from llama_surgery.attention.impl.triton.feature_kernels import feature_kernel
 from llama_surgery.attention.impl.triton.helpers import exact_products, launching
@@ -168,7 +169,7 @@ def features_of(layout: Layout, config: SurgeryConfig, dtype: torch.dtype) -> to
 def page_features(moments: Moments, dtype: torch.dtype, pool: int = 1) -> torch.Tensor:
     """What selection multiplies queries with: (streams, balls, head_dim + head_dim / pool), μ and ½·σ².
 
-    The balls are those of ``moments`` (float32).
+    The balls are those of ``moments`` (float32), by which there are gradients where these are asked for.
 
     Raises:
         SurgeryError: ``pool`` does not divide head_dim.
@@ -179,6 +180,9 @@ def page_features(moments: Moments, dtype: torch.dtype, pool: int = 1) -> torch.
         raise SurgeryError(
             f"variance_pool={pool} does not divide head_dim={dim}: choose an even divisor or 1."
         )
+    if differentiable(means, variances):
+        pooled = pool_channels(variances, pool) * (0.5 / pool)
+        return torch.cat((means, pooled.clamp_max(LARGEST_SQUARE)), -1).to(dtype)
     features = means.new_empty(streams, balls, dim + spread, dtype=dtype)
     with launching(means):
         feature_kernel[(triton.cdiv(balls, FEATURE_BALLS), streams)](
@@ -196,12 +200,6 @@ def page_features(moments: Moments, dtype: torch.dtype, pool: int = 1) -> torch.
             BALLS=FEATURE_BALLS,
         )
     return features
-
-
-def differentiable_features(moments: Moments, dtype: torch.dtype, pool: int = 1) -> torch.Tensor:
-    """:func:`page_features` of the balls of ``moments`` themselves, with gradients by the moments."""
-    spread = pool_channels(moments.variance, pool) * (0.5 / pool)
-    return torch.cat((moments.mean, spread.clamp_max(LARGEST_SQUARE)), -1).to(dtype)
 
 
 def moments_from(features: torch.Tensor, config: SurgeryConfig) -> Moments:

@@ -83,8 +83,7 @@ def build_layout(
             VALUE_PAD=value_pad,
             num_warps=min(4, max(1, ball_pad // ARRANGED)),
         )
-    means = mean_values(layout.values, config)
-    return dataclasses.replace(layout, mean_values=None if means is None else means.to(values.dtype))
+    return dataclasses.replace(layout, mean_values=mean_values(layout.values, config, values.dtype))
 
 
 def _order(keys: torch.Tensor, config: SurgeryConfig, router: PageRouter | None) -> torch.Tensor:

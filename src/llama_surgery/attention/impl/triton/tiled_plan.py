@@ -5,7 +5,7 @@ import dataclasses
 import torch
 
 from llama_surgery.config import SurgeryConfig
-from llama_surgery.topology.geometry import query_blocks
+from llama_surgery.topology.geometry import Block, query_blocks
 from llama_surgery.topology.plan import Plan, plan_from_first_open
 
 #: A list entry is ``page * ENTRY + first_open``.
@@ -76,6 +76,18 @@ class TiledPlan:
         opened = (self.entries % ENTRY).where(valid, self.tile).long()
         full = opened.new_full((*self.counts.shape, pages + 1), self.tile)
         return full.scatter_(-1, page, opened)[..., :pages]
+
+    def seen(self, block: Block, pages: int) -> torch.Tensor:
+        """(choosers, rows, pages) bool: which of the first ``pages`` pages the rows of ``block`` see."""
+        assert self.entries is not None
+        first = block.start // self.tile
+        tiles = slice(
+            first - self.start // self.tile, (block.stop - 1) // self.tile + 1 - self.start // self.tile
+        )
+        of_block = dataclasses.replace(self, counts=self.counts[:, tiles], entries=self.entries[:, tiles])
+        row = torch.arange(block.start, block.stop, device=self.counts.device)
+        first_open = of_block.first_open()[..., :pages]
+        return first_open[:, row // self.tile - first] <= (row % self.tile)[:, None]
 
     def block_plans(self, config: SurgeryConfig) -> list[Plan]:
         """The same plan, cut into the blocks of rows of equal closed chunks. Synchronises the device."""
