@@ -36,8 +36,7 @@ from torch import nn
 from llama_surgery.cli.common import Dtype, load_model, load_tokenizer, topology_of
 from llama_surgery.config import FIELDS
 from llama_surgery.errors import SurgeryError
-from llama_surgery.evaluation.compare_budgets import claimed
-from llama_surgery.evaluation.compare_samples import digest
+from llama_surgery.evaluation.kept import claimed, digest
 from llama_surgery.surgery.context import context_length
 
 #: A run that is cut short has measured all forms on about the same samples: they take turns.

@@ -17,7 +17,7 @@ import llama_surgery
 from llama_surgery.config import FIELDS, SurgeryConfig
 from llama_surgery.derived import rules
 from llama_surgery.evaluation.compare import CALIBRATION_WINDOWS
-from llama_surgery.evaluation.compare_budgets import adapter_digest, claimed
+from llama_surgery.evaluation.kept import adapter_digest, claimed
 from llama_surgery.evaluation.peers.attach import running as running_peer
 from llama_surgery.evaluation.peers.blocks import HeaviestBlocks
 from llama_surgery.evaluation.peers.registry import PEERS

@@ -30,9 +30,7 @@ def told(result: Any) -> str:
     [
         (["operate", "MODEL", "--out", "OUT"], ": nothing was written."),
         (["evaluate", "MODEL", "--text", "TEXT", "--out", "OUT"], ": nothing was written."),
-        (["ruler", "MODEL", "--csv", "OUT"], ": nothing was written."),
         (["learn", "MODEL", "--text", "TEXT", "--density", "0.2", "--out", "OUT"], ": nothing was written."),
-        (["verify", "MODEL", "--text", "TEXT", "--out", "OUT"], ": nothing was written."),
         (["generate", "MODEL", "--prompt", "a"], "."),
     ],
 )
@@ -69,20 +67,15 @@ def test_learning_goes_on_after_an_interruption(
     assert next(taken) == 4  # one before, the interrupted one, and the two that were left
 
 
-@pytest.mark.parametrize("name", ["ruler", "compare"])
 def test_what_can_go_on_says_so(
-    name: str, model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    out = tmp_path / "out"
-    arguments = {"ruler": [], "compare": ["--text", text, "--calibration-text", text]}[name]
-    if name == "ruler":
-        out.write_text("{}")
-        monkeypatch.setattr(sys.modules["llama_surgery.cli.ruler"], "load_model", interrupt)
-    else:
-        out.mkdir()
-        (out / "comparison.json").write_text("{}")
-        monkeypatch.setattr("llama_surgery.cli.compare_processes.load_model", interrupt)
-    assert "again to go on" in told(run(name, model, *arguments, "--out", out))
+    command = ["evaluate", model, "--text", text, "--length", "256", "--windows", "1", *SMALL]
+    command += ["--continuations", "1", "--continuation-tokens", "4", "--out", tmp_path / "out"]
+    with monkeypatch.context() as patch:
+        patch.setattr("llama_surgery.evaluation.long_generation.long_generation", interrupt)
+        assert "what is finished is kept in" in told(run(*command))
+    assert run(*command).exit_code == 0
 
 
 def test_rows_that_are_written_already_are_named(

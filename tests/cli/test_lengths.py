@@ -61,17 +61,6 @@ def test_a_length_beyond_the_context_is_remarked_on_once(
     assert len(told) == 1
 
 
-@pytest.mark.parametrize("processes", ["1", pytest.param("2", marks=pytest.mark.slow)])
-def test_compare_remarks_on_it_too(
-    processes: str, model: Path, text: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
-    given = ["--text", text, "--calibration-text", text, "--out", tmp_path / "out", "--length", "1040"]
-    given += ["--windows", "1", "--needles", "1", "--needle-length", "128", "--needle-variant", "one-fact"]
-    result = run("compare", model, *given, *SMALL, "--rule", "dense", "--processes", processes)
-    assert result.exit_code == 0, result.output
-    assert (result.stderr + capfd.readouterr().err).count(BEYOND) == 1
-
-
 def test_models_whose_positions_are_a_table_are_refused(caplog: pytest.LogCaptureFixture) -> None:
     config = GPT2Config(
         n_embd=16, n_head=2, n_layer=1, vocab_size=97, n_positions=128, bos_token_id=1, eos_token_id=2
@@ -119,25 +108,20 @@ def test_windows_that_are_asked_for_are_not_fewer(model: Path, short: Path, tmp_
     for command in (
         ["evaluate", model, "--windows", "3"],
         ["learn", model, "--density", "0.3", "--windows", "3", "--out", tmp_path / "a"],
-        ["compare", model, "--calibration-text", short, "--windows", "3", "--needles", "1",
-         "--needle-length", "128", "--rule", "dense", "--out", tmp_path / "b"],
+        ["evaluate", model, "--calibration-text", short, "--windows", "3", "--against", "dense"],
     ):  # fmt: skip
         result = run(*command, *given)
         assert result.exit_code == 1 and "3 windows of 256 tokens were asked for" in result.stderr
 
 
-def test_compare_and_evaluate_record_the_windows_that_there_were(
-    model: Path, short: Path, tmp_path: Path
-) -> None:
-    given = ["--text", short, "--length", "256", *SMALL, "--json"]
-    measured = run("evaluate", model, *given)
+def test_the_windows_that_there_were_are_recorded(model: Path, short: Path) -> None:
+    given = ["evaluate", model, "--text", short, "--length", "256", *SMALL, "--json"]
+    measured = run(*given)
     assert json.loads(measured.stdout)["windows"] == 2, measured.output
-    command = ["compare", model, *given, "--calibration-text", short, "--out", tmp_path / "out"]
-    command += ["--rule", "dense", "--needles", "1", "--needle-length", "128", "--needle-variant", "one-fact"]
-    compared = run(*command)
-    assert json.loads(compared.stdout)["settings"]["windows"] == 2, compared.output
+    few = ["--needles", "1", "--needle-length", "128", "--needle-variant", "one-fact"]
+    compared = run(*given, "--calibration-text", short, "--against", "dense", *few)
+    assert json.loads(compared.stdout)["against"]["settings"]["windows"] == 2, compared.output
     assert "the usual 24" in compared.stderr
-    assert run(*command).exit_code == 0  # and the same command goes on
 
 
 def test_thresholds_are_set_on_shorter_windows_where_no_document_is_as_long(
@@ -152,14 +136,3 @@ def test_thresholds_are_set_on_shorter_windows_where_no_document_is_as_long(
     short.write_text("too little", encoding="utf-8")
     nothing = run("operate", model, *given, "--out", tmp_path / "b")
     assert nothing.exit_code == 1 and "1024 tokens" in nothing.stderr
-
-
-def test_verify_sets_thresholds_on_the_windows_that_there_are(
-    model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("llama_surgery.evaluation.verify.verify", lambda *_, **__: {})
-    given = ["--text", text, "--calibration-text", text, "--density", "0.3", "--length", "256"]
-    told = notes(run("verify", model, *given, "--out", tmp_path / "out", "--json"))
-    assert told == [
-        "Note: the text holds 3 windows of 1,024 tokens, fewer than the usual 4: these are taken."
-    ]

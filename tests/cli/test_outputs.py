@@ -29,17 +29,14 @@ def contents(folder: Path) -> dict[str, bytes]:
     [
         ["operate", "MODEL", "--out", "MODEL"],
         ["learn", "MODEL", "--text", "TEXT", "--density", "0.2", "--out", "MODEL"],
-        ["verify", "MODEL", "--text", "TEXT", "--out", "MODEL"],
-        ["compare", "MODEL", "--text", "TEXT", "--calibration-text", "TEXT", "--out", "MODEL"],
+        ["evaluate", "MODEL", "--text", "TEXT", "--out", "MODEL"],
         ["demo", "--out", "MODEL"],
         ["export", "MODEL", "MODEL"],
-        ["evaluate", "MODEL", "--text", "TEXT", "--out", "MODEL/config.json"],
-        ["evaluate", "MODEL", "--text", "TEXT", "--csv", "MODEL/model.safetensors"],
-        ["evaluate", "MODEL", "--text", "TEXT", "--out", "MODEL/adapter_config.json"],
-        ["ruler", "MODEL", "--out", "MODEL/tokenizer.json"],
-        ["ruler", "MODEL", "--csv", "MODEL/tokenizer_config.json"],
+        ["crossover", "MODEL", "--csv", "MODEL/model.safetensors"],
+        ["report", "TEXT", "--out", "MODEL/adapter_config.json"],
+        ["report", "TEXT", "--out", "MODEL/tokenizer.json"],
         ["export-topology", "MODEL", "--text", "TEXT", "--out", "MODEL/model.safetensors"],
-        ["lm-eval", "MODEL", "--tasks", "none", "--out", "MODEL/generation_config.json"],
+        ["export-topology", "MODEL", "--text", "TEXT", "--out", "MODEL/generation_config.json"],
         ["report", "TEXT", "--out", "MODEL/config.json"],
         ["crossover", "MODEL", "--csv", "MODEL/config.json"],
     ],
@@ -51,7 +48,7 @@ def test_nothing_of_a_model_is_written_over(
     def load(*_: object) -> None:
         raise AssertionError("refused only after the model was loaded")
 
-    for module in ("operate", "learn", "verify", "evaluate", "ruler", "export_topology", "lm_eval", "demo"):
+    for module in ("operate", "learn", "evaluate", "export_topology", "demo"):
         monkeypatch.setattr(sys.modules[f"llama_surgery.cli.{module}"], "load_model", load)
     before = contents(copy)
     given = [argument.replace("MODEL", str(copy)).replace("TEXT", str(text)) for argument in arguments]
@@ -70,26 +67,18 @@ def test_an_adapter_within_the_folder_of_its_model(copy: Path) -> None:
 @pytest.mark.parametrize(
     "arguments",
     [
-        ["evaluate", "MODEL", "--text", "TEXT", "--out", "TEXT"],
-        ["evaluate", "MODEL", "--text", "TEXT", "--domain", "other=LINK", "--csv", "TEXT"],
-        ["evaluate", "MODEL", "--text", "OTHER", "--out", "RESULT", "--csv", "RESULT"],
+        ["export-topology", "MODEL", "--text", "TEXT", "--out", "TEXT"],
         ["export-topology", "MODEL", "--text", "LINK", "--out", "TEXT"],
         ["report", "TEXT", "--out", "LINK"],
-        ["ruler", "MODEL", "--qa-1", "TEXT", "--csv", "TEXT"],
+        ["crossover", "TEXT", "--csv", "TEXT"],
     ],
 )
-def test_what_is_read_is_not_written_over(
-    arguments: list[str], model: Path, text: Path, tmp_path: Path
-) -> None:
-    names = {name: tmp_path / name.lower() for name in ("TEXT", "LINK", "OTHER", "RESULT")}
+def test_what_is_read_is_not_written_over(arguments: list[str], model: Path, tmp_path: Path) -> None:
+    names = {name: tmp_path / name.lower() for name in ("TEXT", "LINK")}
     names["TEXT"].write_text("precious")
     names["LINK"].symlink_to(names["TEXT"])
-    names |= {"OTHER": text, "MODEL": model}
-    given = []
-    for argument in arguments:
-        before, _, name = argument.rpartition("=")
-        given.append(f"{before}={names[name]}" if before else names.get(name, name))
-    result = run(*given)
+    names |= {"MODEL": model}
+    result = run(*(names.get(argument, argument) for argument in arguments))
     assert result.exit_code == 1 and "is named twice" in result.stderr, result.output
     assert names["TEXT"].read_text() == "precious"
 

@@ -1,5 +1,6 @@
 """A tokenizer, texts and tiny random models for the evaluation tests."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -26,7 +27,16 @@ def texts(demo_model_path: Path) -> list[str]:
 
 
 @pytest.fixture
-def tiny_llama() -> PreTrainedModel:
+def tiny_llama(make_llama: Callable[[], PreTrainedModel]) -> PreTrainedModel:
+    return make_llama()
+
+
+@pytest.fixture(scope="session")
+def make_llama() -> Callable[[], PreTrainedModel]:
+    return _llama
+
+
+def _llama() -> PreTrainedModel:
     """Random weights, 4 query and 2 KV heads of 16, the demo model's vocabulary."""
     torch.manual_seed(0)
     config = LlamaConfig(

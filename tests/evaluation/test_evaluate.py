@@ -23,9 +23,10 @@ CONFIGS = {
 SETTINGS = {"length": 1024, "windows": 3, "needles": 6, "seed": 5}
 
 
-@pytest.fixture
-def measured(tiny_llama, tokenizer, texts):
-    steps = []
+@pytest.fixture(scope="module")
+def measured(make_llama, tokenizer, texts):
+    """One evaluation for all tests that look at what it found: result, progress, and the model after it."""
+    steps, tiny_llama = [], make_llama()
     before = {name: weight.clone() for name, weight in tiny_llama.state_dict().items()}
     result = evaluate(
         tiny_llama,
@@ -37,11 +38,11 @@ def measured(tiny_llama, tokenizer, texts):
     )
     assert not llama_surgery.is_operated(tiny_llama)
     assert all(torch.equal(weight, before[name]) for name, weight in tiny_llama.state_dict().items())
-    return result, steps
+    return result, steps, tiny_llama
 
 
 def test_result_says_what_was_measured_and_how(measured, tiny_llama, tokenizer, texts) -> None:
-    result, steps = measured
+    result, steps, _ = measured
     ids = windows(tokenizer, texts, 1024, 3, seed=5)
     assert result.dense.perplexity == perplexity(tiny_llama, ids).value
     assert [m.name for m in result.operated] == list(CONFIGS)
@@ -60,7 +61,7 @@ def test_result_says_what_was_measured_and_how(measured, tiny_llama, tokenizer, 
 
 
 def test_everything_open_is_dense(measured) -> None:
-    result, _ = measured
+    result, _, _ = measured
     operated = result.operated[-1]
     assert operated.density["total_density"] == pytest.approx(1.0)
     assert operated.ratio.ratio == pytest.approx(1.0, abs=1e-5)
@@ -70,15 +71,15 @@ def test_everything_open_is_dense(measured) -> None:
 
 
 def test_sparse_forms_differ_and_read_less(measured) -> None:
-    result, _ = measured
+    result, _, _ = measured
     for operated in result.operated[:2]:
         assert operated.density["total_density"] < 0.9
         assert operated.kl > 1e-4
         assert operated.top1 < 1.0
 
 
-def test_prefill_and_decode_are_told_apart(measured, tiny_llama) -> None:
-    result, _ = measured
+def test_prefill_and_decode_are_told_apart(measured) -> None:
+    result, _, tiny_llama = measured
     for operated in result.operated:
         phases = operated.generate_density
         assert set(phases) == {"prefill", "decode"}
@@ -93,24 +94,14 @@ def test_prefill_and_decode_are_told_apart(measured, tiny_llama) -> None:
     assert not tiny_llama.model._forward_pre_hooks
 
 
-def test_answers_are_counted_by_form_depth_and_length(measured) -> None:
-    result, _ = measured
-    for keys in (("form",), ("length", "depth"), ()):
-        cells = result.needle_counts("dense", *keys)
-        assert sum(cell["count"] for cell in cells) == 6
-        assert sum(cell["right"] for cell in cells) == sum(result.answers["dense"])
-        assert all(set(cell) == {*keys, "count", "right"} for cell in cells)
-
-
-def test_files(measured, tmp_path: Path) -> None:
-    result, _ = measured
-    result.write_json(tmp_path / "new" / "result.json")
-    read = json.loads((tmp_path / "new" / "result.json").read_text(encoding="utf-8"))
+def test_rows_and_plain_values(measured, tmp_path: Path) -> None:
+    result, _, _ = measured
+    read = json.loads(json.dumps(result.to_dict()))
     assert read["dense"]["perplexity"] == result.dense.perplexity
     assert read["operated"][0]["density"]["far_density"] == result.operated[0].density["far_density"]
     assert read["needles"][0]["right"].keys() == {"dense", *CONFIGS}
 
-    result.write_csv(tmp_path / "result.csv")
+    write_csv(tmp_path / "result.csv", result.rows())
     with (tmp_path / "result.csv").open(encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file))
     assert [row["name"] for row in rows] == ["dense", *CONFIGS]
@@ -121,7 +112,17 @@ def test_files(measured, tmp_path: Path) -> None:
     assert float(rows[1]["decode_far_density"]) == pytest.approx(
         result.operated[0].generate_density["decode"]["far_density"]
     )
-    assert [path.name for path in tmp_path.iterdir() if path.is_file()] == ["result.csv"]
+
+
+def test_divergence_by_position_has_the_bins_of_perplexity(measured) -> None:
+    result, _, _ = measured
+    bins = result.operated[0].divergence_by_position
+    assert [(b["from"], b["to"]) for b in bins] == [(1, 256), (256, 512), (512, 1024)]
+    assert [(b["from"], b["to"]) for b in result.operated[0].by_position] == [
+        (b["from"], b["to"]) for b in bins
+    ]
+    # Nothing is left out below position 96, and something is behind.
+    assert bins[0]["kl"] < bins[2]["kl"] and bins[2]["top1"] < 1
 
 
 def test_csv_has_the_union_of_columns(tmp_path: Path) -> None:

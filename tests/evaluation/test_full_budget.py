@@ -30,7 +30,7 @@ def test_texts_and_needles(demo, tokenizer, texts) -> None:
         demo,
         tokenizer,
         eval_texts=texts,
-        length=1024,
+        length=640,
         windows=1,
         needles=5,
         needle_variants=list(VARIANTS),
@@ -48,7 +48,7 @@ def test_texts_and_needles(demo, tokenizer, texts) -> None:
 
 @pytest.mark.slow
 def test_long_texts_and_ruler(demo, tokenizer, texts, monkeypatch) -> None:
-    written = long_generation(demo, tokenizer, texts=texts, length=512, new_tokens=32, count=1, configs=FULL)[
+    written = long_generation(demo, tokenizer, texts=texts, length=320, new_tokens=16, count=1, configs=FULL)[
         "full"
     ]
     assert written.agreement == 1 and written.first_difference == [None]
@@ -56,7 +56,7 @@ def test_long_texts_and_ruler(demo, tokenizer, texts, monkeypatch) -> None:
     for task in tasks:
         monkeypatch.setitem(TASKS, task, dataclasses.replace(TASKS[task], new_tokens=8))
     sampler = Sampler(tokenizer, Materials.of())
-    result = run_ruler(demo, sampler, configs=FULL, tasks=tasks, lengths=[1024], samples=1)
+    result = run_ruler(demo, sampler, configs=FULL, tasks=tasks, lengths=[640], samples=1)
     for task in tasks:
-        dense, full = (result.cell(name, task, 1024) for name in (DENSE, "full"))
+        dense, full = (result.cell(name, task, 640) for name in (DENSE, "full"))
         assert full.answers == dense.answers and full.scores == dense.scores

@@ -5,21 +5,16 @@ import typer
 from llama_surgery.cli.bench import bench
 from llama_surgery.cli.commands import Command, Commands
 from llama_surgery.cli.common import show_version
-from llama_surgery.cli.compare import compare
 from llama_surgery.cli.crossover import crossover
 from llama_surgery.cli.demo import demo
 from llama_surgery.cli.evaluate import evaluate
 from llama_surgery.cli.export import export
 from llama_surgery.cli.export_topology import export_topology
-from llama_surgery.cli.gate import gate
 from llama_surgery.cli.generate import generate
 from llama_surgery.cli.learn import learn
-from llama_surgery.cli.lm_eval import lm_eval
 from llama_surgery.cli.operate import operate
 from llama_surgery.cli.plan import plan
 from llama_surgery.cli.report import report
-from llama_surgery.cli.ruler import ruler
-from llama_surgery.cli.verify import verify
 
 __all__ = ["app"]
 
@@ -52,14 +47,9 @@ for command in (
     plan,
     learn,
     evaluate,
-    compare,
-    gate,
     generate,
     export,
     export_topology,
-    lm_eval,
-    ruler,
-    verify,
     report,
     bench,
     crossover,

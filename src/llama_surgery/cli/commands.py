@@ -18,10 +18,16 @@ from llama_surgery.folders import check_file, check_folder
 _OUTPUTS = {"--out", "--csv"}
 #: Commands that go on where they stopped, and what they go on from.
 _RESUMED = {
-    "compare": ("comparison.json",),
+    "evaluate": ("kept/*.json",),
     "learn": ("checkpoint-*.pt", "states/*"),
-    "ruler": (),
-    "verify": ("calibration.json", "verify.json"),
+}
+#: Commands of earlier releases, and what to type instead.
+_MOVED = {
+    "compare": "evaluate MODEL --text TEXT --calibration-text OTHER --against all --out FOLDER",
+    "gate": "evaluate MODEL --text TEXT --gate LIMITS.json",
+    "lm-eval": "evaluate MODEL --adapter ADAPTER --lm-eval TASKS",
+    "ruler": "evaluate MODEL --adapter ADAPTER --ruler",
+    "verify": "evaluate MODEL --text TEXT --density 0.06 --ruler --gate LIMITS.json --out FOLDER",
 }
 #: Commands that write tables and figures alone, which may lie beside a model.
 _TABLES = ("bench",)
@@ -43,6 +49,12 @@ class Commands(TyperGroup):
             raise typer.Exit(1) from error
         finally:
             log.removeHandler(notes)
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        """The command that is named; one of earlier releases is refused with what to type instead."""
+        if args and args[0] in _MOVED:
+            ctx.fail(f"'{args[0]}' is a part of evaluate now: llama-surgery {_MOVED[args[0]]}")
+        return super().resolve_command(ctx, args)
 
 
 class _Notes(logging.Handler):

@@ -1,6 +1,7 @@
 """``llama-surgery evaluate``."""
 
 import functools
+import time
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -8,6 +9,7 @@ import typer
 
 from llama_surgery.cli.common import (
     AdapterOption,
+    BatchOption,
     CalibrationOption,
     DecodeDensityOption,
     DensityOption,
@@ -16,227 +18,233 @@ from llama_surgery.cli.common import (
     DtypeOption,
     JsonOption,
     ModelArgument,
+    SeedOption,
     load_model,
-    out,
-    print_json,
     progress,
+    split_values,
+    token_counts,
     topology_of,
 )
-from llama_surgery.cli.run import calibrated, measured
-from llama_surgery.cli.tables import continuation_table, domain_table, needle_table, summary_table
+from llama_surgery.cli.evaluate_output import write_and_print
+from llama_surgery.cli.evaluate_parts import Parts
 from llama_surgery.cli.topology import config_for, topology_options
 
-_SAMPLES = "Samples"
+#: Exit code of a gate that does not let pass.
+CLOSED = 3
+
+
+def _option(panel: str | None, kind: Any, help: str, *names: str, **checks: Any) -> Any:
+    return Annotated[kind, typer.Option(*names, help=help, rich_help_panel=panel, **checks)]
+
+
+_own = functools.partial(_option, None)
+_topology = functools.partial(_option, "Topology")
+_sample = functools.partial(_option, "Samples")
+_ruler = functools.partial(_option, "RULER")
+_lm_eval = functools.partial(_option, "lm-evaluation-harness")
+_against = functools.partial(_option, "Other rules")
 
 
 @functools.partial(topology_options, gumbel=True)
 def evaluate(
     *,
     model: ModelArgument,
-    text: Annotated[
-        Path,
-        typer.Option(help="Text to measure on: a .txt file or a folder of them. Not the calibration text."),
-    ],
+    text: _own(
+        Path | None, "Text to measure on: a .txt file or a folder of them. Not the calibration text."
+    ) = None,
+    out_folder: _own(
+        Path | None,
+        "Folder for results.json (for 'report'), tables as CSV, and all that is finished: the same command "
+        "goes on there.",
+        "--out",
+    ) = None,
+    gate: _own(
+        Path | None,
+        "Exit with 3 unless all losses stay within these limits: a JSON file with one or more of perplexity, "
+        "needles, ruler, ruler_single (docs/evaluation.md).",
+    ) = None,
+    seconds: _own(
+        float | None,
+        "Begin no RULER samples and no other rules after this many; the same command goes on.",
+        min=0,
+    ) = None,
     adapter: AdapterOption = None,
     calibration_text: CalibrationOption = None,
     density: DensityOption = None,
     decode_density: DecodeDensityOption = None,
-    tile: Annotated[
-        int,
-        typer.Option(
-            min=1,
-            help="Neighbouring tokens that share what they read in prefill.",
-            rich_help_panel="Topology",
-        ),
-    ] = 64,
-    also_tile: Annotated[
-        list[int] | None,
-        typer.Option(
-            min=1,
-            help="Measure this tile size too, against the same dense run. May be repeated.",
-            rich_help_panel="Topology",
-        ),
-    ] = None,
-    length: Annotated[
-        int, typer.Option(min=2, help="Tokens of a perplexity window.", rich_help_panel=_SAMPLES)
-    ] = 8192,
-    windows: Annotated[
-        int | None,
-        typer.Option(
-            min=1,
-            help="Perplexity windows. 16 if left out, or as many as the text holds.",
-            rich_help_panel=_SAMPLES,
-        ),
-    ] = None,
-    needles: Annotated[
-        int,
-        typer.Option(
-            min=0, help="Planted facts to ask for, by real generation. 0 for none.", rich_help_panel=_SAMPLES
-        ),
-    ] = 0,
-    needle_length: Annotated[
-        list[int] | None,
-        typer.Option(
-            min=1,
-            help="Tokens of a needle prompt. May be repeated. --length if left out.",
-            rich_help_panel=_SAMPLES,
-        ),
-    ] = None,
-    needle_variant: Annotated[
+    tile: _topology(int, "Neighbouring tokens that share what they read in prefill.", min=1) = 64,
+    also_tile: _topology(
+        list[int] | None, "Measure this tile size too, against the same dense run. May be repeated.", min=1
+    ) = None,
+    length: _sample(int, "Tokens of a perplexity window.", min=2) = 8192,
+    windows: _sample(
+        int | None, "Perplexity windows. 16 if left out (24 --against), or as many as the text holds.", min=1
+    ) = None,
+    needles: _sample(
+        int | None, "Planted facts to ask for, by real generation. None if left out, 200 --against.", min=0
+    ) = None,
+    needle_length: _sample(
+        list[int] | None, "Tokens of a needle prompt. May be repeated. --length if left out.", min=1
+    ) = None,
+    needle_variant: _sample(
         list[str] | None,
-        typer.Option(
-            help="Harder needles: one-fact (the default), four-facts, sixteen-facts, two-asked, alike-names, "
-            "or all. May be repeated.",
-            rich_help_panel=_SAMPLES,
-        ),
-    ] = None,
-    needle_batch: Annotated[
-        int,
-        typer.Option(
-            min=1, help="Prompts answered together: more is faster on a GPU.", rich_help_panel=_SAMPLES
-        ),
-    ] = 1,
-    domain: Annotated[
+        "Harder needles: one-fact (the default), four-facts, sixteen-facts, two-asked, alike-names, or all "
+        "(the default --against). May be repeated.",
+    ) = None,
+    batch: BatchOption = 1,
+    domain: _sample(
         list[str] | None,
-        typer.Option(
-            help="Measure perplexity and divergence on this text too, thresholds unchanged: a .txt file or a "
-            "folder of them, or name=path. May be repeated.",
-            rich_help_panel=_SAMPLES,
-        ),
-    ] = None,
-    continuations: Annotated[
+        "Measure perplexity and divergence on this text too, thresholds unchanged: a .txt file, a folder of "
+        "them, or name=path. May be repeated.",
+    ) = None,
+    continuations: _sample(
         int,
-        typer.Option(
-            min=0,
-            help="Windows of --length tokens whose end the models write themselves, greedily: agreement with "
-            "the dense text, repetition, length. 0 for none.",
-            rich_help_panel=_SAMPLES,
-        ),
-    ] = 0,
-    continuation_tokens: Annotated[
-        int, typer.Option(min=1, help="Tokens of such an end.", rich_help_panel=_SAMPLES)
-    ] = 1024,
-    seed: Annotated[
-        int, typer.Option(help="Same seed, same windows and prompts.", rich_help_panel=_SAMPLES)
-    ] = 0,
-    out_file: Annotated[
-        Path | None, typer.Option("--out", help="Write the results as JSON, for 'llama-surgery report'.")
-    ] = None,
-    csv: Annotated[
-        Path | None, typer.Option("--csv", help="Write one row for each measured model as CSV.")
-    ] = None,
+        "Windows of --length tokens whose end the models write themselves, greedily: agreement with the "
+        "dense text, repetition, length. 0 for none.",
+        min=0,
+    ) = 0,
+    continuation_tokens: _sample(int, "Tokens of such an end.", min=1) = 1024,
+    seed: SeedOption = 0,
+    ruler: _ruler(bool, "Answer RULER's long-context tasks, sample by sample.", "--ruler") = False,
+    ruler_length: _ruler(
+        list[str] | None,
+        "Tokens of prompt and answer: 4096 or 4k, several after commas. May be repeated. --length if left "
+        "out.",
+    ) = None,
+    ruler_samples: _ruler(int, "Samples of each task at each length.", min=1) = 100,
+    ruler_task: _ruler(
+        list[str] | None,
+        "Tasks, several after commas. May be repeated. All if left out; those that read documents only where "
+        "their question file is given.",
+    ) = None,
+    qa_1: _ruler(Path | None, "Question file for qa_1, as SQuAD's or HotpotQA's.", "--qa-1") = None,
+    qa_2: _ruler(Path | None, "Question file for qa_2, as SQuAD's or HotpotQA's.", "--qa-2") = None,
+    haystack: _ruler(
+        Path | None,
+        "Prose that facts are hidden in: a .txt file or a folder of them. A book in the public domain if "
+        "left out.",
+    ) = None,
+    chat: _ruler(
+        bool | None,
+        "Use the tokenizer's chat template. If it has one, unless told otherwise.",
+        "--chat/--no-chat",
+    ) = None,
+    lm_eval: _lm_eval(
+        str | None,
+        "Names of tasks, groups or tags after commas, or paths of tasks' YAML files.",
+        "--lm-eval",
+    ) = None,
+    lm_eval_include: _lm_eval(Path | None, "Folder with YAML files of further tasks.") = None,
+    lm_eval_limit: _lm_eval(
+        int | None, "Samples of each task, the first ones. All if left out.", min=1
+    ) = None,
+    lm_eval_shots: _lm_eval(
+        int | None, "Examples before each question. The task's own number if left out.", min=0
+    ) = None,
+    against: _against(
+        list[str] | None,
+        "Compare this package's topology with published selection rules instead, at equal density: all, or "
+        "names after commas (docs/compare.md).",
+    ) = None,
+    total_density: _against(
+        list[float] | None, "Total density wanted of every rule, near field included. May be repeated."
+    ) = None,
+    tf32: _option("Model", bool, "Multiply float32 matrices in TF32 on a GPU.", "--tf32") = False,
     device: DeviceOption = "auto",
     dtype: DtypeOption = Dtype.auto,
     json: JsonOption = False,
     settings: dict[str, Any],
 ) -> None:
-    """Measure an operated model against the dense one, in one run on the same text.
+    """Measure what an operated model loses to the dense one, in one run on the same samples.
 
-    Perplexity, divergence, planted facts, long texts, densities and times. The topology comes from --adapter,
-    or from the options below; with --calibration-text and --density its thresholds are set first, for every
-    tile size. Example:
+    Perplexity, divergence, densities and times on --text, and what is asked for besides: planted facts, long
+    texts, RULER, tasks of lm-evaluation-harness; --against compares selection rules. The topology comes from
+    --adapter, or from the options below. With --density its thresholds are set first, on --calibration-text
+    or on the first quarter of each document, which is then not measured on. Example:
 
     llama-surgery evaluate demo/books-26m --text demo/text/evaluation.txt --windows 4
-    --calibration-text demo/text/calibration.txt --density 0.06 --out results.json
+    --calibration-text demo/text/calibration.txt --density 0.06 --out out/evaluated
     """
-    if (calibration_text is None) != (density is None):
-        raise typer.BadParameter("--calibration-text and --density go together.")
+    began = time.monotonic()
+    if text is None and not ruler and lm_eval is None:
+        raise typer.BadParameter("give --text, --ruler or --lm-eval: what to measure on.")
+    wanting = [n for n, v in (("--needles", needles), ("--domain", domain), ("--against", against)) if v]
+    if text is None and (wanting or continuations or (density is not None and calibration_text is None)):
+        raise typer.BadParameter(f"{', '.join(wanting) or '--density'}: give --text too.")
+    if calibration_text is not None and density is None and not against:
+        raise typer.BadParameter("--calibration-text is for --density or --against: give one of them.")
     if adapter is not None and (density is not None or also_tile):
         raise typer.BadParameter("--adapter holds a topology already: leave --density and --also-tile out.")
-    if needle_variant and not needles:
+    if needle_variant and not needles and not against:
         raise typer.BadParameter(
             "--needle-variant says which needles to ask: give their number by --needles."
         )
-    configs = {f"T = {t}": config_for(settings, t) for t in dict.fromkeys([tile, *(also_tile or [])])}
+    if against and (density is not None or also_tile or gate or domain or continuations):
+        raise typer.BadParameter(
+            "--against sets thresholds for every density, and has samples of its own: leave --density, "
+            "--also-tile, --gate, --domain and --continuations out."
+        )
+    tiles = dict.fromkeys([tile, *(also_tile or [])])
     from llama_surgery.evaluation.needle_variants import PLAIN, VARIANTS, check_variants
+    from llama_surgery.evaluation.texts import read_domains, split_texts
+    from llama_surgery.evaluation.verdict import read_limits
     from llama_surgery.text import read_texts
 
-    variants = (
-        list(VARIANTS) if "all" in (needle_variant or []) else list(dict.fromkeys(needle_variant or [PLAIN]))
-    )
+    variants = list(dict.fromkeys(needle_variant or (["all"] if against else [PLAIN])))
+    variants = list(VARIANTS) if "all" in variants else variants
     check_variants(variants)
-    from llama_surgery.evaluation.domains import evaluate_domains, read_domains
-    from llama_surgery.evaluation.long_generation import long_generation
-
-    texts = read_texts(text)
-    domains = read_domains(domain or [])
-    calibration = None if calibration_text is None else read_texts(calibration_text)
-    llm, tokenizer = load_model(
-        model, device, dtype, adapter=adapter, longest=max([length, *(needle_length or [])])
+    parts = Parts(
+        configs={f"T = {t}": config_for(settings, t) for t in tiles},
+        texts=[] if text is None else read_texts(text),
+        calibration=[] if calibration_text is None else read_texts(calibration_text),
+        domains=read_domains(domain or []),
+        length=length,
+        windows=windows,
+        needles=needles,
+        needle_lengths=needle_length,
+        needle_variants=variants,
+        batch=batch,
+        seed=seed,
+        deadline=None if seconds is None else began + seconds,
     )
-    conditions = {"text": _shown(text)}
-    routers = None
+    limits = None if gate is None else read_limits(gate)
+    ruler_lengths = token_counts(ruler_length or [str(length)])
+    if ruler:
+        parts.read_ruler(split_values(ruler_task or []), {"qa_1": qa_1, "qa_2": qa_2}, haystack)
+    if (against or density is not None) and not parts.calibration:
+        parts.calibration, parts.texts = split_texts(parts.texts)
+    if tf32:
+        import torch
+
+        torch.set_float32_matmul_precision("high")
+    longest = max([length, *(needle_length or [])])
+    parts.load(*load_model(model, device, dtype, adapter=adapter, longest=longest), out_folder)
+    parts.conditions = {
+        name: path.resolve().name  # where a text lies on one machine says nothing on another
+        for name, path in (("text", text), ("adapter", adapter), ("calibration text", calibration_text))
+        if path is not None
+    }
+    learned = None
     if adapter is not None:
-        (config, routers), conditions["adapter"] = topology_of(llm, adapter), _shown(adapter)
-        configs = {f"T = {config.tile}": config}
-    with progress() as tell:
-        if calibration is not None and density is not None:
-            for name, config in configs.items():
-                configs[name] = calibrated(
-                    llm,
-                    tokenizer,
-                    config,
-                    density=density,
-                    texts=calibration,
-                    length=length,
-                    progress=tell,
-                    decode_density=decode_density if config.tile > 1 else None,
-                )
-            conditions["thresholds"] = f"set on {_shown(calibration_text)} for a far density of {density:.2%}"
-        result, results = measured(
-            llm,
-            tokenizer,
-            configs,
-            texts=texts,
-            length=length,
-            windows=windows,
-            needles=needles,
-            needle_lengths=needle_length or None,
-            needle_variants=variants,
-            needle_batch=needle_batch,
-            seed=seed,
-            conditions=conditions,
-            progress=tell,
-            routers=routers,
-        )
-        shared: dict[str, Any] = {"configs": configs, "routers": routers, "seed": seed, "progress": tell}
-        if domains:
-            measured_domains = evaluate_domains(
-                llm, tokenizer, domains=domains, length=length, windows=windows, **shared
-            )
-            results["domains"] = {name: found.to_dict() for name, found in measured_domains.items()}
-        if continuations:
-            written = long_generation(
-                llm,
-                tokenizer,
-                texts=texts,
-                length=length,
-                new_tokens=continuation_tokens,
-                count=continuations,
-                **shared,
-            )
-            results["continuations"] = {name: found.to_dict() for name, found in written.items()}
-    if out_file is not None:
-        from llama_surgery.report.results import write_results
-
-        write_results(out_file, results)
-    if csv is not None:
-        result.write_csv(csv)
-    if json:
-        print_json(results)
-        return
-    out.print(summary_table(results))
-    if variants != [PLAIN]:
-        out.print(needle_table(results))
-    if domains:
-        out.print(domain_table(results))
-    if continuations:
-        out.print(continuation_table(results))
-    for path in (out_file, csv):
-        if path is not None:
-            out.print(f"Written: {path.resolve()}", soft_wrap=True, highlight=False)
-
-
-def _shown(path: Path | None) -> str:
-    """The last part of a path: where a text lies on one machine says nothing on another."""
-    return "" if path is None else path.resolve().name
+        learned = topology_of(parts.model, adapter)
+        if not against:
+            parts.configs, parts.routers = {f"T = {learned[0].tile}": learned[0]}, learned[1]
+    with progress() as parts.tell:
+        if density is not None:
+            parts.calibrate(density, decode_density)
+        if against:
+            rules = split_values(against)
+            parts.compare(learned, None if "all" in rules else rules, total_density)
+        elif parts.texts:
+            parts.measure_texts()
+            if continuations:
+                parts.write_on(continuations, continuation_tokens)
+        if ruler:
+            parts.answer_ruler(ruler_lengths, ruler_samples, chat)
+        if lm_eval is not None:
+            parts.answer_tasks(lm_eval.split(","), lm_eval_include, lm_eval_limit, lm_eval_shots)
+    if limits is not None:
+        parts.judge(limits)
+    write_and_print(parts, out_folder, json)
+    if limits is not None and parts.results["gate"]["verdict"] != "kept":
+        raise typer.Exit(CLOSED)

@@ -1,30 +1,37 @@
 """Tables of an evaluation, for the terminal."""
 
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from rich.table import Table
 
 from llama_surgery.cli.common import escape
 
+_STYLES = {"kept": "green", "exceeded": "red", "open": "yellow"}
+
+
+def make_table(
+    title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], caption: str | None = None
+) -> Table:
+    """A table whose first column is text and whose others are figures; an empty row is a line."""
+    table = Table(title=escape(title), caption=caption, title_justify="left", caption_justify="left")
+    for number, name in enumerate(columns):
+        table.add_column(name, justify="right" if number else "left", no_wrap=bool(name))
+    for row in rows:
+        if row:
+            table.add_row(*row)
+        else:
+            table.add_section()
+    return table
+
 
 def summary_table(results: dict[str, Any]) -> Table:
     """The dense model against its operated forms."""
-    table = _models_table(f"{results['model']} at {results['length']:,} tokens", results)
-    for name, *cells in _summary_rows(results):
-        table.add_row(name, *cells)
-    return table
-
-
-def _models_table(title: str, results: dict[str, Any]) -> Table:
     from llama_surgery.report.summary import columns
 
-    table = Table(title=title, title_justify="left")
-    table.add_column("")
-    for name in columns(results):
-        table.add_column(name, justify="right")
-    return table
+    title = f"{results['model']} at {results['length']:,} tokens"
+    return make_table(title, ["", *columns(results)], _summary_rows(results))
 
 
 def _summary_rows(results: dict[str, Any]) -> list[list[str]]:
@@ -40,64 +47,50 @@ def _summary_rows(results: dict[str, Any]) -> list[list[str]]:
 def needle_table(results: dict[str, Any]) -> Table:
     """Needles by variant, by kind of value and by length; single cells of all three stay in the JSON."""
     names = [measured["name"] for measured in results["operated"]]
-    table = Table(
-        title="Needles by variant",
-        caption="Change: what the operated model lost of the prompts that the dense model answered, which "
-        "alone count, with its 95% interval. Won: prompts that only the operated one answered; they do not "
-        "count.",
-        title_justify="left",
-        caption_justify="left",
-    )
-    for name in ("", "prompts", "dense"):
-        table.add_column(name, justify="right" if name else "left", no_wrap=True)
-    for name in names:
-        for measure in ("", "change, points", "won"):
-            table.add_column(f"{name}\n{measure}" if measure else name, justify="right", no_wrap=True)
-    for row in _of_variants(results["needle_comparison"]):
+    found = [row for row in results["needle_comparison"] if not {"kind", "length"} <= row.keys()]
+    variants = list(dict.fromkeys(row["variant"] for row in found))
+    rows = []
+    for row in sorted(found, key=lambda row: variants.index(row["variant"])):
         cells = [cell for name in names for cell in _compared(row["operated"][name])]
         part = row.get("kind", f"{row['length']:,} tokens" if "length" in row else "")
         label = f"  {part}" if part else f"[bold]{row['variant']}[/]"
-        table.add_row(label, str(row["count"]), f"{row['dense']:.1%}", *cells)
-    return table
-
-
-def _of_variants(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Each variant's row, then its kinds, then its lengths."""
-    rows = [row for row in rows if not {"kind", "length"} <= row.keys()]
-    variants = list(dict.fromkeys(row["variant"] for row in rows))
-    return sorted(rows, key=lambda row: variants.index(row["variant"]))
+        rows.append([label, str(row["count"]), f"{row['dense']:.1%}", *cells])
+    each = [f"{name}\n{part}" if part else name for name in names for part in ("", "change, points", "won")]
+    return make_table(
+        "Needles by variant",
+        ["", "prompts", "dense", *each],
+        rows,
+        "Change: what the operated model lost of the prompts that the dense model answered, which alone "
+        "count, with its 95% interval. Won: prompts that only the operated one answered; they do not count.",
+    )
 
 
 def _compared(measured: dict[str, Any]) -> list[str]:
-    if measured["difference"] is None:
-        return [f"{measured['accuracy']:.1%}", "–", str(measured["won"])]
-    change, low, high = (100 * measured[name] for name in ("difference", "low", "high"))
-    return [f"{measured['accuracy']:.1%}", f"{change:+.1f} ({low:+.1f} … {high:+.1f})", str(measured["won"])]
+    known = measured["difference"] is not None
+    change = _points(*(measured[name] for name in ("difference", "low", "high"))) if known else "–"
+    return [f"{measured['accuracy']:.1%}", change, str(measured["won"])]
+
+
+def _points(middle: float, low: float, high: float) -> str:
+    return f"{100 * middle:+.1f} ({100 * low:+.1f} … {100 * high:+.1f})"
 
 
 def domain_table(results: dict[str, Any]) -> Table:
     """What the summary says of quality and density, for each domain; bins of positions stay in the JSON."""
-    table = _models_table("By domain", results)
+    from llama_surgery.report.summary import columns
+
+    rows: list[list[str]] = []
     for domain, found in results["domains"].items():
-        table.add_section()
-        table.add_row(f"[bold]{escape(domain)}[/]")
-        for name, *cells in _summary_rows(found):
-            if name != "Prefill":
-                table.add_row(f"  {name}", *cells)
-    return table
+        rows += [[], [f"[bold]{escape(domain)}[/]"]]
+        rows += [[f"  {name}", *cells] for name, *cells in _summary_rows(found) if name != "Prefill"]
+    return make_table("By domain", ["", *columns(results)], rows)
 
 
 def continuation_table(results: dict[str, Any]) -> Table:
     """Long texts: the operated models' own, and what they would have written along the dense one's."""
     found = results["continuations"]
     first = next(iter(found.values()))
-    table = Table(
-        title=f"{len(first['agreement_by_text'])} texts of up to {first['new_tokens']:,} tokens, greedily",
-        title_justify="left",
-    )
-    for name in ("", "dense", *found):
-        table.add_column(name, justify="right" if name else "left", no_wrap=True)
-    rows: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
+    measures: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
         "Tokens written": (f"{first['length_dense']:,.0f}", lambda m: f"{m['length_operated']:,.0f}"),
         "Runs of 4 tokens repeated": (
             f"{first['repetition_dense']:.1%}",
@@ -110,9 +103,11 @@ def continuation_table(results: dict[str, Any]) -> Table:
             lambda m: _each(m["margin_there"], "{:.2f}"),
         ),
     }
-    for name, (dense, operated) in rows.items():
-        table.add_row(name, dense, *map(operated, found.values()))
-    return table
+    return make_table(
+        f"{len(first['agreement_by_text'])} texts of up to {first['new_tokens']:,} tokens, greedily",
+        ["", "dense", *found],
+        [[name, dense, *map(operated, found.values())] for name, (dense, operated) in measures.items()],
+    )
 
 
 def _each(values: list[Any], shape: str) -> str:
@@ -125,19 +120,145 @@ def _each(values: list[Any], shape: str) -> str:
     return told if len(known) == len(values) else f"{told}, {len(values) - len(known)} never"
 
 
-def tasks_table(results: dict[str, Any]) -> Table:
+def tasks_table(name: str, found: dict[str, Any]) -> Table:
     """Tasks of lm-evaluation-harness, the dense model beside the operated one."""
-    density = results["density"]["total_density"]
-    table = Table(
-        title=f"{results['model']}, operated at a total density of {density:.1%}", title_justify="left"
-    )
-    for name in ("task", "metric", "samples", "dense", "operated", "change (95% interval)"):
-        table.add_column(name, justify="left" if name in ("task", "metric") else "right")
-    for row in results["rows"]:
+    rows = []
+    for row in found["rows"]:
         metric = row["metric"] if row["filter"] == "none" else f"{row['metric']}, {row['filter']}"
         change = f"{row['difference']:+.4f}"
         if row["low"] is not None:
             change += f" ({row['low']:+.4f} … {row['high']:+.4f})"
         figures = (f"{row['dense']:.4f}", f"{row['operated']:.4f}", change)
-        table.add_row(escape(row["task"]), escape(metric), str(row["samples"] or "–"), *figures)
-    return table
+        rows.append([escape(row["task"]), escape(metric), str(row["samples"] or "–"), *figures])
+    density = found["density"]["total_density"]
+    return make_table(
+        f"{found['model']}, {name}, operated at a total density of {density:.1%}",
+        ["task", "metric", "samples", "dense", "operated", "change (95% interval)"],
+        rows,
+    )
+
+
+def ruler_table(result: Any, length: int | None) -> Table:
+    """Tasks at one length, or over all lengths if None, with their average and the worst task.
+
+    Args:
+        result: A :class:`~llama_surgery.evaluation.ruler.result.RulerResult`.
+        length: Tokens of prompt and answer, or None.
+    """
+    from llama_surgery.evaluation.intervals import mean_interval
+    from llama_surgery.evaluation.result import DENSE
+
+    def score(scores: list[float]) -> str:
+        if not scores:
+            return "–"
+        mean, low, high = mean_interval(scores)
+        return f"{100 * mean:.1f} ({100 * low:.0f} … {100 * high:.0f})"
+
+    def changed(change: Any) -> list[str]:
+        if change is None:
+            return ["–", "–"]
+        return [_points(change.difference, change.low, change.high), f"{change.lost} / {change.won}"]
+
+    changes = {name: result.changes(name, "task", length=length) for name in result.names}
+    rows: list[list[str]] = []
+    for task in result.settings["tasks"]:
+        dense = result.scores(DENSE, task=task, length=length)
+        cells = [str(len(dense)), score(dense)]
+        for name in result.names:
+            cells += [
+                score(result.scores(name, task=task, length=length)),
+                *changed(changes[name].get(task)),
+                f"{result.density(name, task=task, length=length):.1%}" if dense else "–",
+            ]
+        rows.append([task, *cells])
+    averages = [result.average(name, length=length) for name in result.names]
+    known = [average for average in averages if average is not None]
+    if known:  # of the samples that both answered, every task counts alike
+        cells = [str(known[0].count), f"{100 * known[0].dense:.1f}"]
+        for average in averages:
+            cells += ["–" if average is None else f"{100 * average.operated:.1f}", *changed(average), ""]
+        rows += [[], ["average of tasks", *cells]]
+    cells = ["", ""]
+    for by_task in changes.values():
+        worst = min(by_task, key=lambda task: by_task[task].difference, default=None)
+        lost = worst is not None and by_task[worst].difference < 0
+        cells += [str(worst), changed(by_task[worst])[0], "", ""] if lost else ["none lost", "", "", ""]
+    rows.append(["worst task", *cells])
+    where = "all lengths" if length is None else f"{length:,} tokens"
+    each = [
+        f"{escape(name)}\n{part}"
+        for name in result.names
+        for part in ("score", "change, points", "lost / won", "density")
+    ]
+    return make_table(
+        f"RULER at {where}: {result.settings['model']}",
+        ["task", "samples", "dense", *each],
+        rows,
+        "Scores 0 … 100 with 95% intervals. Change: operated less dense on the same samples; the intervals "
+        "of all tasks hold together.",
+    )
+
+
+def comparison_table(found: dict[str, Any]) -> Table:
+    """Every rule at every density."""
+    from llama_surgery.report.comparison import density_with_summary
+
+    def span(row: dict[str, Any], name: str, ends: str, shape: str) -> str:
+        if row.get(name) is None:
+            return "–"
+        return f"{shape} ({shape}–{shape})".format(row[name], row[f"{ends}_low"], row[f"{ends}_high"])
+
+    settings, (dense, *others) = found["settings"], found["rows"]
+    rows: list[list[str]] = []
+    before = None
+    for row in others:
+        name = ""
+        if row["form"] != before:
+            rows.append([])
+            name = row["title"] + (" *" if row["ahead"] else "")
+            name += f", from {row['floor']:.1%}" if row["floor"] < 1 else ""
+        before = row["form"]
+        read, decode = (density_with_summary(row, name) for name in ("total_density", "decode_density"))
+        quality = (
+            span(row, "perplexity_ratio", "ratio", "{:.3f}"),
+            span(row, "needle_kept", "needle_kept", "{:.0%}"),
+        )
+        rows.append([escape(name), f"{read:.1%}", *quality, "–" if decode is None else f"{decode:.1%}"])
+    return make_table(
+        f"{settings['model']}, {settings['windows']} windows of {settings['length']:,} tokens, "
+        f"{settings['needles']} needles; dense: perplexity {dense['perplexity']:.3f}, needles "
+        f"{dense['needle']:.1%}",
+        ["", "density", "perplexity ÷ dense", "needles kept", "in decode"],
+        rows,
+        "* a row of a prompt may see what later rows chose. From: the rule's smallest density, summaries "
+        "aside. Needles kept: of those that the dense model answered. Intervals are 95%. Densities count "
+        "what summaries of unseen pages cost at most.",
+    )
+
+
+def gate_table(gate: dict[str, Any]) -> Table:
+    """Losses with their intervals, held against the limits."""
+    rows = []
+    for finding in gate["findings"]:
+        unit = "%" if finding["measure"] == "perplexity" else ""
+        loss, style = "not measured", _STYLES[finding["state"]]
+        if finding["loss"] is not None:
+            middle, low, high = (100 * finding[name] for name in ("loss", "low", "high"))
+            loss = f"{middle:+.2f}{unit} ({low:+.2f} … {high:+.2f})"
+        few = "" if finding["trusted"] else ", too few"
+        where = f": {finding['where']}" if finding["where"] else ""
+        rows.append(
+            [
+                f"{finding['form']}, {finding['measure']}{where}",
+                f"{finding['count']}{few}",
+                loss,
+                f"{100 * finding['limit']:g}{unit}",
+                f"[{style}]{finding['state']}[/]",
+            ]
+        )
+    return make_table(
+        "What may be lost, and what was",
+        ["", "samples", "loss (interval)", "limit", "state"],
+        rows,
+        "95% intervals; positive is worse. Perplexity: relative rise. Others: points of 100.",
+    )

@@ -5,11 +5,9 @@ import dataclasses
 import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from safetensors.torch import load_file, save
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
@@ -17,9 +15,8 @@ import llama_surgery
 from llama_surgery.config import SurgeryConfig
 from llama_surgery.evaluation.peers.attach import running
 from llama_surgery.evaluation.peers.registry import Learned, Peer
-from llama_surgery.evaluation.peers.rule import Everything, Rule
+from llama_surgery.evaluation.peers.rule import Rule
 from llama_surgery.evaluation.phases import Phases
-from llama_surgery.files import write_atomically
 from llama_surgery.surgery.calibrate import PASSES, calibrate
 from llama_surgery.surgery.supported import inner_model
 from llama_surgery.topology.router import PageRouter
@@ -82,22 +79,13 @@ class PeerForm:
         model: A dense model.
         ids: (windows, length) int64, calibration windows that densities are measured on.
         training: (windows, length) int64, calibration windows for rules that learn.
-        folder: Where what was learned is kept.
     """
 
     def __init__(
-        self,
-        name: str,
-        peer: Peer,
-        model: nn.Module,
-        *,
-        ids: torch.Tensor,
-        training: torch.Tensor,
-        folder: Path,
+        self, name: str, peer: Peer, model: nn.Module, *, ids: torch.Tensor, training: torch.Tensor
     ) -> None:
         self.name, self.title, self.ahead = name, peer.title, peer.ahead
         self._peer, self._model, self._ids, self._training = peer, model, ids, training
-        self._file = folder / f"{name}.safetensors"
         self._learned: Learned | None = None
         self._probes: dict[float, float] = {}
 
@@ -130,39 +118,9 @@ class PeerForm:
 
     def _tensors(self) -> Learned:
         if self._learned is None:
-            if self._peer.learn is None:
-                self._learned = {}
-            elif self._file.exists():
-                self._learned = load_file(self._file)
-            else:
-                tensors = self._peer.learn(self._model, self._training)
-                # As bytes: the library's own writing does not raise OSError where the disk is full.
-                write_atomically(self._file, lambda path: path.write_bytes(save(tensors)), own=True)
-                self._learned = tensors
+            learn = self._peer.learn
+            self._learned = {} if learn is None else learn(self._model, self._training)
         return self._learned
-
-
-@dataclasses.dataclass
-class FullForm:
-    """Everything visible, through the peers' executor: what their executor itself costs."""
-
-    model: nn.Module
-    name: str = "full"
-    title: str = "full budget, peers' executor"
-    ahead: bool = False
-
-    def floor(self) -> float:
-        return 1.0
-
-    def setting(self, density: float) -> dict[str, Any]:
-        return {}
-
-    @contextlib.contextmanager
-    def running(self, setting: dict[str, Any]) -> Iterator[Densities]:
-        densities: Densities = {}
-        with running(self.model, Everything()) as count:
-            yield densities
-        densities.update(count.densities())
 
 
 class PagesForm:
@@ -176,7 +134,6 @@ class PagesForm:
         texts: Calibration text.
         ids: (windows, length) int64, calibration windows that the floor is measured on.
         routers: Learned corrections by layer index.
-        title: In tables and figures.
     """
 
     ahead = False
@@ -191,9 +148,9 @@ class PagesForm:
         texts: Sequence[str],
         ids: torch.Tensor,
         routers: Mapping[int, PageRouter] | None = None,
-        title: str | None = None,
     ) -> None:
-        self.name, self.title = name, title or f"pages, tile {config.tile} (this package)"
+        learned = "" if routers is None else ", learned"
+        self.name, self.title = name, f"pages, tile {config.tile}{learned} (this package)"
         self._config, self._model, self._tokenizer = config, model, tokenizer
         self._routers = routers
         self._texts, self._ids = list(texts), ids

@@ -194,7 +194,8 @@ def score_needles(
     Args:
         model: A causal language model of transformers, dense or operated.
         prompts: What to answer.
-        batch_size: Prompts of equal length that are answered together, without padding.
+        batch_size: Prompts of the shortest length that are answered together, without padding; of longer
+            ones fewer.
         progress: Told after each batch.
 
     Returns:
@@ -212,11 +213,11 @@ def score_needles(
         return len(asked[index][1]), len(asked[index][2])
 
     correct = [True] * len(prompts)
-    done = 0
-    for (_, answer), group in itertools.groupby(sorted(range(len(asked)), key=shape), key=shape):
-        indices = list(group)
-        for start in range(0, len(indices), batch_size):
-            batch = [asked[index] for index in indices[start : start + batch_size]]
+    done, shortest = 0, min((len(ids) for _, ids, _ in asked), default=0)
+    for (length, answer), group in itertools.groupby(sorted(range(len(asked)), key=shape), key=shape):
+        indices, size = list(group), max(1, batch_size * shortest // length)
+        for start in range(0, len(indices), size):
+            batch = [asked[index] for index in indices[start : start + size]]
             rows = continue_greedily(model, [ids for _, ids, _ in batch], answer)
             for (number, _, wanted), row in zip(batch, rows, strict=True):
                 correct[number] &= tuple(row) == wanted

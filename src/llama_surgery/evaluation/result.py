@@ -1,14 +1,11 @@
 """What an evaluation found, ready for JSON, CSV and reports."""
 
 import dataclasses
-from pathlib import Path
 from typing import Any
 
-from llama_surgery.evaluation.io import write_csv
 from llama_surgery.evaluation.needle import NeedlePrompt
 from llama_surgery.evaluation.needle_table import compare_needles
 from llama_surgery.evaluation.paired import PairedDifference, RatioInterval
-from llama_surgery.files import write_json
 
 #: Name of the dense model among the measured ones.
 DENSE = "dense"
@@ -86,24 +83,6 @@ class EvaluationResult:
     needles: list[NeedlePrompt]
     answers: dict[str, list[bool]]
 
-    def needle_counts(self, name: str, *keys: str) -> list[dict[str, Any]]:
-        """Counts answers by properties of the prompts.
-
-        Args:
-            name: A measured model: ``dense`` or the name of a configuration.
-            *keys: Of ``form``, ``kind``, ``variant``, ``depth`` and ``length``.
-
-        Returns:
-            For each combination that occurs, in order: the keys, ``count`` and ``right``.
-        """
-        cells: dict[tuple[Any, ...], list[bool]] = {}
-        for prompt, right in zip(self.needles, self.answers[name], strict=True):
-            cells.setdefault(tuple(getattr(prompt, key) for key in keys), []).append(right)
-        return [
-            {**dict(zip(keys, cell, strict=True)), "count": len(rights), "right": sum(rights)}
-            for cell, rights in sorted(cells.items())
-        ]
-
     def needle_comparison(self) -> list[dict[str, Any]]:
         """Rows of :func:`~llama_surgery.evaluation.needle_table.compare_needles`, none without needles."""
         operated = {name: rights for name, rights in self.answers.items() if name != DENSE}
@@ -148,22 +127,6 @@ class EvaluationResult:
         return [
             {**shared, **_flat(measured), **self.environment} for measured in [self.dense, *self.operated]
         ]
-
-    def write_json(self, path: str | Path) -> None:
-        """Writes :meth:`to_dict`, atomically.
-
-        Raises:
-            SurgeryError: The file cannot be written.
-        """
-        write_json(Path(path), self.to_dict())
-
-    def write_csv(self, path: str | Path) -> None:
-        """Writes :meth:`rows`, atomically.
-
-        Raises:
-            SurgeryError: The file cannot be written.
-        """
-        write_csv(path, self.rows())
 
 
 def _flat(measured: Measurement) -> dict[str, Any]:

@@ -1,10 +1,13 @@
 """Whether an operated model keeps what it must: by the bounds of what was measured, not by its means."""
 
 import dataclasses
+import json
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, Literal
 
-from llama_surgery.evaluation.intervals import Change
+from llama_surgery.errors import SurgeryError
+from llama_surgery.evaluation.intervals import Change, paired_change
 from llama_surgery.evaluation.result import DENSE
 from llama_surgery.evaluation.ruler.result import RulerResult
 
@@ -13,26 +16,45 @@ FEW_WINDOWS = 10
 #: What the dense model scores less on than this, 0…1, says nothing about the operation.
 FEW_POINTS = 0.1
 
-#: What is held against a limit.
-MEASURES = ("perplexity", "RULER average", "RULER worst task", "RULER worst length")
-
 State = Literal["kept", "exceeded", "open"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Limits:
-    """What may be lost at most.
+    """What may be lost at most; None where it does not matter.
 
     Attributes:
-        perplexity: Relative increase of the perplexity at a length: 0.01 is one percent.
-        average: Of the mean RULER score over tasks, all lengths together, 0…1: 0.03 is three points.
-        single: Of the RULER score of any single task over all lengths, and of the mean over tasks at any
-            single length, 0…1. Wider than ``average``, since each stands on fewer samples.
+        perplexity: Relative increase of the perplexity: 0.01 is one percent.
+        needles: Share of the needles that are answered no more, 0…1.
+        ruler: Of the mean RULER score over tasks, all lengths together, 0…1: 0.03 is three points.
+        ruler_single: Of the RULER score of any single task over all lengths, and of the mean over tasks at
+            any single length, 0…1. Wider than ``ruler``, since each stands on fewer samples.
     """
 
-    perplexity: float = 0.01
-    average: float = 0.03
-    single: float = 0.1
+    perplexity: float | None = None
+    needles: float | None = None
+    ruler: float | None = None
+    ruler_single: float | None = None
+
+
+def read_limits(path: Path) -> Limits:
+    """Limits in a JSON file: fields of :class:`Limits`, at least one.
+
+    Raises:
+        SurgeryError: It cannot be read, or says something else.
+    """
+    names = [field.name for field in dataclasses.fields(Limits)]
+    try:
+        given = json.loads(path.read_text(encoding="utf-8"))
+        if given and given.keys() <= set(names) and all(float(limit) >= 0 for limit in given.values()):
+            return Limits(**given)
+        problem = f"it holds {json.dumps(given)[:200]}"
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        problem = str(error)
+    raise SurgeryError(
+        f"{path}: no limits ({problem}). Give a JSON file with one or more of {', '.join(names)}, such as "
+        '{"perplexity": 0.01, "needles": 0.05, "ruler": 0.03, "ruler_single": 0.1}.'
+    )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -40,29 +62,29 @@ class Finding:
     """A loss with its 95% interval, held against a limit. Positive is worse than dense.
 
     Attributes:
-        measure: One of :data:`MEASURES`.
-        length: Tokens; None over all lengths. Of a worst length, the one that lost most.
-        task: The task that lost most, where one is meant.
-        loss, low, high: Relative for perplexity, of scores 0…1 for RULER.
+        form: Name of the operated model.
+        measure: ``perplexity``, ``needles``, ``RULER average``, ``RULER worst task``, ``RULER worst length``.
+        where: The task or length that lost most, where one is meant.
+        loss, low, high: Relative for perplexity, else of scores 0…1; None where nothing was measured.
         limit: What is allowed.
-        count: Windows or samples.
+        count: Windows, prompts or samples.
         trusted: Whether there are enough of them for the interval to hold.
     """
 
+    form: str
     measure: str
-    length: int | None
-    task: str | None = None
-    loss: float
-    low: float
-    high: float
+    where: str = ""
+    loss: float | None = None
+    low: float | None = None
+    high: float | None = None
     limit: float
-    count: int
+    count: int = 0
     trusted: bool = True
 
     @property
     def state(self) -> State:
         """``kept`` or ``exceeded`` where the whole interval lies on one side of the limit, else ``open``."""
-        if not self.trusted:
+        if not self.trusted or self.low is None or self.high is None:
             return "open"
         return "kept" if self.high <= self.limit else "exceeded" if self.low > self.limit else "open"
 
@@ -71,24 +93,52 @@ class Finding:
         return {**dataclasses.asdict(self), "state": self.state}
 
 
-def text_finding(length: int, ratio: Mapping[str, Any], limits: Limits) -> Finding:
-    """Perplexity at a length.
+def find(results: Mapping[str, Any], ruler: RulerResult | None, limits: Limits) -> list[Finding]:
+    """One finding for every limit and operated model; one without numbers where nothing was measured.
 
     Args:
-        length: Tokens of a window.
-        ratio: Fields of :class:`~llama_surgery.evaluation.paired.RatioInterval`.
+        results: As :meth:`~llama_surgery.evaluation.result.EvaluationResult.to_dict` gives it, or empty.
+        ruler: Dense and operated on the same samples, or None.
         limits: What is allowed.
     """
+    measured = {own["name"]: own for own in results.get("operated", [])}
+    found = []
+    for form in dict.fromkeys([*measured, *(ruler.names if ruler else [])]):
+        own = measured.get(form)
+        if limits.perplexity is not None:
+            found.append(_of_perplexity(form, own, limits.perplexity))
+        if limits.needles is not None:
+            rights = [(n["right"][DENSE], n["right"][form]) for n in results.get("needles", []) if own]
+            pairs = [tuple([float(right) for right in side] for side in zip(*rights, strict=True))]
+            lost = {"": paired_change(pairs)} if rights else {}
+            found.append(_worst(form, "needles", lost, limits.needles))
+        tasks = [] if ruler is None else telling_tasks(ruler)
+        for measure, limit, by in (
+            ("RULER average", limits.ruler, None),
+            ("RULER worst task", limits.ruler_single, "task"),
+            ("RULER worst length", limits.ruler_single, "length"),
+        ):
+            if limit is None:
+                continue
+            changes: Mapping[Any, Change] = {}
+            if ruler is not None and by is None:
+                average = ruler.average(form, tasks=tasks)
+                changes = {} if average is None else {"": average}
+            elif ruler is not None:
+                changes = ruler.changes(form, str(by), tasks=tasks)
+            found.append(_worst(form, measure, changes, limit))
+    return found
+
+
+def _of_perplexity(form: str, own: Mapping[str, Any] | None, limit: float) -> Finding:
+    if own is None:
+        return Finding(form=form, measure="perplexity", limit=limit)
+    ratio = own["ratio"]
+    loss, low, high = (ratio[name] - 1 for name in ("ratio", "low", "high"))
     return Finding(
-        measure=MEASURES[0],
-        length=length,
-        loss=ratio["ratio"] - 1,
-        low=ratio["low"] - 1,
-        high=ratio["high"] - 1,
-        limit=limits.perplexity,
-        count=ratio["count"],
-        trusted=ratio["count"] >= FEW_WINDOWS,
-    )
+        form=form, measure="perplexity", loss=loss, low=low, high=high, limit=limit,
+        count=ratio["count"], trusted=ratio["count"] >= FEW_WINDOWS,
+    )  # fmt: skip
 
 
 def telling_tasks(result: RulerResult) -> list[str]:
@@ -97,45 +147,19 @@ def telling_tasks(result: RulerResult) -> list[str]:
     return [task for task, own in scores.items() if own and sum(own) / len(own) >= FEW_POINTS]
 
 
-def ruler_findings(result: RulerResult, name: str, limits: Limits) -> list[Finding]:
-    """The average, the worst task over all lengths, and the worst length over all tasks.
-
-    Args:
-        result: Dense and operated on the same samples.
-        name: Of the operated form.
-        limits: What is allowed.
-    """
-    tasks = telling_tasks(result)
-    average = result.average(name, tasks=tasks)
-    if average is None:
-        return []
-    by_task = result.changes(name, "task", tasks=tasks)
-    by_length = result.changes(name, "length", tasks=tasks)
-    task, length = (min(by, key=lambda key: by[key].difference) for by in (by_task, by_length))
-    return [
-        _worst(MEASURES[1], {None: average}, limits.average),
-        _worst(MEASURES[2], by_task, limits.single, task=task),
-        _worst(MEASURES[3], by_length, limits.single, length=length),
-    ]
-
-
-def _worst(
-    measure: str,
-    changes: Mapping[Any, Change],
-    limit: float,
-    task: str | None = None,
-    length: int | None = None,
-) -> Finding:
+def _worst(form: str, measure: str, changes: Mapping[Any, Change], limit: float) -> Finding:
     """The largest loss of several.
 
     Their intervals hold together, so whichever is really worst has lost at least as much as the largest of
     the lower ends, and at most as much as the largest of the upper ends.
     """
+    if not changes:
+        return Finding(form=form, measure=measure, limit=limit)
     parts = changes.values()
     return Finding(
+        form=form,
         measure=measure,
-        length=length,
-        task=task,
+        where=str(min(changes, key=lambda key: changes[key].difference)),
         loss=max(-change.difference for change in parts),
         low=max(-change.high for change in parts),
         high=max(-change.low for change in parts),
@@ -145,13 +169,8 @@ def _worst(
 
 
 def verdict(findings: Sequence[Finding]) -> State:
-    """``exceeded`` if some limit is, ``kept`` if all are and each was measured, else ``open``."""
+    """``exceeded`` if some limit is, ``kept`` if all are and there is one, else ``open``."""
     states = {finding.state for finding in findings}
     if "exceeded" in states:
         return "exceeded"
-    return "kept" if states == {"kept"} and not unmeasured(findings) else "open"
-
-
-def unmeasured(findings: Sequence[Finding]) -> list[str]:
-    """Measures that have a limit but no finding."""
-    return [measure for measure in MEASURES if measure not in {finding.measure for finding in findings}]
+    return "kept" if states == {"kept"} else "open"

@@ -25,7 +25,7 @@ def density_with_summary(row: Mapping[str, Any], name: str) -> float | None:
     """What a row of a comparison read, and what its summaries of unseen pages cost at most.
 
     Args:
-        row: Of :func:`llama_surgery.evaluation.compare_result.merge`.
+        row: Of :func:`llama_surgery.evaluation.compare_result.row`.
         name: ``total_density``, ``prefill_density`` or ``decode_density``.
 
     Returns:
@@ -38,7 +38,7 @@ def comparison(rows: Sequence[Mapping[str, Any]]) -> str:
     """Perplexity lost to dense, and needles kept of those the dense model answered, against total density.
 
     Args:
-        rows: Of :func:`llama_surgery.evaluation.compare_result.merge`; what was not measured is left out, and
+        rows: Of :func:`llama_surgery.evaluation.compare_result.row`; what was not measured is left out, and
             so are full budgets.
 
     Returns:

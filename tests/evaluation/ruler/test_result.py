@@ -5,6 +5,7 @@ import csv
 import pytest
 
 from llama_surgery.evaluation.intervals import paired_change
+from llama_surgery.evaluation.io import write_csv
 from llama_surgery.evaluation.result import DENSE
 from llama_surgery.evaluation.ruler.result import Cell, RulerResult
 from llama_surgery.evaluation.ruler.scoring import string_match_all, string_match_part
@@ -66,7 +67,7 @@ def test_by_length_every_task_counts_alike(result) -> None:
 
 def test_rows_are_in_points_with_intervals(result, tmp_path) -> None:
     path = tmp_path / "ruler.csv"
-    result.write_csv(path)
+    write_csv(path, result.rows())
     with path.open(encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     assert len(rows) == 6

@@ -1,7 +1,6 @@
 """Whole runs: self-check, resuming, and full budget against dense."""
 
 import dataclasses
-import json
 import time
 from contextlib import nullcontext
 
@@ -11,7 +10,7 @@ import torch
 import llama_surgery
 from llama_surgery import SurgeryConfig
 from llama_surgery.errors import SurgeryError, TextError
-from llama_surgery.evaluation.evaluate import environment
+from llama_surgery.evaluation.kept import Kept
 from llama_surgery.evaluation.result import DENSE
 from llama_surgery.evaluation.ruler import run
 from llama_surgery.evaluation.ruler.run import answer_samples, run_ruler
@@ -37,9 +36,7 @@ def test_an_oracle_scores_100_on_every_task_and_a_blank_answer_0(
         return [", ".join(sample.references) if said == "references" else "" for sample in samples]
 
     monkeypatch.setattr(run, "answer_samples", handed)
-    result = run_ruler(
-        tiny_llama, sampler, configs={}, tasks=list(TASKS), lengths=[1536, 2048], samples=3, turn=2
-    )
+    result = run_ruler(tiny_llama, sampler, configs={}, tasks=list(TASKS), lengths=[1536, 2048], samples=3)
     rows = result.rows()
     assert len(rows) == 2 * 13 and all(row["samples"] == 3 for row in rows)
     assert {row["score"] for row in rows} == {score}
@@ -50,7 +47,7 @@ def test_full_budget_scores_what_dense_scores_to_the_last_sample(tiny_llama, sam
     """Random weights score nothing, so what is written is compared, word for word."""
     for name, task in TASKS.items():
         monkeypatch.setitem(TASKS, name, dataclasses.replace(task, new_tokens=8))
-    given = {"lengths": [1536], "samples": 2}
+    given = {"lengths": [1536], "samples": 1}
     result = run_ruler(tiny_llama, sampler, configs={"full": FULL}, tasks=list(TASKS), **given)
     for task in TASKS:
         dense, full = (result.cell(name, task, 1536) for name in (DENSE, "full"))
@@ -97,45 +94,50 @@ def test_an_interrupted_run_goes_on_without_answering_twice(
         return [f"{sample.index} {sample.references[0]}" for sample in samples]
 
     monkeypatch.setattr(run, "answer_samples", answers)
-    monkeypatch.setattr(run, "SAVE_AFTER", 0.0)
-    file, settings = tmp_path / "ruler.json", {**TINY, "configs": {"sparse": SPARSE}, "turn": 2}
-    stop = 7  # in the middle of a turn
+    monkeypatch.setattr(run, "TURN", 2)
+    settings, kept = {**TINY, "configs": {"sparse": SPARSE}}, {"kept": Kept(tmp_path)}
+    stop = 6
     with pytest.raises(Interrupted):
-        run_ruler(tiny_llama, sampler, **settings, file=file)
+        run_ruler(tiny_llama, sampler, **settings, **kept)
     assert not llama_surgery.is_operated(tiny_llama)
-    assert not json.loads(file.read_text(encoding="utf-8"))["complete"]
+    late = run_ruler(tiny_llama, sampler, **settings, **kept, deadline=time.monotonic() - 1)
+    assert sum(len(cell.scores) for cell in late.cells) == 6 and not late.complete
     stop = None
-    monkeypatch.setattr(run, "environment", lambda model: {"device": "another"})
-    result = run_ruler(tiny_llama, sampler, **settings, file=file)
-    assert [e["device"] for e in result.environments][1:] == ["another"]
+    result = run_ruler(tiny_llama, sampler, **settings, **kept)
     assert result.complete and len(asked) == len(set(asked)) == 2 * 2 * 4
     assert run_ruler(tiny_llama, sampler, **settings).cells == [
         dataclasses.replace(cell, seconds=pytest.approx(cell.seconds, abs=60)) for cell in result.cells
     ]
     asked.clear()
-    assert run_ruler(tiny_llama, sampler, **settings, file=file).rows() == result.rows() and not asked
+    assert run_ruler(tiny_llama, sampler, **settings, **kept).rows() == result.rows() and not asked
+    more = run_ruler(tiny_llama, sampler, **{**settings, "samples": 6}, **kept)
+    assert more.complete and sorted({index for _, _, index in asked}) == [4, 5]
 
 
-def test_a_run_with_other_settings_is_not_gone_on_with(tiny_llama, sampler, tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr(run, "answer_samples", lambda model, tokenizer, samples, size: [""] * len(samples))
-    file, given = tmp_path / "ruler.json", {"configs": {"sparse": SPARSE}, "file": tmp_path / "ruler.json"}
-    result = run_ruler(tiny_llama, sampler, **TINY, **given)
-    kept = file.read_bytes()
-    with pytest.raises(SurgeryError, match=r"other settings \(samples: 4 there, 5 now\)"):
-        run_ruler(tiny_llama, sampler, **{**TINY, "samples": 5}, **given)
-    with pytest.raises(SurgeryError, match=r"other settings \(configs: "):
-        run_ruler(tiny_llama, sampler, **TINY, **{**given, "configs": {"sparse": FULL}})
+def test_answers_of_other_settings_are_not_gone_on_with(tiny_llama, sampler, tmp_path, monkeypatch) -> None:
+    asked = []
+
+    def answers(model, tokenizer, samples, batch_size=1):
+        asked.append(batch_size)
+        return [""] * len(samples)
+
+    monkeypatch.setattr(run, "answer_samples", answers)
+    given = {**TINY, "tasks": ["vt"], "configs": {"sparse": SPARSE}, "kept": Kept(tmp_path)}
+    run_ruler(tiny_llama, sampler, **given)
     routers = {0: PageRouter(offset=torch.zeros(2, 2))}
-    with pytest.raises(SurgeryError, match=r"other settings \(routers: '' there, '\w+' now\)"):
-        run_ruler(tiny_llama, sampler, **TINY, **given, routers=routers)
-    assert file.read_bytes() == kept
-    assert result.environments == json.loads(kept)["environments"] == [environment(tiny_llama)]
-    for name in ("model", "configs", "seed", "versions", "haystack"):
-        assert result.settings[name] == json.loads(kept)["settings"][name]
-    for other in ("{", "[]", '{"settings": {}}'):
-        file.write_text(other, encoding="utf-8")
-        with pytest.raises(SurgeryError, match=r"ruler\.json (is not the result|holds a run with other)"):
-            run_ruler(tiny_llama, sampler, **TINY, **given)
+    for changed, again in (
+        ({}, 0),
+        ({"configs": {"sparse": FULL}}, 1),  # the dense answers are the same
+        ({"routers": routers}, 1),
+        ({"batch_size": 2}, 2),
+        ({"tasks": ["fwe", "vt"]}, 2),
+    ):
+        asked.clear()
+        run_ruler(tiny_llama, sampler, **(given | changed))
+        assert len(asked) == again, changed
+    asked.clear()
+    run_ruler(tiny_llama, Sampler(sampler.tokenizer, sampler.materials, seed=4), **given)
+    assert len(asked) == 2
 
 
 def test_a_deadline_ends_the_run_between_turns(tiny_llama, sampler, monkeypatch) -> None:

@@ -13,7 +13,7 @@ from llama_surgery.evaluation.peers.gate import train_gate
 from llama_surgery.evaluation.peers.lines import CumulativeShare, VerticalSlash
 from llama_surgery.evaluation.peers.retrieval import retrieval_scores
 from llama_surgery.evaluation.peers.rows import BoundedPages, HeaviestTokens, MeanBlocks
-from llama_surgery.evaluation.peers.rule import Rule
+from llama_surgery.evaluation.peers.rule import Everything, Rule
 from llama_surgery.surgery.supported import attention_modules, head_shape, inner_model
 
 #: What a rule learned from calibration text, by name.
@@ -118,4 +118,6 @@ PEERS = {
         ahead=True,
     ),
     "token-oracle": Peer("oracle: tokens by true mass", "keys", _count(1), _counted(HeaviestTokens)),
+    # What the peers' executor itself costs.
+    "full": Peer("full budget, peers' executor", "", lambda *_: 1, lambda *_: Everything()),
 }

@@ -2,16 +2,10 @@
 
 import dataclasses
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from typing import Any
 
-from llama_surgery.errors import SurgeryError
 from llama_surgery.evaluation.intervals import CONFIDENCE, Change, mean_interval, paired_change
-from llama_surgery.evaluation.io import read_started, write_csv
 from llama_surgery.evaluation.result import DENSE
-from llama_surgery.files import write_json
-
-VERSION = 1
 
 
 @dataclasses.dataclass
@@ -36,6 +30,14 @@ class Cell:
     seconds: float = 0.0
     pairs: dict[str, float] = dataclasses.field(default_factory=dict)
 
+    def add(self, more: Mapping[str, Any]) -> None:
+        """Further samples: fields of a cell."""
+        self.scores += more["scores"]
+        self.answers += more["answers"]
+        self.seconds += more["seconds"]
+        for name, pairs in more["pairs"].items():
+            self.pairs[name] = self.pairs.get(name, 0.0) + pairs
+
 
 @dataclasses.dataclass
 class RulerResult:
@@ -44,12 +46,10 @@ class RulerResult:
     Attributes:
         settings: All that decides the scores: model, configurations, tasks, lengths, seed, versions.
         cells: In the order in which they were begun.
-        environments: Of every machine that answered some of it.
     """
 
     settings: dict[str, Any]
     cells: list[Cell] = dataclasses.field(default_factory=list)
-    environments: list[dict[str, Any]] = dataclasses.field(default_factory=list)
 
     def cell(self, name: str, task: str, length: int) -> Cell:
         """The cell of that model, task and length; an empty one is added where there is none."""
@@ -167,47 +167,11 @@ class RulerResult:
                 "confidence": CONFIDENCE,
             }
         return {
-            "version": VERSION,
             "settings": self.settings,
-            "environments": self.environments,
             "complete": self.complete,
             "summaries": summaries,
             "cells": [dataclasses.asdict(cell) for cell in self.cells],
         }
-
-    def write_json(self, path: str | Path) -> None:
-        """Writes :meth:`to_dict`, atomically; :meth:`load` goes on from it.
-
-        Raises:
-            SurgeryError: The file cannot be written.
-        """
-        write_json(Path(path), self.to_dict())
-
-    def write_csv(self, path: str | Path) -> None:
-        """Writes :meth:`rows`, atomically.
-
-        Raises:
-            SurgeryError: The file cannot be written.
-        """
-        write_csv(path, self.rows())
-
-    @classmethod
-    def load(cls, path: str | Path, settings: Mapping[str, Any]) -> "RulerResult":
-        """What an earlier, perhaps interrupted run left, to go on from; empty where there is no file.
-
-        Raises:
-            SurgeryError: The file holds something else, or a run with other settings.
-        """
-        content = read_started(path, settings)
-        if content is None:
-            return cls(dict(settings))
-        try:
-            cells = [Cell(**cell) for cell in content["cells"]]
-            return cls(content["settings"], cells, list(content["environments"]))
-        except (KeyError, TypeError) as error:
-            raise SurgeryError(
-                f"{path} is not the result of a RULER run ({error!r}). Give another file or remove it."
-            ) from error
 
 
 def _merged(parts: list[tuple[list[float], list[float]]]) -> list[tuple[list[float], list[float]]]:

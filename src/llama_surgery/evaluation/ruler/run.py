@@ -1,10 +1,10 @@
 """Answering samples, and whole runs that can be interrupted."""
 
-import hashlib
+import functools
+import itertools
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -13,26 +13,20 @@ from transformers import PreTrainedTokenizerBase
 import llama_surgery
 from llama_surgery.config import SurgeryConfig
 from llama_surgery.errors import SurgeryError
-from llama_surgery.evaluation.evaluate import (
-    check_dense,
-    environment,
-    model_name,
-    versions,
-)
+from llama_surgery.evaluation.evaluate import check_dense, model_name, versions
 from llama_surgery.evaluation.generation import continue_greedily, end_tokens
 from llama_surgery.evaluation.io import Progress
+from llama_surgery.evaluation.kept import Kept, adapter_digest, digest
 from llama_surgery.evaluation.result import DENSE
 from llama_surgery.evaluation.ruler.reading import questions_for
-from llama_surgery.evaluation.ruler.result import Cell, RulerResult
+from llama_surgery.evaluation.ruler.result import RulerResult
 from llama_surgery.evaluation.ruler.samples import RulerSample, Sampler
 from llama_surgery.evaluation.ruler.tasks import READING, task_of
 from llama_surgery.surgery.context import context_length
 from llama_surgery.topology.router import PageRouter
 
-#: Samples of a cell that are answered before the next cell has its turn.
-TURN = 25
-#: Seconds after which results are saved within a turn, as soon as a batch is answered.
-SAVE_AFTER = 10.0
+#: Samples of a cell that are answered, and kept, before the next cell has its turn.
+TURN = 5
 
 
 def answer_samples(
@@ -83,15 +77,13 @@ def run_ruler(
     samples: int = 100,
     routers: Mapping[int, PageRouter] | None = None,
     batch_size: int = 1,
-    file: str | Path | None = None,
-    turn: int = TURN,
+    kept: Kept | None = None,
     deadline: float | None = None,
     progress: Progress | None = None,
 ) -> RulerResult:
     """Answers the same samples with the dense model and with each configuration.
 
-    Cells take turns, so that a run which is cut short has answered all tasks and lengths alike. What is
-    answered is saved; the same call goes on where an interrupted one stopped.
+    Cells take turns, so that a run which is cut short has answered all tasks and lengths alike.
 
     Args:
         model: A dense causal language model of transformers, in evaluation mode. It comes back dense.
@@ -102,21 +94,19 @@ def run_ruler(
         samples: Samples of each task at each length.
         routers: Learned corrections by layer index, used with every configuration, or None.
         batch_size: Samples that are answered together.
-        file: JSON file of the results, read first if it exists; None for nowhere.
-        turn: Samples of a cell that are answered before the next cell has its turn.
+        kept: Where answers are kept, turn by turn; nowhere if None.
         deadline: ``time.monotonic()`` after which no further turn is begun.
         progress: Told as ``progress(stage, samples done, samples in all)``.
 
     Raises:
-        SurgeryError: The model is operated, in training mode or not made for such lengths, or ``file`` holds
-            another run.
+        SurgeryError: The model is operated, in training mode or not made for such lengths.
         TextError: A task does not exist, or its samples cannot be made.
     """
     check_dense(model, configs)
-    if min(samples, batch_size, turn) < 1 or not tasks or not lengths:
+    if min(samples, batch_size) < 1 or not tasks or not lengths:
         raise SurgeryError(
             f"{samples} samples of tasks {list(tasks)} at lengths {list(lengths)}, in batches of "
-            f"{batch_size} and turns of {turn}: at least one of each is needed."
+            f"{batch_size}: at least one of each is needed."
         )
     tasks, lengths = list(dict.fromkeys(tasks)), sorted(set(lengths))
     context = context_length(model)
@@ -124,129 +114,73 @@ def run_ruler(
         raise SurgeryError(
             f"{lengths[-1]} tokens: {model_name(model)} was made for {context}. Leave longer lengths out."
         )
-    settings = _settings(model, sampler, configs, tasks, lengths, samples, routers, batch_size)
-    result = RulerResult(settings) if file is None else RulerResult.load(file, settings)
     _check_samples(sampler, tasks, lengths, samples)
-    forms: dict[str, SurgeryConfig | None] = {DENSE: None, **configs}
-    saver = _Saver(result, file)
-    if not result.complete and environment(model) not in result.environments:
-        result.environments.append(environment(model))
+    kept = Kept() if kept is None else kept
+    forms = {name: (config, adapter_digest(config, routers)) for name, config in configs.items()}
+    made = {
+        "model": model_name(model),
+        "versions": versions(model),
+        "seed": sampler.seed,
+        "chat": sampler.chat,
+    }
+    made |= {"haystack": digest(*sampler.materials.sentences), "batch_size": batch_size}
+    result = RulerResult(
+        {
+            **made,
+            "configs": {name: config.to_dict() for name, config in configs.items()},
+            "tasks": tasks,
+            "lengths": lengths,
+            "samples": samples,
+        }
+    )
+    turn = max(TURN, batch_size)
     for start in range(0, samples, turn):
         indices = range(start, min(start + turn, samples))
-        for length in lengths:
-            for task in tasks:
-                due = {
-                    name: config
-                    for name, config in forms.items()
-                    if len(result.cell(name, task, length).scores) < indices.stop
-                }
-                if deadline is not None and due and time.monotonic() > deadline:
-                    return result
-                block = sampler.samples(task, length, indices) if due else []
-                for name, config in due.items():
-                    cell = result.cell(name, task, length)
-                    rest = block[len(cell.scores) - start :]
-                    with (
-                        nullcontext()
-                        if config is None
-                        else llama_surgery.operated(model, config, routers=routers)
-                    ):
-                        for _ in _answer(model, sampler.tokenizer, rest, cell, batch_size):
-                            saver.save()
-                    saver.save(now=True)
-                    if progress is not None:
-                        done = sum(len(cell.scores) for cell in result.cells if cell.name == name)
-                        progress(f"{name}: RULER", done, samples * len(tasks) * len(lengths))
+        for length, task in itertools.product(lengths, tasks):
+            late = deadline is not None and time.monotonic() > deadline
+            decides = {**made, "task": task, "length": length, "samples": [start, indices.stop]}
+            if task in READING:
+                questions = sampler.materials.questions[task]
+                decides["questions"] = digest(*questions.documents, *(q.text for q in questions.questions))
+            for name, (config, topology) in {DENSE: (None, None), **forms}.items():
+                make = functools.partial(
+                    _answered, model, sampler, (task, length, indices), batch_size, config, routers
+                )
+                found = kept.once("ruler", None if late else make, **decides, topology=topology)
+                if found is not None:
+                    result.cell(name, task, length).add(found)
+                if progress is not None:
+                    done = sum(len(cell.scores) for cell in result.cells if cell.name == name)
+                    progress(f"{name}: RULER", done, samples * len(tasks) * len(lengths))
     return result
-
-
-class _Saver:
-    """Writes results as they come, not more often than every few seconds."""
-
-    def __init__(self, result: RulerResult, file: str | Path | None) -> None:
-        self._result, self._file, self._last = result, file, time.monotonic()
-
-    def save(self, *, now: bool = False) -> None:
-        if self._file is not None and (now or time.monotonic() > self._last + SAVE_AFTER):
-            self._result.write_json(self._file)
-            self._last = time.monotonic()
 
 
 def _check_samples(sampler: Sampler, tasks: Sequence[str], lengths: Sequence[int], samples: int) -> None:
     """What cannot be made is said before anything is answered."""
     for task in tasks:
         task_of(task)
-    for task in READING:
-        if task in tasks:
+        if task in READING:
             questions_for(task, sampler.materials, samples)
-    for task in tasks:
-        for length in lengths:
-            sampler.samples(task, length, [0])
+    for length, task in itertools.product(lengths, tasks):
+        sampler.samples(task, length, [0])
 
 
-def _answer(
-    model: nn.Module,
-    tokenizer: PreTrainedTokenizerBase,
-    samples: Sequence[RulerSample],
-    cell: Cell,
-    batch_size: int,
-) -> Iterator[None]:
-    """Adds the answers to ``samples`` to ``cell``, batch by batch."""
-    before = dict(cell.pairs)
-    for start in range(0, len(samples), batch_size):
-        batch = samples[start : start + batch_size]
-        began = time.perf_counter()
-        answers = answer_samples(model, tokenizer, batch, batch_size)
-        cell.seconds += time.perf_counter() - began
-        cell.answers += answers
-        cell.scores += [sample.score(answer) for sample, answer in zip(batch, answers, strict=True)]
-        if llama_surgery.is_operated(model):  # counted since it was operated, for this call
-            read = llama_surgery.statistics(model)
-            cell.pairs["read"] = before.get("read", 0.0) + read.total_density * read.causal_pairs
-            cell.pairs["causal"] = before.get("causal", 0.0) + read.causal_pairs
-        yield
-
-
-def _settings(
+def _answered(
     model: nn.Module,
     sampler: Sampler,
-    configs: Mapping[str, SurgeryConfig],
-    tasks: Sequence[str],
-    lengths: Sequence[int],
-    samples: int,
-    routers: Mapping[int, PageRouter] | None,
+    asked: tuple[str, int, Sequence[int]],
     batch_size: int,
+    config: SurgeryConfig | None,
+    routers: Mapping[int, PageRouter] | None,
 ) -> dict[str, Any]:
-    return {
-        "model": model_name(model),
-        "configs": {name: config.to_dict() for name, config in configs.items()},
-        "routers": _router_digest(routers or {}),
-        "tasks": list(tasks),
-        "lengths": list(lengths),
-        "samples": samples,
-        "seed": sampler.seed,
-        "chat": sampler.chat,
-        "haystack": text_digest(*sampler.materials.sentences),
-        "questions": {
-            task: text_digest(*s.documents, *(q.text for q in s.questions))
-            for task, s in sampler.materials.questions.items()
-            if task in tasks
-        },
-        "batch_size": batch_size,
-        "versions": versions(model),
-    }
-
-
-def text_digest(*parts: str) -> str:
-    """Short fingerprint of texts."""
-    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
-
-
-def _router_digest(routers: Mapping[int, PageRouter]) -> str:
-    """Fingerprint of learned corrections, whatever device they are on."""
-    parts = [
-        f"{index} {name} {hashlib.sha256(part.detach().float().cpu().numpy().tobytes()).hexdigest()}"
-        for index, router in sorted(routers.items())
-        for name, part in router.tensors().items()
-    ]
-    return text_digest(*parts) if parts else ""
+    """Fields of a cell, of the dense model if there is no configuration."""
+    samples, pairs = sampler.samples(*asked), {}
+    with nullcontext() if config is None else llama_surgery.operated(model, config, routers=routers):
+        began = time.perf_counter()
+        answers = answer_samples(model, sampler.tokenizer, samples, batch_size)
+        seconds = time.perf_counter() - began
+        if config is not None:
+            read = llama_surgery.statistics(model)
+            pairs = {"read": read.total_density * read.causal_pairs, "causal": read.causal_pairs}
+    scores = [sample.score(answer) for sample, answer in zip(samples, answers, strict=True)]
+    return {"scores": scores, "answers": answers, "seconds": seconds, "pairs": pairs}

@@ -1,0 +1,269 @@
+"""What ``llama-surgery evaluate`` measures, part by part."""
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from llama_surgery.cli.common import err
+from llama_surgery.cli.run import Progress, calibrated, measured
+from llama_surgery.config import SurgeryConfig
+
+if TYPE_CHECKING:
+    from llama_surgery.evaluation.verdict import Limits
+
+
+@dataclasses.dataclass
+class Parts:
+    """What was asked for, and what was found.
+
+    Attributes:
+        configs: Topologies by name.
+        texts, calibration: Documents to measure on, and to set thresholds on.
+        domains: Further documents to measure on, by name.
+        length, windows, seed: Of perplexity windows.
+        needles, needle_lengths, needle_variants: Planted facts.
+        batch: Prompts answered together.
+        deadline: ``time.monotonic()`` after which nothing optional is begun.
+        results: Plain values, for ``results.json``.
+        rows: Of the CSV files, by name.
+    """
+
+    configs: dict[str, SurgeryConfig]
+    texts: list[str]
+    calibration: list[str]
+    domains: dict[str, list[str]]
+    length: int
+    windows: int | None
+    needles: int | None
+    needle_lengths: list[int] | None
+    needle_variants: list[str]
+    batch: int
+    seed: int
+    deadline: float | None
+    routers: dict[int, Any] | None = None
+    conditions: dict[str, str] = dataclasses.field(default_factory=dict)
+    results: dict[str, Any] = dataclasses.field(default_factory=dict)
+    rows: dict[str, list[dict[str, Any]]] = dataclasses.field(default_factory=dict)
+    model: Any = None
+    tokenizer: Any = None
+    kept: Any = None
+    ruler: Any = None
+    tell: Progress = lambda stage, done, total: None
+
+    def read_ruler(self, tasks: list[str], questions: dict[str, Path | None], haystack: Path | None) -> None:
+        """Read what RULER's samples are made of, before a model is loaded."""
+        from llama_surgery.evaluation.ruler.materials import Materials
+        from llama_surgery.evaluation.ruler.questions import read_questions
+        from llama_surgery.evaluation.ruler.tasks import READING, TASKS, task_of
+        from llama_surgery.text import read_texts
+
+        given = {name: read_questions(path) for name, path in questions.items() if path is not None}
+        for name in tasks:
+            task_of(name)
+        left = [name for name in READING if name not in given]
+        if not tasks and left:
+            err.print(f"Left out: {', '.join(left)} (no question file, see --help).", highlight=False)
+        self._tasks = tasks or [name for name in TASKS if name not in left]
+        self._materials = Materials.of(None if haystack is None else read_texts(haystack), given)
+
+    def load(self, model: Any, tokenizer: Any, folder: Path | None) -> None:
+        """Take the model, and the folder in which what is finished is kept."""
+        from llama_surgery.evaluation.evaluate import model_name, versions
+        from llama_surgery.evaluation.kept import Kept
+
+        self.model, self.tokenizer = model, tokenizer
+        self.kept = Kept(folder, model=model_name(model), **versions(model))
+
+    def calibrate(self, density: float, decode_density: float | None) -> None:
+        """Set the thresholds of all topologies."""
+        from llama_surgery.evaluation.kept import digest
+
+        for name, config in self.configs.items():
+            decode = decode_density if config.tile > 1 else None
+
+            def found(config: SurgeryConfig = config, decode: float | None = decode) -> dict[str, Any]:
+                return calibrated(
+                    self.model,
+                    self.tokenizer,
+                    config,
+                    density=density,
+                    texts=self.calibration,
+                    length=self.length,
+                    progress=self.tell,
+                    decode_density=decode,
+                ).to_dict()
+
+            decides = {"config": config.to_dict(), "density": [density, decode], "length": self.length}
+            kept = self.kept.once("thresholds", found, **decides, text=digest(*self.calibration))
+            self.configs[name] = SurgeryConfig.from_dict(kept)
+        told = self.conditions.pop("calibration text", "the first quarter of each document")
+        self.conditions["thresholds"] = f"set on {told} for a far density of {density:.2%}"
+
+    def measure_texts(self) -> None:
+        """Perplexity, divergence, needles and times; perplexity and divergence on other domains."""
+        from llama_surgery.errors import TextError
+        from llama_surgery.evaluation.evaluate import evaluate, named_progress
+
+        needles = {
+            "needles": self.needles or 0,
+            "needle_lengths": self.needle_lengths,
+            "needle_variants": self.needle_variants,
+            "needle_batch": self.batch,
+        }
+        shared = {"length": self.length, "windows": self.windows, "seed": self.seed}
+
+        def found() -> dict[str, Any]:
+            result, results = measured(
+                self.model,
+                self.tokenizer,
+                self.configs,
+                texts=self.texts,
+                conditions=self.conditions,
+                progress=self.tell,
+                routers=self.routers,
+                **shared,
+                **needles,
+            )
+            return {"results": results, "rows": result.rows()}
+
+        decides = {**self._decides(self.texts), **shared}
+        kept = self.kept.once("texts", found, **decides, **needles, conditions=self.conditions)
+        self.results, self.rows["results"] = kept["results"] | self.results, kept["rows"]
+        for name, texts in self.domains.items():
+
+            def of_domain(name: str = name, texts: list[str] = texts) -> dict[str, Any]:
+                try:
+                    return evaluate(
+                        self.model,
+                        self.tokenizer,
+                        eval_texts=texts,
+                        needles=0,
+                        configs=self.configs,
+                        routers=self.routers,
+                        progress=named_progress(self.tell, name),
+                        **shared,
+                    ).to_dict()
+                except TextError as error:
+                    raise TextError(f"domain {name!r}: {error}") from error
+
+            one = self.kept.once("domain", of_domain, **self._decides(texts), **shared)
+            self.results.setdefault("domains", {})[name] = one
+
+    def write_on(self, count: int, tokens: int) -> None:
+        """Long texts of the models' own."""
+        from llama_surgery.evaluation.long_generation import long_generation
+
+        shared = {"length": self.length, "new_tokens": tokens, "count": count, "seed": self.seed}
+
+        def found() -> dict[str, Any]:
+            written = long_generation(
+                self.model,
+                self.tokenizer,
+                texts=self.texts,
+                configs=self.configs,
+                routers=self.routers,
+                progress=self.tell,
+                **shared,
+            )
+            return {name: text.to_dict() for name, text in written.items()}
+
+        self.results["continuations"] = self.kept.once(
+            "continuations", found, **self._decides(self.texts), **shared
+        )
+
+    def answer_ruler(self, lengths: Sequence[int], samples: int, chat: bool | None) -> None:
+        """RULER's tasks."""
+        from llama_surgery.evaluation.ruler.run import run_ruler
+        from llama_surgery.evaluation.ruler.samples import Sampler
+
+        chat = bool(getattr(self.tokenizer, "chat_template", None)) if chat is None else chat
+        self.ruler = run_ruler(
+            self.model,
+            Sampler(self.tokenizer, self._materials, seed=self.seed, chat=chat),
+            configs=self.configs,
+            tasks=self._tasks,
+            lengths=lengths,
+            samples=samples,
+            routers=self.routers,
+            batch_size=self.batch,
+            kept=self.kept,
+            deadline=self.deadline,
+            progress=self.tell,
+        )
+        self.results["ruler"], self.rows["ruler"] = self.ruler.to_dict(), self.ruler.rows()
+
+    def answer_tasks(
+        self, given: Sequence[str], include: Path | None, limit: int | None, shots: int | None
+    ) -> None:
+        """Tasks of lm-evaluation-harness."""
+        import logging
+
+        from llama_surgery.evaluation.kept import adapter_digest
+        from llama_surgery.evaluation.lm_eval import compare_on_tasks
+
+        logging.getLogger("lm_eval").setLevel(logging.ERROR)
+        tasks = [task.strip() for task in given if task.strip()]
+        shared = {"limit": limit, "few_shot": shots, "batch_size": self.batch, "seed": self.seed}
+        self.results["lm_eval"] = {
+            name: self.kept.once(
+                "lm-eval",
+                lambda config=config: compare_on_tasks(
+                    self.model,
+                    self.tokenizer,
+                    tasks,
+                    config=config,
+                    routers=self.routers,
+                    include=include,
+                    **shared,
+                ),
+                tasks=tasks,
+                topology=adapter_digest(config, self.routers),
+                **shared,
+            )
+            for name, config in self.configs.items()
+        }
+
+    def compare(self, adapter: Any, rules: Sequence[str] | None, densities: Sequence[float] | None) -> None:
+        """Other selection rules, beside the first topology and an adapter's."""
+        from llama_surgery.evaluation.compare import DENSITIES, Comparison
+
+        quarter = self.length // 4
+        comparison = Comparison(
+            self.model,
+            self.tokenizer,
+            self.kept,
+            texts=self.texts,
+            calibration=self.calibration,
+            config=next(iter(self.configs.values())),
+            length=self.length,
+            windows=self.windows,
+            needles=200 if self.needles is None else self.needles,
+            # Shorter ones twice as often.
+            needle_lengths=self.needle_lengths or [quarter, quarter, 2 * quarter, 2 * quarter, self.length],
+            needle_variants=self.needle_variants,
+            needle_batch=self.batch,
+            rules=rules,
+            densities=densities or DENSITIES,
+            adapter=adapter,
+            seed=self.seed,
+        )
+        self.results["against"] = comparison.run(self.deadline, self.tell)
+        self.rows["comparison"] = self.results["against"]["rows"]
+
+    def judge(self, limits: "Limits") -> None:
+        """Hold what was found against limits."""
+        from llama_surgery.evaluation.verdict import find, verdict
+
+        findings = find(self.results, self.ruler, limits)
+        self.results["gate"] = {
+            "limits": dataclasses.asdict(limits),
+            "verdict": verdict(findings),
+            "findings": [finding.to_dict() for finding in findings],
+        }
+
+    def _decides(self, texts: Sequence[str]) -> dict[str, Any]:
+        from llama_surgery.evaluation.kept import adapter_digest, digest
+
+        topologies = {name: adapter_digest(config, self.routers) for name, config in self.configs.items()}
+        return {"text": digest(*texts), "topologies": topologies}
