@@ -6,7 +6,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from llama_surgery.evaluation.io import append_line, read_lines, read_started
+from json_lines import append_line, read_lines, read_started
+
 from llama_surgery.evaluation.kept import digest
 from llama_surgery.files import write_json
 

@@ -10,12 +10,12 @@ from typing import Any
 
 import pytest
 import torch
+from benchmarks.json_lines import append_line, read_lines
 from tests.conftest import ROOT
 from transformers import AutoModelForCausalLM
 
 from llama_surgery.config import SurgeryConfig
 from llama_surgery.errors import TextError
-from llama_surgery.evaluation.io import append_line, read_lines
 
 SMALL = ["chunk_size=64", "page_size=16", "window=32", "tile=16"]
 FEW = ["--length", "640", "--task", "vt", "--batch", "2"]

@@ -4,9 +4,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from benchmarks.json_lines import append_line, read_lines
 
 from llama_surgery.errors import SurgeryError
-from llama_surgery.evaluation.io import append_line, read_lines
 
 
 def test_lines_come_back_in_order(tmp_path: Path) -> None:
