@@ -15,7 +15,6 @@ import dataclasses
 import itertools
 import platform
 import time
-from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -23,10 +22,9 @@ import transformers
 from benchmarks.matching import Measured, gap_closed, losses_of, matched
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from llama_surgery import SurgeryConfig, config_of, operated, reset_statistics, save_adapter, statistics
+from llama_surgery import SurgeryConfig, config_of, operated, save_adapter
 from llama_surgery.evaluation.io import write_csv
-from llama_surgery.evaluation.needle import needle_prompts, score_needles
-from llama_surgery.evaluation.paired import paired_difference, perplexity_ratio
+from llama_surgery.evaluation.paired import perplexity_ratio
 from llama_surgery.evaluation.perplexity import Perplexity
 from llama_surgery.evaluation.summary_density import summary_density
 from llama_surgery.learning.corrections import Corrections, scorer_parameters
@@ -36,34 +34,24 @@ from llama_surgery.text import read_texts, windows
 
 RESULTS = Path(__file__).parent / "results" / "learning.csv"
 #: What identifies a row.
-KEYS = ("idea", "tile", "target", "length", "steps", "rate", "temperatures", "seed", "windows", "text")
-#: Name of an idea to the summary of unseen pages that it uses and its stages, (stage, parts). A later stage
-#: goes on from the one before; without stages nothing is learned.
-IDEAS: dict[str, tuple[str, tuple[tuple[str, tuple[str, ...]], ...]]] = {
-    "default": ("none", ()),
-    "page": ("page", ()),
-    "ball": ("ball", ()),
-    "budgets": ("none", (("logits", ()),)),
-    "scores": ("none", (("logits", ("scores",)),)),
-    "channels": ("none", (("logits", ("channels",)),)),
-    "tree": ("none", (("logits", ("scores", "tree")),)),
-    "local": ("none", (("local", ("scores",)),)),
-    "page+scores": ("page", (("logits", ("scores", "summary")),)),
-    "ball+scores": ("ball", (("logits", ("scores", "summary")),)),
-    "page+channels": ("page", (("logits", ("channels", "summary")),)),
-    "ball+channels": ("ball", (("logits", ("channels", "summary")),)),
-    "page+channels+tree": ("page", (("logits", ("channels", "tree", "summary")),)),
-    "ball+channels+tree": ("ball", (("logits", ("channels", "tree", "summary")),)),
-    "page+budgets": ("page", (("logits", ("summary",)),)),
-    "ball+budgets": ("ball", (("logits", ("summary",)),)),
-    "page+local": ("page", (("local", ("scores", "summary")),)),
-    "page+local+logits": ("page", (("local", ("scores", "summary")), ("logits", ("scores", "summary")))),
+KEYS = ("idea", "tile", "target", "length", "steps", "rate", "seed", "windows", "text")
+#: Name of an idea to the summary of unseen pages that it uses, and what is learned beside budgets; None for
+#: nothing at all.
+IDEAS: dict[str, tuple[str, tuple[str, ...] | None]] = {
+    "default": ("none", None),
+    "page": ("page", None),
+    "ball": ("ball", None),
+    "budgets": ("none", ()),
+    "channels": ("none", ("channels",)),
+    "tree": ("none", ("channels", "tree")),
+    "page+channels": ("page", ("channels", "summary")),
+    "ball+channels": ("ball", ("channels", "summary")),
+    "ball+channels+tree": ("ball", ("channels", "tree", "summary")),
+    "ball+budgets": ("ball", ("summary",)),
 }
 #: θ to begin the search for a density with, for tiles and for single rows; at 0.06 on the demo model.
 FIRST_THETA = {True: 0.0105, False: 0.046}
-#: Prompts that the dense model answers together: PyTorch's attention forms all its weights in float32 where
-#: query heads share keys, 2 GB a prompt of 8,192 tokens and 8 heads for each of several copies.
-DENSE_NEEDLE_BATCH = 2
+GEOMETRY = ("chunk_size", "page_size", "moment_size", "window")
 #: Steps by which the time of one is measured, the first of them left out.
 TRIAL_STEPS = 4
 
@@ -77,16 +65,10 @@ class Bench:
     tokenizer: object
     train: list[str]
     ids: torch.Tensor
-    needles: list
-    started: float
     dense: Perplexity
-    dense_right: Sequence[bool]
     rows: list[dict]
     #: Of the default, by tile and target.
     defaults: dict[tuple[int, float], Measured]
-
-    def seconds(self) -> float:
-        return time.time() - self.started
 
     def keep(self, row: dict) -> None:
         """Write a row, unless it is there already."""
@@ -99,7 +81,7 @@ def main() -> None:
     options = _parser().parse_args()
     torch.manual_seed(0)
     bench = _open(options)
-    print(f"dense: perplexity {bench.dense.value:.4f}, {bench.seconds():.0f} s", flush=True)
+    print(f"dense: perplexity {bench.dense.value:.4f}", flush=True)
     for target, tile in itertools.product(options.densities, options.tiles):
         _measure(bench, "default", tile, target, 0, None)
     learned: dict[tuple, _Learned] = {}
@@ -107,19 +89,14 @@ def main() -> None:
         wanted = [_key(bench, idea, tile, target, seed) for tile in options.tiles]
         if {tuple(key.values()) for key in wanted} <= {_named(row) for row in bench.rows}:
             continue
-        if bench.seconds() > options.seconds:
-            print(f"out of time before {idea}, target {target}, seed {seed}")
-            continue
         at = options.learn_density or target
-        if IDEAS[idea][1] and (idea, at, seed) not in learned:
+        if IDEAS[idea][1] is not None and (idea, at, seed) not in learned:
             learned[idea, at, seed] = _learned(bench, idea, at, seed)
         for tile in options.tiles:
             _measure(bench, idea, tile, target, seed, learned.get((idea, at, seed)))
-    _table(bench)
 
 
 def _open(options: argparse.Namespace) -> Bench:
-    started = time.time()
     tokenizer = AutoTokenizer.from_pretrained(options.model)
     model = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32)
     model = model.to(options.device).eval()
@@ -129,17 +106,9 @@ def _open(options: argparse.Namespace) -> Bench:
     else:
         texts = read_texts(options.text)
     ids = windows(tokenizer, texts, options.length, options.windows, options.evaluation_seed)
-    needles, right = [], []
-    if options.needles:
-        lengths = [options.length // 2, options.length - 16]
-        needles = needle_prompts(
-            tokenizer, texts, count=options.needles, lengths=lengths, seed=options.evaluation_seed
-        )
     dense = losses_of(model, ids, 1)
-    if needles:
-        right = score_needles(model, needles, min(options.needle_batch, DENSE_NEEDLE_BATCH))
     rows = list(csv.DictReader(options.out.open())) if options.out.exists() else []
-    return Bench(options, model, tokenizer, train, ids, needles, started, dense, right, rows, {})
+    return Bench(options, model, tokenizer, train, ids, dense, rows, {})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -155,53 +124,32 @@ class _Learned:
 def _learned(bench: Bench, idea: str, at: float, seed: int) -> _Learned:
     """Learn one idea at a density on training windows, in tiles of ``--learn-tile``."""
     options, last = bench.options, {}
-    summary, stages = IDEAS[idea]
-    length = options.train_length or options.length
+    summary, parts = IDEAS[idea]
+    assert parts is not None
+    length = options.length
     ids = windows(bench.tokenizer, bench.train, length, options.train_windows, 100 + seed)
     start = bench.defaults.get((options.learn_tile, at))
     config = _config(options, options.learn_tile, at) if start is None else start.config
     config = dataclasses.replace(config, summary=summary)
     torch.set_float32_matmul_precision("high" if options.tf32 else "highest")
-    corrections, begun = None, time.time()
-    for stage, parts in stages:
-        settings = LearningSettings(
-            density=at,
-            length=length,
-            steps=options.steps,
-            parts=parts,
-            stage=stage,
-            rate=options.rate,
-            seed=seed,
-            first_temperature=options.temperatures[0],
-            last_temperature=options.temperatures[1],
-        )
-        file = None
-        if options.adapters is not None:
-            file = options.adapters / f"{idea}-{at}-{seed}" / f"checkpoint-{stage}.pt"
-        settings = _within(bench, config, ids, settings, options.learn_seconds / len(stages), file)
+    begun = time.time()
+    settings = LearningSettings(
+        density=at, length=length, steps=options.steps, parts=parts, rate=options.rate, seed=seed
+    )
+    file = None
+    if options.adapters is not None:
+        file = options.adapters / f"{idea}-{at}-{seed}" / "checkpoint-logits.pt"
+    settings = _within(bench, config, ids, settings, options.learn_seconds, file)
 
-        def tell(step: Step, settings: LearningSettings = settings) -> None:
-            last.update(dataclasses.asdict(step))
-            if step.step % max(1, settings.steps // 10) == 0:
-                print(
-                    f"  {idea} {settings.stage} {step.step}/{settings.steps} loss {step.loss:.5f} density "
-                    f"{step.density:.4f} soft {step.soft_density:.4f} lost {step.mass_lost:.4f} "
-                    f"{step.seconds:.0f} s",
-                    flush=True,
-                )
+    def tell(step: Step) -> None:
+        last.update(dataclasses.asdict(step))
+        if step.step % max(1, settings.steps // 10) == 0:
+            print(f"  {idea} {step}", flush=True)
 
-        corrections = learn(
-            bench.model,
-            config,
-            ids,
-            settings,
-            start=corrections,
-            checkpoint_file=file,
-            every_seconds=30,
-            progress=tell,
-        )
+    corrections = learn(
+        bench.model, config, ids, settings, checkpoint_file=file, every_seconds=30, progress=tell
+    )
     torch.set_float32_matmul_precision("highest")
-    assert corrections is not None
     return _Learned(corrections, last.get("theta", config.theta), last, time.time() - begun)
 
 
@@ -239,19 +187,9 @@ def _measure(bench: Bench, idea: str, tile: int, target: float, seed: int, learn
         config = dataclasses.replace(default.config, summary=IDEAS[idea][0])
     if learned is not None and tile == options.learn_tile and options.learn_density in (None, target):
         config = dataclasses.replace(config, theta=learned.theta, theta_decode=None)
-    calibrating: dict = {}
-    asked = bool(bench.needles) and (idea != "default" or options.default_needles)
-    if asked:  # decode steps need their own θ, which the matching below leaves alone
-        calibrating = {"density": target, "text": bench.train, "tokenizer": bench.tokenizer}
-        calibrating["length"] = options.length
     routers = None if learned is None else scorer_parameters(learned.corrections)
-    with operated(bench.model, config, routers=routers, **calibrating):
+    with operated(bench.model, config, routers=routers):
         measured = matched(bench.model, bench.ids, options.window_batch, target)
-        right, generated = [], None
-        if asked:
-            reset_statistics(bench.model)
-            right = score_needles(bench.model, bench.needles, options.needle_batch)
-            generated = statistics(bench.model).by_tile["1"]["far_density"]
         if options.adapters is not None and learned is not None:
             save_adapter(bench.model, options.adapters / f"{idea}-{target}-{seed}" / f"tile-{tile}")
         config = config_of(bench.model)
@@ -266,65 +204,40 @@ def _measure(bench: Bench, idea: str, tile: int, target: float, seed: int, learn
         "visible_far_density": read.visible_far_density,
         "total_density": read.total_density,
         "summary_density": summary_density(config, options.length),
-        "decode_far_density": generated,
         "ppl": measured.losses.value,
         "dense_ppl": bench.dense.value,
         "ppl_ratio": ratio.ratio,
         "ratio_low": ratio.low,
         "ratio_high": ratio.high,
     }
-    first = bench.defaults.get((tile, options.densities[0]))
-    for name, other in (("gap", default), ("first_gap", first if target != options.densities[0] else None)):
-        closed = (None, None, None)
-        if other is not None:
-            closed = gap_closed(bench.dense, other.losses, measured.losses)
+    first = None if target == options.densities[0] else bench.defaults.get((tile, options.densities[0]))
+    for name, other in (("gap", default), ("first_gap", first)):
+        closed = (other and gap_closed(bench.dense, other.losses, measured.losses)) or (None, None, None)
         row |= dict(zip((f"{name}_closed", f"{name}_low", f"{name}_high"), closed, strict=True))
-    row |= _needle_columns(bench, right, seed)
     row |= {
         "learn_tile": options.learn_tile if learned else None,
         "learn_density": (options.learn_density or target) if learned else None,
-        "train_length": (options.train_length or options.length) if learned else None,
         "steps_done": learned.last.get("step") if learned else None,
         "learning_seconds": round(learned.seconds, 1) if learned else None,
         "training_loss": learned.last.get("loss") if learned else None,
         "mass_lost": learned.last.get("mass_lost") if learned else None,
     }
-    row |= _environment(options)
+    row |= {"model": Path(options.model).name, "torch": torch.__version__}
+    row |= {"device": torch.cuda.get_device_name() if options.device == "cuda" else platform.processor()}
+    row |= {"transformers": transformers.__version__}
     bench.keep(row)
-    print(_line(row) + f" {bench.seconds():.0f} s", flush=True)
-
-
-def _needle_columns(bench: Bench, right: Sequence[bool], seed: int) -> dict:
-    if not right:
-        return {"needle": None, "dense_needle": None, "needle_bound": None, "needles": 0}
-    paired = paired_difference(bench.dense_right, right, seed)
-    return {
-        "needle": paired.operated,
-        "dense_needle": paired.dense,
-        "needle_bound": paired.bound_closed,
-        "needles": len(right),
-    }
-
-
-def _environment(options: argparse.Namespace) -> dict:
-    return {
-        "model": Path(options.model).name,
-        "device": torch.cuda.get_device_name() if options.device == "cuda" else platform.processor(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-    }
+    print(_line(row), flush=True)
 
 
 def _config(options: argparse.Namespace, tile: int, target: float) -> SurgeryConfig:
     """The default topology for a tile. One executor for all rows: kernels do not take learned corrections."""
-    given = {name: getattr(options, name) for name in ("chunk_size", "page_size", "moment_size", "window")}
-    given = {name: value for name, value in given.items() if value is not None}
+    given = {name: getattr(options, name) for name in GEOMETRY if getattr(options, name) is not None}
     theta = FIRST_THETA[tile == 1] * (0.06 / target) ** 0.8
     return SurgeryConfig(tile=tile, theta=theta, backend="gather", **given)
 
 
 def _key(bench: Bench, idea: str, tile: int, target: float, seed: int) -> dict[str, str]:
-    options, learned = bench.options, bool(IDEAS[idea][1])
+    options, learned = bench.options, IDEAS[idea][1] is not None
     values = {
         "idea": idea,
         "tile": tile,
@@ -332,7 +245,6 @@ def _key(bench: Bench, idea: str, tile: int, target: float, seed: int) -> dict[s
         "length": options.length,
         "steps": options.steps if learned else 0,
         "rate": options.rate if learned else 0,
-        "temperatures": "-".join(map(str, options.temperatures)) if learned else 0,
         "seed": seed if learned else 0,
         "windows": options.windows,
         "text": "held-out" if options.text is None else options.text.name,
@@ -345,25 +257,9 @@ def _named(row: dict) -> tuple[str, ...]:
 
 
 def _line(row: dict) -> str:
-    def number(name: str, form: str) -> str:
-        value = row.get(name)
-        return "-" if value in (None, "") else format(float(value), form)
-
-    closed = "-"
-    if row.get("gap_closed") not in (None, ""):
-        closed = f"{number('gap_closed', '.3f')} ({number('gap_low', '.3f')} to {number('gap_high', '.3f')})"
-    return (
-        f"{row['idea']:20} T {row['tile']:>2} target {row['target']} seed {row['seed']} "
-        f"far {number('far_density', '.4f')} ratio {number('ppl_ratio', '.5f')} closed {closed} "
-        f"of the first density's {number('first_gap_closed', '.3f')} needle {number('needle', '.3f')} "
-        f"steps {row.get('steps_done') or '-'} learned in {row.get('learning_seconds') or '-'} s"
-    )
-
-
-def _table(bench: Bench) -> None:
-    print(f"\ndense perplexity {bench.dense.value:.4f}")
-    for row in bench.rows:
-        print(_line(row))
+    names = ("idea", "tile", "target", "seed", "far_density", "ppl_ratio", "gap_closed", "first_gap_closed")
+    values = [row.get(name) for name in names]
+    return " ".join(f"{v:.5f}" if isinstance(v, float) else str(v or "-") for v in values)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -384,23 +280,15 @@ def _parser() -> argparse.ArgumentParser:
     add("--steps", type=int, default=150, help="at most")
     add("--learn-seconds", type=float, default=float("inf"), help="as many steps of an idea as fit into this")
     add("--rate", type=float, default=0.03)
-    add("--temperatures", type=float, nargs=2, default=(0.5, 0.1), metavar=("FIRST", "LAST"))
     add("--tf32", action="store_true", help="faster products while learning, on a GPU")
     add("--length", type=int, default=8192)
-    add("--train-length", type=int, help="tokens of a training window, if not the same")
     add("--train-windows", type=int, default=150)
     add("--windows", type=int, default=24)
     add("--window-batch", type=int, default=8, help="windows of an operated model measured together")
-    add("--needles", type=int, default=0)
-    add("--needle-batch", type=int, default=8)
-    add("--default-needles", action="store_true", help="ask them of the default too")
     add("--evaluation-seed", type=int, default=0)
-    add("--chunk-size", type=int)
-    add("--page-size", type=int)
-    add("--moment-size", type=int)
-    add("--window", type=int)
+    for name in GEOMETRY:
+        add(f"--{name.replace('_', '-')}", type=int)
     add("--adapters", type=Path, help="folder for checkpoints and every learned adapter")
-    add("--seconds", type=float, default=1e9, help="start no further idea later than this")
     add("--out", type=Path, default=RESULTS)
     return parser
 

@@ -79,13 +79,12 @@ class Bench:
     def learned(self, name: str) -> Corrected:
         """Corrections learned on one domain."""
         options = self.options
-        summary, ((stage, parts),) = IDEAS[options.idea]
+        summary, parts = IDEAS[options.idea]
         settings = LearningSettings(
             density=options.density,
             length=options.length,
             steps=options.steps,
             parts=parts,
-            stage=stage,
             seed=options.seed,
         )
         config = dataclasses.replace(self.defaults[name].config, summary=summary)
@@ -198,8 +197,8 @@ def _parser() -> argparse.ArgumentParser:
     add("model")
     add("--domain", nargs="+", action="append", required=True, metavar=("NAME", "DIR"), help="repeat it")
     add("--learn-on", nargs="+", help="names of the domains to learn on; all of them if left out")
-    single = [name for name, (_, stages) in IDEAS.items() if len(stages) == 1]
-    add("--idea", choices=single, default="ball+channels")
+    learned = [name for name, (_, parts) in IDEAS.items() if parts is not None]
+    add("--idea", choices=learned, default="ball+channels")
     add("--tile", type=int, default=64)
     add("--density", type=float, default=0.06, help="executed far density")
     add("--theta", type=float, default=FIRST_THETA[False], help="to begin the search of the first with")

@@ -18,12 +18,12 @@ SMALL = [*SHORT, "--length", "256"]
 
 def test_learn_writes_an_adapter_that_runs(model: Path, text: Path, tmp_path: Path) -> None:
     command = ["learn", model, "--text", text, "--density", "0.2", "--out", tmp_path / "adapter", *SMALL]
-    command += ["--steps", "3", "--local-steps", "2", "--windows", "3", "--json"]
+    command += ["--steps", "3", "--windows", "3", "--json"]
     result = run(*command)
     assert result.exit_code == 0, result.output
     told = json.loads(result.stdout)
     assert told["last_step"]["step"] == 3 and 0 < told["last_step"]["density"] < 1
-    assert {"checkpoint-local.pt", "checkpoint-logits.pt", "adapter_config.json"} <= {
+    assert {"checkpoint-logits.pt", "adapter_config.json"} <= {
         path.name for path in (tmp_path / "adapter").iterdir()
     }
     loaded = load_adapter(AutoModelForCausalLM.from_pretrained(model), tmp_path / "adapter")
@@ -93,7 +93,6 @@ def test_wrong_settings_end_in_one_line(model: Path, text: Path, tmp_path: Path)
             ["--density", "0.2", "--part", "summary", "--summary", "none", "--windows", "2"],
             "no summary to weigh",
         ),
-        (["--density", "0.2", "--stage", "local", "--local-steps", "2"], "--steps alone"),
         (["--density", "0.2", "--stage", "far"], "stage='far'"),
         (["--density", "0.2", "--windows", "1", "--text", tmp_path / "none"], "no such file"),
     ):

@@ -19,6 +19,7 @@ from llama_surgery.learning.trainer import Step, learn
 pytest.importorskip("accelerate")
 
 SHORT = dataclasses.replace(SETTINGS, steps=6)
+#: Learns on one window, on two, and on one again, where nothing is left to do.
 SCRIPT = """
 import sys, torch
 from pathlib import Path
@@ -26,21 +27,25 @@ from llama_surgery.learning.processes import launched
 from llama_surgery.learning.trainer import learn
 from tests.learning.test_processes import SHORT, SPARSE, build, vector, windows
 torch.set_num_threads(1)
-folder, count, processes, steps = Path(sys.argv[1]), int(sys.argv[2]), launched("cpu"), []
-learned = learn(build("Llama", dtype=torch.float32), SPARSE, windows(count), SHORT, every_seconds=0,
-                checkpoint_file=folder / "checkpoint.pt", progress=steps.append, processes=processes)
-torch.save({"learned": vector(learned), "densities": [step.density for step in steps]},
-           folder / f"{processes.index}.pt")
+folder, processes, found = Path(sys.argv[1]), launched("cpu"), []
+for count in (1, 2, 1):
+    steps = []
+    learned = learn(build("Llama", dtype=torch.float32), SPARSE, windows(count), SHORT, every_seconds=0,
+                    checkpoint_file=folder / f"{count}.pt", progress=steps.append, processes=processes)
+    found.append({"learned": vector(learned), "densities": [step.density for step in steps]})
+torch.save(found, folder / f"rank-{processes.index}.pt")
 """
 
 
-def together(folder: Path, count: int) -> list[dict]:
-    """What two processes write that learn on ``count`` windows."""
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What two processes wrote that ran the script together."""
+    folder = tmp_path_factory.mktemp("together")
     shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": str(free_port())}
     shared["OMP_NUM_THREADS"] = "1"
     running = [
         subprocess.Popen(
-            [sys.executable, "-c", SCRIPT, str(folder), str(count)],
+            [sys.executable, "-c", SCRIPT, str(folder)],
             env=os.environ | shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
             cwd=Path(__file__).parents[2],
             stderr=subprocess.PIPE,
@@ -55,7 +60,12 @@ def together(folder: Path, count: int) -> list[dict]:
     finally:
         for process in running:  # one would wait for ever for one that has failed
             process.kill()
-    return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
+    return folder
+
+
+def together(folder: Path, number: int) -> list[dict]:
+    """What both processes found in the run of that number."""
+    return [torch.load(folder / f"rank-{rank}.pt")[number] for rank in range(2)]
 
 
 def alone(ids: torch.Tensor) -> tuple[torch.Tensor, list[Step]]:
@@ -66,25 +76,25 @@ def alone(ids: torch.Tensor) -> tuple[torch.Tensor, list[Step]]:
 
 
 @pytest.mark.timeout(300)
-def test_two_on_the_same_window_learn_what_one_does(tmp_path: Path) -> None:
-    first, second = together(tmp_path, 1)
+def test_two_on_the_same_window_learn_what_one_does(folder: Path) -> None:
+    first, second = together(folder, 0)
     assert torch.equal(first["learned"], second["learned"])
     learned, steps = alone(windows(1))
     assert torch.allclose(first["learned"], learned, atol=1e-5)
     assert first["densities"] == pytest.approx([step.density for step in steps], rel=1e-4)
     assert not second["densities"]  # the main process alone reports
-    again = together(tmp_path, 1)[1]  # the run is done: all read its checkpoint
-    assert torch.equal(again["learned"], second["learned"])
+    again = together(folder, 2)  # the run is done: all read its checkpoint
+    assert torch.equal(again[1]["learned"], second["learned"]) and not again[0]["densities"]
     with pytest.raises(SurgeryError, match="processes differ"):
         learn(
             build("Llama", dtype=torch.float32), SPARSE, windows(1), SHORT,
-            checkpoint_file=tmp_path / "checkpoint.pt",
+            checkpoint_file=folder / "1.pt",
         )  # fmt: skip
 
 
 @pytest.mark.timeout(300)
-def test_two_take_a_window_each(tmp_path: Path) -> None:
-    first, second = together(tmp_path, 2)
+def test_two_take_a_window_each(folder: Path) -> None:
+    first, second = together(folder, 1)
     assert torch.equal(first["learned"], second["learned"])
     ids = windows(2)
     (one, steps), (other, others) = alone(ids[:1]), alone(ids[1:])

@@ -18,7 +18,7 @@ from llama_surgery.learning.streaming import Captured, learn_streamed
 from llama_surgery.learning.trainer import Step, learn
 from llama_surgery.learning.weights import Weights, skeleton
 
-LOCAL = dataclasses.replace(SETTINGS, stage="local", steps=6, parts=("scores", "tree"), sampled_tiles=2)
+LOCAL = dataclasses.replace(SETTINGS, stage="local", steps=6, parts=("channels", "tree"), sampled_tiles=2)
 CPU = {"device": torch.device("cpu"), "dtype": torch.float32}
 
 

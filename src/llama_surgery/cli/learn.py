@@ -69,14 +69,6 @@ def learn(
     steps: Annotated[
         int, typer.Option(min=1, help="Steps, each on one window.", rich_help_panel=_LEARNING)
     ] = STEPS,
-    local_steps: Annotated[
-        int,
-        typer.Option(
-            min=0,
-            help="Steps of a first stage on the error of every layer's output.",
-            rich_help_panel=_LEARNING,
-        ),
-    ] = 0,
     stage: Annotated[
         str,
         typer.Option(
@@ -97,7 +89,7 @@ def learn(
     part: Annotated[
         list[str] | None,
         typer.Option(
-            help="What is learned beside the heads' budgets: scores, channels, tree, summary. May be "
+            help="What is learned beside the heads' budgets: channels, tree, summary. May be "
             "repeated. channels, and summary unless --summary none, if left out.",
             rich_help_panel=_LEARNING,
         ),
@@ -138,10 +130,10 @@ def learn(
     """
     config = config_for(settings, tile)
     if config.topology == "gumbel":
-        if density is not None or part or stream or local_steps or stage != "logits":
+        if density is not None or part or stream or stage != "logits":
             raise SurgeryError(
                 "--topology gumbel learns from the language model's loss alone: leave --density, --part, "
-                "--stage, --local-steps and --stream out."
+                "--stage and --stream out."
             )
         from llama_surgery.cli.learn_gumbel import learn_routers
 
@@ -165,8 +157,6 @@ def learn(
         seed=seed,
         stage=stage,  # type: ignore[arg-type]
     )
-    if stage == "local" and local_steps:
-        raise SurgeryError("--local-steps is a stage before logits: with --stage local give --steps alone.")
     processes = launched(device)
     if processes.count > 1 and (stream or device == "split"):
         raise SurgeryError(
@@ -195,29 +185,23 @@ def learn(
     length = usual_length(llm) if length is None else length
     length -= length % tile
     planned = dataclasses.replace(planned, length=length)
-    stages = [dataclasses.replace(planned, stage="local", steps=local_steps)] if local_steps else []
     ids = cut_windows(tokenizer, texts, length, windows, seed, usual=WINDOWS)
-    corrections, last = None, None
     with progress() if processes.main else contextlib.nullcontext(silent) as tell:
         config = calibrated(
             llm, tokenizer, config, density=density, texts=texts, length=length, progress=tell
         )
         config = processes.agreed(config)  # to the last digit: GPUs may round differently
-        for stage in [*stages, planned]:
-            report, seen = reporter(stage.stage, stage.steps, tell)
-            corrections = learn_on(
-                llm,
-                config,
-                ids,
-                stage,
-                start=corrections,
-                checkpoint_file=out_folder / f"checkpoint-{stage.stage}.pt",
-                every_seconds=checkpoint_seconds,
-                progress=report,
-                processes=processes,
-            )
-            last = seen[-1] if seen else last
-    assert corrections is not None
+        report, seen = reporter(stage, steps, tell)
+        corrections = learn_on(
+            llm,
+            config,
+            ids,
+            planned,
+            checkpoint_file=out_folder / f"checkpoint-{stage}.pt",
+            every_seconds=checkpoint_seconds,
+            progress=report,
+            processes=processes,
+        )
     if not processes.main:
         return
     routers = scorer_parameters(corrections)
@@ -231,7 +215,7 @@ def learn(
 
         config = config_of(llm)
         save_adapter(llm, out_folder)
-    told(out_folder, config, last, json)
+    told(out_folder, config, seen[-1] if seen else None, json)
 
 
 def _streamed(

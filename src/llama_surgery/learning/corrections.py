@@ -8,11 +8,10 @@ import torch
 from llama_surgery.errors import SurgeryError
 from llama_surgery.topology.router import PageRouter
 
-#: What can be learned beside budgets, the log-θ offset of every head, which always are. ``scores``: weights
-#: of the mean and of the variance term for every head. ``channels``: the same for every channel. ``tree``: a
-#: map of the keys of every KV head before the splits. ``summary``: how much the summary of unseen pages
-#: counts for every head.
-Part = Literal["scores", "channels", "tree", "summary"]
+#: What can be learned beside budgets, the log-θ offset of every head, which always are. ``channels``: weights
+#: of the mean and of the variance term for every head and channel. ``tree``: a map of the keys of every KV
+#: head before the splits. ``summary``: how much the summary of unseen pages counts for every head.
+Part = Literal["channels", "tree", "summary"]
 
 #: Rank of what the map of the keys adds to its diagonal.
 MAP_RANK = 8
@@ -37,13 +36,11 @@ class LayerCorrections(torch.nn.Module):
         unknown = sorted(set(parts) - set(get_args(Part)))
         if unknown:
             raise SurgeryError(f"parts={list(parts)}: allowed are {', '.join(get_args(Part))}.")
-        self.head_dim = head_dim
-        channels = head_dim if "channels" in parts else 1
         zeros = torch.zeros
         self.offset = torch.nn.Parameter(zeros(kv_heads, group))
-        if "scores" in parts or "channels" in parts:
-            self.log_mean_weight = torch.nn.Parameter(zeros(kv_heads, group, channels))
-            self.log_variance_weight = torch.nn.Parameter(zeros(kv_heads, group, channels))
+        if "channels" in parts:
+            self.log_mean_weight = torch.nn.Parameter(zeros(kv_heads, group, head_dim))
+            self.log_variance_weight = torch.nn.Parameter(zeros(kv_heads, group, head_dim))
         if "summary" in parts:
             self.summary = torch.nn.Parameter(zeros(kv_heads, group))
         if "tree" in parts:
@@ -57,9 +54,8 @@ class LayerCorrections(torch.nn.Module):
         """The corrections as the topology takes them, differentiable."""
         values: dict[str, torch.Tensor] = {"offset": self.offset}
         if hasattr(self, "log_mean_weight"):
-            shape = (*self.log_mean_weight.shape[:2], self.head_dim)
-            values["mean_weight"] = self.log_mean_weight.exp().expand(shape)
-            values["variance_weight"] = self.log_variance_weight.exp().expand(shape)
+            values["mean_weight"] = self.log_mean_weight.exp()
+            values["variance_weight"] = self.log_variance_weight.exp()
         if hasattr(self, "summary"):
             values["summary"] = self.summary
         if hasattr(self, "map_left"):

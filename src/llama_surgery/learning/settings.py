@@ -25,9 +25,6 @@ class LearningSettings:
         rate: Learning rate of budgets and scores, in nats a step at most; the key map's is a third of it.
         seed: Of windows, sampled tiles and starting values.
         sampled_tiles: Tiles of each block that the local stage looks at.
-        first_temperature: τ until the gates begin to harden.
-        last_temperature: τ at the end.
-        rows: Rows of a window whose logits are compared, at most; None for all.
 
     Raises:
         SurgeryError: A value is out of range.
@@ -36,14 +33,11 @@ class LearningSettings:
     density: float
     length: int = 8192
     steps: int = 200
-    parts: tuple[Part, ...] = ("scores",)
+    parts: tuple[Part, ...] = ("channels",)
     stage: Stage = "logits"
     rate: float = 0.03
     seed: int = 0
     sampled_tiles: int = 4
-    first_temperature: float = 0.5
-    last_temperature: float = 0.1
-    rows: int | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "parts", tuple(self.parts))
@@ -54,11 +48,8 @@ class LearningSettings:
         for name in ("length", "steps", "sampled_tiles"):
             if getattr(self, name) < 1:
                 raise SurgeryError(f"{name}={getattr(self, name)}: must be at least 1.")
-        if not 0 < self.last_temperature <= self.first_temperature or not 0 < self.rate < 1:
-            raise SurgeryError(
-                f"first_temperature={self.first_temperature}, last_temperature={self.last_temperature}, "
-                f"rate={self.rate}: temperatures must be positive and fall, the rate lie between 0 and 1."
-            )
+        if not 0 < self.rate < 1:
+            raise SurgeryError(f"rate={self.rate}: must lie between 0 and 1.")
         bad = sorted(set(self.parts) - set(get_args(Part)))
         if bad:
             raise SurgeryError(f"parts={self.parts}: allowed are {', '.join(get_args(Part))}.")
@@ -69,6 +60,8 @@ class LearningSettings:
 
 #: Shares of the steps: λ rises to 1 until the first, τ falls from the first to the second.
 RISE, HARDENED = 0.1, 0.8
+#: τ until the gates begin to harden, and at the end.
+FIRST_TEMPERATURE, LAST_TEMPERATURE = 0.5, 0.1
 
 
 def homotopy_at(step: int, settings: LearningSettings) -> Homotopy:
@@ -76,8 +69,7 @@ def homotopy_at(step: int, settings: LearningSettings) -> Homotopy:
     done = step / settings.steps
     strength = min(1.0, done / RISE)
     fallen = min(1.0, max(0.0, (done - RISE) / (HARDENED - RISE)))
-    ratio = settings.last_temperature / settings.first_temperature
-    return Homotopy(strength, settings.first_temperature * ratio**fallen)
+    return Homotopy(strength, FIRST_TEMPERATURE * (LAST_TEMPERATURE / FIRST_TEMPERATURE) ** fallen)
 
 
 def rate_at(step: int, settings: LearningSettings) -> float:

@@ -55,7 +55,6 @@ def learn(
     windows: torch.Tensor,
     settings: LearningSettings,
     *,
-    start: Corrections | None = None,
     checkpoint_file: Path | None = None,
     every_seconds: float = 60.0,
     progress: Callable[[Step], None] | None = None,
@@ -71,7 +70,6 @@ def learn(
         config: The topology to correct, for its own tile, θ calibrated for the density.
         windows: (count, length) int64 training windows, taken in turn, one in a step of every process.
         settings: What to learn and how.
-        start: Corrections to start from (an earlier stage); the training-free topology if None.
         checkpoint_file: Where the state is kept.
         every_seconds: Time between checkpoints; 0 for one after every step.
         progress: Told every step, in the main process.
@@ -85,9 +83,7 @@ def learn(
     if model.training:
         raise SurgeryError("the model is in training mode: call model.eval() first.")
     inner = inner_model(model)
-    if start is None:
-        start = fresh_corrections(inner, settings)
-    start = start.to(inner.device)
+    start = fresh_corrections(inner, settings).to(inner.device)
     state = first_state(start, settings, math.log(config.theta), half=inner.dtype == torch.float16)
     gates = Gates(state.corrections, config, state.price.log_theta, sampled_tiles=settings.sampled_tiles)
 
@@ -218,10 +214,7 @@ def _divergence(
     """
     length = ids.shape[1]
     first = next(p for p in range(length) if closed_chunks(p, gates.config, gates.config.tile))
-    kept = torch.arange(first, length)
-    if settings.rows is not None and settings.rows < len(kept):
-        kept = kept[torch.randperm(len(kept), generator=gates.generator)[: settings.rows].sort().values]
-    kept = kept.to(ids.device)
+    kept = torch.arange(first, length, device=ids.device)
     gates.mode = "dense"
     with torch.no_grad():
         teacher = model(ids, use_cache=False, logits_to_keep=kept).logits[0]
