@@ -6,12 +6,15 @@ logits to stay in a processor's cache.
 
 import torch
 
-from llama_surgery.attention.impl.common import cap, compute_dtype, merge
+from llama_surgery.attention.impl.common import cap, compute_dtype, differentiable, merge
 from llama_surgery.topology.plan import Plan
 
 #: Logits of one group of tiles, or its keys where they are more, in elements: about a second-level cache on
 #: a CPU; more on a GPU, where launches cost more than memory.
 GROUP_ELEMENTS = {"cpu": 1 << 20, "other": 1 << 26}
+
+#: Of the longest list of a group, what every other has at least, on a CPU: the rest is padding.
+FULL = 0.8
 
 #: Rows of a strip of the near field. Shorter strips multiply fewer masked pairs, longer ones batch better.
 STRIP = 128
@@ -42,6 +45,8 @@ def _attend(
     dtype = compute_dtype(queries.dtype)
     _streams, heads, rows, _ = queries.shape
     offset = keys.shape[1] - rows
+    if rows > 1 and _fuses(queries, keys, values, softcap):
+        return _fused_attend(queries.to(dtype), keys.to(dtype), values.to(dtype), scale, causal=causal)
     keys, values = keys.to(dtype).transpose(1, 2), values.to(dtype)
     outs, lses = [], []
     for start in range(0, rows, STRIP):
@@ -58,6 +63,35 @@ def _attend(
         outs.append(out.unflatten(1, (heads, length)))
         lses.append(lse.unflatten(1, (heads, length)))
     return torch.cat(outs, 2), torch.cat(lses, 2)
+
+
+def _fuses(queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, softcap: float | None) -> bool:
+    """Whether PyTorch's own kernel of a CPU does: it has no cap, and no gradients by the log-sum-exp."""
+    plain = softcap is None and keys.shape[-1] == values.shape[-1]
+    return plain and queries.device.type == "cpu" and not differentiable(queries, keys, values)
+
+
+#: Output (batch, heads, rows, value_dim) and log-sum-exp (batch, heads, rows); logits stay out of memory.
+_fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+
+
+def _fused_attend(
+    queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scale: float, *, causal: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """:func:`_attend` by PyTorch's kernel, rows' own keys apart: its mask begins at the first key."""
+    _streams, heads, rows, _ = queries.shape
+    keys, values = keys[:, None], values[:, None]
+    before = keys.shape[2] - rows if causal else keys.shape[2]
+    parts = []
+    if before:  # the group's heads fold into rows: they share their keys
+        found = _fused(
+            queries.flatten(1, 2)[:, None], keys[:, :, :before], values[:, :, :before], scale=scale
+        )
+        parts.append(tuple(x.squeeze(1).unflatten(1, (heads, rows)) for x in found))
+    if causal:
+        own = [x[:, :, before:].expand(-1, heads, -1, -1) for x in (keys, values)]
+        parts.append(_fused(queries, *own, is_causal=True, scale=scale))
+    return parts[0] if len(parts) == 1 else merge(*parts[0], *parts[1])
 
 
 def far_field(
@@ -92,13 +126,23 @@ def far_field(
     lse = tiled.new_full(tiled.shape[:2], -torch.inf)
     # In tiles of few rows the gathered keys and values are larger than the logits.
     elements = page_size * max(heads * plan.tile, head_dim, values.shape[-1])
+    fused = plan.tile > 1 and _fuses(queries, keys, values, softcap)
     for jobs, most in _groups(plan.counts.flatten(), elements, keys.device):
         index, of = pages[jobs, :most], stream[jobs]
         k = flat_keys.index_select(0, (index + of * key_rows).flatten())
         v = flat_values.index_select(0, (index + of * value_rows).flatten())
         k, v = k.view(len(jobs), most * page_size, head_dim), v.view(len(jobs), most * page_size, -1)
-        logits = cap(tiled[jobs] @ k.to(dtype).transpose(1, 2), softcap)
         hidden = first_open[jobs, None, :most] > row[:, None]  # (jobs, tile, pages)
+        if fused:
+            bias = torch.zeros(hidden.shape, dtype=dtype).masked_fill_(hidden, -torch.inf)
+            bias = bias.repeat(1, heads, 1).repeat_interleave(page_size, -1)
+            given = [x.to(dtype)[:, None] for x in (tiled[jobs], k, v)]
+            part, part_lse = (x.squeeze(1) for x in _fused(*given, attn_mask=bias[:, None], scale=1.0))
+            blind = hidden.all(-1).repeat(1, heads)  # rows that see none of their tile's pages
+            out[jobs] = part.masked_fill_(blind[..., None], 0)
+            lse[jobs] = part_lse.masked_fill_(blind, -torch.inf)
+            continue
+        logits = cap(tiled[jobs] @ k.to(dtype).transpose(1, 2), softcap)
         if plan.tile > 1 or index.shape[0] > 1:
             by_page = logits.view(len(jobs), heads, plan.tile, most, page_size)
             by_page.masked_fill_(hidden[:, None, :, :, None], -torch.inf)
@@ -131,7 +175,9 @@ def _groups(
     groups, start = [], 0
     while start < len(sorted_counts) and sorted_counts[start]:
         most = sorted_counts[start]
-        stop = start + max(1, limit // (most * elements_per_page))
+        stop = min(start + max(1, limit // (most * elements_per_page)), len(sorted_counts))
+        while device.type == "cpu" and sorted_counts[stop - 1] < FULL * most:
+            stop -= 1
         groups.append((order[start:stop], most))
         start = stop
     return groups
