@@ -1,56 +1,35 @@
 """``llama-surgery bench``."""
 
+import functools
 from pathlib import Path
-from typing import Annotated
-
-import typer
 
 from llama_surgery.cli.common import DeviceOption, Dtype, out, token_counts
+from llama_surgery.cli.topology import option
 
-_SIZES = "What is measured"
+_size = functools.partial(option, "What is measured")
 
 
 def bench(
     *,
-    end_to_end: Annotated[
+    end_to_end: option(
+        None,
         Path | None,
-        typer.Option(
-            help="Measure a whole model with random weights, of the shapes of this config.json (or folder of "
-            "a checkpoint), instead of the kernels alone."
-        ),
-    ] = None,
-    length: Annotated[
-        list[str] | None,
-        typer.Option(help="Tokens, as 32768 or 32k. May be repeated.", rich_help_panel=_SIZES),
-    ] = None,
-    batch: Annotated[
-        int, typer.Option(min=1, help="Sequences of a model's decode step.", rich_help_panel=_SIZES)
-    ] = 4,
-    density: Annotated[
-        float, typer.Option(min=0, max=1, help="Executed far density of prefill.", rich_help_panel=_SIZES)
-    ] = 0.05,
-    decode_density: Annotated[
-        float,
-        typer.Option(min=0, max=1, help="Executed far density of decode steps.", rich_help_panel=_SIZES),
-    ] = 0.03,
-    page_size: Annotated[int, typer.Option(help="Keys of a page.", rich_help_panel=_SIZES)] = 64,
-    moment_size: Annotated[
-        int, typer.Option(help="Keys of the balls that pages are scored by.", rich_help_panel=_SIZES)
-    ] = 64,
-    tile: Annotated[
-        int,
-        typer.Option(min=1, help="Neighbouring tokens that share a head's pages.", rich_help_panel=_SIZES),
-    ] = 64,
-    variance_pool: Annotated[
-        int, typer.Option(min=1, help="Channels whose variances are averaged.", rich_help_panel=_SIZES)
-    ] = 1,
-    steps: Annotated[
-        int, typer.Option(min=4, help="Decode steps of the model.", rich_help_panel=_SIZES)
-    ] = 64,
-    seconds: Annotated[float, typer.Option(min=1, help="No further part begins after this many.")] = 300.0,
-    out_folder: Annotated[
-        Path, typer.Option("--out", help="Folder for CSV files and plots; rows are written as measured.")
-    ] = Path("out/bench"),
+        "Measure a whole model with random weights, of the shapes of this config.json (or folder of a "
+        "checkpoint), instead of the kernels alone.",
+    ) = None,
+    length: _size(list[str] | None, "Tokens, as 32768 or 32k. May be repeated.") = None,
+    batch: _size(int, "Sequences of a model's decode step.", min=1) = 4,
+    density: _size(float, "Executed far density of prefill.", min=0, max=1) = 0.05,
+    decode_density: _size(float, "Executed far density of decode steps.", min=0, max=1) = 0.03,
+    page_size: _size(int, "Keys of a page.") = 64,
+    moment_size: _size(int, "Keys of the balls that pages are scored by.") = 64,
+    tile: _size(int, "Neighbouring tokens that share a head's pages.", min=1) = 64,
+    variance_pool: _size(int, "Channels whose variances are averaged.", min=1) = 1,
+    steps: _size(int, "Decode steps of the model.", min=4) = 64,
+    seconds: option(None, float, "No further part begins after this many.", min=1) = 300.0,
+    out_folder: option(
+        None, Path, "Folder for CSV files and plots; rows are written as measured.", "--out"
+    ) = Path("out/bench"),
     device: DeviceOption = "auto",
     dtype: Dtype = Dtype.bfloat16,
 ) -> None:

@@ -3,7 +3,7 @@
 import functools
 import time
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import typer
 
@@ -27,22 +27,18 @@ from llama_surgery.cli.common import (
 )
 from llama_surgery.cli.evaluate_output import write_and_print
 from llama_surgery.cli.evaluate_parts import Parts
-from llama_surgery.cli.topology import config_for, topology_options
+from llama_surgery.cli.topology import TileOption, config_for, option, topology_options
 
 #: Exit code of a gate that does not let pass.
 CLOSED = 3
 
 
-def _option(panel: str | None, kind: Any, help: str, *names: str, **checks: Any) -> Any:
-    return Annotated[kind, typer.Option(*names, help=help, rich_help_panel=panel, **checks)]
-
-
-_own = functools.partial(_option, None)
-_topology = functools.partial(_option, "Topology")
-_sample = functools.partial(_option, "Samples")
-_ruler = functools.partial(_option, "RULER")
-_lm_eval = functools.partial(_option, "lm-evaluation-harness")
-_against = functools.partial(_option, "Other rules")
+_own = functools.partial(option, None)
+_topology = functools.partial(option, "Topology")
+_sample = functools.partial(option, "Samples")
+_ruler = functools.partial(option, "RULER")
+_lm_eval = functools.partial(option, "lm-evaluation-harness")
+_against = functools.partial(option, "Other rules")
 
 
 @functools.partial(topology_options, gumbel=True)
@@ -72,7 +68,7 @@ def evaluate(
     calibration_text: CalibrationOption = None,
     density: DensityOption = None,
     decode_density: DecodeDensityOption = None,
-    tile: _topology(int, "Neighbouring tokens that share what they read in prefill.", min=1) = 64,
+    tile: TileOption = 64,
     also_tile: _topology(
         list[int] | None, "Measure this tile size too, against the same dense run. May be repeated.", min=1
     ) = None,
@@ -149,7 +145,7 @@ def evaluate(
     total_density: _against(
         list[float] | None, "Total density wanted of every rule, near field included. May be repeated."
     ) = None,
-    tf32: _option("Model", bool, "Multiply float32 matrices in TF32 on a GPU.", "--tf32") = False,
+    tf32: option("Model", bool, "Multiply float32 matrices in TF32 on a GPU.", "--tf32") = False,
     device: DeviceOption = "auto",
     dtype: DtypeOption = Dtype.auto,
     json: JsonOption = False,

@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import functools
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 
@@ -22,15 +22,20 @@ from llama_surgery.cli.common import (
 )
 from llama_surgery.cli.learn_report import reporter, silent, told
 from llama_surgery.cli.run import calibrated
-from llama_surgery.cli.topology import STEPS, config_for, learned_parts, topology_options
+from llama_surgery.cli.topology import (
+    STEPS,
+    TileOption,
+    config_for,
+    learned_parts,
+    option,
+    topology_options,
+)
 from llama_surgery.config import SurgeryConfig
 from llama_surgery.errors import SurgeryError
 
 if TYPE_CHECKING:
     from llama_surgery.learning.settings import LearningSettings
-    from llama_surgery.learning.trainer import Step
 
-_LEARNING = "Learning"
 #: Training windows unless others are asked for.
 WINDOWS = 200
 #: Windows whose attention states are kept on disk unless more are asked for: at 8,192 tokens a window of a
@@ -38,82 +43,53 @@ WINDOWS = 200
 STREAMED_WINDOWS = 16
 
 
+_learning = functools.partial(option, "Learning")
+
+
 @functools.partial(topology_options, gumbel=True, summary="ball")
 def learn(
     *,
     model: ModelArgument,
-    out_folder: Annotated[Path, typer.Option("--out", help="Folder for the adapter and its checkpoints.")],
-    text: Annotated[
-        Path, typer.Option(help="Text like what the model will read: a .txt file or a folder of them.")
-    ],
-    density: Annotated[
+    out_folder: option(None, Path, "Folder for the adapter and its checkpoints.", "--out"),
+    text: option(None, Path, "Text like what the model will read: a .txt file or a folder of them."),
+    density: option(
+        "Topology",
         float | None,
-        typer.Option(
-            help="Largest share of all (query, key) pairs that may be read from the far field, such as 0.06. "
-            "--topology gumbel has none, all else needs it.",
-            rich_help_panel="Topology",
-        ),
-    ] = None,
-    length: Annotated[
-        int | None,
-        typer.Option(min=1, help="Tokens of a window. The model's context, at most 8192, if left out."),
-    ] = None,
-    tile: Annotated[
-        int,
-        typer.Option(
-            min=1,
-            help="Neighbouring tokens that share what they read in prefill.",
-            rich_help_panel="Topology",
-        ),
-    ] = 64,
-    steps: Annotated[
-        int, typer.Option(min=1, help="Steps, each on one window.", rich_help_panel=_LEARNING)
-    ] = STEPS,
-    stage: Annotated[
+        "Largest share of all (query, key) pairs that may be read from the far field, such as 0.06. "
+        "--topology gumbel has none, all else needs it.",
+    ) = None,
+    length: option(
+        None, int | None, "Tokens of a window. The model's context, at most 8192, if left out.", min=1
+    ) = None,
+    tile: TileOption = 64,
+    steps: _learning(int, "Steps, each on one window.", min=1) = STEPS,
+    stage: _learning(
         str,
-        typer.Option(
-            help="What --steps learn from: 'logits', the model's own distributions, or 'local', the output "
-            "of every attention layer.",
-            rich_help_panel=_LEARNING,
-        ),
-    ] = "logits",
-    stream: Annotated[
+        "What is learned from: 'logits', the model's own distributions, or 'local', the output of every "
+        "attention layer.",
+    ) = "logits",
+    stream: _learning(
         bool,
-        typer.Option(
-            "--stream",
-            help="Keep the model on disk and load it layer by layer, for models larger than memory. Needs "
-            "--stage local and the folder of a checkpoint.",
-            rich_help_panel=_LEARNING,
-        ),
-    ] = False,
-    part: Annotated[
+        "Keep the model on disk and load it layer by layer, for models larger than memory. Needs --stage "
+        "local and the folder of a checkpoint.",
+        "--stream",
+    ) = False,
+    part: _learning(
         list[str] | None,
-        typer.Option(
-            help="What is learned beside the heads' budgets: channels, tree, summary. May be "
-            "repeated. channels, and summary unless --summary none, if left out.",
-            rich_help_panel=_LEARNING,
-        ),
-    ] = None,
-    rate: Annotated[
-        float | None,
-        typer.Option(
-            help="Learning rate: 0.03, or 0.001 with --topology gumbel, if left out.",
-            rich_help_panel=_LEARNING,
-        ),
-    ] = None,
-    windows: Annotated[
+        "What is learned beside the heads' budgets: channels, tree, summary. May be repeated. channels, and "
+        "summary unless --summary none, if left out.",
+    ) = None,
+    rate: _learning(
+        float | None, "Learning rate: 0.03, or 0.001 with --topology gumbel, if left out."
+    ) = None,
+    windows: _learning(
         int | None,
-        typer.Option(
-            min=1,
-            help="Training windows, taken in turn. 200 if left out, 16 with --stream, which keeps their "
-            "states on disk; or as many as the text holds.",
-            rich_help_panel=_LEARNING,
-        ),
-    ] = None,
-    seed: Annotated[int, typer.Option(help="Of windows and starting values.", rich_help_panel=_LEARNING)] = 0,
-    checkpoint_seconds: Annotated[
-        float, typer.Option(min=0, help="Time between checkpoints.", rich_help_panel=_LEARNING)
-    ] = 30.0,
+        "Training windows, taken in turn. 200 if left out, 16 with --stream, which keeps their states on "
+        "disk; or as many as the text holds.",
+        min=1,
+    ) = None,
+    seed: _learning(int, "Of windows and starting values.") = 0,
+    checkpoint_seconds: _learning(float, "Time between checkpoints.", min=0) = 30.0,
     device: DeviceOption = "auto",
     dtype: DtypeOption = Dtype.auto,
     json: JsonOption = False,
@@ -215,7 +191,7 @@ def learn(
 
         config = config_of(llm)
         save_adapter(llm, out_folder)
-    told(out_folder, config, seen[-1] if seen else None, json)
+    told(out_folder, config, seen, json)
 
 
 def _streamed(
@@ -229,8 +205,8 @@ def _streamed(
     checkpoint_seconds: float,
     device: str,
     dtype: Dtype,
-) -> "tuple[SurgeryConfig, Step | None]":
-    """Learn with the model on disk and write the adapter: its configuration and the last step.
+) -> tuple[SurgeryConfig, list[Any]]:
+    """Learn with the model on disk and write the adapter: its configuration and the steps taken.
 
     θ of tiles is where learning held the density; that of decode steps keeps its default share of it, as no
     text passes through an operated model that is not in memory.
@@ -276,4 +252,4 @@ def _streamed(
     name = next(name for name, module in bones.named_modules() if module is first)
     with loaded(first, name, weights, torch.device("cpu"), precision):
         write_adapter(folder, bones, config, scorer_parameters(corrections))
-    return config, seen[-1] if seen else None
+    return config, seen

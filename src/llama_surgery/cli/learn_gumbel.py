@@ -1,15 +1,11 @@
 """``llama-surgery learn --topology gumbel``."""
 
-import dataclasses
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from llama_surgery.cli.common import Dtype, err, load_model, out, print_json, progress
+from llama_surgery.cli.common import Dtype, load_model, progress
+from llama_surgery.cli.learn_report import reporter, told
 from llama_surgery.config import SurgeryConfig
 from llama_surgery.errors import SurgeryError
-
-if TYPE_CHECKING:
-    from llama_surgery.gumbel.learn import GumbelStep
 
 
 def learn_routers(
@@ -51,15 +47,8 @@ def learn_routers(
     settings = GumbelLearning(steps=steps, rate=GumbelLearning.rate if rate is None else rate, seed=seed)
     length = usual_length(llm) if length is None else length
     ids = cut_windows(tokenizer, texts, length, windows, seed, usual=usual)
-    seen: list[GumbelStep] = []
     with progress() as tell:
-
-        def report(step: "GumbelStep") -> None:
-            seen.append(step)
-            tell("learning (gumbel)", step.step, steps)
-            if step.step % max(1, steps // 10) == 0:
-                err.print(f"{step.step}/{steps}: {_described(step)}", highlight=False)
-
+        report, seen = reporter("gumbel", steps, tell)
         routers = learn_gumbel(
             llm,
             config,
@@ -71,14 +60,4 @@ def learn_routers(
         )
     with operated(llm, config, routers=routers):
         save_adapter(llm, folder)
-    if json:
-        last = dataclasses.asdict(seen[-1]) if seen else None
-        print_json({"adapter": str(folder), "config": config.to_dict(), "last_step": last})
-        return
-    if seen:
-        out.print(_described(seen[-1]), highlight=False)
-    out.print(f"Adapter: {folder.resolve()}", soft_wrap=True, highlight=False)
-
-
-def _described(step: "GumbelStep") -> str:
-    return f"loss {step.loss:.5f}, load balance {step.balance:.3f}, rows see {step.density:.2%} of all pairs"
+    told(folder, config, seen, json)

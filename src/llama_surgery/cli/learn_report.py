@@ -3,23 +3,20 @@
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 from llama_surgery.cli.common import err, out, print_json
 from llama_surgery.config import SurgeryConfig
 
-if TYPE_CHECKING:
-    from llama_surgery.learning.trainer import Step
 
-
-def told(folder: Path, config: SurgeryConfig, last: "Step | None", json: bool) -> None:
-    """Say what was learned."""
+def told(folder: Path, config: SurgeryConfig, seen: list[Any], json: bool) -> None:
+    """Say what was learned; ``seen`` are its steps, none where nothing was left to do."""
     if json:
-        measured = None if last is None else dataclasses.asdict(last)
-        print_json({"adapter": str(folder), "config": config.to_dict(), "last_step": measured})
+        last = dataclasses.asdict(seen[-1]) if seen else None
+        print_json({"adapter": str(folder), "config": config.to_dict(), "last_step": last})
         return
-    if last is not None:
-        out.print(described(last))
+    if seen:
+        out.print(_described(seen[-1]), highlight=False)
     out.print(f"Adapter: {folder.resolve()}", soft_wrap=True, highlight=False)
 
 
@@ -29,20 +26,24 @@ def silent(stage: str, done: int, total: int) -> None:
 
 def reporter(
     stage: str, steps: int, tell: Callable[[str, int, int], None]
-) -> "tuple[Callable[[Step], None], list[Step]]":
-    """A listener for the trainer, and the list it keeps: a bar for the steps, a line ten times a stage."""
-    seen: list[Step] = []
+) -> tuple[Callable[[Any], None], list[Any]]:
+    """A listener for learning, and the list of steps it keeps: a bar for them, a line ten times a stage."""
+    seen: list[Any] = []
 
-    def report(step: "Step") -> None:
+    def report(step: Any) -> None:
         seen.append(step)
         tell(f"learning ({stage})", step.step, steps)
         if step.step % max(1, steps // 10) == 0:
-            err.print(f"{stage} {step.step}/{steps}: {described(step)}", highlight=False)
+            err.print(f"{stage} {step.step}/{steps}: {_described(step)}", highlight=False)
 
     return report, seen
 
 
-def described(step: "Step") -> str:
+def _described(step: Any) -> str:
+    if hasattr(step, "balance"):
+        return (
+            f"loss {step.loss:.5f}, load balance {step.balance:.3f}, rows see {step.density:.2%} of all pairs"
+        )
     return (
         f"loss {step.loss:.5f}, mass lost {step.mass_lost:.2%}, far density {step.density:.4f}, "
         f"θ {step.theta:.3%}, {step.seconds:.0f} s"

@@ -16,8 +16,14 @@ _PANEL = "Topology"
 _DEFAULT = SurgeryConfig()
 
 
-def _option(kind: Any, help: str, **settings: Any) -> Any:
-    return Annotated[kind, typer.Option(help=help, rich_help_panel=_PANEL, **settings)]
+def option(panel: str | None, kind: Any, help: str, *names: str, **checks: Any) -> Any:
+    """The annotation of a command's option, shown under ``panel``."""
+    return Annotated[kind, typer.Option(*names, help=help, rich_help_panel=panel, **checks)]
+
+
+_option = functools.partial(option, _PANEL)
+#: The option that commands with a topology of their own have beside its fields.
+TileOption = _option(int, "Neighbouring tokens that share what they read in prefill.", min=1)
 
 
 #: Field of the configuration → type and help of its option.
