@@ -9,8 +9,8 @@ pytest.importorskip("triton")
 
 from llama_surgery.config import SurgeryConfig
 from llama_surgery.errors import SurgeryError
-from llama_surgery.serving.paged import PagedStates, attend_paged, side_bytes
-from llama_surgery.serving.paged_kernels import KernelStates, attend_piece, decode_rows, kernel_side_bytes
+from llama_surgery.serving.paged import PagedStates, attend_piece, side_bytes
+from llama_surgery.serving.paged_kernels import KernelStates, decode_rows, kernel_side_bytes
 
 KV_HEADS, GROUP, DIM = 2, 3, 16
 SCALE = 0.3
@@ -36,8 +36,13 @@ class Served:
         """The last row's attention in plain PyTorch."""
         last, rows = self.lengths[index], queries[index].view(KV_HEADS, GROUP, 1, DIM)
         part = (last - 1, last, 1)
-        result = attend_paged(rows, self.cache, self.blocks(index), part, last, scale=SCALE)
+        result = attend_piece(rows, plain(self.cache), self.blocks(index), part, last, scale=SCALE)
         return result.out.reshape(-1, DIM)
+
+
+def plain(cache: KernelStates) -> KernelStates:
+    """The same caches, executed in plain PyTorch."""
+    return dataclasses.replace(cache, config=dataclasses.replace(cache.config, backend="gather"))
 
 
 def serve(config: SurgeryConfig, lengths: list[int], shared: int = 0) -> Served:
@@ -137,8 +142,8 @@ def test_pieces_of_prompts(part: tuple[int, int, int], pool: int) -> None:
     served = serve(config, [300])
     shape = (KV_HEADS, GROUP, part[1] - part[0], DIM)
     queries = (3 * torch.randn(shape, generator=torch.Generator().manual_seed(2))).to(DEVICE)
-    arguments = (queries, served.cache, served.blocks(0), part, 300)
-    got, want = attend_piece(*arguments, scale=SCALE), attend_paged(*arguments, scale=SCALE)
+    cache, rest = served.cache, (served.blocks(0), part, 300)
+    got, want = (attend_piece(queries, x, *rest, scale=SCALE) for x in (cache, plain(cache)))
     torch.testing.assert_close(got.out, want.out, rtol=3e-5, atol=3e-5)
     torch.testing.assert_close(got.lse, want.lse, rtol=3e-5, atol=3e-5)
 

@@ -9,7 +9,7 @@ import torch.multiprocessing as processes
 
 from llama_surgery.config import SurgeryConfig
 from llama_surgery.errors import SurgeryError
-from llama_surgery.serving.paged import PagedStates, Scheduled, attend_paged, filled_blocks, side_bytes
+from llama_surgery.serving.paged import PagedStates, Scheduled, attend_piece, filled_blocks, side_bytes
 from llama_surgery.serving.sharding import RouterShard, kv_heads_of_rank
 
 KV_HEADS, GROUP, DIM, LENGTH = 4, 2, 16, 300
@@ -47,7 +47,7 @@ def layer(rank: int, ranks: int) -> tuple[torch.Tensor, torch.Tensor]:
     entry = Scheduled(0, LENGTH, 0, True, blocks)
     cache.fill(filled_blocks([entry], CONFIG.chunk_size), shard.router())
     outs = [
-        attend_paged(
+        attend_piece(
             queries[:, :, part[0] : part[1]], cache, blocks, part, LENGTH, scale=0.25, router=shard.router()
         ).out
         for part in entry.parts(CONFIG.tile)

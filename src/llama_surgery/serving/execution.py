@@ -14,7 +14,7 @@ from llama_surgery.serving.paged import (
     PagedStates,
     Part,
     Scheduled,
-    attend_paged,
+    attend_piece,
     filled_blocks,
     side_bytes,
 )
@@ -133,7 +133,6 @@ class Executor(abc.ABC):
             side: (blocks, kv_heads, side_bytes / 4) float32.
         """
 
-    @abc.abstractmethod
     def attend(
         self,
         queries: torch.Tensor,
@@ -156,6 +155,19 @@ class Executor(abc.ABC):
             router: Learned corrections of the layer, or None.
             counters: Count what is read.
         """
+        for sequence, part in self.pieces(batch):
+            before = sequence.row - sequence.start
+            rows = slice(before + part[0], before + part[1])
+            heads = queries[rows].unflatten(1, (cache.states.shape[1], -1)).permute(1, 2, 0, 3)
+            result = attend_piece(
+                heads, cache, sequence.blocks, part, sequence.stop, scale=scale, router=router
+            )
+            out[rows] = result.out.permute(2, 0, 1, 3).flatten(1, 2)
+            counters.add_part(part, result)
+
+    def pieces(self, batch: Batch) -> list[tuple[Scheduled, Part]]:
+        """Runs of rows that are computed one after the other."""
+        return batch.parts
 
 
 class PlainExecutor(Executor):
@@ -163,36 +175,14 @@ class PlainExecutor(Executor):
 
     name = "plain PyTorch"
 
+    def __init__(self, config: SurgeryConfig, head_dim: int, dtype: torch.dtype, reason: str = "") -> None:
+        super().__init__(dataclasses.replace(config, backend="gather"), head_dim, dtype, reason)
+
     def side_bytes(self) -> int:
         return side_bytes(self.config, self.head_dim)
 
     def states(self, states: torch.Tensor, side: torch.Tensor) -> PagedStates:
         return PagedStates(states, side, self.config)
-
-    def attend(
-        self,
-        queries: torch.Tensor,
-        cache: PagedStates,
-        batch: Batch,
-        out: torch.Tensor,
-        *,
-        scale: float,
-        router: PageRouter | None,
-        counters: LayerCounters,
-    ) -> None:
-        for sequence, part in batch.parts:
-            rows = _rows(sequence, part)
-            result = attend_paged(
-                _by_kv_head(queries[rows], cache),
-                cache,
-                sequence.blocks,
-                part,
-                sequence.stop,
-                scale=scale,
-                router=router,
-            )
-            out[rows] = result.out.permute(2, 0, 1, 3).flatten(1, 2)
-            counters.add_part(part, result)
 
 
 class KernelExecutor(Executor):
@@ -210,6 +200,9 @@ class KernelExecutor(Executor):
 
         return KernelStates(states, side, self.config)
 
+    def pieces(self, batch: Batch) -> list[tuple[Scheduled, Part]]:
+        return batch.long_parts
+
     def attend(
         self,
         queries: torch.Tensor,
@@ -221,17 +214,10 @@ class KernelExecutor(Executor):
         router: PageRouter | None,
         counters: LayerCounters,
     ) -> None:
-        from llama_surgery.serving.paged_kernels import KernelStates, attend_piece, decode_rows
+        from llama_surgery.serving.paged_kernels import KernelStates, decode_rows
 
+        super().attend(queries, cache, batch, out, scale=scale, router=router, counters=counters)
         assert isinstance(cache, KernelStates)
-        for sequence, part in batch.long_parts:
-            rows = _rows(sequence, part)
-            heads = _by_kv_head(queries[rows], cache)
-            result = attend_piece(
-                heads, cache, sequence.blocks, part, sequence.stop, scale=scale, router=router
-            )
-            out[rows] = result.out.permute(2, 0, 1, 3).flatten(1, 2)
-            counters.add_part(part, result)
         single = batch.single_rows
         if single is not None:
             tally = counters.tally(out.device)
@@ -283,14 +269,3 @@ def _kernel_obstacle(config: SurgeryConfig, queries: torch.Tensor) -> str | None
     from llama_surgery.attention.impl.triton.decode import decode_obstacle
 
     return decode_obstacle(config, queries, queries)
-
-
-def _rows(sequence: Scheduled, part: Part) -> slice:
-    """Rows of the batch that hold a part of a sequence."""
-    before = sequence.row - sequence.start
-    return slice(before + part[0], before + part[1])
-
-
-def _by_kv_head(queries: torch.Tensor, cache: PagedStates) -> torch.Tensor:
-    """(rows, heads, head_dim) as (kv_heads, group, rows, head_dim)."""
-    return queries.unflatten(1, (cache.states.shape[1], -1)).permute(1, 2, 0, 3)

@@ -1,4 +1,4 @@
-"""Operated attention on an engine's paged cache, in plain PyTorch. A cache block is a whole chunk.
+"""Operated attention on an engine's paged cache. A cache block is a whole chunk.
 
 A block's states lie in order of position while its chunk is open and in tree order from the step that fills
 it. Beside them, in a side cache with the same block numbers, lie the chunk's order and its balls' moments.
@@ -9,17 +9,12 @@ import dataclasses
 
 import torch
 
-from llama_surgery.attention.api import AttentionResult
+from llama_surgery.attention.api import AttentionResult, attend
 from llama_surgery.attention.executor import build_layout
-from llama_surgery.attention.impl import gather
-from llama_surgery.attention.impl.common import merge
-from llama_surgery.attention.summary import summary
 from llama_surgery.config import SurgeryConfig
-from llama_surgery.topology.geometry import closed_chunks, query_blocks
+from llama_surgery.topology.geometry import closed_chunks
 from llama_surgery.topology.layout import Layout, Moments, restore
-from llama_surgery.topology.plan import Plan
 from llama_surgery.topology.router import PageRouter
-from llama_surgery.topology.selection import Scorer, select
 
 #: Position of the first row, one past the position of the last one, queries of a tile.
 Part = tuple[int, int, int]
@@ -126,7 +121,7 @@ class PagedStates:
         size = self.config.chunk_size
         self.states[slots // size, :, slots % size] = torch.cat((keys, values), -1).to(self.states.dtype)
 
-    def fill(self, blocks: torch.Tensor, router: PageRouter | None) -> None:
+    def fill(self, blocks: torch.Tensor, router: PageRouter | None = None) -> None:
         """Rewrite full chunks in tree order and keep their order and moments.
 
         Args:
@@ -139,22 +134,27 @@ class PagedStates:
         states = self.states[blocks].flatten(0, 1)  # (n * kv_heads, chunk_size, 2 * head_dim)
         layout = build_layout(states[..., :dim], states[..., dim:], self.config, router)
         self.states[blocks] = torch.cat((layout.keys, layout.values), -1).unflatten(0, (-1, heads))
-        moments = torch.cat((layout.moments.mean, layout.moments.variance), -1).flatten(1)
-        self.side[blocks, :, : self._moment_floats] = moments.float().unflatten(0, (-1, heads))
-        self._keep_means(blocks, layout)
-        orders = self.side.view(torch.int16)[..., 2 * self._order_start :]
-        orders[blocks, :, : self.config.chunk_size] = layout.order.flatten(1).unflatten(0, (-1, heads))
-
-    def _keep_means(self, blocks: torch.Tensor, layout: Layout) -> None:
+        self._keep(blocks, layout)
         means = self.mean_values
         if means is not None:
-            heads = self.states.shape[1]
             means[blocks] = layout.mean_values.unflatten(0, (-1, heads)).to(means.dtype)
+        self._orders[blocks] = layout.order.flatten(1).unflatten(0, (-1, heads))
+
+    def _keep(self, blocks: torch.Tensor, layout: Layout) -> None:
+        """What pages are scored by."""
+        moments = torch.cat((layout.moments.mean, layout.moments.variance), -1).flatten(1)
+        moments = moments.float().unflatten(0, (-1, self.states.shape[1]))
+        self.side[blocks, :, : self._moment_floats] = moments
+
+    @property
+    def _orders(self) -> torch.Tensor:
+        """(blocks, kv_heads, chunk_size) int16."""
+        orders = self.side.view(torch.int16)[..., 2 * self._order_start :]
+        return orders[..., : self.config.chunk_size]
 
     def order(self, blocks: torch.Tensor) -> torch.Tensor:
         """(kv_heads, n, chunk_size) int16: original offsets of the slots of full chunks."""
-        orders = self.side.view(torch.int16)[..., 2 * self._order_start :]
-        return orders[blocks, :, : self.config.chunk_size].transpose(0, 1)
+        return self._orders[blocks].transpose(0, 1)
 
     def layout(self, blocks: torch.Tensor) -> Layout:
         """Order, moments and mean values of full chunks; keys and values stay where they are."""
@@ -183,73 +183,52 @@ class PagedStates:
         size = full * self.config.chunk_size
         return torch.cat((restore(states[:, :size], self.order(blocks[:full])), states[:, size:]), 1)
 
-    def pages(self, blocks: torch.Tensor, pages: torch.Tensor) -> torch.Tensor:
-        """States (kv_heads, n * page_size, 2 * head_dim) of ``pages`` (n,), numbered over the sequence."""
-        per_chunk = self.config.pages_per_chunk
-        by_page = self.states.unflatten(2, (per_chunk, self.config.page_size))
-        return by_page[blocks[pages // per_chunk], :, pages % per_chunk].transpose(0, 1).flatten(1, 2)
 
-
-def attend_paged(
+def attend_piece(
     queries: torch.Tensor,
     cache: PagedStates,
     blocks: torch.Tensor,
     part: Part,
     length: int,
     *,
-    scale: float,
+    scale: float | None = None,
     router: PageRouter | None = None,
 ) -> AttentionResult:
     """Attention of consecutive rows of one sequence; see :func:`llama_surgery.attention.api.attend`.
+
+    That takes contiguous keys, so the sequence's closed chunks are copied for the call: 2·kv_heads·head_dim
+    elements a token are read and written. A prompt of n tokens in pieces of m copies n² / 2m tokens in
+    all: little beside the attention of long pieces, much beside that of short ones.
 
     Args:
         queries: (kv_heads, group, rows, head_dim).
         cache: With all the sequence's keys written and its full chunks in tree order.
         blocks: (chunks,) int64, the sequence's blocks.
-        part: Which rows.
+        part: Position of the first row, one past the last one's, and the queries of a tile.
         length: Tokens of the sequence that are in the cache.
-        scale: Scaling of q·k.
-        router: Learned corrections of the layer, or None.
+        scale: Scaling of q·k, default ``head_dim**-0.5``.
+        router: Learned corrections of the layer, one for every KV head, or None.
     """
     first, last, tile = part
     config, size, dim = cache.config, cache.config.chunk_size, cache.head_dim
     closed = closed_chunks(first, config, tile)
-    since, full = closed * size, length // size
-    near_states = cache.near(blocks[closed : (last - 1) // size + 1], max(0, full - closed))
-    near_states = near_states[:, : last - since].to(queries.dtype)
-    scorer = Scorer(scale, None, router, config.variance_pool)
-    layout = cache.layout(blocks[: closed_chunks(last - 1, config, tile)])
-    outs, lses, near_pairs = [], [], 0
-    plans: list[Plan] = []
-    for block in query_blocks(first, last, config, tile):
-        q = queries[:, :, block.start - first : block.stop - first]
-        start = block.closed * size
-        span = near_states[:, start - since : block.stop - since]
-        state = gather.near_field(q, span[..., :dim], span[..., dim:], scale=scale, softcap=None)
-        if block.closed:
-            plan = select(q, layout, state[1], block, config=config, tile=tile, scorer=scorer)
-            plans.append(plan)
-            read, plan = _compact(plan)
-            far = cache.pages(blocks, read).to(queries.dtype)
-            state = gather.far_field(
-                q, far[..., :dim], far[..., dim:], config.page_size, plan, state, scale=scale, softcap=None
-            )
-            if config.summarised and not plan.everything:
-                state = merge(*state, *summary(q, layout, plans[-1], scorer, config))
-        outs.append(state[0].to(queries.dtype))
-        lses.append(state[1])
-        near_pairs += _pairs(block.start - start, block.stop - start)
-    return AttentionResult(torch.cat(outs, 2), torch.cat(lses, 2), plans, near_pairs, _pairs(first, last))
-
-
-def _compact(plan: Plan) -> tuple[torch.Tensor, Plan]:
-    """The pages that any tile reads, ascending, and the plan with pages numbered among these."""
-    absent = plan.pages < 0
-    read = plan.pages[~absent].unique()
-    numbers = torch.searchsorted(read, plan.pages.clamp_min(0)).masked_fill(absent, -1)
-    return read, dataclasses.replace(plan, pages=numbers)
-
-
-def _pairs(start: int, stop: int) -> int:
-    """Causal pairs of rows ``start … stop - 1``."""
-    return (stop * (stop + 1) - start * (start + 1)) // 2
+    near = cache.near(blocks[closed : (last - 1) // size + 1], max(0, length // size - closed))
+    near = near[:, : last - closed * size].to(queries.dtype)
+    far = blocks[: closed_chunks(last - 1, config, tile)]
+    layout = None
+    if len(far):
+        states = cache.states[far].transpose(0, 1).flatten(1, 2).to(queries.dtype)
+        layout = dataclasses.replace(
+            cache.layout(far), keys=states[..., :dim].contiguous(), values=states[..., dim:].contiguous()
+        )
+    return attend(
+        queries,
+        near[..., :dim],
+        near[..., dim:],
+        layout,
+        config=config,
+        start=first,
+        tile=tile,
+        scale=scale,
+        router=router,
+    )

@@ -1,8 +1,7 @@
 """Operated attention on an engine's paged cache by the Triton kernels.
 
 Decode rows read keys, values and features where the engine put them, through block tables: static shapes, no
-host synchronisation, so that a step can be captured in a CUDA graph. :func:`attend_paged` says the same in
-plain PyTorch.
+host synchronisation, so that a step can be captured in a CUDA graph.
 """
 
 import dataclasses
@@ -10,12 +9,10 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from llama_surgery.attention.api import AttentionResult, attend
-from llama_surgery.attention.executor import build_layout, kernel_features, kernel_moments
+from llama_surgery.attention.executor import kernel_features, kernel_moments
 from llama_surgery.config import SurgeryConfig
 from llama_surgery.errors import SurgeryError
 from llama_surgery.serving.paged import PagedStates
-from llama_surgery.topology.geometry import closed_chunks
 from llama_surgery.topology.layout import Layout
 from llama_surgery.topology.router import PageRouter
 
@@ -52,23 +49,10 @@ class KernelStates(PagedStates):
         config: The topology.
     """
 
-    def fill(self, blocks: torch.Tensor, router: PageRouter | None = None) -> None:
-        """Rewrite full chunks in tree order; keep their order, their features and where they begin.
-
-        Args:
-            blocks: (n,) int64, blocks whose last row was just written.
-            router: Learned corrections of the layer, one for every KV head, or None.
-        """
-        if not len(blocks):
-            return
-        heads, dim = self.states.shape[1], self.head_dim
-        states = self.states[blocks].flatten(0, 1)  # (n * kv_heads, chunk_size, 2 * head_dim)
-        layout = build_layout(states[..., :dim], states[..., dim:], self.config, router)
-        self.states[blocks] = torch.cat((layout.keys, layout.values), -1).unflatten(0, (-1, heads))
+    def _keep(self, blocks: torch.Tensor, layout: Layout) -> None:
+        heads = self.states.shape[1]
         features = kernel_features(layout.moments, self.config, self.states.dtype)
         self._features[blocks] = features.unflatten(0, (-1, heads))
-        self._keep_means(blocks, layout)
-        self._orders[blocks] = layout.order[:, 0].unflatten(0, (-1, heads))
         first = layout.sink_pages(self.config.page_size).int()
         self.first_pages[blocks] = first.unflatten(0, (-1, heads))
 
@@ -99,10 +83,6 @@ class KernelStates(PagedStates):
         return halves[..., : self.config.summaries_per_chunk * self.head_dim].unflatten(
             -1, (-1, self.head_dim)
         )
-
-    def order(self, blocks: torch.Tensor) -> torch.Tensor:
-        """(kv_heads, n, chunk_size) int16: original offsets of the slots of full chunks."""
-        return self._orders[blocks].transpose(0, 1)
 
     def layout(self, blocks: torch.Tensor) -> Layout:
         """Order, features, moments and mean values of full chunks; keys and values stay where they are."""
@@ -203,54 +183,4 @@ def kernel_view(cache: KernelStates, tables: torch.Tensor, positions: torch.Tens
         positions,
         tables,
         None if cache.mean_values is None else everyone(cache.mean_values),
-    )
-
-
-def attend_piece(
-    queries: torch.Tensor,
-    cache: KernelStates,
-    blocks: torch.Tensor,
-    part: tuple[int, int, int],
-    length: int,
-    *,
-    scale: float | None = None,
-    router: PageRouter | None = None,
-) -> AttentionResult:
-    """Attention of a piece of one sequence's prompt, by the kernels of prefill.
-
-    These take contiguous keys, so the sequence's closed chunks are copied for the call: 2·kv_heads·head_dim
-    elements a token are read and written. A prompt of n tokens in pieces of m copies n² / 2m tokens in
-    all: little beside the attention of long pieces, much beside that of short ones.
-
-    Args:
-        queries: (kv_heads, group, rows, head_dim).
-        cache: With all the sequence's keys written and its full chunks in tree order.
-        blocks: (chunks,) int64, the sequence's blocks.
-        part: Position of the first row, one past the last one's, and the queries of a tile.
-        length: Tokens of the sequence that are in the cache.
-        scale: Scaling of q·k, default ``head_dim**-0.5``.
-        router: Learned corrections of the layer, one for every KV head, or None.
-    """
-    first, last, tile = part
-    config, size, dim = cache.config, cache.config.chunk_size, cache.head_dim
-    closed = closed_chunks(first, config, tile)
-    near = cache.near(blocks[closed : (last - 1) // size + 1], max(0, length // size - closed))
-    near = near[:, : last - closed * size]
-    far = blocks[: closed_chunks(last - 1, config, tile)]
-    layout = None
-    if len(far):
-        states = cache.states[far].transpose(0, 1).flatten(1, 2)
-        layout = dataclasses.replace(
-            cache.layout(far), keys=states[..., :dim].contiguous(), values=states[..., dim:].contiguous()
-        )
-    return attend(
-        queries,
-        near[..., :dim],
-        near[..., dim:],
-        layout,
-        config=config,
-        start=first,
-        tile=tile,
-        scale=scale,
-        router=router,
     )
