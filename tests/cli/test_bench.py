@@ -1,4 +1,4 @@
-"""``bench`` and ``crossover``: the whole commands on shapes small enough for a test."""
+"""``bench`` and ``doctor``: the whole commands on shapes small enough for a test."""
 
 import csv
 import json
@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from tests.cli.runner import SMALL, run
 
-from llama_surgery.bench.crossover import Heads, Point, heads_of, recommend
+from llama_surgery.bench.crossover import Point, crossing, recommend
 from llama_surgery.errors import SurgeryError
 from llama_surgery.lengths import parse_length
 
@@ -38,7 +38,7 @@ def read(path: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-@pytest.mark.parametrize("command", ["bench", "crossover"])
+@pytest.mark.parametrize("command", ["bench", "doctor"])
 def test_the_commands_explain_themselves(command: str) -> None:
     result = run(command, "--help")
     assert result.exit_code == 0 and len(result.output) > 500
@@ -93,24 +93,26 @@ def test_what_cannot_be_measured_is_said_in_a_line(shapes: Path, tmp_path: Path)
             "no model configuration",
         ),
         (["bench", "--length", "many", "--out", tmp_path / "o"], "'many'"),
-        (["crossover", tmp_path / "none.json"], "no configuration"),
-        (["crossover", shapes, "--adapter", tmp_path], "no adapter"),
+        (["doctor", tmp_path / "none.json"], "no model configuration"),
+        (["doctor", shapes, "--adapter", tmp_path], "no adapter"),
     ):
         result = run(*arguments)
         assert result.exit_code == 1 and message in result.output, result.output
-    assert run("crossover", shapes, "--write").exit_code == 2
+    assert run("doctor", shapes, "--write").exit_code == 2
 
 
-def test_crossover_recommends_and_writes(model: Path, text: Path, tmp_path: Path) -> None:
+def test_the_doctor_recommends_and_writes(model: Path, text: Path, tmp_path: Path) -> None:
     adapter = tmp_path / "adapter"
     made = run(
         "operate", model, "--out", adapter, "--text", text, "--density", "0.3", "--length", "512", *SMALL
     )
     assert made.exit_code == 0, made.output
     given = ["--length", "256", "--length", "512", "--device", "cpu", "--csv", tmp_path / "c.csv"]
-    result = run("crossover", model, "--adapter", adapter, *given, "--density", "0.3", "--write", "--json")
+    result = run("doctor", model, "--adapter", adapter, *given, "--density", "0.3", "--write", "--json")
     assert result.exit_code == 0, result.output
     found = json.loads(result.stdout[result.stdout.index("{") :])
+    assert "2 of 2 layers can be operated, 4 query and 2 KV heads of 8" in found["Model"]
+    assert found["Prefill"].startswith("plain PyTorch") and found["Decode"].endswith("they gain nothing")
     assert [p["length"] for p in found["points"]] == [256, 512] and found["dense_until"] % 16 == 0
     assert len(read(tmp_path / "c.csv")) == 2
     saved = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
@@ -133,8 +135,23 @@ def test_the_recommendation_weighs_stretches_and_not_whole_texts() -> None:
     assert recommend([point(1000, 1, 2), point(2000, 3, 6)], 32) == 2016
 
 
-def test_heads_and_lengths_are_read(shapes: Path) -> None:
-    assert heads_of(shapes) == Heads(4, 2, 8) == heads_of(shapes.parent)
+def test_where_the_costs_of_a_token_meet_is_said() -> None:
+    def points(*operated: float) -> list[Point]:
+        dense = (1, 4, 16)
+        return [Point(1000 * d, d * d, o, 0) for d, o in zip(dense, operated, strict=True)]
+
+    # Per thousand tokens: dense 5 at 2,500 and 20 at 10,000; operated 25 and 30.
+    assert crossing(points(1, 76, 436)) == 18000
+    assert crossing(points(1, 31, 391)) is None and crossing(points(1, 76, 436)[:2]) is None
+
+
+def test_a_model_that_cannot_be_operated_is_told_why(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "mamba"}), encoding="utf-8")
+    result = run("doctor", tmp_path)
+    assert result.exit_code == 1 and "Error:" in result.stderr and "Traceback" not in result.output
+
+
+def test_lengths_are_read() -> None:
     assert parse_length("2k") == 2048 and parse_length("300") == 300
     for wrong in ("k", "", "-5", "0", "0k", "1.5k"):
         with pytest.raises(SurgeryError, match="tokens"):

@@ -86,7 +86,7 @@ def test_rows_that_are_written_already_are_named(
         interrupt()
 
     monkeypatch.setattr("llama_surgery.bench.crossover.measure_crossover", measure)
-    line = told(run("crossover", model, "--csv", tmp_path / "times.csv", "--device", "cpu"))
+    line = told(run("doctor", model, "--csv", tmp_path / "times.csv", "--device", "cpu"))
     assert line == f"Interrupted: written so far: {tmp_path / 'times.csv'}."
 
 

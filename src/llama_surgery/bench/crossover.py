@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 import json
 import math
 from collections.abc import Callable, Sequence
@@ -20,8 +21,8 @@ from llama_surgery.errors import AdapterError, SurgeryError
 from llama_surgery.files import write_json
 from llama_surgery.surgery.adapter import CONFIG_FILE
 
-#: Halvings of log θ between LOWEST and 0.
-HALVINGS, LOWEST = 10, math.log(1e-6)
+#: Halvings of log θ between LOWEST and 0, and how near the density, as a share of it, is near enough.
+HALVINGS, LOWEST, NEAR = 10, math.log(1e-6), 0.05
 
 
 class Heads(NamedTuple):
@@ -47,26 +48,6 @@ class Point(NamedTuple):
     rival_ms: float
 
 
-def heads_of(path: Path) -> Heads:
-    """Heads of a model, from its ``config.json`` or the folder that holds it.
-
-    Raises:
-        SurgeryError: There is none, or it names no heads.
-    """
-    path = path / "config.json" if path.is_dir() else path
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-        values = values.get("text_config") or values
-        heads = int(values["num_attention_heads"])
-        dim = values.get("head_dim") or values["hidden_size"] // heads
-        return Heads(heads, int(values.get("num_key_value_heads") or heads), int(dim))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise SurgeryError(
-            f"{path}: no configuration of a transformers model ({error!r}). Give the config.json of a "
-            "checkpoint, or its folder."
-        ) from error
-
-
 def recommend(points: Sequence[Point], tile: int) -> int:
     """``dense_until``: the smallest measured position after which every stretch costs less sparse than dense.
 
@@ -80,6 +61,25 @@ def recommend(points: Sequence[Point], tile: int) -> int:
             until = point.length
         before = point
     return -(-until // tile) * tile
+
+
+def crossing(points: Sequence[Point]) -> int | None:
+    """Where, beyond what was measured, a further token costs as much operated as dense.
+
+    Lines through the costs per token of the last two stretches, in thousands of tokens; None where the dense
+    cost does not gain on the other.
+    """
+    if len(points) < 3:
+        return None
+    rates = []
+    for before, point in itertools.pairwise(points[-3:]):
+        tokens = point.length - before.length
+        costs = (point.operated_ms - before.operated_ms, point.dense_ms - before.dense_ms)
+        rates.append(((before.length + point.length) / 2, (costs[0] - costs[1]) / tokens))
+    (one, excess), (other, left) = rates
+    if left >= excess:
+        return None
+    return round((other + left * (other - one) / (excess - left)) / 1000) * 1000
 
 
 def measure_crossover(
@@ -207,5 +207,7 @@ def _with_density(
         low, high = (math.log(middle), high) if got > density else (low, math.log(middle))
         if abs(got - density) < abs(nearest - density):
             best, nearest = tried, got
+        if abs(got - density) < NEAR * density:
+            break
     say(f"θ {best.theta:.3e}: far density {nearest:.4f} for {density} at {q.shape[2]} tokens")
     return best

@@ -5,8 +5,8 @@ import typer
 from llama_surgery.cli.bench import bench
 from llama_surgery.cli.commands import Command, Commands
 from llama_surgery.cli.common import show_version
-from llama_surgery.cli.crossover import crossover
 from llama_surgery.cli.demo import demo
+from llama_surgery.cli.doctor import doctor
 from llama_surgery.cli.evaluate import evaluate
 from llama_surgery.cli.export import export
 from llama_surgery.cli.export_topology import export_topology
@@ -52,6 +52,6 @@ for command in (
     export_topology,
     report,
     bench,
-    crossover,
+    doctor,
 ):
     app.command(cls=Command)(command)

@@ -70,7 +70,7 @@ def bench(
         if target.type != "cuda":
             raise SurgeryError(
                 f"device {target.type!r}: the kernels run on a GPU. What a CPU saves: --end-to-end, or "
-                "'llama-surgery crossover'."
+                "'llama-surgery doctor'."
             )
         from llama_surgery.bench.decode import PAGED_SETTINGS, SETTINGS, bench_decode
         from llama_surgery.bench.measure import Deadline
