@@ -5,7 +5,7 @@
     python benchmarks/decode.py --profile --first 3
     python benchmarks/decode.py --paged --output paged.csv
 
-What is timed and checked: ``llama_surgery.bench.decode``.
+What is timed and checked: ``timing/decode.py``.
 """
 
 import argparse
@@ -15,12 +15,13 @@ import math
 from pathlib import Path
 
 import torch
+from timing.decode import PAGED_SETTINGS, SETTINGS, bench_decode, copies_for, measure
+from timing.decode_case import Layer, Setting, build, check
+from timing.plot import plot_decode
 
 from llama_surgery.attention.impl.triton.decode import DecodeResult, decode
 from llama_surgery.attention.impl.triton.decode_tuning import DecodeTuning, decode_tuning_for
 from llama_surgery.attention.impl.triton.tuning import family_of
-from llama_surgery.bench.decode import PAGED_SETTINGS, SETTINGS, bench_decode, copies_for, measure
-from llama_surgery.bench.decode_case import Layer, Setting, build, check
 from llama_surgery.bench.measure import Deadline, capture
 
 RESULTS = Path(__file__).parent / "results" / "decode.csv"
@@ -107,7 +108,9 @@ def main() -> None:
             torch.cuda.empty_cache()
     else:
         deadline = Deadline(given.seconds)
-        bench_decode(chosen, given.output, deadline=deadline, device=CUDA, flex=not given.without_flex)
+        flex = not given.without_flex
+        rows = bench_decode(chosen, given.output, deadline=deadline, device=CUDA, flex=flex)
+        plot_decode(rows, given.output.with_suffix(".svg"))
 
 
 if __name__ == "__main__":

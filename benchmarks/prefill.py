@@ -5,7 +5,7 @@
     python benchmarks/prefill.py --tune --seconds 100
     python benchmarks/prefill.py --profile
 
-What is timed and checked: ``llama_surgery.bench.prefill``. ``--growth`` keeps the number of pages that a
+What is timed and checked: ``timing/prefill.py``. ``--growth`` keeps the number of pages that a
 tile reads, instead of the density, the same at all lengths. ``--tune`` sweeps launch configurations instead,
 ``--profile`` prints the time of each kernel of a call.
 """
@@ -17,6 +17,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
+from timing.plot import plot_prefill
+from timing.prefill import Setting, bench_prefill
+from timing.prefill_case import Data, calibrate, make_data
 
 from llama_surgery.attention.impl.triton import layout as layout_module
 from llama_surgery.attention.impl.triton import prefill, selection
@@ -24,9 +27,6 @@ from llama_surgery.attention.impl.triton.job import Job, Strip, make_job
 from llama_surgery.attention.impl.triton.layout import build_layout
 from llama_surgery.attention.impl.triton.tuning import TABLE
 from llama_surgery.bench.measure import Deadline, quantiles, say, times
-from llama_surgery.bench.plot import plot_prefill
-from llama_surgery.bench.prefill import Setting, bench_prefill
-from llama_surgery.bench.prefill_case import Data, calibrate, make_data
 from llama_surgery.config import SurgeryConfig
 from llama_surgery.lengths import parse_length
 

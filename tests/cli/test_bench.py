@@ -48,7 +48,7 @@ def test_a_model_is_measured_end_to_end(shapes: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     given = ["--length", "1k", "--batch", "2", "--steps", "5", "--device", "cpu", "--dtype", "float32"]
     given += ["--density", "0.08", "--decode-density", "0.1"]
-    result = run("bench", "--end-to-end", shapes, *given, "--out", out)
+    result = run("bench", shapes, *given, "--out", out)
     assert result.exit_code == 0, result.output
     assert "logits differ" in result.output and "far density" in result.output
     rows = read(out / "end_to_end.csv")
@@ -87,12 +87,8 @@ def test_the_script_runs_without_the_command_line_and_keeps_its_time(shapes: Pat
 
 def test_what_cannot_be_measured_is_said_in_a_line(shapes: Path, tmp_path: Path) -> None:
     for arguments, message in (
-        (["bench", "--device", "cpu", "--out", tmp_path / "o"], "the kernels run on a GPU"),
-        (
-            ["bench", "--end-to-end", tmp_path / "none.json", "--out", tmp_path / "o"],
-            "no model configuration",
-        ),
-        (["bench", "--length", "many", "--out", tmp_path / "o"], "'many'"),
+        (["bench", tmp_path / "none.json", "--out", tmp_path / "o"], "no model configuration"),
+        (["bench", shapes, "--length", "many", "--out", tmp_path / "o"], "'many'"),
         (["doctor", tmp_path / "none.json"], "no model configuration"),
         (["doctor", shapes, "--adapter", tmp_path], "no adapter"),
     ):

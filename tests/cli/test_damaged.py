@@ -55,7 +55,7 @@ def test_a_damaged_checkpoint_ends_in_one_line(damage: str, model: Path, text: P
         ["learn", folder, *learn],
         ["export", folder, tmp_path / "served"],
         ["plan", folder],
-        ["bench", "--end-to-end", folder, "--out", tmp_path / "b", "--device", "cpu"],
+        ["bench", folder, "--out", tmp_path / "b", "--device", "cpu"],
     ):
         if damage not in READS[command]:
             continue

@@ -1,1 +1,1 @@
-"""What ``llama-surgery bench`` and ``llama-surgery doctor`` measure. Only scripts import it."""
+"""What ``llama-surgery bench`` and ``llama-surgery doctor`` measure."""

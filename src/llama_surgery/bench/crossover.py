@@ -4,7 +4,6 @@ import dataclasses
 import functools
 import itertools
 import json
-import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,15 +13,15 @@ import torch
 from llama_surgery.attention.api import AttentionResult, attend
 from llama_surgery.attention.executor import build_layout
 from llama_surgery.bench.dense import fastest
-from llama_surgery.bench.measure import Deadline, Rows, graphed, say, times
+from llama_surgery.bench.measure import Deadline, Rows, graphed, nearest_theta, times
 from llama_surgery.bench.states import clustered_states
 from llama_surgery.config import SurgeryConfig
 from llama_surgery.errors import AdapterError, SurgeryError
 from llama_surgery.files import write_json
 from llama_surgery.surgery.adapter import CONFIG_FILE
 
-#: Halvings of log θ between LOWEST and 0, and how near the density, as a share of it, is near enough.
-HALVINGS, LOWEST, NEAR = 10, math.log(1e-6), 0.05
+#: How near the density, as a share of it, is near enough.
+NEAR = 0.05
 
 
 class Heads(NamedTuple):
@@ -114,7 +113,13 @@ def measure_crossover(
     group = shape.heads // shape.kv_heads
     q, k, v = clustered_states(shape.kv_heads, group, lengths[-1], shape.head_dim, device, dtype)
     if density is not None:
-        config = _with_density(config, q, k, v, density)
+
+        def measured(theta: float) -> float:
+            tried = dataclasses.replace(config, theta=theta, theta_decode=theta)
+            return _far_density(_attend(tried, q, k, v), tried)
+
+        theta = nearest_theta(measured, density, f"at {lengths[-1]:,} tokens", near=NEAR)
+        config = dataclasses.replace(config, theta=theta, theta_decode=theta)
     for length in lengths:
         if points and deadline.passed(f"{length} tokens"):
             break
@@ -194,20 +199,3 @@ def _middle(run: Callable[[], Any], device: torch.device) -> float:
 def _far_density(result: AttentionResult, config: SurgeryConfig) -> float:
     pairs = sum(float(plan.executed_pairs(config.page_size).double().mean()) for plan in result.plans)
     return pairs / result.causal_pairs
-
-
-def _with_density(
-    config: SurgeryConfig, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, density: float
-) -> SurgeryConfig:
-    low, high, best, nearest = LOWEST, 0.0, config, math.inf
-    for _ in range(HALVINGS):
-        middle = math.exp((low + high) / 2)
-        tried = dataclasses.replace(config, theta=middle, theta_decode=middle)
-        got = _far_density(_attend(tried, q, k, v), tried)
-        low, high = (math.log(middle), high) if got > density else (low, math.log(middle))
-        if abs(got - density) < abs(nearest - density):
-            best, nearest = tried, got
-        if abs(got - density) < NEAR * density:
-            break
-    say(f"θ {best.theta:.3e}: far density {nearest:.4f} for {density} at {q.shape[2]} tokens")
-    return best

@@ -162,7 +162,7 @@ def _operated(
         return
     device, ids = model.device, models.random_ids(model, 1, task.length)
     with operated(model, task.config):
-        theta = models.prefill_theta(model, ids, task.density, say)
+        theta = models.prefill_theta(model, ids, task.density)
         set_config(model, dataclasses.replace(task.config, theta=theta, theta_decode=theta))
         measured = []
         for _ in range(task.prefills):
@@ -182,7 +182,7 @@ def _operated(
             return
         cache.batch_repeat_interleave(task.batch)
         last = ids[:, -1:].repeat(task.batch, 1)
-        models.decode_theta(model, last, cache, task.decode_density, say)
+        models.decode_theta(model, last, cache, task.decode_density)
         forget_peak(device)
         reset_statistics(model)
         try:

@@ -2,6 +2,7 @@
 
 import datetime
 import importlib
+import math
 import platform
 import time
 from collections.abc import Callable
@@ -108,6 +109,25 @@ def capture(run: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
     with torch.cuda.graph(graph):
         returned = run()
     return graph.replay, returned
+
+
+def nearest_theta(
+    density: Callable[[float], float], wanted: float, what: str, *, halvings: int = 12, near: float = 0.0
+) -> float:
+    """θ at which a falling ``density`` comes nearest to ``wanted``, by halving an interval of log θ.
+
+    ``near``: how near is near enough, as a share of it.
+    """
+    low, high, tried = math.log(1e-7), 0.0, dict[float, float]()
+    for _ in range(halvings):
+        middle = math.exp((low + high) / 2)
+        tried[middle] = density(middle)
+        low, high = (math.log(middle), high) if tried[middle] > wanted else (low, math.log(middle))
+        if abs(tried[middle] - wanted) < near * wanted:
+            break
+    best = min(tried, key=lambda theta: abs(tried[theta] - wanted))
+    say(f"θ {best:.3e}: far density {tried[best]:.4f} for {wanted} {what}")
+    return best
 
 
 def forget_peak(device: torch.device) -> None:

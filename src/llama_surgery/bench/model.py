@@ -2,8 +2,7 @@
 
 import contextlib
 import dataclasses
-import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from llama_surgery.bench.measure import nearest_theta
 from llama_surgery.checkpoint import configuration, unreadable
 from llama_surgery.config import SurgeryConfig
 from llama_surgery.errors import SurgeryError
@@ -20,8 +20,8 @@ from llama_surgery.surgery.operate import operated
 from llama_surgery.surgery.operation import config_of, paged_cache, reset_statistics, set_config, statistics
 from llama_surgery.surgery.supported import attention_modules
 
-#: Halvings of an interval of log θ, its ends, and layers that are run for one.
-HALVINGS, LOWEST, HIGHEST, LAYERS = 12, math.log(1e-6), math.log(0.9), 2
+#: Layers that are run to find θ of a prefill.
+LAYERS = 2
 
 #: Of the difference between two dense backends, how much an operated model's may be, and what is nothing.
 FACTOR, NEGLIGIBLE = 2.5, 1e-4
@@ -68,40 +68,37 @@ def prefill(model: PreTrainedModel, ids: torch.Tensor, cache: Any) -> torch.Tens
     return model(ids, logits_to_keep=1, use_cache=True, **{cache_name(model): cache}).logits
 
 
-def prefill_theta(
-    model: PreTrainedModel, ids: torch.Tensor, density: float, say: Callable[[str], None]
-) -> float:
+def prefill_theta(model: PreTrainedModel, ids: torch.Tensor, density: float) -> float:
     """θ of tiles that gives the first layers of an operated model an executed far density.
 
     Leaves the model's configuration changed.
     """
+    config = config_of(model)
 
-    def measured(theta: float, config: SurgeryConfig) -> float:
+    def measured(theta: float) -> float:
         set_config(model, dataclasses.replace(config, theta=theta, theta_decode=theta))
         reset_statistics(model)
         with _first_layers(model), contextlib.suppress(_Stop):
             model(ids, logits_to_keep=1, use_cache=False)
         return statistics(model).far_density
 
-    return _bisect(model, measured, density, "prefill", say)
+    return nearest_theta(measured, density, "in prefill")
 
 
-def decode_theta(
-    model: PreTrainedModel, ids: torch.Tensor, cache: PagedCache, density: float, say: Callable[[str], None]
-) -> float:
+def decode_theta(model: PreTrainedModel, ids: torch.Tensor, cache: PagedCache, density: float) -> float:
     """θ of decode steps that gives one after the cache's content an executed far density.
 
     The cache is left as it was, but for its configuration, which is set on the model too.
     """
 
-    def measured(theta: float, config: SurgeryConfig) -> float:
+    def measured(theta: float) -> float:
         set_decode_theta(model, cache, theta)
         reset_statistics(model)
         model(ids, use_cache=True, **{cache_name(model): cache})
         cache.crop(-ids.shape[1])
         return statistics(model).far_density
 
-    theta = _bisect(model, measured, density, "decode", say)
+    theta = nearest_theta(measured, density, "in decode")
     set_decode_theta(model, cache, theta)
     return theta
 
@@ -113,25 +110,6 @@ def set_decode_theta(model: PreTrainedModel, cache: PagedCache, theta: float) ->
     set_config(model, config)
     for paged in cache.paged:
         paged.config = config
-
-
-def _bisect(
-    model: PreTrainedModel,
-    measured: Callable[[float, SurgeryConfig], float],
-    density: float,
-    what: str,
-    say: Callable[[str], None],
-) -> float:
-    low, high, config = LOWEST, HIGHEST, config_of(model)
-    best, nearest = HIGHEST, math.inf
-    for _ in range(HALVINGS):
-        middle = (low + high) / 2
-        got = measured(math.exp(middle), config)
-        low, high = (middle, high) if got > density else (low, middle)
-        if abs(got - density) < abs(nearest - density):
-            best, nearest = middle, got
-    say(f"θ of {what} {math.exp(best):.3e}: far density {nearest:.4f} for {density}")
-    return math.exp(best)
 
 
 @contextlib.contextmanager

@@ -1,4 +1,4 @@
-"""What ``llama-surgery bench`` times: every part runs, checks its answer and leaves its row."""
+"""What the benchmark of prefill times: every part runs, checks its answer and leaves its row."""
 
 from pathlib import Path
 
@@ -7,7 +7,8 @@ import torch
 
 pytest.importorskip("triton")
 
-from llama_surgery.bench import prefill, prefill_case
+from benchmarks.timing import prefill, prefill_case
+
 from llama_surgery.bench.measure import Deadline, environment
 from llama_surgery.config import SurgeryConfig
 

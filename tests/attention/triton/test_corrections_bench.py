@@ -7,7 +7,9 @@ import torch
 
 pytest.importorskip("triton")
 
-from llama_surgery.bench import corrections, prefill_case
+from benchmarks.timing import prefill_case
+
+from benchmarks import corrections
 from llama_surgery.bench.measure import Deadline
 from llama_surgery.config import SurgeryConfig
 from llama_surgery.errors import SurgeryError

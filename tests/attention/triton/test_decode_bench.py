@@ -7,7 +7,8 @@ import torch
 
 pytest.importorskip("triton")
 
-from llama_surgery.bench import decode, decode_case, decode_paged
+from benchmarks.timing import decode, decode_case, decode_paged
+
 from llama_surgery.bench.measure import Deadline
 from llama_surgery.errors import SurgeryError
 

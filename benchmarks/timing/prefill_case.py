@@ -15,6 +15,7 @@ from torch.nn.functional import scaled_dot_product_attention as sdpa
 from llama_surgery.attention.impl.triton import selection
 from llama_surgery.attention.impl.triton.job import Job
 from llama_surgery.attention.impl.triton.tiled_plan import ENTRY, TiledPlan
+from llama_surgery.bench.measure import nearest_theta
 from llama_surgery.bench.states import clustered_states
 from llama_surgery.errors import SurgeryError
 from llama_surgery.topology.geometry import closed_chunks
@@ -59,13 +60,11 @@ def executed_density(plans: list[TiledPlan], page_size: int, length: int) -> flo
 
 def calibrate(job: Job, totals: list[torch.Tensor], density: float) -> float:
     """θ whose executed far density is nearest to ``density``."""
-    low, high = math.log(1e-7), math.log(0.9)
-    for _ in range(14):
-        middle = (low + high) / 2
-        plans = plans_of(job, math.exp(middle), totals)
-        got = executed_density(plans, job.config.page_size, job.stop)
-        low, high = (middle, high) if got > density else (low, middle)
-    return math.exp((low + high) / 2)
+
+    def executed(theta: float) -> float:
+        return executed_density(plans_of(job, theta, totals), job.config.page_size, job.stop)
+
+    return nearest_theta(executed, density, f"at {job.stop:,} tokens", halvings=14)
 
 
 def check_tiles(job: Job, plans: list[TiledPlan], out: torch.Tensor, samples: int = 6) -> tuple[float, float]:

@@ -5,9 +5,10 @@ import dataclasses
 import torch
 
 from llama_surgery.attention.impl.triton.decode import DecodeResult, decode
-from llama_surgery.bench.decode_case import Layer, Setting
 from llama_surgery.errors import SurgeryError
 from llama_surgery.serving.paged_kernels import KernelStates, kernel_side_bytes, kernel_view
+
+from .decode_case import Layer, Setting
 
 
 def block_tables(setting: Setting, device: torch.device) -> torch.Tensor:
