@@ -51,7 +51,7 @@ def test_long_texts_and_ruler(demo, tokenizer, texts, monkeypatch) -> None:
     written = long_generation(demo, tokenizer, texts=texts, length=320, new_tokens=16, count=1, configs=FULL)[
         "full"
     ]
-    assert written.agreement == 1 and written.first_difference == [None]
+    assert written["agreement"] == 1 and written["first_difference"] == [None]
     tasks = ["niah_single_2", "vt"]
     for task in tasks:
         monkeypatch.setitem(TASKS, task, dataclasses.replace(TASKS[task], new_tokens=8))

@@ -10,7 +10,6 @@ from llama_surgery.evaluation.generation import continue_greedily
 from llama_surgery.evaluation.long_generation import (
     Written,
     _summary,
-    agreement,
     first_difference,
     long_generation,
     repetition,
@@ -50,16 +49,20 @@ def test_texts_end_where_the_model_ends_them(tiny_llama) -> None:
     (text,) = write_on(tiny_llama, window, 6)
     stop = free.tokens.index(free.tokens[2]) + 1
     assert text.tokens == free.tokens[:stop] and len(text.margins) == stop
-    assert agreement(tiny_llama, window, [text.tokens]) == [[True] * stop]
+    (along,) = write_on(tiny_llama, window, 6, along=[text.tokens])
+    assert along.tokens == along.likeliest == text.tokens
 
 
 def test_agreement_reads_along_and_sees_a_single_change(tiny_llama) -> None:
     window = torch.randint(5, 4000, (1, 40), generator=torch.Generator().manual_seed(2))
     tiny_llama.generation_config.eos_token_id = None
     text, _ = greedy(tiny_llama, window[0].tolist(), 5)
-    assert agreement(tiny_llama, window, [text]) == [[True] * 5]
+    (along,) = write_on(tiny_llama, window, 5, along=[text])
+    assert along.likeliest == text
     text[2] = (text[2] + 1) % 4096
-    told = agreement(tiny_llama, window, [text])[0]
+    (along,) = write_on(tiny_llama, window, 5, along=[text])
+    told = [a == b for a, b in zip(along.likeliest, text, strict=True)]
+    assert along.tokens == text
     assert told[:3] == [True, True, False]
     # From there on the model goes on from the changed token.
     for place in (3, 4):
@@ -90,15 +93,19 @@ def test_first_difference() -> None:
 
 
 def test_summary_of_known_texts() -> None:
-    dense = [Written([1, 2, 3, 4], [0.5, 0.25, 1.0, 2.0]), Written([1, 2], [3.0, 4.0])]
-    operated = [Written([1, 9, 3], [0.0] * 3), Written([1, 2, 3], [0.0] * 3)]
-    found = _summary(10, 4, dense, operated, [[True, False, True, True], [True, True]])
-    assert found.compared == 6 and found.agreement == pytest.approx(5 / 6)
-    assert found.agreement_by_text == [0.75, 1.0]
-    assert found.first_difference == [1, 2]
-    assert found.margin_there == [0.25, None]
-    assert found.margin == 1.5
-    assert (found.length_dense, found.length_operated) == (3, 3)
+    dense = [
+        Written([1, 2, 3, 4], [1, 2, 3, 4], [0.5, 0.25, 1.0, 2.0]),
+        Written([1, 2], [1, 2], [3.0, 4.0]),
+    ]
+    operated = [Written([1, 9, 3], [1, 9, 3], [0.0] * 3), Written([1, 2, 3], [1, 2, 3], [0.0] * 3)]
+    along = [Written([1, 2, 3, 4], [1, 7, 3, 4], [0.0] * 4), Written([1, 2], [1, 2], [0.0] * 2)]
+    found = _summary(dense, operated, along)
+    assert found["compared"] == 6 and found["agreement"] == pytest.approx(5 / 6)
+    assert found["agreement_by_text"] == [0.75, 1.0]
+    assert found["first_difference"] == [1, 2]
+    assert found["margin_there"] == [0.25, None]
+    assert found["margin"] == 1.5
+    assert (found["length_dense"], found["length_operated"]) == (3, 3)
 
 
 def test_everything_open_writes_the_dense_text_and_sparse_does_not(tiny_llama, tokenizer, texts) -> None:
@@ -116,13 +123,13 @@ def test_everything_open_writes_the_dense_text_and_sparse_does_not(tiny_llama, t
     )
     assert not llama_surgery.is_operated(tiny_llama)
     assert all(torch.equal(weight, before[name]) for name, weight in tiny_llama.state_dict().items())
-    assert found["open"].agreement == 1 and found["open"].first_difference == [None, None]
-    assert found["open"].margin_there == [None, None]
-    assert found["open"].prompt_tokens == 136 and found["open"].compared == 48
-    assert found["sparse"].agreement < 1
-    place, margin = found["sparse"].first_difference[0], found["sparse"].margin_there[0]
+    everything, sparse = found["open"], found["sparse"]
+    assert everything["agreement"] == 1 and everything["first_difference"] == [None, None]
+    assert everything["margin_there"] == [None, None]
+    assert everything["prompt_tokens"] == 136 and everything["compared"] == 48
+    assert sparse["agreement"] < 1 and "repetition_dense" in sparse
+    place, margin = sparse["first_difference"][0], sparse["margin_there"][0]
     assert place is not None and margin is not None and margin >= 0
-    assert set(found["sparse"].to_dict()) >= {"agreement", "margin_there", "repetition_dense"}
 
 
 def test_no_room_for_a_prompt_is_refused(tiny_llama, tokenizer, texts) -> None:

@@ -157,7 +157,7 @@ class Parts:
         shared = {"length": self.length, "new_tokens": tokens, "count": count, "seed": self.seed}
 
         def found() -> dict[str, Any]:
-            written = long_generation(
+            return long_generation(
                 self.model,
                 self.tokenizer,
                 texts=self.texts,
@@ -166,7 +166,6 @@ class Parts:
                 progress=self.tell,
                 **shared,
             )
-            return {name: text.to_dict() for name, text in written.items()}
 
         self.results["continuations"] = self.kept.once(
             "continuations", found, **self._decides(self.texts), **shared

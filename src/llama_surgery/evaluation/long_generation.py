@@ -1,6 +1,5 @@
 """Long texts that an operated model writes, beside those of the dense model."""
 
-import dataclasses
 import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -24,90 +23,69 @@ RUN = 4
 
 
 class Written(NamedTuple):
-    """A text that a model wrote greedily.
+    """A text that a model wrote greedily, or read along.
 
     Attributes:
         tokens: The new tokens, up to the end-of-text token, which is included.
-        margins: For each, the logarithm of its probability over that of the second likeliest, nats.
+        likeliest: For each, the token that the model would have written.
+        margins: The logarithm of that one's probability over that of the second likeliest, nats.
     """
 
     tokens: list[int]
+    likeliest: list[int]
     margins: list[float]
 
 
-class _Margins(LogitsProcessor):
-    """Changes nothing, and remembers by how much the likeliest token was ahead."""
+class _Watch(LogitsProcessor):
+    """Remembers the likeliest token of every step and how far it was ahead; writes given tokens instead."""
 
-    def __init__(self) -> None:
+    def __init__(self, forced: Sequence[int] | None) -> None:
+        self.forced = forced
+        self.likeliest: list[torch.Tensor] = []
         self.margins: list[torch.Tensor] = []
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        first, second = scores[0].topk(2).values
-        self.margins.append(first - second)
-        return scores
+        best = scores[0].topk(2)
+        self.likeliest.append(best.indices[0])
+        self.margins.append(best.values[0] - best.values[1])
+        if self.forced is None:
+            return scores
+        forced = torch.full_like(scores, -torch.inf)
+        forced[:, self.forced[len(self.margins) - 1]] = 0.0
+        return forced
 
 
 def write_on(
-    model: nn.Module, windows: torch.Tensor, new_tokens: int, progress: Progress | None = None
+    model: nn.Module,
+    windows: torch.Tensor,
+    new_tokens: int,
+    progress: Progress | None = None,
+    *,
+    along: Sequence[Sequence[int]] | None = None,
 ) -> list[Written]:
-    """What a model writes after each window, greedily.
+    """What a model writes after each window, greedily, or would have written along given texts.
+
+    These are fed to ``generate()`` token by token, so that each step is a real decode step, and a token that
+    differs does not carry the rest away with it.
 
     Args:
         model: A causal language model of transformers, dense or operated.
         windows: (windows, length), int64.
         new_tokens: Most tokens to write.
         progress: Told after each window.
+        along: A text for each window.
     """
     texts = []
-    for done, window in enumerate(windows.tolist(), start=1):
-        watch = _Margins()
-        (tokens,) = continue_greedily(model, [window], new_tokens, processors=[watch])
-        texts.append(Written(tokens, torch.stack(watch.margins).tolist()))
+    for number, window in enumerate(windows.tolist()):
+        forced = None if along is None else along[number]
+        watch = _Watch(forced)
+        count = new_tokens if forced is None else len(forced)
+        (tokens,) = continue_greedily(model, [window], count, processors=[watch])
+        likeliest, margins = (torch.stack(part).tolist() for part in (watch.likeliest, watch.margins))
+        texts.append(Written(tokens, likeliest, margins))
         if progress is not None:
-            progress("generation", done, len(windows))
+            progress("generation" if along is None else "agreement", number + 1, len(windows))
     return texts
-
-
-class _Forced(LogitsProcessor):
-    """Puts given tokens in the place of the likeliest, and remembers where the two were the same."""
-
-    def __init__(self, tokens: Sequence[int]) -> None:
-        self.tokens = tokens
-        self.agree: list[torch.Tensor] = []
-
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        token = self.tokens[len(self.agree)]
-        self.agree.append(scores[0].argmax() == token)
-        forced = torch.full_like(scores, -torch.inf)
-        forced[:, token] = 0.0
-        return forced
-
-
-def agreement(
-    model: nn.Module, windows: torch.Tensor, texts: Sequence[Sequence[int]], progress: Progress | None = None
-) -> list[list[bool]]:
-    """Where a model, reading along a text, would have written the same token.
-
-    The text is fed to ``generate()`` token by token, so each step is a real decode step, and a token that
-    differs does not carry the rest away with it.
-
-    Args:
-        model: The operated model.
-        windows: (windows, length), int64.
-        texts: The dense model's greedy continuations of the windows.
-        progress: Told after each window.
-
-    Returns:
-        For each window, for each token of its text, whether the model's likeliest token is the same.
-    """
-    agree = []
-    for done, (window, text) in enumerate(zip(windows.tolist(), texts, strict=True), start=1):
-        forced = _Forced(text)
-        continue_greedily(model, [window], len(text), processors=[forced])
-        agree.append(torch.stack(forced.agree).tolist())
-        if progress is not None:
-            progress("agreement", done, len(texts))
-    return agree
 
 
 def repetition(tokens: Sequence[int], run: int = RUN) -> float:
@@ -129,42 +107,6 @@ def first_difference(one: Sequence[int], other: Sequence[int]) -> int | None:
     return None if shared == max(len(one), len(other)) else shared
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class LongGeneration:
-    """Texts of an operated model beside those of the dense one, after the same prompts.
-
-    Attributes:
-        prompt_tokens: Tokens of each prompt.
-        new_tokens: Most tokens that were to be written.
-        compared: Tokens of the dense texts, on which agreement was measured.
-        agreement: Share of them that the operated model, reading along, would have written too.
-        agreement_by_text: The same for each text.
-        first_difference: For each text, tokens before the two free texts differ; None where they never do.
-        margin_there: For each text, how far the dense model's likeliest token was ahead of its second where
-            the texts first differ, nats; None where they never do, or one ended there.
-        margin: Median of the same over all tokens of the dense texts.
-        length_dense, length_operated: Mean tokens written.
-        repetition_dense, repetition_operated: Mean of :func:`repetition`.
-    """
-
-    prompt_tokens: int
-    new_tokens: int
-    compared: int
-    agreement: float
-    agreement_by_text: list[float]
-    first_difference: list[int | None]
-    margin_there: list[float | None]
-    margin: float
-    length_dense: float
-    length_operated: float
-    repetition_dense: float
-    repetition_operated: float
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values, ready for JSON."""
-        return dataclasses.asdict(self)
-
-
 def long_generation(
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
@@ -177,7 +119,7 @@ def long_generation(
     routers: Mapping[int, PageRouter] | None = None,
     seed: int = 0,
     progress: Progress | None = None,
-) -> dict[str, LongGeneration]:
+) -> dict[str, dict[str, Any]]:
     """Lets the dense model and each configuration write on after the same prompts.
 
     Args:
@@ -191,6 +133,14 @@ def long_generation(
         routers: Learned corrections by layer index, used with every configuration, or None.
         seed: Of the prompts.
         progress: Told as ``progress(stage, done, total)``.
+
+    Returns:
+        For each configuration: ``prompt_tokens``, ``new_tokens`` (at most), ``compared`` (tokens of the dense
+        texts), ``agreement`` and ``agreement_by_text`` (share of them that the operated model, reading along,
+        would have written), ``first_difference`` (for each text, tokens before the two free texts differ;
+        None where they never do), ``margin_there`` (how far the dense model's likeliest token was ahead
+        where they first differ, nats; None where one text ended there), ``margin`` (its median over all
+        tokens), and means of ``length_…`` and ``repetition_…`` for ``dense`` and ``operated``.
 
     Raises:
         SurgeryError: The model is operated or in training mode, or no prompt is left of ``length``.
@@ -208,34 +158,32 @@ def long_generation(
         tell = named_progress(progress, name)
         with llama_surgery.operated(model, config, routers=routers):
             operated = write_on(model, prompts, new_tokens, tell)
-            agree = agreement(model, prompts, [text.tokens for text in dense], tell)
-        results[name] = _summary(prompts.shape[1], new_tokens, dense, operated, agree)
+            along = write_on(model, prompts, new_tokens, tell, along=[text.tokens for text in dense])
+        sizes = {"prompt_tokens": prompts.shape[1], "new_tokens": new_tokens}
+        results[name] = sizes | _summary(dense, operated, along)
     return results
 
 
 def _summary(
-    prompt_tokens: int,
-    new_tokens: int,
-    dense: Sequence[Written],
-    operated: Sequence[Written],
-    agree: Sequence[Sequence[bool]],
-) -> LongGeneration:
-    flat = [same for text in agree for same in text]
+    dense: Sequence[Written], operated: Sequence[Written], along: Sequence[Written]
+) -> dict[str, Any]:
+    agree = [
+        [a == b for a, b in zip(text.likeliest, own.tokens, strict=True)]
+        for text, own in zip(along, dense, strict=True)
+    ]
     first = [first_difference(a.tokens, b.tokens) for a, b in zip(dense, operated, strict=True)]
-    return LongGeneration(
-        prompt_tokens=prompt_tokens,
-        new_tokens=new_tokens,
-        compared=len(flat),
-        agreement=statistics.fmean(flat),
-        agreement_by_text=[statistics.fmean(text) for text in agree],
-        first_difference=first,
-        margin_there=[
+    found: dict[str, Any] = {
+        "compared": sum(map(len, agree)),
+        "agreement": statistics.fmean(same for text in agree for same in text),
+        "agreement_by_text": [statistics.fmean(text) for text in agree],
+        "first_difference": first,
+        "margin_there": [
             None if place is None or place >= len(text.margins) else text.margins[place]
             for place, text in zip(first, dense, strict=True)
         ],
-        margin=statistics.median(margin for text in dense for margin in text.margins),
-        length_dense=statistics.fmean(len(text.tokens) for text in dense),
-        length_operated=statistics.fmean(len(text.tokens) for text in operated),
-        repetition_dense=statistics.fmean(repetition(text.tokens) for text in dense),
-        repetition_operated=statistics.fmean(repetition(text.tokens) for text in operated),
-    )
+        "margin": statistics.median(margin for text in dense for margin in text.margins),
+    }
+    for name, texts in (("dense", dense), ("operated", operated)):
+        found[f"length_{name}"] = statistics.fmean(len(text.tokens) for text in texts)
+        found[f"repetition_{name}"] = statistics.fmean(repetition(text.tokens) for text in texts)
+    return found
