@@ -18,6 +18,7 @@ from benchmarks.timing.prefill_case import (
     executed_density,
     make_data,
 )
+from benchmarks.timing.quantities import quantiles
 
 from llama_surgery.attention import api
 from llama_surgery.attention.impl.triton import prefill, selection
@@ -25,7 +26,7 @@ from llama_surgery.attention.impl.triton.decode import DecodeResult, decode
 from llama_surgery.attention.impl.triton.decode_cache import DecodeCache, append_tokens
 from llama_surgery.attention.impl.triton.job import make_job
 from llama_surgery.attention.impl.triton.layout import build_layout
-from llama_surgery.bench.measure import Deadline, Rows, graphed, quantiles, times
+from llama_surgery.bench.measure import Deadline, Rows, graphed, times
 from llama_surgery.config import SurgeryConfig
 from llama_surgery.errors import SurgeryError
 from llama_surgery.lengths import parse_length

@@ -4,9 +4,9 @@ import argparse
 from pathlib import Path
 
 import torch
+from timing import end_to_end as measured
+from timing.plot import plot_end_to_end
 
-from llama_surgery.bench import end_to_end as measured
-from llama_surgery.bench.plot import plot_end_to_end
 from llama_surgery.config import SurgeryConfig
 from llama_surgery.errors import SurgeryError
 from llama_surgery.lengths import parse_length

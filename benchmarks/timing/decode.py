@@ -18,12 +18,13 @@ import torch
 from llama_surgery.attention.impl.triton.decode import decode
 from llama_surgery.attention.impl.triton.decode_cache import append_tokens
 from llama_surgery.bench.dense import ways
-from llama_surgery.bench.measure import Deadline, Rows, graphed, quantiles, say, synchronise, times
+from llama_surgery.bench.measure import Deadline, Rows, graphed, say, synchronise, times
 from llama_surgery.surgery.store import SequenceStore
 
 from . import decode_case as case
 from .decode_case import Layer, Setting
 from .decode_paged import block_tables, paged, same
+from .quantities import quantiles
 
 SETTINGS = (
     Setting(1 << 17, 1),

@@ -13,11 +13,12 @@ from llama_surgery.attention.impl.triton.job import Job, make_job, page_features
 from llama_surgery.attention.impl.triton.layout import build_layout
 from llama_surgery.attention.impl.triton.tiled_plan import ENTRY, TiledPlan
 from llama_surgery.bench.dense import check, ways
-from llama_surgery.bench.measure import Deadline, Rows, capture, once, quantiles, say, times
+from llama_surgery.bench.measure import Deadline, Rows, capture, once, say, times
 from llama_surgery.config import SurgeryConfig
 from llama_surgery.errors import SurgeryError
 
 from . import prefill_case as case
+from .quantities import quantiles
 
 #: Length from which on FlexAttention is left out: its block mask has an entry for every tile and page.
 FLEX_LIMIT = 1 << 18

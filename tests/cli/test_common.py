@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from benchmarks.timing.model import random_model
 from transformers import PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
 
 from llama_surgery import checkpoint
-from llama_surgery.bench.model import random_model
 from llama_surgery.cli import common
 from llama_surgery.cli.common import Dtype, load_model, load_tokenizer, split_values, token_counts
 from llama_surgery.errors import SurgeryError

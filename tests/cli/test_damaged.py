@@ -41,7 +41,6 @@ READS = {
         name for name in DAMAGES if "conf" in name or "heads" in name or "arch" in name or "word" in name
     },
 }
-READS["bench"] = READS["plan"]
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
@@ -55,7 +54,6 @@ def test_a_damaged_checkpoint_ends_in_one_line(damage: str, model: Path, text: P
         ["learn", folder, *learn],
         ["export", folder, tmp_path / "served"],
         ["plan", folder],
-        ["bench", folder, "--out", tmp_path / "b", "--device", "cpu"],
     ):
         if damage not in READS[command]:
             continue

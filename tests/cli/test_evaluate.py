@@ -118,10 +118,10 @@ def test_a_gate_goes_by_limits(given: list[str | Path], tmp_path: Path) -> None:
     assert wrong.exit_code == 1 and "ruler_single" in wrong.stderr
 
 
-@pytest.mark.parametrize("old", ["compare", "gate", "lm-eval", "ruler", "verify"])
+@pytest.mark.parametrize("old", ["bench", "compare", "crossover", "gate", "lm-eval", "ruler", "verify"])
 def test_commands_of_earlier_releases_name_the_new_one(old: str, model: Path) -> None:
-    result = run(old, model, "--anything")
-    assert result.exit_code == 2 and "llama-surgery evaluate MODEL" in " ".join(result.stderr.split())
+    result, new = run(old, model, "--anything"), "doctor" if old in ("bench", "crossover") else "evaluate"
+    assert result.exit_code == 2 and f"llama-surgery {new} MODEL" in " ".join(result.stderr.split())
 
 
 @pytest.mark.parametrize(

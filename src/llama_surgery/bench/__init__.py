@@ -1,1 +1,1 @@
-"""What ``llama-surgery bench`` and ``llama-surgery doctor`` measure."""
+"""What ``llama-surgery doctor`` measures."""

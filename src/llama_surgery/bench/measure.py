@@ -91,13 +91,6 @@ def times(run: Callable[[], object], device: torch.device, count: int) -> list[f
     return sorted(begin.elapsed_time(end) for begin, end in events)
 
 
-def quantiles(measured: list[float]) -> dict[str, float]:
-    """p20, p50, p80, p99 and mean of sorted milliseconds."""
-    last = len(measured) - 1
-    found = {f"p{p}_ms": measured[min(last, len(measured) * p // 100)] for p in (20, 50, 80, 99)}
-    return found | {"mean_ms": sum(measured) / len(measured)}
-
-
 def capture(run: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
     """Replay of a CUDA graph of the call, and what the call returned while it was captured."""
     side = torch.cuda.Stream()
@@ -128,18 +121,6 @@ def nearest_theta(
     best = min(tried, key=lambda theta: abs(tried[theta] - wanted))
     say(f"θ {best:.3e}: far density {tried[best]:.4f} for {wanted} {what}")
     return best
-
-
-def forget_peak(device: torch.device) -> None:
-    """Start measuring peak memory anew, with no cached blocks left over."""
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats(device)
-
-
-def peak_gib(device: torch.device) -> float:
-    """Peak of allocated memory since :func:`forget_peak`; NaN where it is not known."""
-    return torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else float("nan")
 
 
 def graphed(run: Callable[[], Any], device: torch.device) -> Callable[[], Any]:

@@ -2,7 +2,6 @@
 
 import typer
 
-from llama_surgery.cli.bench import bench
 from llama_surgery.cli.commands import Command, Commands
 from llama_surgery.cli.common import show_version
 from llama_surgery.cli.demo import demo
@@ -51,7 +50,6 @@ for command in (
     export,
     export_topology,
     report,
-    bench,
     doctor,
 ):
     app.command(cls=Command)(command)

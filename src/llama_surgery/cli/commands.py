@@ -23,14 +23,14 @@ _RESUMED = {
 }
 #: Commands of earlier releases, and what to type instead.
 _MOVED = {
+    "bench": "doctor MODEL' for attention, and for a whole model 'python benchmarks/end_to_end.py MODEL",
     "compare": "evaluate MODEL --text TEXT --calibration-text OTHER --against all --out FOLDER",
+    "crossover": "doctor MODEL",
     "gate": "evaluate MODEL --text TEXT --gate LIMITS.json",
     "lm-eval": "evaluate MODEL --adapter ADAPTER --lm-eval TASKS",
     "ruler": "evaluate MODEL --adapter ADAPTER --ruler",
     "verify": "evaluate MODEL --text TEXT --density 0.06 --ruler --gate LIMITS.json --out FOLDER",
 }
-#: Commands that write tables and figures alone, which may lie beside a model.
-_TABLES = ("bench",)
 #: Exit code of a command that Ctrl-C ended.
 INTERRUPTED = 130
 
@@ -53,7 +53,7 @@ class Commands(TyperGroup):
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
         """The command that is named; one of earlier releases is refused with what to type instead."""
         if args and args[0] in _MOVED:
-            ctx.fail(f"'{args[0]}' is a part of evaluate now: llama-surgery {_MOVED[args[0]]}")
+            ctx.fail(f"'{args[0]}' is gone: type 'llama-surgery {_MOVED[args[0]]}'.")
         return super().resolve_command(ctx, args)
 
 
@@ -83,7 +83,7 @@ class Command(TyperCommand):
         named = {p.name for p in self.params if _OUTPUTS & set(p.opts)}
         outputs = {name: path for name, path in ctx.params.items() if name in named and path is not None}
         for name, path in outputs.items():
-            checked_output(path, folder="folder" in name, own=self.name not in _TABLES)
+            checked_output(path, folder="folder" in name)
         inputs = [path for name, value in ctx.params.items() if name not in named for path in _paths(value)]
         files = [path for name, path in outputs.items() if "folder" not in name]
         for number, path in enumerate(files):
@@ -104,13 +104,12 @@ def _speaks() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
-def checked_output(path: Path, *, folder: bool = False, own: bool = True) -> Path:
+def checked_output(path: Path, *, folder: bool = False) -> Path:
     """``path``, if it can be written to: better known before minutes of work than after.
 
     Args:
         path: A file, or a folder.
         folder: Which of them.
-        own: A folder must not be somebody else's.
 
     Raises:
         SurgeryError: Something is in the way, or it belongs to somebody else.
@@ -118,7 +117,7 @@ def checked_output(path: Path, *, folder: bool = False, own: bool = True) -> Pat
     try:
         if not folder:
             check_file(path)
-        elif own or not path.is_dir():
+        else:
             check_folder(path)
         place = Path(os.path.realpath(path))
         place = place if folder else place.parent

@@ -16,25 +16,18 @@ import torch
 from transformers import PreTrainedModel
 
 from llama_surgery.attention.executor import backend_name
-from llama_surgery.bench import model as models
-from llama_surgery.bench.dense import DenseModel, fastest, repeat_static
-from llama_surgery.bench.measure import (
-    Deadline,
-    Rows,
-    capture,
-    forget_peak,
-    once,
-    peak_gib,
-    quantiles,
-    say,
-    times,
-)
+from llama_surgery.bench.dense import fastest
+from llama_surgery.bench.measure import Deadline, Rows, capture, once, say, times
 from llama_surgery.config import SurgeryConfig
 from llama_surgery.errors import SurgeryError
 from llama_surgery.surgery.compat import cache_name
 from llama_surgery.surgery.operate import operated
 from llama_surgery.surgery.operation import config_of, reset_statistics, set_config, statistics
 from llama_surgery.surgery.steps import GraphedSteps
+
+from . import model as models
+from .dense_model import DenseModel, repeat_static
+from .quantities import forget_peak, peak_gib, quantiles
 
 #: Tokens of the prompt on which the operated model is checked.
 CHECKED = 2048

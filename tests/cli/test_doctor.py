@@ -1,9 +1,7 @@
-"""``bench`` and ``doctor``: the whole commands on shapes small enough for a test."""
+"""``doctor``: the whole command on shapes small enough for a test."""
 
 import csv
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -38,57 +36,13 @@ def read(path: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-@pytest.mark.parametrize("command", ["bench", "doctor"])
-def test_the_commands_explain_themselves(command: str) -> None:
-    result = run(command, "--help")
+def test_the_command_explains_itself() -> None:
+    result = run("doctor", "--help")
     assert result.exit_code == 0 and len(result.output) > 500
-
-
-def test_a_model_is_measured_end_to_end(shapes: Path, tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    given = ["--length", "1k", "--batch", "2", "--steps", "5", "--device", "cpu", "--dtype", "float32"]
-    given += ["--density", "0.08", "--decode-density", "0.1"]
-    result = run("bench", shapes, *given, "--out", out)
-    assert result.exit_code == 0, result.output
-    assert "logits differ" in result.output and "far density" in result.output
-    rows = read(out / "end_to_end.csv")
-    assert [(r["part"], r["side"]) for r in rows] == [
-        ("prefill", "dense"),
-        ("decode", "dense"),
-        ("prefill", "operated"),
-        ("decode", "operated"),
-    ]
-    assert all(float(r["p50_ms"]) > 0 and r["backend"] for r in rows)
-    assert 0.04 < float(rows[2]["far_density"]) < 0.12
-    assert 0 < float(rows[3]["far_density"]) < 0.3
-    assert float(rows[3]["speedup"]) == pytest.approx(
-        float(rows[1]["p50_ms"]) / float(rows[3]["p50_ms"]), rel=1e-2
-    )
-    assert (out / "end_to_end.svg").read_text(encoding="utf-8").startswith("<svg")
-
-
-def test_the_script_runs_without_the_command_line_and_keeps_its_time(shapes: Path, tmp_path: Path) -> None:
-    code = (
-        "import sys, runpy; sys.modules['typer'] = None; sys.modules['rich'] = None;"
-        "runpy.run_path(sys.argv.pop(1), run_name='__main__')"
-    )
-    script = ROOT / "benchmarks" / "end_to_end.py"
-    given = ["--length", "512", "--seconds", "0", "--device", "cpu", "--dtype", "float32"]
-    done = subprocess.run(
-        [sys.executable, "-c", code, str(script), str(shapes), *given, "--out", str(tmp_path / "r.csv")],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    assert "512 tokens is not run" in done.stdout and "0 rows" in done.stdout
 
 
 def test_what_cannot_be_measured_is_said_in_a_line(shapes: Path, tmp_path: Path) -> None:
     for arguments, message in (
-        (["bench", tmp_path / "none.json", "--out", tmp_path / "o"], "no model configuration"),
-        (["bench", shapes, "--length", "many", "--out", tmp_path / "o"], "'many'"),
         (["doctor", tmp_path / "none.json"], "no model configuration"),
         (["doctor", shapes, "--adapter", tmp_path], "no adapter"),
     ):
