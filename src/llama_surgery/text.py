@@ -7,11 +7,13 @@ import random
 import stat
 from collections.abc import Sequence
 from pathlib import Path
-
-import torch
-from transformers import PreTrainedTokenizerBase
+from typing import TYPE_CHECKING
 
 from llama_surgery.errors import TextError
+
+if TYPE_CHECKING:  # texts are read, and refused, before PyTorch is loaded
+    import torch
+    from transformers import PreTrainedTokenizerBase
 
 _log = logging.getLogger(__name__)
 #: Marks before a text, and the encodings that they stand for; longer ones first.
@@ -132,12 +134,12 @@ def decoded(file: Path, content: bytes) -> str:
     return text
 
 
-def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+def encode(tokenizer: "PreTrainedTokenizerBase", text: str) -> list[int]:
     """Token ids of ``text`` alone: no special tokens, and no warning that it is long."""
     return tokenizer(text, add_special_tokens=False, verbose=False).input_ids
 
 
-def leading_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+def leading_tokens(tokenizer: "PreTrainedTokenizerBase") -> list[int]:
     """What the tokenizer itself puts before a text (``<bos>`` for some models, nothing for others).
 
     Models that were trained with a first token of their own collapse without it.
@@ -151,14 +153,14 @@ def leading_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
 
 
 def windows(
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: "PreTrainedTokenizerBase",
     texts: Sequence[str],
     length: int,
     count: int | None,
     seed: int,
     *,
     usual: int = 1,
-) -> torch.Tensor:
+) -> "torch.Tensor":
     """Cuts token windows that do not overlap and never cross from one document into another.
 
     Documents are taken in turn, so that a few windows already come from different ones. Each window
@@ -216,4 +218,6 @@ def windows(
             f"tokens hold {len(chosen)} whole ones, and {count * body} tokens in whole windows are "
             "needed. Give more or longer text, or ask for fewer or shorter windows."
         )
+    import torch
+
     return torch.tensor(chosen[:count], dtype=torch.long)

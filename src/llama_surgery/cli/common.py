@@ -120,6 +120,17 @@ DecodeDensityOption = Annotated[
 ]
 
 
+@contextmanager
+def status(what: str) -> Iterator[None]:
+    """Says what is going on: a spinner on a terminal, a line elsewhere, on standard error."""
+    if not err.is_terminal:
+        err.print(what, soft_wrap=True, highlight=False)
+        yield
+        return
+    with err.status(what):
+        yield
+
+
 def split_values(given: Sequence[str]) -> list[str]:
     """Values of an option that may be repeated and may hold several after commas, each once."""
     parts = [part.strip() for item in given for part in item.split(",")]
@@ -165,9 +176,9 @@ def load_model(
 
     if adapter is not None:
         check_complete(adapter)
-    with err.status(f"Looking for {escape(path)} …"):
+    with status(f"Looking for {escape(path)} …"):
         name, options = located(path)
-    with err.status("Loading PyTorch and transformers …"):
+    with status("Loading PyTorch and transformers …"):
         import torch
         from transformers import AutoModelForCausalLM, AutoTokenizer
         from transformers.utils import logging
@@ -185,7 +196,7 @@ def load_model(
         wanted: Any = torch.float32 if target.type == "cpu" else held
     else:
         wanted = getattr(torch, dtype.value)
-    with err.status(f"Loading {escape(path)} …"), _loading(path), read_once(options):
+    with status(f"Loading {escape(path)} …"), _loading(path), read_once(options):
         tokenizer = AutoTokenizer.from_pretrained(name, **options)
         model = AutoModelForCausalLM.from_pretrained(name, dtype=wanted, **unpacked(options), **placed)
         if "gguf_file" in options:

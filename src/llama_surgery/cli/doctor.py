@@ -12,10 +12,10 @@ from llama_surgery.cli.common import (
     DeviceOption,
     Dtype,
     JsonOption,
-    err,
     escape,
     out,
     print_json,
+    status,
     token_counts,
 )
 
@@ -61,7 +61,7 @@ def doctor(
     """
     if write and adapter is None:
         raise typer.BadParameter("--write needs --adapter.")
-    with err.status("Loading PyTorch and transformers …"):
+    with status("Loading PyTorch and transformers …"):
         import torch
 
         from llama_surgery.bench.crossover import adapter_config, measure_crossover, write_dense_until

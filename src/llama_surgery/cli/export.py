@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from llama_surgery.cli.common import JsonOption, err, escape, out, print_json
+from llama_surgery.cli.common import JsonOption, escape, out, print_json, status
 from llama_surgery.cli.run import thresholds
 
 
@@ -31,7 +31,7 @@ def export(
     if len(folders) > 2:
         raise typer.BadParameter("give MODEL, an ADAPTER if there is one, and OUT.")
     *adapters, target = folders
-    with err.status(f"Exporting {escape(str(model))} …"):
+    with status(f"Exporting {escape(str(model))} …"):
         from llama_surgery.serving.export import export as write
 
         config = write(model, target, adapters[0] if adapters else None)

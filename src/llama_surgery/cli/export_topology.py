@@ -12,10 +12,10 @@ from llama_surgery.cli.common import (
     DtypeOption,
     JsonOption,
     ModelArgument,
-    err,
     load_model,
     out,
     print_json,
+    status,
     topology_of,
 )
 
@@ -53,7 +53,7 @@ def export_topology(
     config, routers = topology_of(llm, adapter)
     ids = [*leading_tokens(tokenizer), *encode(tokenizer, document)][:length]
     check_length(llm, len(ids))
-    with err.status(f"Reading {len(ids):,} tokens …"), operated(llm, config, routers=routers):
+    with status(f"Reading {len(ids):,} tokens …"), operated(llm, config, routers=routers):
         topology = record_topology(llm, torch.tensor(ids))
     write_topology(out_file, topology)
     told = describe(topology)

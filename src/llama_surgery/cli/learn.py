@@ -15,10 +15,10 @@ from llama_surgery.cli.common import (
     JsonOption,
     ModelArgument,
     _device,
-    err,
     load_model,
     load_tokenizer,
     progress,
+    status,
 )
 from llama_surgery.cli.learn_report import reporter, silent, told
 from llama_surgery.cli.run import calibrated
@@ -182,7 +182,7 @@ def learn(
         return
     routers = scorer_parameters(corrections)
     with (
-        err.status("Setting thresholds …"),
+        status("Setting thresholds …"),
         operated(
             llm, config, routers=routers, density=density, text=texts, tokenizer=tokenizer, length=length
         ),

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.table import Table
 
-from llama_surgery.cli.common import JsonOption, err, out, print_json, token_counts
+from llama_surgery.cli.common import JsonOption, out, print_json, status, token_counts
 from llama_surgery.cli.topology import STEPS, config_for, learned_parts, topology_options
 
 if TYPE_CHECKING:
@@ -71,7 +71,7 @@ def plan(
     config = config_for(settings, tile)
     lengths = token_counts(length or ["8k", "32k", "128k"])
     window = token_counts([calibrated])[0]
-    with err.status("Loading PyTorch and transformers …"):
+    with status("Loading PyTorch and transformers …"):
         from llama_surgery.learning.forecast import at_length, learning_of, shape_of
         from llama_surgery.learning.settings import LearningSettings
         from llama_surgery.learning.streaming import TOGETHER

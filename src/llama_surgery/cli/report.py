@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from llama_surgery.cli.common import out
+from llama_surgery.cli.common import out, status
 
 
 def report(
@@ -22,8 +22,9 @@ def report(
     ] = None,
 ) -> None:
     """Draw a results file as one self-contained HTML page, which loads nothing from outside."""
-    from llama_surgery.report.page import write_report
-    from llama_surgery.report.results import read_results
+    with status("Drawing the report …"):
+        from llama_surgery.report.page import write_report
+        from llama_surgery.report.results import read_results
 
-    write_report(read_results(results), out_file, frontier=frontier)
+        write_report(read_results(results), out_file, frontier=frontier)
     out.print(f"Report: {out_file.resolve()}", soft_wrap=True, highlight=False)
