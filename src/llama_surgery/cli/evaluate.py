@@ -225,6 +225,8 @@ def evaluate(
         learned = topology_of(parts.model, adapter)
         if not against:
             parts.configs, parts.routers = {f"T = {learned[0].tile}": learned[0]}, learned[1]
+    if ruler:
+        parts.prepare_ruler(ruler_lengths, ruler_samples, chat)
     with progress() as parts.tell:
         if density is not None:
             parts.calibrate(density, decode_density)
@@ -236,7 +238,7 @@ def evaluate(
             if continuations:
                 parts.write_on(continuations, continuation_tokens)
         if ruler:
-            parts.answer_ruler(ruler_lengths, ruler_samples, chat)
+            parts.answer_ruler()
         if lm_eval is not None:
             parts.answer_tasks(lm_eval.split(","), lm_eval_include, lm_eval_limit, lm_eval_shots)
     if limits is not None:

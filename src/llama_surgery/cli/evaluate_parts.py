@@ -171,24 +171,30 @@ class Parts:
             "continuations", found, **self._decides(self.texts), **shared
         )
 
-    def answer_ruler(self, lengths: Sequence[int], samples: int, chat: bool | None) -> None:
-        """RULER's tasks."""
-        from llama_surgery.evaluation.ruler.run import run_ruler
+    def prepare_ruler(self, lengths: Sequence[int], samples: int, chat: bool | None) -> None:
+        """Refuse what RULER cannot be asked, before anything is measured."""
+        from llama_surgery.evaluation.ruler.run import check_samples
         from llama_surgery.evaluation.ruler.samples import Sampler
 
         chat = bool(getattr(self.tokenizer, "chat_template", None)) if chat is None else chat
+        self._sampler = Sampler(self.tokenizer, self._materials, seed=self.seed, chat=chat)
+        self._asked: dict[str, Any] = {"tasks": self._tasks, "lengths": lengths, "samples": samples}
+        check_samples(self.model, self._sampler, **self._asked)
+
+    def answer_ruler(self) -> None:
+        """RULER's tasks."""
+        from llama_surgery.evaluation.ruler.run import run_ruler
+
         self.ruler = run_ruler(
             self.model,
-            Sampler(self.tokenizer, self._materials, seed=self.seed, chat=chat),
+            self._sampler,
             configs=self.configs,
-            tasks=self._tasks,
-            lengths=lengths,
-            samples=samples,
             routers=self.routers,
             batch_size=self.batch,
             kept=self.kept,
             deadline=self.deadline,
             progress=self.tell,
+            **self._asked,
         )
         self.results["ruler"], self.rows["ruler"] = self.ruler.to_dict(), self.ruler.rows()
 

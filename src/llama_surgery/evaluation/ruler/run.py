@@ -103,18 +103,8 @@ def run_ruler(
         TextError: A task does not exist, or its samples cannot be made.
     """
     check_dense(model, configs)
-    if min(samples, batch_size) < 1 or not tasks or not lengths:
-        raise SurgeryError(
-            f"{samples} samples of tasks {list(tasks)} at lengths {list(lengths)}, in batches of "
-            f"{batch_size}: at least one of each is needed."
-        )
     tasks, lengths = list(dict.fromkeys(tasks)), sorted(set(lengths))
-    context = context_length(model)
-    if context is not None and lengths[-1] > context:
-        raise SurgeryError(
-            f"{lengths[-1]} tokens: {model_name(model)} was made for {context}. Leave longer lengths out."
-        )
-    _check_samples(sampler, tasks, lengths, samples)
+    check_samples(model, sampler, tasks, lengths, samples, batch_size)
     kept = Kept() if kept is None else kept
     forms = {name: (config, adapter_digest(config, routers)) for name, config in configs.items()}
     made = {
@@ -155,8 +145,30 @@ def run_ruler(
     return result
 
 
-def _check_samples(sampler: Sampler, tasks: Sequence[str], lengths: Sequence[int], samples: int) -> None:
-    """What cannot be made is said before anything is answered."""
+def check_samples(
+    model: nn.Module,
+    sampler: Sampler,
+    tasks: Sequence[str],
+    lengths: Sequence[int],
+    samples: int,
+    batch_size: int = 1,
+) -> None:
+    """Refuses what cannot be made or answered, before anything is answered. Arguments are those of a run.
+
+    Raises:
+        SurgeryError: There is nothing to answer, or the model was not made for such lengths.
+        TextError: A task does not exist, or its samples cannot be made.
+    """
+    if min(samples, batch_size) < 1 or not tasks or not lengths:
+        raise SurgeryError(
+            f"{samples} samples of tasks {list(tasks)} at lengths {list(lengths)}, in batches of "
+            f"{batch_size}: at least one of each is needed."
+        )
+    context, longest = context_length(model), max(lengths)
+    if context is not None and longest > context:
+        raise SurgeryError(
+            f"{longest} tokens: {model_name(model)} was made for {context}. Leave longer lengths out."
+        )
     for task in tasks:
         task_of(task)
         if task in READING:
