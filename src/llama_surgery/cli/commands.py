@@ -3,7 +3,6 @@
 import logging
 import os
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -84,10 +83,9 @@ class Command(TyperCommand):
         outputs = {name: path for name, path in ctx.params.items() if name in named and path is not None}
         for name, path in outputs.items():
             checked_output(path, folder="folder" in name)
-        inputs = [path for name, value in ctx.params.items() if name not in named for path in _paths(value)]
-        files = [path for name, path in outputs.items() if "folder" not in name]
-        for number, path in enumerate(files):
-            if any(_same(path, other) for other in [*inputs, *files[:number]]):
+        inputs = [v for n, v in ctx.params.items() if n not in named and isinstance(v, (str, Path))]
+        for name, path in outputs.items():
+            if "folder" not in name and any(_same(path, Path(other)) for other in inputs):
                 raise SurgeryError(f"{path} is named twice, and would be overwritten: name another file.")
         began = time.time()
         try:
@@ -130,18 +128,6 @@ def checked_output(path: Path, *, folder: bool = False) -> Path:
     except OSError as error:
         raise SurgeryError(f"{path}: cannot be created ({error.strerror or error}).") from error
     return path
-
-
-def _paths(value: Any) -> Iterator[Path]:
-    """Paths among the values of a parameter: a path, a text that may be one, ``name=path``, or several."""
-    if isinstance(value, Path):
-        yield value
-    elif isinstance(value, str):
-        yield Path(value)
-        yield Path(value.partition("=")[2])
-    elif isinstance(value, (list, tuple)):
-        for item in value:
-            yield from _paths(item)
 
 
 def _same(one: Path, other: Path) -> bool:

@@ -160,7 +160,7 @@ def _worst(form: str, measure: str, changes: Mapping[Any, Change], limit: float)
         form=form,
         measure=measure,
         where=str(min(changes, key=lambda key: changes[key].difference)),
-        loss=max(-change.difference for change in parts),
+        loss=max(-change.difference for change in parts) + 0.0,  # no minus before a zero
         low=max(-change.high for change in parts),
         high=max(-change.low for change in parts),
         limit=limit,
