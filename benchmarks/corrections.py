@@ -44,8 +44,8 @@ VARIANTS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "channels": ({}, ("offset", "mean_weight", "variance_weight")),
     "tree": ({}, ("offset", "key_map")),
     "all": ({}, ("offset", "mean_weight", "variance_weight", "key_map")),
-    "page summary": ({"summary": "page"}, ("summary",)),
-    "ball summary": ({"summary": "ball"}, ("summary",)),
+    "weights of summaries": ({}, ("summary",)),
+    "no summaries": ({"summary": "none"}, ()),
 }
 
 #: Tokens of the texts that answers are checked on, and the relative error beyond which one is wrong.

@@ -87,7 +87,7 @@ def attention(length: int, repeats: int) -> dict[str, object]:
         "unit": "s",
         "ratio": statistics.median(d / o for d, o in zip(times["dense"], times["operated"], strict=True)),
         "far_density": far,
-        "total_density": far + result.near_pairs / result.causal_pairs,
+        "total_density": far + (result.near_pairs + result.summary_pairs) / result.causal_pairs,
     }
 
 

@@ -26,11 +26,11 @@ from llama_surgery import SurgeryConfig, config_of, operated, save_adapter
 from llama_surgery.evaluation.io import write_csv
 from llama_surgery.evaluation.paired import perplexity_ratio
 from llama_surgery.evaluation.perplexity import Perplexity
-from llama_surgery.evaluation.summary_density import summary_density
 from llama_surgery.learning.corrections import Corrections, scorer_parameters
 from llama_surgery.learning.settings import LearningSettings
 from llama_surgery.learning.trainer import Step, learn
 from llama_surgery.text import read_texts, windows
+from llama_surgery.topology.geometry import summary_density
 
 RESULTS = Path(__file__).parent / "results" / "learning.csv"
 #: What identifies a row.
@@ -38,16 +38,11 @@ KEYS = ("idea", "tile", "target", "length", "steps", "rate", "seed", "windows", 
 #: Name of an idea to the summary of unseen pages that it uses, and what is learned beside budgets; None for
 #: nothing at all.
 IDEAS: dict[str, tuple[str, tuple[str, ...] | None]] = {
-    "default": ("none", None),
-    "page": ("page", None),
-    "ball": ("ball", None),
-    "budgets": ("none", ()),
-    "channels": ("none", ("channels",)),
-    "tree": ("none", ("channels", "tree")),
-    "page+channels": ("page", ("channels", "summary")),
-    "ball+channels": ("ball", ("channels", "summary")),
-    "ball+channels+tree": ("ball", ("channels", "tree", "summary")),
-    "ball+budgets": ("ball", ("summary",)),
+    "default": ("page", None),
+    "none": ("none", None),
+    "budgets": ("page", ("summary",)),
+    "channels": ("page", ("channels", "summary")),
+    "channels+tree": ("page", ("channels", "tree", "summary")),
 }
 #: θ to begin the search for a density with, for tiles and for single rows; at 0.06 on the demo model.
 FIRST_THETA = {True: 0.0105, False: 0.046}
@@ -202,7 +197,7 @@ def _measure(bench: Bench, idea: str, tile: int, target: float, seed: int, learn
         "theta_decode": config.theta_decode,
         "far_density": read.far_density,
         "visible_far_density": read.visible_far_density,
-        "total_density": read.total_density,
+        "total_density": read.near_density + read.far_density,
         "summary_density": summary_density(config, options.length),
         "ppl": measured.losses.value,
         "dense_ppl": bench.dense.value,

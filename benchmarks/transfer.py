@@ -4,9 +4,9 @@
 
 A domain is a name and a folder of texts, every second of them kept for measuring, or a folder to learn on and
 another to measure on. On the measured windows of every domain, the same for all: the dense model, the
-training-free default, the idea's summary with nothing learned, and the corrections learned on every domain.
-Each is measured with θ moved until the executed far density is ``--density`` and, where θ or corrections come
-from another domain, first with that domain's θ as it is. Rows go to ``--out`` as they are measured.
+training-free default, and the corrections learned on every domain. Each is measured with θ moved until the
+executed far density is ``--density`` and, where θ or corrections come from another domain, first with that
+domain's θ as it is. Rows go to ``--out`` as they are measured.
 """
 
 import argparse
@@ -138,7 +138,7 @@ class Bench:
             closed = gap_closed(domain.dense, self.defaults[name].losses, measured.losses)
         row = {"idea": what.idea, "learned_on": what.learned_on, "tested_on": name, "theta_of": theta_of}
         row |= {"theta": measured.config.theta, "far_density": read.far_density}
-        row |= {"total_density": read.total_density, "dense_ppl": domain.dense.value}
+        row |= {"total_density": read.near_density + read.far_density, "dense_ppl": domain.dense.value}
         row |= {"ppl": measured.losses.value, "ppl_ratio": ratio.ratio}
         row |= {"ratio_low": ratio.low, "ratio_high": ratio.high}
         row |= dict(zip(("gap_closed", "gap_low", "gap_high"), closed, strict=True))
@@ -178,10 +178,7 @@ def main() -> None:
     thetas = {}
     for name in names:
         first = thetas.get(names[0], options.theta)
-        thetas[name] = bench.measure(Corrected("default", "none", fresh), name, first, names[0])
-    plain = Corrected(f"{options.idea}, nothing learned", IDEAS[options.idea][0], fresh)
-    for name in names:
-        bench.measure(plain, name, thetas[name], name)
+        thetas[name] = bench.measure(Corrected("default", IDEAS["default"][0], fresh), name, first, names[0])
     for origin in options.learn_on or names:
         learned, theta = bench.learned(origin), thetas[origin]
         for name in sorted(names, key=lambda other: other != origin):  # its own first: that sets its θ
@@ -198,7 +195,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--domain", nargs="+", action="append", required=True, metavar=("NAME", "DIR"), help="repeat it")
     add("--learn-on", nargs="+", help="names of the domains to learn on; all of them if left out")
     learned = [name for name, (_, parts) in IDEAS.items() if parts is not None]
-    add("--idea", choices=learned, default="ball+channels")
+    add("--idea", choices=learned, default="channels")
     add("--tile", type=int, default=64)
     add("--density", type=float, default=0.06, help="executed far density")
     add("--theta", type=float, default=FIRST_THETA[False], help="to begin the search of the first with")

@@ -9,16 +9,19 @@ import math
 from typing import Any
 
 import torch
-from torch.nn.functional import scaled_dot_product_attention as sdpa
 
 from llama_surgery.attention.impl.triton.decode import DecodeResult
 from llama_surgery.attention.impl.triton.decode_cache import DecodeCache, append_tokens
+from llama_surgery.attention.impl.triton.job import moments_from
+from llama_surgery.attention.summary import summary_logits
+from llama_surgery.bench.states import plain_attention
 from llama_surgery.config import SurgeryConfig
 from llama_surgery.errors import SurgeryError
 from llama_surgery.surgery.buffers import PageBuffers
 from llama_surgery.surgery.decoding import cache_view
 from llama_surgery.topology.geometry import closed_chunks
-from llama_surgery.topology.layout import Layout, moments_of, pool_channels
+from llama_surgery.topology.layout import Layout, mean_values, moments_of, pool_channels
+from llama_surgery.topology.selection import Scorer
 
 KV_HEADS, HEADS, DIM = 8, 4, 128
 #: Length of the planted part of a key, and logit that it gets from the planted part of a query.
@@ -152,7 +155,9 @@ def make_layer(setting: Setting, lengths: torch.Tensor, dtype: torch.dtype, seed
             order = torch.arange(config.chunk_size, dtype=torch.int16, device=device)
             order = order.expand(KV_HEADS, full // config.chunk_size, -1)
             moments = moments_of(keys[:, :full], config.ball_size)
-            buffers.write_chunks(own, 0, Layout(keys[:, :full], values[:, :full], order, moments))
+            means = mean_values(values[:, :full], config)
+            layout = Layout(keys[:, :full], values[:, :full], order, moments, mean_values=means)
+            buffers.write_chunks(own, 0, layout)
         buffers.write(own, full, keys[:, full:], values[:, full:])
     cache = cache_view(buffers, config, KV_HEADS, lengths)
     shape = (streams, HEADS, setting.rows, DIM)
@@ -209,7 +214,10 @@ def build(
 
 
 def check(setting: Setting, layer: Layer, result: DecodeResult, samples: int = 4) -> tuple[float, float]:
-    """Counts of all streams; of some, the error against float64 on the chosen pages, and plain PyTorch's."""
+    """Counts of all streams; of some, the error against float64, and plain PyTorch's.
+
+    Both read the chosen pages, and the means of the others.
+    """
     counts = torch.tensor([len(p) for p in layer.pages], device=result.opened.device)
     if not (result.opened == counts[:, None]).all():
         raise SurgeryError(f"{setting}: wrong pages, {result.opened[:, 0].tolist()} for {counts.tolist()}")
@@ -221,16 +229,29 @@ def check(setting: Setting, layer: Layer, result: DecodeResult, samples: int = 4
         closed = length - setting.near(length)
         slots = layer.pages[stream][:, None] * setting.page + torch.arange(setting.page)
         slots = torch.cat((slots.flatten(), torch.arange(closed, length))).to(counts.device)
-        k, v = (x[stream, slots].expand(HEADS, -1, -1) for x in (keys, values))
         position = length - setting.rows + torch.arange(setting.rows, device=counts.device)
         visible = (slots < closed) | (slots <= position[:, None])
         q = layer.queries[stream]
-        exact, rough = (sdpa(q.to(t), k.to(t), v.to(t), visible).double() for t in (torch.float64, q.dtype))
+        given = (q, keys[stream, slots], values[stream, slots], visible, *_unread(layer, stream, closed))
+        exact, rough = (plain_attention(*given, DIM**-0.5, dtype) for dtype in (torch.float64, q.dtype))
         worst = max(worst, float((result.out[stream].double() - exact).norm() / exact.norm()))
         plain = max(plain, float((rough - exact).norm() / exact.norm()))
     if not worst <= 1.5 * plain + 1e-5:
         raise SurgeryError(f"{setting}: wrong answer, error {worst:.2e}, plain low precision {plain:.2e}")
     return worst, plain
+
+
+def _unread(layer: Layer, stream: int, closed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits (heads, rows, pages) of what stands in for the first ``closed`` keys, and mean values."""
+    cache = layer.cache
+    pages, balls = closed // cache.config.page_size, closed // cache.config.ball_size
+    features = torch.cat([by_slot(x)[stream, None, :balls] for x in (cache.means, cache.spreads)], -1)
+    scorer = Scorer(DIM**-0.5, pool=cache.config.variance_pool)
+    moments = moments_from(features, cache.config)
+    logits = summary_logits(layer.queries[stream, None], moments, scorer, cache.config)[0]
+    logits[..., layer.pages[stream].to(logits.device)] = -math.inf
+    assert cache.mean_values is not None
+    return logits, by_slot(cache.mean_values)[stream, :pages]
 
 
 def check_dense(setting: Setting, layer: Layer, out: torch.Tensor) -> None:
@@ -245,14 +266,14 @@ def check_dense(setting: Setting, layer: Layer, out: torch.Tensor) -> None:
 
 
 def bytes_of(setting: Setting, results: list[DecodeResult]) -> float:
-    """Bytes that a call must move: pages read, moments, near field; scores written and read."""
+    """Bytes that a call must move: pages read, moments, mean values, near field; logits of pages twice."""
     size, lengths = results[0].out.element_size(), setting.streams()
     blocks = -(-setting.rows // results[0].rows_block)
     pages = sum(float(r.read[:, :: r.rows_block].sum()) for r in results) / len(results)
     closed, near = (sum(map(count, lengths)) for count in (setting.pages, setting.near))
-    keys = pages * setting.page + blocks * (near + closed * setting.page / setting.ball)
-    scores = 2 * 4 * setting.rows * HEADS * closed
-    return keys * 2 * DIM * size + scores
+    keys = pages * setting.page + blocks * (near + closed * setting.page / setting.ball + closed / 2)
+    logits = 2 * 2 * 4 * setting.rows * HEADS * closed  # of scores, and of what stands in
+    return keys * 2 * DIM * size + logits
 
 
 def facts_of(setting: Setting, results: list[DecodeResult]) -> dict[str, Any]:
@@ -261,9 +282,11 @@ def facts_of(setting: Setting, results: list[DecodeResult]) -> dict[str, Any]:
     lengths = setting.streams()
     mean = sum(lengths) / len(lengths)
     far = float(read.mean()) * setting.page / mean
+    summaries = sum(map(setting.pages, lengths)) / 2 / sum(lengths)
     return {
         "pages_p50": float(read[len(read) // 2]),
         "pages_p95": float(read[int(0.95 * (len(read) - 1))]),
         "executed_far": far,
-        "total_density": far + sum(map(setting.near, lengths)) / sum(lengths),
+        "summary_density": summaries,
+        "total_density": far + sum(map(setting.near, lengths)) / sum(lengths) + summaries,
     }

@@ -42,6 +42,7 @@ def paged(layer: Layer, tables: torch.Tensor) -> Layer:
             (states[..., dim:], cache.values),
             (engine.means, cache.means),
             (engine.spreads, cache.spreads),
+            (engine.mean_values, cache.mean_values),
         ):
             target[own] = source[sequence, :, : len(own)].transpose(0, 1)
         engine.first_pages[own] = cache.sink_page[sequence, :, 0]

@@ -11,11 +11,13 @@ import torch
 from llama_surgery.attention.impl.triton import prefill, selection
 from llama_surgery.attention.impl.triton.job import Job, make_job, page_features
 from llama_surgery.attention.impl.triton.layout import build_layout
+from llama_surgery.attention.impl.triton.summary import means_for, summarise_strip
 from llama_surgery.attention.impl.triton.tiled_plan import ENTRY, TiledPlan
 from llama_surgery.bench.dense import check, ways
 from llama_surgery.bench.measure import Deadline, Rows, capture, once, say, times
 from llama_surgery.config import SurgeryConfig
 from llama_surgery.errors import SurgeryError
+from llama_surgery.topology.geometry import summary_density
 
 from . import prefill_case as case
 from .quantities import quantiles
@@ -112,6 +114,8 @@ class _Timed:
         theta = case.calibrate(job, self.totals, setting.density)
         self.config = dataclasses.replace(config, theta=theta, theta_decode=theta)
         self.job: Job = dataclasses.replace(job, config=self.config)
+        #: The same without summaries.
+        self.bare = dataclasses.replace(job, config=dataclasses.replace(self.config, summary="none"))
         self.label = {
             "n": self.length,
             "page": config.page_size,
@@ -137,16 +141,17 @@ class _Timed:
             raise SurgeryError("the sparse path wrote NaN.")
         executed = case.executed_density(result.plans, self.config.page_size, self.length)
         visible = sum(float(p.visible_pairs(self.config.page_size).double().mean()) for p in result.plans)
+        summaries = summary_density(self.config, self.length)
         pages = torch.cat([plan.counts.flatten() for plan in result.plans]).float().sort().values
         if self.setting.parts:
-            self.time_parts(result.plans, result.near_pairs)
+            self.time_parts(result.near_pairs)
         measured = _measure(self.attend, self.device)
         speedups = {f"over_{name}": ms / measured["p50_ms"] for name, ms in self.dense.items()}
         self.rows.add(
             **self.label, part="attention with layout and selection", **measured, **speedups,
             theta=self.config.theta, executed_far=executed, total_density=executed
-            + result.near_pairs / result.causal_pairs, visible_far=visible
-            / result.causal_pairs, pages_p50=float(pages[len(pages) // 2]),
+            + result.near_pairs / result.causal_pairs + summaries, summary_density=summaries,
+            visible_far=visible / result.causal_pairs, pages_p50=float(pages[len(pages) // 2]),
             pages_p95=float(pages[int(0.95 * (len(pages) - 1))]), error=error, plain_error=plain,
             differing=differing,
         )  # fmt: skip
@@ -162,9 +167,9 @@ class _Timed:
         self.rows.add(**self.label, part=part, **measured, **rate)
         return measured["p50_ms"]
 
-    def time_parts(self, plans: list[TiledPlan], near_pairs: int) -> None:
-        """Layout, features, selection and the near field, each alone, and what far pages add to the last."""
-        data, job, config = self.data, self.job, self.config
+    def time_parts(self, near_pairs: int) -> None:
+        """Layout, features, selection, near field and summaries, each alone, and what far pages add."""
+        data, job, bare, config = self.data, self.job, self.bare, self.config
         strips = list(job.strips())
         far = [strip for strip in strips if strip.pages]
         out = torch.full_like(job.queries, torch.nan)
@@ -186,7 +191,15 @@ class _Timed:
                 plan = next(left) if strip.pages else None
                 prefill.attend_strip(job, strip, plan if pages else None, out, lse)
 
+        def summaries() -> None:
+            for strip, plan in zip(far, plans, strict=True):
+                if means is not None:
+                    summarise_strip(job, strip, plan, means, out, lse)
+
+        plans, means = case.plans_of(job, config.theta, self.totals), means_for(job)
         attention(plans)
+        case.check_tiles(bare, plans, out)
+        summaries()
         case.check_tiles(job, plans, out)
         far_pairs = case.executed_pairs(plans, config.page_size)
         self.add("layout", lambda: build_layout(data.keys, data.values, config))
@@ -196,9 +209,11 @@ class _Timed:
         near = self.add("near field", lambda: attention(plans, pages=False), near_pairs)
         self.add("far pages", lambda: attention(plans), far_pairs, less=near)
         self.add("near field and far pages", lambda: attention(plans), near_pairs + far_pairs)
+        if means is not None:
+            self.add("summaries", summaries)
         scattered = case.scattered_plans(job, plans, self.setting.density)
         attention(scattered)
-        case.check_tiles(job, scattered, out)
+        case.check_tiles(bare, scattered, out)
         pairs = case.executed_pairs(scattered, config.page_size)
         self.add("far pages, scattered", lambda: attention(scattered), pairs, less=near)
 
@@ -207,7 +222,7 @@ class _Timed:
         opened = [dataclasses.replace(p, entries=p.entries // ENTRY * ENTRY) for p in plans]  # type: ignore[operator]
         try:
             call = case.flex_call(self.job, opened)
-            case.check_tiles(self.job, opened, call())
+            case.check_tiles(self.bare, opened, call())
             self.add("FlexAttention", call)
         except Exception as problem:  # a rival that does not run must not end the program
             say(f"FlexAttention did not run: {str(problem).splitlines()[0][:200]}")

@@ -10,15 +10,15 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch.nn.functional import scaled_dot_product_attention as sdpa
 
 from llama_surgery.attention.impl.triton import selection
-from llama_surgery.attention.impl.triton.job import Job
+from llama_surgery.attention.impl.triton.job import Job, moments_from
 from llama_surgery.attention.impl.triton.tiled_plan import ENTRY, TiledPlan
+from llama_surgery.attention.summary import summary_logits
 from llama_surgery.bench.measure import nearest_theta
-from llama_surgery.bench.states import clustered_states
+from llama_surgery.bench.states import clustered_states, plain_attention
 from llama_surgery.errors import SurgeryError
-from llama_surgery.topology.geometry import closed_chunks
+from llama_surgery.topology.geometry import Block, closed_chunks
 from llama_surgery.topology.layout import Moments
 from llama_surgery.topology.selection import Scorer
 
@@ -69,7 +69,8 @@ def calibrate(job: Job, totals: list[torch.Tensor], density: float) -> float:
 
 def check_tiles(job: Job, plans: list[TiledPlan], out: torch.Tensor, samples: int = 6) -> tuple[float, float]:
     """Largest relative error of sampled tiles against float64 on the plan's own pages, and that of plain
-    PyTorch in the queries' dtype on the same keys.
+    PyTorch in the queries' dtype on the same keys. Means stand in for other pages where the job's
+    configuration says so.
 
     Args:
         out: Of all rows, with as many elements as the job's queries have.
@@ -80,18 +81,20 @@ def check_tiles(job: Job, plans: list[TiledPlan], out: torch.Tensor, samples: in
     worst, plain = 0.0, 0.0
     size, config, layout = job.tile, job.config, job.layout
     tiles = job.stop // size
-    (choosers, heads, _, _), outs = job.queries.shape, out.reshape(*job.queries.shape[:3], -1)
+    (choosers, heads, _, dim), outs = job.queries.shape, out.reshape(*job.queries.shape[:3], -1)
     for sample in range(samples):
         tile = tiles - 1 - sample * (tiles // samples)
         chooser = (sample * 5) % choosers
         stream = chooser // job.group
         rows = slice(tile * size, (tile + 1) * size)
-        first = closed_chunks(tile * size, config, size) * config.chunk_size
-        q = job.queries[chooser, :, rows].double()
+        closed = closed_chunks(tile * size, config, size)
+        first = closed * config.chunk_size
+        q = job.queries[chooser, :, rows]
         k, v = (x[stream, first : rows.stop] for x in (job.near_keys, job.near_values))
         row = torch.arange(size, device=q.device)
         key = torch.arange(first, rows.stop, device=q.device)
         visible = key[None] <= (row + rows.start)[:, None]
+        logits, means = q.new_zeros(heads, size, 0), q.new_zeros(0, dim)
         for plan in plans:
             index = tile - plan.start // size
             if layout is None or not 0 <= index < plan.counts.shape[1]:
@@ -103,9 +106,17 @@ def check_tiles(job: Job, plans: list[TiledPlan], out: torch.Tensor, samples: in
             v = torch.cat((v, layout.values[stream, slots.flatten()]))
             seen = (row[:, None] >= entries % ENTRY).repeat_interleave(config.page_size, 1)
             visible = torch.cat((visible, seen), 1)
+            if config.summarises(size) and job.features is not None and layout.mean_values is not None:
+                pages = closed * config.pages_per_chunk
+                moments = moments_from(job.features[stream, None, : pages * config.balls_per_page], config)
+                scorer = Scorer(job.scale, job.softcap, pool=config.variance_pool)
+                logits = summary_logits(q[None], moments, scorer, config)[0]
+                block = Block(rows.start, rows.stop, closed)
+                logits = logits.masked_fill(plan.seen(block, pages)[chooser], -torch.inf)
+                means = layout.mean_values[stream, :pages]
         exact, rough = (
-            sdpa(q.to(t), k.to(t).expand(heads, -1, -1), v.to(t).expand(heads, -1, -1), visible).double()
-            for t in (torch.float64, job.queries.dtype)
+            plain_attention(q, k, v, visible, logits, means, job.scale, dtype)
+            for dtype in (torch.float64, job.queries.dtype)
         )
         got = outs[chooser, :, rows].double()
         worst = max(worst, float((got - exact).norm() / exact.norm()))

@@ -8,10 +8,10 @@ from typing import Any, Literal, get_args
 from llama_surgery.derived import Derived, hide, rules, settle
 from llama_surgery.errors import SurgeryError
 from llama_surgery.gumbel.config import GumbelConfig
-from llama_surgery.removed import REMOVED_CHOICES, without_removed
+from llama_surgery.removed import BEFORE, REMOVED_CHOICES, without_removed
 
 Topology = Literal["pages", "gumbel"]
-Summary = Literal["none", "page", "ball"]
+Summary = Literal["none", "page"]
 Backend = Literal["auto", "reference", "gather", "triton"]
 
 CONFIG_VERSION = 1
@@ -49,8 +49,8 @@ class SurgeryConfig:
             score is the log-sum-exp of its balls' scores. Smaller balls score more sharply and cost more.
         variance_pool: Channels whose variances are averaged for page scores: half of them neighbours, half
             their rotary partners. 1 keeps every channel's; 8 nearly halves what scoring costs.
-        summary: What stands in for pages that a row does not see: nothing (``none``), or a single key for
-            each ``page`` or ``ball``, with its expected weight and its mean value.
+        summary: What stands in for the pages that a row does not see: a single key for each ``page``, with
+            its expected weight and its mean value, or nothing (``none``).
         dense_until: Queries at positions below this see everything; a multiple of ``tile``. From the length
             of the longest text on, all attention is dense.
         backend: Who executes the plan. ``auto`` takes the kernels on a GPU where they can run a call, and
@@ -74,7 +74,7 @@ class SurgeryConfig:
     theta_decode: Derived[float] = Derived(_default_theta_decode)
     moment_size: Derived[int] = Derived(_default_moment_size)
     variance_pool: int = 1
-    summary: Summary = "none"
+    summary: Summary = "page"
     dense_until: int = 0
     backend: Backend = "auto"
     gumbel: GumbelConfig | None = None
@@ -201,11 +201,9 @@ class SurgeryConfig:
         """``moment_size`` by another name."""
         return self.moment_size
 
-    @property
-    def summarised(self) -> int:
-        """Keys that one term of a summary stands for; 0 without summaries."""
-        sizes = {"none": 0, "ball": self.ball_size, "page": self.page_size}
-        return sizes[self.summary]
+    def summarises(self, tile: int) -> bool:
+        """Do mean values stand in for pages, where rows in tiles of ``tile`` queries do not see them all?"""
+        return self.summary == "page" and self.theta_for(tile) > 0
 
     @property
     def balls_per_page(self) -> int:
@@ -221,8 +219,8 @@ class SurgeryConfig:
 
     @property
     def summaries_per_chunk(self) -> int:
-        """Terms that can stand in for a chunk's pages; 0 without summaries."""
-        return self.chunk_size // self.summarised if self.summarised else 0
+        """Mean values that are kept of a chunk: one a page, none without summaries."""
+        return self.pages_per_chunk if self.summary == "page" else 0
 
     def to_dict(self) -> dict[str, Any]:
         """All values and the format version, ready for JSON.
@@ -238,12 +236,13 @@ class SurgeryConfig:
         """Inverse of :meth:`to_dict`.
 
         A value that is what would be derived counts as derived: ``dataclasses.replace`` then derives it anew.
+        Fields may be left out; where there is a version, it is what releases without them executed.
 
         Raises:
             SurgeryError: Unknown fields, a newer version, or something that is gone
                 (:data:`llama_surgery.removed.REMOVED`).
         """
-        values = dict(values)
+        values = {**BEFORE, **values} if "version" in values else dict(values)
         version = values.pop("version", CONFIG_VERSION)
         if not isinstance(version, int) or isinstance(version, bool) or version > CONFIG_VERSION:
             raise SurgeryError(
@@ -263,7 +262,7 @@ class SurgeryConfig:
     def __setstate__(self, state: dict[str, Any]) -> None:
         # Pickles of older releases have no record of what was given: all of it was.
         given = {name: state[name] for name in rules(type(self))}
-        self.__dict__.update({"given": given, **without_removed(state)})
+        self.__dict__.update({"given": given, **BEFORE, **without_removed(state)})
 
 
 def _plain(value: Any) -> Any:

@@ -27,7 +27,7 @@ def test_learn_writes_an_adapter_that_runs(model: Path, text: Path, tmp_path: Pa
         path.name for path in (tmp_path / "adapter").iterdir()
     }
     loaded = load_adapter(AutoModelForCausalLM.from_pretrained(model), tmp_path / "adapter")
-    assert sorted(routers_of(loaded)) == [0, 1] and told["config"]["summary"] == "ball"
+    assert sorted(routers_of(loaded)) == [0, 1] and told["config"]["summary"] == "page"
     assert {"variance_weight", "summary"} < routers_of(loaded)[0].tensors().keys()
     eject(loaded)
 

@@ -15,13 +15,13 @@ from llama_surgery.evaluation.compare import FORMS, Comparison
 from llama_surgery.evaluation.compare_forms import densities_between, solve
 from llama_surgery.evaluation.kept import Kept
 from llama_surgery.evaluation.peers import gate as seer
-from llama_surgery.evaluation.summary_density import summary_density
 from llama_surgery.surgery import operate
+from llama_surgery.topology.geometry import summary_density
 from llama_surgery.topology.router import PageRouter
 
 CONFIG = SurgeryConfig(chunk_size=64, page_size=16, window=32, tile=16)
-#: An adapter of the tiny model: summaries, and heads that trade what they may read.
-SUMMARISED = dataclasses.replace(CONFIG, summary="ball", window=64)
+#: An adapter of the tiny model: another window, and heads that trade what they may read.
+ADAPTED = dataclasses.replace(CONFIG, window=64)
 OFFSETS = {0: PageRouter(offset=torch.tensor([[0.3, -0.3], [0.1, -0.1]]))}
 
 
@@ -81,7 +81,7 @@ def test_every_form_is_measured(comparison, monkeypatch) -> None:
     monkeypatch.setattr(compare, "densities_between", lambda floor, requested: [0.6])
     # Retrieval heads stream over more keys than these windows have.
     forms = [name for name in FORMS if name != "duo"]
-    results = comparison(adapter=(SUMMARISED, OFFSETS), rules=forms).run()
+    results = comparison(adapter=(ADAPTED, OFFSETS), rules=forms).run()
     assert results["unfinished"] == []
     rows = {(row["form"], row["target_density"]): row for row in results["rows"]}
     assert {form for form, _ in rows} == set(forms)
@@ -94,8 +94,8 @@ def test_every_form_is_measured(comparison, monkeypatch) -> None:
         assert row["floor"] <= row["total_density"] * 1.05
         if target < 1 and form not in ("minference", "xattention", "flexprefill"):
             assert row["total_density"] == pytest.approx(0.6, abs=0.1)
-        summarised = form == "learned" and target < 1
-        expected = summary_density(SUMMARISED, 256) if summarised else 0
+        summarised = form in ("pages", "learned") and target < 1
+        expected = summary_density(ADAPTED if form == "learned" else CONFIG, 256) if summarised else 0
         assert row["summary_density"] == row["prefill_summary_density"] == expected
         assert (row["decode_summary_density"] > 0) == summarised
     assert rows["learned", 0.6]["title"] == "pages, tile 16, learned (this package)"
@@ -118,16 +118,16 @@ def test_an_adapter_is_a_form_of_its_own(comparison, cells, monkeypatch) -> None
     # The folder of a comparison without an adapter takes one up, and goes on without it.
     comparison(rules=["dense"]).run()
     (dense,) = cells()
-    found = comparison(adapter=(SUMMARISED, OFFSETS), rules=["learned"]).run()
+    found = comparison(adapter=(ADAPTED, OFFSETS), rules=["learned"]).run()
     assert {row["form"] for row in found["rows"]} == {"dense", "learned"}
     assert routers and all(given == OFFSETS for given in routers)
     assert dense in cells() and len(cells()) == 3
-    assert found["rows"][1]["number"] != SUMMARISED.theta and found["rows"][1]["summary_density"] > 0
+    assert found["rows"][1]["number"] != ADAPTED.theta and found["rows"][1]["summary_density"] > 0
     # The same adapter, read from files again; then another configuration, and other corrections.
     again, times = {0: PageRouter(offset=OFFSETS[0].offset.clone())}, len(routers)
-    assert comparison(adapter=(SUMMARISED, again), rules=["learned"]).run() == found
+    assert comparison(adapter=(ADAPTED, again), rules=["learned"]).run() == found
     assert len(routers) == times
-    for other in ((CONFIG, OFFSETS), (SUMMARISED, {0: PageRouter(offset=torch.zeros(2, 2))})):
+    for other in ((CONFIG, OFFSETS), (ADAPTED, {0: PageRouter(offset=torch.zeros(2, 2))})):
         comparison(adapter=other, rules=["learned"]).run()
         assert len(routers) > times
         times = len(routers)

@@ -53,7 +53,8 @@ def test_result_says_what_was_measured_and_how(measured, tiny_llama, tokenizer, 
     assert steps[-1] == ("everything open: needles", 6, 6)
     for operated in result.operated:
         assert SurgeryConfig.from_dict(operated.config) == CONFIGS[operated.name]
-        total = operated.density["near_density"] + operated.density["far_density"]
+        parts = ("near_density", "far_density", "summary_density")
+        total = sum(operated.density[name] for name in parts)
         assert operated.density["total_density"] == pytest.approx(total)
         assert operated.ratio.count == 3
         assert operated.ratio.ratio == pytest.approx(operated.perplexity / result.dense.perplexity)
@@ -84,7 +85,7 @@ def test_prefill_and_decode_are_told_apart(measured) -> None:
         phases = operated.generate_density
         assert set(phases) == {"prefill", "decode"}
         for densities in phases.values():
-            total = densities["near_density"] + densities["far_density"]
+            total = sum(densities[name] for name in ("near_density", "far_density", "summary_density"))
             assert densities["total_density"] == pytest.approx(total)
     # One decoded row near position 1024 has at most this much of its context in the near field.
     sparse = result.operated[0].generate_density["decode"]

@@ -61,6 +61,7 @@ def test_a_file_executed_by_the_reference_gives_the_operated_attention(
     config: SurgeryConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ids, seen = tokens(LENGTH), []
+    config = dataclasses.replace(config, summary="none")  # a file holds no means
     plain = execute.attend
 
     def watched(queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, *rest: Any, **options: Any):

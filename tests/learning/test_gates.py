@@ -15,7 +15,7 @@ from llama_surgery.learning.reading import Reading
 
 SHAPES = {0: (2, 2, 16), 1: (2, 2, 16)}
 PARTS = ("channels", "tree", "summary")
-PAGES, BALLS = (dataclasses.replace(SPARSE, summary=kind) for kind in ("page", "ball"))
+BARE = dataclasses.replace(SPARSE, summary="none")
 
 
 def corrections(seed: int, size: float = 0.3) -> Corrections:
@@ -36,7 +36,7 @@ def gated(model, ids: torch.Tensor, gates: Gates) -> torch.Tensor:
 
 @pytest.mark.parametrize(
     "config",
-    [SPARSE, SINGLE, PAGES, BALLS, dataclasses.replace(SINGLE, summary="page", moment_size=16)],
+    [SPARSE, SINGLE, BARE, dataclasses.replace(SINGLE, moment_size=16)],
 )
 def test_the_hard_end_is_the_operated_model(config) -> None:
     model, ids, learned = llama(), tokens(320), corrections(1)
@@ -52,7 +52,7 @@ def test_the_hard_end_is_the_operated_model(config) -> None:
     assert gates.reading.density() == pytest.approx(read.far_density, rel=1e-12)
 
 
-@pytest.mark.parametrize("config", [SPARSE, PAGES, BALLS])
+@pytest.mark.parametrize("config", [SPARSE, BARE])
 def test_the_soft_end_is_the_dense_model(config) -> None:
     model, ids = llama(), tokens(320)
     gates = Gates(corrections(2), config, math.log(0.3), Homotopy(0.0, 1.0))
@@ -61,7 +61,7 @@ def test_the_soft_end_is_the_dense_model(config) -> None:
     assert gates.reading.mass_lost() > 0.01
 
 
-@pytest.mark.parametrize("config", [SPARSE, PAGES])
+@pytest.mark.parametrize("config", [SPARSE, BARE])
 def test_falling_temperature_approaches_the_hard_end(config) -> None:
     model, ids, learned = llama(), tokens(256), corrections(3)
     ends = []
@@ -76,7 +76,7 @@ def test_falling_temperature_approaches_the_hard_end(config) -> None:
 
 def test_every_parameter_moves_loss_and_density() -> None:
     model, ids, learned = llama(), tokens(256), corrections(4)
-    gates = Gates(learned, PAGES, math.log(0.15), Homotopy(1.0, 1.0))
+    gates = Gates(learned, SPARSE, math.log(0.15), Homotopy(1.0, 1.0))
     for objective in ("loss", "density"):
         out = gated(model, ids, gates)
         learned.zero_grad()
@@ -87,7 +87,7 @@ def test_every_parameter_moves_loss_and_density() -> None:
     model.zero_grad()
 
 
-@pytest.mark.parametrize("config", [PAGES, BALLS])
+@pytest.mark.parametrize("config", [SPARSE, BARE])
 def test_open_gates_are_dense_and_their_gradients_are_numbers(config) -> None:
     model, ids, learned = llama(), tokens(256), corrections(5)
     out = gated(model, ids, Gates(learned, config, math.log(0.15), Homotopy(0.0, 0.5)))
@@ -113,7 +113,7 @@ def test_slope_is_the_derivative_in_log_theta() -> None:
 def test_gradients_are_finite_differences(layer: str, name: str) -> None:
     model, ids, learned = llama(), tokens(192), corrections(6)
     offset = getattr(learned[layer], name)
-    gates = Gates(learned, BALLS, math.log(0.15), Homotopy(1.0, 0.7))
+    gates = Gates(learned, SPARSE, math.log(0.15), Homotopy(1.0, 0.7))
 
     def loss() -> torch.Tensor:
         return gated(model, ids, gates).square().mean()

@@ -5,8 +5,8 @@ import math
 
 import pytest
 import torch
-from tests.learning.test_gates import BALLS, PAGES, corrections
-from tests.surgery.tiny import SINGLE, in_pieces, llama, logits, tokens
+from tests.learning.test_gates import corrections
+from tests.surgery.tiny import SINGLE, SPARSE, in_pieces, llama, logits, tokens
 
 from llama_surgery import SurgeryConfig, operated
 from llama_surgery.attention.api import attend
@@ -21,9 +21,8 @@ CONFIG = SurgeryConfig(
 )
 
 
-@pytest.mark.parametrize("summary", ["page", "ball"])
-def test_a_slow_loop_agrees(summary: str) -> None:
-    config, dim, rows = dataclasses.replace(CONFIG, summary=summary), 5, 72
+def test_a_slow_loop_agrees() -> None:
+    config, dim, rows = CONFIG, 5, 72
     generator = torch.Generator().manual_seed(0)
     q = torch.randn(1, 2, rows, dim, dtype=torch.float64, generator=generator)
     k, v = (torch.randn(1, rows, dim, dtype=torch.float64, generator=generator) for _ in range(2))
@@ -32,7 +31,6 @@ def test_a_slow_loop_agrees(summary: str) -> None:
     last = result.plans[-1]
     by_head = page_mask(last, last.block.closed * 2)[:, -1]
     assert last.block.stop == rows and len(by_head) == 2 and not torch.equal(*by_head)
-    size = 4 if summary == "ball" else 8
     for head in range(2):
         query, seen = q[0, head, -1], by_head[head]
         assert 0 < seen.sum() < len(seen)
@@ -40,8 +38,8 @@ def test_a_slow_loop_agrees(summary: str) -> None:
         for position in range(last.block.closed * 16, rows):
             weights.append(float(query @ (2 * k[0, position])))
             values.append(v[0, position])
-        for start in range(0, last.block.closed * 16, size):
-            keys, kept = layout.keys[0, start : start + size], layout.values[0, start : start + size]
+        for start in range(0, last.block.closed * 16, 8):
+            keys, kept = layout.keys[0, start : start + 8], layout.values[0, start : start + 8]
             if seen[start // 8]:
                 weights += [float(query @ key) for key in keys]
                 values += list(kept)
@@ -72,18 +70,16 @@ def test_weights_are_exact_for_two_groups_and_never_above_the_score() -> None:
     assert (capped.weights(q, moments) <= capped(q, moments) + 1e-7).all()
 
 
-@pytest.mark.parametrize("config", [PAGES, BALLS])
-def test_everything_open_is_dense(config) -> None:
+def test_everything_open_is_dense() -> None:
     model, ids = llama(), tokens(256)
-    with operated(model, dataclasses.replace(config, theta=0.0, theta_decode=0.0)):
+    with operated(model, dataclasses.replace(SPARSE, theta=0.0, theta_decode=0.0)):
         ours = logits(model, ids)
     torch.testing.assert_close(ours, logits(model, ids), rtol=0, atol=1e-9)
 
 
-@pytest.mark.parametrize("config", [PAGES, BALLS])
-def test_no_later_token_changes_an_earlier_logit(config) -> None:
+def test_no_later_token_changes_an_earlier_logit() -> None:
     model, ids = llama(), tokens(240)
-    with operated(model, config, routers=scorer_parameters(corrections(1))):
+    with operated(model, SPARSE, routers=scorer_parameters(corrections(1))):
         whole = logits(model, ids)
         for stop in (200, 113, 37):
             torch.testing.assert_close(logits(model, ids[:stop]), whole[:, :stop], rtol=0, atol=1e-9)
@@ -91,7 +87,7 @@ def test_no_later_token_changes_an_earlier_logit(config) -> None:
 
 @pytest.mark.parametrize(
     ("config", "cuts"),
-    [(PAGES, [64, 136, 200]), (dataclasses.replace(SINGLE, summary="ball"), [1, 77, 131, 132])],
+    [(SPARSE, [64, 136, 200]), (SINGLE, [1, 77, 131, 132])],
 )
 def test_cuts_do_not_matter(config, cuts) -> None:
     model, ids = llama(), tokens(240)
@@ -110,8 +106,8 @@ def test_the_summary_brings_attention_closer_to_dense() -> None:
     dense = attend(
         q[:, None], k, v, None, config=dataclasses.replace(CONFIG, dense_until=1 << 20), start=0
     ).out
-    for summary in ("none", "page", "ball"):
+    for summary in ("none", "page"):
         config = dataclasses.replace(CONFIG, summary=summary)
         out = attend(q[:, None], k, v, build_layout(k, v, config), config=config, start=0).out
         errors[summary] = float((out - dense).square().mean())
-    assert errors["ball"] < errors["page"] < errors["none"]
+    assert errors["page"] < errors["none"]

@@ -92,7 +92,8 @@ def check(read: Statistics, count: Count):
     assert read.near_density == pytest.approx(int(count.near.sum()) / pairs)
     assert read.far_density == pytest.approx(float(count.executed.sum()) / pairs)
     assert read.visible_far_density == pytest.approx(float(count.visible.sum()) / pairs)
-    assert read.total_density == pytest.approx(read.near_density + read.far_density)
+    total = read.near_density + read.far_density + read.summary_density
+    assert read.total_density == pytest.approx(total)
     assert read.pages_read == int(count.pages.sum())
     causal = count.causal / LAYERS
     for layer, part in read.by_layer.items():

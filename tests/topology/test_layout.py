@@ -23,7 +23,6 @@ def cases(draw):
         window=0,
         tile=1,
         theta=0.01,
-        summary=draw(st.sampled_from(["page", "ball"])),
     )
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
     shape = (draw(st.integers(1, 3)), draw(st.integers(1, 3)) * config.chunk_size)
@@ -42,8 +41,8 @@ def test_moments_are_those_of_the_balls_keys(case):
     torch.testing.assert_close(layout.moments.mean, mean, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(layout.moments.variance, variance, rtol=1e-12, atol=1e-12)
     assert layout.moments.size == config.moment_size
-    by_run = layout.values.unflatten(1, (-1, config.summarised))
-    torch.testing.assert_close(layout.mean_values, by_run.mean(2), rtol=1e-12, atol=1e-12)
+    by_page = layout.values.unflatten(1, (-1, config.page_size))
+    torch.testing.assert_close(layout.mean_values, by_page.mean(2), rtol=1e-12, atol=1e-12)
 
 
 @given(cases())

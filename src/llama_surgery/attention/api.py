@@ -6,7 +6,7 @@ A *stream* is one KV head of one sequence; queries come grouped, all query heads
 import dataclasses
 import importlib
 from collections.abc import Sequence
-from typing import Any, Protocol, cast
+from typing import Protocol, cast
 
 import torch
 
@@ -15,7 +15,7 @@ from llama_surgery.attention.executor import backend_name
 from llama_surgery.attention.impl.common import differentiable, merge
 from llama_surgery.attention.summary import summary
 from llama_surgery.config import SurgeryConfig
-from llama_surgery.topology.geometry import query_blocks
+from llama_surgery.topology.geometry import query_blocks, summary_pairs
 from llama_surgery.topology.layout import Layout
 from llama_surgery.topology.plan import Plan
 from llama_surgery.topology.router import PageRouter
@@ -103,6 +103,7 @@ class AttentionResult:
         plans: Plans of all rows that had closed chunks.
         near_pairs: (query, key) pairs of the near field, for one query head.
         causal_pairs: Pairs that dense attention would read, for one query head.
+        summary_pairs: What summaries cost beside (:func:`~llama_surgery.topology.geometry.summary_pairs`).
     """
 
     out: torch.Tensor
@@ -110,6 +111,7 @@ class AttentionResult:
     plans: Sequence[CountedPlan]
     near_pairs: int
     causal_pairs: int
+    summary_pairs: float = 0.0
 
 
 def attend(
@@ -155,8 +157,11 @@ def attend(
     check_call(queries, near_keys, near_values, layout, config, start, tile, sink_logit, router)
     learning = router is not None and differentiable(*router.tensors().values())
     name = backend_name(config, queries, near_values, tile, listening=listener is not None, learning=learning)
+    summaries = summary_pairs(start, stop, config, tile)
     if name == "triton":
-        return _attend_with_kernels(
+        from llama_surgery.attention.impl import triton
+
+        found = triton.attend(
             queries,
             near_keys,
             near_values,
@@ -168,6 +173,9 @@ def attend(
             softcap=softcap,
             sink_logit=sink_logit,
             router=router,
+        )
+        return AttentionResult(
+            found.out, found.lse, found.plans, found.near_pairs, found.causal_pairs, summaries
         )
     backend = cast(Backend, importlib.import_module(f"llama_surgery.attention.impl.{name}"))
     if router is not None:
@@ -205,7 +213,7 @@ def attend(
                 scale=scale,
                 softcap=softcap,
             )
-            if config.summary != "none" and not plan.everything:
+            if config.summarises(tile):
                 near = merge(*near, *summary(q, layout, plan, scorer, config))
         out, lse = near
         if sink_logit is not None:
@@ -221,20 +229,8 @@ def attend(
         plans,
         near_pairs,
         _triangle(stop) - _triangle(start),
+        summaries,
     )
-
-
-def _attend_with_kernels(
-    queries: torch.Tensor,
-    near_keys: torch.Tensor,
-    near_values: torch.Tensor,
-    layout: Layout | None,
-    **options: Any,
-) -> AttentionResult:
-    from llama_surgery.attention.impl import triton
-
-    result = triton.attend(queries, near_keys, near_values, layout, **options)
-    return AttentionResult(result.out, result.lse, result.plans, result.near_pairs, result.causal_pairs)
 
 
 def _triangle(n: int) -> int:

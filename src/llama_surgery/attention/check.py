@@ -81,7 +81,7 @@ def _check_layout(layout: Layout, config: SurgeryConfig, queries: torch.Tensor, 
         and layout.moments.mean.shape == (streams, slots // config.ball_size, dim)
     )
     means = layout.mean_values
-    if config.summarised:
+    if config.summary != "none":
         summaries = (streams, layout.chunks * config.summaries_per_chunk, values.shape[-1])
         fits = fits and means is not None and means.shape == summaries
     if not fits:

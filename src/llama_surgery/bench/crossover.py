@@ -133,7 +133,7 @@ def measure_crossover(
         far = _far_density(found, config)
         rows.add(
             **points[-1]._asdict(), theta=config.theta, far_density=far,
-            total_density=far + found.near_pairs / found.causal_pairs,
+            total_density=far + (found.near_pairs + found.summary_pairs) / found.causal_pairs,
         )  # fmt: skip
     return recommend(points, config.tile), points
 

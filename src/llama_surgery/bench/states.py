@@ -1,4 +1,4 @@
-"""Queries, keys and values that are clustered, so that pages differ as those of text do."""
+"""Clustered queries, keys and values, whose pages differ as those of text do; and what must come out."""
 
 import torch
 
@@ -31,3 +31,33 @@ def clustered_states(
     keys = normal(kv_heads, length) + walk(KEYS_STAY)
     queries = normal(kv_heads, group, length) + walk(QUERIES_STAY)[:, None]
     return queries, keys, normal(kv_heads, length)
+
+
+def plain_attention(
+    queries: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    visible: torch.Tensor,
+    logits: torch.Tensor,
+    means: torch.Tensor,
+    scale: float,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """Attention of one stream's rows to keys, and to means that stand in for others.
+
+    Args:
+        queries: (heads, rows, dim).
+        keys, values: (n, dim).
+        visible: (rows, n) bool.
+        logits: (heads, rows, pages) of the means, -inf where a row sees the page itself.
+        means: (pages, dim).
+        scale: Of q·k.
+        dtype: float64, or what weights and values are rounded to.
+
+    Returns:
+        (heads, rows, dim) float64.
+    """
+    wide = torch.promote_types(dtype, torch.float32)
+    products = (queries.to(wide) @ keys.to(wide).T * scale).masked_fill(~visible, -torch.inf)
+    weights = torch.cat((products, logits.to(wide)), -1).softmax(-1).to(dtype)
+    return (weights @ torch.cat((values, means)).to(dtype)).double()

@@ -46,7 +46,7 @@ STREAMED_WINDOWS = 16
 _learning = functools.partial(option, "Learning")
 
 
-@functools.partial(topology_options, gumbel=True, summary="ball")
+@functools.partial(topology_options, gumbel=True)
 def learn(
     *,
     model: ModelArgument,
@@ -99,10 +99,9 @@ def learn(
 
     The model's weights stay as they are. What is learned are corrections to the training-free topology: how
     much every head may read, how pages are scored, which keys share a page; at one density for the whole
-    model. Unseen pages are stood in for by the means of their balls unless --summary says otherwise. The same
-    command goes on where it was interrupted. 'accelerate launch --num_processes 4 -m llama_surgery learn …'
-    learns on four GPUs, four windows a step. Use the adapter with 'evaluate --adapter', 'generate --adapter'
-    or load_adapter() in Python.
+    model. The same command goes on where it was interrupted. 'accelerate launch --num_processes 4 -m
+    llama_surgery learn …' learns on four GPUs, four windows a step. Use the adapter with 'evaluate
+    --adapter', 'generate --adapter' or load_adapter() in Python.
     """
     config = config_for(settings, tile)
     if config.topology == "gumbel":

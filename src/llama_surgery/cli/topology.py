@@ -45,9 +45,7 @@ _FIELDS: dict[str, Any] = {
     "variance_pool": _option(
         int, "Channels whose variances are averaged for scoring: 1, or 8 to score at nearly half the cost."
     ),
-    "summary": _option(
-        str, "What stands in for pages that are not read: none, or means of each page or ball."
-    ),
+    "summary": _option(str, "What stands in for the pages that are not read: page, a mean of each, or none."),
     "backend": _option(str, "Who executes the plan: auto, reference, gather, triton."),
 }
 
@@ -73,13 +71,11 @@ SINGLE_THETA = 0.0106
 _UNSET = ("theta", "theta_decode", "moment_size")
 
 
-def topology_options(
-    command: Callable[..., None], *, gumbel: bool = False, **defaults: Any
-) -> Callable[..., None]:
+def topology_options(command: Callable[..., None], *, gumbel: bool = False) -> Callable[..., None]:
     """Add an option for every field of :data:`_FIELDS` to ``command``, and with ``gumbel`` of that topology.
 
-    ``defaults`` are those that differ from the configuration's. ``command`` takes the values as one keyword,
-    ``settings``: fields of a configuration, those left at None not among them.
+    ``command`` takes the values as one keyword, ``settings``: fields of a configuration, those left at None
+    not among them.
     """
     own = inspect.signature(command)
     fields = {**_FIELDS, **_GUMBEL_FIELDS} if gumbel else _FIELDS
@@ -87,7 +83,7 @@ def topology_options(
         inspect.Parameter(
             name,
             inspect.Parameter.KEYWORD_ONLY,
-            default=defaults.get(name, None if name in _UNSET else getattr(_DEFAULT, name, None)),
+            default=None if name in _UNSET else getattr(_DEFAULT, name, None),
             annotation=annotation,
         )
         for name, annotation in fields.items()

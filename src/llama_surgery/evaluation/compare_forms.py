@@ -188,7 +188,8 @@ class PagesForm:
         with self._operated(SurgeryConfig.from_dict(setting)):
             with Phases(self._model) as phases:
                 yield densities
-            densities.update((phase, read["total_density"]) for phase, read in phases.densities().items())
+            read = phases.densities()  # what summaries cost is kept apart
+            densities.update((phase, d["near_density"] + d["far_density"]) for phase, d in read.items())
 
     def _floor(self) -> tuple[float, float]:
         """Total and near density at θ = 1: nothing is opened but the page of the first token, and what a head
@@ -197,7 +198,7 @@ class PagesForm:
             with self._operated(self._with_theta(1.0)):
                 _run(self._model, self._ids)
                 read = llama_surgery.statistics(self._model)
-            self._measured = read.total_density, read.near_density
+            self._measured = read.near_density + read.far_density, read.near_density
         return self._measured
 
     def _operated(self, config: SurgeryConfig) -> contextlib.AbstractContextManager[nn.Module]:

@@ -10,7 +10,7 @@ from llama_surgery.evaluation.compare_forms import Form
 from llama_surgery.evaluation.intervals import mean_interval
 from llama_surgery.evaluation.needle import NeedlePrompt
 from llama_surgery.evaluation.paired import paired_difference, perplexity_ratio
-from llama_surgery.evaluation.summary_density import summary_density, summary_pairs
+from llama_surgery.topology.geometry import summary_density, summary_pairs
 
 #: Settings that every row repeats, so that a CSV stands alone.
 _SHARED = (
@@ -33,7 +33,7 @@ def row(
     Densities are measured on what was asked: ``total_density`` over the perplexity windows,
     ``prefill_density`` and ``decode_density`` while the needles were answered. They do not count summaries of
     unseen pages: ``summary_density``, ``prefill_summary_density`` and ``decode_summary_density`` are what
-    these cost at most, in the same unit (:func:`~llama_surgery.evaluation.summary_density.summary_pairs`).
+    these cost at most, in the same unit (:func:`~llama_surgery.topology.geometry.summary_pairs`).
     ``needle`` is over all prompts, ``needle_kept`` over those that the dense model answered, each with
     Wilson's 95% interval; ``needle_bound`` is the one-sided 95% lower bound of the paired difference to
     dense, in closed form, and ``needle_changed`` counts prompts that one of both answered alone.

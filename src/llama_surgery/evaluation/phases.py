@@ -9,7 +9,7 @@ from torch import nn
 import llama_surgery
 from llama_surgery.surgery.supported import inner_model
 
-DENSITIES = ("far_density", "near_density", "total_density", "visible_far_density")
+DENSITIES = ("far_density", "near_density", "summary_density", "total_density", "visible_far_density")
 
 
 class Phases:

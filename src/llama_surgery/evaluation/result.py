@@ -146,7 +146,14 @@ def _flat(measured: Measurement) -> dict[str, Any]:
         "kl": measured.kl,
         "top1": measured.top1,
     }
-    names = ("total_density", "far_density", "near_density", "visible_far_density", "pages_read")
+    names = (
+        "total_density",
+        "far_density",
+        "near_density",
+        "summary_density",
+        "visible_far_density",
+        "pages_read",
+    )
     row |= {name: measured.density[name] for name in names}
     if measured.needle is not None:
         row |= {

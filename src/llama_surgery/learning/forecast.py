@@ -14,7 +14,7 @@ from llama_surgery.config import SurgeryConfig
 from llama_surgery.learning.corrections import LayerCorrections, Part
 from llama_surgery.learning.weights import parts_of
 from llama_surgery.surgery.supported import attention_modules, head_shape
-from llama_surgery.topology.geometry import query_blocks
+from llama_surgery.topology.geometry import query_blocks, summary_density
 
 #: Multiplications that a step of the local stage takes for each of the forward pass over its sampled rows:
 #: forward, the same again while going back, and two products for every one of the way back.
@@ -57,7 +57,7 @@ class Length:
         far_density: Executed far pairs over causal pairs: what was asked for, or less where θ, set at the
             calibration length, leaves less.
         scoring: Scores of balls, in units of attention over all causal pairs.
-        summary: The same for the products with means of unseen pages or balls.
+        summary: The same for the products with means of unseen pages.
         attention_speedup: Multiplications of dense attention over those of near field, far field, scoring
             and summary.
         model_speedup: The same for the whole model in prefill, with its projections.
@@ -154,7 +154,7 @@ def at_length(shape: Shape, config: SurgeryConfig, density: float, calibrated: i
     closed, near = closed / causal, near / causal
     far = min(closed, density * min(1.0, calibrated / length))
     scoring = closed / config.ball_size / 2 * (1 + 1 / config.variance_pool)
-    summary = closed / config.summarised / 2 if config.summarised else 0.0
+    summary = summary_density(config, length)
     sparse = near + far + scoring + summary
     # Multiplications a token: two products of head_dim with every key for every query head, and all weights.
     dense = sum(2 * kv * group * dim for kv, group, dim in shape.layers.values()) * causal / length

@@ -157,29 +157,24 @@ def _summary(
     closed: int,
     config: SurgeryConfig,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean values of what is summarised, and their logits, weighted by how far the page is closed.
+    """Mean values of pages, and their logits, weighted by how far the page is closed.
 
     Args:
         weights: (streams, heads, rows, balls), logs of what the balls are expected to weigh.
         bias: (streams, choosers, rows, pages).
 
     Returns:
-        (streams, terms, value_dim) and (streams, heads, rows, terms), lowered by NOTHING where all is open.
+        (streams, pages, value_dim) and (streams, heads, rows, pages), lowered by NOTHING where all is open.
     """
-    member, pages = balls.member[:, :closed], bias.shape[-1]
-    if config.summary == "ball":
-        bias = bias.repeat_interleave(config.balls_per_page, -1)
-    else:
-        member = balls.pages(config)[:, :closed]
-        weights = weights.unflatten(-1, (pages, -1)).logsumexp(-1)
+    member = balls.pages(config)[:, :closed]
+    weights = weights.unflatten(-1, (bias.shape[-1], -1)).logsumexp(-1)
     if router.summary is not None:
         weights = weights + router.summary.to(weights.dtype)[..., None, None]
     # A bias of b leaves a page's keys e^b of their weight; the summary has the rest, and none where b is 0.
     rest = torch.expm1(bias.where(bias < 0, -1.0)).neg().clamp_min(1e-12)
     terms = weights + rest.log().masked_fill(bias >= 0, NOTHING)
     chunked = values.unflatten(1, (closed, -1))
-    size = config.ball_size if config.summary == "ball" else config.page_size
-    means = member.transpose(-1, -2).to(values.dtype) @ chunked / size
+    means = member.transpose(-1, -2).to(values.dtype) @ chunked / config.page_size
     return means.flatten(1, 2), terms
 
 

@@ -66,7 +66,7 @@ def rows(results: dict[str, Any]) -> list[Row]:
         ),
         Row(
             "Total density",
-            "with the near field",
+            "with the near field and means of unread pages",
             [Cell("100%"), *(Cell(f"{d['total_density']:.2%}") for d in densities)],
         ),
     ]

@@ -9,7 +9,7 @@ from llama_surgery.attention.api import AttentionResult
 from llama_surgery.config import SurgeryConfig
 from llama_surgery.serving.paged import Part
 from llama_surgery.surgery.statistics import COUNTING, Counters, summarise
-from llama_surgery.topology.geometry import closed_chunks, query_blocks
+from llama_surgery.topology.geometry import closed_chunks, query_blocks, summary_pairs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,19 +21,23 @@ class RowCount:
         near_pairs: (query, key) pairs of their near fields, for one query head.
         causal_pairs: Pairs that dense attention would read.
         dense_rows: Rows for which no chunk is closed.
+        summary_pairs: What summaries cost beside the near field's and the far pairs.
     """
 
     rows: int
     near_pairs: int
     causal_pairs: int
     dense_rows: int
+    summary_pairs: float = 0.0
 
     @classmethod
     def of(cls, positions: list[int], config: SurgeryConfig) -> "RowCount":
         """Count the rows at ``positions``."""
         closed = [closed_chunks(position, config, 1) for position in positions]
         causal = sum(positions) + len(positions)
-        return cls(len(positions), causal - sum(closed) * config.chunk_size, causal, closed.count(0))
+        near = causal - sum(closed) * config.chunk_size
+        summaries = sum(summary_pairs(position, position + 1, config, 1) for position in positions)
+        return cls(len(positions), near, causal, closed.count(0), summaries)
 
 
 class LayerCounters:
@@ -77,7 +81,7 @@ class LayerCounters:
         if self.quiet:
             return
         with COUNTING:
-            self._of(1).count(count.rows, count.near_pairs, count.causal_pairs)
+            self._of(1).count(count.rows, count.near_pairs, count.causal_pairs, count.summary_pairs)
             self.dense_rows += count.dense_rows
 
     def tally(self, device: torch.device) -> torch.Tensor | None:

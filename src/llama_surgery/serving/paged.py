@@ -106,13 +106,13 @@ class PagedStates:
 
     @property
     def mean_values(self) -> torch.Tensor | None:
-        """(blocks, kv_heads, summaries of a chunk, head_dim): mean values of full chunks' pages, or balls."""
-        if not self.config.summarised:
+        """(blocks, kv_heads, pages of a chunk, head_dim): mean values of full chunks' pages, if kept."""
+        if self.config.summary == "none":
             return None
         return self.side[..., self._moment_floats : self._order_start].unflatten(-1, (-1, self.head_dim))
 
     def means_of(self, blocks: torch.Tensor) -> torch.Tensor | None:
-        """(kv_heads, summaries, head_dim) of the full chunks ``blocks`` (n,); None without summaries."""
+        """(kv_heads, pages, head_dim) of the full chunks ``blocks`` (n,); None without summaries."""
         means = self.mean_values
         return None if means is None else means[blocks].transpose(0, 1).flatten(1, 2)
 

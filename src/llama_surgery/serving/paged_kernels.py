@@ -26,7 +26,7 @@ ALIGNMENT = 64
 def kernel_side_bytes(config: SurgeryConfig, head_dim: int, dtype: torch.dtype) -> int:
     """Bytes of the side cache for one chunk of one KV head.
 
-    They are features of balls and mean values of what is summarised, both in the keys' dtype, the chunk's
+    They are features of balls and mean values of pages, if any, both in the keys' dtype, the chunk's
     order (int16) and the page of its first token (int32).
     """
     return -(-(_order_end(config, head_dim, dtype) + 4) // ALIGNMENT) * ALIGNMENT
@@ -75,8 +75,8 @@ class KernelStates(PagedStates):
 
     @property
     def mean_values(self) -> torch.Tensor | None:
-        """(blocks, kv_heads, summaries of a chunk, head_dim), the keys' dtype; None without summaries."""
-        if not self.config.summarised:
+        """(blocks, kv_heads, pages of a chunk, head_dim), the keys' dtype; None without summaries."""
+        if self.config.summary == "none":
             return None
         first = self.config.balls_per_chunk * _feature_width(self.config, self.head_dim)
         halves = self.side.view(self.states.dtype)[..., first:]

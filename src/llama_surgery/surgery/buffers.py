@@ -17,7 +17,7 @@ GROWTH = 16
 #: Name of what kernels score pages by.
 FEATURES = "features"
 
-#: Name of the mean values of what is summarised.
+#: Name of the pages' mean values.
 MEAN_VALUES = "mean values"
 
 
@@ -101,15 +101,14 @@ class PageBuffers:
         """What decode kernels read, at addresses a graph holds.
 
         Keys, values, features as ``kernel_features`` gives them for ``capacity`` tokens, sink pages, and the
-        mean values of what is summarised, if anything is.
+        mean values of pages where they are summarised.
         """
         pool, dim = self.config.variance_pool, self.keys.shape[-1]
         features = self._held(FEATURES, self.config.ball_size, self.keys, dim + dim // pool)
         read = (self.keys, self.values, features, self.sink_page)
         if self.config.summary == "none":
             return read
-        size = self.config.summarised
-        return *read, self._held(MEAN_VALUES, size, self.values, self.values.shape[-1])
+        return *read, self._held(MEAN_VALUES, self.config.page_size, self.values, self.values.shape[-1])
 
     def reserve(self, tokens: int) -> None:
         """Make room for ``tokens`` tokens a sequence, in tensors that this call can write and record."""

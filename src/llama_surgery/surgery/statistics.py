@@ -27,6 +27,7 @@ class Counters:
         self.rows = 0
         self.near_pairs = 0
         self.causal_pairs = 0
+        self.summary_pairs = 0.0
         self.far_pairs: torch.Tensor | None = None  # (kv_heads,) int64
         self.visible_pairs: torch.Tensor | None = None
         self.pages: torch.Tensor | None = None
@@ -50,12 +51,13 @@ class Counters:
             self._tally, self._page_size = held, page_size
             return held
 
-    def count(self, rows: int, near_pairs: int, causal_pairs: int) -> None:
+    def count(self, rows: int, near_pairs: int, causal_pairs: int, summary_pairs: float = 0.0) -> None:
         """Count rows of all sequences, and their pairs, whose pages are tallied."""
         with COUNTING:
             self.rows += rows
             self.near_pairs += near_pairs
             self.causal_pairs += causal_pairs
+            self.summary_pairs += summary_pairs
 
     def count_far(self, read: torch.Tensor, seen: torch.Tensor) -> None:
         """Count far pairs (heads,) int64 that were read, and that rows saw, where there are no pages."""
@@ -88,7 +90,8 @@ class Counters:
         pages = heads([p.counts.sum(1) for p in result.plans])
         with COUNTING:
             self.choosers = max([self.choosers, *(len(p.counts) // streams for p in result.plans)])
-            self.count(rows * sequences, result.near_pairs * sequences, result.causal_pairs * sequences)
+            near, causal = result.near_pairs * sequences, result.causal_pairs * sequences
+            self.count(rows * sequences, near, causal, result.summary_pairs * sequences)
             self._add("far_pairs", far_pairs)
             self._add("visible_pairs", visible_pairs)
             self._add("pages", pages)
@@ -103,14 +106,15 @@ class Counters:
 class Statistics:
     """Densities over all that an operated model computed since the last reset.
 
-    Densities share one denominator, the causal pairs: ``total = near + far``. *Executed* pairs are what
-    tiles read, *visible* pairs what rows may see of it, both means over query heads.
+    Densities share one denominator, the causal pairs: ``total = near + far + summary``. *Executed* pairs are
+    what tiles read, *visible* pairs what rows may see of it, both means over query heads.
 
     Attributes:
         near_density: Near-field pairs over causal pairs.
         far_density: Executed far pairs over causal pairs.
         visible_far_density: Visible far pairs over causal pairs.
-        total_density: Near and executed far together.
+        summary_density: What mean values of pages cost at most, in the same unit: half a pair for every page.
+        total_density: Near, executed far and summaries together.
         pages_read: Far pages read, over all layers, query heads and tiles; in decode steps over KV heads,
             whose query heads read together.
         rows: Query rows, over all layers.
@@ -123,6 +127,7 @@ class Statistics:
     near_density: float
     far_density: float
     visible_far_density: float
+    summary_density: float
     total_density: float
     pages_read: int
     rows: int
@@ -152,7 +157,7 @@ def summarise(layers: dict[int, dict[int, Counters]], page_size: int) -> Statist
         part = _total([tiles[tile] for tiles in layers.values() if tile in tiles])
         by_tile[str(tile)] = {
             "far_density": part["far"],
-            "total_density": part["near"] + part["far"],
+            "total_density": part["near"] + part["far"] + part["summary"],
             "rows": part["rows"],
             "pages_per_tile_row": part["far_pairs_per_row"] / page_size,
         }
@@ -161,7 +166,8 @@ def summarise(layers: dict[int, dict[int, Counters]], page_size: int) -> Statist
         near_density=total["near"],
         far_density=total["far"],
         visible_far_density=total["visible"],
-        total_density=total["near"] + total["far"],
+        summary_density=total["summary"],
+        total_density=total["near"] + total["far"] + total["summary"],
         pages_read=int(total["pages"]),
         rows=int(total["rows"]),
         causal_pairs=int(total["causal"]),
@@ -182,6 +188,7 @@ def _sums(counters: list[Counters]) -> dict[str, Any]:
     return {
         "near": sum(c.near_pairs for c in counters),
         "causal": sum(c.causal_pairs for c in counters),
+        "summary": sum(c.summary_pairs for c in counters),
         "rows": sum(c.rows for c in counters),
         "far": heads("far_pairs"),
         "visible": heads("visible_pairs"),
@@ -192,11 +199,13 @@ def _sums(counters: list[Counters]) -> dict[str, Any]:
 def _total(counters: list[Counters]) -> dict[str, float]:
     """Densities over counters of several layers."""
     near = causal = far = visible = pages = rows = head_rows = 0
+    summary = 0.0
     for counter in counters:
         sums = _sums([counter])
         heads = max(1, len(sums["far"]))
         near += sums["near"] * heads
         causal += sums["causal"] * heads
+        summary += sums["summary"] * heads
         far, visible = far + sum(sums["far"]), visible + sum(sums["visible"])
         pages, rows = pages + sum(sums["pages"]), rows + sums["rows"]
         head_rows += sums["rows"] * heads
@@ -205,6 +214,7 @@ def _total(counters: list[Counters]) -> dict[str, float]:
         "near": near / pairs,
         "far": far / pairs,
         "visible": visible / pairs,
+        "summary": summary / pairs,
         "pages": pages,
         "rows": rows,
         "causal": causal,

@@ -44,19 +44,19 @@ def moments_of(keys: torch.Tensor, size: int) -> Moments:
 def mean_values(
     values: torch.Tensor, config: SurgeryConfig, dtype: torch.dtype | None = None
 ) -> torch.Tensor | None:
-    """What the values of all pages or balls, whichever are summarised, are stood in for by.
+    """Mean values of pages, which stand in for those that rows do not see.
 
     Args:
         values: (streams, n * chunk_size, value_dim) in tree order.
         dtype: Of what is returned: float32 unless told otherwise, or float64 if given.
 
     Returns:
-        (streams, pages or balls, value_dim); None without summaries.
+        (streams, pages, value_dim); None without summaries.
     """
-    if not config.summarised:
+    if config.summary == "none":
         return None
     full = values.dtype if values.dtype == torch.float64 else torch.float32
-    return values.unflatten(1, (-1, config.summarised)).mean(2, dtype=full).to(dtype or full)
+    return values.unflatten(1, (-1, config.page_size)).mean(2, dtype=full).to(dtype or full)
 
 
 def pool_channels(states: torch.Tensor, pool: int) -> torch.Tensor:

@@ -201,11 +201,10 @@ def launch_decode(states: torch.Tensor, config: SurgeryConfig, family: str, extr
     tuning = decode_tuning_for(family)
     decode_shape.processors_of = lambda _: PROCESSORS  # type: ignore[assignment]
     coarse = dataclasses.replace(config, page_size=64, moment_size=64, variance_pool=8)
-    by_ball, by_page = (dataclasses.replace(config, summary=summary) for summary in ("ball", "page"))
+    bare = dataclasses.replace(config, summary="none")
     for rule, rows, paged in (
-        (config, 1, False),
-        (by_page, 8, True),
-        (by_ball, 1, False),
+        (bare, 1, False),
+        (config, 8, True),
         (coarse, 4, False),
         (coarse, 1, True),
     ):
@@ -218,7 +217,7 @@ def launch_decode(states: torch.Tensor, config: SurgeryConfig, family: str, extr
         queries, new = states[:, :, :rows], states[:, 0, :rows]
         decode_cache.append_tokens(cache, new, new)
         tally = torch.zeros(2, streams, dtype=torch.int64)
-        router = corrections(streams, *states.shape[1::2]) if rule is by_page else None
+        router = corrections(streams, *states.shape[1::2]) if rule is config else None
         decode.decode(queries, cache, router=router, tally=tally, advance=not paged, tuning=tuning, **extra)
 
 
@@ -255,11 +254,10 @@ def compile_all(
     learned = corrections(8, heads, head_dim)
     layout.build_layout(keys[:, :1536], keys[:, :1536], config, learned)
     extra: dict[str, Any] = {"softcap": 50.0, "sink_logit": torch.zeros(8, heads)} if wide else {}
-    pooled = dataclasses.replace(config, variance_pool=8, summary="page")
-    by_ball = dataclasses.replace(config, summary="ball")
+    pooled, bare = (dataclasses.replace(config, **x) for x in ({"variance_pool": 8}, {"summary": "none"}))
     # What differs most comes first: little is left to do for those that spare.
     for rule, router in (
-        (config, None), (pooled, learned), (by_ball, None), (pooled, None), (config, learned),
+        (config, None), (pooled, learned), (bare, None), (pooled, None), (config, learned),
     ):  # fmt: skip
         prefill.attend(states, keys, keys, built, config=rule, start=0, router=router, **extra)
     fast = dataclasses.replace(config, page_size=64, moment_size=64, variance_pool=8)

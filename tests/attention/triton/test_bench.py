@@ -29,7 +29,15 @@ def test_prefill(device: torch.device, tmp_path: Path, monkeypatch: pytest.Monke
     out = tmp_path / "p.csv"
     rows = prefill.bench_prefill([192], lambda _: [setting], out, deadline=Deadline(100), **given)
     found = {row["part"]: row for row in rows}
-    assert {"layout", "totals", "lists", "near field", "far pages", "far pages, scattered"} < found.keys()
+    assert {
+        "layout",
+        "totals",
+        "lists",
+        "near field",
+        "far pages",
+        "summaries",
+        "far pages, scattered",
+    } < found.keys()
     whole = found["attention with layout and selection"]
     assert 0.05 < whole["executed_far"] < 0.2 and whole["error"] < 1e-5 and whole["differing"] == 0
     assert len(out.read_text(encoding="utf-8").splitlines()) == len(rows) + 1

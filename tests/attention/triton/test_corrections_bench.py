@@ -27,7 +27,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_corrections(device: torch.device, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    chosen = {name: corrections.VARIANTS[name] for name in ("plain", "all", "page summary")}
+    chosen = {name: corrections.VARIANTS[name] for name in ("plain", "all", "no summaries")}
     monkeypatch.setattr(corrections, "VARIANTS", chosen)
     given = {"device": device, "dtype": torch.float32, "density": 0.1}
     rows = corrections.bench_corrections(CONFIG, 130, tmp_path / "c.csv", deadline=Deadline(100), **given)

@@ -132,7 +132,7 @@ class TestAgainstReference:
             plain = check(dataclasses.replace(case, sharpness=2.0), config, device)
             assert not torch.equal(check(case, config, device).plans[0].rows_seen, plain.plans[0].rows_seen)
 
-    @pytest.mark.parametrize("summary", ["page", "ball"])
+    @pytest.mark.parametrize("summary", ["none", "page"])
     @pytest.mark.parametrize("moment_size", [8, 16])
     def test_summaries(self, moment_size: int, summary: str, device: torch.device) -> None:
         config = dataclasses.replace(CONFIG, summary=summary, moment_size=moment_size)
@@ -143,8 +143,7 @@ class TestAgainstReference:
 
     def test_summaries_of_sizes_that_are_no_powers_of_two(self, device: torch.device) -> None:
         config = SurgeryConfig(chunk_size=192, page_size=24, window=24, tile=12, theta=0.03, moment_size=6)
-        for summary in ("page", "ball"):
-            check(Case(61, 260, 3, 24), dataclasses.replace(config, summary=summary), device)
+        check(Case(61, 260, 3, 24), config, device)
 
     @pytest.mark.parametrize(("dim", "pool"), [(16, 4), (64, 8), (80, 8), (96, 2)])
     def test_pooled_variances(self, dim: int, pool: int, device: torch.device) -> None:

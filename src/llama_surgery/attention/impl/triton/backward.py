@@ -31,7 +31,7 @@ def build_layout(
         built = layouts.build_layout(keys, values, config, router)
     keys, values = (reorder(x, built.order) for x in (keys, values))
     built = dataclasses.replace(built, keys=keys, values=values)
-    if not config.summarised:
+    if config.summary == "none":
         return built
     means = mean_values(values, config, values.dtype)
     mean, variance = _Moments.apply(keys, built.moments.mean, built.moments.variance)
@@ -66,7 +66,7 @@ def attend(
     """
     tile = config.tile if tile is None else tile
     features = means = None
-    if layout is not None and config.summarised and config.theta_for(tile) > 0:
+    if layout is not None and config.summarises(tile):
         assert layout.mean_values is not None
         features, means = features_of(layout, config, queries.dtype), layout.mean_values.to(queries.dtype)
         layout = dataclasses.replace(layout, features=features, mean_values=means)

@@ -228,8 +228,7 @@ def _of_far_keys(
     page = job.config.page_size
     for plan in plans:
         assert plan.entries is not None
-        last = (plan.stop - 1) // plan.tile
-        pages = job.pages_of(last)
+        pages = job.pages_of((plan.stop - 1) // plan.tile)
         readers, counts = transpose(plan, pages)
         shape = _shape(job, tuning)
         far_gradient_kernel[(pages if several else slots // page, streams)](

@@ -34,7 +34,7 @@ def summary_gradients(
     Args:
         plans: What the rows see, with lists.
         features: (streams, balls, …), what the forward pass scored by.
-        means: (streams, pages or balls, value_dim), what it summarised by.
+        means: (streams, pages, value_dim), what it summarised by.
         d_out: (streams, heads, rows, value_dim).
         lse: (streams, heads, rows) of whole rows, summaries included.
         delta: (streams, heads, rows), see :func:`~.backward_query_kernel.logit_gradients`.
@@ -49,18 +49,18 @@ def summary_gradients(
     for plan in plans:
         for block in _blocks(job, plan, lse.shape[:2].numel()):
             rows = slice(block.start - job.start, block.stop - job.start)
-            pages, terms = block.closed * config.pages_per_chunk, block.closed * config.summaries_per_chunk
+            pages = block.closed * config.pages_per_chunk
             q = queries[:, :, rows].float().requires_grad_()
             f = features[:, : block.closed * config.balls_per_chunk].float().requires_grad_(by_features)
             with torch.enable_grad():
                 logits = summary_logits(q, moments_from(f, config), scorer, config)
-            seen = plan.seen(block, pages).unflatten(0, (len(q), -1)).repeat_interleave(terms // pages, -1)
+            seen = plan.seen(block, pages).unflatten(0, (len(q), -1))
             weights = (logits.detach() - lse[:, :, rows, None]).exp().masked_fill(seen, 0.0)
-            d_rows, m = d_out[:, :, rows].float(), means[:, None, :terms].float()
+            d_rows, m = d_out[:, :, rows].float(), means[:, None, :pages].float()
             d_logits = weights * (d_rows @ m.transpose(-1, -2) - delta[:, :, rows, None])
             d_q, *d_f = torch.autograd.grad(logits, (q, f) if by_features else (q,), d_logits)
             d_queries[:, :, rows] += d_q
-            d_means[:, :terms] += weights.flatten(1, 2).transpose(1, 2) @ d_rows.flatten(1, 2)
+            d_means[:, :pages] += weights.flatten(1, 2).transpose(1, 2) @ d_rows.flatten(1, 2)
             if d_features is not None:
                 d_features[:, : f.shape[1]] += d_f[0]
     return None if d_features is None else d_features.to(features.dtype), d_means.to(means.dtype)

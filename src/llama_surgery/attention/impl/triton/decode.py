@@ -7,7 +7,6 @@ import torch
 import triton
 
 from llama_surgery.attention.impl.triton import MOST_QUERIES, obstacle
-from llama_surgery.attention.impl.triton.decode_blocks import units_of
 from llama_surgery.attention.impl.triton.decode_cache import DecodeCache
 from llama_surgery.attention.impl.triton.decode_check import check_call
 from llama_surgery.attention.impl.triton.decode_kernels import score_kernel
@@ -90,9 +89,9 @@ def decode(
     def new(*size: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         return queries.new_empty(streams, *size, dtype=dtype)
 
-    pages, units = cache.capacity // config.page_size, units_of(config)
+    pages = cache.capacity // config.page_size
     scores = new(pages, rows, heads)
-    weights = new(pages * units, rows, heads) if units else None
+    weights = torch.empty_like(scores) if config.summarises(1) else None
     sums = new(shape.splits, rows, heads)
     part_out, part_lse = new(parts, rows, heads, value_dim), new(parts, rows, heads)
     counts = new(shape.far_splits, rows, 2, dtype=torch.int32)
@@ -217,7 +216,7 @@ def decode_obstacle(config: SurgeryConfig, queries: torch.Tensor, values: torch.
 
 def _check(config: SurgeryConfig, queries: torch.Tensor, cache: DecodeCache) -> None:
     problem = decode_obstacle(config, queries, cache.values)
-    if problem is None and units_of(config) and cache.mean_values is None:
+    if problem is None and config.summarises(1) and cache.mean_values is None:
         problem = f"summary={config.summary!r}, but the cache holds no mean values"
     if problem is not None:
         raise SurgeryError(f"the triton kernels cannot run this: {problem}.")

@@ -6,14 +6,9 @@ from llama_surgery.attention.impl.triton.job import feature_parts
 from llama_surgery.config import SurgeryConfig
 
 
-def units_of(config: SurgeryConfig) -> int:
-    """Terms that stand in for a page that a row does not see."""
-    return config.page_size // config.summarised if config.summarised else 0
-
-
 def mean_blocks(means: torch.Tensor, config: SurgeryConfig, kv_heads: int) -> torch.Tensor:
-    """View of mean values (streams, summarised runs, value_dim) of whole chunks, by blocks of one chunk."""
-    return means.unflatten(1, (-1, config.summaries_per_chunk)).unflatten(0, (-1, kv_heads))
+    """View of mean values (streams, pages, value_dim) of whole chunks, by blocks of one chunk."""
+    return means.unflatten(1, (-1, config.pages_per_chunk)).unflatten(0, (-1, kv_heads))
 
 
 def feature_blocks(

@@ -37,8 +37,8 @@ class DecodeCache:
         lengths: (sequences,) int32, tokens that are settled: all before the step's new ones.
         table: (sequences, chunks) int32, block of every chunk, entries behind the last chunk not looked at;
             None where the blocks are the chunks.
-        mean_values: (sequences, kv_heads, blocks, means of a chunk, value_dim), the values' dtype, of every
-            ``summarised`` keys, where the configuration asks for summaries; else None.
+        mean_values: (sequences, kv_heads, blocks, pages of a chunk, value_dim), the values' dtype, where the
+            configuration asks for summaries; else None.
 
     Raises:
         SurgeryError: Tensors that do not fit together.
@@ -81,7 +81,7 @@ class DecodeCache:
         return *self.keys.stride()[:4], *self.values.stride()[:4], row
 
     def mean_strides(self) -> tuple[int | None, ...]:
-        """What the kernels know of where mean values of pages or balls lie."""
+        """What the kernels know of where mean values of pages lie."""
         if self.mean_values is None:
             return (None,) * 4
         return self.mean_values.stride()[:4]

@@ -51,8 +51,8 @@ def check_cache(cache: "DecodeCache") -> None:
         expect("table", cache.table, (outer[0], cache.table.shape[-1]), torch.int32, keys.device)
         rows.append(cache.table)
     if cache.mean_values is not None:
-        runs, width = cache.mean_values.shape[-2:]
-        expect("mean_values", cache.mean_values, (*outer, runs, width), *like)
+        width = cache.values.shape[-1]
+        expect("mean_values", cache.mean_values, (*outer, config.pages_per_chunk, width), *like)
         rows.append(cache.mean_values)
     if any(tensor.stride(-1) != 1 and tensor.shape[-1] > 1 for tensor in rows):
         raise SurgeryError("keys, values, what is known of them and the table: the last stride must be 1.")

@@ -136,7 +136,7 @@ def score_kernel(
     LOG2_BALL: tl.constexpr,
     BLOCK_NEAR: tl.constexpr,
     BLOCK_PAGES: tl.constexpr,
-    UNITS: tl.constexpr,
+    SUMMARY: tl.constexpr,
     CAP: tl.constexpr,
     PAGED: tl.constexpr,
 ):
@@ -146,8 +146,8 @@ def score_kernel(
     HEADS, DIM) float32 or None, are those of ``score_factors``. Writes, all float32 in log2
     units: scores (streams, pages, queries, heads); sums (streams, splits, queries, heads), the program's
     log-sum-exp of scores; and the near field's partial results (streams, parts, queries, heads[, VALUE_DIM]).
-    Where UNITS terms (1, or BALLS) stand in for a page that a query does not see, also their logits, weights
-    (streams, pages * UNITS, queries, heads), to which ``summary_ptr`` (KV_HEADS, HEADS) is added if not None.
+    With SUMMARY, where mean values stand in for pages that a query does not see, also their logits, weights
+    shaped as scores, to which ``summary_ptr`` (KV_HEADS, HEADS) is added if not None.
     """
     stream, _, length, row, head, closed, live = rows_of(
         lengths_ptr, capacity, dense_until,
@@ -209,8 +209,8 @@ def score_kernel(
     mean_base = mean_ptr + sequence * mean_sequence + kv_head * mean_head
     spread_base = spread_ptr + sequence * mean_sequence + kv_head * mean_head
     scores_base = scores_ptr + stream * (capacity // PAGE) * ROWS * HEADS
-    if UNITS > 0:
-        weights_base = weights_ptr + stream * (capacity // PAGE * UNITS) * ROWS * HEADS
+    if SUMMARY:
+        weights_base = weights_ptr + stream * (capacity // PAGE) * ROWS * HEADS
         if summary_ptr is not None:
             learned = tl.load(summary_ptr + kv_head * HEADS + head, mask=live, other=0.0) * LOG2E
     index = tl.arange(0, BLOCK_PAGES * BALLS_PAD)
@@ -236,18 +236,16 @@ def score_kernel(
             scores = ball_scores(along, across, LOG2_BALL, PAGE // BALLS)
             if BALLS > 1:
                 scores = sum_of_balls(scores, present, BLOCK_PAGES, BALLS_PAD)
-            if UNITS > 0:
+            cells = (page[None, :] * ROWS + row[:, None]) * HEADS + head[:, None]
+            kept = live[:, None] & (page < pages)[None, :]
+            tl.store(scores_base + cells, scores, mask=kept)
+            if SUMMARY:
                 weights = ball_weights(along, across, LOG2_BALL)
                 if summary_ptr is not None:
                     weights += learned[:, None]
-                unit, real = ball_page * BALLS + index % BALLS_PAD, present
-                if UNITS < BALLS:
+                if BALLS > 1:
                     weights = sum_of_balls(weights, present, BLOCK_PAGES, BALLS_PAD)
-                    unit, real = page, page < pages
-                weight_cells = weights_base + (unit[None, :] * ROWS + row[:, None]) * HEADS + head[:, None]
-                tl.store(weight_cells, weights, mask=live[:, None] & real[None, :])
-            score_cells = scores_base + (page[None, :] * ROWS + row[:, None]) * HEADS + head[:, None]
-            tl.store(score_cells, scores, mask=live[:, None] & (page < pages)[None, :])
+                tl.store(weights_base + cells, weights, mask=kept)
             far = page[None, :] < (closed * per_chunk)[:, None]
             total, top = sum_step(total, top, tl.where(far, scores, float("-inf")))
     some = total > 0.0

@@ -76,18 +76,17 @@ def open_kernel(
     PAGE: tl.constexpr,
     BLOCK_KEYS: tl.constexpr,
     SPLITS_PAD: tl.constexpr,
-    UNITS: tl.constexpr,
-    UNITS_PAD: tl.constexpr,
-    BLOCK_UNITS: tl.constexpr,
+    SUMMARY: tl.constexpr,
+    BLOCK_MEANS: tl.constexpr,
     SINK: tl.constexpr,
     CAP: tl.constexpr,
     PAGED: tl.constexpr,
 ):
     """Open pages by their shares and attend to them; every program takes each ``far_splits``-th page.
 
-    Where UNITS is not 0, so many terms stand in for each page that a query does not see, with the logits that
-    the first kernel left in ``weights`` and mean values ``means`` (sequences, KV_HEADS, blocks, CHUNK // PAGE
-    * UNITS, VALUE_DIM). A program takes them for the pages that it looks through.
+    With SUMMARY one key stands in for each page that a query does not see, with the logit that the first
+    kernel left in ``weights`` and its mean value, of ``means`` (sequences, KV_HEADS, blocks, CHUNK // PAGE,
+    VALUE_DIM). A program takes them for the pages that it looks through.
     Grid: (far_splits, streams * blocks of queries). Writes partial results behind those of the first
     ``splits`` programs, and counts (streams, far_splits, queries, 2) int32: pages that the query opened,
     and pages that its program read. ``offset_ptr`` (KV_HEADS, HEADS) float32, or None, is added to log θ.
@@ -132,8 +131,8 @@ def open_kernel(
             factor = 1.0
         k_base = k_ptr + sequence * k_sequence + kv_head * k_head
         v_base = v_ptr + sequence * v_sequence + kv_head * v_head
-        if UNITS > 0:
-            weights_base = weights_ptr + stream * (capacity // PAGE * UNITS) * ROWS * HEADS
+        if SUMMARY:
+            weights_base = weights_ptr + stream * (capacity // PAGE) * ROWS * HEADS
             means_base = means_ptr + sequence * means_sequence + kv_head * means_head
         far = closed_chunks(length + first + query, CHUNK, WINDOW, dense_until) * per_chunk
         far = tl.where(is_query & (length + first + query < capacity), far, 0)
@@ -151,24 +150,17 @@ def open_kernel(
             bits = tl.sum(some * bit, 0)
             row_bits = tl.sum(opened * bit[:, None], 0)
             row_bits = tl.reshape(tl.broadcast_to(row_bits[:, None], [ROWS_PAD, HEADS_PAD]), [rows])
-            if UNITS > 0:
-                there_are = tl.minimum(mine - word, WORD) * UNITS_PAD
-                for first_unit in range(0, there_are, BLOCK_UNITS):
-                    index = first_unit + tl.arange(0, BLOCK_UNITS)
-                    at, unit = index // UNITS_PAD, index % UNITS_PAD
-                    unit_page = split + (word + at) * far_splits
-                    real = (index < there_are) & (unit < UNITS)
-                    block = block_of(table_ptr, entry, tl.minimum(unit_page, pages - 1) // per_chunk, PAGED)
-                    cells = (
-                        block * means_block + (unit_page % per_chunk * UNITS + unit).to(tl.int64) * means_row
-                    )
+            if SUMMARY:
+                for first_at in range(0, tl.minimum(mine - word, WORD), BLOCK_MEANS):
+                    at = first_at + tl.arange(0, BLOCK_MEANS)
+                    at_page = split + (word + at) * far_splits
+                    real = at_page < pages
+                    block = block_of(table_ptr, entry, tl.minimum(at_page, pages - 1) // per_chunk, PAGED)
+                    cells = block * means_block + (at_page % per_chunk).to(tl.int64) * means_row
                     v = load_rows(means_base, cells, 1, real, VALUE_DIM, VALUE_PAD, True)
                     opened_here = ((row_bits[:, None] >> at.to(tl.int64)[None, :]) & 1) == 1
-                    hidden = (unit_page[None, :] < (closed * per_chunk)[:, None]) & ~opened_here
-                    hidden = hidden & real[None, :]
-                    cells = ((unit_page * UNITS + unit)[None, :] * ROWS + row[:, None]) * HEADS + head[
-                        :, None
-                    ]
+                    hidden = (at_page[None, :] < (closed * per_chunk)[:, None]) & ~opened_here
+                    cells = (at_page[None, :] * ROWS + row[:, None]) * HEADS + head[:, None]
                     logits = tl.load(weights_base + cells, mask=hidden, other=float("-inf"))
                     acc, total, top = softmax_step(acc, total, top, logits, 1.0, v, live, False)
             for step in range(0, count * pieces):
@@ -199,7 +191,7 @@ def open_kernel(
             page = split + (word + WORD + place) * far_splits
             score = _scores_of(scores_base, page, pages, row, head, live, HEADS, ROWS)
             blocks = _blocks_of(table_ptr, entry, page, pages, per_chunk, PAGED)
-    seen = (tl.max(read_pages, 0) > 0) | (UNITS > 0)
+    seen = (tl.max(read_pages, 0) > 0) | SUMMARY
     store_part(part_out_ptr, part_lse_ptr, part, acc, total, top, seen, live, VALUE_DIM, VALUE_PAD)
     counted = ((stream * far_splits + split) * ROWS + first + query) * 2
     tl.store(counts_ptr + counted, opened_pages, mask=is_query)

@@ -6,7 +6,6 @@ from typing import Any, NamedTuple
 import torch
 import triton
 
-from llama_surgery.attention.impl.triton.decode_blocks import units_of
 from llama_surgery.attention.impl.triton.decode_cache import DecodeCache
 from llama_surgery.attention.impl.triton.decode_open_kernel import WORD
 from llama_surgery.attention.impl.triton.decode_tuning import (
@@ -102,7 +101,7 @@ class Shape(NamedTuple):
             "LOG2_BALL": math.log2(config.ball_size),
             "BLOCK_NEAR": self.keys,
             "BLOCK_PAGES": max(1, self.keys // balls_pad),
-            "UNITS": units_of(config),
+            "SUMMARY": config.summarises(1),
             "num_warps": self.warps(self.tuning.score_warps),
             "num_stages": self.tuning.score_stages,
         }
@@ -115,14 +114,11 @@ class Shape(NamedTuple):
 
     def open_constants(self, config: SurgeryConfig) -> dict[str, int]:
         page_pad = max(16, triton.next_power_of_2(config.page_size))
-        units = units_of(config)
-        units_pad = triton.next_power_of_2(units) if units else 0
         return {
             "BLOCK_KEYS": min(page_pad, self.keys),
             "SPLITS_PAD": triton.next_power_of_2(self.splits),
-            "UNITS": units,
-            "UNITS_PAD": units_pad,
-            "BLOCK_UNITS": min(WORD.value * units_pad, self.keys),
+            "SUMMARY": config.summarises(1),
+            "BLOCK_MEANS": min(WORD.value, self.keys),
             "num_warps": self.warps(self.tuning.open_warps),
             "num_stages": self.tuning.open_stages,
         }

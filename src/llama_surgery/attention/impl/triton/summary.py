@@ -20,9 +20,8 @@ from llama_surgery.attention.impl.triton.tiled_plan import TiledPlan
 
 
 def means_for(job: Job) -> torch.Tensor | None:
-    """Mean values for all pages or balls that a call may summarise; None where it summarises nothing."""
-    config = job.config
-    if not config.summarised or config.theta_for(job.tile) == 0 or job.layout is None:
+    """Mean values of the pages that a call may summarise; None where it summarises nothing."""
+    if job.layout is None or not job.config.summarises(job.tile):
         return None
     assert job.layout.mean_values is not None
     return job.layout.mean_values.to(job.queries.dtype)
@@ -31,29 +30,26 @@ def means_for(job: Job) -> torch.Tensor | None:
 def summarise_strip(
     job: Job, strip: Strip, plan: TiledPlan, means: torch.Tensor, out: torch.Tensor, lse: torch.Tensor
 ) -> None:
-    """Add one key for every page, or ball, that rows of a strip do not see to ``out`` and ``lse``.
+    """Add one key for every page that rows of a strip do not see to ``out`` and ``lse``.
 
     ``means`` are those of :func:`means_for`, ``out`` and ``lse`` those of :func:`prefill.attend_strip`.
     """
     features, config = job.features, job.config
     assert features is not None
-    by_ball = config.summary == "ball"
     heads, head_dim, value_dim = job.queries.shape[1], job.queries.shape[-1], out.shape[-1]
     tile_pad = triton.next_power_of_2(job.tile)
     heads_block = heads_of_tile(heads, job.tuning.rows, tile_pad)
     constants = score_constants(job, ScoreShape.of(job, strip)) | page_constants(job)
     balls, balls_pad = constants["BALLS"], constants["BALLS_PAD"]
     # A matrix tile has at least 16 columns.
-    pages_block = max(constants["BLOCK_BALLS"] // balls_pad, 16 // (balls_pad if by_ball else 1))
+    pages_block = max(constants["BLOCK_BALLS"] // balls_pad, 16)
     value_pad = max(16, triton.next_power_of_2(value_dim))
     mean, spread = (x.unflatten(1, (-1, balls)) for x in feature_parts(features, head_dim))
-    unit = (pages_block, balls_pad) if by_ball else (pages_block,)
-    values = means.unflatten(1, (-1, balls)) if by_ball else means
     summary_kernel[(strip.tiles * triton.cdiv(heads, heads_block), job.queries.shape[0])](
         job.queries,
         described(mean, pages_block, balls_pad, constants["DIM_PAD"]),
         described(spread, pages_block, balls_pad, constants["SPREAD_PAD"]),
-        described(values, *unit, value_pad),
+        described(means, pages_block, value_pad),
         plan.first,
         job.router.mean_weight,
         job.router.variance_weight,
@@ -80,7 +76,6 @@ def summarise_strip(
         BALLS_PAD=balls_pad,
         BLOCK_PAGES=pages_block,
         LOG2_BALL=math.log2(config.ball_size),
-        BY_BALL=by_ball,
         CAP=job.softcap is not None,
         **{name: constants[name] for name in ("DIM", "DIM_PAD", "SPREAD", "SPREAD_PAD")},
         num_warps=max(8, job.tuning.attend_warps),

@@ -1,4 +1,4 @@
-"""The kernel that lets one key each stand in for the pages, or balls, that a row does not see."""
+"""The kernel that lets one key each stand in for the pages that a row does not see."""
 
 import triton
 import triton.language as tl
@@ -65,15 +65,14 @@ def summary_kernel(
     BALLS_PAD: tl.constexpr,
     BLOCK_PAGES: tl.constexpr,
     LOG2_BALL: tl.constexpr,
-    BY_BALL: tl.constexpr,
     CAP: tl.constexpr,
 ):
-    """Add what a tile's rows do not see to their attention, page by page or ball by ball.
+    """Add what a tile's rows do not see to their attention, page by page.
 
-    A ball's logit is that of ``ball_weights``, its value the mean of its keys' values; a page's logit is the
-    log-sum-exp of its balls'. ``means``, ``spreads`` and ``values`` are described by pages: (streams, pages,
-    balls, dim), values (streams, pages, dim) unless BY_BALL. ``first_ptr`` (choosers, tiles, capacity) uint8
-    holds the first row of the tile that opened each page, TILE where none did. ``weight_ptr`` (choosers,
+    A page's logit is the log-sum-exp of its balls' (``ball_weights``), its value the mean of its keys'
+    values. ``means`` and ``spreads`` (streams, pages, balls, dim) and ``values`` (streams, pages, dim) are
+    described by pages. ``first_ptr`` (choosers, tiles, capacity) uint8 holds the first row of the tile that
+    opened each page, TILE where none did. ``weight_ptr`` (choosers,
     HEADS) float32, if not None, is added to a head's logits; weights of channels are those of
     ``score_factors``. Rows are those of ``attend_kernel``, whose ``out`` and ``lse`` are read and written.
     Grid: (tiles of this launch * blocks of heads, choosers).
@@ -115,17 +114,12 @@ def summary_kernel(
             logits = ball_weights(along, across, LOG2_BALL)
             if weight_ptr is not None:
                 logits += (weight * LOG2E)[:, None]
-            ball_page = block + index // BALLS_PAD
-            real = (ball_page < pages) & (index % BALLS_PAD < BALLS)
-            if BY_BALL:
-                first = tl.load(first_base + ball_page, mask=real, other=0).to(tl.int32)
-                v = values.load([stream, block, 0, 0]).reshape(balls, VALUE_PAD)
-            else:
-                page = block + tl.arange(0, BLOCK_PAGES)
-                first = tl.load(first_base + page, mask=page < pages, other=0).to(tl.int32)
-                v = values.load([stream, block, 0]).reshape(BLOCK_PAGES, VALUE_PAD)
-                if BALLS > 1:
-                    logits = sum_of_balls(logits, real, BLOCK_PAGES, BALLS_PAD)
+            page = block + tl.arange(0, BLOCK_PAGES)
+            first = tl.load(first_base + page, mask=page < pages, other=0).to(tl.int32)
+            v = values.load([stream, block, 0]).reshape(BLOCK_PAGES, VALUE_PAD)
+            if BALLS > 1:
+                real = (block + index // BALLS_PAD < pages) & (index % BALLS_PAD < BALLS)
+                logits = sum_of_balls(logits, real, BLOCK_PAGES, BALLS_PAD)
             logits = tl.where(row[:, None] >= first[None, :], float("-inf"), logits)
             acc, total, top = softmax_step(acc, total, top, logits, 1.0, v, live, False)
 
