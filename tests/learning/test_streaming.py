@@ -127,7 +127,7 @@ def test_a_model_larger_than_memory(tmp_path: Path) -> None:
     allowed = size // 3
     root = Path(__file__).parents[2]
 
-    def run(how: str) -> subprocess.CompletedProcess:
+    def run(how: str) -> subprocess.Popen:
         command = [
             sys.executable,
             "-c",
@@ -139,8 +139,12 @@ def test_a_model_larger_than_memory(tmp_path: Path) -> None:
         ]
         # One heap for all threads: how many there would be, and what they keep, is a matter of chance.
         environment = os.environ | {"MALLOC_ARENA_MAX": "1"}
-        return subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True)
+        return subprocess.Popen(
+            command, cwd=root, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
 
-    streams = run("stream")
-    assert streams.returncode == 0 and streams.stdout.strip() == "done", streams.stderr[-2000:]
-    assert run("load").returncode != 0
+    streams, loads = run("stream"), run("load")
+    told, problem = streams.communicate()
+    assert streams.returncode == 0 and told.strip() == "done", problem[-2000:]
+    loads.communicate()
+    assert loads.returncode != 0
