@@ -183,10 +183,11 @@ def launch_backward(
     streams, heads, length, _ = states.shape
     counts = torch.zeros(streams * heads, length // config.tile, dtype=torch.int32)
     plan = TiledPlan(0, length, config.tile, counts, counts, counts.new_zeros(*counts.shape, 4))
-    call = backward_pass.Call(config, 0, config.tile, None, extra.get("softcap"), (plan,))
+    call = backward_pass.Call(config, 0, config.tile, None, extra.get("softcap"), None, (plan,))
     far, sinks = (keys[:, :1536], keys[:, :1536]), extra.get("sink_logit")
-    passed = backward_pass.States(states, keys, keys, *far, sinks, states, torch.zeros(states.shape[:3]))
-    backward_pass.gradients(call, passed, states, None, [True] * 6)
+    inputs = (states, keys, keys, *far, sinks, None, None)  # nothing stands in: that is PyTorch's
+    passed = backward_pass.States(*inputs, states, torch.zeros(states.shape[:3]))
+    backward_pass.gradients(call, passed, states, None, [True] * 8)
 
 
 def corrections(kv_heads: int, group: int, head_dim: int) -> PageRouter:
