@@ -100,7 +100,7 @@ def rules() -> str:
 
 def density(row: Row) -> float:
     """What a row of compare.csv reads in all, summaries included."""
-    return float(row["total_density"]) + float(row["summary_density"])
+    return float(row["total_density"]) + float(row.get("summary_density") or 0)
 
 
 def transfer() -> str:

@@ -2,7 +2,7 @@
 
 from xml.etree import ElementTree
 
-from llama_surgery.report.comparison import comparison, density_with_summary
+from llama_surgery.report.comparison import comparison
 
 
 def row(form: str, density: float, **changed) -> dict:
@@ -12,9 +12,7 @@ def row(form: str, density: float, **changed) -> dict:
         "ahead": form == "b",
         "target_density": density,
         "total_density": density,
-        "summary_density": 0.0,
         "prefill_density": density,
-        "prefill_summary_density": 0.0,
         "perplexity_ratio": 1.01,
         "ratio_low": 1.0,
         "ratio_high": 1.02,
@@ -32,13 +30,3 @@ def test_every_rule_is_drawn_and_what_was_not_measured_is_left_out() -> None:
     assert {"rule pages", "rule b", "rule block-oracle", "rule c"} <= texts
     assert "rule full" not in texts
     assert comparison(rows) == svg
-
-
-def test_summaries_count_as_reading() -> None:
-    learned = row("learned", 0.1, summary_density=0.05, prefill_summary_density=0.04)
-    assert density_with_summary(learned, "total_density") == 0.1 + 0.05
-    assert density_with_summary(learned, "prefill_density") == 0.1 + 0.04
-    assert density_with_summary(learned, "decode_density") is None
-    at_once = row("learned", 0.1 + 0.05, prefill_density=0.1 + 0.04)
-    without = row("learned", 0.1)
-    assert comparison([learned]) == comparison([at_once]) != comparison([without])

@@ -201,7 +201,6 @@ def ruler_table(result: Any, length: int | None) -> Table:
 
 def comparison_table(found: dict[str, Any]) -> Table:
     """Every rule at every density."""
-    from llama_surgery.report.comparison import density_with_summary
 
     def span(row: dict[str, Any], name: str, ends: str, shape: str) -> str:
         if row.get(name) is None:
@@ -218,21 +217,27 @@ def comparison_table(found: dict[str, Any]) -> Table:
             name = row["title"] + (" *" if row["ahead"] else "")
             name += f", from {row['floor']:.1%}" if row["floor"] < 1 else ""
         before = row["form"]
-        read, decode = (density_with_summary(row, name) for name in ("total_density", "decode_density"))
+        decode = row.get("decode_density")
         quality = (
             span(row, "perplexity_ratio", "ratio", "{:.3f}"),
             span(row, "needle_kept", "needle_kept", "{:.0%}"),
         )
-        rows.append([escape(name), f"{read:.1%}", *quality, "–" if decode is None else f"{decode:.1%}"])
+        rows.append(
+            [
+                escape(name),
+                f"{row['total_density']:.1%}",
+                *quality,
+                "–" if decode is None else f"{decode:.1%}",
+            ]
+        )
     return make_table(
         f"{settings['model']}, {settings['windows']} windows of {settings['length']:,} tokens, "
         f"{settings['needles']} needles; dense: perplexity {dense['perplexity']:.3f}, needles "
         f"{dense['needle']:.1%}",
         ["", "density", "perplexity ÷ dense", "needles kept", "in decode"],
         rows,
-        "* a row of a prompt may see what later rows chose. From: the rule's smallest density, summaries "
-        "aside. Needles kept: of those that the dense model answered. Intervals are 95%. Densities count "
-        "what summaries of unseen pages cost at most.",
+        "* a row of a prompt may see what later rows chose. From: the rule's smallest density. Needles kept: "
+        "of those that the dense model answered. Intervals are 95%.",
     )
 
 

@@ -161,9 +161,9 @@ class PagesForm:
         return self._floor()[0]
 
     def setting(self, density: float) -> dict[str, Any]:
-        total, near = self._floor()
+        total, fixed = self._floor()
         # What is always open varies a little from text to text: just above it nothing can be aimed at.
-        if density >= 1 or density - near < 1.1 * (total - near):
+        if density >= 1 or density - fixed < 1.1 * (total - fixed):
             # No share exceeds 1, nor does a threshold that calibration sets; and every share exceeds 0.
             return self._with_theta(0.0 if density >= 1 else 1.0).to_dict()
         # From the θ of another density one pass comes as near as three from the default.
@@ -174,11 +174,11 @@ class PagesForm:
                 self._model,
                 self._tokenizer,
                 self._texts,
-                density - near,
+                density - fixed,
                 length,
                 passes,
                 # Rules of others choose in decode steps too.
-                decode_density=density - near,
+                decode_density=density - fixed,
             )
         return self._solved.to_dict()
 
@@ -188,17 +188,19 @@ class PagesForm:
         with self._operated(SurgeryConfig.from_dict(setting)):
             with Phases(self._model) as phases:
                 yield densities
-            read = phases.densities()  # what summaries cost is kept apart
-            densities.update((phase, d["near_density"] + d["far_density"]) for phase, d in read.items())
+            densities.update((phase, read["total_density"]) for phase, read in phases.densities().items())
 
     def _floor(self) -> tuple[float, float]:
-        """Total and near density at θ = 1: nothing is opened but the page of the first token, and what a head
-        with a negative learned offset opens all the same."""
+        """Total density at θ = 1, and without the far field.
+
+        Nothing is opened then but the page of the first token, and what a head with a negative learned offset
+        opens all the same.
+        """
         if self._measured is None:
             with self._operated(self._with_theta(1.0)):
                 _run(self._model, self._ids)
                 read = llama_surgery.statistics(self._model)
-            self._measured = read.near_density + read.far_density, read.near_density
+            self._measured = read.total_density, read.total_density - read.far_density
         return self._measured
 
     def _operated(self, config: SurgeryConfig) -> contextlib.AbstractContextManager[nn.Module]:

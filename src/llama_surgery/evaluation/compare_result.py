@@ -5,12 +5,10 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from llama_surgery.config import SurgeryConfig
 from llama_surgery.evaluation.compare_forms import Form
 from llama_surgery.evaluation.intervals import mean_interval
 from llama_surgery.evaluation.needle import NeedlePrompt
 from llama_surgery.evaluation.paired import paired_difference, perplexity_ratio
-from llama_surgery.topology.geometry import summary_density, summary_pairs
 
 #: Settings that every row repeats, so that a CSV stands alone.
 _SHARED = (
@@ -30,16 +28,13 @@ def row(
 ) -> dict[str, Any]:
     """One form at one density.
 
-    Densities are measured on what was asked: ``total_density`` over the perplexity windows,
-    ``prefill_density`` and ``decode_density`` while the needles were answered. They do not count summaries of
-    unseen pages: ``summary_density``, ``prefill_summary_density`` and ``decode_summary_density`` are what
-    these cost at most, in the same unit (:func:`~llama_surgery.topology.geometry.summary_pairs`).
+    Densities are measured on what was asked, summaries of unseen pages included: ``total_density`` over the
+    perplexity windows, ``prefill_density`` and ``decode_density`` while the needles were answered.
     ``needle`` is over all prompts, ``needle_kept`` over those that the dense model answered, each with
     Wilson's 95% interval; ``needle_bound`` is the one-sided 95% lower bound of the paired difference to
     dense, in closed form, and ``needle_changed`` counts prompts that one of both answered alone.
     """
     setting, answers = cell["setting"], cell["answers"]
-    config = SurgeryConfig.from_dict(setting) if "theta" in setting else None
     ratio = perplexity_ratio(dense["per_window"], cell["per_window"], settings["seed"])
     paired = paired_difference(dense["answers"], answers, settings["seed"])
     kept = [float(after) for before, after in zip(dense["answers"], answers, strict=True) if before]
@@ -51,8 +46,7 @@ def row(
         "floor": floor,
         "target_density": target,
         "total_density": cell["density"],
-        "summary_density": summary_density(config, settings["length"]) if config else 0.0,
-        "knob": setting.get("knob", "theta" if config else ""),
+        "knob": setting.get("knob", "theta" if "theta" in setting else ""),
         "number": setting.get("number", setting.get("theta")),
         "perplexity": _perplexity(cell),
         "dense_perplexity": _perplexity(dense),
@@ -66,7 +60,6 @@ def row(
         "needle_bound": paired.bound_closed,
         "needle_changed": paired.lost + paired.won,
         **{f"{phase}_density": value for phase, value in cell["answering"].items()},
-        **_needle_summaries(config, [prompt.length for prompt in prompts]),
         **{
             f"needle_{name}": statistics.fmean(
                 right for right, prompt in zip(answers, prompts, strict=True) if prompt.variant == name
@@ -76,18 +69,6 @@ def row(
         "seconds": cell["seconds"],
         "device": cell["device"],
         **{name: settings[name] for name in _SHARED},
-    }
-
-
-def _needle_summaries(config: SurgeryConfig | None, lengths: Sequence[int]) -> dict[str, float]:
-    """What summaries cost at most while needles were answered: prompts, and steps at their ends."""
-    prefill = decode = 0.0
-    for length in lengths if config else ():
-        prefill += summary_pairs(0, length, config, config.tile)
-        decode += summary_pairs(length - 1, length, config, 1)
-    return {
-        "prefill_summary_density": prefill / sum(length * (length + 1) / 2 for length in lengths),
-        "decode_summary_density": decode / sum(lengths),
     }
 
 

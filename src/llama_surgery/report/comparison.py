@@ -13,25 +13,6 @@ _COLOURS = (VERMILION, GREEN, PURPLE, ORANGE, SKY)
 _LEAST, _MOST = 3e-4, 0.2
 #: Densities that the figure spans.
 _SPAN = (0.03, 0.65)
-#: What summaries of unseen pages cost beside each density.
-_SUMMARIES = {
-    "total_density": "summary_density",
-    "prefill_density": "prefill_summary_density",
-    "decode_density": "decode_summary_density",
-}
-
-
-def density_with_summary(row: Mapping[str, Any], name: str) -> float | None:
-    """What a row of a comparison read, and what its summaries of unseen pages cost at most.
-
-    Args:
-        row: Of :func:`llama_surgery.evaluation.compare_result.row`.
-        name: ``total_density``, ``prefill_density`` or ``decode_density``.
-
-    Returns:
-        A density, or None where it was not measured.
-    """
-    return None if row.get(name) is None else row[name] + row[_SUMMARIES[name]]
 
 
 def comparison(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -42,8 +23,8 @@ def comparison(rows: Sequence[Mapping[str, Any]]) -> str:
             so are full budgets.
 
     Returns:
-        An SVG element. Bars are 95% intervals; losses outside of what is drawn lie on its edge. Densities
-        count summaries of unseen pages. Rules of which a row may see what later rows chose are dashed.
+        An SVG element. Bars are 95% intervals; losses outside of what is drawn lie on its edge. Rules of
+        which a row may see what later rows chose are dashed.
     """
     rows = [row for row in rows if row["target_density"] < 1]
     titles = list(dict.fromkeys(row["title"] for row in rows))
@@ -71,12 +52,9 @@ def comparison(rows: Sequence[Mapping[str, Any]]) -> str:
                 (panels[0], "total_density", "perplexity_ratio", "ratio_low", "ratio_high"),
                 (panels[1], "prefill_density", "needle_kept", "needle_kept_low", "needle_kept_high"),
             ):
-                measured = [
-                    (density_with_summary(row, density), row) for row in own if row.get(name) is not None
-                ]
-                measured.sort(key=lambda point: point[0])
-                points = [row for _, row in measured]
-                x = [at for at, _ in measured]
+                points = [row for row in own if row.get(name) is not None]
+                points.sort(key=lambda row, density=density: row[density])
+                x = [row[density] for row in points]
                 y, bottom, top = ([_drawn(name, row[key]) for row in points] for key in (name, low, high))
                 below = [max(0.0, at - end) for at, end in zip(y, bottom, strict=True)]
                 above = [max(0.0, end - at) for at, end in zip(y, top, strict=True)]
