@@ -7,14 +7,13 @@ show a difference than two separate accuracies would need.
 import dataclasses
 import math
 from collections.abc import Sequence
-from statistics import NormalDist
 
 import numpy as np
 
 from llama_surgery.errors import SurgeryError
+from llama_surgery.evaluation.intervals import CONFIDENCE, paired_change
 
 RESAMPLES = 10_000
-CONFIDENCE = 0.95
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,9 +48,9 @@ def paired_difference(
 ) -> PairedDifference:
     """Compares right and wrong answers to the same prompts.
 
-    The closed form is the adjusted Wald bound of Bonett and Price (2012): one prompt is added to
-    each of the two disagreeing cells. It says something when the models never disagree, where the
-    bootstrap, which can only draw what it has seen, gives a bound of exactly 0.
+    The closed form is that of :func:`~llama_surgery.evaluation.intervals.paired_change`: it says something
+    when the models never disagree, where the bootstrap, which can only draw what it has seen, gives a bound
+    of exactly 0.
 
     Args:
         dense: Whether the dense model answered each prompt.
@@ -67,28 +66,23 @@ def paired_difference(
             f"{len(dense)} dense and {len(operated)} operated answers: both models must have "
             "answered the same prompts, at least one."
         )
-    change = np.asarray(operated, dtype=np.int64) - np.asarray(dense, dtype=np.int64)
-    count = len(change)
-    lost, won = int((change < 0).sum()), int((change > 0).sum())
+    sides = [float(right) for right in dense], [float(right) for right in operated]
+    change = paired_change([sides], 2 * confidence - 1)  # its lower end is the one-sided bound
+    count, lost, won = change.count, change.lost, change.won
 
     # Resampling n prompts with replacement draws the number of lost, equal and won ones from a
     # multinomial: the same bootstrap, without a (resamples × prompts) table.
     shares = np.array([lost, count - lost - won, won]) / count
     draws = _generator(seed).multinomial(count, shares, size=RESAMPLES)
-    bootstrap = float(np.quantile((draws[:, 2] - draws[:, 0]) / count, 1 - confidence))
-
-    p_lost, p_won = (lost + 1) / (count + 2), (won + 1) / (count + 2)
-    gap = p_won - p_lost
-    error = math.sqrt((p_lost + p_won - gap**2) / (count + 2))
     return PairedDifference(
         count=count,
-        dense=float(np.mean(dense)),
-        operated=float(np.mean(operated)),
+        dense=change.dense,
+        operated=change.operated,
         difference=(won - lost) / count,
         lost=lost,
         won=won,
-        bound_bootstrap=bootstrap,
-        bound_closed=gap - NormalDist().inv_cdf(confidence) * error,
+        bound_bootstrap=float(np.quantile((draws[:, 2] - draws[:, 0]) / count, 1 - confidence)),
+        bound_closed=change.low,
         confidence=confidence,
     )
 
