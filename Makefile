@@ -1,11 +1,12 @@
 # Everything below works from a clean clone with nothing but Python >= 3.11 and make.
 #
-#   make demo     operate on the small model in demo/ and write an HTML report to out/demo
+#   make demo     let a pre-trained model read a long text, dense and operated, and compare (a few minutes)
 #   make test     make check, then the tests (those that need a GPU are skipped without one)
 #   make check    formatting, lint and types
 #   make clean    delete what the other targets wrote, except .venv and .venv-serve
 #   make compile-test   compile the kernels for every family of GPUs, which need not be there (25 minutes on 2 cores)
 #   make package-test   the built package in an empty environment, and with the oldest transformers it claims
+#   make demo-adapter  set the thresholds anew that the demo reads with (seven minutes of CPU time)
 #   make sweep        operate on a tiny model of every causal language model that transformers has (10 minutes)
 #   make sanitize     a part of the GPU tests under compute-sanitizer, on a machine with a GPU
 #   make serve-test   tests of serving: real vLLM servers (the community's CPU build), in .venv-serve
@@ -28,10 +29,10 @@ PACKAGE_STAMP := $(VENV)/.stamp-package
 DEV_STAMP := $(VENV)/.stamp-dev
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check clean compile-test package-test sweep sanitize serve-test
+.PHONY: help demo demo-adapter test check clean compile-test package-test sweep sanitize serve-test
 
 help:
-	@sed -n '3,11s/^#   //p' Makefile
+	@sed -n '3,12s/^#   //p' Makefile
 
 # pip is asked for, not only the interpreter: a venv whose creation was interrupted lacks it.
 $(PACKAGE_STAMP): pyproject.toml
@@ -40,7 +41,7 @@ $(PACKAGE_STAMP): pyproject.toml
 		exit 1; }
 	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv $(VENV)
 	$(PIP) $(TORCH)
-	$(PIP) --editable .
+	$(PIP) --editable '.[gguf]'
 	@touch $@
 
 $(DEV_STAMP): $(PACKAGE_STAMP)
@@ -49,6 +50,9 @@ $(DEV_STAMP): $(PACKAGE_STAMP)
 
 demo: $(PACKAGE_STAMP)
 	$(BIN)/llama-surgery demo --out out/demo
+
+demo-adapter: $(PACKAGE_STAMP)
+	$(BIN)/python demo/set_thresholds.py
 
 check: $(DEV_STAMP)
 	$(BIN)/ruff format --check .

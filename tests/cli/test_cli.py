@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from tests.cli.runner import SMALL, run
 
+from llama_surgery.cli.demo import pays
 from llama_surgery.cli.topology import SINGLE_THETA, config_for
 from llama_surgery.config import SurgeryConfig
 
@@ -168,3 +169,27 @@ def test_a_tile_of_one_takes_the_threshold_of_decoding() -> None:
     assert config_for({"window": 64}, 1).theta == SINGLE_THETA
     assert config_for({"theta": 0.2, "theta_decode": 0.1}, 1).theta == 0.1
     assert config_for({"theta": 0.2}, 1).theta == 0.2
+
+
+def test_the_demo_asks_both_models(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    module = sys.modules["llama_surgery.cli.demo"]
+    monkeypatch.setattr(module, "LENGTH", 1280)
+    monkeypatch.setattr(module, "PIECE", 320)
+    result = run("demo", "--small", "--out", tmp_path)
+    assert result.exit_code == 0, result.output
+    found = json.loads((tmp_path / "demo.json").read_text(encoding="utf-8"))
+    assert found["tokens"] == 1280 and 1 < len(found["facts"]) == len(found["operated"]["answers"])
+    assert 0 < found["operated"]["far"] < found["operated"]["total"] < 1
+    assert found["operated"]["perplexity"] == pytest.approx(found["dense"]["perplexity"], rel=0.2)
+    for fact in found["facts"]:
+        assert fact["question"].split("?")[0][:20] in result.output
+    assert "facts found" in result.output and "the dense model" in result.output
+
+
+def test_when_reading_pays_is_told_by_the_times() -> None:
+    steep, flat = [1.0, 1.0, 2.0, 3.0, 4.0], [3.0, 2.0, 2.25, 2.5, 2.75]
+    assert pays(flat, [1.0] * 5, 5000) == "The text was read 2.50 × as fast as by the dense model."
+    assert "0.88 × as fast" in pays(steep, flat, 5000) and "from some 3,000 tokens on" in pays(
+        steep, flat, 5000
+    )
+    assert "'llama-surgery doctor' measures it" in pays(flat, [5.0, 5.0, 6.0, 7.0, 8.0], 5000)

@@ -34,8 +34,8 @@ def main(version: show_version = False) -> None:
     A dense model lets every token read every earlier one. Operated, it reads what is near in full and, of
     what is far, only the pages that matter. No weight changes, and nothing has to be trained.
 
-    Start with **llama-surgery demo --out out/demo**: it runs on a laptop, without downloads, in a
-    few minutes. Exit codes: 0 done, 1 the command could not do its work (one line says why), 2 wrong usage,
+    Start with **llama-surgery demo --out out/demo**: it runs on a laptop, in a few
+    minutes. Exit codes: 0 done, 1 the command could not do its work (one line says why), 2 wrong usage,
     130 interrupted.
     """
 
