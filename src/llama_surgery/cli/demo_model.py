@@ -82,7 +82,10 @@ def fetch(case: Case) -> bool:
             os.replace(Path(temporary) / "model", target)
     except (OSError, subprocess.SubprocessError, zipfile.BadZipFile, SurgeryError) as error:
         last = (getattr(error, "stderr", None) or str(error)).strip().splitlines()
-        err.print(f"{case.name} cannot be had ({escape(last[-1] if last else 'no answer')}).", soft_wrap=True)
+        why = escape(last[-1] if last else "no answer")
+        err.print(
+            f"{case.name} cannot be had ({why}): the repository's model takes its place.", soft_wrap=True
+        )
         return False
     return True
 

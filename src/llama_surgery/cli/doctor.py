@@ -165,7 +165,7 @@ def _executor(
     for phase, tile in (("Prefill", config.tile), ("Decode", 1)):
         name, reason = backend_name(config, states, states, tile), obstacle(config, states, states, tile)
         kernels = "Triton kernels" if name == "triton" else f"plain PyTorch ({name!r})"
-        told[phase] = kernels + ("" if reason is None else f": of the Triton kernels, {reason}")
+        told[phase] = kernels + ("" if reason is None else f", as Triton kernels cannot: {reason}")
     if config.theta_decode == 0:
         told["Decode"] += "; decode steps read everything (theta_decode = 0), so they gain nothing"
     return told
