@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from emulated import CHUNK, WINDOW, Counts, Form, Layer, attend
+from emulated import CHUNK, WINDOW, Counts, Form, attend
 from torch.nn import functional as F
 
 from llama_surgery.cli.common import Dtype, load_model
@@ -49,19 +49,6 @@ FORMS = (
     Form("true shares", "exact"),
     Form("true shares and weights", "exact", weight="exact"),
     Form("true shares and weights, balls", "exact", weight="exact", summary=8),
-    Form("error of the summary", criterion="error"),
-    Form("error, summed", criterion="error", combine="sum"),
-    Form("error, summed, by gradient", criterion="error", combine="sum", sensitivity=1),
-    Form("error, by gradient", criterion="error", sensitivity=1),
-    Form("share, by gradient", sensitivity=1),
-    Form("share, summed", combine="sum"),
-    Form(
-        "true error, summed, by gradient",
-        weight="exact",
-        criterion="exact error",
-        combine="sum",
-        sensitivity=1,
-    ),
     Form("heads alone, tile 16", own=True, tile=16, weight="balls"),
     Form("heads alone, tile 32", own=True),
     Form("heads alone, tile 64", **OWN),
@@ -75,18 +62,56 @@ FORMS = (
     Form("heads alone, tree of both, true shares", "exact", tree="both", **OWN),
     Form("tree of both", tree="both"),
     Form("tree of both, true shares", "exact", tree="both"),
-    Form("heads alone, 2 centroids", "centroids-2", **OWN),
-    Form("heads alone, 2 centroids, bounded", "centroids-2-bounded", **OWN),
-    Form("heads alone, 4 centroids", "centroids-4", **OWN),
-    Form("heads alone, principal direction", "direction", **OWN),
+    *(
+        Form(
+            f"balls of {ball}, {score}"
+            + (f", pool {pool}" if pool > 1 else "")
+            + (f", propose {propose}, true shares open {density}" if propose else f" open {density}"),
+            score,
+            ball=ball,
+            page=page,
+            summary=page,
+            pool=pool,
+            tree=tree,
+            totals=totals,
+            propose=propose,
+            density=density,
+            **OWN,
+        )
+        for score, ball, pool, totals, tree, page, propose, density in (
+            ("bounded", 8, 1, 64, "both", 32, 0.1, 0.057),
+            ("bounded", 8, 1, 64, "keys", 32, 0.1, 0.057),
+            ("logcosh", 8, 1, 64, "keys", 32, 0.1, 0.057),
+            ("logcosh", 16, 1, 64, "keys", 32, 0.1, 0.057),
+            ("bounded", 16, 1, 64, "both", 32, 0.1, 0.057),
+            ("gaussian", 16, 1, 64, "both", 32, 0.1, 0.057),
+            ("bounded", 16, 1, 64, "queries", 32, 0.1, 0.057),
+            ("bounded", 16, 8, 64, "both", 32, 0.1, 0.057),
+            ("bounded", 16, 1, 64, "both", 64, 0.1, 0.057),
+            ("bounded", 16, 1, 64, "both", 32, 0.15, 0.057),
+            ("bounded", 16, 1, 64, "both", 32, 0.0, 0.057),
+            ("bounded", 32, 1, 64, "both", 32, 0.1, 0.057),
+            ("bounded", 32, 1, 64, "both", 32, 0.15, 0.057),
+            ("bounded", 32, 8, 64, "both", 32, 0.15, 0.057),
+            ("logcosh", 32, 1, 64, "both", 32, 0.15, 0.057),
+            ("gaussian", 32, 1, 32, "both", 32, 0.0, 0.06),
+            ("bounded", 32, 1, 32, "both", 32, 0.0, 0.06),
+            ("bounded", 16, 1, 32, "both", 32, 0.0, 0.06),
+            ("gaussian", 32, 8, 32, "both", 32, 0.0, 0.06),
+            ("gaussian", 32, 1, 32, "both", 32, 0.0, 0.08),
+            ("gaussian", 32, 1, 32, "both", 32, 0.077, 0.043),
+            ("gaussian", 32, 8, 32, "both", 32, 0.077, 0.043),
+            ("gaussian", 32, 1, 32, "both", 32, 0.09, 0.03),
+        )
+    ),
 )
 
 
 class Emulation:
     """Runs a dense model with a form's attention, or as it is while there is no form."""
 
-    def __init__(self, layers: dict[int, Layer]) -> None:
-        self.layers, self.form, self.theta = layers, None, 0.0
+    def __init__(self, metrics: dict[int, torch.Tensor]) -> None:
+        self.metrics, self.form, self.thetas = metrics, None, (0.0, 0.0)
         self.counts, self.bins = Counts(), None
 
     def attention(
@@ -98,10 +123,17 @@ class Emulation:
                 query, key, value, is_causal=rows > 1, enable_gqa=True, scale=scale
             )
             return out.transpose(1, 2).contiguous(), None
-        layer = self.layers[module.layer_idx]
+        metric = self.metrics[module.layer_idx]
         outs = [
             attend(
-                self.form, q.float() * scale, k.float(), v.float(), layer, self.theta, self.counts, self._hear
+                self.form,
+                q.float() * scale,
+                k.float(),
+                v.float(),
+                metric,
+                self.thetas,
+                self.counts,
+                self._hear,
             )
             for q, k, v in zip(query, key, value, strict=True)
         ]
@@ -113,52 +145,40 @@ class Emulation:
             self.bins += torch.bincount(index.flatten(), pairs.flatten().double(), BINS)
 
     def calibrate(self, form: Form, run: Callable[[], None], device: torch.device) -> None:
-        """Set the threshold that gives the form its far density over what ``run`` runs."""
-        self.form, self.theta = form, -3.0 if form.criterion == "share" else -6.0
-        self.counts, self.bins = Counts(), torch.zeros(BINS, dtype=torch.float64, device=device)
-        run()
-        above = self.bins.flip(0).cumsum(0).flip(0) - self.bins
-        self.theta = LOWEST + STEP * int((above <= form.density * self.counts.causal).nonzero()[0])
+        """Set the thresholds that give the form its densities over what ``run`` runs."""
+        self.form, self.thetas = form, (-math.inf, -3.0)
+
+        def find(density: float) -> float:
+            self.counts, self.bins = Counts(), torch.zeros(BINS, dtype=torch.float64, device=device)
+            run()
+            above = self.bins.flip(0).cumsum(0).flip(0) - self.bins
+            return LOWEST + STEP * int((above <= density * self.counts.causal).nonzero()[0])
+
+        if form.propose:
+            self.thetas = find(form.propose), -3.0
+        self.thetas = self.thetas[0], find(form.density)
         self.counts, self.bins = Counts(), None
 
 
-def layers_of(model: Any, ids: torch.Tensor) -> dict[int, Layer]:
-    """Metric of the queries, equal within rotary pairs, and mean square gradients of the loss by heads."""
-    squares: dict[int, torch.Tensor] = {}
-    gradients: dict[int, torch.Tensor] = {}
+def metrics_of(model: Any, ids: torch.Tensor) -> dict[int, torch.Tensor]:
+    """Metric of every layer's queries, equal within rotary pairs: (kv_heads, head_dim) each."""
+    squares: dict[int, Any] = {}
 
     def attention(
         base: str, module: Any, query: Any, key: Any, value: Any, mask: Any, **keywords: Any
     ) -> Any:
         index, kv_heads = module.layer_idx, key.shape[1]
-        square = query.detach().float().square().mean((0, 2)).unflatten(0, (kv_heads, -1)).mean(1)
-        square = square.unflatten(-1, (2, -1)).mean(1).repeat(1, 2)
-        squares[index] = squares.get(index, 0) + square
+        square = query.float().square().mean((0, 2)).unflatten(0, (kv_heads, -1)).mean(1)
+        squares[index] = squares.get(index, 0) + square.unflatten(-1, (2, -1)).mean(1).repeat(1, 2)
         out = F.scaled_dot_product_attention(
             query, key, value, is_causal=True, enable_gqa=True, scale=keywords["scaling"]
         )
-
-        def keep(gradient: torch.Tensor) -> None:
-            by_head = gradient.float().square().sum(-1).mean((0, 2)).unflatten(0, (kv_heads, -1))
-            gradients[index] = gradients.get(index, 0) + by_head
-
-        out.register_hook(keep)
         return out.transpose(1, 2).contiguous(), None
 
-    model.requires_grad_(False)
-    with attention_replaced(model, attention_modules(model).values(), attention), torch.enable_grad():
+    with attention_replaced(model, attention_modules(model).values(), attention), torch.no_grad():
         for window in ids:
-            states = model.get_input_embeddings()(window[None].to(model.device)).requires_grad_()
-            logits = model(inputs_embeds=states, use_cache=False).logits[0, :-1].float()
-            drawn = torch.distributions.Categorical(logits=logits.detach()).sample()
-            F.cross_entropy(logits, drawn, reduction="sum").backward()
-    middle = torch.stack([g.log().mean() for g in gradients.values()]).mean() / 2
-    return {
-        index: Layer(
-            (square / square.mean(-1, keepdim=True)).sqrt(), gradients[index].log() / 2 - middle
-        )
-        for index, square in squares.items()
-    }  # fmt: skip
+            final_states(model, window)
+    return {index: (square / square.mean(-1, keepdim=True)).sqrt() for index, square in squares.items()}
 
 
 def main() -> None:
@@ -183,7 +203,7 @@ def main() -> None:
     prompts = needle_prompts(
         tokenizer, texts, count=options.needles, lengths=[options.length], seed=options.seed
     )
-    emulation = Emulation(layers_of(model, calibration[:2, : options.length // 2]))
+    emulation = Emulation(metrics_of(model, calibration[:2, : options.length // 2]))
     head = Head(model, ids[0])
     dense_states: list[torch.Tensor] = []
     with attention_replaced(model, attention_modules(model).values(), emulation.attention), torch.no_grad():
@@ -202,17 +222,23 @@ def main() -> None:
             measured = perplexity(model, ids, head=head, each=compare)
             counts = emulation.counts
             far, summary = float(counts.far) / counts.causal, counts.summary / 2 / counts.causal
+            proposed = float(counts.proposed) / counts.causal
+            looked = max(0.0, proposed - far) / 2 if form.propose else 0.0
             kept = sum(score_needles(model, answered))
-            emulation.form = None
+            thetas, emulation.form = emulation.thetas, None
             changes = (measured.nll - dense.nll).mean(1)
             row = {
                 "model": Path(options.model).stem, "length": options.length, "form": form.name,
                 **{name: value for name, value in dataclasses.asdict(form).items() if name != "name"},
                 "far_density": round(far, 4), "summary_density": round(summary, 4),
-                "total_density": round(far + summary + counts.near / counts.causal, 4),
+                "proposed_density": round(proposed, 4),
+                # A proposed page that is not opened costs a product with its keys: half of an opened one.
+                "total_density": round(far + looked + summary + counts.near / counts.causal, 4),
                 "ratio": round(math.exp(changes.mean()), 4),
                 "ratio_se": round(float(changes.std() / len(changes) ** 0.5), 4),
                 "kl": round(sum(divergence) / len(divergence), 5),
+                "theta": round(math.exp(thetas[1]), 5),
+                "theta_propose": round(math.exp(thetas[0]), 5) if form.propose else None,
                 "needles_asked": len(prompts), "needles_dense": len(answered), "needles_kept": kept,
                 "windows": len(ids), "seed": options.seed,
                 "device": torch.cuda.get_device_name() if model.device.type == "cuda" else "cpu",

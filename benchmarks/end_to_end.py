@@ -35,7 +35,6 @@ def main() -> None:
     try:
         config = SurgeryConfig(
             page_size=given.page_size,
-            moment_size=given.moment_size,
             tile=given.tile,
             variance_pool=given.variance_pool,
         )

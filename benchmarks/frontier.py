@@ -24,7 +24,7 @@ from llama_surgery.text import read_texts, windows
 
 RESULTS = Path(__file__).parent / "results" / "frontier.csv"
 #: What identifies a row.
-KEYS = ("page_size", "moment_size", "chunk_size", "window", "tile", "scoring", "target")
+KEYS = ("page_size", "chunk_size", "window", "tile", "scoring", "target")
 
 
 def variants() -> list[tuple[SurgeryConfig, float]]:
@@ -39,20 +39,14 @@ def variants() -> list[tuple[SurgeryConfig, float]]:
             for target in (0.06, 0.03):
                 add(target, tile=tile, page_size=page)
     gpu = {"page_size": 64}
-    cheap = gpu | {"moment_size": 64, "variance_pool": 8}
+    cheap = gpu | {"variance_pool": 8}
     for change in (
         cheap,
-        gpu | {"moment_size": 16, "variance_pool": 8},
         {"variance_pool": 8},
-        gpu | {"moment_size": 64},
-        gpu | {"moment_size": 8},
-        {"moment_size": 32},
         {"chunk_size": 2048},
         gpu | {"chunk_size": 2048},
         {"window": 128},
         {"window": 64},
-        {"moment_size": 4},
-        {"moment_size": 16},
         {"chunk_size": 256, "window": 320},
         {"chunk_size": 1024},
         {"page_size": 128, "chunk_size": 2048},
@@ -65,7 +59,7 @@ def variants() -> list[tuple[SurgeryConfig, float]]:
     ):  # fmt: skip
         add(target, **cheap, chunk_size=chunk, window=window)
     add(0.03, **cheap)
-    for change in ({"moment_size": 32}, {"window": 128}, {"chunk_size": 2048}):
+    for change in ({"window": 128}, {"chunk_size": 2048}):
         add(0.06, tile=1, **change)
     for tile in (64, 1):
         for target in (0.015, 0.12):

@@ -46,7 +46,7 @@ IDEAS: dict[str, tuple[str, tuple[str, ...] | None]] = {
 }
 #: θ to begin the search for a density with, for tiles and for single rows; at 0.06 on the demo model.
 FIRST_THETA = {True: 0.0105, False: 0.046}
-GEOMETRY = ("chunk_size", "page_size", "moment_size", "window")
+GEOMETRY = ("chunk_size", "page_size", "window")
 #: Steps by which the time of one is measured, the first of them left out.
 TRIAL_STEPS = 4
 

@@ -34,8 +34,8 @@ from llama_surgery.lengths import parse_length
 RESULTS = Path(__file__).parent / "results" / "prefill.csv"
 CUDA = torch.device("cuda")
 
-#: Cheap selection at page 64: whole pages scored, variances of eight channels.
-CHEAP = SurgeryConfig(page_size=64, moment_size=64, variance_pool=8, theta_decode=0.01)
+#: Cheap selection at page 64: variances of eight channels together.
+CHEAP = SurgeryConfig(page_size=64, variance_pool=8, theta_decode=0.01)
 
 #: Pages that a tile reads on average at every length, with ``--growth``.
 PAGES = 48
@@ -56,10 +56,9 @@ def settings(length: int, *, full: bool, growth: bool, flex: bool) -> Iterator[S
     fine = dataclasses.replace(CHEAP, variance_pool=1)
     changes: tuple[dict[str, object], ...] = (
         {},
-        {"moment_size": 16},
-        {"moment_size": 16, "variance_pool": 8},
-        {"page_size": 32, "moment_size": 32},
-        {"page_size": 128, "moment_size": 128},
+        {"page_size": 32},
+        {"page_size": 32, "variance_pool": 8},
+        {"page_size": 128},
         {"tile": 16},
         {"tile": 32},
     )
@@ -91,13 +90,13 @@ def tune(length: int, seconds: float) -> None:
         "near": lambda job: prefill.attend_strip(job, strip, None, out, lse),
         "near and far": lambda job: prefill.attend_strip(job, strip, plan, out, lse),
     }
-    fine = dataclasses.replace(CHEAP, moment_size=16)
+    fine = dataclasses.replace(CHEAP, page_size=16)
     for config, place in ((CHEAP, 0), (fine, 1)):
         kept = layout_module.PROJECT_WARPS
         for warps in (1, 2, 4) if place else (4, 8):
             layout_module.PROJECT_WARPS = (warps, kept[1]) if place == 0 else (kept[0], warps)
             milliseconds = _middle(lambda config=config: build_layout(data.keys, data.values, config))
-            say(f"layout, balls of {config.ball_size}: {milliseconds:.3f} ms with {warps} warps")
+            say(f"layout, pages of {config.page_size}: {milliseconds:.3f} ms with {warps} warps")
         layout_module.PROJECT_WARPS = kept
     grids: dict[tuple[str, ...], dict[str, tuple[int, ...]]] = {
         ("totals",): {"totals_stages": (2, 3, 4), "totals_warps": (4, 8)},

@@ -127,7 +127,7 @@ class Operated:
 
     model: nn.Module
     config: SurgeryConfig
-    routers: Mapping[int, PageRouter]
+    routers: Mapping[int, PageRouter] | None
     settings: dict[str, Any]
     name: str = "operated"
 
@@ -192,7 +192,7 @@ class Maker:
         density: Executed far density that θ is calibrated to.
         config: The topology.
         given: Names of what was set by hand: a θ among them is not calibrated.
-        routers: Learned corrections by layer index.
+        routers: Learned corrections by layer index, or None.
         dtype: The model's precision.
         rounding: One of :data:`ROUNDINGS`.
         folder: Of the study.
@@ -208,7 +208,7 @@ class Maker:
         density: float,
         config: SurgeryConfig,
         given: Sequence[str],
-        routers: Mapping[int, PageRouter],
+        routers: Mapping[int, PageRouter] | None,
         dtype: str,
         rounding: str,
         folder: Path,

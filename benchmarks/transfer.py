@@ -108,7 +108,7 @@ class Bench:
             θ of this domain: at which its windows have the density asked for.
         """
         options, domain = self.options, self.domains[name]
-        given = {key: getattr(options, key) for key in ("chunk_size", "page_size", "moment_size", "window")}
+        given = {key: getattr(options, key) for key in ("chunk_size", "page_size", "window")}
         given = {key: value for key, value in given.items() if value is not None}
         config = SurgeryConfig(
             tile=options.tile, theta=theta, summary=what.summary, backend="gather", **given

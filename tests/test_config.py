@@ -49,14 +49,6 @@ from llama_surgery.removed import REMOVED, REMOVED_CHOICES
         ({"chunk_size": 2**16}, "chunk_size=65536: at most 32768, since offsets"),
         ({"page_size": 96}, "chunk_size=512 is not page_size=96 times a power of two"),
         ({"page_size": 1024}, "chunk_size=512 is not page_size=1024 times a power"),
-        ({"moment_size": 0}, "moment_size=0: must be a whole number of at least 1"),
-        ({"moment_size": "8"}, "moment_size='8': must be a whole number"),
-        (
-            {"page_size": 64, "moment_size": 24},
-            "moment_size=24: page_size=64 must be it times a power of two",
-        ),
-        ({"page_size": 64, "moment_size": 128}, "moment_size=128: page_size=64 must be it times a power"),
-        ({"moment_size": True}, "moment_size=True: must be a whole number"),
         ({"chunk_size": np.float32(512)}, "chunk_size=512.0: must be a whole number"),
         ({"chunk_size": torch.tensor([512, 512])}, r"chunk_size=tensor.*: must be a whole number"),
         ({"theta": True}, "theta=True: must be a finite number"),
@@ -98,13 +90,6 @@ def test_the_tree_follows_from_the_sizes(chunk_size, page_size, depth, pages):
     assert (config.depth, config.pages_per_chunk) == (depth, pages)
 
 
-def test_moments_are_kept_two_levels_below_a_page_unless_given():
-    assert SurgeryConfig(page_size=64).moment_size == 16
-    assert SurgeryConfig(page_size=64, moment_size=64).balls_per_page == 1
-    assert SurgeryConfig(chunk_size=64, page_size=2, tile=1).moment_size == 2  # no two levels below
-    assert SurgeryConfig(page_size=64).balls_per_page == 4
-
-
 def test_theta_belongs_to_the_tile():
     config = SurgeryConfig(theta=0.04, theta_decode=0.01)
     assert config.theta_for(64) == 0.04 and config.theta_for(1) == 0.01
@@ -134,19 +119,19 @@ def test_a_replaced_configuration_is_the_one_constructed(start, change):
         SurgeryConfig.from_dict(json.loads(json.dumps(SurgeryConfig(**start).to_dict()))),
         pickle.loads(pickle.dumps(SurgeryConfig(**start))),
         copy.deepcopy(SurgeryConfig(**start)),
-        dataclasses.replace(SurgeryConfig(**start), moment_size=4, theta_decode=None),
+        dataclasses.replace(SurgeryConfig(**start), theta_decode=None),
     ):
-        replaced = dataclasses.replace(dataclasses.replace(config, window=128, moment_size=None), **change)
+        replaced = dataclasses.replace(dataclasses.replace(config, window=128), **change)
         replaced = dataclasses.replace(replaced, window=expected.window)
         assert replaced == expected and hash(replaced) == hash(expected)
         assert replaced.to_dict() == expected.to_dict()
-        assert (replaced.ball_size, replaced.theta_for(1)) == (expected.ball_size, expected.theta_for(1))
+        assert replaced.theta_for(1) == expected.theta_for(1)
 
 
 def test_what_was_given_stays_when_something_else_is_replaced():
-    config = SurgeryConfig(moment_size=8, theta=0.1, theta_decode=0.0)
+    config = SurgeryConfig(theta=0.1, theta_decode=0.0)
     replaced = dataclasses.replace(config, page_size=64, theta=0.2)
-    assert replaced.moment_size == 8 and replaced.theta_decode == 0
+    assert replaced.theta_decode == 0
     # Handed on by hand what was read, it is given from now on.
     kept = dataclasses.replace(SurgeryConfig(), theta=0.2, theta_decode=SurgeryConfig().theta_decode)
     assert dataclasses.replace(kept, theta=0.3).theta_decode == SurgeryConfig().theta_decode
@@ -154,23 +139,25 @@ def test_what_was_given_stays_when_something_else_is_replaced():
 
 
 def test_configurations_that_mean_the_same_are_equal():
-    derived, told = SurgeryConfig(), SurgeryConfig(moment_size=8, theta_decode=0.0)
+    derived, told = SurgeryConfig(), SurgeryConfig(theta_decode=0.0)
     assert derived == told and hash(derived) == hash(told) and repr(derived) == repr(told)
-    assert derived != SurgeryConfig(moment_size=4)
+    assert derived != SurgeryConfig(page_size=64)
 
 
 @pytest.mark.parametrize("kind", [np.int64, np.int16, torch.tensor], ids=["int64", "int16", "tensor"])
 def test_numbers_of_other_libraries_become_plain_ones(kind):
-    config = SurgeryConfig(
-        page_size=kind(64), moment_size=kind(16), theta=np.float64(0.25), theta_decode=kind(1)
-    )
-    plain = SurgeryConfig(page_size=64, moment_size=16, theta=0.25, theta_decode=1.0)
+    config = SurgeryConfig(page_size=kind(64), theta=np.float64(0.25), theta_decode=kind(1))
+    plain = SurgeryConfig(page_size=64, theta=0.25, theta_decode=1.0)
     assert config == plain and json.dumps(config.to_dict()) == json.dumps(plain.to_dict())
+
+
+def test_the_size_of_balls_of_older_releases_is_passed_over():
+    assert SurgeryConfig.from_dict({"version": 1, "page_size": 64, "moment_size": 16}).page_size == 64
 
 
 def test_adapters_of_older_releases_mean_what_they_say():
     # Older releases wrote out what they derived, with a share of their own.
-    told = {"version": 1, "page_size": 64, "moment_size": 8, "theta": 0.1, "theta_decode": 0.05}
+    told = {"version": 1, "page_size": 64, "theta": 0.1, "theta_decode": 0.05}
     config = SurgeryConfig.from_dict(told)
     assert {name: config.to_dict()[name] for name in told} == told
     assert dataclasses.replace(config, theta=0.2, page_size=32).to_dict()["theta_decode"] == 0.05
@@ -207,11 +194,11 @@ def test_a_choice_that_is_gone_is_refused_with_the_reason(name, value):
 
 
 def test_pickles_of_older_releases_mean_what_they_say():
-    state = SurgeryConfig(moment_size=4, theta_decode=0.02).to_dict()
+    state = SurgeryConfig(theta_decode=0.02).to_dict()
     del state["version"]
     old = SurgeryConfig.__new__(SurgeryConfig)
     old.__setstate__(state)
-    assert dataclasses.replace(old, theta=0.3) == SurgeryConfig(moment_size=4, theta=0.3, theta_decode=0.02)
+    assert dataclasses.replace(old, theta=0.3) == SurgeryConfig(theta=0.3, theta_decode=0.02)
 
 
 @st.composite
@@ -221,7 +208,6 @@ def configs(draw):
     return SurgeryConfig(
         chunk_size=draw(st.sampled_from([64, 256])),
         page_size=draw(st.sampled_from([16, 64])),
-        moment_size=draw(st.sampled_from([None, 4, 16])),
         window=32 * draw(st.integers(0, 4)),
         tile=tile,
         theta=theta,

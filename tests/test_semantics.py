@@ -16,8 +16,8 @@ CHUNK, PAGE, DIM = 16, 4, 8
 SCALE = DIM**-0.5
 
 
-def slow_balls(keys: torch.Tensor, size: int) -> list[list[int]]:
-    """Balls of one full chunk, as lists of offsets: recursive median splits along the first direction."""
+def slow_pages(keys: torch.Tensor, size: int) -> list[list[int]]:
+    """Pages of one full chunk, as lists of offsets: recursive median splits along the first direction."""
 
     def split(offsets: list[int]) -> list[list[int]]:
         if len(offsets) == size:
@@ -45,16 +45,8 @@ def pooled(variance: torch.Tensor, pool: int) -> torch.Tensor:
     return torch.stack([variance[[c for c in range(DIM) if group[c] == g]].mean() for g in group])
 
 
-def bounded(variance: torch.Tensor, size: int) -> torch.Tensor:
-    """What logits of a ball add to their mean by their variance: ½v, at most what one outlier would."""
-    if size == 1:
-        return variance / 2
-    outlier, rest = ((size - 1) * variance).sqrt().exp(), (-(variance / (size - 1)).sqrt()).exp()
-    return torch.minimum(variance / 2, ((outlier + (size - 1) * rest) / size).log())
-
-
 def stands_in(variance: torch.Tensor) -> torch.Tensor:
-    """The same where the ball is not read: log cosh √v."""
+    """What a variance of logits adds to a page's weight: log cosh √v."""
     root = variance.clamp_min(1e-8).sqrt()
     return root + (-2 * root).exp().log1p() - math.log(2)
 
@@ -66,17 +58,14 @@ def slow_attention(q, k, v, config, calls):
     or all heads together.
     """
     heads, n, _ = q.shape
-    per_page = PAGE // config.moment_size
-    pages = []  # chunk by chunk, each page as the list of its balls
+    pages = []  # chunk by chunk
     for c in range(n // CHUNK):
-        balls = slow_balls(k[c * CHUNK : (c + 1) * CHUNK], config.moment_size)
-        balls = [[c * CHUNK + offset for offset in ball] for ball in balls]
-        pages.append([balls[i : i + per_page] for i in range(0, len(balls), per_page)])
-    moments = {  # of every ball, by its first key
-        ball[0]: (k[ball].mean(0), pooled(k[ball].var(0, correction=0), config.variance_pool))
+        by_offset = slow_pages(k[c * CHUNK : (c + 1) * CHUNK], PAGE)
+        pages.append([[c * CHUNK + offset for offset in page] for page in by_offset])
+    moments = {  # of every page, by its first key
+        page[0]: (k[page].mean(0), pooled(k[page].var(0, correction=0), config.variance_pool))
         for chunk in pages
         for page in chunk
-        for ball in page
     }
     out = torch.empty(heads, n, DIM, dtype=q.dtype)
     near_pairs = far_pairs = 0
@@ -91,37 +80,32 @@ def slow_attention(q, k, v, config, calls):
             closed = 0 if q0 < config.dense_until else max(0, (q0 - config.window) // CHUNK)
             far = [page for chunk in pages[:closed] for page in chunk]
             near = list(range(closed * CHUNK, p + 1))
-            estimates: list[list[list[torch.Tensor]]] = []  # by head and page, what balls weigh unread
+            weights: list[list[torch.Tensor]] = []  # by head, what pages weigh unread
             for h in range(heads):
                 scores = []
-                estimates.append([])
+                weights.append([])
                 for page in far:
-                    parts, unread = [], []
-                    for ball in page:
-                        mean, var = moments[ball[0]]
-                        score = math.log(len(ball)) + SCALE * (q[h, p] @ mean)
-                        spread = SCALE**2 * (q[h, p] ** 2 @ var)
-                        parts.append(score + bounded(spread, len(ball)))
-                        unread.append(score + stands_in(spread))
-                    scores.append(torch.stack(parts).logsumexp(0))
-                    estimates[h].append(unread)
-                total = torch.cat((torch.tensor(scores).to(q), SCALE * (k[near] @ q[h, p]))).logsumexp(0)
+                    mean, var = moments[page[0]]
+                    linear = math.log(PAGE) + SCALE * (q[h, p] @ mean)
+                    spread = SCALE**2 * (q[h, p] ** 2 @ var)
+                    scores.append(linear + spread / 2)
+                    weights[h].append(linear + stands_in(spread))
+                total = torch.cat((torch.tensor(weights[h]).to(q), SCALE * (k[near] @ q[h, p]))).logsumexp(0)
                 for b, score in enumerate(scores):
                     if (score - total).exp() > theta:
                         opened[h].add(b)
             if tile == 1:
                 opened = [set.union(*opened)] * heads
-            flat = [[j for ball in page for j in ball] for page in far]
             near_pairs += len(near)
             for h in range(heads):
-                seen = [b for b, page in enumerate(flat) if b in opened[h] or 0 in page]
-                shown = [j for b in seen for j in flat[b]]
+                seen = [b for b, page in enumerate(far) if b in opened[h] or 0 in page]
+                shown = [j for b in seen for j in far[b]]
                 far_pairs += len(shown) if tile > 1 or h == 0 else 0
                 visible = near + shown
                 logits, values = [SCALE * (k[visible] @ q[h, p])], [v[visible]]
                 for b in set(range(len(far))) - set(seen) if config.summary != "none" else ():
-                    logits.append(torch.stack(estimates[h][b]).logsumexp(0)[None])
-                    values.append(v[flat[b]].mean(0)[None])
+                    logits.append(weights[h][b][None])
+                    values.append(v[far[b]].mean(0)[None])
                 out[h, p] = torch.softmax(torch.cat(logits), 0) @ torch.cat(values)
     return out, near_pairs, far_pairs
 
@@ -138,7 +122,6 @@ def cases(draw):
         page_size=PAGE,
         window=draw(st.sampled_from([0, 8, 16])),
         tile=tile,
-        moment_size=draw(st.sampled_from([1, 2, 4])),
         theta=theta,
         theta_decode=decode,
         variance_pool=draw(st.sampled_from([1, 1, 2, 4])),

@@ -31,10 +31,8 @@ SETTINGS = (
     Setting(1 << 15, 1),
     Setting(1 << 17, 8),
     Setting(1 << 15, 8),
-    Setting(1 << 17, 1, ball=16),
-    Setting(1 << 17, 8, ball=16),
-    Setting(1 << 17, 1, page=32, ball=32),
-    Setting(1 << 17, 1, page=32, ball=8),
+    Setting(1 << 17, 1, page=32),
+    Setting(1 << 17, 8, page=32),
     Setting(1 << 17, 1, rows=4),
 )
 
@@ -216,6 +214,6 @@ def copies_for(setting: Setting, device: torch.device) -> int:
         return 1
     tokens = sum(setting.lengths)
     touched = (setting.far * tokens + setting.batch * setting.config.chunk_size) * 2 * case.DIM * 2
-    touched += tokens / setting.ball * 2 * case.DIM * 2
+    touched += tokens / setting.page * 2 * case.DIM * 2
     fits = torch.cuda.get_device_properties(device).L2_cache_size / (touched * case.KV_HEADS)
     return 1 if fits < 1 / 8 else max(2, math.ceil(4 * fits) + 1)

@@ -20,7 +20,7 @@ from llama_surgery.errors import SurgeryError
 from llama_surgery.surgery.buffers import PageBuffers
 from llama_surgery.surgery.decoding import cache_view
 from llama_surgery.topology.geometry import closed_chunks
-from llama_surgery.topology.layout import Layout, mean_values, moments_of, pool_channels
+from llama_surgery.topology.layout import Layout, mean_values, moments_of
 from llama_surgery.topology.selection import Scorer
 
 KV_HEADS, HEADS, DIM = 8, 4, 128
@@ -40,7 +40,7 @@ class Setting:
     Attributes:
         length: Tokens of the longest sequence, the new rows included; of all, unless ``ragged``.
         batch: Sequences.
-        page, ball: Keys of a page, and of the balls it is scored by.
+        page: Keys of a page.
         rows: New rows of a sequence.
         far: Far density.
         ragged: Lengths of the others go down from ``length`` by equal factors, to a 128th of it.
@@ -49,14 +49,13 @@ class Setting:
     length: int
     batch: int
     page: int = 64
-    ball: int = 64
     rows: int = 1
     far: float = 0.03
     ragged: bool = False
 
     @property
     def config(self) -> SurgeryConfig:
-        return SurgeryConfig(page_size=self.page, moment_size=self.ball, theta_decode=0.01, backend="triton")
+        return SurgeryConfig(page_size=self.page, theta_decode=0.01, backend="triton")
 
     @property
     def lengths(self) -> list[int]:
@@ -86,7 +85,7 @@ class Setting:
     @property
     def label(self) -> dict[str, object]:
         return {
-            "n": self.length, "batch": self.batch, "page": self.page, "balls": self.ball, "rows": self.rows,
+            "n": self.length, "batch": self.batch, "page": self.page, "rows": self.rows,
             "ragged": self.ragged,
         }  # fmt: skip
 
@@ -154,7 +153,7 @@ def make_layer(setting: Setting, lengths: torch.Tensor, dtype: torch.dtype, seed
         if full:  # in the order in which keys were planted: no tree is built
             order = torch.arange(config.chunk_size, dtype=torch.int16, device=device)
             order = order.expand(KV_HEADS, full // config.chunk_size, -1)
-            moments = moments_of(keys[:, :full], config.ball_size)
+            moments = moments_of(keys[:, :full], config.page_size)
             means = mean_values(values[:, :full], config)
             layout = Layout(keys[:, :full], values[:, :full], order, moments, mean_values=means)
             buffers.write_chunks(own, 0, layout)
@@ -179,13 +178,11 @@ def place_theta(setting: Setting, layers: list[Layer]) -> tuple[float, float]:
             if len(planted) == pages:  # nothing is to stay closed, or there is nothing
                 continue
             q = layer.queries[stream].flatten(0, 1).float() * DIM**-0.5
-            balls = pages * config.balls_per_page
-            mean, spread = means[stream, :balls].float(), spreads[stream, :balls].float()
-            scores = q @ mean.T + pool_channels(q.square(), config.variance_pool) @ spread.T
-            scores = scores + math.log(config.ball_size)
-            scores = scores.unflatten(-1, (-1, config.balls_per_page)).logsumexp(-1)
+            features = torch.cat((means[stream, None, :pages], spreads[stream, None, :pages]), -1)
+            scores, weights = Scorer(1.0, pool=config.variance_pool)(q[None], moments_from(features, config))
+            scores, weights = scores[0], weights[0]
             near = keys[stream, length - setting.near(length) : length]
-            total = torch.cat((scores, q @ near.float().T), -1).logsumexp(-1, keepdim=True)
+            total = torch.cat((weights, q @ near.float().T), -1).logsumexp(-1, keepdim=True)
             share = (scores - total).unflatten(0, (HEADS, -1)).amax(0)
             opened = torch.zeros(pages, dtype=torch.bool, device=q.device)
             opened[planted.to(q.device)] = True
@@ -244,11 +241,11 @@ def check(setting: Setting, layer: Layer, result: DecodeResult, samples: int = 4
 def _unread(layer: Layer, stream: int, closed: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Logits (heads, rows, pages) of what stands in for the first ``closed`` keys, and mean values."""
     cache = layer.cache
-    pages, balls = closed // cache.config.page_size, closed // cache.config.ball_size
-    features = torch.cat([by_slot(x)[stream, None, :balls] for x in (cache.means, cache.spreads)], -1)
+    pages = closed // cache.config.page_size
+    features = torch.cat([by_slot(x)[stream, None, :pages] for x in (cache.means, cache.spreads)], -1)
     scorer = Scorer(DIM**-0.5, pool=cache.config.variance_pool)
     moments = moments_from(features, cache.config)
-    logits = summary_logits(layer.queries[stream, None], moments, scorer, cache.config)[0]
+    logits = summary_logits(layer.queries[stream, None], moments, scorer)[0]
     logits[..., layer.pages[stream].to(logits.device)] = -math.inf
     assert cache.mean_values is not None
     return logits, by_slot(cache.mean_values)[stream, :pages]
@@ -271,7 +268,7 @@ def bytes_of(setting: Setting, results: list[DecodeResult]) -> float:
     blocks = -(-setting.rows // results[0].rows_block)
     pages = sum(float(r.read[:, :: r.rows_block].sum()) for r in results) / len(results)
     closed, near = (sum(map(count, lengths)) for count in (setting.pages, setting.near))
-    keys = pages * setting.page + blocks * (near + closed * setting.page / setting.ball + closed / 2)
+    keys = pages * setting.page + blocks * (near + closed * 1.5)
     logits = 2 * 2 * 4 * setting.rows * HEADS * closed  # of scores, and of what stands in
     return keys * 2 * DIM * size + logits
 

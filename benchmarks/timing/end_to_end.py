@@ -225,7 +225,6 @@ def _densities(model: PreTrainedModel) -> dict[str, float]:
         "theta": config.theta,
         "theta_decode": config.theta_for(1),
         "page_size": config.page_size,
-        "ball": config.ball_size,
         "tile": config.tile,
         "variance_pool": config.variance_pool,
         "dense_until": config.dense_until,

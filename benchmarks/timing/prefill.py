@@ -120,7 +120,6 @@ class _Timed:
             "n": self.length,
             "page": config.page_size,
             "tile": config.tile,
-            "ball": config.ball_size,
             "variance_pool": config.variance_pool,
             "far": setting.density,
         }

@@ -108,9 +108,9 @@ def check_tiles(job: Job, plans: list[TiledPlan], out: torch.Tensor, samples: in
             visible = torch.cat((visible, seen), 1)
             if config.summarises(size) and job.features is not None and layout.mean_values is not None:
                 pages = closed * config.pages_per_chunk
-                moments = moments_from(job.features[stream, None, : pages * config.balls_per_page], config)
+                moments = moments_from(job.features[stream, None, :pages], config)
                 scorer = Scorer(job.scale, job.softcap, pool=config.variance_pool)
-                logits = summary_logits(q[None], moments, scorer, config)[0]
+                logits = summary_logits(q[None], moments, scorer)[0]
                 block = Block(rows.start, rows.stop, closed)
                 logits = logits.masked_fill(plan.seen(block, pages)[chooser], -torch.inf)
                 means = layout.mean_values[stream, :pages]
@@ -146,20 +146,20 @@ def check_selection(job: Job, plans: list[TiledPlan]) -> float:
             chooser = index % len(plan.counts)
             stream = chooser // job.group
             rows = slice(tile * size, (tile + 1) * size)
-            balls = closed * config.balls_per_chunk
+            pages = closed * config.pages_per_chunk
             q = job.queries[chooser, :, rows].float() * job.scale
             scorer = Scorer(1.0, pool=config.variance_pool)
             one = slice(stream, stream + 1)
             moments = Moments(
-                layout.moments.mean[one, :balls], layout.moments.variance[one, :balls], config.ball_size
+                layout.moments.mean[one, :pages], layout.moments.variance[one, :pages], config.page_size
             )
-            scores = scorer(q, moments).unflatten(-1, (-1, config.balls_per_page)).logsumexp(-1)
+            scores, weights = scorer(q, moments)
             first = closed * config.chunk_size
             key = torch.arange(first, tile * size + size, device=q.device)
             near = q @ job.near_keys[stream, first : tile * size + size].float().T
             position = torch.arange(rows.start, rows.stop, device=q.device)
             near = near.masked_fill(key[None] > position[:, None], -math.inf)
-            total = torch.cat((scores, near), -1).logsumexp(-1, keepdim=True)
+            total = torch.cat((weights, near), -1).logsumexp(-1, keepdim=True)
             by_row = (scores - total).amax(0)  # over the chooser's heads
             clear = (by_row.amax(0) - bar).abs() > 0.1
             wanted = by_row.amax(0) > bar

@@ -21,11 +21,6 @@ def _default_theta_decode(config: "SurgeryConfig") -> float:
     return config.theta if config.tile == 1 else 0.0
 
 
-def _default_moment_size(config: "SurgeryConfig") -> int:
-    quarter, rest = divmod(config.page_size, 4)
-    return config.page_size if rest else quarter
-
-
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SurgeryConfig:
     """What every operated layer may see, and how it is executed.
@@ -45,8 +40,6 @@ class SurgeryConfig:
         theta_decode: The same for tiles of one query: decode steps, and the rows that end a prompt in
             ``generate()``. 0 unless given, so that they read everything: sparse rows there lose most of what
             real models look up. With ``tile=1`` it must equal ``theta``, and does unless given.
-        moment_size: Keys of the balls whose moments are kept, two levels below a page unless given: a page's
-            score is the log-sum-exp of its balls' scores. Smaller balls score more sharply and cost more.
         variance_pool: Channels whose variances are averaged for page scores: half of them neighbours, half
             their rotary partners. 1 keeps every channel's; 8 nearly halves what scoring costs.
         summary: What stands in for the pages that a row does not see: a single key for each ``page``, with
@@ -56,8 +49,8 @@ class SurgeryConfig:
         backend: Who executes the plan. ``auto`` takes the kernels on a GPU where they can run a call, and
             plain PyTorch elsewhere. A backend asked for by name never falls back in silence.
         gumbel: Options of ``topology="gumbel"``, or a mapping of them; None for other topologies.
-        given: ``theta_decode`` and ``moment_size`` as they were given, None where they follow from other
-            fields, in a copy by ``dataclasses.replace`` from its own. Not to be set.
+        given: ``theta_decode`` as it was given, None where it follows from other fields, in a copy by
+            ``dataclasses.replace`` from its own. Not to be set.
 
     Configurations are equal when they mean the same, whether a value was given or derived.
 
@@ -70,9 +63,8 @@ class SurgeryConfig:
     page_size: int = 32
     window: int = 192
     tile: int = 64
-    theta: float = 0.046
+    theta: float = 0.1
     theta_decode: Derived[float] = Derived(_default_theta_decode)
-    moment_size: Derived[int] = Derived(_default_moment_size)
     variance_pool: int = 1
     summary: Summary = "page"
     dense_until: int = 0
@@ -129,12 +121,9 @@ class SurgeryConfig:
             ("window", 0),
             ("tile", 1),
             ("dense_until", 0),
-            ("moment_size", 1),
             ("variance_pool", 1),
         ):
             value = self.__dict__[name]
-            if value is None and name == "moment_size":
-                continue
             if not isinstance(value, int) or isinstance(value, bool) or value < low:
                 raise SurgeryError(f"{name}={value!r}: must be a whole number of at least {low}.")
         for name in ("theta", "theta_decode"):
@@ -166,13 +155,6 @@ class SurgeryConfig:
             raise SurgeryError(
                 f"dense_until={self.dense_until}: at most {2**31 - 1}, since positions are kept in 32 bits."
             )
-        ball = self.moment_size
-        while 0 < ball < self.page_size:
-            ball *= 2
-        if ball != self.page_size:
-            raise SurgeryError(
-                f"moment_size={self.moment_size}: page_size={self.page_size} must be it times a power of two."
-            )
         if self.page_size * 2**self.depth != self.chunk_size:
             raise SurgeryError(
                 f"chunk_size={self.chunk_size} is not page_size={self.page_size} times a power of "
@@ -196,26 +178,13 @@ class SurgeryConfig:
             levels += 1
         return levels
 
-    @property
-    def ball_size(self) -> int:
-        """``moment_size`` by another name."""
-        return self.moment_size
-
     def summarises(self, tile: int) -> bool:
         """Do mean values stand in for pages, where rows in tiles of ``tile`` queries do not see them all?"""
         return self.summary == "page" and self.theta_for(tile) > 0
 
     @property
-    def balls_per_page(self) -> int:
-        return self.page_size // self.ball_size
-
-    @property
     def pages_per_chunk(self) -> int:
         return self.chunk_size // self.page_size
-
-    @property
-    def balls_per_chunk(self) -> int:
-        return self.chunk_size // self.ball_size
 
     @property
     def summaries_per_chunk(self) -> int:

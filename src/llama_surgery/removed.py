@@ -70,6 +70,11 @@ REMOVED_CHOICES: dict[tuple[str, str], str] = {
 BEFORE = {"summary": "none"}
 
 
+#: Fields of older releases whose every value still works: what they chose is fixed now. Pages were scored by
+#: balls of ``moment_size`` keys; θ stands for another density than it did, whatever that was.
+_FIXED = ("moment_size",)
+
+
 def without_removed(values: dict[str, Any]) -> dict[str, Any]:
     """What an older release stored, without the fields that are gone.
 
@@ -79,4 +84,4 @@ def without_removed(values: dict[str, Any]) -> dict[str, Any]:
     for name, (default, why) in REMOVED.items():
         if values.get(name, default) != default:
             raise SurgeryError(f"{name}={values[name]!r} is no longer supported: {why}")
-    return {name: value for name, value in values.items() if name not in REMOVED}
+    return {name: value for name, value in values.items() if name not in (*REMOVED, *_FIXED)}

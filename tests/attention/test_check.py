@@ -52,7 +52,7 @@ def test_layouts_of_other_tensors_are_refused(change) -> None:
         call(change(layout()))
 
 
-@pytest.mark.parametrize("change", [{"page_size": 16}, {"moment_size": 8}, {"chunk_size": 64}])
+@pytest.mark.parametrize("change", [{"page_size": 16}, {"chunk_size": 64}])
 def test_layouts_of_another_configuration_are_refused(change: dict[str, int]) -> None:
     """A change of page_size changes what its balls are, which the layout's are not."""
     with pytest.raises(SurgeryError, match="it was not made for queries"):

@@ -36,7 +36,7 @@ def test_a_model_is_measured_end_to_end(
     shapes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "out" / "end_to_end.csv"
-    config = SurgeryConfig(page_size=64, moment_size=64, tile=64)
+    config = SurgeryConfig(page_size=64, tile=64)
     task = Task(config, 1024, batch=2, density=0.08, decode_density=0.1, steps=5)
     given = {"seconds": 300.0, "device": torch.device("cpu"), "dtype": torch.float32}
     found = end_to_end(shapes, [task], out, **given)

@@ -23,7 +23,7 @@ def test_densities_are_those_of_a_loop() -> None:
     closed = sum(seen) / causal
     assert text.near_density == pytest.approx(1 - closed)
     assert text.far_density == pytest.approx(min(closed, 0.05 * 1000 / 1500))
-    assert text.scoring == pytest.approx(closed / config.ball_size)
+    assert text.scoring == pytest.approx(closed / config.page_size)
     assert text.summary == pytest.approx(closed / config.page_size / 2)
     sparse = text.near_density + text.far_density + text.scoring + text.summary
     assert text.attention_speedup == pytest.approx(1 / sparse)

@@ -204,11 +204,6 @@ def test_what_settings_say_of_a_configuration(real: ModuleType) -> None:
 
     assert changes(SurgeryConfig()) == changes(SurgeryConfig(theta=0.1)) == {}
     assert changes(SurgeryConfig(page_size=64)) == {"page_size": 64}
-    for size in (64, 8):
-        assert changes(SurgeryConfig(page_size=64, moment_size=size)) == {
-            "page_size": 64,
-            "moment_size": size,
-        }
     both = SurgeryConfig(theta=0.1, theta_decode=0.02)
     assert by_decode(both) == {"dense": SurgeryConfig(theta=0.1, theta_decode=0.0), "sparse": both}
     assert list(by_decode(SurgeryConfig(theta=0.1, theta_decode=0.0))) == ["dense"]

@@ -14,10 +14,10 @@ from llama_surgery.evaluation.io import write_csv
 from llama_surgery.evaluation.perplexity import perplexity
 from llama_surgery.text import windows
 
-TILED = SurgeryConfig(chunk_size=64, page_size=16, window=32, tile=16, theta=0.1, theta_decode=0.05)
+TILED = SurgeryConfig(chunk_size=64, page_size=16, window=32, tile=16, theta=1e4, theta_decode=1e4)
 CONFIGS = {
     "T = 16": TILED,
-    "T = 1": dataclasses.replace(TILED, tile=1, theta=0.05),
+    "T = 1": dataclasses.replace(TILED, tile=1, theta=1e4),
     "everything open": dataclasses.replace(TILED, theta=0.0, theta_decode=0.0),
 }
 SETTINGS = {"length": 1024, "windows": 3, "needles": 6, "seed": 5}

@@ -22,7 +22,7 @@ from llama_surgery.topology.geometry import query_blocks
 from llama_surgery.topology.layout import reorder
 from llama_surgery.topology.tree import paths
 
-UNEVEN = SurgeryConfig(chunk_size=48, page_size=12, window=24, tile=8, theta=0.1, moment_size=12)
+UNEVEN = SurgeryConfig(chunk_size=48, page_size=12, window=24, tile=8, theta=0.1)
 # 320 − 5 tokens: the last tile and the last chunk are partial.
 LENGTH = 315
 

@@ -299,7 +299,7 @@ def fixture_model():
 
 def test_an_adapter_saved_by_the_first_release_gives_the_same_outputs():
     with loaded(fixture_model(), FIXTURE) as model:
-        sizes = {"chunk_size": 64, "page_size": 16, "moment_size": 4, "window": 32, "tile": 8}
+        sizes = {"chunk_size": 64, "page_size": 16, "window": 32, "tile": 8}
         assert config_of(model) == SurgeryConfig(**sizes, theta=0.15, theta_decode=0.1, summary="none")
         got = logits(model, torch.arange(250)[None] * 37 % 94 + 3)
         assert 0.05 < statistics(model).far_density < 0.5

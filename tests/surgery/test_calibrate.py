@@ -93,7 +93,7 @@ def test_what_is_measured_is_scored_by_what_the_kernels_keep(
 
     monkeypatch.setattr(execute, "attend", attend)
     config = dataclasses.replace(SPARSE, backend=backend, variance_pool=4)
-    with surgery.operated(build("Llama", dtype=torch.bfloat16), config) as model:
+    with surgery.operated(build("Llama", dtype=torch.bfloat16), config, routers={}) as model:
         calibrate(model, Letters(), TEXT, 0.2, LENGTH, passes=1)
     assert layouts
     for layout in layouts:

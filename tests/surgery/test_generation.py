@@ -172,7 +172,7 @@ class Watching(LogitsProcessor):
 def test_a_plain_call_after_generate_is_a_plain_call(model, how):
     """docs/semantics.md: several tokens are tiles, with no rows of their own at the end."""
     # With this prompt the beams that are returned are the beams that the cache holds.
-    prompt, cache = tokens(1, 140, seed=2), PagedCache(model.config, SPARSE, [0, 1])
+    prompt, cache = tokens(1, 140, seed=3), PagedCache(model.config, SPARSE, [0, 1])
     options = {
         "greedy": {},
         "lookup": {"prompt_lookup_num_tokens": 4},

@@ -33,7 +33,6 @@ def configurations(draw):
     return dataclasses.replace(
         config,
         dense_until=draw(st.sampled_from([0, 0, 128])),
-        moment_size=draw(st.sampled_from([4, 16])),
         window=draw(st.sampled_from([0, 32])),
     )
 

@@ -116,8 +116,8 @@ def test_the_context_manager_bears_with_an_ejection_inside(model):
 def test_a_call_that_fails_half_way_leaves_nothing(model):
     before = trace(model)
     broken = model.model.layers[1].mlp
-    handle = broken.register_forward_pre_hook(lambda *_: (_ for _ in ()).throw(RuntimeError("broken")))
     with operated(model, SPARSE):
+        handle = broken.register_forward_pre_hook(lambda *_: (_ for _ in ()).throw(RuntimeError("broken")))
         with pytest.raises(RuntimeError, match="broken"):
             logits(model, tokens(1, 100))
         handle.remove()

@@ -239,7 +239,7 @@ def test_the_name_on_the_configuration_is_a_plain_string_while_a_call_runs(model
     handle = model.model.register_forward_pre_hook(
         lambda *_: kinds.append(type(model.config._attn_implementation))
     )
-    with operated(model, SPARSE):
+    with operated(model, SPARSE, routers={}):
         logits(model, tokens(1, 20))
         assert copy.deepcopy(model.config)._attn_implementation == "sdpa"
         with pytest.raises(RuntimeError):
@@ -334,7 +334,7 @@ def test_flash_attention_of_other_layers_is_loaded_by_its_own_name(monkeypatch):
 
     monkeypatch.setitem(AttentionInterface._global_mapping, "flash_attention_2", flash)
     model.config._attn_implementation_internal = "flash_attention_2"
-    with operated(model, SPARSE):
+    with operated(model, SPARSE, routers={}):
         logits(model, tokens(1, 100))
     assert asked == [("flash_attention_2", 0, 48)]
     assert model.config._attn_implementation == "flash_attention_2"

@@ -119,7 +119,7 @@ def test_densities_are_those_counted_in_the_masks(counted, data):
         ids, mask = tokens(data.draw(st.integers(1, 2)), width), None
     else:
         ids, mask = pad([tokens(width)], [0], width)
-    with operated(llama(), config) as model:
+    with operated(llama(), config, routers={}) as model:
         in_pieces(model, ids, [cut for cut in cuts if cut < width], mask=mask)
         read = statistics(model)
     check(read, count)

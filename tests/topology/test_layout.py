@@ -19,7 +19,6 @@ def cases(draw):
     config = SurgeryConfig(
         chunk_size=page * 2**depth,
         page_size=page,
-        moment_size=draw(st.sampled_from([page, page // 2])),
         window=0,
         tile=1,
         theta=0.01,
@@ -32,15 +31,15 @@ def cases(draw):
 
 
 @given(cases())
-def test_moments_are_those_of_the_balls_keys(case):
+def test_moments_are_those_of_the_pages_keys(case):
     keys, values, config = case
     layout = build_layout(keys, values, config)
-    balls = layout.keys.unflatten(1, (-1, config.moment_size))
-    mean = balls.sum(2) / config.moment_size
-    variance = (balls - mean.unsqueeze(2)).square().sum(2) / config.moment_size
+    pages = layout.keys.unflatten(1, (-1, config.page_size))
+    mean = pages.sum(2) / config.page_size
+    variance = (pages - mean.unsqueeze(2)).square().sum(2) / config.page_size
     torch.testing.assert_close(layout.moments.mean, mean, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(layout.moments.variance, variance, rtol=1e-12, atol=1e-12)
-    assert layout.moments.size == config.moment_size
+    assert layout.moments.size == config.page_size
     by_page = layout.values.unflatten(1, (-1, config.page_size))
     torch.testing.assert_close(layout.mean_values, by_page.mean(2), rtol=1e-12, atol=1e-12)
 

@@ -18,7 +18,6 @@ from llama_surgery.topology.tree import tree_order
 CONFIG = SurgeryConfig(
     chunk_size=32,
     page_size=8,
-    moment_size=4,
     window=16,
     tile=8,
     theta=0.08,
@@ -80,23 +79,31 @@ def test_weights_of_channels_by_hand() -> None:
         mean_weight=torch.tensor([[[2.0, 1.0], [1.0, 0.5]]]),
         variance_weight=torch.tensor([[[1.0, 1.0], [3.0, 1.0]]]),
     )
-    scores = Scorer(1.0, None, router)(query, moments).flatten()
-    # ½v of the first head is less than an outlier could reach; that of the second is not, √((4-1)v) = 9.
-    outlier = math.log((math.exp(9) + 3 * math.exp(-3)) / 4)
-    expected = [math.log(4) + 2 * 1 + 2 * 2 + 0.5 * 1, math.log(4) + 3 * 1 - 0.5 * 2 + outlier]
-    torch.testing.assert_close(scores, torch.tensor(expected, dtype=torch.float64))
+    scores, weights = (x.flatten() for x in Scorer(1.0, None, router)(query, moments))
+    means = torch.tensor([math.log(4) + 2 * 1 + 2 * 2, math.log(4) + 3 * 1 - 0.5 * 2], dtype=torch.float64)
+    variances = torch.tensor([1.0, 27.0], dtype=torch.float64)
+    torch.testing.assert_close(scores, means + variances / 2)
+    torch.testing.assert_close(weights, means + variances.sqrt().cosh().log())
 
 
 def test_the_tree_sees_mapped_keys_and_the_cache_those_of_the_model() -> None:
     keys, key_map = normal(STREAMS, 64, DIM), normal(KV_HEADS, DIM, DIM, seed=2)
     layout = build_layout(keys, keys, CONFIG, PageRouter(key_map=key_map))
     mapped = torch.stack([keys[s] @ key_map[s % KV_HEADS].T for s in range(STREAMS)])
-    order = tree_order(mapped.unflatten(1, (2, 32)), CONFIG.ball_size)
+    order = tree_order(mapped.unflatten(1, (2, 32)), CONFIG.page_size)
     assert torch.equal(layout.order.long(), order)
     assert torch.equal(
         layout.keys.sort(1).values, keys.unflatten(1, (2, 32)).flatten(1, 2)[:, :].sort(1).values
     )
     assert not torch.equal(layout.order, build_layout(keys, keys, CONFIG).order)
+
+
+def test_the_tree_sees_weighted_keys() -> None:
+    keys, weight = normal(STREAMS, 64, DIM), normal(KV_HEADS, DIM, seed=2).abs()
+    layout = build_layout(keys, keys, CONFIG, PageRouter(key_weight=weight))
+    mapped = build_layout(keys, keys, CONFIG, PageRouter(key_map=torch.diag_embed(weight)))
+    assert torch.equal(layout.order, mapped.order)
+    assert torch.equal(layout.keys, mapped.keys)
 
 
 def test_everything_open_is_dense_whatever_was_learned() -> None:

@@ -70,15 +70,15 @@ def check_call(
 
 
 def _check_layout(layout: Layout, config: SurgeryConfig, queries: torch.Tensor, values: torch.Tensor) -> None:
-    """Pages, balls and orders are found at places that follow from the configuration."""
+    """Pages and orders are found at places that follow from the configuration."""
     streams, dim = queries.shape[0], queries.shape[-1]
     slots = layout.chunks * config.chunk_size
     fits = (
         layout.keys.shape == (streams, slots, dim)
         and layout.values.shape == (streams, slots, values.shape[-1])
         and layout.order.shape[::2] == (streams, config.chunk_size)
-        and layout.moments.size == config.ball_size
-        and layout.moments.mean.shape == (streams, slots // config.ball_size, dim)
+        and layout.moments.size == config.page_size
+        and layout.moments.mean.shape == (streams, slots // config.page_size, dim)
     )
     means = layout.mean_values
     if config.summary != "none":
@@ -87,9 +87,9 @@ def _check_layout(layout: Layout, config: SurgeryConfig, queries: torch.Tensor, 
     if not fits:
         raise SurgeryError(
             f"a layout of {layout.chunks} chunks, keys {tuple(layout.keys.shape)}, values "
-            f"{tuple(layout.values.shape)}, balls of {layout.moments.size}, mean values "
+            f"{tuple(layout.values.shape)}, pages of {layout.moments.size}, mean values "
             f"{None if means is None else tuple(means.shape)}: it was not made for queries "
-            f"{tuple(queries.shape)} with chunk_size={config.chunk_size}, moment_size={config.ball_size} and "
+            f"{tuple(queries.shape)} with chunk_size={config.chunk_size}, page_size={config.page_size} and "
             f"summary={config.summary!r}."
         )
     for states in (layout.keys, layout.values):

@@ -32,7 +32,7 @@ def summary(
         Output (streams, heads, rows, value_dim) and log-sum-exp (streams, heads, rows), the moments' dtype.
     """
     pages = plan.block.closed * config.pages_per_chunk
-    logits = summary_logits(queries, layout.moments.first(pages * config.balls_per_page), scorer, config)
+    logits = summary_logits(queries, layout.moments.first(pages), scorer)
     seen = page_mask(plan, pages).unflatten(0, (len(queries), -1))  # (streams, heads or 1, rows, pages)
     logits = logits.masked_fill(seen, -torch.inf)
     lse = logits.logsumexp(-1)
@@ -41,26 +41,20 @@ def summary(
     return weights @ layout.mean_values[:, :pages].to(logits.dtype).unsqueeze(1), lse
 
 
-def summary_logits(
-    queries: torch.Tensor, moments: Moments, scorer: Scorer, config: SurgeryConfig
-) -> torch.Tensor:
+def summary_logits(queries: torch.Tensor, moments: Moments, scorer: Scorer) -> torch.Tensor:
     """Log of what the keys of every page are expected to weigh together, seen or not.
 
-    It is the log-sum-exp of what its balls are (:meth:`~llama_surgery.topology.selection.Scorer.weights`),
-    and a head's learned weight of summaries.
+    It is :class:`~llama_surgery.topology.selection.Scorer`'s weight, and a head's learned one of summaries.
 
     Args:
         queries: (streams, heads, rows, head_dim).
-        moments: Of the balls of whole chunks.
+        moments: Of the pages of whole chunks.
         scorer: The layer's page score.
-        config: The topology.
 
     Returns:
         (streams, heads, rows, pages), the moments' dtype.
     """
-    logits = scorer.weights(queries.flatten(1, 2), moments).unflatten(1, queries.shape[1:3])
-    if config.balls_per_page > 1:
-        logits = logits.unflatten(-1, (-1, config.balls_per_page)).logsumexp(-1)
+    logits = scorer(queries.flatten(1, 2), moments)[1].unflatten(1, queries.shape[1:3])
     if scorer.router is not None and scorer.router.summary is not None:
         logits = logits + scorer.router.summary.to(logits.dtype)[..., None, None]
     return logits

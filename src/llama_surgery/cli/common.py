@@ -238,16 +238,16 @@ def _loading(path: str) -> Iterator[None]:
         ) from error
 
 
-def topology_of(model: Any, adapter: Path | None) -> tuple[SurgeryConfig, dict[int, Any]]:
+def topology_of(model: Any, adapter: Path | None) -> tuple[SurgeryConfig, dict[int, Any] | None]:
     """Configuration and learned corrections of an adapter, checked against the model, which stays dense.
 
-    Without an adapter the documented defaults.
+    Without an adapter the documented defaults, and None: operate() finds what goes with them.
 
     Raises:
         SurgeryError: The adapter does not fit, or the model cannot be operated.
     """
     if adapter is None:
-        return SurgeryConfig(), {}
+        return SurgeryConfig(), None
     from llama_surgery.surgery.adapter import load_adapter
     from llama_surgery.surgery.operate import eject
     from llama_surgery.surgery.operation import config_of, routers_of

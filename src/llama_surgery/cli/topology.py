@@ -38,10 +38,6 @@ _FIELDS: dict[str, Any] = {
     "theta_decode": _option(
         float | None, "The same for decoding, token by token: 0 reads everything. Set by --decode-density."
     ),
-    "moment_size": _option(
-        int | None,
-        "Keys of the balls that pages are scored by; two levels of the tree below the page if left out.",
-    ),
     "variance_pool": _option(
         int, "Channels whose variances are averaged for scoring: 1, or 8 to score at nearly half the cost."
     ),
@@ -68,7 +64,7 @@ _GUMBEL_FIELDS: dict[str, Any] = {
 SINGLE_THETA = 0.0106
 
 #: Fields whose default depends on others.
-_UNSET = ("theta", "theta_decode", "moment_size")
+_UNSET = ("theta", "theta_decode")
 
 
 def topology_options(command: Callable[..., None], *, gumbel: bool = False) -> Callable[..., None]:

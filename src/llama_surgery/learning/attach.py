@@ -14,7 +14,7 @@ from llama_surgery.errors import SurgeryError, UnsupportedModelError
 from llama_surgery.learning.corrections import Corrections
 from llama_surgery.learning.gates import Homotopy, Rows, gated_rows
 from llama_surgery.learning.reading import Reading
-from llama_surgery.learning.soft_tree import balls_of
+from llama_surgery.learning.soft_tree import pages_of
 from llama_surgery.surgery.interface import dense_attention
 from llama_surgery.surgery.operation import is_operated
 from llama_surgery.surgery.replace import attention_replaced
@@ -228,12 +228,12 @@ def projection_of(module: torch.nn.Module) -> torch.Tensor | None:
 
 @dataclasses.dataclass(frozen=True)
 class _Layer:
-    """One layer's states by stream, in at least float32, and its balls."""
+    """One layer's states by stream, in at least float32, and its pages."""
 
     queries: torch.Tensor
     keys: torch.Tensor
     values: torch.Tensor
-    balls: Any
+    tree: Any
     router: PageRouter
 
     @classmethod
@@ -249,11 +249,11 @@ class _Layer:
         keys, values = key.to(dtype).flatten(0, 1), value.to(dtype).flatten(0, 1)
         router = router.for_streams(batch * kv_heads, query.device)
         full = n // config.chunk_size * config.chunk_size
-        balls = None
+        tree = None
         if full:
             chunked = keys[:, :full].detach().unflatten(1, (-1, config.chunk_size))
-            balls = balls_of(keys[:, :full], router.map_keys(chunked), config)
-        return cls(queries, keys, values, balls, router)
+            tree = pages_of(keys[:, :full], router.map_keys(chunked), config)
+        return cls(queries, keys, values, tree, router)
 
     def run(self, rows: Rows, gates: Gates, scale: float, weight: float = 1.0) -> torch.Tensor:
         """Rows through their gates, recomputed in the backward pass; pairs count ``weight`` times."""
@@ -262,7 +262,7 @@ class _Layer:
             self.queries[:, :, rows.position],
             self.keys,
             self.values,
-            self.balls,
+            self.tree,
             self.router,
             rows,
             gates.log_theta,

@@ -56,7 +56,7 @@ class Length:
         near_density: Near field over causal pairs, exact.
         far_density: Executed far pairs over causal pairs: what was asked for, or less where θ, set at the
             calibration length, leaves less.
-        scoring: Scores of balls, in units of attention over all causal pairs.
+        scoring: Scores of pages, in units of attention over all causal pairs.
         summary: The same for the products with means of unseen pages.
         attention_speedup: Multiplications of dense attention over those of near field, far field, scoring
             and summary.
@@ -136,7 +136,7 @@ def at_length(shape: Shape, config: SurgeryConfig, density: float, calibrated: i
 
     The far density at a length N that θ was not calibrated at is taken as ``density · calibrated / N`` above
     it, since with one θ a row opens at most so many pages whatever the length, and as ``density`` below.
-    Scoring is 1 / ball_size of the score products of dense attention for means and, with ``variance_pool``
+    Scoring is 1 / page_size of the score products of dense attention for means and, with ``variance_pool``
     channels together, that over the pool for variances; each is half of what attention multiplies for a pair.
 
     Args:
@@ -153,7 +153,7 @@ def at_length(shape: Shape, config: SurgeryConfig, density: float, calibrated: i
         near -= (block.start - first) * (block.start - first + 1) / 2
     closed, near = closed / causal, near / causal
     far = min(closed, density * min(1.0, calibrated / length))
-    scoring = closed / config.ball_size / 2 * (1 + 1 / config.variance_pool)
+    scoring = closed / config.page_size / 2 * (1 + 1 / config.variance_pool)
     summary = summary_density(config, length)
     sparse = near + far + scoring + summary
     # Multiplications a token: two products of head_dim with every key for every query head, and all weights.

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 
 from llama_surgery.config import SurgeryConfig
-from llama_surgery.learning.soft_tree import Balls
+from llama_surgery.learning.soft_tree import Pages
 from llama_surgery.topology.router import PageRouter
 from llama_surgery.topology.selection import Scorer
 
@@ -71,7 +71,7 @@ def gated_rows(
     queries: torch.Tensor,
     keys: torch.Tensor,
     values: torch.Tensor,
-    balls: Balls | None,
+    tree: Pages | None,
     router: PageRouter,
     rows: Rows,
     log_theta: float,
@@ -85,7 +85,7 @@ def gated_rows(
         queries: (streams, heads, rows, head_dim).
         keys: (streams, n, head_dim), all keys in order of position.
         values: (streams, n, value_dim).
-        balls: Of at least ``rows.closed`` chunks; None where no chunk is closed.
+        tree: Of at least ``rows.closed`` chunks; None where no chunk is closed.
         router: Corrections with a leading dimension of streams, with gradient.
         rows: Which rows.
         log_theta: Global log θ.
@@ -99,7 +99,7 @@ def gated_rows(
     logits = logits.unflatten(1, (heads, count))
     far = rows.closed * config.chunk_size
     hidden = torch.arange(far, rows.stop, device=keys.device) > rows.position[:, None]
-    if balls is None or rows.closed == 0:
+    if tree is None or rows.closed == 0:
         out = torch.softmax(logits.masked_fill(hidden, -torch.inf), -1).flatten(1, 2) @ values
         nothing = logits.new_zeros(streams)
         return Gated(out.unflatten(1, (heads, count)), nothing, nothing, nothing, nothing)
@@ -107,9 +107,10 @@ def gated_rows(
     near_lse = logits[..., far:].masked_fill(hidden, -torch.inf).logsumexp(-1)
     pages = rows.closed * config.pages_per_chunk
     scorer = Scorer(scale, None, router, config.variance_pool)
-    moments = balls.moments.first(pages * config.balls_per_page)
-    scores = scorer(queries.flatten(1, 2), moments).unflatten(1, (heads, count))
-    shares = _log_shares(scores, near_lse, pages)
+    found = scorer(queries.flatten(1, 2), tree.moments.first(pages))
+    scores, weights = (x.unflatten(1, (heads, count)) for x in found)
+    total = torch.logaddexp(weights.logsumexp(-1), near_lse.to(weights.dtype))
+    shares = scores - total.unsqueeze(-1)
     expected = shares.detach().exp()
     if router.offset is not None:
         shares = shares - router.offset.to(shares.dtype)[..., None, None]
@@ -117,7 +118,7 @@ def gated_rows(
         shares = shares.amax(1, keepdim=True)
     margin = (shares - log_theta).unflatten(2, (-1, config.tile)).cummax(3).values
     # (streams, choosers, tiles, tile, pages); a chooser is a head, or all heads together.
-    sink = balls.pages(config)[:, 0, 0].detach() > 0.5  # the first chunk's page that holds position 0
+    sink = tree.member[:, 0, 0].detach() > 0.5  # the first chunk's page that holds position 0
     sink = torch.nn.functional.pad(sink, (0, pages - sink.shape[1]))[:, None, None, None]
     soft, hard, slope = _pairs(margin[:, :, :, -1].masked_fill(sink[:, :, 0], math.inf), homotopy, config)
     seen = ((margin > 0) | sink).flatten(2, 3)
@@ -125,34 +126,25 @@ def gated_rows(
     bias = _bias(margin, sink, homotopy).flatten(2, 3)  # (streams, choosers, rows, pages)
     by_chunk = bias.flatten(1, 2).unflatten(-1, (rows.closed, -1)).transpose(1, 2)
     # Keys are in order of position: membership carries a page's bias to its keys, and gradients back.
-    member = balls.pages(config)[:, : rows.closed].transpose(-1, -2)
+    member = tree.member[:, : rows.closed].transpose(-1, -2)
     by_key = (by_chunk @ member.to(bias.dtype)).transpose(1, 2).flatten(2).unflatten(1, bias.shape[1:3])
     if homotopy.temperature == 0:
         by_key = torch.zeros_like(by_key).masked_fill(by_key < 0, -torch.inf)
     causal = logits[..., far:].masked_fill(hidden, -torch.inf)
     logits = torch.cat((logits[..., :far] + by_key.to(logits.dtype), causal), -1)
     if config.summary != "none":
-        weights = scorer.weights(queries.flatten(1, 2), moments).unflatten(1, (heads, count))
-        means, terms = _summary(values[:, :far], weights, bias, balls, router, rows.closed, config)
+        means, terms = _summary(values[:, :far], weights, bias, tree, router, rows.closed, config)
         logits, values = torch.cat((terms.to(logits.dtype), logits), -1), torch.cat((means, values), 1)
     weights = torch.softmax(logits, -1)
     out = (weights.flatten(1, 2) @ values).unflatten(1, (heads, count))
     return Gated(out, soft, hard, slope, lost)
 
 
-def _log_shares(scores: torch.Tensor, near_lse: torch.Tensor, pages: int) -> torch.Tensor:
-    """(streams, heads, rows, pages): what :func:`~llama_surgery.topology.selection.log_shares` is made of."""
-    if scores.shape[-1] > pages:
-        scores = scores.unflatten(-1, (pages, -1)).logsumexp(-1)
-    total = torch.logaddexp(scores.logsumexp(-1), near_lse.to(scores.dtype))
-    return scores - total.unsqueeze(-1)
-
-
 def _summary(
     values: torch.Tensor,
     weights: torch.Tensor,
     bias: torch.Tensor,
-    balls: Balls,
+    tree: Pages,
     router: PageRouter,
     closed: int,
     config: SurgeryConfig,
@@ -160,14 +152,13 @@ def _summary(
     """Mean values of pages, and their logits, weighted by how far the page is closed.
 
     Args:
-        weights: (streams, heads, rows, balls), logs of what the balls are expected to weigh.
+        weights: (streams, heads, rows, pages), logs of what the pages are expected to weigh.
         bias: (streams, choosers, rows, pages).
 
     Returns:
         (streams, pages, value_dim) and (streams, heads, rows, pages), lowered by NOTHING where all is open.
     """
-    member = balls.pages(config)[:, :closed]
-    weights = weights.unflatten(-1, (bias.shape[-1], -1)).logsumexp(-1)
+    member = tree.member[:, :closed]
     if router.summary is not None:
         weights = weights + router.summary.to(weights.dtype)[..., None, None]
     # A bias of b leaves a page's keys e^b of their weight; the summary has the rest, and none where b is 0.

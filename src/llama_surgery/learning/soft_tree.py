@@ -13,25 +13,21 @@ SOFTNESS = 0.5
 
 
 @dataclasses.dataclass(frozen=True)
-class Balls:
-    """Which key is in which ball, and the balls' moments. Keys stay in order of position.
+class Pages:
+    """Which key is on which page, and the pages' moments. Keys stay in order of position.
 
     Attributes:
-        member: (streams, chunks, chunk_size, balls of a chunk); rows are one-hot in value, and carry the
+        member: (streams, chunks, chunk_size, pages of a chunk); rows are one-hot in value, and carry the
             gradient of soft digits where the tree is learned.
-        moments: Of all balls, chunk by chunk.
+        moments: Of all pages, chunk by chunk.
     """
 
     member: torch.Tensor
     moments: Moments
 
-    def pages(self, config: SurgeryConfig) -> torch.Tensor:
-        """(streams, chunks, chunk_size, pages of a chunk): membership of pages."""
-        return self.member.unflatten(-1, (-1, config.balls_per_page)).sum(-1)
 
-
-def balls_of(keys: torch.Tensor, mapped: torch.Tensor, config: SurgeryConfig) -> Balls:
-    """Balls of full chunks.
+def pages_of(keys: torch.Tensor, mapped: torch.Tensor, config: SurgeryConfig) -> Pages:
+    """Pages of full chunks.
 
     Args:
         keys: (streams, chunks * chunk_size, head_dim), the model's keys.
@@ -39,32 +35,32 @@ def balls_of(keys: torch.Tensor, mapped: torch.Tensor, config: SurgeryConfig) ->
             gradient, membership and moments pass it on.
         config: Geometry.
     """
-    size, ball = config.chunk_size, config.ball_size
+    size, page = config.chunk_size, config.page_size
     chunked = keys.unflatten(1, (-1, size))
     with torch.no_grad():
-        order = tree_order(mapped, ball)
+        order = tree_order(mapped, page)
         slot = order.argsort(-1)
-        member = torch.nn.functional.one_hot(slot // ball, size // ball).to(chunked.dtype)
+        member = torch.nn.functional.one_hot(slot // page, size // page).to(chunked.dtype)
     if mapped.requires_grad:
-        soft = _soft_membership(mapped, order, ball)
+        soft = _soft_membership(mapped, order, page)
         member = member + (soft - soft.detach())
-    weights = member.transpose(-1, -2) / ball
+    weights = member.transpose(-1, -2) / page
     mean = weights @ chunked
     variance = (weights @ chunked.square() - mean.square()).clamp_min(0)
-    return Balls(member, Moments(mean.flatten(1, 2), variance.flatten(1, 2), ball))
+    return Pages(member, Moments(mean.flatten(1, 2), variance.flatten(1, 2), page))
 
 
-def _soft_membership(mapped: torch.Tensor, order: torch.Tensor, ball: int) -> torch.Tensor:
-    """Probability of every key in every ball, if each split were a sigmoid at its node's median.
+def _soft_membership(mapped: torch.Tensor, order: torch.Tensor, page: int) -> torch.Tensor:
+    """Probability of every key on every page, if each split were a sigmoid at its node's median.
 
     Returns:
-        (streams, chunks, chunk_size, balls), rows summing to 1.
+        (streams, chunks, chunk_size, pages), rows summing to 1.
     """
     size = mapped.shape[-2]
     in_order = mapped.gather(-2, order.unsqueeze(-1).expand(mapped.shape))
     probability = mapped.new_ones(*mapped.shape[:-1], 1)
     nodes = 1
-    while size // nodes > ball:
+    while size // nodes > page:
         members = in_order.unflatten(-2, (nodes, size // nodes))
         centre = members.mean(-2, keepdim=True)
         centred = members - centre

@@ -1,7 +1,7 @@
 """Operated attention on an engine's paged cache. A cache block is a whole chunk.
 
 A block's states lie in order of position while its chunk is open and in tree order from the step that fills
-it. Beside them, in a side cache with the same block numbers, lie the chunk's order and its balls' moments.
+it. Beside them, in a side cache with the same block numbers, lie the chunk's order and its pages' moments.
 Both depend on the chunk's own tokens alone, so blocks may be shared between sequences (prefix caching).
 """
 
@@ -71,7 +71,7 @@ def filled_blocks(batch: list[Scheduled], chunk_size: int) -> torch.Tensor:
 
 def side_bytes(config: SurgeryConfig, head_dim: int) -> int:
     """Bytes of the side cache for one chunk of one KV head: float32 moments and mean values, int16 order."""
-    moments = 2 * head_dim * 4 * config.balls_per_chunk
+    moments = 2 * head_dim * 4 * config.pages_per_chunk
     return (
         moments + 4 * head_dim * config.summaries_per_chunk + 2 * (config.chunk_size + config.chunk_size % 2)
     )
@@ -97,7 +97,7 @@ class PagedStates:
 
     @property
     def _moment_floats(self) -> int:
-        return 2 * self.head_dim * self.config.pages_per_chunk * self.config.balls_per_page
+        return 2 * self.head_dim * self.config.pages_per_chunk
 
     @property
     def _order_start(self) -> int:
@@ -166,7 +166,7 @@ class PagedStates:
             none,
             none,
             self.order(blocks),
-            Moments(mean, variance, self.config.ball_size),
+            Moments(mean, variance, self.config.page_size),
             mean_values=self.means_of(blocks),
         )
 

@@ -26,7 +26,7 @@ ALIGNMENT = 64
 def kernel_side_bytes(config: SurgeryConfig, head_dim: int, dtype: torch.dtype) -> int:
     """Bytes of the side cache for one chunk of one KV head.
 
-    They are features of balls and mean values of pages, if any, both in the keys' dtype, the chunk's
+    They are features and mean values of pages, if any, both in the keys' dtype, the chunk's
     order (int16) and the page of its first token (int32).
     """
     return -(-(_order_end(config, head_dim, dtype) + 4) // ALIGNMENT) * ALIGNMENT
@@ -34,7 +34,7 @@ def kernel_side_bytes(config: SurgeryConfig, head_dim: int, dtype: torch.dtype) 
 
 def _order_end(config: SurgeryConfig, head_dim: int, dtype: torch.dtype) -> int:
     """Bytes of the side cache up to the end of the order, a multiple of 4."""
-    halves = config.balls_per_chunk * _feature_width(config, head_dim) + config.summaries_per_chunk * head_dim
+    halves = config.pages_per_chunk * _feature_width(config, head_dim) + config.summaries_per_chunk * head_dim
     size = halves * dtype.itemsize
     return size + size % 4 + 2 * (config.chunk_size + config.chunk_size % 2)
 
@@ -65,12 +65,12 @@ class KernelStates(PagedStates):
 
     @property
     def means(self) -> torch.Tensor:
-        """(blocks, kv_heads, balls, head_dim): μ of the balls of full chunks."""
+        """(blocks, kv_heads, pages, head_dim): μ of the pages of full chunks."""
         return self._features[..., : self.head_dim]
 
     @property
     def spreads(self) -> torch.Tensor:
-        """(blocks, kv_heads, balls, head_dim / variance_pool): ½·σ², likewise."""
+        """(blocks, kv_heads, pages, head_dim / variance_pool): ½·σ², likewise."""
         return self._features[..., self.head_dim :]
 
     @property
@@ -78,7 +78,7 @@ class KernelStates(PagedStates):
         """(blocks, kv_heads, pages of a chunk, head_dim), the keys' dtype; None without summaries."""
         if self.config.summary == "none":
             return None
-        first = self.config.balls_per_chunk * _feature_width(self.config, self.head_dim)
+        first = self.config.pages_per_chunk * _feature_width(self.config, self.head_dim)
         halves = self.side.view(self.states.dtype)[..., first:]
         return halves[..., : self.config.summaries_per_chunk * self.head_dim].unflatten(
             -1, (-1, self.head_dim)
@@ -94,7 +94,7 @@ class KernelStates(PagedStates):
     @property
     def _features(self) -> torch.Tensor:
         width = _feature_width(self.config, self.head_dim)
-        halves = self.side.view(self.states.dtype)[..., : self.config.balls_per_chunk * width]
+        halves = self.side.view(self.states.dtype)[..., : self.config.pages_per_chunk * width]
         return halves.unflatten(-1, (-1, width))
 
     @property

@@ -45,6 +45,7 @@ class RouterShard(torch.nn.Module):
             "offset": (group,),
             "mean_weight": (group, head_dim),
             "variance_weight": (group, head_dim),
+            "key_weight": (head_dim,),
             "key_map": (head_dim, head_dim),
         }
         unknown = sorted(set(parts) - shapes.keys())

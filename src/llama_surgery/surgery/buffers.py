@@ -104,7 +104,7 @@ class PageBuffers:
         mean values of pages where they are summarised.
         """
         pool, dim = self.config.variance_pool, self.keys.shape[-1]
-        features = self._held(FEATURES, self.config.ball_size, self.keys, dim + dim // pool)
+        features = self._held(FEATURES, self.config.page_size, self.keys, dim + dim // pool)
         read = (self.keys, self.values, features, self.sink_page)
         if self.config.summary == "none":
             return read
@@ -206,7 +206,7 @@ class PageBuffers:
         if self.kernels:
             moments = kernel_moments(read[FEATURES], self.config)
         else:
-            moments = Moments(read["mean"], read["variance"], self.config.ball_size)
+            moments = Moments(read["mean"], read["variance"], self.config.page_size)
         return Layout(
             read["keys"], read["values"], read["order"], moments, read.get(FEATURES), read.get(MEAN_VALUES)
         )

@@ -28,6 +28,8 @@ def run_layer(
     keywords: dict[str, Any],
 ) -> torch.Tensor:
     batch, heads, new, _ = query.shape
+    if layer.hear_queries is not None:
+        layer.hear_queries(query, key.shape[1])
     ends = None if cache is None else cache.prompt_ends
     if cache is not None:
         paged = cache.layers[module.layer_idx]

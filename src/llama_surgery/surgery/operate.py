@@ -11,6 +11,7 @@ from llama_surgery.config import SurgeryConfig
 from llama_surgery.errors import SurgeryError
 from llama_surgery.surgery.hooks import hook
 from llama_surgery.surgery.layer import ATTRIBUTE, LayerSurgery
+from llama_surgery.surgery.metric import set_metric
 from llama_surgery.surgery.operation import (
     Operation,
     config_of,
@@ -69,7 +70,9 @@ def operate(
     Args:
         model: A Hugging Face decoder, possibly wrapped by PEFT.
         config: The topology; the documented defaults if None.
-        routers: Learned corrections by layer index, or None; with ``topology="gumbel"`` content routers, and
+        routers: Learned corrections by layer index. If None, keys are sorted in the metric of the layer's
+            queries (:func:`~llama_surgery.surgery.metric.set_metric`), for which the model runs once on 256
+            tokens; an empty mapping leaves that out. With ``topology="gumbel"`` content routers, and
             untrained ones, with which the model is dense, if None.
         density: Largest executed far density, over causal pairs, at ``length``.
         text: Documents to calibrate on; needs ``density`` and ``tokenizer``.
@@ -98,6 +101,8 @@ def operate(
         for index, module in modules.items():
             module.__dict__[ATTRIBUTE] = layers[index]
         hook(inner, operation)
+        if config.topology == "pages" and routers is None:
+            set_metric(inner, operation)
         if text is not None and density is not None:
             from llama_surgery.surgery.calibrate import calibrate
 

@@ -12,21 +12,21 @@ from llama_surgery.topology.tree import tree_order
 
 @dataclasses.dataclass(frozen=True)
 class Moments:
-    """Mean and per-channel variance of the keys of equally large balls.
+    """Mean and per-channel variance of the keys of pages.
 
     Attributes:
-        mean: (streams, balls, head_dim) float32 or float64.
+        mean: (streams, pages, head_dim) float32 or float64.
         variance: Same shape and dtype.
-        size: Keys of every ball.
+        size: Keys of a page.
     """
 
     mean: torch.Tensor
     variance: torch.Tensor
     size: int
 
-    def first(self, balls: int) -> "Moments":
-        """The moments of the first ``balls`` balls."""
-        return Moments(self.mean[:, :balls], self.variance[:, :balls], self.size)
+    def first(self, pages: int) -> "Moments":
+        """The moments of the first ``pages`` pages."""
+        return Moments(self.mean[:, :pages], self.variance[:, :pages], self.size)
 
 
 def moments_of(keys: torch.Tensor, size: int) -> Moments:
@@ -36,8 +36,7 @@ def moments_of(keys: torch.Tensor, size: int) -> Moments:
         keys: (streams, keys, head_dim), keys a multiple of ``size``.
     """
     keys = keys if keys.dtype == torch.float64 else keys.float()
-    balls = keys.unflatten(1, (-1, size))
-    variance, mean = torch.var_mean(balls, dim=2, correction=0)
+    variance, mean = torch.var_mean(keys.unflatten(1, (-1, size)), dim=2, correction=0)
     return Moments(mean, variance, size)
 
 
@@ -101,9 +100,9 @@ class Layout:
         keys: (streams, chunks * chunk_size, head_dim) in tree order chunk by chunk.
         values: (streams, chunks * chunk_size, value_dim), the same order.
         order: (streams, chunks, chunk_size) int16, the original offset of every slot.
-        moments: Moments of balls of ``moment_size`` keys.
+        moments: Moments of the pages.
         features: What kernels score the pages by, where it was kept: μ and ½·σ² side by side,
-            (streams, balls, head_dim + head_dim / variance_pool).
+            (streams, pages, head_dim + head_dim / variance_pool).
         mean_values: From :func:`mean_values`, where kernels read them in the values' dtype; None without
             summaries.
     """
@@ -141,9 +140,9 @@ def build_layout(
     chunked = keys.detach().unflatten(1, (-1, config.chunk_size))
     if router is not None:
         chunked = router.for_streams(keys.shape[0], keys.device).map_keys(chunked)
-    order = tree_order(chunked, config.ball_size)
+    order = tree_order(chunked, config.page_size)
     keys, values = reorder(keys, order), reorder(values, order)
-    moments = moments_of(keys, config.ball_size)
+    moments = moments_of(keys, config.page_size)
     return Layout(keys, values, order.to(torch.int16), moments, mean_values=mean_values(values, config))
 
 

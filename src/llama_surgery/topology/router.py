@@ -23,6 +23,7 @@ class PageRouter:
             It changes which keys are neighbours; keys, moments and scores stay those of the model.
         summary: (kv_heads, group) log of how much the summary of unseen pages counts, where the configuration
             asks for one.
+        key_weight: (kv_heads, head_dim) weights of the keys' channels, for the splits alone, before the map.
     """
 
     offset: torch.Tensor | None = None
@@ -30,6 +31,7 @@ class PageRouter:
     variance_weight: torch.Tensor | None = None
     key_map: torch.Tensor | None = None
     summary: torch.Tensor | None = None
+    key_weight: torch.Tensor | None = None
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """The parts that are there, by name: what an adapter keeps."""
@@ -55,6 +57,7 @@ class PageRouter:
             "offset": (kv_heads, group),
             "mean_weight": (kv_heads, group, head_dim),
             "variance_weight": (kv_heads, group, head_dim),
+            "key_weight": (kv_heads, head_dim),
             "key_map": (kv_heads, head_dim, head_dim),
             "summary": (kv_heads, group),
         }
@@ -102,10 +105,14 @@ class PageRouter:
         Returns:
             The same shape, float32, or float64 if given.
         """
-        if self.key_map is None:
+        if self.key_weight is None and self.key_map is None:
             return chunked
         chunked = chunked if chunked.dtype == torch.float64 else chunked.float()
-        return chunked @ self.key_map.to(chunked).transpose(-1, -2).unsqueeze(1)
+        if self.key_weight is not None:
+            chunked = chunked * self.key_weight.to(chunked)[:, None, None]
+        if self.key_map is not None:
+            chunked = chunked @ self.key_map.to(chunked).transpose(-1, -2).unsqueeze(1)
+        return chunked
 
 
 def _weighted(states: torch.Tensor, weight: torch.Tensor | None) -> torch.Tensor:

@@ -201,7 +201,7 @@ def launch_decode(states: torch.Tensor, config: SurgeryConfig, family: str, extr
     streams = states.shape[0]
     tuning = decode_tuning_for(family)
     decode_shape.processors_of = lambda _: PROCESSORS  # type: ignore[assignment]
-    coarse = dataclasses.replace(config, page_size=64, moment_size=64, variance_pool=8)
+    coarse = dataclasses.replace(config, page_size=64, variance_pool=8)
     bare = dataclasses.replace(config, summary="none")
     for rule, rows, paged in (
         (bare, 1, False),
@@ -261,7 +261,7 @@ def compile_all(
         (config, None), (pooled, learned), (bare, None), (pooled, None), (config, learned),
     ):  # fmt: skip
         prefill.attend(states, keys, keys, built, config=rule, start=0, router=router, **extra)
-    fast = dataclasses.replace(config, page_size=64, moment_size=64, variance_pool=8)
+    fast = dataclasses.replace(config, page_size=64, variance_pool=8)
     coarse = build_layout(keys[:, :1536], keys[:, :1536], fast)
     prefill.attend(states, keys, keys, coarse, config=fast, start=0, **extra)
     prefill.attend(states[:, :, :64], keys[:, :64], keys[:, :64], None, config=fast, start=0, **extra)

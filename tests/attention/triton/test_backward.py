@@ -207,7 +207,7 @@ class TestAgainstPlainAttention:
         assert not check(Case(90), dataclasses.replace(CONFIG, dense_until=1 << 20), device)
 
     def test_sizes_that_are_no_powers_of_two(self, device: torch.device) -> None:
-        sizes = {"chunk_size": 192, "page_size": 24, "window": 24, "tile": 12, "moment_size": 6}
+        sizes = {"chunk_size": 192, "page_size": 24, "window": 24, "tile": 12}
         config = SurgeryConfig(**sizes, theta=0.03, summary="none")
         check(Case(31, 250, 3, 24, streams=1), config, device)
 
@@ -236,7 +236,7 @@ class TestAgainstPlainAttention:
     [
         ({}, Case(70, 105, streams=1), 1 << 28, 1 << 25),
         ({"variance_pool": 4}, Case(90, 100, 3, value_dim=24, softcap=8.0, sink=True), 400, 1 << 10),
-        ({"moment_size": 16}, Case(3, 197, 3, tile=1, sink=True), 1 << 28, 1 << 25),
+        ({}, Case(3, 197, 3, tile=1, sink=True), 1 << 28, 1 << 25),
     ],
     ids=["plain", "all", "single"],
 )

@@ -22,7 +22,6 @@ def test_prefill(device: torch.device, tmp_path: Path, monkeypatch: pytest.Monke
         page_size=16,
         window=32,
         tile=32,
-        moment_size=16,
     )
     setting = prefill.Setting(config, 0.1, parts=True)
     given = {"device": device, "dtype": torch.float32}

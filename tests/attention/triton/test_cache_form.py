@@ -21,7 +21,7 @@ from llama_surgery.surgery.buffers import PageBuffers
 from llama_surgery.surgery.compat import CACHE_NAME
 from llama_surgery.topology.layout import Moments
 
-SUMMARISED = dataclasses.replace(CONFIG, summary="page", moment_size=4, backend="auto")
+SUMMARISED = dataclasses.replace(CONFIG, summary="page", backend="auto")
 START, STOP = 54, 57
 
 Mode = Callable[[], contextlib.AbstractContextManager[object]]

@@ -49,7 +49,7 @@ class TestAgainstReference:
 
     @pytest.mark.parametrize(("heads", "dim", "pool"), [(3, 40, 8), (12, 16, 1)])
     def test_all_parts(self, heads: int, dim: int, pool: int, device: torch.device) -> None:
-        config = dataclasses.replace(CONFIG, moment_size=8, variance_pool=pool)
+        config = dataclasses.replace(CONFIG, variance_pool=pool)
         case = Case(40, 170, heads, dim, streams=1, softcap=3.0 if pool > 1 else None, sink=True)
         check(case, config, device, learned(1, heads, dim, device))
 
@@ -58,7 +58,7 @@ class TestAgainstReference:
 
     @pytest.mark.parametrize("summary", ["none", "page"])
     def test_summaries(self, summary: str, device: torch.device) -> None:
-        config = dataclasses.replace(CONFIG, summary=summary, moment_size=8)
+        config = dataclasses.replace(CONFIG, summary=summary)
         check(Case(40, 170, 4), config, device, learned(2, 4, 16, device))
 
 
@@ -73,13 +73,13 @@ class TestDecodeAgainstReference:
 
     @pytest.mark.parametrize(("heads", "dim", "pool"), [(3, 40, 8), (12, 16, 1)])
     def test_all_parts(self, heads: int, dim: int, pool: int, device: torch.device) -> None:
-        config = dataclasses.replace(CONFIG, moment_size=8, variance_pool=pool)
+        config = dataclasses.replace(CONFIG, variance_pool=pool)
         case = test_decode.Case((170, 290), 3, heads, 2, dim, softcap=3.0 if pool > 1 else None, sink=True)
         test_decode.check(case, config, device, router=learned(2, heads, dim, device))
 
     @pytest.mark.parametrize("summary", ["none", "page"])
     def test_summaries(self, summary: str, device: torch.device) -> None:
-        config = dataclasses.replace(CONFIG, summary=summary, moment_size=8)
+        config = dataclasses.replace(CONFIG, summary=summary)
         test_decode.check(test_decode.Case((170, 290), 2), config, device, router=learned(2, 4, 16, device))
 
 

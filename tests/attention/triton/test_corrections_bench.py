@@ -14,7 +14,7 @@ from llama_surgery.bench.measure import Deadline
 from llama_surgery.config import SurgeryConfig
 from llama_surgery.errors import SurgeryError
 
-CONFIG = SurgeryConfig(chunk_size=64, page_size=16, window=32, tile=32, moment_size=8, theta=0.02)
+CONFIG = SurgeryConfig(chunk_size=64, page_size=16, window=32, tile=32, theta=0.02)
 
 
 @pytest.fixture(autouse=True)

@@ -180,26 +180,20 @@ class TestAgainstReference:
     def test_head_dims(self, dim: int, value_dim: int, device: torch.device) -> None:
         check(Case((300,), 2, 2, 1, dim, value_dim), CONFIG, device)
 
-    @pytest.mark.parametrize("moment_size", [4, 8, 16])
-    def test_balls(self, moment_size: int, device: torch.device) -> None:
-        check(Case((300, 400), 2), dataclasses.replace(CONFIG, moment_size=moment_size), device)
-
-    @pytest.mark.parametrize("moment_size", [2, 8, 16])
-    def test_sharp_heads(self, moment_size: int, device: torch.device) -> None:
+    def test_sharp_heads(self, device: torch.device) -> None:
         """Most balls' variance terms are beyond what their keys can reach."""
-        config = dataclasses.replace(CONFIG, moment_size=moment_size)
+        config = CONFIG
         check(Case((300, 400), 2, sharpness=12.0), config, device)
         check(Case((300, 97), 2, softcap=20.0, sharpness=12.0), config, device)
 
     @pytest.mark.parametrize("dim", [16, 40])
     def test_pooled_variances(self, dim: int, device: torch.device) -> None:
-        config = dataclasses.replace(CONFIG, variance_pool=4, moment_size=8)
+        config = dataclasses.replace(CONFIG, variance_pool=4)
         check(Case((300, 97), 2, dim=dim), config, device)
 
     @pytest.mark.parametrize("summary", ["none", "page"])
-    @pytest.mark.parametrize("moment_size", [4, 16])
-    def test_summaries(self, moment_size: int, summary: str, device: torch.device) -> None:
-        config = dataclasses.replace(CONFIG, summary=summary, moment_size=moment_size)
+    def test_summaries(self, summary: str, device: torch.device) -> None:
+        config = dataclasses.replace(CONFIG, summary=summary)
         check(Case((300, 97, 20, 511)), config, device)
         check(Case((190, 350), 3, 3, dim=40, softcap=3.0, sink=True), config, device)
         few = dataclasses.replace(config, variance_pool=4, theta_decode=0.9)
@@ -224,7 +218,7 @@ class TestAgainstReference:
         torch.testing.assert_close(opened.out, dense.out, rtol=2e-5, atol=2e-5)
 
     def test_sizes_that_are_no_powers_of_two(self, device: torch.device) -> None:
-        config = SurgeryConfig(chunk_size=192, page_size=24, window=24, tile=12, theta=0.03, moment_size=6)
+        config = SurgeryConfig(chunk_size=192, page_size=24, window=24, tile=12, theta=0.03)
         check(Case((500, 239), 3, 3, 2, 24, 40), dataclasses.replace(config, theta_decode=0.03), device)
         check(Case((500, 239), 3, 3, 2, 24, 40), config, device)
 
@@ -232,12 +226,12 @@ class TestAgainstReference:
     @pytest.mark.parametrize("step_bytes", [1, 1 << 13])
     def test_launches(self, programs: int, step_bytes: int, device: torch.device) -> None:
         tuning = DecodeTuning(step_bytes=step_bytes, programs=programs)
-        config = dataclasses.replace(CONFIG, page_size=32, moment_size=8)
+        config = dataclasses.replace(CONFIG, page_size=32)
         check(Case((900, 130), 2), config, device, tuning)
 
     def test_a_word_of_pages_and_more(self, device: torch.device) -> None:
         config = SurgeryConfig(
-            chunk_size=64, page_size=4, window=16, tile=16, theta=0.002, theta_decode=0.002, moment_size=4
+            chunk_size=64, page_size=4, window=16, tile=16, theta=0.002, theta_decode=0.002
         )
         check(Case((700,), 2, 2, 1), config, device, DecodeTuning(programs=1))
 
@@ -280,12 +274,10 @@ def test_half_precision_is_as_good_as_plain_half_precision(dtype: torch.dtype, d
 
 @pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize("rows", [1, 5])
-@pytest.mark.parametrize(("chunk_size", "page_size", "moment_size"), [(64, 16, 4), (48, 12, 12)])
-def test_blocks_may_lie_anywhere(
-    rows: int, chunk_size: int, page_size: int, moment_size: int, device: torch.device
-) -> None:
+@pytest.mark.parametrize(("chunk_size", "page_size"), [(64, 16), (48, 12)])
+def test_blocks_may_lie_anywhere(rows: int, chunk_size: int, page_size: int, device: torch.device) -> None:
     """The same chunks, shuffled in one pool of blocks behind a table: the same numbers, bit by bit."""
-    sizes = {"chunk_size": chunk_size, "page_size": page_size, "moment_size": moment_size}
+    sizes = {"chunk_size": chunk_size, "page_size": page_size}
     config = dataclasses.replace(CONFIG, **sizes)
     case = Case((250, 0, 97, 191), rows, dim=24)
     texts = make_texts(case, config, device)
@@ -333,9 +325,7 @@ def test_rows_are_settled_on_demand(device: torch.device) -> None:
 @pytest.mark.usefixtures("poisoned")
 def test_texts_grow_by_accepted_drafts(device: torch.device) -> None:
     """Two sequences of different lengths, of whose new tokens some are rejected; chunks filled when due."""
-    config = SurgeryConfig(
-        chunk_size=32, page_size=8, window=8, tile=8, theta=0.06, theta_decode=0.04, moment_size=8
-    )
+    config = SurgeryConfig(chunk_size=32, page_size=8, window=8, tile=8, theta=0.06, theta_decode=0.04)
     rows, last = 4, 110
     generator = torch.Generator().manual_seed(5)
     keys, values = (torch.randn(2, last, 16, generator=generator).to(device) for _ in range(2))

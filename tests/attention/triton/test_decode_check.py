@@ -18,7 +18,7 @@ from llama_surgery.errors import SurgeryError
 from llama_surgery.topology.layout import build_layout
 from llama_surgery.topology.router import PageRouter
 
-CONFIG = SurgeryConfig(chunk_size=32, page_size=8, window=16, tile=16, theta=0.1, moment_size=8)
+CONFIG = SurgeryConfig(chunk_size=32, page_size=8, window=16, tile=16, theta=0.1)
 DIM, HEADS = 16, 2
 
 

@@ -33,7 +33,6 @@ CONFIG = SurgeryConfig(
     tile=16,
     theta=0.12,
     theta_decode=0.12,
-    moment_size=8,
 )
 SIZES = {
     "vocab_size": 64,
@@ -150,7 +149,7 @@ def test_a_learned_adapter_answers_as_with_plain_pytorch(tmp_path: Path, device:
 
 @pytest.mark.parametrize("summary", ["none", "page"])
 def test_other_rules_decode_in_the_kernels(summary: str, device: torch.device) -> None:
-    config = dataclasses.replace(CONFIG, summary=summary, moment_size=4)
+    config = dataclasses.replace(CONFIG, summary=summary)
     ids = tokens(1, 62).to(device)
     routers = {0: learned(2, 2, 16, device)}
     rows, _ = both(tiny(device), ids, torch.ones_like(ids), config, routers, max_new_tokens=8)

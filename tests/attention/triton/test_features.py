@@ -26,7 +26,7 @@ def test_features_are_moments_pooled(dim: int, pool: int, device: torch.device) 
 
 
 def test_moments_come_back(device: torch.device) -> None:
-    config = SurgeryConfig(variance_pool=4, moment_size=8)
+    config = SurgeryConfig(variance_pool=4)
     moments = moments_of(torch.randn(2, 64, 16, device=device), 8)
     back = moments_from(page_features(moments, torch.float32, 4), config)
     torch.testing.assert_close(back.mean, moments.mean)
@@ -38,7 +38,7 @@ def test_moments_come_back(device: torch.device) -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("pool", [1, 4])
 def test_plain_pytorch_rounds_as_the_kernel_does(dtype: torch.dtype, pool: int, device: torch.device) -> None:
-    config = SurgeryConfig(variance_pool=pool, moment_size=8)
+    config = SurgeryConfig(variance_pool=pool)
     keys = torch.randn(2, 64, 16, device=device)
     keys[0, :8, 3] = 1e4 * torch.arange(8, device=device)
     moments = moments_of(keys, 8)

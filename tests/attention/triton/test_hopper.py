@@ -20,7 +20,7 @@ from llama_surgery.topology.layout import build_layout
 from llama_surgery.topology.router import PageRouter
 
 CONFIG = SurgeryConfig(
-    chunk_size=256, page_size=64, moment_size=64, window=64, tile=64, theta=0.02, theta_decode=0.02,
+    chunk_size=256, page_size=64, window=64, tile=64, theta=0.02, theta_decode=0.02,
     variance_pool=8,
 )  # fmt: skip
 
@@ -195,10 +195,10 @@ class TestWhereTheyAreTaken:
         assert not hopper.attends(job_of(device, dataclasses.replace(LLAMA, **change)))
 
     def test_no_other_pages(self, device: torch.device) -> None:
-        small = dataclasses.replace(CONFIG, page_size=32, moment_size=32)
+        small = dataclasses.replace(CONFIG, page_size=32)
         assert not hopper.attends(job_of(device, LLAMA, small))
 
-    @pytest.mark.parametrize("change", [{"moment_size": 32}, {"variance_pool": 1}, {"summary": "none"}])
+    @pytest.mark.parametrize("change", [{"variance_pool": 1}, {"summary": "none"}])
     def test_pages_however_they_are_selected(self, change: dict[str, Any], device: torch.device) -> None:
         assert hopper.attends(job_of(device, LLAMA, dataclasses.replace(CONFIG, **change)))
 

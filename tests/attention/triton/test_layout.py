@@ -9,11 +9,12 @@ pytest.importorskip("triton")
 
 from llama_surgery.attention.impl.triton.layout import build_layout
 from llama_surgery.config import SurgeryConfig
+from llama_surgery.errors import SurgeryError
 from llama_surgery.topology import layout as plain
 from llama_surgery.topology.router import PageRouter
 from llama_surgery.topology.tree import principal_direction
 
-CONFIG = SurgeryConfig(chunk_size=64, page_size=16, window=32, tile=16, moment_size=8)
+CONFIG = SurgeryConfig(chunk_size=64, page_size=16, window=32, tile=16)
 
 
 def states(chunks: int, dim: int, size: int, device: torch.device, seed: int = 0) -> torch.Tensor:
@@ -30,11 +31,11 @@ def states(chunks: int, dim: int, size: int, device: torch.device, seed: int = 0
     "config",
     [
         CONFIG,
-        dataclasses.replace(CONFIG, moment_size=4),
-        dataclasses.replace(CONFIG, page_size=8, moment_size=8),
-        dataclasses.replace(CONFIG, moment_size=2),
-        SurgeryConfig(chunk_size=96, page_size=12, window=12, tile=12, moment_size=3),
-        SurgeryConfig(chunk_size=32, page_size=32, window=32, tile=32, moment_size=32),
+        dataclasses.replace(CONFIG),
+        dataclasses.replace(CONFIG, page_size=8),
+        dataclasses.replace(CONFIG),
+        SurgeryConfig(chunk_size=96, page_size=12, window=12, tile=12),
+        SurgeryConfig(chunk_size=32, page_size=32, window=32, tile=32),
     ],
 )
 def test_layout_is_the_plain_one(config: SurgeryConfig, dim: int, device: torch.device) -> None:
@@ -108,11 +109,24 @@ def test_ties_are_broken_by_position_and_splits_follow_the_direction(device: tor
             assert along[0].max() <= along[1].min() + 1e-5
 
 
-@pytest.mark.parametrize("mapped", [False, True])
-def test_a_chunk_does_not_see_its_neighbours(mapped: bool, device: torch.device) -> None:
+@pytest.mark.parametrize("mapped", [None, "key_map", "key_weight"])
+def test_a_chunk_does_not_see_its_neighbours(mapped: str | None, device: torch.device) -> None:
     keys = states(3, 24, CONFIG.chunk_size, device)
-    router = PageRouter(key_map=states(1, 24, 24, device, 2)) if mapped else None
+    part = states(1, 24, 24, device, 2)
+    router = (
+        None if mapped is None else PageRouter(**{mapped: part if mapped == "key_map" else part[:, 0].abs()})
+    )
     whole = build_layout(keys, keys, CONFIG, router)
     alone = build_layout(keys[:, 64:128], keys[:, 64:128], CONFIG, router)
     assert torch.equal(whole.order[:, 1:2], alone.order)
-    assert torch.equal(whole.moments.variance[:, 8:16], alone.moments.variance)
+    assert torch.equal(whole.moments.variance[:, 4:8], alone.moments.variance)
+
+
+def test_weighted_keys_are_sorted_as_plain_layout_sorts_them(device: torch.device) -> None:
+    keys = states(6, 24, CONFIG.chunk_size, device)
+    router = PageRouter(key_weight=0.1 + torch.rand(2, 24, device=device))
+    ours, theirs = build_layout(keys, keys, CONFIG, router), plain.build_layout(keys, keys, CONFIG, router)
+    assert torch.equal(ours.order, theirs.order)
+    assert not torch.equal(ours.order, build_layout(keys, keys, CONFIG).order)
+    with pytest.raises(SurgeryError, match="key_weight"):
+        build_layout(keys, keys, CONFIG, PageRouter(key_weight=torch.ones(2, 23, device=device)))

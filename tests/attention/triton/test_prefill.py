@@ -119,35 +119,29 @@ class TestAgainstReference:
     def test_sink_logits(self, device: torch.device) -> None:
         check(Case(64, 128, sink=True), CONFIG, device)
 
-    @pytest.mark.parametrize("moment_size", [4, 8])
-    def test_balls_smaller_than_pages(self, moment_size: int, device: torch.device) -> None:
-        check(Case(83, 121, 4), dataclasses.replace(CONFIG, moment_size=moment_size), device)
-
-    @pytest.mark.parametrize("moment_size", [2, 8, 16])
-    def test_sharp_heads(self, moment_size: int, device: torch.device) -> None:
+    def test_sharp_heads(self, device: torch.device) -> None:
         """Most balls' variance terms are beyond what their keys can reach."""
-        config = dataclasses.replace(CONFIG, moment_size=moment_size, theta=0.01)
+        config = dataclasses.replace(CONFIG, theta=0.01)
         for cap in (None, 20.0):
             case = Case(83, 121, 4, softcap=cap, sharpness=12.0)
             plain = check(dataclasses.replace(case, sharpness=2.0), config, device)
             assert not torch.equal(check(case, config, device).plans[0].rows_seen, plain.plans[0].rows_seen)
 
     @pytest.mark.parametrize("summary", ["none", "page"])
-    @pytest.mark.parametrize("moment_size", [8, 16])
-    def test_summaries(self, moment_size: int, summary: str, device: torch.device) -> None:
-        config = dataclasses.replace(CONFIG, summary=summary, moment_size=moment_size)
+    def test_summaries(self, summary: str, device: torch.device) -> None:
+        config = dataclasses.replace(CONFIG, summary=summary)
         check(Case(83, 121, 4), config, device)
         check(Case(3, 197, 4, tile=1), config, device)
         pooled = dataclasses.replace(config, variance_pool=8, dense_until=144)
         check(Case(200, 0, 3, 40, softcap=3.0, sink=True), pooled, device)
 
     def test_summaries_of_sizes_that_are_no_powers_of_two(self, device: torch.device) -> None:
-        config = SurgeryConfig(chunk_size=192, page_size=24, window=24, tile=12, theta=0.03, moment_size=6)
+        config = SurgeryConfig(chunk_size=192, page_size=24, window=24, tile=12, theta=0.03)
         check(Case(61, 260, 3, 24), config, device)
 
     @pytest.mark.parametrize(("dim", "pool"), [(16, 4), (64, 8), (80, 8), (96, 2)])
     def test_pooled_variances(self, dim: int, pool: int, device: torch.device) -> None:
-        config = dataclasses.replace(CONFIG, variance_pool=pool, moment_size=8)
+        config = dataclasses.replace(CONFIG, variance_pool=pool)
         check(Case(83, 121, 4, dim, streams=1), config, device)
         check(Case(40, 150, 4, dim, streams=1, softcap=3.0), config, device)
         check(Case(40, 170, 12, dim, streams=1), config, device)
@@ -162,7 +156,7 @@ class TestAgainstReference:
         assert not check(Case(150), dataclasses.replace(CONFIG, dense_until=1 << 20), device).plans
 
     def test_sizes_that_are_no_powers_of_two(self, device: torch.device) -> None:
-        config = SurgeryConfig(chunk_size=192, page_size=24, window=24, tile=12, theta=0.03, moment_size=6)
+        config = SurgeryConfig(chunk_size=192, page_size=24, window=24, tile=12, theta=0.03)
         check(Case(61, 260, 3, 24), config, device)
 
     def test_everything_open_is_dense(self, device: torch.device) -> None:
@@ -181,7 +175,7 @@ class TestAgainstReference:
         assert len(check(Case(170, 30), CONFIG, device).plans) > 3
 
     def test_several_pages_in_a_step(self, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
-        one = Tuning(keys_per_step=16, block_near=16, block_balls=16, rows=32, score_rows=32)
+        one = Tuning(keys_per_step=16, block_near=16, block_pages=16, rows=32, score_rows=32)
         monkeypatch.setattr(job, "tuning_for", lambda *_: one)
         check(Case(90, 110, 4), CONFIG, device)
 

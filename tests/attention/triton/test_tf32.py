@@ -17,7 +17,7 @@ from llama_surgery.config import SurgeryConfig
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("poisoned")]
 
-CONFIG = SurgeryConfig(chunk_size=128, page_size=32, moment_size=8, window=64, tile=32, theta=0.02)
+CONFIG = SurgeryConfig(chunk_size=128, page_size=32, window=64, tile=32, theta=0.02)
 
 
 @contextlib.contextmanager

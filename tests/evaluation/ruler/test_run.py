@@ -18,7 +18,7 @@ from llama_surgery.evaluation.ruler.samples import Sampler
 from llama_surgery.evaluation.ruler.tasks import TASKS
 from llama_surgery.topology.router import PageRouter
 
-SPARSE = SurgeryConfig(chunk_size=64, page_size=16, window=32, tile=16, theta=0.1, theta_decode=0.05)
+SPARSE = SurgeryConfig(chunk_size=64, page_size=16, window=32, tile=16, theta=10.0, theta_decode=5.0)
 FULL = dataclasses.replace(SPARSE, theta=0.0, theta_decode=0.0)
 TINY = {"tasks": ["vt", "fwe"], "lengths": [640], "samples": 4}
 

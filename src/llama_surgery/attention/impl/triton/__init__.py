@@ -59,7 +59,7 @@ def obstacle(config: SurgeryConfig, queries: torch.Tensor, values: torch.Tensor,
             f"it runs head dims up to {LARGEST_HEAD}, not head_dim={max(queries.shape[-1], values.shape[-1])}"
         )
     most = _largest_chunk(queries.shape[-1])
-    if config.chunk_size > max(most, config.ball_size):  # a chunk that is one ball is not sorted
+    if config.chunk_size > max(most, config.page_size):  # a chunk that is one page is not sorted
         return (
             f"it sorts chunks of up to {most} keys of {queries.shape[-1]} channels, not "
             f"chunk_size={config.chunk_size}"

@@ -35,7 +35,7 @@ def build_layout(
         return built
     means = mean_values(values, config, values.dtype)
     mean, variance = _Moments.apply(keys, built.moments.mean, built.moments.variance)
-    moments = Moments(mean, variance, config.ball_size)
+    moments = Moments(mean, variance, config.page_size)
     return dataclasses.replace(built, moments=moments, mean_values=means)
 
 
@@ -117,9 +117,9 @@ class _Moments(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, d_mean: torch.Tensor, d_variance: torch.Tensor) -> Any:
         keys, mean = ctx.saved_tensors
-        balls = keys.float().unflatten(1, (mean.shape[1], -1))
-        d_keys = d_mean.unsqueeze(2) + 2 * d_variance.unsqueeze(2) * (balls - mean.unsqueeze(2))
-        return (d_keys / balls.shape[2]).flatten(1, 2).to(keys.dtype), None, None
+        pages = keys.float().unflatten(1, (mean.shape[1], -1))
+        d_keys = d_mean.unsqueeze(2) + 2 * d_variance.unsqueeze(2) * (pages - mean.unsqueeze(2))
+        return (d_keys / pages.shape[2]).flatten(1, 2).to(keys.dtype), None, None
 
 
 class _Gradients(torch.autograd.Function):

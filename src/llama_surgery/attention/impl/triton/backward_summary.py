@@ -10,7 +10,7 @@ from llama_surgery.attention.summary import summary_logits
 from llama_surgery.topology.geometry import Block, query_blocks
 from llama_surgery.topology.selection import Scorer
 
-#: Logits of balls that are held at once, in elements.
+#: Logits of pages that are held at once, in elements.
 ELEMENTS = 1 << 25
 
 
@@ -33,7 +33,7 @@ def summary_gradients(
 
     Args:
         plans: What the rows see, with lists.
-        features: (streams, balls, …), what the forward pass scored by.
+        features: (streams, pages, …), what the forward pass scored by.
         means: (streams, pages, value_dim), what it summarised by.
         d_out: (streams, heads, rows, value_dim).
         lse: (streams, heads, rows) of whole rows, summaries included.
@@ -51,9 +51,9 @@ def summary_gradients(
             rows = slice(block.start - job.start, block.stop - job.start)
             pages = block.closed * config.pages_per_chunk
             q = queries[:, :, rows].float().requires_grad_()
-            f = features[:, : block.closed * config.balls_per_chunk].float().requires_grad_(by_features)
+            f = features[:, : block.closed * config.pages_per_chunk].float().requires_grad_(by_features)
             with torch.enable_grad():
-                logits = summary_logits(q, moments_from(f, config), scorer, config)
+                logits = summary_logits(q, moments_from(f, config), scorer)
             seen = plan.seen(block, pages).unflatten(0, (len(q), -1))
             weights = (logits.detach() - lse[:, :, rows, None]).exp().masked_fill(seen, 0.0)
             d_rows, m = d_out[:, :, rows].float(), means[:, None, :pages].float()
@@ -70,6 +70,6 @@ def _blocks(job: Job, plan: TiledPlan, heads: int) -> Iterator[Block]:
     """Rows of a plan that have closed chunks, cut so that logits of ``heads`` heads stay within ELEMENTS."""
     for block in query_blocks(plan.start, plan.stop, job.config, job.tile):
         if block.closed:
-            step = max(1, ELEMENTS // (heads * block.closed * job.config.balls_per_chunk))
+            step = max(1, ELEMENTS // (heads * block.closed * job.config.pages_per_chunk))
             for start in range(block.start, block.stop, step):
                 yield Block(start, min(start + step, block.stop), block.closed)

@@ -17,13 +17,13 @@ def feature_blocks(
     """Views of what :func:`job.page_features` gives, by blocks of one chunk.
 
     Args:
-        features: For whole chunks of streams, (streams, balls, head_dim + head_dim / variance_pool).
+        features: For whole chunks of streams, (streams, pages, head_dim + head_dim / variance_pool).
 
     Returns:
-        Means and spreads (sequences, kv_heads, blocks, balls of a chunk, …).
+        Means and spreads (sequences, kv_heads, blocks, pages of a chunk, …).
     """
     groups = features.shape[-1] // (config.variance_pool + 1)
     halves = feature_parts(features, features.shape[-1] - groups)
-    by_chunk = (half.unflatten(1, (-1, config.balls_per_chunk)) for half in halves)
+    by_chunk = (half.unflatten(1, (-1, config.pages_per_chunk)) for half in halves)
     means, spreads = (half.unflatten(0, (-1, kv_heads)) for half in by_chunk)
     return means, spreads

@@ -29,8 +29,8 @@ class DecodeCache:
     Attributes:
         keys: (sequences, kv_heads, blocks, chunk_size, head_dim), any strides but the last, which is 1.
         values: (sequences, kv_heads, blocks, chunk_size, value_dim), likewise.
-        means: (sequences, kv_heads, blocks, balls of a chunk, head_dim), μ of balls, the keys' dtype.
-        spreads: (sequences, kv_heads, blocks, balls of a chunk, head_dim / variance_pool), ½·σ², strides of
+        means: (sequences, kv_heads, blocks, pages of a chunk, head_dim), μ of pages, the keys' dtype.
+        spreads: (sequences, kv_heads, blocks, pages of a chunk, head_dim / variance_pool), ½·σ², strides of
             ``means``. See :func:`feature_blocks`.
         sink_page: (sequences, kv_heads, blocks) int32, page of a block that holds its first position; looked
             up for a sequence's first chunk.

@@ -38,12 +38,12 @@ def check_cache(cache: "DecodeCache") -> None:
         )
     *outer, dim = keys.shape
     outer = [cache.lengths.shape[0], *outer[1:3]]
-    balls, like = config.balls_per_chunk, (keys.dtype, keys.device)
+    pages, like = config.pages_per_chunk, (keys.dtype, keys.device)
     spread = dim // config.variance_pool
     expect("keys", keys, (*outer, config.chunk_size, dim), *like)
     expect("values", cache.values, (*outer, config.chunk_size, cache.values.shape[-1]), *like)
-    expect("means", cache.means, (*outer, balls, dim), *like)
-    expect("spreads", cache.spreads, (*outer, balls, spread), *like)
+    expect("means", cache.means, (*outer, pages, dim), *like)
+    expect("spreads", cache.spreads, (*outer, pages, spread), *like)
     expect("sink_page", cache.sink_page, (*outer[:2], cache.sink_page.shape[-1]), torch.int32, keys.device)
     expect("lengths", cache.lengths, (outer[0],), torch.int32, keys.device)
     rows = [keys, cache.values, cache.means, cache.spreads]
@@ -121,7 +121,7 @@ def check_call(
             raise SurgeryError("tally must be contiguous.")
     heads, dim = queries.shape[1], queries.shape[3]
     for name, part in router.tensors().items():
-        if name == "key_map":
+        if name in ("key_weight", "key_map"):
             continue  # chunks are ordered by it when they are laid out
         wide = (dim,) if name.endswith("weight") else ()
         expect(f"router {name}", part, (cache.kv_heads, heads, *wide), torch.float32, queries.device)

@@ -22,11 +22,10 @@ from llama_surgery.attention.impl.triton.helpers import (
     sum_step,
 )
 from llama_surgery.attention.impl.triton.page_scores import (
-    ball_scores,
-    ball_terms,
-    ball_weights,
+    page_scores,
+    page_terms,
+    page_weights,
     score_factors,
-    sum_of_balls,
 )
 
 #: Blocks of a table that are looked up at once, at least.
@@ -131,9 +130,7 @@ def score_kernel(
     CHUNK: tl.constexpr,
     WINDOW: tl.constexpr,
     PAGE: tl.constexpr,
-    BALLS: tl.constexpr,
-    BALLS_PAD: tl.constexpr,
-    LOG2_BALL: tl.constexpr,
+    LOG2_PAGE: tl.constexpr,
     BLOCK_NEAR: tl.constexpr,
     BLOCK_PAGES: tl.constexpr,
     SUMMARY: tl.constexpr,
@@ -145,9 +142,10 @@ def score_kernel(
     Grid: (splits, streams * blocks of queries). Spreads lie as means do. Weights of channels, (KV_HEADS *
     HEADS, DIM) float32 or None, are those of ``score_factors``. Writes, all float32 in log2
     units: scores (streams, pages, queries, heads); sums (streams, splits, queries, heads), the program's
-    log-sum-exp of scores; and the near field's partial results (streams, parts, queries, heads[, VALUE_DIM]).
-    With SUMMARY, where mean values stand in for pages that a query does not see, also their logits, weights
-    shaped as scores, to which ``summary_ptr`` (KV_HEADS, HEADS) is added if not None.
+    log-sum-exp of what pages weigh; and the near field's partial results (streams, parts, queries, heads[,
+    VALUE_DIM]). With SUMMARY, where mean values stand in for pages that a query does not see, also their
+    logits, weights shaped as scores: what pages weigh, to which ``summary_ptr`` (KV_HEADS, HEADS) is added if
+    not None.
     """
     stream, _, length, row, head, closed, live = rows_of(
         lengths_ptr, capacity, dense_until,
@@ -213,7 +211,6 @@ def score_kernel(
         weights_base = weights_ptr + stream * (capacity // PAGE) * ROWS * HEADS
         if summary_ptr is not None:
             learned = tl.load(summary_ptr + kv_head * HEADS + head, mask=live, other=0.0) * LOG2E
-    index = tl.arange(0, BLOCK_PAGES * BALLS_PAD)
     # With a table, steps whose blocks are looked up together: loads of features would wait for a lookup.
     at_once: tl.constexpr = LOOKUP if 2 * BLOCK_PAGES < LOOKUP else 2 * BLOCK_PAGES
     group: tl.constexpr = (at_once - 1) * per_chunk // BLOCK_PAGES if PAGED else 1 << 30
@@ -224,30 +221,24 @@ def score_kernel(
             blocks = tl.load(table_ptr + entry + looked_up)
         for step in range(first, tl.minimum(first + group, last_step - near_steps)):
             page = step * BLOCK_PAGES + tl.arange(0, BLOCK_PAGES)
-            ball_page = step * BLOCK_PAGES + index // BALLS_PAD
-            present = (index % BALLS_PAD < BALLS) & (ball_page < pages)
-            far_chunk = tl.minimum(ball_page, pages - 1) // per_chunk
+            present = page < pages
+            far_chunk = tl.minimum(page, pages - 1) // per_chunk
             block = (tl.gather(blocks, far_chunk - first_chunk, 0) if PAGED else far_chunk).to(tl.int64)
-            ball = ball_page % per_chunk * BALLS + index % BALLS_PAD
-            cells = block * mean_block + ball.to(tl.int64) * mean_row
+            cells = block * mean_block + (page % per_chunk).to(tl.int64) * mean_row
             mean = load_rows(mean_base, cells, 1, present, DIM, DIM_PAD, True)
             spread = load_rows(spread_base, cells, 1, present, SPREAD, SPREAD_PAD, True)
-            along, across = ball_terms(q, squares, mean, spread, scale, softcap, CAP)
-            scores = ball_scores(along, across, LOG2_BALL, PAGE // BALLS)
-            if BALLS > 1:
-                scores = sum_of_balls(scores, present, BLOCK_PAGES, BALLS_PAD)
+            along, across = page_terms(q, squares, mean, spread, scale, softcap, CAP)
             cells = (page[None, :] * ROWS + row[:, None]) * HEADS + head[:, None]
-            kept = live[:, None] & (page < pages)[None, :]
-            tl.store(scores_base + cells, scores, mask=kept)
+            kept = live[:, None] & present[None, :]
+            tl.store(scores_base + cells, page_scores(along, across, LOG2_PAGE), mask=kept)
+            weights = page_weights(along, across, LOG2_PAGE)
             if SUMMARY:
-                weights = ball_weights(along, across, LOG2_BALL)
+                standing = weights
                 if summary_ptr is not None:
-                    weights += learned[:, None]
-                if BALLS > 1:
-                    weights = sum_of_balls(weights, present, BLOCK_PAGES, BALLS_PAD)
-                tl.store(weights_base + cells, weights, mask=kept)
+                    standing += learned[:, None]
+                tl.store(weights_base + cells, standing, mask=kept)
             far = page[None, :] < (closed * per_chunk)[:, None]
-            total, top = sum_step(total, top, tl.where(far, scores, float("-inf")))
+            total, top = sum_step(total, top, tl.where(far, weights, float("-inf")))
     some = total > 0.0
     summed = tl.where(some, top + tl.log2(tl.where(some, total, 1.0)), float("-inf"))
     tl.store(sums_ptr + cell, summed, mask=live)

@@ -59,7 +59,7 @@ class Shape(NamedTuple):
         near, pages = min(near, cache.capacity), 0
         if config.dense_until < cache.capacity:
             pages = max(0, cache.capacity - config.window) // config.chunk_size * config.pages_per_chunk
-        units = triton.cdiv(near, keys) + triton.cdiv(pages * config.balls_per_page, keys)
+        units = triton.cdiv(near, keys) + triton.cdiv(pages, keys)
         far_splits = open_splits(config, pages, programs, processors, tuning) if pages else 0
         splits = score_splits(units, programs, processors, tuning)
         dim_pad, value_pad = (max(16, triton.next_power_of_2(d)) for d in (dim, cache.values.shape[-1]))
@@ -92,15 +92,12 @@ class Shape(NamedTuple):
 
     def score_constants(self, cache: DecodeCache) -> dict[str, float]:
         config, spread = cache.config, cache.spreads.shape[-1]
-        balls_pad = triton.next_power_of_2(config.balls_per_page)
         return {
             "SPREAD": spread,
             "SPREAD_PAD": max(16, triton.next_power_of_2(spread)),
-            "BALLS": config.balls_per_page,
-            "BALLS_PAD": balls_pad,
-            "LOG2_BALL": math.log2(config.ball_size),
+            "LOG2_PAGE": math.log2(config.page_size),
             "BLOCK_NEAR": self.keys,
-            "BLOCK_PAGES": max(1, self.keys // balls_pad),
+            "BLOCK_PAGES": self.keys,
             "SUMMARY": config.summarises(1),
             "num_warps": self.warps(self.tuning.score_warps),
             "num_stages": self.tuning.score_stages,

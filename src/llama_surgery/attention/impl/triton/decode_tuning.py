@@ -30,7 +30,7 @@ class DecodeTuning:
     """Launch configuration.
 
     Attributes:
-        step_bytes: Bytes of keys and values (or of a ball's moments) of a step.
+        step_bytes: Bytes of keys and values (or of a page's moments) of a step.
         score_warps, score_stages: Of the first kernel: near field and scores.
         open_warps, open_stages: Of the second kernel: opened pages.
         merge_parts, merge_warps: Of the third kernel: partial results of a step, at most.

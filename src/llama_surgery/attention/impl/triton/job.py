@@ -22,8 +22,8 @@ from llama_surgery.topology.router import PageRouter
 #: that none is ever lost; long calls run in strips to keep that cheap.
 STRIP_BYTES = 1 << 28
 
-#: Balls of a program that makes features.
-FEATURE_BALLS = 16
+#: Pages of a program that makes features.
+FEATURE_PAGES = 16
 
 
 class Strip(NamedTuple):
@@ -51,7 +51,7 @@ class Job:
         queries: (choosers, heads of each, rows, head_dim), rows at ``start … start + rows - 1``.
         near_keys, near_values: (streams, n, dim), the last n keys.
         layout: Full chunks, or None.
-        features: What pages are scored by, (streams, balls, …) from :func:`page_features`; None without
+        features: What pages are scored by, (streams, pages, …) from :func:`page_features`; None without
             closed chunks.
         sink_logit: (streams, heads), or None.
         router: Learned corrections, for streams, contiguous; every part may be None.
@@ -167,15 +167,15 @@ def features_of(layout: Layout, config: SurgeryConfig, dtype: torch.dtype) -> to
 
 
 def page_features(moments: Moments, dtype: torch.dtype, pool: int = 1) -> torch.Tensor:
-    """What selection multiplies queries with: (streams, balls, head_dim + head_dim / pool), μ and ½·σ².
+    """What selection multiplies queries with: (streams, pages, head_dim + head_dim / pool), μ and ½·σ².
 
-    The balls are those of ``moments`` (float32), by which there are gradients where these are asked for.
+    Of the pages of ``moments`` (float32), by which there are gradients where these are asked for.
 
     Raises:
         SurgeryError: ``pool`` does not divide head_dim.
     """
     means, variances = moments.mean.contiguous(), moments.variance.contiguous()
-    (streams, balls, dim), spread = means.shape, means.shape[-1] // pool
+    (streams, pages, dim), spread = means.shape, means.shape[-1] // pool
     if dim % pool:
         raise SurgeryError(
             f"variance_pool={pool} does not divide head_dim={dim}: choose an even divisor or 1."
@@ -183,21 +183,21 @@ def page_features(moments: Moments, dtype: torch.dtype, pool: int = 1) -> torch.
     if differentiable(means, variances):
         pooled = pool_channels(variances, pool) * (0.5 / pool)
         return torch.cat((means, pooled.clamp_max(LARGEST_SQUARE)), -1).to(dtype)
-    features = means.new_empty(streams, balls, dim + spread, dtype=dtype)
+    features = means.new_empty(streams, pages, dim + spread, dtype=dtype)
     with launching(means):
-        feature_kernel[(triton.cdiv(balls, FEATURE_BALLS), streams)](
+        feature_kernel[(triton.cdiv(pages, FEATURE_PAGES), streams)](
             means,
             variances,
             features,
             means.stride(0),
             *features.stride()[:2],
-            balls,
+            pages,
             LARGEST_SQUARE,
             DIM=dim,
             DIM_PAD=max(16, triton.next_power_of_2(dim)),
             SPREAD=spread,
             SPREAD_PAD=max(16, triton.next_power_of_2(spread)),
-            BALLS=FEATURE_BALLS,
+            PAGES=FEATURE_PAGES,
         )
     return features
 
@@ -207,9 +207,9 @@ def moments_from(features: torch.Tensor, config: SurgeryConfig) -> Moments:
     pool = config.variance_pool
     groups = features.shape[-1] // (pool + 1)
     mean, spread = feature_parts(features.float(), groups * pool)
-    return Moments(mean, 2 * unpool_channels(spread, pool), config.ball_size)
+    return Moments(mean, 2 * unpool_channels(spread, pool), config.page_size)
 
 
 def feature_parts(features: torch.Tensor, head_dim: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Views of :func:`page_features`: μ (streams, balls, head_dim) and ½·σ² (streams, balls, …)."""
+    """Views of :func:`page_features`: μ (streams, pages, head_dim) and ½·σ² (streams, pages, …)."""
     return features[..., :head_dim], features[..., head_dim:]

@@ -67,22 +67,11 @@ def score_constants(job: Job, shape: ScoreShape) -> dict[str, Any]:
         "SPREAD": spread,
         "SPREAD_PAD": max(16, triton.next_power_of_2(spread)),
         "CAP": job.softcap is not None,
+        "LOG2_PAGE": math.log2(job.config.page_size),
         # A tile longer than what was tuned for: threads hold as many of its rows as they did.
         "num_warps": min(8, job.tuning.score_warps * max(1, shape.rows // job.tuning.score_rows)),
         "num_stages": stages,
         **product_options(job.queries),
-    }
-
-
-def page_constants(job: Job) -> dict[str, Any]:
-    """Constants of kernels that score pages by their balls."""
-    balls = job.config.balls_per_page
-    balls_pad = triton.next_power_of_2(balls)
-    return {
-        "LOG2_BALL": math.log2(job.config.ball_size),
-        "BALLS": balls,
-        "BALLS_PAD": balls_pad,
-        "BLOCK_BALLS": max(job.tuning.block_balls, balls_pad),
     }
 
 

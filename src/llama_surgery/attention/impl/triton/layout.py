@@ -24,7 +24,7 @@ MAPPED = 128
 #: Warps of a program that projects the keys of a node of more than BLOCK keys, and of any other.
 PROJECT_WARPS = (4, 1)
 
-#: Keys that a warp arranges: more warps to a small ball would wait for one another.
+#: Keys that a warp arranges: more warps to a small page would wait for one another.
 ARRANGED = 16
 
 
@@ -51,17 +51,17 @@ def build_layout(
     dim_pad, value_pad = (max(16, triton.next_power_of_2(d)) for d in (dim, value_dim))
     with launching(keys):
         order = _order(keys, config, router)
-        ball = config.ball_size
-        ball_pad = triton.next_power_of_2(ball)
-        balls = max(1, ARRANGED // ball_pad)
-        mean, variance = (keys.new_empty(streams, slots // ball, dim, dtype=torch.float32) for _ in range(2))
+        page = config.page_size
+        page_pad = triton.next_power_of_2(page)
+        pages = max(1, ARRANGED // page_pad)
+        mean, variance = (keys.new_empty(streams, slots // page, dim, dtype=torch.float32) for _ in range(2))
         layout = Layout(
             torch.empty_like(keys, memory_format=torch.contiguous_format),
             torch.empty_like(values, memory_format=torch.contiguous_format),
             order.new_empty(streams, slots // config.chunk_size, config.chunk_size, dtype=torch.int16),
-            Moments(mean, variance, ball),
+            Moments(mean, variance, page),
         )
-        arrange_kernel[(triton.cdiv(slots // ball, balls), streams)](
+        arrange_kernel[(triton.cdiv(slots // page, pages), streams)](
             keys,
             values,
             order,
@@ -74,14 +74,14 @@ def build_layout(
             *values.stride()[:2],
             slots,
             CHUNK=config.chunk_size,
-            BALL=ball,
-            BALL_PAD=ball_pad,
-            BALLS=balls,
+            PAGE=page,
+            PAGE_PAD=page_pad,
+            PAGES=pages,
             DIM=dim,
             DIM_PAD=dim_pad,
             VALUE_DIM=value_dim,
             VALUE_PAD=value_pad,
-            num_warps=min(4, max(1, ball_pad // ARRANGED)),
+            num_warps=min(4, max(1, page_pad // ARRANGED)),
         )
     return dataclasses.replace(layout, mean_values=mean_values(layout.values, config, values.dtype))
 
@@ -89,16 +89,16 @@ def build_layout(
 def _order(keys: torch.Tensor, config: SurgeryConfig, router: PageRouter | None) -> torch.Tensor:
     """Tree order of every chunk: (streams, slots) int32 offsets."""
     streams, slots, dim = keys.shape
-    chunk, ball = config.chunk_size, config.ball_size
+    chunk, page = config.chunk_size, config.page_size
     offsets = torch.arange(chunk, dtype=torch.int32, device=keys.device)
     order = offsets.repeat(streams, slots // chunk)
-    if ball == chunk:
+    if page == chunk:
         return order
     keys = _mapped(keys, router)
     dim_pad = max(16, triton.next_power_of_2(dim))
     children, projections = torch.empty_like(order), torch.empty_like(order, dtype=torch.float32)
     node = chunk
-    while node > ball:
+    while node > page:
         node_pad = triton.next_power_of_2(node)
         held = BLOCK if dim_pad <= WIDEST_GRAM else node_pad
         project_kernel[(slots // node, streams)](
@@ -133,6 +133,15 @@ def _order(keys: torch.Tensor, config: SurgeryConfig, router: PageRouter | None)
 
 def _mapped(keys: torch.Tensor, router: PageRouter | None) -> torch.Tensor:
     """Keys as the tree is to see them, in their own dtype, so that splits go through the matrix units."""
+    if router is not None and router.key_weight is not None:
+        weight = router.key_weight.to(keys.device)
+        weight = weight.repeat(len(keys) // max(1, len(weight)), 1)
+        if weight.shape != (len(keys), keys.shape[-1]):
+            raise SurgeryError(
+                f"key_weight {tuple(router.key_weight.shape)} for keys {tuple(keys.shape)}: expected "
+                f"(kv_heads, {keys.shape[-1]})."
+            )
+        keys = (keys * weight[:, None]).to(keys.dtype)
     if router is None or router.key_map is None:
         return keys
     (streams, slots, dim), key_map = keys.shape, router.key_map.to(keys.device).contiguous()

@@ -172,24 +172,24 @@ def arrange_kernel(
     value_row,
     slots,
     CHUNK: tl.constexpr,
-    BALL: tl.constexpr,
-    BALL_PAD: tl.constexpr,
-    BALLS: tl.constexpr,
+    PAGE: tl.constexpr,
+    PAGE_PAD: tl.constexpr,
+    PAGES: tl.constexpr,
     DIM: tl.constexpr,
     DIM_PAD: tl.constexpr,
     VALUE_DIM: tl.constexpr,
     VALUE_PAD: tl.constexpr,
 ):
-    """Write keys and values in tree order, the order in 16 bits, and the moments of balls.
+    """Write keys and values in tree order, the order in 16 bits, and the moments of pages.
 
-    Outputs are contiguous: (streams, slots, dim), (streams, slots) int16, (streams, balls, dim) float32.
-    Grid: (balls of a stream / BALLS rounded up, streams).
+    Outputs are contiguous: (streams, slots, dim), (streams, slots) int16, (streams, pages, dim) float32.
+    Grid: (pages of a stream / PAGES rounded up, streams).
     """
     stream = tl.program_id(1).to(tl.int64)
-    row = tl.arange(0, BALLS * BALL_PAD)
-    ball = tl.program_id(0) * BALLS + row // BALL_PAD
-    slot = ball * BALL + row % BALL_PAD
-    present = (row % BALL_PAD < BALL) & (slot < slots)
+    row = tl.arange(0, PAGES * PAGE_PAD)
+    page = tl.program_id(0) * PAGES + row // PAGE_PAD
+    slot = page * PAGE + row % PAGE_PAD
+    present = (row % PAGE_PAD < PAGE) & (slot < slots)
     offset = tl.load(order_ptr + stream * slots + slot, mask=present, other=0)
     source = slot // CHUNK * CHUNK + offset
     k = load_rows(keys_ptr + stream * key_stream, source, key_row, present, DIM, DIM_PAD, True)
@@ -205,14 +205,14 @@ def arrange_kernel(
         mask=present[:, None] & (value_column < VALUE_DIM)[None, :],
     )
     tl.store(order_out_ptr + stream * slots + slot, offset.to(tl.int16), mask=present)
-    x = tl.reshape(k.to(tl.float32), [BALLS, BALL_PAD, DIM_PAD])
-    real = tl.reshape(present, [BALLS, BALL_PAD])[:, :, None]
-    mean = tl.sum(x, 1) / BALL
+    x = tl.reshape(k.to(tl.float32), [PAGES, PAGE_PAD, DIM_PAD])
+    real = tl.reshape(present, [PAGES, PAGE_PAD])[:, :, None]
+    mean = tl.sum(x, 1) / PAGE
     x = tl.where(real, x - mean[:, None, :], 0.0)
-    variance = tl.sum(x * x, 1) / BALL
-    balls = slots // BALL
-    index = tl.program_id(0) * BALLS + tl.arange(0, BALLS)
-    cell = (stream * balls + index)[:, None] * DIM + column[None, :]
-    keep = (index < balls)[:, None] & (column < DIM)[None, :]
+    variance = tl.sum(x * x, 1) / PAGE
+    pages = slots // PAGE
+    index = tl.program_id(0) * PAGES + tl.arange(0, PAGES)
+    cell = (stream * pages + index)[:, None] * DIM + column[None, :]
+    keep = (index < pages)[:, None] & (column < DIM)[None, :]
     tl.store(mean_ptr + cell, mean, mask=keep)
     tl.store(variance_ptr + cell, variance, mask=keep)

@@ -1,6 +1,6 @@
 """The second kernel of selection: lists of the pages that rows open.
 
-Matrix tiles stand on their side here, balls down and rows across: what a ball asks of all rows is then
+Matrix tiles stand on their side here, pages down and rows across: what a page asks of all rows is then
 found within a few threads. Rows are those of ``select_kernels``.
 """
 
@@ -13,7 +13,7 @@ from llama_surgery.attention.impl.triton.helpers import (
     load_rows,
     tanh,
 )
-from llama_surgery.attention.impl.triton.page_scores import ball_scores, score_factors
+from llama_surgery.attention.impl.triton.page_scores import page_scores, score_factors
 from llama_surgery.attention.impl.triton.select_kernels import rows_of_tiles
 
 
@@ -47,7 +47,7 @@ def _rows(
     SPREAD_PAD: tl.constexpr,
     CAP: tl.constexpr,
 ):
-    """What rows ask of balls: (dim, rows) queries, (dim or groups, rows) squares, bars and places (rows,).
+    """What rows ask of pages: (dim, rows) queries, (dim or groups, rows) squares, bars and places (rows,).
 
     Squares carry the scale once, to be multiplied by it after the product as q·μ is; with a cap, twice.
     Bars are scores in log2 units.
@@ -72,38 +72,16 @@ def _rows(
 
 
 @triton.jit
-def _above(
-    queries,
-    squares,
-    bar,
-    mean,
-    spread,
-    present,
-    scale,
-    softcap,
-    SIZE: tl.constexpr,
-    LOG2_BALL: tl.constexpr,
-    PAGES: tl.constexpr,
-    BALLS: tl.constexpr,
-    BALLS_PAD: tl.constexpr,
-    CAP: tl.constexpr,
-):
-    """(PAGES, rows) bool: does the log-sum-exp of a page's balls' scores exceed the row's bar."""
-    along, across = tl.dot(mean, queries), tl.dot(spread, squares)
+def _above(queries, squares, bar, mean, spread, scale, softcap, LOG2_PAGE: tl.constexpr, CAP: tl.constexpr):
+    """(pages, rows) bool: does a page's score exceed the row's bar."""
+    along = tl.dot(mean, queries)
     if CAP:
         slope = tanh(along * (scale / softcap))
         bend = 1.0 - slope * slope
-        along, across = slope * softcap, across * bend * bend
+        scores = page_scores(slope * softcap, tl.dot(spread, squares) * bend * bend, LOG2_PAGE)
     else:
-        along, across = along * scale, across * scale
-    scores = ball_scores(along, across, LOG2_BALL, SIZE)
-    if BALLS_PAD == 1:
-        return scores > bar[None, :]
-    else:
-        weights = tl.exp2(scores - bar[None, :])
-        if BALLS != BALLS_PAD:
-            weights = tl.where(present[:, None], weights, 0.0)
-        return tl.sum(tl.reshape(weights, [PAGES, BALLS_PAD, weights.shape[1]]), 1) > 1.0
+        scores = page_scores(tl.dot(spread, squares, along) * scale, 0.0, LOG2_PAGE)
+    return scores > bar[None, :]
 
 
 @triton.jit(
@@ -146,10 +124,8 @@ def list_kernel(
     CHUNK: tl.constexpr,
     WINDOW: tl.constexpr,
     PAGE: tl.constexpr,
-    LOG2_BALL: tl.constexpr,
-    BALLS: tl.constexpr,
-    BALLS_PAD: tl.constexpr,
-    BLOCK_BALLS: tl.constexpr,
+    LOG2_PAGE: tl.constexpr,
+    BLOCK_PAGES: tl.constexpr,
     CAP: tl.constexpr,
 ):
     """Score all closed pages against the rows' totals and list those that rows open.
@@ -164,7 +140,6 @@ def list_kernel(
     head_blocks: tl.constexpr = (HEADS + HEADS_BLOCK - 1) // HEADS_BLOCK
     per_chunk: tl.constexpr = CHUNK // PAGE
     per_tile: tl.constexpr = TILE_PAD * HEADS_BLOCK
-    block_pages: tl.constexpr = BLOCK_BALLS // BALLS_PAD
     chooser = tl.program_id(1).to(tl.int64)
     stream = tl.program_id(1) // GROUP
     block_id = tl.program_id(0)
@@ -191,19 +166,12 @@ def list_kernel(
         )  # fmt: skip
 
     last = tl.max(pages, 0)
-    for block in range(0, last, block_pages):
-        page = block + tl.arange(0, block_pages)
-        index = tl.arange(0, BLOCK_BALLS)
-        present = (block + index // BALLS_PAD < last) & (index % BALLS_PAD < BALLS)
+    for block in range(0, last, BLOCK_PAGES):
+        page = block + tl.arange(0, BLOCK_PAGES)
         # What lies behind the last page may be anything: it is not listed.
-        if BALLS == BALLS_PAD:
-            mean = means.load([stream, block * BALLS, 0])
-            spread = spreads.load([stream, block * BALLS, 0])
-        else:
-            mean = means.load([stream, block, 0, 0])
-            spread = spreads.load([stream, block, 0, 0])
-        mean, spread = mean.reshape(BLOCK_BALLS, DIM_PAD), spread.reshape(BLOCK_BALLS, SPREAD_PAD)
-        first = tl.full([block_pages, TILES_BLOCK], TILE, tl.int32)
+        mean = means.load([stream, block, 0]).reshape(BLOCK_PAGES, DIM_PAD)
+        spread = spreads.load([stream, block, 0]).reshape(BLOCK_PAGES, SPREAD_PAD)
+        first = tl.full([BLOCK_PAGES, TILES_BLOCK], TILE, tl.int32)
         for head_block in tl.static_range(head_blocks):
             if head_blocks > 1:
                 queries, squares, bar, row = _rows(
@@ -213,12 +181,9 @@ def list_kernel(
                     HEADS, HEADS_BLOCK, TILES_BLOCK, TILE, TILE_PAD, DIM, DIM_PAD,
                     SPREAD, SPREAD_PAD, CAP,
                 )  # fmt: skip
-            above = _above(
-                queries, squares, bar, mean, spread, present, scale, softcap,
-                PAGE // BALLS, LOG2_BALL, block_pages, BALLS, BALLS_PAD, CAP,
-            )  # fmt: skip
+            above = _above(queries, squares, bar, mean, spread, scale, softcap, LOG2_PAGE, CAP)
             opened = tl.where(above, row[None, :], TILE)
-            opened = tl.reshape(opened, [block_pages, TILES_BLOCK, per_tile])
+            opened = tl.reshape(opened, [BLOCK_PAGES, TILES_BLOCK, per_tile])
             first = tl.minimum(first, tl.min(opened, 2))
         first = tl.where((page == sink_page)[:, None], 0, first)
         if first_ptr is not None:

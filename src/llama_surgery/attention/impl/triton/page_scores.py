@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from llama_surgery.attention.impl.triton.helpers import FLOOR, LOG2E, load_rows, tanh
+from llama_surgery.attention.impl.triton.helpers import LOG2E, load_rows, tanh
 
 #: Least variance term: below it the root would have no slope (``topology.selection``).
 LEAST = tl.constexpr(1e-8)
@@ -92,13 +92,13 @@ def _weigh(
 
 
 @triton.jit
-def ball_terms(queries, squares, mean, spread, scale, softcap, CAP: tl.constexpr):
-    """Mean and variance term of page scores, (rows, balls) each, through the cap if there is one.
+def page_terms(queries, squares, mean, spread, scale, softcap, CAP: tl.constexpr):
+    """Mean and variance term of page scores, (rows, pages) each, through the cap if there is one.
 
     Args:
         queries, squares: (rows, dim) and (rows, dim or groups) from :func:`score_factors`.
-        mean: (balls, dim) the balls' μ.
-        spread: (balls, dim) or (balls, groups) their ½·σ².
+        mean: (pages, dim) the pages' μ.
+        spread: (pages, dim) or (pages, groups) their ½·σ².
     """
     along = tl.dot(queries, tl.trans(mean))
     across = tl.dot(squares, tl.trans(spread))
@@ -111,43 +111,16 @@ def ball_terms(queries, squares, mean, spread, scale, softcap, CAP: tl.constexpr
 
 
 @triton.jit
-def bounded_term(across, SIZE: tl.constexpr):
-    """A variance term, in log2 units, at most what SIZE keys can reach.
-
-    ``topology.selection.bounded_variance_term``, with the outlier's part before the brackets.
-    """
-    if SIZE == 1:
-        return across * LOG2E
-    else:
-        others: tl.constexpr = SIZE - 1
-        root = tl.sqrt(tl.maximum(2.0 * others * across, LEAST)) * LOG2E
-        rest = others * tl.exp2(root * (-SIZE / others))
-        return tl.minimum(across * LOG2E, root + tl.log2((1.0 + rest) / SIZE))
+def page_scores(along, across, log2_size):
+    """Scores in log2 units from :func:`page_terms`; ``log2_size`` is the log2 of a page's number of keys."""
+    return (along + across) * LOG2E + log2_size
 
 
 @triton.jit
-def ball_scores(along, across, log2_size, SIZE: tl.constexpr):
-    """Scores in log2 units from :func:`ball_terms`; ``log2_size`` is the log2 of SIZE, the keys of a ball."""
-    return along * LOG2E + bounded_term(across, SIZE) + log2_size
+def page_weights(along, across, log2_size):
+    """Log2 of what pages weigh in rows' totals and in place of their keys, from :func:`page_terms`.
 
-
-@triton.jit
-def ball_weights(along, across, log2_size):
-    """Log2 of what balls weigh where they stand in for their keys, from :func:`ball_terms`.
-
-    The variance term is put in bounds, log cosh of its root: ``topology.selection.Scorer.weights``.
+    Log cosh of the variance term's root takes the place of it: ``topology.selection.Scorer``.
     """
     root = tl.sqrt(tl.maximum(2.0 * across, LEAST))
     return (along + root) * LOG2E + tl.log2(1.0 + tl.exp2(root * (-2.0 * LOG2E))) - 1.0 + log2_size
-
-
-@triton.jit
-def sum_of_balls(logits, present, PAGES: tl.constexpr, BALLS_PAD: tl.constexpr):
-    """Log-sum-exp over the balls of each page, in log2 units: (rows, PAGES * BALLS_PAD) to (rows, PAGES).
-
-    ``present`` (PAGES * BALLS_PAD,) says which balls there are.
-    """
-    logits = tl.where(present[None, :], logits, FLOOR)
-    logits = tl.reshape(logits, [logits.shape[0], PAGES, BALLS_PAD])
-    peak = tl.max(logits, 2)
-    return peak + tl.log2(tl.sum(tl.exp2(logits - peak[:, :, None]), 2))

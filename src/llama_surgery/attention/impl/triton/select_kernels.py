@@ -16,7 +16,7 @@ from llama_surgery.attention.impl.triton.helpers import (
     load_rows,
     sum_step,
 )
-from llama_surgery.attention.impl.triton.page_scores import ball_scores, ball_terms, score_factors
+from llama_surgery.attention.impl.triton.page_scores import page_terms, page_weights, score_factors
 
 
 @triton.jit
@@ -79,20 +79,20 @@ def totals_kernel(
     SPREAD_PAD: tl.constexpr,
     CHUNK: tl.constexpr,
     WINDOW: tl.constexpr,
-    BALL: tl.constexpr,
-    LOG2_BALL: tl.constexpr,
+    PAGE: tl.constexpr,
+    LOG2_PAGE: tl.constexpr,
     BLOCK_NEAR: tl.constexpr,
-    BLOCK_BALLS: tl.constexpr,
+    BLOCK_PAGES: tl.constexpr,
     SINK: tl.constexpr,
     CAP: tl.constexpr,
 ):
     """Log-sum-exp, in log2 units, of every row's whole attention as selection sees it.
 
-    The near field is exact, closed balls count by their scores, attention sinks are included. With
-    ``offset_ptr`` (choosers, HEADS) float32 a head's totals are raised by it: what is added to log θ. Weights
-    of channels are those of ``score_factors``. Rows without closed chunks are left unwritten. Grid: (blocks
-    of tiles * blocks of heads, choosers), GROUP choosers to a stream. Writes (choosers, tiles, TILE, HEADS)
-    float32.
+    The near field is exact, closed pages count by what they would weigh in place of their keys, attention
+    sinks are included. With ``offset_ptr`` (choosers, HEADS) float32 a head's totals are raised by it: what
+    is added to log θ. Weights of channels are those of ``score_factors``. Rows without closed chunks are left
+    unwritten. Grid: (blocks of tiles * blocks of heads, choosers), GROUP choosers to a stream. Writes
+    (choosers, tiles, TILE, HEADS) float32.
     """
     head_blocks: tl.constexpr = (HEADS + HEADS_BLOCK - 1) // HEADS_BLOCK
     chooser = tl.program_id(1)
@@ -151,23 +151,23 @@ def totals_kernel(
             tl.program_id(0) % head_blocks * HEADS_BLOCK, HEADS, HEADS_BLOCK, True,
             DIM, DIM_PAD, SPREAD, SPREAD_PAD,
         )  # fmt: skip
-        per_chunk: tl.constexpr = CHUNK // BALL
-        # Balls closed for every row of the block need no mask.
-        common = least * per_chunk // BLOCK_BALLS * BLOCK_BALLS
-        for block in range(0, common, BLOCK_BALLS):
-            mean = means.load([stream, block, 0]).reshape(BLOCK_BALLS, DIM_PAD)
-            spread = spreads.load([stream, block, 0]).reshape(BLOCK_BALLS, SPREAD_PAD)
-            along, across = ball_terms(q, squares, mean, spread, scale, softcap, CAP)
-            scores = ball_scores(along, across, LOG2_BALL, BALL)
-            total, top = sum_step(total, top, scores)
-        for block in range(common, most * per_chunk, BLOCK_BALLS):
-            ball = block + tl.arange(0, BLOCK_BALLS)
-            mean = means.load([stream, block, 0]).reshape(BLOCK_BALLS, DIM_PAD)
-            spread = spreads.load([stream, block, 0]).reshape(BLOCK_BALLS, SPREAD_PAD)
-            along, across = ball_terms(q, squares, mean, spread, scale, softcap, CAP)
-            scores = ball_scores(along, across, LOG2_BALL, BALL)
-            far = ball[None, :] < (closed * per_chunk)[:, None]
-            total, top = sum_step(total, top, tl.where(far, scores, float("-inf")))
+        per_chunk: tl.constexpr = CHUNK // PAGE
+        # Pages closed for every row of the block need no mask.
+        common = least * per_chunk // BLOCK_PAGES * BLOCK_PAGES
+        for block in range(0, common, BLOCK_PAGES):
+            mean = means.load([stream, block, 0]).reshape(BLOCK_PAGES, DIM_PAD)
+            spread = spreads.load([stream, block, 0]).reshape(BLOCK_PAGES, SPREAD_PAD)
+            along, across = page_terms(q, squares, mean, spread, scale, softcap, CAP)
+            weights = page_weights(along, across, LOG2_PAGE)
+            total, top = sum_step(total, top, weights)
+        for block in range(common, most * per_chunk, BLOCK_PAGES):
+            page = block + tl.arange(0, BLOCK_PAGES)
+            mean = means.load([stream, block, 0]).reshape(BLOCK_PAGES, DIM_PAD)
+            spread = spreads.load([stream, block, 0]).reshape(BLOCK_PAGES, SPREAD_PAD)
+            along, across = page_terms(q, squares, mean, spread, scale, softcap, CAP)
+            weights = page_weights(along, across, LOG2_PAGE)
+            far = page[None, :] < (closed * per_chunk)[:, None]
+            total, top = sum_step(total, top, tl.where(far, weights, float("-inf")))
         row = position - (first_tile + tile) * TILE
         cell = ((wide_chooser * tiles + tile) * TILE + row) * HEADS + head
         if offset_ptr is not None:

@@ -8,7 +8,6 @@ from llama_surgery.attention.impl.triton.job import Job, Strip, feature_parts
 from llama_surgery.attention.impl.triton.launch import (
     ScoreShape,
     described,
-    page_constants,
     placed_rows,
     score_constants,
     scored_rows,
@@ -32,7 +31,7 @@ def row_totals(job: Job, strip: Strip) -> torch.Tensor:
     totals = job.queries.new_empty(choosers, strip.tiles, job.tile, heads, dtype=torch.float32)
     shape = ScoreShape.of(job, strip)
     assert job.features is not None
-    head_dim, block_balls = job.queries.shape[-1], job.tuning.block_balls
+    head_dim, block_pages = job.queries.shape[-1], job.tuning.block_pages
     mean, spread = feature_parts(job.features, head_dim)
     constants = score_constants(job, shape)
     if job.config.variance_pool > 1:
@@ -40,8 +39,8 @@ def row_totals(job: Job, strip: Strip) -> torch.Tensor:
     totals_kernel[(shape.blocks * shape.head_blocks, choosers)](
         job.queries,
         described(job.near_keys, job.tuning.block_near, constants["DIM_PAD"]),
-        described(mean, block_balls, constants["DIM_PAD"]),
-        described(spread, block_balls, constants["SPREAD_PAD"]),
+        described(mean, block_pages, constants["DIM_PAD"]),
+        described(spread, block_pages, constants["SPREAD_PAD"]),
         job.sink_logit,
         job.router.offset,
         job.router.mean_weight,
@@ -56,9 +55,8 @@ def row_totals(job: Job, strip: Strip) -> torch.Tensor:
         TILES_BLOCK=shape.tiles_block,
         CHUNK=job.config.chunk_size,
         WINDOW=job.config.window,
-        BALL=job.config.ball_size,
-        LOG2_BALL=math.log2(job.config.ball_size),
-        BLOCK_BALLS=block_balls,
+        PAGE=job.config.page_size,
+        BLOCK_PAGES=block_pages,
         BLOCK_NEAR=job.tuning.block_near,
         SINK=job.sink_logit is not None,
     )
@@ -70,20 +68,12 @@ def list_pages(job: Job, strip: Strip, totals: torch.Tensor) -> TiledPlan:
     shape = ScoreShape.of(job, strip)
     assert job.features is not None
     plan, outputs = _new_plan(job, strip)
-    constants = score_constants(job, shape) | page_constants(job)
-    balls, balls_pad, block = (constants[name] for name in ("BALLS", "BALLS_PAD", "BLOCK_BALLS"))
-    features = []
-    for part, pad in zip(
-        feature_parts(job.features, job.queries.shape[-1]), ("DIM_PAD", "SPREAD_PAD"), strict=True
-    ):
-        if balls == balls_pad:
-            features.append(described(part, block, constants[pad]))
-        else:  # pages one by one, each padded to a power of two
-            by_page = part.unflatten(1, (-1, balls))
-            features.append(described(by_page, block // balls_pad, balls_pad, constants[pad]))
+    constants, block = score_constants(job, shape), job.tuning.block_pages
+    mean, spread = feature_parts(job.features, job.queries.shape[-1])
     list_kernel[(shape.blocks, job.queries.shape[0])](
         job.queries,
-        *features,
+        described(mean, block, constants["DIM_PAD"]),
+        described(spread, block, constants["SPREAD_PAD"]),
         job.router.mean_weight,
         job.router.variance_weight,
         totals,
@@ -99,6 +89,7 @@ def list_pages(job: Job, strip: Strip, totals: torch.Tensor) -> TiledPlan:
         CHUNK=job.config.chunk_size,
         WINDOW=job.config.window,
         PAGE=job.config.page_size,
+        BLOCK_PAGES=block,
     )
     return plan
 

@@ -1,7 +1,5 @@
 """Launches of what stands in for pages that rows do not see."""
 
-import math
-
 import torch
 import triton
 
@@ -11,7 +9,6 @@ from llama_surgery.attention.impl.triton.launch import (
     ScoreShape,
     described,
     heads_of_tile,
-    page_constants,
     score_constants,
     scored_rows,
 )
@@ -39,17 +36,15 @@ def summarise_strip(
     heads, head_dim, value_dim = job.queries.shape[1], job.queries.shape[-1], out.shape[-1]
     tile_pad = triton.next_power_of_2(job.tile)
     heads_block = heads_of_tile(heads, job.tuning.rows, tile_pad)
-    constants = score_constants(job, ScoreShape.of(job, strip)) | page_constants(job)
-    balls, balls_pad = constants["BALLS"], constants["BALLS_PAD"]
-    # A matrix tile has at least 16 columns.
-    pages_block = max(constants["BLOCK_BALLS"] // balls_pad, 16)
+    constants = score_constants(job, ScoreShape.of(job, strip))
+    block = max(job.tuning.block_pages, 16)  # a matrix tile has at least 16 columns
     value_pad = max(16, triton.next_power_of_2(value_dim))
-    mean, spread = (x.unflatten(1, (-1, balls)) for x in feature_parts(features, head_dim))
+    mean, spread = feature_parts(features, head_dim)
     summary_kernel[(strip.tiles * triton.cdiv(heads, heads_block), job.queries.shape[0])](
         job.queries,
-        described(mean, pages_block, balls_pad, constants["DIM_PAD"]),
-        described(spread, pages_block, balls_pad, constants["SPREAD_PAD"]),
-        described(means, pages_block, value_pad),
+        described(mean, block, constants["DIM_PAD"]),
+        described(spread, block, constants["SPREAD_PAD"]),
+        described(means, block, value_pad),
         plan.first,
         job.router.mean_weight,
         job.router.variance_weight,
@@ -72,12 +67,8 @@ def summarise_strip(
         CHUNK=config.chunk_size,
         WINDOW=config.window,
         PAGE=config.page_size,
-        BALLS=balls,
-        BALLS_PAD=balls_pad,
-        BLOCK_PAGES=pages_block,
-        LOG2_BALL=math.log2(config.ball_size),
-        CAP=job.softcap is not None,
-        **{name: constants[name] for name in ("DIM", "DIM_PAD", "SPREAD", "SPREAD_PAD")},
+        BLOCK_PAGES=block,
+        **{name: constants[name] for name in ("DIM", "DIM_PAD", "SPREAD", "SPREAD_PAD", "CAP", "LOG2_PAGE")},
         num_warps=max(8, job.tuning.attend_warps),
         num_stages=1,
         **product_options(job.queries),

@@ -12,10 +12,9 @@ from llama_surgery.attention.impl.triton.helpers import (
     softmax_step,
 )
 from llama_surgery.attention.impl.triton.page_scores import (
-    ball_terms,
-    ball_weights,
+    page_terms,
+    page_weights,
     score_factors,
-    sum_of_balls,
 )
 
 
@@ -61,25 +60,20 @@ def summary_kernel(
     CHUNK: tl.constexpr,
     WINDOW: tl.constexpr,
     PAGE: tl.constexpr,
-    BALLS: tl.constexpr,
-    BALLS_PAD: tl.constexpr,
     BLOCK_PAGES: tl.constexpr,
-    LOG2_BALL: tl.constexpr,
+    LOG2_PAGE: tl.constexpr,
     CAP: tl.constexpr,
 ):
     """Add what a tile's rows do not see to their attention, page by page.
 
-    A page's logit is the log-sum-exp of its balls' (``ball_weights``), its value the mean of its keys'
-    values. ``means`` and ``spreads`` (streams, pages, balls, dim) and ``values`` (streams, pages, dim) are
-    described by pages. ``first_ptr`` (choosers, tiles, capacity) uint8 holds the first row of the tile that
-    opened each page, TILE where none did. ``weight_ptr`` (choosers,
-    HEADS) float32, if not None, is added to a head's logits; weights of channels are those of
-    ``score_factors``. Rows are those of ``attend_kernel``, whose ``out`` and ``lse`` are read and written.
-    Grid: (tiles of this launch * blocks of heads, choosers).
+    A page's logit is that of ``page_weights``, its value the mean of its keys' values. ``first_ptr``
+    (choosers, tiles, capacity) uint8 holds the first row of the tile that opened each page, TILE where none
+    did. ``weight_ptr`` (choosers, HEADS) float32, if not None, is added to a head's logits; weights of
+    channels are those of ``score_factors``. Rows are those of ``attend_kernel``, whose ``out`` and ``lse``
+    are read and written. Grid: (tiles of this launch * blocks of heads, choosers).
     """
     head_blocks: tl.constexpr = (HEADS + HEADS_BLOCK - 1) // HEADS_BLOCK
     rows: tl.constexpr = TILE_PAD * HEADS_BLOCK
-    balls: tl.constexpr = BLOCK_PAGES * BALLS_PAD
     tile = tl.program_id(0) // head_blocks
     chooser = tl.program_id(1)
     wide_chooser = chooser.to(tl.int64)
@@ -103,23 +97,19 @@ def summary_kernel(
         if weight_ptr is not None:
             weight = tl.load(weight_ptr + chooser * HEADS + head, mask=live, other=0.0)
         first_base = first_ptr + (wide_chooser * tiles + tile) * capacity
-        index = tl.arange(0, balls)
         top = tl.full([rows], FLOOR, tl.float32)
         total = tl.zeros([rows], tl.float32)
         acc = tl.zeros([rows, VALUE_PAD], tl.float32)
         for block in range(0, pages, BLOCK_PAGES):
-            mean = means.load([stream, block, 0, 0]).reshape(balls, DIM_PAD)
-            spread = spreads.load([stream, block, 0, 0]).reshape(balls, SPREAD_PAD)
-            along, across = ball_terms(q, squares, mean, spread, scale, softcap, CAP)
-            logits = ball_weights(along, across, LOG2_BALL)
+            mean = means.load([stream, block, 0]).reshape(BLOCK_PAGES, DIM_PAD)
+            spread = spreads.load([stream, block, 0]).reshape(BLOCK_PAGES, SPREAD_PAD)
+            along, across = page_terms(q, squares, mean, spread, scale, softcap, CAP)
+            logits = page_weights(along, across, LOG2_PAGE)
             if weight_ptr is not None:
                 logits += (weight * LOG2E)[:, None]
             page = block + tl.arange(0, BLOCK_PAGES)
             first = tl.load(first_base + page, mask=page < pages, other=0).to(tl.int32)
             v = values.load([stream, block, 0]).reshape(BLOCK_PAGES, VALUE_PAD)
-            if BALLS > 1:
-                real = (block + index // BALLS_PAD < pages) & (index % BALLS_PAD < BALLS)
-                logits = sum_of_balls(logits, real, BLOCK_PAGES, BALLS_PAD)
             logits = tl.where(row[:, None] >= first[None, :], float("-inf"), logits)
             acc, total, top = softmax_step(acc, total, top, logits, 1.0, v, live, False)
 

@@ -16,7 +16,7 @@ class Tuning:
         keys_per_step: Keys of a step of the far field; pages smaller than this are taken together.
         attend_warps, attend_stages: Of the attention kernel.
         score_rows: Most rows of a matrix tile in selection.
-        block_balls: Balls of a step of selection.
+        block_pages: Pages of a step of selection.
         score_warps, score_stages: Of the selection kernels.
         pooled_stages: Instead of ``score_stages`` with pooled variances, whose features take half the room.
         totals_warps, totals_stages: Of the kernel of totals with pooled variances.
@@ -30,7 +30,7 @@ class Tuning:
     attend_warps: int = 8
     attend_stages: int = 2
     score_rows: int = 128
-    block_balls: int = 64
+    block_pages: int = 64
     score_warps: int = 8
     score_stages: int = 2
     pooled_stages: int = 2
@@ -42,7 +42,7 @@ class Tuning:
 
 #: For the families whose processors have 99 KiB of shared memory.
 _SMALL = Tuning(
-    rows=64, attend_warps=4, score_rows=32, score_warps=4, block_balls=32, totals_warps=4, shared=99 << 10
+    rows=64, attend_warps=4, score_rows=32, score_warps=4, block_pages=32, totals_warps=4, shared=99 << 10
 )
 
 #: By family, for head dims up to 128.
@@ -102,7 +102,7 @@ def tuning_for(family: str, head_dim: int, element_size: int, exact: bool = Fals
             keys_per_step=32,
             attend_stages=min(tuning.attend_stages, 2),
             score_rows=tuning.score_rows // 2,
-            block_balls=tuning.block_balls // 2,
+            block_pages=tuning.block_pages // 2,
             score_stages=min(tuning.score_stages, 2),
             pooled_stages=min(tuning.pooled_stages, 2),
             totals_stages=min(tuning.totals_stages, 2),
@@ -119,7 +119,7 @@ def tuning_for(family: str, head_dim: int, element_size: int, exact: bool = Fals
             attend_warps=4,
         )
     if exact and family.startswith("sm"):
-        tuning = dataclasses.replace(tuning, score_rows=32, block_balls=16, score_warps=4, totals_warps=4)
+        tuning = dataclasses.replace(tuning, score_rows=32, block_pages=16, score_warps=4, totals_warps=4)
         if tuning.shared < TABLE["sm80"].shared:
             tuning = dataclasses.replace(tuning, score_stages=1, pooled_stages=1)
     return tuning
