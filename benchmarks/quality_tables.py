@@ -1,6 +1,43 @@
 """The tables of quality: what an operated model loses, beside other rules, with learned corrections."""
 
+import json
+
 from csv_tables import Row, markdown, percent, read, tokens
+
+#: Forms of benchmarks/real.py that are shown, and what they are called.
+REAL = {"operated": "operated", "tokens": "oracle of keys", "blocks": "oracle of blocks of 64 × 64"}
+
+
+def real() -> str:
+    """Real models: of every form with dense decode steps the row that was measured last."""
+    newest: dict[tuple[str, ...], Row] = {}
+    for row in read("real_quality.csv"):
+        key = row["model"], row["length"], row["text"], row["form"]
+        if row["form"] not in REAL or json.loads(row["settings"]).get("decode") == "sparse":
+            continue
+        if key not in newest or row["date"] >= newest[key]["date"]:
+            newest[key] = row
+    cells = []
+    for row in newest.values():
+        ratio, low, high = (float(row[name]) for name in ("ratio", "ratio_low", "ratio_high"))
+        cells.append(
+            [
+                f"{row['text']}, {REAL[row['form']]}",
+                percent(row["far_density"]), percent(row["total_density"]),
+                f"{ratio:.4f} ({low:.4f} … {high:.4f})", percent(row["needles_dense"]),
+                percent(row["needles_kept"]), row["windows"],
+            ]
+        )  # fmt: skip
+    first = next(iter(newest.values()))
+    names = (
+        "", "far density", "total density", "perplexity ÷ dense (95% interval)", "needles that dense answers",
+        "of these kept", "windows",
+    )  # fmt: skip
+    about = (
+        f"{first['model']}, {tokens(first['length'])} tokens, seed {first['seed']}, "
+        f"{first['device'].removeprefix('cuda: ')}, {max(row['date'] for row in newest.values())}."
+    )
+    return markdown(names, cells) + f"\n\n{about}"
 
 
 def quality() -> str:

@@ -17,6 +17,7 @@ import speed_tables
 from csv_tables import ROOT
 
 TABLES: dict[str, Callable[[], str]] = {
+    "real": quality_tables.real,
     "results": quality_tables.quality,
     "speed": speed_tables.speed,
     "prefill": speed_tables.prefill,
