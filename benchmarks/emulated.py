@@ -13,7 +13,6 @@ import torch
 from torch.nn import functional as F
 
 from llama_surgery.topology.layout import pool_channels
-from llama_surgery.topology.selection import bounded_variance_term
 from llama_surgery.topology.tree import tree_order
 
 CHUNK, WINDOW = 512, 192
@@ -73,9 +72,18 @@ def log_cosh(variance: torch.Tensor) -> torch.Tensor:
     return root + torch.log1p(torch.exp(-2 * root)) - math.log(2)
 
 
+def bounded(term: torch.Tensor, size: int) -> torch.Tensor:
+    """½v, at most what ``size`` logits of variance v can add: those of one outlier among equals."""
+    if size == 1:
+        return term
+    root = (2 * (size - 1) * term).clamp_min(1e-8).sqrt()
+    rest = (size - 1) * torch.exp(root * (-size / (size - 1)))
+    return torch.minimum(term, root + torch.log1p(rest) - math.log(size))
+
+
 TERMS: dict[str, Callable[[torch.Tensor, int], torch.Tensor]] = {
     "gaussian": lambda variance, _: 0.5 * variance,
-    "bounded": lambda variance, size: bounded_variance_term(0.5 * variance, size),
+    "bounded": lambda variance, size: bounded(0.5 * variance, size),
     "logcosh": lambda variance, _: log_cosh(variance),
     "mean": lambda variance, _: torch.zeros_like(variance),
 }

@@ -22,7 +22,6 @@ def main() -> None:
     parser.add_argument("--density", type=float, default=0.05, help="executed far density of prefill")
     parser.add_argument("--decode-density", type=float, default=0.03, help="of decode steps")
     parser.add_argument("--page-size", type=int, default=64)
-    parser.add_argument("--moment-size", type=int, default=64)
     parser.add_argument("--tile", type=int, default=64)
     parser.add_argument("--variance-pool", type=int, default=1, help="channels whose variances are averaged")
     parser.add_argument("--steps", type=int, default=64, help="decode steps that are timed")

@@ -208,7 +208,6 @@ def _parser() -> argparse.ArgumentParser:
     add("--seed", type=int, default=0)
     add("--chunk-size", type=int)
     add("--page-size", type=int)
-    add("--moment-size", type=int)
     add("--window", type=int)
     add("--device", default="cpu")
     add("--checkpoints", type=Path, help="folder for checkpoints of learning, from which it goes on")
