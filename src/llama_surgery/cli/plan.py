@@ -138,7 +138,7 @@ def _print(
     out.print(
         "Shares are of attention over all causal pairs. ÷: multiplications of the dense prefill over those "
         f"of the operated one, not measured time. Far density {density:g} is taken to hold up to {window:,} "
-        "tokens, where θ is set, and to fall as 1 / tokens beyond, because a row opens at most 1/θ pages at "
+        "tokens, where θ is set, and to fall as 1 / tokens beyond, as if a row opened as many pages at "
         "any length. Every weight is taken to be used by every token (experts are not)."
     )
     out.print(

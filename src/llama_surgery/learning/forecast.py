@@ -135,7 +135,7 @@ def at_length(shape: Shape, config: SurgeryConfig, density: float, calibrated: i
     """Costs of one text.
 
     The far density at a length N that θ was not calibrated at is taken as ``density · calibrated / N`` above
-    it, since with one θ a row opens at most so many pages whatever the length, and as ``density`` below.
+    it, as if a row opened as many pages with one θ whatever the length, and as ``density`` below.
     Scoring is 1 / page_size of the score products of dense attention for means and, with ``variance_pool``
     channels together, that over the pool for variances; each is half of what attention multiplies for a pair.
 
