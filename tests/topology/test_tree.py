@@ -100,10 +100,12 @@ def test_every_split_orders_children_along_the_principal_direction(chunk):
     if not depth:
         return
     order = tree_order(keys, page)
-    for stream in range(len(keys)):
-        centred = keys[stream] - keys[stream].mean(0)
-        projection = centred @ principal_direction(centred)
-        children = projection[order[stream]].unflatten(0, (2, -1))
+    # All streams at once, as the tree has them: where two directions tie, rounding decides between them.
+    nodes = keys.unsqueeze(-3)
+    centred = nodes - nodes.mean(-2, keepdim=True)
+    projections = (centred @ principal_direction(centred).unsqueeze(-1)).flatten(1)
+    for projection, by_path in zip(projections, order, strict=True):
+        children = projection[by_path].unflatten(0, (2, -1))
         assert (children[:-1].amax(-1) <= children[1:].amin(-1) + 1e-12).all()
 
 
