@@ -137,6 +137,11 @@ def rates() -> str:
     return markdown(names, cells) + f"\n\n{conditions(rows[0])}"
 
 
+def balls(row: Row) -> str:
+    """Keys of the balls that pages were scored by; of later rows, whose pages are scored whole, a page's."""
+    return row.get("balls") or row["page"]
+
+
 def decode() -> str:
     """Attention of a decode step, beside the fastest dense rival of the same run."""
     rows = read("decode.csv")
@@ -149,7 +154,7 @@ def decode() -> str:
         ]
         cells.append(
             [
-                tokens(row["n"]), row["batch"], f"{row['page']} / {row['balls']}", row["rows"],
+                tokens(row["n"]), row["batch"], f"{row['page']} / {balls(row)}", row["rows"],
                 f"{1e3 * float(row['p50_ms']):.0f}", f"{float(row['executed_far']):.3f}",
                 f"{float(row['GB_per_s']):.0f} ({percent(row['of_peak'])})", row["fastest_rival"] or "–",
                 times(row["speedup"]), times(step[0]["p99_speedup"]) if step else "–",
@@ -205,7 +210,7 @@ def speed() -> str:
             against = (f"{times(row[f'over_{rival}'])} {rival}" for rival in ("cuDNN", "FlashAttention-2"))
             lines.append((name, ", ".join(against)))
     for row in read("decode.csv"):
-        headline = row["page"] == row["balls"] == "64" and row["rows"] == "1"
+        headline = row["page"] == balls(row) == "64" and row["rows"] == "1"
         if row["part"] == "decode" and headline and int(row["n"]) == 1 << 17:
             density = f"far density {float(row['executed_far']):.2f}, batch {row['batch']}"
             name = f"attention of a decode step at {tokens(row['n'])} tokens, {density}"

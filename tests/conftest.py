@@ -1,6 +1,7 @@
 """What all tests share: threads, markers, hypothesis profiles, the demo model's folder."""
 
 import importlib.util
+import json
 import logging
 import os
 from collections.abc import Iterator
@@ -85,3 +86,21 @@ def _no_logged_deprecations() -> Iterator[None]:
 def demo_model_path() -> Path:
     """Folder of the demo model: a Hugging Face checkpoint with its tokenizer."""
     return ROOT / "demo" / "books-26m"
+
+
+@pytest.fixture
+def shapes(tmp_path: Path) -> Path:
+    """A config.json of a model that takes no time, for commands that need no weights."""
+    values = {
+        "model_type": "llama",
+        "hidden_size": 32,
+        "intermediate_size": 32,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "vocab_size": 60,
+    }
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(values), encoding="utf-8")
+    return path

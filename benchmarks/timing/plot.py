@@ -45,8 +45,8 @@ def plot_prefill(rows: list[dict[str, Any]], path: Path) -> None:
 
 
 def plot_decode(rows: list[dict[str, Any]], path: Path) -> None:
-    """Lines: attention of one decode step, batch 1, pages of 64 keys scored as wholes."""
-    chosen = [row for row in rows if row["batch"] == 1 and row["page"] == row["balls"] == 64]
+    """Lines: attention of one decode step, batch 1, pages of 64 keys."""
+    chosen = [row for row in rows if row["batch"] == 1 and row["page"] == 64]
     _plot_lengths(chosen, path, "Attention of a decode step, one layer, batch 1")
 
 

@@ -168,11 +168,7 @@ class SurgeryConfig:
     @property
     def depth(self) -> int:
         """Digits of a page's path: splits from the chunk down to a page."""
-        return self.levels(self.page_size)
-
-    def levels(self, size: int) -> int:
-        """Splits from the chunk down to balls of ``size`` keys."""
-        levels = 0
+        size, levels = self.page_size, 0
         while size < self.chunk_size:
             size *= 2
             levels += 1

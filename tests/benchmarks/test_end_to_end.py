@@ -1,7 +1,6 @@
 """benchmarks/end_to_end.py on shapes small enough for a test."""
 
 import csv
-import json
 import subprocess
 import sys
 from pathlib import Path
@@ -13,23 +12,6 @@ from benchmarks.timing.plot import plot_end_to_end
 from tests.conftest import ROOT
 
 from llama_surgery.config import SurgeryConfig
-
-
-@pytest.fixture
-def shapes(tmp_path: Path) -> Path:
-    values = {
-        "model_type": "llama",
-        "hidden_size": 32,
-        "intermediate_size": 32,
-        "num_hidden_layers": 3,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": 8,
-        "vocab_size": 60,
-    }
-    path = tmp_path / "config.json"
-    path.write_text(json.dumps(values), encoding="utf-8")
-    return path
 
 
 def test_a_model_is_measured_end_to_end(

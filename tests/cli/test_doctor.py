@@ -14,23 +14,6 @@ from llama_surgery.lengths import parse_length
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.fixture
-def shapes(tmp_path: Path) -> Path:
-    values = {
-        "model_type": "llama",
-        "hidden_size": 32,
-        "intermediate_size": 32,
-        "num_hidden_layers": 3,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": 8,
-        "vocab_size": 60,
-    }
-    path = tmp_path / "config.json"
-    path.write_text(json.dumps(values), encoding="utf-8")
-    return path
-
-
 def read(path: Path) -> list[dict[str, str]]:
     with path.open(encoding="utf-8", newline="") as file:
         return list(csv.DictReader(file))

@@ -19,7 +19,7 @@ from llama_surgery.topology.geometry import query_blocks, summary_pairs
 from llama_surgery.topology.layout import Layout
 from llama_surgery.topology.plan import Plan
 from llama_surgery.topology.router import PageRouter
-from llama_surgery.topology.selection import Scorer, ShareListener, select
+from llama_surgery.topology.selection import Scorer, ShareListener, score_pages, select
 
 #: Modules that execute plans block by block, loaded when first asked for. ``triton`` takes whole calls.
 BACKENDS = ("reference", "gather")
@@ -190,6 +190,10 @@ def attend(
         span = slice(first - near_start, block.stop - near_start)
         near = backend.near_field(q, near_keys[:, span], near_values[:, span], scale=scale, softcap=softcap)
         if block.closed and layout is not None:
+            # Scores open pages, weights stand in for the others: both come of the same products.
+            scored = None
+            if config.summarises(tile):
+                scored = score_pages(q, layout, block, config, scorer)
             plan = select(
                 q.detach(),
                 layout,
@@ -200,6 +204,7 @@ def attend(
                 scorer=scorer,
                 sink_logit=sink_logit,
                 listener=listener,
+                scored=None if scored is None else (scored[0].detach(), scored[1].detach()),
             )
             plans.append(plan)
             far = slice(0, first)
@@ -213,8 +218,8 @@ def attend(
                 scale=scale,
                 softcap=softcap,
             )
-            if config.summarises(tile):
-                near = merge(*near, *summary(q, layout, plan, scorer, config))
+            if scored is not None:
+                near = merge(*near, *summary(scored[1], layout, plan, scorer))
         out, lse = near
         if sink_logit is not None:
             # The sink takes its share of the softmax and contributes no value.

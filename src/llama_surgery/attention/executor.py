@@ -73,7 +73,7 @@ def kernel_features(moments: Moments, config: SurgeryConfig, dtype: torch.dtype)
 
 
 def kernel_moments(features: torch.Tensor, config: SurgeryConfig) -> Moments:
-    """Moments of balls back from :func:`kernel_features`, as exactly as those were kept."""
+    """Moments of pages back from :func:`kernel_features`, as exactly as those were kept."""
     from llama_surgery.attention.impl.triton.job import moments_from
 
     return moments_from(features, config)

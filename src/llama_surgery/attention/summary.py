@@ -2,7 +2,6 @@
 
 import torch
 
-from llama_surgery.config import SurgeryConfig
 from llama_surgery.topology.layout import Layout, Moments
 from llama_surgery.topology.mask import page_mask
 from llama_surgery.topology.plan import Plan
@@ -10,35 +9,31 @@ from llama_surgery.topology.selection import Scorer
 
 
 def summary(
-    queries: torch.Tensor,
-    layout: Layout,
-    plan: Plan,
-    scorer: Scorer,
-    config: SurgeryConfig,
+    weights: torch.Tensor, layout: Layout, plan: Plan, scorer: Scorer
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention over the pages that rows do not see, each a single key.
 
-    Its logit is that of :func:`summary_logits`, its value the mean of its keys' values. Where a row sees
-    everything nothing needs standing in for: the log-sum-exp is -inf.
+    Its logit is the log of what the page weighs, with a head's learned weight of summaries, its value the
+    mean of its keys' values. Where a row sees everything nothing needs standing in for: the log-sum-exp is
+    -inf.
 
     Args:
-        queries: (streams, heads, rows, head_dim), the rows of the plan's block.
+        weights: (streams, heads, rows, pages) of the plan's block, from
+            :func:`~llama_surgery.topology.selection.score_pages`.
         layout: At least the block's closed chunks, with mean values.
         plan: What the rows see.
         scorer: The layer's page score.
-        config: The topology.
 
     Returns:
-        Output (streams, heads, rows, value_dim) and log-sum-exp (streams, heads, rows), the moments' dtype.
+        Output (streams, heads, rows, value_dim) and log-sum-exp (streams, heads, rows), the weights' dtype.
     """
-    pages = plan.block.closed * config.pages_per_chunk
-    logits = summary_logits(queries, layout.moments.first(pages), scorer)
-    seen = page_mask(plan, pages).unflatten(0, (len(queries), -1))  # (streams, heads or 1, rows, pages)
+    logits, pages = _learned(weights, scorer), weights.shape[-1]
+    seen = page_mask(plan, pages).unflatten(0, (len(weights), -1))  # (streams, heads or 1, rows, pages)
     logits = logits.masked_fill(seen, -torch.inf)
     lse = logits.logsumexp(-1)
-    weights = (logits - lse.unsqueeze(-1).clamp_min(torch.finfo(logits.dtype).min)).exp()
+    shares = (logits - lse.unsqueeze(-1).clamp_min(torch.finfo(logits.dtype).min)).exp()
     assert layout.mean_values is not None
-    return weights @ layout.mean_values[:, :pages].to(logits.dtype).unsqueeze(1), lse
+    return shares @ layout.mean_values[:, :pages].to(logits.dtype).unsqueeze(1), lse
 
 
 def summary_logits(queries: torch.Tensor, moments: Moments, scorer: Scorer) -> torch.Tensor:
@@ -54,7 +49,12 @@ def summary_logits(queries: torch.Tensor, moments: Moments, scorer: Scorer) -> t
     Returns:
         (streams, heads, rows, pages), the moments' dtype.
     """
-    logits = scorer(queries.flatten(1, 2), moments)[1].unflatten(1, queries.shape[1:3])
-    if scorer.router is not None and scorer.router.summary is not None:
-        logits = logits + scorer.router.summary.to(logits.dtype)[..., None, None]
-    return logits
+    weights = scorer(queries.flatten(1, 2), moments)[1].unflatten(1, queries.shape[1:3])
+    return _learned(weights, scorer)
+
+
+def _learned(weights: torch.Tensor, scorer: Scorer) -> torch.Tensor:
+    """With the heads' learned weights of summaries, where there are any."""
+    if scorer.router is None or scorer.router.summary is None:
+        return weights
+    return weights + scorer.router.summary.to(weights.dtype)[..., None, None]

@@ -56,9 +56,8 @@ def set_metric(model: PreTrainedModel, operation: Operation) -> None:
     try:
         with _heard(layers, dense, hear), torch.no_grad(), torch.random.fork_rng(devices):
             model(input_ids=ids.to(device), use_cache=False)
-    except (
-        Exception
-    ) as error:  # whatever keeps the model from running here: it may be moved before it is used
+    # Whatever keeps the model from running here: it may be moved before it is used.
+    except Exception as error:
         _log.warning(
             f"keys are sorted in a metric of their own, as the model could not be run: {told(error)}."
         )

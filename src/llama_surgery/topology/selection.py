@@ -71,6 +71,23 @@ class Scorer:
         return linear + quadratic, linear + log_cosh
 
 
+def score_pages(
+    queries: torch.Tensor, layout: Layout, block: Block, config: SurgeryConfig, scorer: Scorer
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scores and weights of a block's closed pages: (streams, heads, rows, pages) each.
+
+    Args:
+        queries: (streams, heads, rows, head_dim), the block's rows.
+        layout: At least ``block.closed`` chunks.
+        block: With at least one closed chunk.
+        config: The topology.
+        scorer: The layer's page score.
+    """
+    moments = layout.moments.first(block.closed * config.pages_per_chunk)
+    scores, weights = scorer(queries.flatten(1, 2), moments)
+    return scores.unflatten(1, queries.shape[1:3]), weights.unflatten(1, queries.shape[1:3])
+
+
 def log_shares(
     scores: torch.Tensor,
     weights: torch.Tensor,
@@ -109,6 +126,7 @@ def select(
     scorer: Scorer,
     sink_logit: torch.Tensor | None = None,
     listener: ShareListener | None = None,
+    scored: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> Plan:
     """Plan one block of rows.
 
@@ -126,6 +144,7 @@ def select(
         scorer: The layer's page score.
         sink_logit: (streams, heads) attention-sink parameters of models that have them.
         listener: Hears the log shares.
+        scored: From :func:`score_pages`, where it was asked already.
 
     Returns:
         A plan of as many choosers as there are heads in all, or streams if ``tile`` is 1.
@@ -138,11 +157,10 @@ def select(
         pages = block.closed * config.pages_per_chunk
         return plan_of_everything(block, tile, pages, sinks.repeat_interleave(choosers))
     rows = torch.arange(block.start, block.stop, device=queries.device)
-    moments = layout.moments.first(block.closed * config.pages_per_chunk)
     theta = config.theta_for(tile)
     opening = math.log(theta) if theta > 0 else -math.inf
     whole = _TileRows(rows, block, tile)
-    scores, weights = (x.unflatten(1, (heads, -1)) for x in scorer(queries.flatten(1, 2), moments))
+    scores, weights = scored or score_pages(queries, layout, block, config, scorer)
     shares = log_shares(scores, weights, near_lse, sink_logit, scorer)
     shares = whole.embed(shares.flatten(0, 1), -math.inf).unflatten(0, (streams, heads))
     if listener is not None:
