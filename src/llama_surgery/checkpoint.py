@@ -83,6 +83,23 @@ def configuration(given: str | Path) -> Any:
         raise unreadable(given, error) from error
 
 
+def without_weights(given: str | Path) -> Any:
+    """The model of a :func:`configuration`, all its parameters on the meta device.
+
+    Raises:
+        SurgeryError: There is no configuration, or no model can be made of it.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    described = configuration(given)
+    try:
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(described)
+    except Exception as error:  # what a library makes of a file that may hold anything
+        raise unreadable(given, error) from error
+
+
 def unreadable(given: str | Path, error: Exception) -> SurgeryError:
     """What is said where a library cannot make a model of its configuration."""
     return SurgeryError(

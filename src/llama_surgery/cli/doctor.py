@@ -124,23 +124,15 @@ def _patient(model: str) -> "tuple[Heads, dict[str, str]]":
     Raises:
         SurgeryError: There is no configuration, or a model of it cannot be operated; the message says why.
     """
-    import torch
-    from transformers import AutoModelForCausalLM
-
     from llama_surgery.bench.crossover import Heads
-    from llama_surgery.checkpoint import configuration, unreadable
+    from llama_surgery.checkpoint import without_weights
     from llama_surgery.surgery.context import context_length
     from llama_surgery.surgery.supported import attention_modules, head_shape
 
-    described = configuration(model)
-    try:
-        with torch.device("meta"):
-            bones = AutoModelForCausalLM.from_config(described)
-    except Exception as error:  # what a library makes of a file that may hold anything
-        raise unreadable(model, error) from error
+    bones = without_weights(model)
     found = attention_modules(bones)
     kv_heads, group, dim = head_shape(bones, next(iter(found.values())))
-    layers, context = described.get_text_config().num_hidden_layers, context_length(bones)
+    layers, context = bones.config.get_text_config().num_hidden_layers, context_length(bones)
     million = sum(parameter.numel() for parameter in bones.parameters()) / 1e6
     told = (
         f"{type(bones).__name__}, {million:,.0f} million parameters; {len(found)} of {layers} layers can be "

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
-from llama_surgery.checkpoint import configuration, is_gguf, unreadable
+from llama_surgery.checkpoint import is_gguf, without_weights
 from llama_surgery.errors import SurgeryError, UnsupportedModelError
 
 INDEX_FILE, SINGLE_FILE = "model.safetensors.index.json", "model.safetensors"
@@ -77,12 +77,7 @@ def skeleton(folder: str | Path) -> PreTrainedModel:
         SurgeryError: There is no configuration.
         UnsupportedModelError: It computes with buffers that are neither in the checkpoint nor rotary tables.
     """
-    config = configuration(folder)
-    try:
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config)
-    except Exception as error:  # what a library makes of a file that may hold anything
-        raise unreadable(folder, error) from error
+    model = without_weights(folder)
     for name, module in model.named_modules():
         if not any(buffer.is_meta for buffer in module.buffers(recurse=False)):
             continue
