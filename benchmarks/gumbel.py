@@ -40,9 +40,9 @@ from llama_surgery.gumbel.balls import (
     tree_order,
     window_pairs_read,
 )
-from llama_surgery.gumbel.config import GumbelConfig
 from llama_surgery.gumbel.learn import GumbelLearning, GumbelStep, learn_gumbel
 from llama_surgery.gumbel.router import ContentRouter
+from llama_surgery.gumbel_config import GumbelConfig
 from llama_surgery.surgery.operation import surgery_of
 from llama_surgery.text import read_texts, windows
 

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from llama_surgery.config import SurgeryConfig
 from llama_surgery.errors import AdapterError, SurgeryError, TextError, UnsupportedModelError
-from llama_surgery.gumbel.config import GumbelConfig
+from llama_surgery.gumbel_config import GumbelConfig
 
 if TYPE_CHECKING:
     from llama_surgery.surgery.adapter import load_adapter, save_adapter

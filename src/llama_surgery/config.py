@@ -7,7 +7,7 @@ from typing import Any, Literal, get_args
 
 from llama_surgery.derived import Derived, hide, rules, settle
 from llama_surgery.errors import SurgeryError
-from llama_surgery.gumbel.config import GumbelConfig
+from llama_surgery.gumbel_config import GumbelConfig
 from llama_surgery.removed import BEFORE, REMOVED_CHOICES, without_removed
 
 Topology = Literal["pages", "gumbel"]

@@ -27,10 +27,10 @@ from llama_surgery import (
 )
 from llama_surgery.gumbel import layer as gumbel_layer
 from llama_surgery.gumbel.balls import ball_ids, ball_mask
-from llama_surgery.gumbel.config import GumbelConfig
 from llama_surgery.gumbel.learn import GumbelLearning, GumbelStep, learn_gumbel
 from llama_surgery.gumbel.router import ContentRouter, levels_for, routers_for
 from llama_surgery.gumbel.soft import Drawing, balls_of, expected_distance, gumbel_digits, load_balance
+from llama_surgery.gumbel_config import GumbelConfig
 from llama_surgery.surgery.compat import CACHE_NAME
 from llama_surgery.surgery.operation import routers_of, set_config, surgery_of
 from llama_surgery.surgery.supported import attention_modules, inner_model

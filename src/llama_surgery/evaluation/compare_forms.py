@@ -11,12 +11,12 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-import llama_surgery
 from llama_surgery.config import SurgeryConfig
 from llama_surgery.evaluation.peers.attach import running
 from llama_surgery.evaluation.peers.registry import Learned, Peer
 from llama_surgery.evaluation.peers.rule import Rule
 from llama_surgery.evaluation.phases import Phases
+from llama_surgery.surgery import operate as surgery
 from llama_surgery.surgery.calibrate import PASSES, calibrate
 from llama_surgery.surgery.supported import inner_model
 from llama_surgery.topology.router import PageRouter
@@ -199,12 +199,12 @@ class PagesForm:
         if self._measured is None:
             with self._operated(self._with_theta(1.0)):
                 _run(self._model, self._ids)
-                read = llama_surgery.statistics(self._model)
+                read = surgery.statistics(self._model)
             self._measured = read.total_density, read.total_density - read.far_density
         return self._measured
 
     def _operated(self, config: SurgeryConfig) -> contextlib.AbstractContextManager[nn.Module]:
-        return llama_surgery.operated(self._model, config, routers=self._routers)
+        return surgery.operated(self._model, config, routers=self._routers)
 
     def _with_theta(self, theta: float) -> SurgeryConfig:
         return dataclasses.replace(self._config, theta=theta, theta_decode=theta)

@@ -12,7 +12,7 @@ import transformers
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-import llama_surgery
+from llama_surgery import __version__
 from llama_surgery.config import SurgeryConfig
 from llama_surgery.errors import SurgeryError
 from llama_surgery.evaluation.divergence import Divergence, token_divergence
@@ -29,6 +29,7 @@ from llama_surgery.evaluation.result import (
     Measurement,
     OperatedMeasurement,
 )
+from llama_surgery.surgery import operate as surgery
 from llama_surgery.surgery.context import check_length
 from llama_surgery.surgery.supported import inner_model
 from llama_surgery.text import windows as cut_windows
@@ -121,13 +122,13 @@ def evaluate(
             kl.append(distance)
             agree.append(same)
 
-        with llama_surgery.operated(model, config, routers=routers):
-            llama_surgery.reset_statistics(model)
+        with surgery.operated(model, config, routers=routers):
+            surgery.reset_statistics(model)
             operated = perplexity(model, ids, tell, head=head, each=compare)
-            density = llama_surgery.statistics(model).to_dict()
+            density = surgery.statistics(model).to_dict()
             with Phases(model) as phases:
                 answers, seconds = _answer(model, prompts, needle_batch, tell)
-            described = llama_surgery.config_of(model).to_dict()
+            described = surgery.config_of(model).to_dict()
         divergence = Divergence(torch.stack(kl), torch.stack(agree))
         result.answers[name] = answers
         result.operated.append(
@@ -152,7 +153,7 @@ def check_dense(model: nn.Module, configs: Mapping[str, SurgeryConfig]) -> None:
     Raises:
         SurgeryError: The model is operated or in training mode, or a configuration is named as the dense one.
     """
-    if llama_surgery.is_operated(model):
+    if surgery.is_operated(model):
         raise SurgeryError("the model is operated: eject(model) first, so that the dense model is measured.")
     if model.training:
         raise SurgeryError(
@@ -199,7 +200,7 @@ def model_name(model: nn.Module) -> str:
 def versions(model: nn.Module) -> dict[str, str]:
     """Versions and precision: what a run that goes on with an earlier one must have in common with it."""
     return {
-        "llama_surgery": llama_surgery.__version__,
+        "llama_surgery": __version__,
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "dtype": str(inner_model(model).dtype).removeprefix("torch."),

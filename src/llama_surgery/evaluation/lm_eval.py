@@ -13,12 +13,12 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-import llama_surgery
 from llama_surgery.config import SurgeryConfig
 from llama_surgery.errors import SurgeryError
 from llama_surgery.evaluation.evaluate import check_dense, environment, model_name
 from llama_surgery.evaluation.intervals import paired_change
 from llama_surgery.evaluation.result import DENSE
+from llama_surgery.surgery import operate as surgery
 from llama_surgery.topology.router import PageRouter
 
 
@@ -72,9 +72,9 @@ def compare_on_tasks(
     manager = _manager(tasks, include)
     settings: dict[str, Any] = {"tasks": list(tasks), "num_fewshot": few_shot, "limit": limit, "seed": seed}
     dense = _run(model, tokenizer, manager, settings, batch_size)
-    with llama_surgery.operated(model, config, routers=routers):
+    with surgery.operated(model, config, routers=routers):
         operated = _run(model, tokenizer, manager, settings, batch_size)
-        density = llama_surgery.statistics(model).to_dict()
+        density = surgery.statistics(model).to_dict()
     return {
         "model": model_name(model),
         "config": config.to_dict(),

@@ -8,13 +8,13 @@ import torch
 from torch import nn
 from transformers import LogitsProcessor, PreTrainedTokenizerBase
 
-import llama_surgery
 from llama_surgery.config import SurgeryConfig
 from llama_surgery.errors import SurgeryError
 from llama_surgery.evaluation.evaluate import check_dense, named_progress
 from llama_surgery.evaluation.generation import continue_greedily
 from llama_surgery.evaluation.io import Progress
 from llama_surgery.evaluation.result import DENSE
+from llama_surgery.surgery import operate as surgery
 from llama_surgery.text import windows as cut_windows
 from llama_surgery.topology.router import PageRouter
 
@@ -156,7 +156,7 @@ def long_generation(
     results = {}
     for name, config in configs.items():
         tell = named_progress(progress, name)
-        with llama_surgery.operated(model, config, routers=routers):
+        with surgery.operated(model, config, routers=routers):
             operated = write_on(model, prompts, new_tokens, tell)
             along = write_on(model, prompts, new_tokens, tell, along=[text.tokens for text in dense])
         sizes = {"prompt_tokens": prompts.shape[1], "new_tokens": new_tokens}

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-import llama_surgery
+from llama_surgery.surgery import operate as surgery
 from llama_surgery.surgery.supported import inner_model
 
 DENSITIES = ("far_density", "near_density", "summary_density", "total_density", "visible_far_density")
@@ -30,7 +30,7 @@ class Phases:
         self._handles: list[Any] = []
 
     def __enter__(self) -> "Phases":
-        llama_surgery.reset_statistics(self._model)
+        surgery.reset_statistics(self._model)
         self._seen = self._counts()
         decoder = inner_model(self._model).get_decoder()
         self._handles = [
@@ -74,6 +74,6 @@ class Phases:
         self._seen = now
 
     def _counts(self) -> dict[str, float]:
-        read = llama_surgery.statistics(self._model)
+        read = surgery.statistics(self._model)
         densities = {name: getattr(read, name) * read.causal_pairs for name in DENSITIES}
         return {"causal": read.causal_pairs, **densities}

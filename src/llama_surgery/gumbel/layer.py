@@ -1,24 +1,21 @@
 """What an attention module carries under the ``gumbel`` topology, and how it attends."""
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from transformers import Cache, PreTrainedModel
 
 from llama_surgery.config import SurgeryConfig
 from llama_surgery.errors import SurgeryError, UnsupportedModelError
 from llama_surgery.gumbel.attend import attend_balls, ball_backend
 from llama_surgery.gumbel.balls import always_pairs
 from llama_surgery.gumbel.cache import BallLayer, balls_with
-from llama_surgery.gumbel.config import GumbelConfig
-from llama_surgery.gumbel.router import ContentRouter, routers_for
+from llama_surgery.gumbel.router import ContentRouter
 from llama_surgery.gumbel.soft import Drawing, balls_of, gumbel_digits, load_balance, soft_attention
+from llama_surgery.gumbel_config import GumbelConfig
 from llama_surgery.surgery.calls import untraced
 from llama_surgery.surgery.interface import refuse
-from llama_surgery.surgery.layer import ATTRIBUTE
-from llama_surgery.surgery.replace import Replacement
 from llama_surgery.surgery.statistics import Counters
 
 #: Keyword by which the pre-forward hook hands on what the router said.
@@ -137,47 +134,3 @@ class GumbelLayer:
         counters = self.counters.setdefault(tile, Counters())
         counters.count(rows * batch, near * batch, causal * batch)
         counters.count_far(read - near * batch, seen - near * batch)
-
-
-def gumbel_layers(
-    inner: PreTrainedModel,
-    modules: Mapping[int, torch.nn.Module],
-    config: SurgeryConfig,
-    routers: Mapping[int, ContentRouter] | None,
-) -> dict[int, GumbelLayer]:
-    """What the modules of an operated model carry, by layer index. Without routers, untrained ones.
-
-    Raises:
-        SurgeryError: Routers of other layers, or of another configuration.
-    """
-    assert config.gumbel is not None
-    wanted = routers_for(inner, modules, config.gumbel)
-    if routers is None or not routers:
-        return {index: GumbelLayer(config, router) for index, router in wanted.items()}
-    if routers.keys() != wanted.keys():
-        raise SurgeryError(
-            f"content routers for layers {sorted(routers)}, operated are {sorted(wanted)}: learn them for "
-            "this model."
-        )
-    for index, router in routers.items():
-        same = isinstance(router, ContentRouter) and router.shapes == wanted[index].shapes
-        if not same or router.backbone.in_features != wanted[index].backbone.in_features:
-            raise SurgeryError(
-                f"the content router of layer {index} does not fit the model, or not arities="
-                f"{config.gumbel.arities} and length={config.gumbel.length}: learn them again."
-            )
-    return {index: GumbelLayer(config, router) for index, router in routers.items()}
-
-
-@untraced
-def route_hook(
-    replacement: Replacement, module: torch.nn.Module, args: tuple, kwargs: dict[str, Any]
-) -> tuple[tuple, dict[str, Any]]:
-    """Pre-forward hook of operated modules: asks the router, and hands on what it says."""
-    replacement.check(module)
-    layer: GumbelLayer = module.__dict__[ATTRIBUTE]
-    cache = next((value for value in (*kwargs.values(), *args) if isinstance(value, Cache)), None)
-    index: Any = module.layer_idx
-    held = cache.layers[index] if cache is not None and index < len(cache.layers) else None
-    routed = layer.route(args[0] if args else kwargs["hidden_states"], held)
-    return args, {**kwargs, ROUTED: routed}

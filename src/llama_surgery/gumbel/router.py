@@ -1,12 +1,12 @@
 """Content routers: digits of a path in a tree from a token's hidden state."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 
 import torch
 from transformers import PreTrainedModel
 
 from llama_surgery.errors import SurgeryError
-from llama_surgery.gumbel.config import GumbelConfig
+from llama_surgery.gumbel_config import GumbelConfig
 
 
 class ContentRouter(torch.nn.Module):
@@ -89,20 +89,3 @@ def routers_for(
         )
         for index in layers
     }
-
-
-def routers_from(
-    inner: PreTrainedModel, config: GumbelConfig, parts: Mapping[int, Mapping[str, torch.Tensor]]
-) -> dict[int, ContentRouter]:
-    """Routers of a model from their tensors, by layer index.
-
-    Raises:
-        SurgeryError: Tensors of another model or configuration.
-    """
-    routers = routers_for(inner, parts, config)
-    for index, router in routers.items():
-        try:
-            router.load_state_dict(dict(parts[index]))
-        except RuntimeError as error:
-            raise SurgeryError(f"the content router of layer {index} does not fit: {error}") from error
-    return routers

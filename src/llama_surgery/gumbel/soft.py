@@ -9,7 +9,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from llama_surgery.gumbel.balls import always_visible, ball_ids
-from llama_surgery.gumbel.config import GumbelConfig
+from llama_surgery.gumbel_config import GumbelConfig
 
 #: Rows of a strip in training: logits of a strip are rows × keys × heads.
 STRIP = 256

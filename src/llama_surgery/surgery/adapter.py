@@ -14,7 +14,7 @@ from llama_surgery.errors import AdapterError
 from llama_surgery.files import as_json, write_together
 from llama_surgery.folders import CONFIG_FILE, FINGERPRINT, FORMAT, TENSOR_FILE, check_complete, check_folder
 from llama_surgery.surgery.operate import operate
-from llama_surgery.surgery.operation import config_of, routers_of
+from llama_surgery.surgery.operation import config_of, room_of, routers_of
 from llama_surgery.surgery.supported import attention_modules, inner_model
 from llama_surgery.topology.router import PageRouter
 
@@ -106,10 +106,8 @@ def _routers(
             if name.startswith(f"{ROUTER}."):
                 _, index, part = name.split(".", 2)
                 parts.setdefault(int(index), {})[part] = tensor
-        if config.gumbel is not None:
-            from llama_surgery.gumbel.router import routers_from
-
-            return dict(routers_from(inner_model(model), config.gumbel, parts))
+        if (room := room_of(config)) is not None:
+            return room.routers(inner_model(model), config, parts)
         return {index: PageRouter(**values) for index, values in parts.items()}
     except (ValueError, TypeError) as error:
         raise AdapterError(

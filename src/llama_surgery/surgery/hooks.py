@@ -15,16 +15,15 @@ from llama_surgery.surgery.compat import CACHE_NAME, cache_name, given_cache, wi
 from llama_surgery.surgery.generation import generate, running_of
 from llama_surgery.surgery.interface import CACHE_KEYWORD, FIXED_SIZE
 from llama_surgery.surgery.layer import ATTRIBUTE
-from llama_surgery.surgery.operation import Operation
+from llama_surgery.surgery.operation import Operation, room_of
 from llama_surgery.surgery.replace import Replacement, parts_around
 
 
 def hook(inner: PreTrainedModel, operation: Operation) -> None:
     """Put the hooks on ``inner``, the models inside it and its operated modules."""
     handles, replacement = operation.replacement.handles, operation.replacement
-    paged, of_module = operation.config.topology == "pages", cache_hook
-    if not paged:
-        from llama_surgery.gumbel.layer import route_hook as of_module
+    room = room_of(operation.config)
+    of_module = cache_hook if room is None else room.hook
     for module in operation.modules.values():
         before = functools.partial(of_module, replacement)
         handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
@@ -35,7 +34,7 @@ def hook(inner: PreTrainedModel, operation: Operation) -> None:
         handles.append(part.register_forward_hook(done_hook, prepend=True, with_kwargs=True))
         if part.can_generate():
             prepare = part._prepare_cache_for_generation
-            if paged:
+            if room is None:
                 operation.put(part, "generate", functools.partial(generate, operation, part.generate))
             operation.put(
                 part, "_prepare_cache_for_generation", functools.partial(prepare_cache, operation, prepare)

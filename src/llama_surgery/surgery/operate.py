@@ -2,7 +2,7 @@
 
 import contextlib
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from transformers import PreTrainedModel
@@ -19,6 +19,7 @@ from llama_surgery.surgery.operation import (
     operation_of,
     paged_cache,
     reset_statistics,
+    room_of,
     routers_of,
     set_config,
     statistics,
@@ -27,10 +28,6 @@ from llama_surgery.surgery.operation import (
 from llama_surgery.surgery.replace import check_replaceable, replace
 from llama_surgery.surgery.supported import attention_modules, head_shape, inner_model
 from llama_surgery.topology.router import PageRouter
-
-if TYPE_CHECKING:
-    from llama_surgery.gumbel.layer import GumbelLayer
-    from llama_surgery.gumbel.router import ContentRouter
 
 __all__ = [
     "config_of",
@@ -53,7 +50,7 @@ def operate(
     model: Model,
     config: SurgeryConfig | None = None,
     *,
-    routers: "Mapping[int, PageRouter] | Mapping[int, ContentRouter] | None" = None,
+    routers: Mapping[int, PageRouter] | Mapping[int, torch.nn.Module] | None = None,
     density: float | None = None,
     text: list[str] | None = None,
     tokenizer: Any = None,
@@ -119,12 +116,10 @@ def _layers(
     modules: Mapping[int, torch.nn.Module],
     config: SurgeryConfig,
     routers: Mapping[int, Any],
-) -> "dict[int, LayerSurgery] | dict[int, GumbelLayer]":
+) -> dict[int, Any]:
     """What the operated modules are to carry, by layer index."""
-    if config.topology == "gumbel":
-        from llama_surgery.gumbel.layer import gumbel_layers
-
-        return gumbel_layers(inner, modules, config, routers)
+    if (room := room_of(config)) is not None:
+        return room.layers(inner, modules, config, routers)
     unknown = sorted(routers.keys() - modules.keys())
     if unknown:
         raise SurgeryError(

@@ -1,9 +1,11 @@
 """An operation that a model carries, and what may be asked of it."""
 
 import dataclasses
-from typing import TYPE_CHECKING, Any
+import importlib
+from typing import Any
 
 import torch
+from transformers import DynamicCache
 
 from llama_surgery.config import SurgeryConfig
 from llama_surgery.errors import SurgeryError
@@ -12,11 +14,20 @@ from llama_surgery.surgery.layer import ATTRIBUTE
 from llama_surgery.surgery.replace import Replacement
 from llama_surgery.surgery.statistics import Statistics, summarise
 from llama_surgery.surgery.supported import inner_model
-from llama_surgery.topology.router import PageRouter
 
-if TYPE_CHECKING:
-    from llama_surgery.gumbel.cache import BallCache
-    from llama_surgery.gumbel.router import ContentRouter
+#: Modules of topologies that stand on this room: what :func:`room_of` loads.
+_ROOMS = {"gumbel": "llama_surgery.gumbel.room"}
+
+
+def room_of(config: SurgeryConfig) -> Any:
+    """What executes a topology other than ``pages``; None for that one.
+
+    A module with ``layers(inner, modules, config, routers)``, what the modules are to carry;
+    ``cache(text, indices)``, an empty cache; ``hook``, the modules' pre-forward hook; and
+    ``routers(inner, config, tensors)``, what an adapter kept of the layers.
+    """
+    name = _ROOMS.get(config.topology)
+    return None if name is None else importlib.import_module(name)
 
 
 @dataclasses.dataclass
@@ -44,16 +55,14 @@ class Operation:
     def layers(self) -> dict[int, Any]:
         return {index: module.__dict__[ATTRIBUTE] for index, module in self.modules.items()}
 
-    def cache(self) -> "PagedCache | BallCache":
+    def cache(self) -> DynamicCache:
         """An empty cache."""
         text = self.replacement.text
         # generate(assistant_early_exit=n) runs the first n layers: the configuration then counts only those.
         count = getattr(text, "num_hidden_layers", len(self.modules))
         indices = [index for index in self.modules if index < count]
-        if self.config.topology == "gumbel":
-            from llama_surgery.gumbel.cache import BallCache
-
-            return BallCache(text, indices)
+        if (room := room_of(self.config)) is not None:
+            return room.cache(text, indices)
         return PagedCache(text, self.config, indices)
 
 
@@ -95,8 +104,7 @@ def _trees(config: SurgeryConfig) -> tuple[Any, ...]:
 
 
 def surgery_of(model: torch.nn.Module) -> dict[int, Any]:
-    """What the operated layers carry, by layer index: a ``LayerSurgery`` or, with ``topology="gumbel"``, a
-    ``GumbelLayer`` each."""
+    """What the operated layers carry, by layer index: a ``LayerSurgery``, or what :func:`room_of` says."""
     return operation_of(model).layers
 
 
@@ -112,11 +120,11 @@ def reset_statistics(model: torch.nn.Module) -> None:
         layer.counters.clear()
 
 
-def paged_cache(model: torch.nn.Module) -> "PagedCache | BallCache":
+def paged_cache(model: torch.nn.Module) -> DynamicCache:
     """An empty cache for an operated model, as ``generate()`` and ``forward()`` build by themselves."""
     return operation_of(model).cache()
 
 
-def routers_of(model: torch.nn.Module) -> "dict[int, PageRouter] | dict[int, ContentRouter]":
+def routers_of(model: torch.nn.Module) -> dict[int, Any]:
     """Learned corrections, or content routers, of an operated model, by layer index."""
     return {index: layer.router for index, layer in surgery_of(model).items() if layer.router is not None}

@@ -10,7 +10,6 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-import llama_surgery
 from llama_surgery.config import SurgeryConfig
 from llama_surgery.errors import SurgeryError
 from llama_surgery.evaluation.evaluate import check_dense, model_name, versions
@@ -22,6 +21,7 @@ from llama_surgery.evaluation.ruler.reading import questions_for
 from llama_surgery.evaluation.ruler.result import RulerResult
 from llama_surgery.evaluation.ruler.samples import RulerSample, Sampler
 from llama_surgery.evaluation.ruler.tasks import READING, task_of
+from llama_surgery.surgery import operate as surgery
 from llama_surgery.surgery.context import context_length
 from llama_surgery.topology.router import PageRouter
 
@@ -187,12 +187,12 @@ def _answered(
 ) -> dict[str, Any]:
     """Fields of a cell, of the dense model if there is no configuration."""
     samples, pairs = sampler.samples(*asked), {}
-    with nullcontext() if config is None else llama_surgery.operated(model, config, routers=routers):
+    with nullcontext() if config is None else surgery.operated(model, config, routers=routers):
         began = time.perf_counter()
         answers = answer_samples(model, sampler.tokenizer, samples, batch_size)
         seconds = time.perf_counter() - began
         if config is not None:
-            read = llama_surgery.statistics(model)
+            read = surgery.statistics(model)
             pairs = {"read": read.total_density * read.causal_pairs, "causal": read.causal_pairs}
     scores = [sample.score(answer) for sample, answer in zip(samples, answers, strict=True)]
     return {"scores": scores, "answers": answers, "seconds": seconds, "pairs": pairs}
