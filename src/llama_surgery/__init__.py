@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from llama_surgery.surgery.operation import (
         config_of,
         is_operated,
+        measured_loss,
         paged_cache,
         reset_statistics,
         statistics,
@@ -35,6 +36,7 @@ __all__ = [
     "eject",
     "is_operated",
     "load_adapter",
+    "measured_loss",
     "operate",
     "operated",
     "paged_cache",
@@ -51,7 +53,8 @@ _LAZY = {
     "save_adapter": "surgery.adapter",
     **dict.fromkeys(("eject", "operate", "operated"), "surgery.operate"),
     **dict.fromkeys(
-        ("config_of", "is_operated", "paged_cache", "reset_statistics", "statistics"), "surgery.operation"
+        ("config_of", "is_operated", "measured_loss", "paged_cache", "reset_statistics", "statistics"),
+        "surgery.operation",
     ),
 }
 

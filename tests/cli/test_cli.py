@@ -106,6 +106,12 @@ def test_generate_prints_text_and_what_was_read(model: Path, text: Path) -> None
         (["generate", "MODEL"], "--prompt"),
         (["generate", "MODEL", "--prompt", "a", "--prompt-file", "b"], "--prompt"),
         (["operate", "MODEL", "--out", "OUT", "--density", "0.1"], "--density"),
+        (["operate", "MODEL", "--out", "OUT", "--max-loss", "1%"], "--max-loss"),
+        (["operate", "MODEL", "--out", "OUT", "--text", "TEXT", "--max-loss", "little"], "1% or 0.01"),
+        (
+            ["operate", "MODEL", "--out", "OUT", "--text", "TEXT", "--max-loss", "1%", "--density", "0.1"],
+            "give one of them",
+        ),
         (["evaluate", "MODEL", "--text", "TEXT", "--adapter", "a", "--also-tile", "1"], "--adapter"),
         (["evaluate", "MODEL"], "--text"),
         (["report"], "RESULTS"),

@@ -34,6 +34,23 @@ def test_what_cannot_be_measured_is_said_in_a_line(shapes: Path, tmp_path: Path)
     assert run("doctor", shapes, "--write").exit_code == 2
 
 
+def test_the_doctor_tells_of_the_loss_that_thresholds_were_set_for(
+    model: Path, text: Path, tmp_path: Path
+) -> None:
+    adapter = tmp_path / "adapter"
+    given = ["--text", text, "--max-loss", "20%", "--length", "512", *SMALL]
+    made = run("operate", model, "--out", adapter, *given, "--json")
+    assert made.exit_code == 0, made.output
+    told = json.loads(made.stdout)["measured_loss"]
+    assert told["max_loss"] == 0.2 and told["high"] <= 0.2 and told["length"] == 512
+    saved = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
+    assert saved["measured_loss"] == told and saved["surgery"]["theta"] > 0.1
+    given = ["--length", "256", "--device", "cpu", "--csv", tmp_path / "c.csv"]
+    asked = run("doctor", model, "--adapter", adapter, *given)
+    assert asked.exit_code == 0, asked.output
+    assert "Loss: perplexity" in asked.stdout and "limit +20.00%" in asked.stdout
+
+
 def test_the_doctor_recommends_and_writes(model: Path, text: Path, tmp_path: Path) -> None:
     adapter = tmp_path / "adapter"
     made = run(

@@ -57,7 +57,7 @@ def test_untrained_routers_are_dense(model: Path, text: Path, tmp_path: Path) ->
         (["learn", *GUMBEL, "--density", "0.1"], "leave --density"),
         (["learn", *GUMBEL, "--stage", "local", "--stream"], "leave --density"),
         (["learn", "--topology", "ring"], "allowed are pages, gumbel"),
-        (["operate", *GUMBEL, "--density", "0.1"], "no threshold that a density could set"),
+        (["operate", *GUMBEL, "--density", "0.1"], "no threshold that a density or a loss could set"),
         (["operate", "--gumbel-radius", "3"], "not of 'pages'"),
     ],
 )

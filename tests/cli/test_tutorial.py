@@ -24,7 +24,7 @@ def test_the_tutorial_runs_as_it_stands(model: Path, tmp_path: Path, monkeypatch
     (tmp_path / "demo" / "text" / "prompt.txt").write_text(whole[:4_000], encoding="utf-8")
     monkeypatch.chdir(tmp_path)
     lines = [line for block in blocks("sh") for line in block.splitlines()]
-    assert len(lines) == 7
+    assert len(lines) == 8
     for line in lines:
         command, *arguments = shlex.split(line)
         assert command == "llama-surgery"

@@ -18,7 +18,8 @@ from llama_surgery.bench.states import clustered_states
 from llama_surgery.config import SurgeryConfig
 from llama_surgery.errors import AdapterError, SurgeryError
 from llama_surgery.files import write_json
-from llama_surgery.surgery.adapter import CONFIG_FILE
+from llama_surgery.surgery.adapter import CONFIG_FILE, described
+from llama_surgery.surgery.operation import MeasuredLoss
 
 #: How near the density, as a share of it, is near enough.
 NEAR = 0.05
@@ -157,14 +158,14 @@ def write_dense_until(folder: Path, dense_until: int) -> None:
     write_json(path, description, own=True)
 
 
-def adapter_config(folder: Path) -> SurgeryConfig:
-    """The topology of a saved adapter.
+def adapter_config(folder: Path) -> tuple[SurgeryConfig, MeasuredLoss | None]:
+    """The topology of a saved adapter, and what the model loses with it if that was measured.
 
     Raises:
         AdapterError: There is none in ``folder``.
     """
     try:
-        return SurgeryConfig.from_dict(json.loads((folder / CONFIG_FILE).read_text("utf-8"))["surgery"])
+        return described(json.loads((folder / CONFIG_FILE).read_text("utf-8")))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise AdapterError(f"{folder}: no adapter ({error}).") from error
 

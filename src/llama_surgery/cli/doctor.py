@@ -68,7 +68,7 @@ def doctor(
         from llama_surgery.cli.common import _device
         from llama_surgery.config import SurgeryConfig
 
-        config = SurgeryConfig() if adapter is None else adapter_config(adapter)
+        config, measured = (SurgeryConfig(), None) if adapter is None else adapter_config(adapter)
         target = _device(device)
         if dtype is Dtype.auto:
             precision = torch.bfloat16 if target.type == "cuda" else torch.float32
@@ -76,6 +76,8 @@ def doctor(
             precision = getattr(torch, dtype.value)
         shape, told = _patient(model)
     told = {"Machine": _machine(target), **told, **_executor(config, shape, target, precision)}
+    if measured is not None:
+        told["Loss"] = str(measured)
     if not json:
         for name, value in told.items():
             out.print(f"[bold]{name}:[/] {escape(value)}", soft_wrap=True, highlight=False)

@@ -1,5 +1,6 @@
 """``llama-surgery operate``."""
 
+import dataclasses
 import functools
 from pathlib import Path
 from typing import Annotated, Any
@@ -19,8 +20,20 @@ from llama_surgery.cli.common import (
     print_json,
     progress,
 )
-from llama_surgery.cli.run import calibrated, thresholds
+from llama_surgery.cli.run import counted, thresholds
 from llama_surgery.cli.topology import config_for, topology_options
+
+
+def _share(text: str) -> float:
+    """The share that ``1%`` or ``0.01`` stands for.
+
+    Raises:
+        BadParameter: It is no number.
+    """
+    try:
+        return float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
+    except ValueError as error:
+        raise typer.BadParameter(f"{text!r}: give a share, such as 1% or 0.01.") from error
 
 
 @functools.partial(topology_options, gumbel=True)
@@ -30,9 +43,20 @@ def operate(
     out_folder: Annotated[Path, typer.Option("--out", help="Folder for the adapter.")],
     text: Annotated[
         Path | None,
-        typer.Option(help="Text like what the model will read: a .txt file or a folder. Needs --density."),
+        typer.Option(
+            help="Text like what the model will read: a .txt file or a folder. Needs --density or --max-loss."
+        ),
     ] = None,
     density: DensityOption = None,
+    max_loss: Annotated[
+        float | None,
+        typer.Option(
+            parser=_share,
+            metavar="SHARE",
+            help="Instead of --density: how much perplexity may rise, as 1% or 0.01. What is read follows.",
+            rich_help_panel="Topology",
+        ),
+    ] = None,
     decode_density: DecodeDensityOption = None,
     length: Annotated[
         int | None,
@@ -54,11 +78,16 @@ def operate(
     """Operate on a model and save the operation as a small adapter folder.
 
     The adapter holds the topology and its thresholds, no weights. With --text and --density the thresholds
-    are set on the text so that no more than that share is read from the far field; without, the documented
-    defaults are saved. Use it with 'evaluate --adapter', 'generate --adapter' or load_adapter() in Python.
+    are set on the text so that no more than that share is read from the far field, with --max-loss instead of
+    --density so that as little is read as that loss allows; without, the documented defaults are saved. Use
+    it with 'evaluate --adapter', 'generate --adapter' or load_adapter() in Python.
     """
-    if (text is None) != (density is None):
-        raise typer.BadParameter("--text and --density go together: thresholds are set on text.")
+    if density is not None and max_loss is not None:
+        raise typer.BadParameter("--density and --max-loss both set the threshold: give one of them.")
+    if (text is None) != (density is None and max_loss is None):
+        raise typer.BadParameter(
+            "--text goes with --density or --max-loss, and they with it: thresholds are set on text."
+        )
     if decode_density is not None and density is None:
         raise typer.BadParameter("--decode-density needs --density and --text.")
     config = config_for(settings, tile)
@@ -68,24 +97,36 @@ def operate(
     llm, tokenizer = load_model(model, device, dtype, longest=length)
     from llama_surgery.surgery.adapter import save_adapter
     from llama_surgery.surgery.operate import operate as operate_on
+    from llama_surgery.surgery.operation import config_of, measured_loss
 
-    if texts is not None and density is not None:
-        with progress() as tell:
-            config = calibrated(
+    if texts is None:
+        operate_on(llm, config)
+    else:
+        from llama_surgery.evaluation import loss_budget
+        from llama_surgery.surgery import calibrate
+
+        passes = calibrate.PASSES * calibrate.WINDOWS
+        if max_loss is not None:
+            passes = (1 + loss_budget.TRIES) * loss_budget.WINDOWS
+        with progress() as tell, counted(llm, f"T = {config.tile}: thresholds", passes, tell):
+            operate_on(
                 llm,
-                tokenizer,
                 config,
                 density=density,
-                texts=texts,
+                max_loss=max_loss,
+                text=texts,
+                tokenizer=tokenizer,
                 length=length,
-                progress=tell,
                 decode_density=decode_density,
             )
-    operate_on(llm, config)
     save_adapter(llm, out_folder)
+    config, measured = config_of(llm), measured_loss(llm)
     if json:
-        print_json({"adapter": str(out_folder), "config": config.to_dict()})
+        told = {} if measured is None else {"measured_loss": dataclasses.asdict(measured)}
+        print_json({"adapter": str(out_folder), "config": config.to_dict(), **told})
         return
     if config.topology == "pages":
         out.print(f"Thresholds: {thresholds(config)}.")
+    if measured is not None:
+        out.print(f"Loss: {measured}.", soft_wrap=True, highlight=False)
     out.print(f"Adapter: {out_folder.resolve()}", soft_wrap=True, highlight=False)

@@ -1,9 +1,10 @@
 """One measured run: thresholds, evaluation, decode times, a tree. Shared by ``demo`` and ``evaluate``."""
 
+import contextlib
 import itertools
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from llama_surgery.config import SurgeryConfig
@@ -37,11 +38,9 @@ def calibrated(
     from llama_surgery.surgery.operate import operated
     from llama_surgery.surgery.operation import config_of
 
-    stage, total, passes = f"T = {config.tile}: thresholds", PASSES * WINDOWS, itertools.count(1)
-    progress(stage, 0, total)
-    hook = model.register_forward_hook(lambda *_: progress(stage, min(next(passes), total), total))
-    try:
-        with operated(
+    with (
+        counted(model, f"T = {config.tile}: thresholds", PASSES * WINDOWS, progress),
+        operated(
             model,
             config,
             density=density,
@@ -49,9 +48,20 @@ def calibrated(
             tokenizer=tokenizer,
             length=length,
             decode_density=decode_density,
-        ):
-            progress(stage, total, total)  # a short text makes fewer passes
-            return config_of(model)
+        ),
+    ):
+        return config_of(model)
+
+
+@contextlib.contextmanager
+def counted(model: Any, stage: str, total: int, progress: Progress) -> Iterator[None]:
+    """Tell of the model's passes, of which there may be fewer than ``total``."""
+    passes = itertools.count(1)
+    progress(stage, 0, total)
+    hook = model.register_forward_hook(lambda *_: progress(stage, min(next(passes), total), total))
+    try:
+        yield
+        progress(stage, total, total)
     finally:
         hook.remove()
 

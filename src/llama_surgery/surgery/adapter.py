@@ -1,5 +1,6 @@
 """Saving and loading an operation: a small folder in the shape adapters usually have."""
 
+import dataclasses
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,7 +15,14 @@ from llama_surgery.errors import AdapterError
 from llama_surgery.files import as_json, write_together
 from llama_surgery.folders import CONFIG_FILE, FINGERPRINT, FORMAT, TENSOR_FILE, check_complete, check_folder
 from llama_surgery.surgery.operate import operate
-from llama_surgery.surgery.operation import config_of, room_of, routers_of
+from llama_surgery.surgery.operation import (
+    MeasuredLoss,
+    config_of,
+    measured_loss,
+    operation_of,
+    room_of,
+    routers_of,
+)
 from llama_surgery.surgery.supported import attention_modules, inner_model
 from llama_surgery.topology.router import PageRouter
 
@@ -24,12 +32,13 @@ FORMAT_VERSION = 2
 #: Adapters without learned corrections keep the first version, which older releases read.
 PLAIN_VERSION = 1
 ROUTER = "router"
+MEASURED = "measured_loss"
 _SAMPLES = 64
 
 
 def save_adapter(model: torch.nn.Module, folder: str | Path) -> None:
-    """Write the operation of ``model`` to ``folder``: configuration, learned corrections, and a fingerprint
-    of the model.
+    """Write the operation of ``model`` to ``folder``: configuration, learned corrections, what it loses if
+    that was measured, and a fingerprint of the model.
 
     Files are written atomically, the configuration last: a folder without it is no adapter. An earlier
     adapter of this package in ``folder`` is replaced; the names of the files are PEFT's.
@@ -38,11 +47,15 @@ def save_adapter(model: torch.nn.Module, folder: str | Path) -> None:
         SurgeryError: The model is not operated, the folder holds a model or an adapter of another library, or
             cannot be written.
     """
-    write_adapter(folder, model, config_of(model), routers_of(model))
+    write_adapter(folder, model, config_of(model), routers_of(model), measured_loss(model))
 
 
 def write_adapter(
-    folder: str | Path, model: torch.nn.Module, config: SurgeryConfig, routers: Mapping[int, Any]
+    folder: str | Path,
+    model: torch.nn.Module,
+    config: SurgeryConfig,
+    routers: Mapping[int, Any],
+    measured: MeasuredLoss | None = None,
 ) -> None:
     """Write an adapter of ``model``, which need not be operated, nor in memory but for its first attention.
 
@@ -60,6 +73,8 @@ def write_adapter(
         "base_model": _describe(model),
         "surgery": config.to_dict(),
     }
+    if measured is not None:
+        description[MEASURED] = dataclasses.asdict(measured)
     files = {
         # As bytes: the library's own writing does not raise OSError where the disk is full.
         folder / TENSOR_FILE: lambda file: file.write_bytes(save(tensors)),
@@ -90,10 +105,22 @@ def load_adapter(model: Model, folder: str | Path) -> Model:
             "thresholds do not fit. Calibrate on this model instead."
         )
     try:
-        config = SurgeryConfig.from_dict(description["surgery"])
+        config, measured = described(description)
     except (ValueError, TypeError) as error:
         raise AdapterError(f"{folder / CONFIG_FILE}: {error}") from error
-    return operate(model, config, routers=_routers(folder, tensors, config, model))
+    operate(model, config, routers=_routers(folder, tensors, config, model))
+    operation_of(model).measured = measured
+    return model
+
+
+def described(description: dict[str, Any]) -> tuple[SurgeryConfig, MeasuredLoss | None]:
+    """Topology and measured loss in the description of an adapter.
+
+    Raises:
+        ValueError, KeyError, TypeError: It is damaged, or of a newer release.
+    """
+    measured = MeasuredLoss(**description[MEASURED]) if MEASURED in description else None
+    return SurgeryConfig.from_dict(description["surgery"]), measured
 
 
 def _routers(

@@ -92,12 +92,6 @@ def calibrate(
         TextError: The text is too short.
     """
     config = config_of(model)
-    if config.topology != "pages":
-        raise SurgeryError(
-            f"topology={config.topology!r} has no threshold that a density could set: leave density out."
-        )
-    if tokenizer is None:
-        raise SurgeryError("tokenizer=None: calibration text needs the model's tokenizer.")
     for name, value in (("density", density), ("decode_density", decode_density)):
         if value is not None and not 0 < value < 1:
             raise SurgeryError(f"{name}={value}: must lie between 0 and 1.")
@@ -106,18 +100,7 @@ def calibrate(
             f"decode_density={decode_density} with tile=1: one threshold serves prompts and decode steps. "
             "Leave it out."
         )
-    inner = inner_model(model)
-    usual = length is None
-    length = usual_length(model) if length is None else length
-    check_length(model, length)
-    if length <= config.window + config.chunk_size:
-        raise TextError(
-            f"length={length}: a window needs more than window + chunk_size = "
-            f"{config.window + config.chunk_size} tokens to have a far field."
-        )
-    shorter = [length >> halved for halved in range(1, length.bit_length())] if usual else []
-    lengths = [n for n in (length, *shorter) if n > config.window + config.chunk_size]
-    ids = _windows(tokenizer, text, lengths).to(inner.device)
+    ids = calibration_windows(model, tokenizer, text, length, config, WINDOWS).to(inner_model(model).device)
     given = config
     try:
         for _ in range(passes):
@@ -141,12 +124,50 @@ def calibrate(
     return config
 
 
-def _windows(tokenizer: Any, text: list[str], lengths: list[int]) -> torch.Tensor:
-    """Windows of the first of ``lengths`` of which the text holds any."""
+def calibration_windows(
+    model: torch.nn.Module,
+    tokenizer: Any,
+    text: list[str],
+    length: int | None,
+    config: SurgeryConfig,
+    count: int,
+) -> torch.Tensor:
+    """Windows of text that thresholds of ``config`` are set on: (at most ``count``, length) int64.
+
+    Args:
+        model: Dense or operated.
+        tokenizer: Its tokenizer.
+        text: Documents.
+        length: Tokens of a window; the model's context, at most 8,192 and what the text holds, if None.
+        config: The topology.
+        count: Windows wanted; fewer where the text holds fewer, with a warning.
+
+    Raises:
+        SurgeryError: The topology has no threshold, or there is no tokenizer.
+        TextError: The text or the length is too short.
+    """
+    if config.topology != "pages":
+        raise SurgeryError(
+            f"topology={config.topology!r} has no threshold that a density or a loss could set: leave them "
+            "out."
+        )
+    if tokenizer is None:
+        raise SurgeryError("tokenizer=None: calibration text needs the model's tokenizer.")
+    usual = length is None
+    length = usual_length(model) if length is None else length
+    check_length(model, length)
+    least = config.window + config.chunk_size
+    if length <= least:
+        raise TextError(
+            f"length={length}: a window needs more than window + chunk_size = {least} tokens to have a far "
+            "field."
+        )
+    shorter = [length >> halved for halved in range(1, length.bit_length())] if usual else []
+    lengths = [n for n in (length, *shorter) if n > least]
     errors = []
     for length in lengths:
         try:
-            found = windows(tokenizer, text, length, None, seed=0, usual=WINDOWS)
+            found = windows(tokenizer, text, length, None, seed=0, usual=count)
         except TextError as error:
             errors.append(error)
             continue

@@ -1,6 +1,7 @@
 """Operating on a model, and taking the topology out again."""
 
 import contextlib
+import importlib
 from collections.abc import Iterator, Mapping
 from typing import Any, TypeVar
 
@@ -52,6 +53,7 @@ def operate(
     *,
     routers: Mapping[int, PageRouter] | Mapping[int, torch.nn.Module] | None = None,
     density: float | None = None,
+    max_loss: float | None = None,
     text: list[str] | None = None,
     tokenizer: Any = None,
     length: int | None = None,
@@ -61,8 +63,9 @@ def operate(
 
     The same object comes back, operated; ``forward`` and ``generate`` work as before. With ``density``
     and ``text`` the threshold of prompts is calibrated so that the executed far density does not exceed
-    ``density`` on that text. Decode steps, and the rows that end a prompt, read everything unless
-    ``decode_density`` is given too.
+    ``density`` on that text. With ``max_loss`` instead it is the highest one at which the model's perplexity
+    on the text stays within that loss; :func:`~llama_surgery.measured_loss` says what came out. Decode steps,
+    and the rows that end a prompt, read everything unless ``decode_density`` is given too.
 
     Args:
         model: A Hugging Face decoder, possibly wrapped by PEFT.
@@ -72,7 +75,8 @@ def operate(
             tokens; an empty mapping leaves that out. With ``topology="gumbel"`` content routers, and
             untrained ones, with which the model is dense, if None.
         density: Largest executed far density, over causal pairs, at ``length``.
-        text: Documents to calibrate on; needs ``density`` and ``tokenizer``.
+        max_loss: Instead of ``density``, the largest relative rise of perplexity: 0.01 is one per cent.
+        text: Documents to calibrate on; needs ``density`` or ``max_loss``, and ``tokenizer``.
         tokenizer: The model's tokenizer.
         length: Tokens of a calibration window; the model's context, at most 8,192, if None.
         decode_density: Largest executed far density of decode steps; needs ``density``. Without, their θ
@@ -80,19 +84,32 @@ def operate(
 
     Raises:
         UnsupportedModelError: The model cannot be operated, with the reason.
-        SurgeryError: It is operated already, or the arguments do not fit together.
+        SurgeryError: It is operated already, the arguments do not fit together, or it cannot be made sparse
+            within ``max_loss``.
         TextError: The text is too short.
     """
     config = SurgeryConfig() if config is None else config
     inner = inner_model(model)
     if is_operated(model):
         raise SurgeryError("the model is operated already: eject(model) first.")
-    if (density is None) != (text is None) or (text is None and decode_density is not None):
-        raise SurgeryError("density, decode_density and text go together: thresholds are calibrated on text.")
-    modules = attention_modules(inner)
+    if max_loss is not None and (density is not None or decode_density is not None):
+        raise SurgeryError(
+            f"max_loss={max_loss} and a density: one of them sets the threshold. Leave the other out."
+        )
+    if (density is None and max_loss is None) != (text is None) or (
+        text is None and decode_density is not None
+    ):
+        raise SurgeryError(
+            "density or max_loss, decode_density and text go together: thresholds are calibrated on text."
+        )
+    modules, measured = attention_modules(inner), None
+    if text is not None and max_loss is not None:
+        # By name: the room that measures losses stands on this one.
+        budget = importlib.import_module("llama_surgery.evaluation.loss_budget")
+        config, measured = budget.config_within(model, tokenizer, text, max_loss, length, config, routers)
     base = check_replaceable(inner, modules.values())
     layers = _layers(inner, modules, config, routers or {})
-    operation = Operation(config, modules, replace(inner, base, modules.values()))
+    operation = Operation(config, modules, replace(inner, base, modules.values()), measured)
     inner.__dict__[ATTRIBUTE] = operation
     try:
         for index, module in modules.items():

@@ -30,13 +30,46 @@ def room_of(config: SurgeryConfig) -> Any:
     return None if name is None else importlib.import_module(name)
 
 
+@dataclasses.dataclass(frozen=True)
+class MeasuredLoss:
+    """What an operated model lost, and read, on the text that its thresholds were set on for a loss.
+
+    Attributes:
+        max_loss: What was asked for: perplexity over that of the dense model, less one, at most.
+        loss: What was measured.
+        low: Lower end of its two-sided 95% interval.
+        high: Upper end, which is within ``max_loss``.
+        windows: Windows of text.
+        length: Tokens of a window.
+        far_density: Executed far pairs over causal pairs there.
+        total_density: The same with near field and summaries.
+    """
+
+    max_loss: float
+    loss: float
+    low: float
+    high: float
+    windows: int
+    length: int
+    far_density: float
+    total_density: float
+
+    def __str__(self) -> str:
+        return (
+            f"perplexity {self.loss:+.2%} (95% interval {self.low:+.2%} to {self.high:+.2%}; limit "
+            f"{self.max_loss:+.2%}) on {self.windows} windows of {self.length:,} tokens, at a far density of "
+            f"{self.far_density:.2%} and a total density of {self.total_density:.2%}"
+        )
+
+
 @dataclasses.dataclass
 class Operation:
-    """What has to be undone, and where the operated layers are."""
+    """What has to be undone, and where the operated layers are; and what was measured of it, if anything."""
 
     config: SurgeryConfig
     modules: dict[int, torch.nn.Module]
     replacement: Replacement
+    measured: MeasuredLoss | None = None
     _replaced: list[tuple[torch.nn.Module, str, dict[str, Any]]] = dataclasses.field(default_factory=list)
 
     def put(self, part: torch.nn.Module, name: str, method: Any) -> None:
@@ -92,6 +125,8 @@ def set_config(model: torch.nn.Module, config: SurgeryConfig) -> None:
     old, new = (_trees(each) for each in (operation.config, config))
     if old != new:
         raise SurgeryError(f"the model is operated with {old}, not {new}: eject(model) and operate again.")
+    if config != operation.config:
+        operation.measured = None
     operation.config = config
     for layer in operation.layers.values():
         layer.config = config
@@ -106,6 +141,12 @@ def _trees(config: SurgeryConfig) -> tuple[Any, ...]:
 def surgery_of(model: torch.nn.Module) -> dict[int, Any]:
     """What the operated layers carry, by layer index: a ``LayerSurgery``, or what :func:`room_of` says."""
     return operation_of(model).layers
+
+
+def measured_loss(model: torch.nn.Module) -> MeasuredLoss | None:
+    """What an operated model loses at its thresholds, where :func:`operate`, or an adapter, set them for a
+    loss."""
+    return operation_of(model).measured
 
 
 def statistics(model: torch.nn.Module) -> Statistics:
