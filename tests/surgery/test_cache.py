@@ -6,9 +6,21 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.surgery.tiny import SINGLE, SPARSE, build, in_pieces, llama, logits, pad, positions, tokens
+from tests.surgery.tiny import (
+    SINGLE,
+    SPARSE,
+    VOCABULARY,
+    build,
+    in_pieces,
+    llama,
+    logits,
+    pad,
+    positions,
+    tokens,
+)
 
 from llama_surgery import SurgeryError, operated, paged_cache
+from llama_surgery.surgery import store
 from llama_surgery.surgery.compat import CACHE_NAME
 from llama_surgery.surgery.operate import set_config
 
@@ -208,6 +220,21 @@ def test_keys_that_are_not_finite_are_refused():
             logits(model, tokens(20))
     finally:
         weight.data.copy_(before)
+
+
+@pytest.mark.parametrize("cuts", [[], [100, 150, *range(192, 240)]], ids=["one call", "pieces and steps"])
+def test_where_the_host_does_not_look_a_bad_key_shows_in_all_later_logits(cuts, monkeypatch):
+    """As on a GPU: the page of such a key has no score, and would be left out in silence."""
+    monkeypatch.setattr(store, "CHECKED_DEVICES", ())
+    model, ids = build("Llama", dtype=torch.float32, num_hidden_layers=1), tokens(2, 240)
+    with torch.no_grad():
+        model.get_input_embeddings().weight[VOCABULARY - 1] = torch.nan
+    ids = ids.clamp_max(VOCABULARY - 2)
+    ids[0, 70] = VOCABULARY - 1
+    with operated(model, dataclasses.replace(SINGLE, theta_decode=0.15)):
+        got, _ = in_pieces(model, ids, cuts)
+    assert got[0, :64].isfinite().all() and got[1].isfinite().all()
+    assert got[0, 128 + SINGLE.window :].isnan().all()  # its chunk is part of their far field
 
 
 def test_a_cache_goes_on_in_its_own_dtype_alone():

@@ -105,7 +105,8 @@ def test_an_operated_model_is_right_in_every_way_of_calling_or_refused_with_the_
     dense = dict(_answers(model))
     with operated(model, OPEN):
         _assert_equal(dict(_answers(model)), dense)
-        _assert_equal(dict(_answers(_twin(model))), dense)
+        for call, logits in _answers(_twin(model)):  # one by one: what is wrong in one may fail in the next
+            _assert_equal({call: logits}, dense)
     with operated(model, SPARSE):
         sparse = dict(_answers(model))
         read = statistics(model)
