@@ -56,8 +56,9 @@ def test_tokens_without_room_are_refused(
         pytest.skip("the device is not asked")
     _, keys, values = states(3, device)
     before = cache.keys.clone()
+    known = {} if longest is None else {"longest": longest}
     with pytest.raises(SurgeryError, match=r"3 new tokens behind 6. for a cache of 64"):
-        append_tokens(cache, keys, values, longest=longest)
+        append_tokens(cache, keys, values, **known)
     assert torch.equal(cache.keys.nan_to_num(7.0), before.nan_to_num(7.0))
     append_tokens(cache, keys[:, :2], values[:, :2], longest=62)
 
