@@ -20,9 +20,11 @@ from pathlib import Path
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from llama_surgery.attention.api import AttentionResult, attend
+from llama_surgery.attention.api import attend
+from llama_surgery.attention.result import AttentionResult
 from llama_surgery.config import SurgeryConfig
 from llama_surgery.evaluation.io import write_csv
+from llama_surgery.topology.geometry import summary_density
 from llama_surgery.topology.layout import build_layout
 
 ROOT = Path(__file__).parent.parent
@@ -87,7 +89,7 @@ def attention(length: int, repeats: int) -> dict[str, object]:
         "unit": "s",
         "ratio": statistics.median(d / o for d, o in zip(times["dense"], times["operated"], strict=True)),
         "far_density": far,
-        "total_density": far + (result.near_pairs + result.summary_pairs) / result.causal_pairs,
+        "total_density": far + result.near_pairs / result.causal_pairs + summary_density(config, length),
     }
 
 

@@ -13,7 +13,9 @@ from tests.surgery.tiny import SINGLE, SPARSE, llama, tokens
 
 import llama_surgery
 from llama_surgery import SurgeryConfig, SurgeryError, TextError
+from llama_surgery.attention.call import AttentionCall
 from llama_surgery.attention.impl import reference
+from llama_surgery.attention.result import AttentionResult
 from llama_surgery.export.file import describe, read_topology, write_topology
 from llama_surgery.export.record import record_topology
 from llama_surgery.export.topology import Topology
@@ -62,16 +64,19 @@ def test_a_file_executed_by_the_reference_gives_the_operated_attention(
 ) -> None:
     ids, seen = tokens(LENGTH), []
     config = dataclasses.replace(config, summary="none")  # a file holds no means
-    plain = execute.attend
+    plain = execute.executor_of
 
-    def watched(queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, *rest: Any, **options: Any):
-        result = plain(queries, keys, values, *rest, **options)
-        seen.append((queries, keys, values, result.out))
-        return result
+    def watched(call: AttentionCall, *states: Any) -> Callable[..., AttentionResult]:
+        def run(*given: Any, **options: Any) -> AttentionResult:
+            result = plain(call, *states)(*given, **options)
+            seen.append((*given[:3], result.out))
+            return result
+
+        return run
 
     with llama_surgery.operated(llama(), config) as model:
         write_topology(tmp_path / "t.npz", record_topology(model, ids))
-        monkeypatch.setattr(execute, "attend", watched)
+        monkeypatch.setattr(execute, "executor_of", watched)
         with torch.no_grad():
             model(ids[None], use_cache=False)
     topology = read_topology(tmp_path / "t.npz")

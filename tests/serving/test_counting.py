@@ -7,8 +7,9 @@ import torch
 from tests.serving.batches import CONFIG, KV_HEADS
 from tests.surgery.test_statistics import together
 
-from llama_surgery.attention.api import AttentionResult
+from llama_surgery.attention.result import AttentionResult
 from llama_surgery.serving.counting import EngineCounters, LayerCounters, RowCount
+from llama_surgery.surgery.rows import Part
 from llama_surgery.topology.geometry import Block
 from llama_surgery.topology.plan import plan_from_first_open
 
@@ -29,8 +30,8 @@ def part() -> AttentionResult:
 
 def test_engines_of_one_process_speak_of_their_own_layers() -> None:
     (one, its), (other, others) = engine(), engine()
-    its[0].add_part((128, 136, 8), part())
-    its[1].add_part((128, 136, 8), part())
+    its[0].add_part(Part(128, 136, 8), part())
+    its[1].add_part(Part(128, 136, 8), part())
     others[0].add_rows(RowCount(3, 10, 20, 3))
     assert other.take(0.0).startswith("rows 3, far density 0.0000, total density")  # type: ignore[union-attr]
     told = one.take(0.0)
@@ -73,6 +74,6 @@ def test_nothing_is_lost_between_two_reports() -> None:
 
 def test_other_ranks_count_nothing() -> None:
     quiet = LayerCounters(CONFIG, KV_HEADS, quiet=True)
-    quiet.add_part((128, 136, 8), part())
+    quiet.add_part(Part(128, 136, 8), part())
     quiet.add_rows(RowCount(1, 1, 1, 1))
     assert quiet.tally(torch.device("cpu")) is None and quiet.reset() == ({}, 0)

@@ -50,7 +50,7 @@ def layer(rank: int, ranks: int) -> tuple[torch.Tensor, torch.Tensor]:
         attend_piece(
             queries[:, :, part[0] : part[1]], cache, blocks, part, LENGTH, scale=0.25, router=shard.router()
         ).out
-        for part in entry.parts(CONFIG.tile)
+        for part in entry.parts(CONFIG)
     ]
     return torch.cat(outs, 2).flatten(0, 1), cache.layout(blocks[:4]).moments.mean
 

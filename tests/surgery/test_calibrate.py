@@ -11,6 +11,7 @@ from tests.surgery.tiny import SPARSE, VOCABULARY, build, tokens
 import llama_surgery as surgery
 from llama_surgery import SurgeryConfig, SurgeryError
 from llama_surgery.attention import heard
+from llama_surgery.attention.call import AttentionCall
 from llama_surgery.attention.heard import heard_layout, rounded_moments
 from llama_surgery.surgery import execute
 from llama_surgery.surgery.calibrate import calibrate
@@ -84,14 +85,14 @@ def test_what_is_measured_is_scored_by_what_the_kernels_keep(
 ) -> None:
     """Without a GPU the kernels would run nothing; calibrating for them works, in the model's dtype."""
     layouts = []
-    plain = execute.attend
+    plain = execute.executor_of
 
-    def attend(queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, layout: Any, **more: Any):
-        layouts.append(layout)
-        assert more["config"].backend == "gather"
-        return plain(queries, keys, values, layout, **more)
+    def executor_of(call: AttentionCall, queries: torch.Tensor, *states: Any) -> Any:
+        layouts.append(states[2])
+        assert call.executor == "gather"
+        return plain(call, queries, *states)
 
-    monkeypatch.setattr(execute, "attend", attend)
+    monkeypatch.setattr(execute, "executor_of", executor_of)
     config = dataclasses.replace(SPARSE, backend=backend, variance_pool=4)
     with surgery.operated(build("Llama", dtype=torch.bfloat16), config, routers={}) as model:
         calibrate(model, Letters(), TEXT, 0.2, LENGTH, passes=1)

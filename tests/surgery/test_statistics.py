@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import functools
 import json
 import pickle
 import sys
@@ -26,9 +27,10 @@ from tests.surgery.tiny import (
     tokens,
 )
 
-from llama_surgery import Statistics, eject, operate, operated, reset_statistics, statistics
-from llama_surgery.attention.api import AttentionResult
+from llama_surgery import Statistics, SurgeryConfig, eject, operate, operated, reset_statistics, statistics
+from llama_surgery.attention.result import AttentionResult
 from llama_surgery.surgery import execute
+from llama_surgery.surgery.rows import Part
 from llama_surgery.surgery.statistics import Counters
 from llama_surgery.topology.geometry import Block
 from llama_surgery.topology.mask import page_mask
@@ -54,10 +56,13 @@ def counted():
     count = Count(*(torch.zeros(LAYERS, KV_HEADS, dtype=torch.float64) for _ in range(4)))
     calls = []
 
-    def listen(queries, near_keys, near_values, layout, **options):
-        result = original(queries, near_keys, near_values, layout, **options)
+    def listened(call, *states):
+        return functools.partial(listen, call, original(call, *states))
+
+    def listen(call, executor, queries, *states, start, sink_logit):
+        result = executor(queries, *states, start=start, sink_logit=sink_logit)
         layer = len(calls) % LAYERS
-        config, start, rows = options["config"], options["start"], queries.shape[2]
+        config, rows = call.config, queries.shape[2]
         near_from = torch.zeros(rows, dtype=torch.int64)
         for plan in result.plans:
             inside = slice(plan.block.start - start, plan.block.stop - start)
@@ -81,8 +86,8 @@ def counted():
         return result
 
     with pytest.MonkeyPatch.context() as patch:
-        original = execute.attend
-        patch.setattr(execute, "attend", listen)
+        original = execute.executor_of
+        patch.setattr(execute, "executor_of", listened)
         yield count, calls
 
 
@@ -214,13 +219,13 @@ class YieldingInt(int):
 def test_counts_of_threads_add_up():
     counters, times = Counters(), 20
     counters.rows = counters.near_pairs = counters.causal_pairs = YieldingInt(0)
-    block = Block(64, 72, 1)
+    config, block = SurgeryConfig(chunk_size=32, page_size=16, window=32, tile=8), Block(64, 72, 1)
     plan = plan_from_first_open(torch.zeros(4, 1, 3, dtype=torch.int64), block, 8)
     result = AttentionResult(torch.zeros(4, 1, 8, 16), torch.zeros(4, 1, 8), [plan], 5, 7)
 
     def run(_):
         for _ in range(times):
-            counters.add(result, 2, 16)
+            counters.add(result, 2, config, Part(64, 72, 8))
             counters.count(1, 2, 3)
             counters.tally(2, 16, torch.device("cpu"))
 

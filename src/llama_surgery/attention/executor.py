@@ -1,12 +1,24 @@
 """Who executes calls of attention, and what the kernels keep of a layout where they do."""
 
+import functools
+import importlib
+from collections.abc import Callable
+
 import torch
 
+from llama_surgery.attention import blocks
+from llama_surgery.attention.call import AttentionCall
+from llama_surgery.attention.impl.common import differentiable
+from llama_surgery.attention.result import AttentionResult
 from llama_surgery.config import SurgeryConfig
 from llama_surgery.errors import SurgeryError
 from llama_surgery.topology.layout import Layout, Moments
 from llama_surgery.topology.layout import build_layout as plain_layout
 from llama_surgery.topology.router import PageRouter
+from llama_surgery.topology.selection import ShareListener
+
+#: Where the ways to execute calls are, loaded when first asked for.
+_IMPL = "llama_surgery.attention.impl."
 
 
 def backend_name(
@@ -49,20 +61,90 @@ def backend_name(
     return "gather"
 
 
-def build_layout(
-    keys: torch.Tensor, values: torch.Tensor, config: SurgeryConfig, router: PageRouter | None = None
-) -> Layout:
-    """Lay out full chunks, on a GPU by kernels; see :func:`llama_surgery.topology.layout.build_layout`."""
-    if kernels_serve(config, keys, values):
-        from llama_surgery.attention.impl import triton
+def resolve(
+    config: SurgeryConfig,
+    queries: torch.Tensor,
+    values: torch.Tensor,
+    tile: int,
+    *,
+    scale: float | None = None,
+    softcap: float | None = None,
+    router: PageRouter | None = None,
+    listener: ShareListener | None = None,
+) -> AttentionCall:
+    """Decide how calls on states like these are executed.
 
-        return triton.build_layout(keys, values, config, router)
-    return plain_layout(keys, values, config, router)
+    Args:
+        config: The topology.
+        queries: (..., head_dim), for their device and dtype.
+        values: (..., value_dim).
+        tile: Queries of a tile.
+        scale: Scaling of q·k, default ``head_dim**-0.5``.
+        softcap: Cap of the logits, or None.
+        router: Learned corrections, or None.
+        listener: Hears the log shares of every block, or None.
+
+    Raises:
+        SurgeryError: The backend asked for by name cannot run the call.
+    """
+    learning = router is not None and differentiable(*router.tensors().values())
+    name = backend_name(config, queries, values, tile, listening=listener is not None, learning=learning)
+    scale = queries.shape[-1] ** -0.5 if scale is None else scale
+    return AttentionCall(config, name, tile, scale, softcap, router, listener)
+
+
+def executor_of(
+    call: AttentionCall,
+    queries: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    layout: Layout | None,
+    sink_logit: torch.Tensor | None,
+) -> Callable[..., AttentionResult]:
+    """What executes a call: ``f(queries, near_keys, near_values, layout, start=…, sink_logit=…)``.
+
+    The tensors are asked whether gradients are recorded.
+    """
+    if call.executor != "triton":
+        return functools.partial(blocks.attend, importlib.import_module(_IMPL + call.executor), call)
+    far = () if layout is None else (layout.keys, layout.values)
+    way = "backward" if differentiable(queries, keys, values, *far, sink_logit) else "prefill"
+    return functools.partial(
+        importlib.import_module(f"{_IMPL}triton.{way}").attend,
+        config=call.config,
+        tile=call.tile,
+        scale=call.scale,
+        softcap=call.softcap,
+        router=call.router,
+    )
 
 
 def kernels_serve(config: SurgeryConfig, keys: torch.Tensor, values: torch.Tensor) -> bool:
     """Do the Triton kernels execute calls on these keys and values, and so score their pages?"""
     return backend_name(config, keys, values, config.tile) == "triton"
+
+
+def build_layout(
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    config: SurgeryConfig,
+    router: PageRouter | None = None,
+    *,
+    kernels: bool | None = None,
+) -> Layout:
+    """Lay out full chunks; see :func:`llama_surgery.topology.layout.build_layout`.
+
+    Args:
+        keys: (streams, chunks * chunk_size, head_dim).
+        values: (streams, chunks * chunk_size, value_dim).
+        config: The topology.
+        router: Learned corrections, or None.
+        kernels: :func:`kernels_serve`, where it is known.
+    """
+    if not (kernels_serve(config, keys, values) if kernels is None else kernels):
+        return plain_layout(keys, values, config, router)
+    way = "backward" if differentiable(keys, values) else "layout"
+    return importlib.import_module(f"{_IMPL}triton.{way}").build_layout(keys, values, config, router)
 
 
 def kernel_features(moments: Moments, config: SurgeryConfig, dtype: torch.dtype) -> torch.Tensor:

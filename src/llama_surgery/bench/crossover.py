@@ -10,8 +10,9 @@ from typing import Any, NamedTuple
 
 import torch
 
-from llama_surgery.attention.api import AttentionResult, attend
+from llama_surgery.attention.api import attend
 from llama_surgery.attention.executor import build_layout
+from llama_surgery.attention.result import AttentionResult
 from llama_surgery.bench.dense import fastest
 from llama_surgery.bench.measure import Deadline, Rows, graphed, nearest_theta, times
 from llama_surgery.bench.states import clustered_states
@@ -20,6 +21,7 @@ from llama_surgery.errors import AdapterError, SurgeryError
 from llama_surgery.files import write_json
 from llama_surgery.surgery.adapter import CONFIG_FILE, described
 from llama_surgery.surgery.operation import MeasuredLoss
+from llama_surgery.topology.geometry import summary_density
 
 #: How near the density, as a share of it, is near enough.
 NEAR = 0.05
@@ -134,7 +136,7 @@ def measure_crossover(
         far = _far_density(found, config)
         rows.add(
             **points[-1]._asdict(), theta=config.theta, far_density=far,
-            total_density=far + (found.near_pairs + found.summary_pairs) / found.causal_pairs,
+            total_density=far + found.near_pairs / found.causal_pairs + summary_density(config, length),
         )  # fmt: skip
     return recommend(points, config.tile), points
 

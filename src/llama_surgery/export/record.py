@@ -6,13 +6,15 @@ from contextlib import contextmanager
 
 import torch
 
-from llama_surgery.attention.api import AttentionResult
+from llama_surgery.attention.result import AttentionResult
+from llama_surgery.config import SurgeryConfig
 from llama_surgery.errors import SurgeryError, TextError
 from llama_surgery.evaluation.evaluate import model_name
 from llama_surgery.export.topology import Topology, layer_topology
 from llama_surgery.surgery.cache import PagedLayer
 from llama_surgery.surgery.compat import CACHE_NAME
 from llama_surgery.surgery.operation import config_of, paged_cache, set_config, surgery_of
+from llama_surgery.surgery.rows import Part
 from llama_surgery.surgery.statistics import Counters
 from llama_surgery.surgery.supported import attention_modules, head_shape, inner_model
 from llama_surgery.topology.geometry import closed_chunks
@@ -26,8 +28,8 @@ class _Recorder(Counters):
         super().__init__()
         self.plans: list[Plan] = []
 
-    def add(self, result: AttentionResult, kv_heads: int, page_size: int) -> None:
-        super().add(result, kv_heads, page_size)
+    def add(self, result: AttentionResult, kv_heads: int, config: SurgeryConfig, part: Part) -> None:
+        super().add(result, kv_heads, config, part)
         for plan in result.plans:
             assert isinstance(plan, Plan)  # kernels, which keep plans in another form, are turned off
             pages, first_open, counts = (x.cpu() for x in (plan.pages, plan.first_open, plan.counts))

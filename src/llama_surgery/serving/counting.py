@@ -5,9 +5,9 @@ import time
 
 import torch
 
-from llama_surgery.attention.api import AttentionResult
+from llama_surgery.attention.result import AttentionResult
 from llama_surgery.config import SurgeryConfig
-from llama_surgery.serving.paged import Part
+from llama_surgery.surgery.rows import Part
 from llama_surgery.surgery.statistics import COUNTING, Counters, summarise
 from llama_surgery.topology.geometry import closed_chunks, query_blocks, summary_pairs
 
@@ -73,7 +73,7 @@ class LayerCounters:
         blocks = query_blocks(first, last, self.config, tile)
         dense_rows = sum(block.stop - block.start for block in blocks if not block.closed)
         with COUNTING:
-            self._of(tile).add(result, self.kv_heads, self.config.page_size)
+            self._of(tile).add(result, self.kv_heads, self.config, part)
             self.dense_rows += dense_rows
 
     def add_rows(self, count: RowCount) -> None:

@@ -12,12 +12,12 @@ from llama_surgery.errors import SurgeryError
 from llama_surgery.serving.counting import LayerCounters, RowCount
 from llama_surgery.serving.paged import (
     PagedStates,
-    Part,
     Scheduled,
     attend_piece,
     filled_blocks,
     side_bytes,
 )
+from llama_surgery.surgery.rows import Part
 from llama_surgery.topology.router import PageRouter
 
 
@@ -62,13 +62,13 @@ class Batch:
     @functools.cached_property
     def parts(self) -> list[tuple[Scheduled, Part]]:
         """All rows, as runs of one sequence with one tile size."""
-        return [(sequence, part) for sequence in self.sequences for part in sequence.parts(self.config.tile)]
+        return [(sequence, part) for sequence in self.sequences for part in sequence.parts(self.config)]
 
     @functools.cached_property
     def long_parts(self) -> list[tuple[Scheduled, Part]]:
         """All rows but :attr:`single_rows`."""
         return [
-            (sequence, (part[0], self._first_single(sequence, part), part[2]))
+            (sequence, Part(part.start, self._first_single(sequence, part), part.tile))
             for sequence, part in self.parts
             if part[0] < self._first_single(sequence, part)
         ]
@@ -78,7 +78,7 @@ class Batch:
         """The rows that the decode kernels can compute, or None where there is none."""
         where, owners, positions = [], [], []
         for owner, sequence in enumerate(self.sequences):
-            for part in sequence.parts(self.config.tile):
+            for part in sequence.parts(self.config):
                 for position in range(self._first_single(sequence, part), part[1]):
                     where.append(sequence.row + position - sequence.start)
                     owners.append(owner)
@@ -268,4 +268,4 @@ def _kernel_obstacle(config: SurgeryConfig, queries: torch.Tensor) -> str | None
         return problem
     from llama_surgery.attention.impl.triton.decode import decode_obstacle
 
-    return decode_obstacle(config, queries, queries)
+    return decode_obstacle(config, queries)

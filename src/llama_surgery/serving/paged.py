@@ -9,15 +9,14 @@ import dataclasses
 
 import torch
 
-from llama_surgery.attention.api import AttentionResult, attend
+from llama_surgery.attention.api import attend
 from llama_surgery.attention.executor import build_layout
+from llama_surgery.attention.result import AttentionResult
 from llama_surgery.config import SurgeryConfig
+from llama_surgery.surgery.rows import Part, parts_of
 from llama_surgery.topology.geometry import closed_chunks
 from llama_surgery.topology.layout import Layout, Moments, restore
 from llama_surgery.topology.router import PageRouter
-
-#: Position of the first row, one past the position of the last one, queries of a tile.
-Part = tuple[int, int, int]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,15 +37,11 @@ class Scheduled:
     prefilling: bool
     blocks: torch.Tensor
 
-    def parts(self, tile: int) -> list[Part]:
-        """Runs of rows with one tile size.
-
-        The rows that end a prompt inside a tile are decode steps, as in ``generate()``. A piece of a prompt
-        that is not its end must end at a multiple of ``tile``.
-        """
-        border = max(self.start, self.stop - self.stop % tile) if self.prefilling else self.start
-        parts = ((self.start, border, tile), (border, self.stop, 1))
-        return [part for part in parts if part[0] < part[1]]
+    def parts(self, config: SurgeryConfig) -> list[Part]:
+        """Runs of rows with one tile size. A piece of a prompt that is not its end must end at a multiple of
+        ``tile``."""
+        end = self.stop if self.prefilling else None
+        return list(parts_of(self.start, self.stop, config, step=not self.prefilling, prompt_end=end))
 
 
 def piece(start: int, new: int, prompt: int, tile: int) -> int:

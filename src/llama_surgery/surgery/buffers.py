@@ -151,11 +151,16 @@ class PageBuffers:
         with torch.inference_mode(False), torch.enable_grad():
             yield
 
-    def write(self, streams: slice, start: int, keys: torch.Tensor, values: torch.Tensor) -> None:
-        """Write keys and values (streams, n, dim) from slot ``start`` on."""
+    def decide(self, keys: torch.Tensor, values: torch.Tensor) -> bool:
+        """:attr:`kernels`, decided for good by the first keys and values."""
         if self.kernels is None:
             # Of the keys' kind alone: calls on one cache may differ in whether they record gradients.
             self.kernels = kernels_serve(self.config, keys.detach(), values.detach())
+        return self.kernels
+
+    def write(self, streams: slice, start: int, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """Write keys and values (streams, n, dim) from slot ``start`` on."""
+        self.decide(keys, values)
         self._put("keys", streams, start, keys.shape[1], keys)
         self._put("values", streams, start, keys.shape[1], values)
 

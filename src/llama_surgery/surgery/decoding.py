@@ -4,61 +4,58 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from llama_surgery.attention.executor import backend_name
+from llama_surgery.attention.call import AttentionCall
 from llama_surgery.attention.impl.common import differentiable
 from llama_surgery.config import SurgeryConfig
 from llama_surgery.surgery.buffers import PageBuffers
 from llama_surgery.surgery.cache import PagedLayer
 from llama_surgery.surgery.layer import LayerSurgery
-from llama_surgery.surgery.statistics import Counters
 from llama_surgery.topology.geometry import closed_chunks, summary_pairs
 
 if TYPE_CHECKING:
     from llama_surgery.attention.impl.triton.decode_cache import DecodeCache
 
 
+def grouped_sinks(keywords: dict[str, Any], kv_heads: int, sequences: int) -> torch.Tensor | None:
+    """(streams, heads) attention-sink parameters from a module's own (heads,), where it has any."""
+    sinks = keywords.get("s_aux")
+    return None if sinks is None else sinks.detach().view(kv_heads, -1).repeat(sequences, 1)
+
+
 def kernels_decode(
-    layer: LayerSurgery,
-    paged: PagedLayer,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
+    call: AttentionCall, paged: PagedLayer, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
 ) -> bool:
     """Can the decode kernels run this call? What they refuse is executed as every other call.
 
     Args:
-        layer: The operated layer.
-        paged: Its cache.
+        call: How it is executed, in tiles of one row.
+        paged: The layer's cache.
         query: (batch, heads, new, head_dim).
         key: (batch, kv_heads, new, head_dim).
         value: (batch, kv_heads, new, value_dim).
-
-    Raises:
-        SurgeryError: The backend asked for by name cannot run the call at all.
     """
-    if backend_name(layer.config, query, value, 1, listening=layer.listener is not None) != "triton":
+    buffers = paged.buffers
+    if call.executor != "triton" or buffers is None or buffers.empty or not buffers.kernels:
         return False
     from llama_surgery.attention.impl.triton.decode import decode_obstacle
 
-    buffers = paged.buffers
-    if buffers is None or buffers.empty or not buffers.kernels:
-        return False
-    learned = {} if layer.router is None else layer.router.tensors()
+    learned = {} if call.router is None else call.router.tensors()
     recorded = differentiable(key, value, buffers.keys, buffers.values, *learned.values())
-    return not recorded and decode_obstacle(layer.config, query, value) is None
+    return not recorded and decode_obstacle(call.config, query) is None
 
 
 def decode_step(
     layer: LayerSurgery,
+    call: AttentionCall,
     paged: PagedLayer,
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    keywords: dict[str, Any],
+    sinks: torch.Tensor | None,
 ) -> torch.Tensor:
     """Attention of the newest tokens, which are real for every sequence. Asks nothing of the device.
 
-    Shapes are those of :func:`kernels_decode`, ``keywords`` what transformers passes to attention functions.
+    Shapes are those of :func:`kernels_decode` and :func:`grouped_sinks`.
 
     Returns:
         (batch, new, heads, value_dim), contiguous.
@@ -69,18 +66,15 @@ def decode_step(
     (batch, heads, rows, _), kv_heads = query.shape, key.shape[1]
     buffers, lengths = paged.buffers, paged.device_lengths()
     assert buffers is not None
-    sinks = keywords.get("s_aux")
-    if sinks is not None:
-        sinks = sinks.detach().view(kv_heads, heads // kv_heads).repeat(batch, 1)
-    cache = cache_view(buffers, layer.config, kv_heads, lengths)
+    cache = cache_view(buffers, call.config, kv_heads, lengths)
     append_tokens(cache, key.flatten(0, 1), value.flatten(0, 1), longest=max(paged.lengths))
     result = decode(
         query.unflatten(1, (kv_heads, heads // kv_heads)).flatten(0, 1),
         cache,
-        scale=keywords.get("scaling"),
-        softcap=keywords.get("softcap"),
+        scale=call.scale,
+        softcap=call.softcap,
         sink_logit=sinks,
-        router=layer.router,
+        router=call.router,
         tally=tally_of(layer, paged),
         advance=True,
     )
@@ -126,14 +120,10 @@ def settle(layer: LayerSurgery, paged: PagedLayer, rows: int) -> None:
         for position in range(length, length + rows):
             near += position + 1 - closed_chunks(position, layer.config, 1) * layer.config.chunk_size
             causal += position + 1
-    _counters(layer).count(rows * len(paged.lengths), near, causal, summaries)
+    layer.counts(1).count(rows * len(paged.lengths), near, causal, summaries)
     paged.advance(rows, layer.router)
 
 
 def tally_of(layer: LayerSurgery, paged: PagedLayer) -> torch.Tensor:
     """(2, kv_heads) int64, to which the layer's steps add the pages they opened and read."""
-    return _counters(layer).tally(paged.kv_heads, layer.config.page_size, paged.device)
-
-
-def _counters(layer: LayerSurgery) -> Counters:
-    return layer.counters.setdefault(1, Counters())
+    return layer.counts(1).tally(paged.kv_heads, layer.config.page_size, paged.device)

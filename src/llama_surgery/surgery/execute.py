@@ -1,22 +1,24 @@
 """One call of an operated layer: its cache, and its sequences one after the other."""
 
-import functools
+import dataclasses
 from typing import Any
 
 import torch
 
-from llama_surgery.attention.api import attend
+from llama_surgery.attention.executor import executor_of
 from llama_surgery.attention.heard import heard_layout
 from llama_surgery.errors import SurgeryError
 from llama_surgery.surgery.cache import PagedCache, PagedLayer
-from llama_surgery.surgery.decoding import decode_step, kernels_decode
+from llama_surgery.surgery.calls import untraced
+from llama_surgery.surgery.decoding import decode_step, grouped_sinks, kernels_decode
 from llama_surgery.surgery.layer import LayerSurgery
 from llama_surgery.surgery.rows import Part, parts_of
-from llama_surgery.surgery.statistics import Counters
 from llama_surgery.surgery.store import SequenceStore
 from llama_surgery.topology.geometry import closed_chunks
+from llama_surgery.topology.layout import Layout
 
 
+@untraced
 def run_layer(
     module: torch.nn.Module,
     layer: LayerSurgery,
@@ -27,9 +29,23 @@ def run_layer(
     cache: PagedCache | None,
     keywords: dict[str, Any],
 ) -> torch.Tensor:
+    """Attention of an operated layer; arguments are those of an attention function.
+
+    Returns:
+        (batch, new, heads, value_dim), contiguous.
+    """
+    kind = query.device.type
+    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+        # As in PyTorch's own attention the states are cast, and nothing that is computed of them.
+        dtype = torch.get_autocast_dtype(kind)
+        states = (x if x.dtype == torch.float64 else x.to(dtype) for x in (query, key, value))
+        with torch.autocast(kind, enabled=False):
+            return run_layer(module, layer, *states, mask, cache, keywords)
+    layer.move_router(query.device)
     batch, heads, new, _ = query.shape
+    kv_heads = key.shape[1]
     if layer.hear_queries is not None:
-        layer.hear_queries(query, key.shape[1])
+        layer.hear_queries(query, kv_heads)
     ends = None if cache is None else cache.prompt_ends
     if cache is not None:
         paged = cache.layers[module.layer_idx]
@@ -48,77 +64,87 @@ def run_layer(
         for (store, _, _), end in zip(taken, ends, strict=True)
     )
     real = all(columns is None for _, _, columns in taken)
-    if steps and cache is not None and real and kernels_decode(layer, paged, query, key, value):
-        return decode_step(layer, paged, query, key, value, keywords)
+    if steps and cache is not None and real:
+        call = layer.call(paged, 1, query, value, keywords)
+        if kernels_decode(call, paged, query, key, value):
+            sinks = grouped_sinks(keywords, kv_heads, batch)
+            return decode_step(layer, call, paged, query, key, value, sinks)
     if paged.recording:
         raise SurgeryError(
             "a step can be captured only where the decode kernels run it: a GPU, no float64, no gradients."
         )
     # Allocated as it is returned, so that it is contiguous: some architectures take views of it.
     returned = query.new_zeros(batch, new, heads, value.shape[-1])
-    out = returned.transpose(1, 2)
     for (store, rows, columns), end in zip(taken, ends, strict=True):
-        q, k, v = query[rows], key[rows], value[rows]
-        skip = key.shape[2] - new  # keys before the queries, where there is no paged cache
-        if columns is not None:
-            k, v = k[:, :, columns], v[:, :, columns]
-            columns = columns[columns >= skip] - skip
-            q = q[:, :, columns]
-        if q.shape[2] == 0:
-            if k.shape[2]:
-                since = store.length // layer.config.chunk_size * layer.config.chunk_size
-                store.append(k, v, since, layer.router)
-            continue
-        start = store.length + k.shape[2] - q.shape[2]
-        parts = parts_of(start, start + q.shape[2], layer.config, step=step, prompt_end=end)
-        result = _attend_sequences(layer, store, q, k, v, list(parts), keywords)
-        if columns is None:
-            out[rows] = result
-        else:
-            out[rows][:, :, columns] = result
+        piece = _stored(layer, store, query[rows], key[rows], value[rows], columns, step=step, end=end)
+        sinks = grouped_sinks(keywords, kv_heads, len(piece.query))
+        for part in piece.parts:
+            call = layer.call(paged, part.tile, query, value, keywords)
+            states = piece.states(layer, part, kv_heads)
+            execute = executor_of(call, *states, sinks)
+            result = execute(*states, start=part.start, sink_logit=sinks)
+            layer.counts(part.tile).add(result, kv_heads, layer.config, part)
+            out = result.out.unflatten(0, (-1, kv_heads)).flatten(1, 2).transpose(1, 2)
+            places = piece.rows(part) if piece.columns is None else piece.columns[piece.rows(part)]
+            returned[rows][:, places] = out
     return returned
 
 
-def _attend_sequences(
+@dataclasses.dataclass(frozen=True)
+class _Piece:
+    """New rows of sequences of one length, whose keys and values are stored by now.
+
+    Attributes:
+        query: (sequences, heads, rows, head_dim).
+        near: Keys and values (streams, n, dim) up to the last row, back to the first row's near field.
+        layout: Full chunks, or None.
+        parts: The rows, in order.
+        columns: Columns of the call that hold them, or None for all.
+    """
+
+    query: torch.Tensor
+    near: tuple[torch.Tensor, torch.Tensor]
+    layout: Layout | None
+    parts: list[Part]
+    columns: torch.Tensor | None
+
+    def rows(self, part: Part) -> slice:
+        """Where a part's rows are among the piece's."""
+        start = self.parts[0].start
+        return slice(part.start - start, part.stop - start)
+
+    def states(
+        self, layer: LayerSurgery, part: Part, kv_heads: int
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, Layout | None]:
+        """A part's queries by stream, keys and values up to its last row, and full chunks."""
+        query, after = self.query[:, :, self.rows(part)], self.parts[-1].stop - part.stop
+        keys, values = (x[:, : x.shape[1] - after] for x in self.near)
+        layout = self.layout
+        if layer.executed is not None and layout is not None:
+            layout = heard_layout(layout, layer.executed, query, values, part.tile)
+        return query.unflatten(1, (kv_heads, -1)).flatten(0, 1), keys, values, layout
+
+
+def _stored(
     layer: LayerSurgery,
     store: SequenceStore,
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    parts: list[Part],
-    keywords: dict[str, Any],
-) -> torch.Tensor:
-    """Operated attention of sequences of one length: (sequences, heads, rows, value_dim)."""
-    sequences, heads, _, _ = query.shape
-    kv_heads = key.shape[1]
-    group = heads // kv_heads
-    start, stop = parts[0].start, parts[-1].stop
-    since = closed_chunks(start, layer.config, parts[0].tile) * layer.config.chunk_size
-    near_keys, near_values = store.append(key, value, since, layer.router)
-    sinks = keywords.get("s_aux")
-    if sinks is not None:
-        sinks = sinks.detach().view(kv_heads, group).repeat(sequences, 1)
-    outs, layout = [], store.layout
-    for part in parts:
-        heard = layout
-        if layer.executed is not None and layout is not None:
-            heard = heard_layout(layout, layer.executed, query, value, part.tile)
-        keys = near_keys.shape[1] - (stop - part.stop)  # up to the part's last row
-        result = attend(
-            query[:, :, part.start - start : part.stop - start].unflatten(1, (kv_heads, group)).flatten(0, 1),
-            near_keys[:, :keys],
-            near_values[:, :keys],
-            heard,
-            config=part.config,
-            start=part.start,
-            tile=part.tile,
-            scale=keywords.get("scaling"),
-            softcap=keywords.get("softcap"),
-            sink_logit=sinks,
-            listener=None if layer.listener is None else functools.partial(layer.listener, part.tile),
-            router=layer.router,
-        )
-        counters = layer.counters.setdefault(part.tile, Counters())
-        counters.add(result, kv_heads, layer.config.page_size)
-        outs.append(result.out.unflatten(0, (sequences, kv_heads)).flatten(1, 2))
-    return outs[0] if len(outs) == 1 else torch.cat(outs, 2)
+    columns: torch.Tensor | None,
+    *,
+    step: bool,
+    end: int | None,
+) -> _Piece:
+    """Store what a call brings of sequences of one length, and cut their rows into parts."""
+    if columns is not None:
+        skip = key.shape[2] - query.shape[2]  # keys before the queries, where there is no paged cache
+        key, value = key[:, :, columns], value[:, :, columns]
+        columns = columns[columns >= skip] - skip
+        query = query[:, :, columns]
+    stop = store.length + key.shape[2]
+    start, size = stop - query.shape[2], layer.config.chunk_size
+    parts = list(parts_of(start, stop, layer.config, step=step, prompt_end=end))
+    since = closed_chunks(start, layer.config, parts[0].tile) if parts else store.length // size
+    near = store.append(key, value, since * size, layer.router)
+    return _Piece(query, near, store.layout, parts, columns)

@@ -12,8 +12,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, causal_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from llama_surgery.errors import SurgeryError, UnsupportedModelError
-from llama_surgery.surgery.cache import PagedCache
-from llama_surgery.surgery.calls import current_call, untraced
+from llama_surgery.surgery.calls import current_call
 from llama_surgery.surgery.execute import run_layer
 from llama_surgery.surgery.layer import ATTRIBUTE, LayerSurgery
 from llama_surgery.surgery.supported import crosses
@@ -171,7 +170,7 @@ def surgery_attention(
             f"{type(module).__name__} has {query.shape[2]} new tokens attend to {key.shape[2]} new keys, so "
             "to something else than the text before them. Only self-attention can be operated."
         )
-    return _operated(module, layer, query, key, value, attention_mask, cache, keywords), None
+    return run_layer(module, layer, query, key, value, attention_mask, cache, keywords), None
 
 
 _ABSENT = object()
@@ -179,28 +178,6 @@ _ABSENT = object()
 for _base, _name in INTERFACE_NAMES.items():
     AttentionInterface.register(_name, functools.partial(surgery_attention, _base))
     AttentionMaskInterface.register(_name, functools.partial(surgery_mask, _base))
-
-
-@untraced
-def _operated(
-    module: torch.nn.Module,
-    layer: LayerSurgery,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    mask: torch.Tensor | None,
-    cache: PagedCache | None,
-    keywords: dict[str, Any],
-) -> torch.Tensor:
-    layer.move_router(query.device)
-    kind = query.device.type
-    if not (torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)):
-        return run_layer(module, layer, query, key, value, mask, cache, keywords)
-    # As in PyTorch's own attention the states are cast, and nothing that is computed of them.
-    dtype = torch.get_autocast_dtype(kind)
-    states = (x if x.dtype == torch.float64 else x.to(dtype) for x in (query, key, value))
-    with torch.autocast(kind, enabled=False):
-        return run_layer(module, layer, *states, mask, cache, keywords)
 
 
 def dense_attention(

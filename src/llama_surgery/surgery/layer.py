@@ -8,7 +8,10 @@ from typing import Any
 
 import torch
 
+from llama_surgery.attention.call import AttentionCall
+from llama_surgery.attention.executor import resolve
 from llama_surgery.config import SurgeryConfig
+from llama_surgery.surgery.paged_layer import PagedLayer
 from llama_surgery.surgery.statistics import Counters
 from llama_surgery.topology.router import PageRouter
 from llama_surgery.topology.selection import ShareListener
@@ -37,6 +40,35 @@ class LayerSurgery:
     listener: Callable[[int, ShareListener], None] | None = None
     hear_queries: Callable[[torch.Tensor, int], None] | None = None
     executed: SurgeryConfig | None = None
+
+    def call(
+        self, paged: PagedLayer, tile: int, query: torch.Tensor, value: torch.Tensor, keywords: dict[str, Any]
+    ) -> AttentionCall:
+        """How rows in tiles of ``tile`` are executed: decided once for a cache.
+
+        Args:
+            paged: The layer's cache.
+            tile: Queries of a tile.
+            query: (..., head_dim), for its device and dtype.
+            value: (..., value_dim).
+            keywords: What transformers passes to attention functions.
+
+        Raises:
+            SurgeryError: The backend asked for by name cannot run the call.
+        """
+        # Corrections that are learned have gradients in some modes, and not in others.
+        given = (self.config, self.router, self.listener, query.dtype, torch.is_grad_enabled())
+        held = paged.calls.get(tile)
+        if held is None or any(a is not b for a, b in zip(held[0], given, strict=True)):
+            listener = None if self.listener is None else functools.partial(self.listener, tile)
+            options = {"scale": keywords.get("scaling"), "softcap": keywords.get("softcap")}
+            made = resolve(self.config, query, value, tile, router=self.router, listener=listener, **options)
+            held = paged.calls[tile] = given, made
+        return held[1]
+
+    def counts(self, tile: int) -> Counters:
+        """Counts of tiles of this size."""
+        return self.counters.setdefault(tile, Counters())
 
     def move_router(self, device: torch.device) -> None:
         """Have the router where the layer is computed: where weights are offloaded, only a call tells."""

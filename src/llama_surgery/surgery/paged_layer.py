@@ -3,6 +3,7 @@
 import torch
 from transformers.cache_utils import CacheLayerMixin
 
+from llama_surgery.attention.call import AttentionCall
 from llama_surgery.config import SurgeryConfig
 from llama_surgery.errors import SurgeryError, UnsupportedModelError
 from llama_surgery.surgery.buffers import PageBuffers, writable
@@ -38,6 +39,7 @@ class PagedLayer(CacheLayerMixin):
         self.buffers: PageBuffers | None = None
         self.batch = 0
         self.kv_heads = 0
+        self.calls: dict[int, tuple[tuple[object, ...], AttentionCall]] = {}  # of LayerSurgery, by tile
         self.recording = False  # a CUDA graph is being captured: what happens on the host is done at replays
         self._expected = False
         self._device_lengths: torch.Tensor | None = None
@@ -227,7 +229,7 @@ class PagedLayer(CacheLayerMixin):
 
     def reset(self) -> None:
         self.slots, self.batch, self.stores, self.buffers = 0, 0, [], None
-        self.is_initialized, self.cropped, self._device_lengths = False, False, None
+        self.is_initialized, self.cropped, self._device_lengths, self.calls = False, False, None, {}
 
     def crop(self, tokens: int) -> None:
         """Remove ``-tokens`` columns; a positive number is the length to keep (older transformers)."""

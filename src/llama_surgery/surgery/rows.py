@@ -1,26 +1,23 @@
 """How the rows of a call are computed: in tiles, or one by one."""
 
-import dataclasses
 from collections.abc import Iterator
+from typing import NamedTuple
 
 from llama_surgery.config import SurgeryConfig
 
 
-@dataclasses.dataclass(frozen=True)
-class Part:
+class Part(NamedTuple):
     """Consecutive rows that are computed alike.
 
     Attributes:
         start: Position of the first row.
         stop: One past the position of the last row.
         tile: Queries of a tile.
-        config: What they are computed by; θ is that of the tile.
     """
 
     start: int
     stop: int
     tile: int
-    config: SurgeryConfig
 
 
 def parts_of(
@@ -44,5 +41,5 @@ def parts_of(
     for index, end in enumerate(ends):
         end = min(end, stop)
         if start < end:
-            yield Part(start, end, 1 if index else tile, config)
+            yield Part(start, end, 1 if index else tile)
             start = end

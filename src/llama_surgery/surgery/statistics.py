@@ -6,8 +6,11 @@ from typing import Any
 
 import torch
 
-from llama_surgery.attention.api import AttentionResult
+from llama_surgery.attention.result import AttentionResult
+from llama_surgery.config import SurgeryConfig
 from llama_surgery.surgery.buffers import writable
+from llama_surgery.surgery.rows import Part
+from llama_surgery.topology.geometry import summary_pairs
 
 #: Held while counts are changed, by whatever thread: for additions alone, on the host. One for all counters,
 #: since they are copied and pickled with a model, and a lock cannot be.
@@ -76,10 +79,11 @@ class Counters:
             parts.append([n * (1 if name == "pages" else self._page_size) for n in pages])
         return [sum(column) for column in zip(*parts, strict=True)]
 
-    def add(self, result: AttentionResult, kv_heads: int, page_size: int) -> None:
-        """Count one call: ``result`` over (sequences * kv_heads) streams."""
+    def add(self, result: AttentionResult, kv_heads: int, config: SurgeryConfig, part: Part) -> None:
+        """Count one call: ``result`` of the rows ``part`` of (sequences * kv_heads) streams."""
         streams, _, rows, _ = result.out.shape
-        sequences = streams // kv_heads
+        sequences, page_size = streams // kv_heads, config.page_size
+        summaries = summary_pairs(part.start, part.stop, config, part.tile)
 
         def heads(counts: list[torch.Tensor]) -> torch.Tensor:
             none = torch.zeros(kv_heads, dtype=torch.int64, device=result.out.device)
@@ -91,7 +95,7 @@ class Counters:
         with COUNTING:
             self.choosers = max([self.choosers, *(len(p.counts) // streams for p in result.plans)])
             near, causal = result.near_pairs * sequences, result.causal_pairs * sequences
-            self.count(rows * sequences, near, causal, result.summary_pairs * sequences)
+            self.count(rows * sequences, near, causal, summaries * sequences)
             self._add("far_pairs", far_pairs)
             self._add("visible_pairs", visible_pairs)
             self._add("pages", pages)

@@ -13,10 +13,9 @@ pytest.importorskip("triton")
 from tests.attention.triton.test_decode_model import CONFIG, tiny, tokens
 
 import llama_surgery as surgery
-from llama_surgery.attention import api, executor
+from llama_surgery.attention import executor
 from llama_surgery.config import SurgeryConfig
 from llama_surgery.errors import SurgeryError
-from llama_surgery.surgery import decoding
 from llama_surgery.surgery.buffers import PageBuffers
 from llama_surgery.surgery.compat import CACHE_NAME
 from llama_surgery.topology.layout import Moments
@@ -38,8 +37,7 @@ def automatic(monkeypatch: pytest.MonkeyPatch) -> None:
                 return plain(dataclasses.replace(config, backend="triton"), *args, **options)  # type: ignore[arg-type]
         return plain(config, *args, **options)  # type: ignore[arg-type]
 
-    for module in (api, decoding, executor):
-        monkeypatch.setattr(module, "backend_name", name)
+    monkeypatch.setattr(executor, "backend_name", name)
 
 
 def answers(device: torch.device, *modes: Mode) -> torch.Tensor:

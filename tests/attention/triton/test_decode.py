@@ -16,6 +16,7 @@ from llama_surgery.attention.impl.triton.decode import DecodeResult, decode
 from llama_surgery.attention.impl.triton.decode_cache import DecodeCache, append_tokens
 from llama_surgery.attention.impl.triton.decode_tuning import DecodeTuning, open_splits
 from llama_surgery.attention.impl.triton.layout import build_layout as kernel_layout
+from llama_surgery.attention.result import AttentionResult
 from llama_surgery.config import SurgeryConfig
 from llama_surgery.errors import SurgeryError
 from llama_surgery.surgery.store import SequenceStore
@@ -97,7 +98,7 @@ def run(
     device: torch.device,
     tuning: DecodeTuning | None = None,
     router: PageRouter | None = None,
-) -> tuple[DecodeResult, list[api.AttentionResult]]:
+) -> tuple[DecodeResult, list[AttentionResult]]:
     """The kernels' result and, for every sequence, the reference's."""
     texts = make_texts(case, config, device, router)
     cache = loaded_cache(texts, case, config)

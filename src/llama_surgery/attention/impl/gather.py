@@ -28,7 +28,7 @@ def near_field(
     scale: float,
     softcap: float | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """See :meth:`llama_surgery.attention.api.Backend.near_field`."""
+    """See :meth:`llama_surgery.attention.blocks.Backend.near_field`."""
     return _attend(queries, keys, values, scale, softcap, causal=True)
 
 
@@ -105,7 +105,7 @@ def far_field(
     scale: float,
     softcap: float | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """See :meth:`llama_surgery.attention.api.Backend.far_field`."""
+    """See :meth:`llama_surgery.attention.blocks.Backend.far_field`."""
     if plan.everything:  # nothing to gather
         return merge(*near, *_attend(queries, keys, values, scale, softcap, causal=False))
     dtype = compute_dtype(queries.dtype)

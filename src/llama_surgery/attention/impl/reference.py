@@ -18,7 +18,7 @@ def near_field(
     scale: float,
     softcap: float | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """See :meth:`llama_surgery.attention.api.Backend.near_field`."""
+    """See :meth:`llama_surgery.attention.blocks.Backend.near_field`."""
     rows, count = queries.shape[2], keys.shape[1]
     visible = torch.ones(rows, count, dtype=torch.bool, device=queries.device).tril(count - rows)
     return masked_softmax(queries, keys, values, visible, scale, softcap)
@@ -35,7 +35,7 @@ def far_field(
     scale: float,
     softcap: float | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """See :meth:`llama_surgery.attention.api.Backend.far_field`."""
+    """See :meth:`llama_surgery.attention.blocks.Backend.far_field`."""
     visible = page_mask(plan, keys.shape[1] // page_size).repeat_interleave(page_size, -1)
     visible = visible.unflatten(0, (len(keys), -1))  # (streams, heads or 1, rows, keys)
     far_out, far_lse = masked_softmax(queries, keys, values, visible, scale, softcap)

@@ -6,17 +6,10 @@ Importing this package does not import triton; the first call does.
 import functools
 import importlib.util
 import os
-from typing import TYPE_CHECKING, Any
 
 import torch
 
-from llama_surgery.attention.impl.common import differentiable
 from llama_surgery.config import SurgeryConfig
-
-if TYPE_CHECKING:
-    from llama_surgery.attention.impl.triton.prefill import TiledResult
-    from llama_surgery.topology.layout import Layout
-    from llama_surgery.topology.router import PageRouter
 
 #: Most queries of a tile, and the widest head.
 LARGEST_TILE, LARGEST_HEAD = 128, 256
@@ -85,34 +78,3 @@ def _too_old(device: torch.device) -> str | None:
 @functools.cache
 def _installed() -> bool:
     return importlib.util.find_spec("triton") is not None
-
-
-def attend(
-    queries: torch.Tensor,
-    near_keys: torch.Tensor,
-    near_values: torch.Tensor,
-    layout: "Layout | None",
-    *,
-    sink_logit: torch.Tensor | None = None,
-    **options: Any,
-) -> "TiledResult":
-    """See :func:`prefill.attend`, and :func:`backward.attend` where a gradient is asked for."""
-    far = () if layout is None else (layout.keys, layout.values)
-    call: Any
-    if differentiable(queries, near_keys, near_values, *far, sink_logit):
-        from llama_surgery.attention.impl.triton import backward as call
-    else:
-        from llama_surgery.attention.impl.triton import prefill as call
-    return call.attend(queries, near_keys, near_values, layout, sink_logit=sink_logit, **options)
-
-
-def build_layout(
-    keys: torch.Tensor, values: torch.Tensor, config: SurgeryConfig, router: "PageRouter | None" = None
-) -> "Layout":
-    """See :func:`layout.build_layout`, and :func:`backward.build_layout` where a gradient is asked for."""
-    call: Any
-    if differentiable(keys, values):
-        from llama_surgery.attention.impl.triton import backward as call
-    else:
-        from llama_surgery.attention.impl.triton import layout as call
-    return call.build_layout(keys, values, config, router)

@@ -60,9 +60,6 @@ def attend(
     in the layout gets the sum where both were made from one tensor by PyTorch, as by :func:`build_layout`.
     The plans keep their lists, which the backward pass walks, cut to the longest of a strip: its length is
     read back.
-
-    Raises:
-        SurgeryError: A dtype, tile or rule that these kernels do not run.
     """
     tile = config.tile if tile is None else tile
     features = means = None

@@ -6,7 +6,7 @@ import math
 import torch
 import triton
 
-from llama_surgery.attention.impl.triton import MOST_QUERIES, obstacle
+from llama_surgery.attention.impl.triton import MOST_QUERIES
 from llama_surgery.attention.impl.triton.decode_cache import DecodeCache
 from llama_surgery.attention.impl.triton.decode_check import check_call
 from llama_surgery.attention.impl.triton.decode_kernels import score_kernel
@@ -193,13 +193,12 @@ def decode(
     return result
 
 
-def decode_obstacle(config: SurgeryConfig, queries: torch.Tensor, values: torch.Tensor) -> str | None:
-    """Why :func:`decode` cannot run a call, or None if it can.
+def decode_obstacle(config: SurgeryConfig, queries: torch.Tensor) -> str | None:
+    """Why :func:`decode` cannot run a call that the other kernels can run, or None if it can.
 
     Args:
         config: The topology.
         queries: (…, rows, head_dim).
-        values: (…, value_dim).
     """
     rows = queries.shape[-2]
     if not 1 <= rows <= MOST_QUERIES:
@@ -211,11 +210,11 @@ def decode_obstacle(config: SurgeryConfig, queries: torch.Tensor, values: torch.
         )
     if torch.is_grad_enabled() and queries.requires_grad:
         return "decode steps are not differentiated; use torch.no_grad()"
-    return obstacle(config, queries, values, 1)
+    return None
 
 
 def _check(config: SurgeryConfig, queries: torch.Tensor, cache: DecodeCache) -> None:
-    problem = decode_obstacle(config, queries, cache.values)
+    problem = decode_obstacle(config, queries)
     if problem is None and config.summarises(1) and cache.mean_values is None:
         problem = f"summary={config.summary!r}, but the cache holds no mean values"
     if problem is not None:

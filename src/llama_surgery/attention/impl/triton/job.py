@@ -8,7 +8,7 @@ import torch
 import triton
 
 from llama_surgery.attention.impl.common import differentiable
-from llama_surgery.attention.impl.triton import LARGEST_SQUARE, obstacle
+from llama_surgery.attention.impl.triton import LARGEST_SQUARE
 from llama_surgery.attention.impl.triton.feature_kernels import feature_kernel
 from llama_surgery.attention.impl.triton.helpers import exact_products, launching
 from llama_surgery.attention.impl.triton.tuning import Tuning, family_of, tuning_for
@@ -125,9 +125,6 @@ def make_job(
     """Gather a call's arguments, queries (streams, heads, rows, head_dim). See :func:`attend`."""
     tile = config.tile if tile is None else tile
     streams = queries.shape[0]
-    problem = obstacle(config, queries, near_values, tile)
-    if problem is not None:
-        raise SurgeryError(f"the triton kernels cannot run this: {problem}.")
     queries, near_keys, near_values = (
         x if x.stride(-1) == 1 else x.contiguous() for x in (queries, near_keys, near_values)
     )

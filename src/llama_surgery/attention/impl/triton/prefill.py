@@ -21,7 +21,7 @@ from llama_surgery.topology.router import PageRouter
 
 @dataclasses.dataclass(frozen=True)
 class TiledResult:
-    """What :func:`attend` returns; the fields of ``api.AttentionResult`` with tiled plans."""
+    """What :func:`attend` returns; the fields of ``AttentionResult`` with tiled plans."""
 
     out: torch.Tensor
     lse: torch.Tensor
@@ -48,15 +48,12 @@ def attend(
 ) -> TiledResult:
     """Attention of consecutive rows through the ``pages`` topology.
 
-    Arguments and results are those of :func:`llama_surgery.attention.api.attend`, which checks them.
-    Pages are scored from moments in the queries' dtype.
+    Arguments and results are those of :func:`llama_surgery.attention.api.attend`, which checks them and
+    whether these kernels run them. Pages are scored from moments in the queries' dtype.
 
     Args:
         keep_lists: Keep the page lists in the returned plans, for inspection.
         trim_lists: Keep no more of them than is valid, for a backward pass. Reads back a length per strip.
-
-    Raises:
-        SurgeryError: A dtype, tile or rule that these kernels do not run.
     """
     job = make_job(
         queries,
