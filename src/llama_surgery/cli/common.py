@@ -1,6 +1,7 @@
 """What all commands share: options, consoles, errors, loading a model, progress."""
 
 import enum
+import functools
 import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -53,42 +54,28 @@ show_version = Annotated[
     bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
 ]
 
+
+def option(panel: str | None, kind: Any, help: str, *names: str, **checks: Any) -> Any:
+    """The annotation of a command's option, shown under ``panel``."""
+    return Annotated[kind, typer.Option(*names, help=help, rich_help_panel=panel, **checks)]
+
+
+#: Options of their own panel, and those under the panel of the model, the topology and the samples.
+own_option = functools.partial(option, None)
+model_option = functools.partial(option, "Model")
+topology_option = functools.partial(option, "Topology")
+sample_option = functools.partial(option, "Samples")
+
 ModelArgument = Annotated[
     str,
     typer.Argument(
         help="Folder of a Hugging Face checkpoint with its tokenizer, a GGUF file, or a name on the Hub."
     ),
 ]
-DeviceOption = Annotated[
+ShapeArgument = Annotated[
     str,
-    typer.Option(
-        help="Where to run: cpu, cuda, cuda:1, mps … 'auto' takes a GPU if there is one, 'split' spreads the "
-        "layers over all GPUs (needs accelerate).",
-        rich_help_panel="Model",
-    ),
-]
-DtypeOption = Annotated[
-    Dtype,
-    typer.Option(
-        help="Precision. 'auto' is float32 on a CPU and what the checkpoint holds elsewhere.",
-        rich_help_panel="Model",
-    ),
-]
-JsonOption = Annotated[
-    bool, typer.Option("--json", help="Print JSON instead of tables (progress goes to standard error).")
-]
-SeedOption = Annotated[int, typer.Option(help="Same seed, same samples.", rich_help_panel="Samples")]
-BatchOption = Annotated[
-    int,
-    typer.Option(
-        min=1, help="Samples answered together: more is faster on a GPU.", rich_help_panel="Samples"
-    ),
-]
-AdapterOption = Annotated[
-    Path | None,
-    typer.Option(
-        help="Adapter folder written by 'llama-surgery operate'.",
-        rich_help_panel="Topology",
+    typer.Argument(
+        help="Folder of a checkpoint, a config.json, a GGUF file, or a name on the Hub: no weights are read."
     ),
 ]
 AdapterArgument = Annotated[
@@ -97,27 +84,29 @@ AdapterArgument = Annotated[
         help="Adapter folder written by 'llama-surgery operate'; the default topology without.",
     ),
 ]
-CalibrationOption = Annotated[
-    Path | None,
-    typer.Option(
-        help="Text (a .txt file or a folder of them) on which thresholds are set so that --density holds.",
-        rich_help_panel="Topology",
-    ),
-]
-DensityOption = Annotated[
+DeviceOption = model_option(
+    str,
+    "Where to run: cpu, cuda, cuda:1, mps … 'auto' takes a GPU if there is one, 'split' spreads the layers "
+    "over all GPUs (needs accelerate).",
+)
+DtypeOption = model_option(
+    Dtype, "Precision. 'auto' is float32 on a CPU and what the checkpoint holds elsewhere."
+)
+JsonOption = own_option(bool, "Print JSON instead of tables (progress goes to standard error).", "--json")
+SeedOption = sample_option(int, "Same seed, same samples.")
+BatchOption = sample_option(int, "Samples answered together: more is faster on a GPU.", min=1)
+AdapterOption = topology_option(Path | None, "Adapter folder written by 'llama-surgery operate'.")
+TileOption = topology_option(int, "Neighbouring tokens that share what they read in prefill.", min=1)
+CalibrationOption = topology_option(
+    Path | None, "Text (a .txt file or a folder of them) on which thresholds are set so that --density holds."
+)
+DensityOption = topology_option(
     float | None,
-    typer.Option(
-        help="Largest share of all (query, key) pairs that may be read from the far field, for example 0.06.",
-        rich_help_panel="Topology",
-    ),
-]
-DecodeDensityOption = Annotated[
-    float | None,
-    typer.Option(
-        help="The same share for decode steps. Left out, they read everything, as the dense model does.",
-        rich_help_panel="Topology",
-    ),
-]
+    "Largest share of all (query, key) pairs that may be read from the far field, for example 0.06.",
+)
+DecodeDensityOption = topology_option(
+    float | None, "The same share for decode steps. Left out, they read everything, as the dense model does."
+)
 
 
 @contextmanager

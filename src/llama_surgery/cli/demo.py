@@ -5,9 +5,8 @@ import math
 import statistics
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
-import typer
 from rich.table import Table
 
 from llama_surgery.cli.common import (
@@ -17,10 +16,12 @@ from llama_surgery.cli.common import (
     escape,
     load_model,
     out,
+    own_option,
     print_json,
     progress,
 )
 from llama_surgery.cli.demo_model import Fact, cases, fetch, planted
+from llama_surgery.cli.tables import make_table
 from llama_surgery.errors import SurgeryError
 
 if TYPE_CHECKING:
@@ -56,10 +57,8 @@ class Reading:
 
 
 def demo(
-    out_folder: Annotated[Path, typer.Option("--out", help="Folder for the figures (demo.json).")],
-    small: Annotated[
-        bool, typer.Option("--small", help="The small model of the repository: nothing is downloaded.")
-    ] = False,
+    out_folder: own_option(Path, "Folder for the figures (demo.json).", "--out"),
+    small: own_option(bool, "The small model of the repository: nothing is downloaded.", "--small") = False,
     device: DeviceOption = "cpu",
     json: JsonOption = False,
 ) -> None:
@@ -170,9 +169,6 @@ def _summary(dense: Reading, operated: Reading, facts: list[Fact]) -> Table:
     found, kept = right(dense, facts), right(operated, facts)
     both = sum(one and other for one, other in zip(found, kept, strict=True))
     ratio, slower = operated.perplexity / dense.perplexity, sum(operated.seconds) / sum(dense.seconds)
-    table = Table()
-    for name in ("", "dense", "operated", ""):
-        table.add_column(name, justify="right" if name else "left")
     rows = (
         ("read of all (query, key) pairs", "100%", f"{operated.total:.1%}", f"{operated.far:.1%} far away"),
         ("perplexity", f"{dense.perplexity:.2f}", f"{operated.perplexity:.2f}", f"× {ratio:.3f}"),
@@ -180,9 +176,7 @@ def _summary(dense: Reading, operated: Reading, facts: list[Fact]) -> Table:
         ("reading, seconds", f"{sum(dense.seconds):.1f}", f"{sum(operated.seconds):.1f}", f"× {slower:.2f}"),
         ("a written token, ms", f"{dense.step:.0f}", f"{operated.step:.0f}", "both read everything"),
     )
-    for row in rows:
-        table.add_row(*row)
-    return table
+    return make_table("", ("", "dense", "operated", ""), rows)
 
 
 def _questions(dense: Reading, operated: Reading, facts: list[Fact]) -> Table:

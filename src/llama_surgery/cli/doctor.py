@@ -2,22 +2,24 @@
 
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
 import typer
-from rich.table import Table
 
 from llama_surgery.cli.common import (
     AdapterOption,
     DeviceOption,
     Dtype,
     JsonOption,
+    ShapeArgument,
     escape,
     out,
+    own_option,
     print_json,
     status,
     token_counts,
 )
+from llama_surgery.cli.tables import make_table
 
 if TYPE_CHECKING:
     import torch
@@ -28,25 +30,15 @@ if TYPE_CHECKING:
 
 def doctor(
     *,
-    model: Annotated[
-        str,
-        typer.Argument(
-            help="Folder of a checkpoint, config.json, GGUF file, or a name on the Hub: no weights are read."
-        ),
-    ],
+    model: ShapeArgument,
     adapter: AdapterOption = None,
-    density: Annotated[
-        float,
-        typer.Option(
-            min=0, max=1, help="Executed far density at the largest length, for which a threshold is found."
-        ),
-    ] = 0.06,
-    length: Annotated[list[str] | None, typer.Option(help="Tokens, as 4096 or 4k. May be repeated.")] = None,
-    write: Annotated[bool, typer.Option("--write", help="Write the position into --adapter.")] = False,
-    seconds: Annotated[float, typer.Option(min=1, help="No further length begins after this many.")] = 60.0,
-    csv: Annotated[Path, typer.Option("--csv", help="CSV of the times, written as measured.")] = Path(
-        "out/doctor.csv"
-    ),
+    density: own_option(
+        float, "Executed far density at the largest length, for which a threshold is found.", min=0, max=1
+    ) = 0.06,
+    length: own_option(list[str] | None, "Tokens, as 4096 or 4k. May be repeated.") = None,
+    write: own_option(bool, "Write the position into --adapter.", "--write") = False,
+    seconds: own_option(float, "No further length begins after this many.", min=1) = 60.0,
+    csv: own_option(Path, "CSV of the times, written as measured.", "--csv") = Path("out/doctor.csv"),
     device: DeviceOption = "auto",
     dtype: Dtype = Dtype.auto,
     json: JsonOption = False,
@@ -99,12 +91,11 @@ def doctor(
         points_told = [p._asdict() for p in points]
         print_json({**told, "advice": advice, "dense_until": until, "points": points_told})
         return
-    table = Table(title="Attention of one layer, milliseconds", title_justify="left")
-    for name in ("tokens", "dense path", "operated", "PyTorch's SDPA"):
-        table.add_column(name, justify="right")
-    for p in points:
-        table.add_row(f"{p.length:,}", f"{p.dense_ms:.3f}", f"{p.operated_ms:.3f}", f"{p.rival_ms:.3f}")
-    out.print(table)
+    columns = ("tokens", "dense path", "operated", "PyTorch's SDPA")
+    rows = [
+        (f"{p.length:,}", *(f"{ms:.3f}" for ms in (p.dense_ms, p.operated_ms, p.rival_ms))) for p in points
+    ]
+    out.print(make_table("Attention of one layer, milliseconds", columns, rows))
     out.print(advice, highlight=False, soft_wrap=True)
     if write:
         out.print(f"dense_until = {until} is written into {adapter}.", highlight=False, soft_wrap=True)

@@ -19,23 +19,26 @@ from llama_surgery.cli.common import (
     JsonOption,
     ModelArgument,
     SeedOption,
+    TileOption,
     load_model,
+    model_option,
+    option,
+    own_option,
     progress,
+    sample_option,
     split_values,
     token_counts,
     topology_of,
+    topology_option,
 )
 from llama_surgery.cli.evaluate_output import write_and_print
 from llama_surgery.cli.evaluate_parts import Parts
-from llama_surgery.cli.topology import TileOption, config_for, option, topology_options
+from llama_surgery.cli.topology import config_for, topology_options
 
 #: Exit code of a gate that does not let pass.
 CLOSED = 3
 
 
-_own = functools.partial(option, None)
-_topology = functools.partial(option, "Topology")
-_sample = functools.partial(option, "Samples")
 _ruler = functools.partial(option, "RULER")
 _lm_eval = functools.partial(option, "lm-evaluation-harness")
 _against = functools.partial(option, "Other rules")
@@ -45,21 +48,21 @@ _against = functools.partial(option, "Other rules")
 def evaluate(
     *,
     model: ModelArgument,
-    text: _own(
+    text: own_option(
         Path | None, "Text to measure on: a .txt file or a folder of them. Not the calibration text."
     ) = None,
-    out_folder: _own(
+    out_folder: own_option(
         Path | None,
         "Folder for results.json (for 'report'), tables as CSV, and all that is finished: the same command "
         "goes on there.",
         "--out",
     ) = None,
-    gate: _own(
+    gate: own_option(
         Path | None,
         "Exit with 3 unless all losses stay within these limits: a JSON file with one or more of perplexity, "
         "needles, ruler, ruler_single (docs/evaluation.md).",
     ) = None,
-    seconds: _own(
+    seconds: own_option(
         float | None,
         "Begin no RULER samples and no other rules after this many; the same command goes on.",
         min=0,
@@ -69,37 +72,37 @@ def evaluate(
     density: DensityOption = None,
     decode_density: DecodeDensityOption = None,
     tile: TileOption = 64,
-    also_tile: _topology(
+    also_tile: topology_option(
         list[int] | None, "Measure this tile size too, against the same dense run. May be repeated.", min=1
     ) = None,
-    length: _sample(int, "Tokens of a perplexity window.", min=2) = 8192,
-    windows: _sample(
+    length: sample_option(int, "Tokens of a perplexity window.", min=2) = 8192,
+    windows: sample_option(
         int | None, "Perplexity windows. 16 if left out (24 --against), or as many as the text holds.", min=1
     ) = None,
-    needles: _sample(
+    needles: sample_option(
         int | None, "Planted facts to ask for, by real generation. None if left out, 200 --against.", min=0
     ) = None,
-    needle_length: _sample(
+    needle_length: sample_option(
         list[int] | None, "Tokens of a needle prompt. May be repeated. --length if left out.", min=1
     ) = None,
-    needle_variant: _sample(
+    needle_variant: sample_option(
         list[str] | None,
         "Harder needles: one-fact (the default), four-facts, sixteen-facts, two-asked, alike-names, or all "
         "(the default --against). May be repeated.",
     ) = None,
     batch: BatchOption = 1,
-    domain: _sample(
+    domain: sample_option(
         list[str] | None,
         "Measure perplexity and divergence on this text too, thresholds unchanged: a .txt file, a folder of "
         "them, or name=path. May be repeated.",
     ) = None,
-    continuations: _sample(
+    continuations: sample_option(
         int,
         "Windows of --length tokens whose end the models write themselves, greedily: agreement with the "
         "dense text, repetition, length. 0 for none.",
         min=0,
     ) = 0,
-    continuation_tokens: _sample(int, "Tokens of such an end.", min=1) = 1024,
+    continuation_tokens: sample_option(int, "Tokens of such an end.", min=1) = 1024,
     seed: SeedOption = 0,
     ruler: _ruler(bool, "Answer RULER's long-context tasks, sample by sample.", "--ruler") = False,
     ruler_length: _ruler(
@@ -145,7 +148,7 @@ def evaluate(
     total_density: _against(
         list[float] | None, "Total density wanted of every rule, near field included. May be repeated."
     ) = None,
-    tf32: option("Model", bool, "Multiply float32 matrices in TF32 on a GPU.", "--tf32") = False,
+    tf32: model_option(bool, "Multiply float32 matrices in TF32 on a GPU.", "--tf32") = False,
     device: DeviceOption = "auto",
     dtype: DtypeOption = Dtype.auto,
     json: JsonOption = False,

@@ -1,9 +1,6 @@
 """``llama-surgery export-topology``."""
 
 from pathlib import Path
-from typing import Annotated
-
-import typer
 
 from llama_surgery.cli.common import (
     AdapterArgument,
@@ -14,6 +11,7 @@ from llama_surgery.cli.common import (
     ModelArgument,
     load_model,
     out,
+    own_option,
     print_json,
     status,
     topology_of,
@@ -22,10 +20,10 @@ from llama_surgery.cli.common import (
 
 def export_topology(
     model: ModelArgument,
-    text: Annotated[Path, typer.Option(help="A UTF-8 text file, read from its beginning.")],
-    out_file: Annotated[Path, typer.Option("--out", help="File to write, a NumPy archive (.npz).")],
+    text: own_option(Path, "A UTF-8 text file, read from its beginning."),
+    out_file: own_option(Path, "File to write, a NumPy archive (.npz).", "--out"),
     adapter: AdapterArgument = None,
-    length: Annotated[int, typer.Option(min=1, help="Tokens of the text that are read, at most.")] = 8192,
+    length: own_option(int, "Tokens of the text that are read, at most.", min=1) = 8192,
     device: DeviceOption = "auto",
     dtype: DtypeOption = Dtype.auto,
     json: JsonOption = False,

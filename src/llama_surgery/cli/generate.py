@@ -1,7 +1,7 @@
 """``llama-surgery generate``."""
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import typer
 
@@ -14,6 +14,7 @@ from llama_surgery.cli.common import (
     ModelArgument,
     load_model,
     out,
+    own_option,
     print_json,
 )
 from llama_surgery.errors import SurgeryError
@@ -21,15 +22,13 @@ from llama_surgery.errors import SurgeryError
 
 def generate(
     model: ModelArgument,
-    prompt: Annotated[str | None, typer.Option(help="The text to go on from.")] = None,
-    prompt_file: Annotated[
-        Path | None, typer.Option(help="The same, read from a UTF-8 file: for long contexts.")
-    ] = None,
+    prompt: own_option(str | None, "The text to go on from.") = None,
+    prompt_file: own_option(Path | None, "The same, read from a UTF-8 file: for long contexts.") = None,
     adapter: AdapterOption = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="How many tokens to write at most.")] = 64,
-    sample: Annotated[bool, typer.Option("--sample", help="Draw tokens instead of the likeliest.")] = False,
-    temperature: Annotated[float, typer.Option(min=0.01, help="With --sample: lower is safer.")] = 1.0,
-    seed: Annotated[int, typer.Option(help="With --sample: same seed, same text.")] = 0,
+    max_new_tokens: own_option(int, "How many tokens to write at most.", min=1) = 64,
+    sample: own_option(bool, "Draw tokens instead of the likeliest.", "--sample") = False,
+    temperature: own_option(float, "With --sample: lower is safer.", min=0.01) = 1.0,
+    seed: own_option(int, "With --sample: same seed, same text.") = 0,
     device: DeviceOption = "auto",
     dtype: DtypeOption = Dtype.auto,
     json: JsonOption = False,

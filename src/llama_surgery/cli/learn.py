@@ -14,22 +14,19 @@ from llama_surgery.cli.common import (
     DtypeOption,
     JsonOption,
     ModelArgument,
+    TileOption,
     _device,
     load_model,
     load_tokenizer,
+    option,
+    own_option,
     progress,
     status,
+    topology_option,
 )
 from llama_surgery.cli.learn_report import reporter, silent, told
 from llama_surgery.cli.run import calibrated
-from llama_surgery.cli.topology import (
-    STEPS,
-    TileOption,
-    config_for,
-    learned_parts,
-    option,
-    topology_options,
-)
+from llama_surgery.cli.topology import STEPS, config_for, learned_parts, topology_options
 from llama_surgery.config import SurgeryConfig
 from llama_surgery.errors import SurgeryError
 
@@ -50,16 +47,15 @@ _learning = functools.partial(option, "Learning")
 def learn(
     *,
     model: ModelArgument,
-    out_folder: option(None, Path, "Folder for the adapter and its checkpoints.", "--out"),
-    text: option(None, Path, "Text like what the model will read: a .txt file or a folder of them."),
-    density: option(
-        "Topology",
+    out_folder: own_option(Path, "Folder for the adapter and its checkpoints.", "--out"),
+    text: own_option(Path, "Text like what the model will read: a .txt file or a folder of them."),
+    density: topology_option(
         float | None,
         "Largest share of all (query, key) pairs that may be read from the far field, such as 0.06. "
         "--topology gumbel has none, all else needs it.",
     ) = None,
-    length: option(
-        None, int | None, "Tokens of a window. The model's context, at most 8192, if left out.", min=1
+    length: own_option(
+        int | None, "Tokens of a window. The model's context, at most 8192, if left out.", min=1
     ) = None,
     tile: TileOption = 64,
     steps: _learning(int, "Steps, each on one window.", min=1) = STEPS,

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import typer
 
@@ -15,10 +15,13 @@ from llama_surgery.cli.common import (
     DtypeOption,
     JsonOption,
     ModelArgument,
+    TileOption,
     load_model,
     out,
+    own_option,
     print_json,
     progress,
+    topology_option,
 )
 from llama_surgery.cli.run import counted, thresholds
 from llama_surgery.cli.topology import config_for, topology_options
@@ -40,36 +43,23 @@ def _share(text: str) -> float:
 def operate(
     *,
     model: ModelArgument,
-    out_folder: Annotated[Path, typer.Option("--out", help="Folder for the adapter.")],
-    text: Annotated[
+    out_folder: own_option(Path, "Folder for the adapter.", "--out"),
+    text: own_option(
         Path | None,
-        typer.Option(
-            help="Text like what the model will read: a .txt file or a folder. Needs --density or --max-loss."
-        ),
-    ] = None,
+        "Text like what the model will read: a .txt file or a folder. Needs --density or --max-loss.",
+    ) = None,
     density: DensityOption = None,
-    max_loss: Annotated[
+    max_loss: topology_option(
         float | None,
-        typer.Option(
-            parser=_share,
-            metavar="SHARE",
-            help="Instead of --density: how much perplexity may rise, as 1% or 0.01. What is read follows.",
-            rich_help_panel="Topology",
-        ),
-    ] = None,
+        "Instead of --density: how much perplexity may rise, as 1% or 0.01. What is read follows.",
+        parser=_share,
+        metavar="SHARE",
+    ) = None,
     decode_density: DecodeDensityOption = None,
-    length: Annotated[
-        int | None,
-        typer.Option(
-            min=1, help="Tokens of a calibration window. The model's context, at most 8192, if left out."
-        ),
-    ] = None,
-    tile: Annotated[
-        int,
-        typer.Option(
-            help="Neighbouring tokens that share what they read in prefill.", rich_help_panel="Topology"
-        ),
-    ] = 64,
+    length: own_option(
+        int | None, "Tokens of a calibration window. The model's context, at most 8192, if left out.", min=1
+    ) = None,
+    tile: TileOption = 64,
     device: DeviceOption = "auto",
     dtype: DtypeOption = Dtype.auto,
     json: JsonOption = False,

@@ -1,62 +1,48 @@
 """``llama-surgery plan``."""
 
 import dataclasses
-from typing import TYPE_CHECKING, Annotated, Any
+import functools
+from typing import TYPE_CHECKING, Any
 
-import typer
-from rich.table import Table
-
-from llama_surgery.cli.common import JsonOption, out, print_json, status, token_counts
+from llama_surgery.cli.common import (
+    JsonOption,
+    ShapeArgument,
+    TileOption,
+    option,
+    out,
+    own_option,
+    print_json,
+    status,
+    token_counts,
+    topology_option,
+)
+from llama_surgery.cli.tables import make_table
 from llama_surgery.cli.topology import STEPS, config_for, learned_parts, topology_options
 
 if TYPE_CHECKING:
     from llama_surgery.learning.forecast import Learning, Length, Shape
 
-_LEARNING, _RATES = "Learning", "Rates assumed"
+_learning = functools.partial(option, "Learning")
+_rates = functools.partial(option, "Rates assumed")
 
 
 @topology_options
 def plan(
     *,
-    model: Annotated[
-        str,
-        typer.Argument(
-            help="Folder of a checkpoint, a config.json, or a name on the Hub: no weights are read."
-        ),
-    ],
-    density: Annotated[
-        float,
-        typer.Option(
-            min=0.0, max=1.0, help="Executed far density that θ is set for.", rich_help_panel="Topology"
-        ),
-    ] = 0.06,
-    calibrated: Annotated[
-        str, typer.Option(help="Tokens of the windows that θ is set on.", rich_help_panel="Topology")
-    ] = "8k",
-    tile: Annotated[
-        int,
-        typer.Option(
-            min=1, help="Neighbouring tokens that share what they read.", rich_help_panel="Topology"
-        ),
-    ] = 64,
-    length: Annotated[
-        list[str] | None,
-        typer.Option(help="Tokens of a text, as 8192 or 8k. May be repeated, or several after commas."),
-    ] = None,
-    part: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="What is learned beside budgets. As 'learn' has it, if left out.", rich_help_panel=_LEARNING
-        ),
-    ] = None,
-    windows: Annotated[int, typer.Option(min=1, help="Training windows.", rich_help_panel=_LEARNING)] = 16,
-    steps: Annotated[int, typer.Option(min=1, help="Steps.", rich_help_panel=_LEARNING)] = STEPS,
-    tflops: Annotated[
-        float, typer.Option(min=0.001, help="What the device computes, in TFLOP/s.", rich_help_panel=_RATES)
-    ] = 100.0,
-    disk: Annotated[
-        float, typer.Option(min=0.001, help="What the disk reads, in GB/s.", rich_help_panel=_RATES)
-    ] = 2.0,
+    model: ShapeArgument,
+    density: topology_option(float, "Executed far density that θ is set for.", min=0.0, max=1.0) = 0.06,
+    calibrated: topology_option(str, "Tokens of the windows that θ is set on.") = "8k",
+    tile: TileOption = 64,
+    length: own_option(
+        list[str] | None, "Tokens of a text, as 8192 or 8k. May be repeated, or several after commas."
+    ) = None,
+    part: _learning(
+        list[str] | None, "What is learned beside budgets. As 'learn' has it, if left out."
+    ) = None,
+    windows: _learning(int, "Training windows.", min=1) = 16,
+    steps: _learning(int, "Steps.", min=1) = STEPS,
+    tflops: _rates(float, "What the device computes, in TFLOP/s.", min=0.001) = 100.0,
+    disk: _rates(float, "What the disk reads, in GB/s.", min=0.001) = 2.0,
     json: JsonOption = False,
     settings: dict[str, Any],
 ) -> None:
@@ -120,21 +106,17 @@ def _print(
     disk: float,
     steps: int,
 ) -> None:
-    table = Table(title=f"A text of one sequence, {shape.parameters / 1e9:.3g} billion parameters")
-    for name in ("tokens", "near", "far", "scores", "summary", "attention ÷", "model ÷", "keys and values"):
-        table.add_column(name, justify="right")
-    for text in texts:
-        table.add_row(
-            f"{text.length:,}",
-            f"{text.near_density:.3f}",
-            f"{text.far_density:.4f}",
-            f"{text.scoring:.4f}",
-            f"{text.summary:.4f}",
-            f"{text.attention_speedup:.1f}",
-            f"{text.model_speedup:.2f}",
-            _bytes(text.cache_bytes),
+    rows = [
+        (
+            *(f"{text.length:,}", f"{text.near_density:.3f}", f"{text.far_density:.4f}"),
+            *(f"{text.scoring:.4f}", f"{text.summary:.4f}", f"{text.attention_speedup:.1f}"),
+            *(f"{text.model_speedup:.2f}", _bytes(text.cache_bytes)),
         )
-    out.print(table)
+        for text in texts
+    ]
+    columns = ("tokens", "near", "far", "scores", "summary", "attention ÷", "model ÷", "keys and values")
+    title = f"A text of one sequence, {shape.parameters / 1e9:.3g} billion parameters"
+    out.print(make_table(title, columns, rows))
     out.print(
         "Shares are of attention over all causal pairs. ÷: multiplications of the dense prefill over those "
         f"of the operated one, not measured time. Far density {density:g} is taken to hold up to {window:,} "

@@ -5,21 +5,19 @@ from typing import Annotated
 
 import typer
 
-from llama_surgery.cli.common import out, status
+from llama_surgery.cli.common import out, own_option, status
 
 
 def report(
     results: Annotated[
         Path, typer.Argument(help="Results file, as 'llama-surgery evaluate --out' writes it.")
     ],
-    out_file: Annotated[Path, typer.Option("--out", help="The HTML file to write.")] = Path("report.html"),
-    frontier: Annotated[
+    out_file: own_option(Path, "The HTML file to write.", "--out") = Path("report.html"),
+    frontier: own_option(
         Path | None,
-        typer.Option(
-            help="CSV of many measured configurations, drawn as quality against density. Its columns are the "
-            "fields of llama_surgery.report.frontier.FrontierPoint."
-        ),
-    ] = None,
+        "CSV of many measured configurations, drawn as quality against density. Its columns are the "
+        "fields of llama_surgery.report.frontier.FrontierPoint.",
+    ) = None,
 ) -> None:
     """Draw a results file as one self-contained HTML page, which loads nothing from outside."""
     with status("Drawing the report …"):

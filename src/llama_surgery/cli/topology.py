@@ -3,58 +3,51 @@
 import functools
 import inspect
 from collections.abc import Callable
-from typing import Annotated, Any
+from typing import Any
 
-import typer
-
-from llama_surgery.cli.common import split_values
+from llama_surgery.cli.common import split_values, topology_option
 from llama_surgery.config import SurgeryConfig
 
 #: Steps of learning, unless told otherwise: what docs/learning.md was measured with.
 STEPS = 50
-_PANEL = "Topology"
 _DEFAULT = SurgeryConfig()
-
-
-def option(panel: str | None, kind: Any, help: str, *names: str, **checks: Any) -> Any:
-    """The annotation of a command's option, shown under ``panel``."""
-    return Annotated[kind, typer.Option(*names, help=help, rich_help_panel=panel, **checks)]
-
-
-_option = functools.partial(option, _PANEL)
-#: The option that commands with a topology of their own have beside its fields.
-TileOption = _option(int, "Neighbouring tokens that share what they read in prefill.", min=1)
 
 
 #: Field of the configuration → type and help of its option.
 _FIELDS: dict[str, Any] = {
-    "page_size": _option(int, "Keys of a page, the block that is read as a whole."),
-    "chunk_size": _option(int, "Tokens of a chunk: each gets a tree of its own."),
-    "window": _option(int, "Tokens that always stay in the near field, which is read in full."),
-    "theta": _option(
+    "page_size": topology_option(int, "Keys of a page, the block that is read as a whole."),
+    "chunk_size": topology_option(int, "Tokens of a chunk: each gets a tree of its own."),
+    "window": topology_option(int, "Tokens that always stay in the near field, which is read in full."),
+    "theta": topology_option(
         float | None,
         "Open a page when its expected share of a head's attention exceeds this. Set by --density.",
     ),
-    "theta_decode": _option(
+    "theta_decode": topology_option(
         float | None, "The same for decoding, token by token: 0 reads everything. Set by --decode-density."
     ),
-    "variance_pool": _option(
+    "variance_pool": topology_option(
         int, "Channels whose variances are averaged for scoring: 1, or 8 to score at nearly half the cost."
     ),
-    "summary": _option(str, "What stands in for the pages that are not read: page, a mean of each, or none."),
-    "backend": _option(str, "Who executes the plan: auto, reference, gather, triton."),
+    "summary": topology_option(
+        str, "What stands in for the pages that are not read: page, a mean of each, or none."
+    ),
+    "backend": topology_option(str, "Who executes the plan: auto, reference, gather, triton."),
 }
 
 #: The same for ``topology="gumbel"``, of commands that take it.
 _GUMBEL_FIELDS: dict[str, Any] = {
-    "topology": _option(str, "pages, or gumbel: the preprint's content router, with the options --gumbel-…"),
-    "gumbel_arities": _option(
+    "topology": topology_option(
+        str, "pages, or gumbel: the preprint's content router, with the options --gumbel-…"
+    ),
+    "gumbel_arities": topology_option(
         list[int] | None,
         "Children of a node of its tree, 2 if left out. Repeated, one for each of equal groups of heads.",
     ),
-    "gumbel_radius": _option(int | None, "Largest visible distance; half the tree's levels if left out."),
-    "gumbel_window": _option(int | None, "Last tokens that are always visible, 128 if left out."),
-    "gumbel_length": _option(
+    "gumbel_radius": topology_option(
+        int | None, "Largest visible distance; half the tree's levels if left out."
+    ),
+    "gumbel_window": topology_option(int | None, "Last tokens that are always visible, 128 if left out."),
+    "gumbel_length": topology_option(
         int | None, "Tokens of the longest text its tree is made for, 8192 if left out."
     ),
 }
