@@ -1,5 +1,8 @@
 """Ctrl-C: exit code 130, and one line that says what is left and whether the command can go on."""
 
+import functools
+import importlib
+import itertools
 import os
 import signal
 import subprocess
@@ -25,27 +28,129 @@ def told(result: Any) -> str:
     return lines[0]
 
 
-@pytest.mark.parametrize(
-    ("arguments", "after"),
-    [
-        (["operate", "MODEL", "--out", "OUT"], ": nothing was written."),
-        (["evaluate", "MODEL", "--text", "TEXT", "--out", "OUT"], ": nothing was written."),
-        (["learn", "MODEL", "--text", "TEXT", "--density", "0.2", "--out", "OUT"], ": nothing was written."),
-        (["generate", "MODEL", "--prompt", "a"], "."),
+SHORT = ["--length", "256", "--windows", "1", *SMALL]
+TEXT = ["MODEL", "--text", "TEXT"]
+#: Commands that write, by name.
+COMMANDS: dict[str, list[str]] = {
+    "operate": [*TEXT, "--density", "0.2", "--length", "256", "--out", "OUT", *SMALL],
+    "learn": [*TEXT, "--density", "0.2", "--steps", "2", "--checkpoint-seconds", "0", "--out", "OUT", *SHORT],
+    "learn, streamed": [
+        *(*TEXT, "--density", "0.2", "--steps", "2", "--checkpoint-seconds", "0", "--out", "OUT", *SHORT),
+        *("--stream", "--stage", "local"),
     ],
+    "evaluate": [*TEXT, "--out", "OUT", *SHORT],
+    "evaluate, long texts": [
+        *(*TEXT, "--out", "OUT", *SHORT, "--continuations", "1", "--continuation-tokens", "8"),
+    ],
+    "evaluate, against": [
+        *(*TEXT, "--calibration-text", "TEXT", "--against", "streaming", "--needle-variant", "one-fact"),
+        *("--needles", "1", "--needle-length", "256", "--total-density", "0.5", "--out", "OUT", *SHORT),
+    ],
+    "export": ["MODEL", "OUT"],
+    "export-topology": [*TEXT, "--out", "OUT.npz", "--length", "256"],
+    "report": ["RESULTS", "--out", "OUT.html"],
+    "doctor": ["MODEL", "--csv", "OUT.csv", "--device", "cpu", "--length", "256", "--length", "512"],
+    "demo": ["--small", "--out", "OUT"],
+}
+LOADING = "llama_surgery.checkpoint:located"
+FORWARD = "transformers.models.llama.modeling_llama:LlamaForCausalLM.forward"
+WRITING = "os:fsync"  # a file is filled and not yet in its place
+NOTHING, GOES_ON, SOME = (
+    ": nothing was written.",
+    "Run the same command again to go on.",
+    ": written so far: ",
 )
-def test_a_command_that_has_written_nothing_says_so(
-    arguments: list[str],
+#: What is interrupted where (a function and the number of its call), and what is said of it.
+POINTS = [
+    ("operate", LOADING, 1, NOTHING),
+    ("operate", FORWARD, 3, NOTHING),
+    ("operate", WRITING, 2, NOTHING),
+    ("learn", LOADING, 1, NOTHING),
+    ("learn", "llama_surgery.learning.trainer:_step", 2, GOES_ON),
+    ("learn", "llama_surgery.surgery.adapter:save_adapter", 1, GOES_ON),
+    ("learn, streamed", LOADING, 1, NOTHING),
+    ("learn, streamed", WRITING, 4, GOES_ON),
+    ("learn, streamed", "llama_surgery.surgery.adapter:write_adapter", 1, GOES_ON),
+    ("evaluate", LOADING, 1, NOTHING),
+    ("evaluate", FORWARD, 2, NOTHING),
+    ("evaluate", WRITING, 1, NOTHING),
+    ("evaluate, long texts", LOADING, 1, NOTHING),
+    ("evaluate, long texts", "llama_surgery.evaluation.long_generation:long_generation", 1, GOES_ON),
+    ("evaluate, long texts", "llama_surgery.cli.evaluate:write_and_print", 1, GOES_ON),
+    ("evaluate, against", LOADING, 1, NOTHING),
+    ("evaluate, against", WRITING, 2, GOES_ON),
+    ("evaluate, against", "llama_surgery.report.comparison:comparison", 1, GOES_ON),
+    ("export", "llama_surgery.serving.export:exported_architecture", 1, NOTHING),
+    ("export", "shutil:copyfile", 2, NOTHING),
+    ("export", WRITING, 1, NOTHING),
+    ("export-topology", LOADING, 1, NOTHING),
+    ("export-topology", FORWARD, 1, NOTHING),
+    ("export-topology", WRITING, 1, NOTHING),
+    ("report", "llama_surgery.report.results:read_results", 1, NOTHING),
+    ("report", "llama_surgery.report.page:render", 1, NOTHING),
+    ("report", WRITING, 1, NOTHING),
+    ("doctor", LOADING, 1, NOTHING),
+    ("doctor", WRITING, 1, NOTHING),
+    ("doctor", WRITING, 2, SOME),
+    ("demo", LOADING, 1, NOTHING),
+    ("demo", FORWARD, 3, NOTHING),
+    ("demo", WRITING, 1, NOTHING),
+]
+
+
+@pytest.fixture(scope="module")
+def results(model: Path, text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("results")
+    assert run("evaluate", model, "--text", text, "--out", folder, *SHORT).exit_code == 0
+    return folder / "results.json"
+
+
+@pytest.mark.parametrize(("command", "function", "call", "after"), POINTS)
+def test_a_command_that_is_interrupted_says_truly_what_is_left(
+    command: str,
+    function: str,
+    call: int,
     after: str,
     model: Path,
     text: Path,
+    results: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(sys.modules[f"llama_surgery.cli.{arguments[0]}"], "load_model", interrupt)
-    paths = {"MODEL": model, "TEXT": text, "OUT": tmp_path / "out"}
-    assert told(run(*(paths.get(argument, argument) for argument in arguments))) == f"Interrupted{after}"
-    assert not list(tmp_path.iterdir())
+    monkeypatch.setattr(sys.modules["llama_surgery.cli.demo"], "LENGTH", 640)
+    monkeypatch.setattr(sys.modules["llama_surgery.cli.demo"], "PIECE", 160)
+    paths = {"MODEL": model, "TEXT": text, "RESULTS": results}
+    paths |= {f"OUT{suffix}": tmp_path / f"out{suffix}" for suffix in ("", ".npz", ".html", ".csv")}
+    arguments = [command.split(",")[0], *(paths.get(argument, argument) for argument in COMMANDS[command])]
+    with monkeypatch.context() as patch:
+        interrupted_at(patch, function, call)
+        line = told(run(*arguments))
+    left = [file for file in tmp_path.rglob("*") if file.is_file() and file.parent.name != "claims"]
+    assert not list(tmp_path.rglob(".*")), "half a file"
+    if after == NOTHING:
+        assert line == f"Interrupted{NOTHING}" and not left
+        return
+    if after == GOES_ON:
+        assert line == f"Interrupted: what is finished is kept in {tmp_path / 'out'}. {GOES_ON}" and left
+    else:
+        assert line == f"Interrupted{SOME}{', '.join(map(str, sorted(left)))}." and left
+    assert run(*arguments).exit_code == 0  # with what is there already
+
+
+def interrupted_at(patch: pytest.MonkeyPatch, function: str, call: int) -> None:
+    """Interrupt the given call of ``module:function`` or ``module:class.method``."""
+    owner, _, names = function.partition(":")
+    *classes, name = names.split(".")
+    holder = functools.reduce(getattr, classes, importlib.import_module(owner))
+    original, calls = getattr(holder, name), itertools.count(1)
+
+    @functools.wraps(original)
+    def interrupting(*arguments: Any, **options: Any) -> Any:
+        if next(calls) == call:
+            interrupt()
+        return original(*arguments, **options)
+
+    patch.setattr(holder, name, interrupting)
 
 
 def test_learning_goes_on_after_an_interruption(
@@ -65,29 +170,6 @@ def test_learning_goes_on_after_an_interruption(
     assert "what is finished is kept in" in line and line.endswith("Run the same command again to go on.")
     assert run(*command).exit_code == 0
     assert next(taken) == 4  # one before, the interrupted one, and the two that were left
-
-
-def test_what_can_go_on_says_so(
-    model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    command = ["evaluate", model, "--text", text, "--length", "256", "--windows", "1", *SMALL]
-    command += ["--continuations", "1", "--continuation-tokens", "4", "--out", tmp_path / "out"]
-    with monkeypatch.context() as patch:
-        patch.setattr("llama_surgery.evaluation.long_generation.long_generation", interrupt)
-        assert "what is finished is kept in" in told(run(*command))
-    assert run(*command).exit_code == 0
-
-
-def test_rows_that_are_written_already_are_named(
-    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def measure(shape: Any, config: Any, lengths: Any, density: Any, out: Path, **_: Any) -> None:
-        out.write_text("rows")
-        interrupt()
-
-    monkeypatch.setattr("llama_surgery.bench.crossover.measure_crossover", measure)
-    line = told(run("doctor", model, "--csv", tmp_path / "times.csv", "--device", "cpu"))
-    assert line == f"Interrupted: written so far: {tmp_path / 'times.csv'}."
 
 
 def test_of_several_processes_one_speaks(

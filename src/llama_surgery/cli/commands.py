@@ -13,8 +13,8 @@ from llama_surgery.cli.common import err, escape
 from llama_surgery.errors import SurgeryError
 from llama_surgery.folders import check_file, check_folder
 
-#: Options that name what is written; their parameters are called after a folder where they mean one.
-_OUTPUTS = {"--out", "--csv"}
+#: What names outputs, the last of several values; parameters that mean a folder are called after it.
+_OUTPUTS = {"--out", "--csv", "folders"}
 #: Commands that go on where they stopped, and what they go on from.
 _RESUMED = {
     "evaluate": ("kept/*.json",),
@@ -80,7 +80,8 @@ class Command(TyperCommand):
             SurgeryError: What it is to write cannot be written, or is not to be replaced.
         """
         named = {p.name for p in self.params if _OUTPUTS & set(p.opts)}
-        outputs = {name: path for name, path in ctx.params.items() if name in named and path is not None}
+        given = {name: value for name, value in ctx.params.items() if name in named and value is not None}
+        outputs = {name: value[-1] if isinstance(value, list) else value for name, value in given.items()}
         for name, path in outputs.items():
             checked_output(path, folder="folder" in name)
         inputs = [v for n, v in ctx.params.items() if n not in named and isinstance(v, (str, Path))]
