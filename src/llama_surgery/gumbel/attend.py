@@ -26,14 +26,12 @@ class BallResult:
         read_pairs: (batch, heads) int64, pairs of all rows of a tile with all keys of the blocks it reads, in
             part masked: what is multiplied. Blocks of window and diagonal count whole, so that it can exceed
             the causal pairs of a short text.
-        causal_pairs: Pairs that dense attention would read, for one head.
     """
 
     out: torch.Tensor
     lse: torch.Tensor
     seen_pairs: torch.Tensor
     read_pairs: torch.Tensor
-    causal_pairs: int
 
 
 def attend_balls(
@@ -44,7 +42,6 @@ def attend_balls(
     *,
     window: int,
     scale: float | None = None,
-    softcap: float | None = None,
     order: TreeOrder | None = None,
     backend: Backend = "auto",
 ) -> BallResult:
@@ -57,7 +54,6 @@ def attend_balls(
         balls: (batch, heads, n) int64, the ball of every token, for each query head.
         window: Last positions that are always seen, the row's own counted.
         scale: Scaling of q·k, default ``head_dim**-0.5``.
-        softcap: Cap of the logits, or None.
         order: Of the first tokens, as many as :func:`llama_surgery.gumbel.balls.order_serves` asks for, so
             that not every step sorts; made here if None. Only the kernels look at it.
         backend: ``triton`` takes kernels that read a tile's blocks only and do not differentiate,
@@ -65,9 +61,8 @@ def attend_balls(
             the call.
 
     Raises:
-        SurgeryError: Arguments that do not fit together, or a call that the backend asked for cannot run.
+        SurgeryError: The order lacks tokens, or the backend asked for cannot run the call.
     """
-    _check(queries, keys, values, balls, window)
     if order is not None and not order_serves(order, keys.shape[2], window):
         raise SurgeryError(
             f"the order holds {order.slots} of {keys.shape[2]} tokens: it may lack the last window={window}."
@@ -76,11 +71,8 @@ def attend_balls(
     if ball_backend(backend, queries, keys, values) == "triton":
         from llama_surgery.gumbel import token_mask
 
-        out, lse, seen, read = token_mask.attend(queries, keys, values, balls, window, scale, softcap, order)
-    else:
-        out, lse, seen, read = _plain(queries, keys, values, balls, window, scale, softcap)
-    rows, count = queries.shape[2], keys.shape[2]
-    return BallResult(out, lse, seen, read, rows * (2 * count - rows + 1) // 2)
+        return BallResult(*token_mask.attend(queries, keys, values, balls, window, scale, order))
+    return BallResult(*_plain(queries, keys, values, balls, window, scale))
 
 
 def _plain(
@@ -90,7 +82,6 @@ def _plain(
     balls: torch.Tensor,
     window: int,
     scale: float,
-    softcap: float | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Output, log-sum-exp, pairs seen and read of :func:`attend_balls`, by a masked softmax over all keys."""
     (batch, kv_heads, count, _), rows = keys.shape, queries.shape[2]
@@ -102,9 +93,8 @@ def _plain(
         end = count - rows + stop
         position = torch.arange(count - rows + start, end, device=queries.device)
         visible = ball_mask(group_balls[..., :end], position, window)
-        out, lse = masked_softmax(
-            grouped[:, :, start:stop], keys[:, :end], values[:, :end], visible, scale, softcap
-        )
+        q = grouped[:, :, start:stop]
+        out, lse = masked_softmax(q, keys[:, :end], values[:, :end], visible, scale, None)
         outs.append(out.to(queries.dtype))
         lses.append(lse)
         seen = seen + visible.sum((-1, -2)).view_as(seen)
@@ -136,31 +126,3 @@ def ball_backend(
     if backend == "triton":
         raise SurgeryError(f"backend='triton' cannot run this: {problem}.")
     return "reference"
-
-
-def _check(
-    queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, balls: torch.Tensor, window: int
-) -> None:
-    fits = (
-        queries.dim() == keys.dim() == values.dim() == 4
-        and keys.shape[0] == queries.shape[0]
-        and keys.shape[3] == queries.shape[3]
-        and values.shape[:3] == keys.shape[:3]
-        and queries.shape[1] % keys.shape[1] == 0
-        and balls.shape == (*queries.shape[:2], keys.shape[2])
-        and 0 < queries.shape[2] <= keys.shape[2]
-    )
-    if not fits:
-        raise SurgeryError(
-            f"queries {tuple(queries.shape)}, keys {tuple(keys.shape)}, values {tuple(values.shape)}, balls "
-            f"{tuple(balls.shape)}: expected (batch, heads, rows, head_dim), (batch, kv_heads, n, head_dim), "
-            "(batch, kv_heads, n, value_dim) and (batch, heads, n), with 1 to n rows and heads a multiple of "
-            "kv_heads."
-        )
-    if not queries.dtype == keys.dtype == values.dtype or balls.dtype != torch.int64:
-        raise SurgeryError(
-            f"dtypes {queries.dtype}, {keys.dtype}, {values.dtype}, balls {balls.dtype}: queries, keys and "
-            "values must share one floating dtype, balls be int64."
-        )
-    if window < 1:
-        raise SurgeryError(f"window={window}: must be at least 1, the row itself.")

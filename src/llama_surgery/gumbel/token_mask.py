@@ -52,7 +52,6 @@ def attend(
     balls: torch.Tensor,
     window: int,
     scale: float,
-    softcap: float | None,
     order: TreeOrder | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Output, log-sum-exp, pairs seen and read of :func:`llama_surgery.gumbel.attend.attend_balls`.
@@ -65,7 +64,6 @@ def attend(
     tuning = tuning_for(family_of(queries.device), max(dim, value_dim), queries.element_size())
     queries, keys, values = (x if x.stride(-1) == 1 else x.contiguous() for x in (queries, keys, values))
     strides = (*queries.stride()[:3], *keys.stride()[:3], *values.stride()[:3])
-    scalars = (scale, 1.0 if softcap is None else softcap)
     shared = {
         "HEADS": heads,
         "GROUP": heads // keys.shape[1],
@@ -75,7 +73,6 @@ def attend(
         "DIM_PAD": max(16, triton.next_power_of_2(dim)),
         "VALUE_DIM": value_dim,
         "VALUE_PAD": max(16, triton.next_power_of_2(value_dim)),
-        "CAP": softcap is not None,
         "num_warps": tuning.attend_warps,
         "num_stages": tuning.attend_stages,
         **product_options(queries),
@@ -96,11 +93,11 @@ def attend(
             rows,
             count,
             window,
-            *scalars,
+            scale,
             **shared,
         )
         out, lse, counts = _over_balls(
-            queries, keys, values, order, found, near_out, near_lse, strides, scalars, shared
+            queries, keys, values, order, found, near_out, near_lse, strides, scale, shared
         )
     rows_of = torch.full((tiles,), tile, device=counts.device)
     rows_of[-1] = rows - (tiles - 1) * tile
@@ -118,7 +115,7 @@ def _over_balls(
     near_out: torch.Tensor,
     near_lse: torch.Tensor,
     strides: tuple[int, ...],
-    scalars: tuple[float, float],
+    scale: float,
     shared: dict[str, Any],
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """List pages and go on over them, a strip of tiles at a time.
@@ -174,7 +171,7 @@ def _over_balls(
             order.slots,
             first,
             capacity,
-            *scalars,
+            scale,
             **shared,
         )
     read = torch.cat(counts, -1).long()

@@ -7,7 +7,6 @@ from llama_surgery.attention.impl.triton.helpers import (
     FLOOR,
     LN2,
     LOG2E,
-    cap_logits,
     load_rows,
     softmax_step,
 )
@@ -46,7 +45,6 @@ def window_kernel(
     count,
     window,
     scale,
-    softcap,
     HEADS: tl.constexpr,
     GROUP: tl.constexpr,
     TILE: tl.constexpr,
@@ -55,7 +53,6 @@ def window_kernel(
     DIM_PAD: tl.constexpr,
     VALUE_DIM: tl.constexpr,
     VALUE_PAD: tl.constexpr,
-    CAP: tl.constexpr,
 ):
     """Attention of the last ``rows`` of ``count`` positions to position 0 and the ``window`` last keys.
 
@@ -72,14 +69,11 @@ def window_kernel(
     k_base = k_ptr + batch * k_batch + head // GROUP * k_head
     v_base = v_ptr + batch * v_batch + head // GROUP * v_head
     factor = scale * LOG2E
-    if CAP:
-        factor = 1.0
 
     # Every row sees position 0: the softmax begins with it, and needs no block for one key.
     column = tl.arange(0, DIM_PAD)
     k_first = tl.load(k_base + column, mask=column < DIM, other=0.0)
-    logits_first = tl.sum(q.to(tl.float32) * k_first.to(tl.float32)[None, :], 1)
-    top = cap_logits(logits_first, scale, softcap, CAP) * factor
+    top = tl.sum(q.to(tl.float32) * k_first.to(tl.float32)[None, :], 1) * factor
     total = tl.full([TILE], 1.0, tl.float32)
     column = tl.arange(0, VALUE_PAD)
     v_first = tl.load(v_base + column, mask=column < VALUE_DIM, other=0.0)
@@ -90,7 +84,7 @@ def window_kernel(
         key = begin + tl.arange(0, PAGE)
         k = load_rows(k_base, key, k_row, key < end, DIM, DIM_PAD, True)
         v = load_rows(v_base, key, v_row, key < end, VALUE_DIM, VALUE_PAD, True)
-        products = cap_logits(tl.dot(q, tl.trans(k)), scale, softcap, CAP)
+        products = tl.dot(q, tl.trans(k))
         visible = (key[None, :] > position[:, None] - window) & (key[None, :] <= position[:, None])
         products = tl.where(visible, products, float("-inf"))
         acc, total, top = softmax_step(acc, total, top, products, factor, v, live, False)
@@ -166,7 +160,6 @@ def ball_kernel(
     first_tile,
     capacity,
     scale,
-    softcap,
     HEADS: tl.constexpr,
     GROUP: tl.constexpr,
     TILE: tl.constexpr,
@@ -175,7 +168,6 @@ def ball_kernel(
     DIM_PAD: tl.constexpr,
     VALUE_DIM: tl.constexpr,
     VALUE_PAD: tl.constexpr,
-    CAP: tl.constexpr,
 ):
     """Go on from near results over a share of a tile's listed pages, each row over the slots it sees.
 
@@ -204,8 +196,6 @@ def ball_kernel(
     k_base = k_ptr + batch * k_batch + head // GROUP * k_head
     v_base = v_ptr + batch * v_batch + head // GROUP * v_head
     factor = scale * LOG2E
-    if CAP:
-        factor = 1.0
     pages = tl.load(counts_ptr + listed)
     shares = tl.num_programs(2)
     for index in range(share * pages // shares, (share + 1) * pages // shares):
@@ -213,7 +203,7 @@ def ball_kernel(
         key = tl.load(key_order_ptr + wide_head * slots + slot, mask=slot < slots, other=0)
         k = load_rows(k_base, key, k_row, slot < slots, DIM, DIM_PAD, True)
         v = load_rows(v_base, key, v_row, slot < slots, VALUE_DIM, VALUE_PAD, True)
-        products = cap_logits(tl.dot(q, tl.trans(k)), scale, softcap, CAP)
+        products = tl.dot(q, tl.trans(k))
         visible = (slot[None, :] >= low[:, None]) & (slot[None, :] < high[:, None])
         products = tl.where(visible, products, float("-inf"))
         acc, total, top = softmax_step(acc, total, top, products, factor, v, live, False)

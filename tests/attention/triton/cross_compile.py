@@ -269,7 +269,7 @@ def compile_all(
     balls = torch.zeros(1, 8 * heads, length, dtype=torch.int64)
     for count in (length, 1) if wide else (length,):  # a single row is no tile for matrix units
         queries = states.flatten(0, 1)[None, :, :count]
-        token_mask.attend(queries, keys[None], keys[None], balls, 128, 1.0, extra.get("softcap"))
+        token_mask.attend(queries, keys[None], keys[None], balls, 128, 1.0)
     rows = []
     for recorder in recorders:
         for kernel in recorder.compiled.values():

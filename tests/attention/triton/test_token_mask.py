@@ -29,12 +29,11 @@ class Case:
     value_dim: int | None = None
     batch: int = 2
     dtype: torch.dtype = torch.float32
-    softcap: float | None = None
     balls: int = 7
     window: int = WINDOW
 
     def run(self, device: torch.device, backend: str = "triton") -> BallResult:
-        return attend_balls(*self.inputs(device), window=self.window, softcap=self.softcap, backend=backend)
+        return attend_balls(*self.inputs(device), window=self.window, backend=backend)
 
     def inputs(self, device: torch.device) -> tuple[torch.Tensor, ...]:
         """Queries, keys, values as strided as a model's are, and balls."""
@@ -56,8 +55,6 @@ class Case:
         visible = ball_mask(balls, torch.arange(self.past, self.past + self.rows, device=device), self.window)
         k, v = (x.double().repeat_interleave(self.heads // self.kv_heads, 1) for x in (k, v))
         logits = q.double() @ k.transpose(-1, -2) * self.dim**-0.5
-        if self.softcap is not None:
-            logits = self.softcap * torch.tanh(logits / self.softcap)
         logits = logits.masked_fill(~visible, -torch.inf)
         return logits.softmax(-1) @ v, logits.logsumexp(-1), visible
 
@@ -67,7 +64,6 @@ def check(case: Case, device: torch.device, backend: str = "triton") -> BallResu
     torch.testing.assert_close(result.out.double(), out, rtol=2e-5, atol=2e-5)
     torch.testing.assert_close(result.lse.double(), lse, rtol=2e-5, atol=2e-5)
     assert torch.equal(result.seen_pairs, visible.sum((-1, -2)))
-    assert result.causal_pairs == sum(range(case.past + 1, case.past + case.rows + 1))
     assert (result.read_pairs >= result.seen_pairs).all()
     return result
 
@@ -90,9 +86,6 @@ class TestAgainstDenseAttention:
     def test_head_dims(self, dim: int, value_dim: int, device: torch.device) -> None:
         check(Case(40, 60, 3, 1, dim, value_dim, batch=1), device)
 
-    def test_softcap(self, device: torch.device) -> None:
-        check(Case(40, 60, softcap=2.0), device)
-
     @pytest.mark.parametrize("window", [1, 2, 64, 500])
     def test_windows(self, window: int, device: torch.device) -> None:
         check(Case(70, 50, window=window), device)
@@ -101,7 +94,7 @@ class TestAgainstDenseAttention:
     def test_few_balls_and_many(self, balls: int, device: torch.device) -> None:
         result = check(Case(70, 50, balls=balls), device)
         if balls == 1:
-            assert (result.seen_pairs == result.causal_pairs).all()
+            assert (result.seen_pairs == sum(range(51, 121))).all()
 
     def test_small_steps_and_strips(self, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
         small = Tuning(rows=16, block_near=16)
@@ -138,8 +131,8 @@ def test_the_plain_executor(
     past: int, rows: int, device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(attend, "STRIP", 16)
-    result = check(Case(rows, past, softcap=3.0), device, "reference")
-    assert (result.read_pairs >= result.causal_pairs).all()  # it skips nothing
+    result = check(Case(rows, past), device, "reference")
+    assert (result.read_pairs >= sum(range(past + 1, past + rows + 1))).all()  # it skips nothing
 
 
 @pytest.mark.parametrize(("past", "rows"), [(0, 230), (300, 1), (131, 70)])
@@ -195,14 +188,6 @@ def test_long_rows_in_half_precision(dim: int, dtype: torch.dtype, device: torch
 def test_calls_that_do_not_fit_are_refused(device: torch.device) -> None:
     case = Case(20, 30)
     q, k, v, balls = case.inputs(device)
-    with pytest.raises(SurgeryError, match=r"balls \(2, 4, 49\)"):
-        attend_balls(q, k, v, balls[..., 1:], window=8)
-    with pytest.raises(SurgeryError, match="heads a multiple of kv_heads"):
-        attend_balls(q[:, :3], k, v, balls[:, :3], window=8)
-    with pytest.raises(SurgeryError, match="balls be int64"):
-        attend_balls(q, k, v, balls.int(), window=8)
-    with pytest.raises(SurgeryError, match="window=0"):
-        attend_balls(q, k, v, balls, window=0)
     with pytest.raises(SurgeryError, match="backend='tpu'"):
         attend_balls(q, k, v, balls, window=8, backend="tpu")
     with pytest.raises(SurgeryError, match="float64"):
