@@ -6,7 +6,8 @@ import torch
 
 from llama_surgery.attention.impl.triton.decode import DecodeResult, decode
 from llama_surgery.errors import SurgeryError
-from llama_surgery.serving.paged_kernels import KernelStates, kernel_side_bytes, kernel_view
+from llama_surgery.serving.paged import PagedStates, side_bytes
+from llama_surgery.serving.paged_kernels import kernel_view
 
 from .decode_case import Layer, Setting
 
@@ -33,15 +34,16 @@ def paged(layer: Layer, tables: torch.Tensor) -> Layer:
     device, heads, dim = cache.keys.device, cache.kv_heads, cache.keys.shape[-1]
     count = int(tables.max()) + 1
     states = torch.empty(count, size, heads, 2 * dim, dtype=cache.keys.dtype, device=device).transpose(1, 2)
-    width = kernel_side_bytes(cache.config, dim, cache.keys.dtype) // 4
-    engine = KernelStates(states, torch.empty(count, heads, width, device=device), cache.config)
+    width = side_bytes(cache.config, dim, cache.keys.dtype) // 4
+    side = torch.empty(count, heads, width, device=device)
+    engine = PagedStates(states, side, cache.config, kernels=True)
     for sequence, blocks in enumerate(tables):
         own = blocks[blocks > 0].long()
         for target, source in (
             (states[..., :dim], cache.keys),
             (states[..., dim:], cache.values),
-            (engine.means, cache.means),
-            (engine.spreads, cache.spreads),
+            (engine.scores[..., :dim], cache.means),
+            (engine.scores[..., dim:], cache.spreads),
             (engine.mean_values, cache.mean_values),
         ):
             target[own] = source[sequence, :, : len(own)].transpose(0, 1)

@@ -10,7 +10,7 @@ pytest.importorskip("triton")
 from llama_surgery.config import SurgeryConfig
 from llama_surgery.errors import SurgeryError
 from llama_surgery.serving.paged import PagedStates, attend_piece, side_bytes
-from llama_surgery.serving.paged_kernels import KernelStates, decode_rows, kernel_side_bytes
+from llama_surgery.serving.paged_kernels import decode_rows
 
 KV_HEADS, GROUP, DIM = 2, 3, 16
 SCALE = 0.3
@@ -24,7 +24,7 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 class Served:
     """Caches with sequences of ``lengths`` tokens in them."""
 
-    cache: KernelStates
+    cache: PagedStates
     lengths: list[int]
     tables: torch.Tensor  # (sequences, chunks) int32
 
@@ -40,7 +40,7 @@ class Served:
         return result.out.reshape(-1, DIM)
 
 
-def plain(cache: KernelStates) -> KernelStates:
+def plain(cache: PagedStates) -> PagedStates:
     """The same caches, executed in plain PyTorch."""
     return dataclasses.replace(cache, config=dataclasses.replace(cache.config, backend="gather"))
 
@@ -51,11 +51,11 @@ def serve(config: SurgeryConfig, lengths: list[int], shared: int = 0) -> Served:
     size, most = config.chunk_size, max(lengths)
     chunks = [-(-n // size) for n in lengths]
     count = 1 + sum(chunks)
-    nan, width = float("nan"), kernel_side_bytes(config, DIM, torch.float32) // 4
+    nan, width = float("nan"), side_bytes(config, DIM, torch.float32) // 4
     # The engine keeps a block's rows before its heads, and pages of other layers between two blocks.
     states = torch.full((count, 3, size, KV_HEADS, 2 * DIM), nan, device=DEVICE)[:, 1].transpose(1, 2)
     side = torch.full((count, 2, KV_HEADS, width + 16), nan, device=DEVICE)[:, 0]
-    cache = KernelStates(states, side, config)
+    cache = PagedStates(states, side, config, kernels=True)
     numbers = torch.randperm(count - 1, generator=generator) + 1  # block 0 is nobody's
     tables = torch.full((len(lengths), max(chunks) + 1), 2**30, dtype=torch.int32)
     draw = torch.randn(2, most, KV_HEADS, DIM, generator=generator)
@@ -163,8 +163,8 @@ def test_side_caches_agree_and_cost_what_is_said() -> None:
     ours, theirs = served.cache.layout(blocks).moments, plain.layout(blocks).moments
     torch.testing.assert_close(ours.mean, theirs.mean)
     torch.testing.assert_close(ours.variance, theirs.variance)
-    torch.testing.assert_close(served.cache.means_of(blocks), plain.means_of(blocks))
+    torch.testing.assert_close(served.cache.layout(blocks).mean_values, plain.layout(blocks).mean_values)
     config = SurgeryConfig(summary="none")
-    half = kernel_side_bytes(config, 128, torch.bfloat16)
+    half = side_bytes(config, 128, torch.bfloat16)
     assert half % 64 == 0 and half < side_bytes(config, 128) * 0.6
-    assert kernel_side_bytes(dataclasses.replace(config, variance_pool=8), 128, torch.bfloat16) < 0.65 * half
+    assert side_bytes(dataclasses.replace(config, variance_pool=8), 128, torch.bfloat16) < 0.65 * half

@@ -1,6 +1,5 @@
 """Who executes a scheduled batch on the paged cache: plain PyTorch, or the Triton kernels on a GPU."""
 
-import abc
 import dataclasses
 import functools
 from typing import ClassVar
@@ -105,7 +104,7 @@ class Batch:
         return min(last, max(first, sequence.stop // size * size))
 
 
-class Executor(abc.ABC):
+class Executor:
     """Attention of an operated layer on the engine's caches.
 
     Args:
@@ -116,15 +115,15 @@ class Executor(abc.ABC):
     """
 
     name: ClassVar[str]
+    kernels: ClassVar[bool] = False
 
     def __init__(self, config: SurgeryConfig, head_dim: int, dtype: torch.dtype, reason: str = "") -> None:
         self.config, self.head_dim, self.dtype, self.reason = config, head_dim, dtype, reason
 
-    @abc.abstractmethod
     def side_bytes(self) -> int:
         """Bytes of the side cache for one chunk of one KV head."""
+        return side_bytes(self.config, self.head_dim, self.dtype if self.kernels else None)
 
-    @abc.abstractmethod
     def states(self, states: torch.Tensor, side: torch.Tensor) -> PagedStates:
         """One layer's caches.
 
@@ -132,6 +131,7 @@ class Executor(abc.ABC):
             states: (blocks, kv_heads, chunk_size, 2 * head_dim).
             side: (blocks, kv_heads, side_bytes / 4) float32.
         """
+        return PagedStates(states, side, self.config, self.kernels)
 
     def attend(
         self,
@@ -178,27 +178,12 @@ class PlainExecutor(Executor):
     def __init__(self, config: SurgeryConfig, head_dim: int, dtype: torch.dtype, reason: str = "") -> None:
         super().__init__(dataclasses.replace(config, backend="gather"), head_dim, dtype, reason)
 
-    def side_bytes(self) -> int:
-        return side_bytes(self.config, self.head_dim)
-
-    def states(self, states: torch.Tensor, side: torch.Tensor) -> PagedStates:
-        return PagedStates(states, side, self.config)
-
 
 class KernelExecutor(Executor):
     """The Triton kernels: decode rows of all sequences in one call, pieces of prompts one after the other."""
 
     name = "Triton kernels"
-
-    def side_bytes(self) -> int:
-        from llama_surgery.serving.paged_kernels import kernel_side_bytes
-
-        return kernel_side_bytes(self.config, self.head_dim, self.dtype)
-
-    def states(self, states: torch.Tensor, side: torch.Tensor) -> PagedStates:
-        from llama_surgery.serving.paged_kernels import KernelStates
-
-        return KernelStates(states, side, self.config)
+    kernels = True
 
     def pieces(self, batch: Batch) -> list[tuple[Scheduled, Part]]:
         return batch.long_parts
@@ -214,10 +199,9 @@ class KernelExecutor(Executor):
         router: PageRouter | None,
         counters: LayerCounters,
     ) -> None:
-        from llama_surgery.serving.paged_kernels import KernelStates, decode_rows
+        from llama_surgery.serving.paged_kernels import decode_rows
 
         super().attend(queries, cache, batch, out, scale=scale, router=router, counters=counters)
-        assert isinstance(cache, KernelStates)
         single = batch.single_rows
         if single is not None:
             tally = counters.tally(out.device)

@@ -10,7 +10,7 @@ import dataclasses
 import torch
 
 from llama_surgery.attention.api import attend
-from llama_surgery.attention.executor import build_layout
+from llama_surgery.attention.executor import build_layout, kernel_features, kernel_moments
 from llama_surgery.attention.result import AttentionResult
 from llama_surgery.config import SurgeryConfig
 from llama_surgery.surgery.rows import Part, parts_of
@@ -64,52 +64,93 @@ def filled_blocks(batch: list[Scheduled], chunk_size: int) -> torch.Tensor:
     return torch.cat(blocks) if blocks else torch.empty(0, dtype=torch.int64)
 
 
-def side_bytes(config: SurgeryConfig, head_dim: int) -> int:
-    """Bytes of the side cache for one chunk of one KV head: float32 moments and mean values, int16 order."""
-    moments = 2 * head_dim * 4 * config.pages_per_chunk
-    return (
-        moments + 4 * head_dim * config.summaries_per_chunk + 2 * (config.chunk_size + config.chunk_size % 2)
-    )
+#: The side cache of a chunk begins and ends at multiples of so many bytes, so that loads are wide.
+ALIGNMENT = 64
+
+
+def side_bytes(config: SurgeryConfig, head_dim: int, dtype: torch.dtype | None = None) -> int:
+    """Bytes of the side cache for one chunk of one KV head.
+
+    Args:
+        config: The topology.
+        head_dim: Of keys and values.
+        dtype: The keys', where the kernels execute; None for plain PyTorch.
+    """
+    return -(-(_order_end(config, head_dim, dtype) + 4) // ALIGNMENT) * ALIGNMENT
+
+
+def _page_width(config: SurgeryConfig, head_dim: int, dtype: torch.dtype | None) -> int:
+    """Numbers that a page is scored by: moments, or the kernels' features."""
+    return 2 * head_dim if dtype is None else head_dim + head_dim // config.variance_pool
+
+
+def _order_end(config: SurgeryConfig, head_dim: int, dtype: torch.dtype | None) -> int:
+    """Bytes of the side cache up to the end of the order, a multiple of 4."""
+    scores = config.pages_per_chunk * _page_width(config, head_dim, dtype)
+    size = (scores + config.summaries_per_chunk * head_dim) * (dtype or torch.float32).itemsize
+    return size + size % 4 + 2 * (config.chunk_size + config.chunk_size % 2)
 
 
 @dataclasses.dataclass(frozen=True)
 class PagedStates:
     """One layer's caches, as the engine allocated them.
 
+    The side cache of a chunk is what its pages are scored by and, if they are summarised, their mean values,
+    then the chunk's order (int16) and the page of its first token (int32). Pages are scored by moments in
+    float32 or, where the kernels execute, by their features in the keys' dtype, as are mean values.
+
     Attributes:
-        states: (blocks, kv_heads, chunk_size, 2 * head_dim), keys before values, any strides.
-        side: (blocks, kv_heads, side_bytes / 4) float32.
+        states: (blocks, kv_heads, chunk_size, 2 * head_dim), keys before values, any strides; for the kernels
+            any but the last.
+        side: (blocks, kv_heads, side_bytes / 4) float32, the last stride 1.
         config: The topology.
+        kernels: Do the kernels execute?
     """
 
     states: torch.Tensor
     side: torch.Tensor
     config: SurgeryConfig
+    kernels: bool = False
 
     @property
     def head_dim(self) -> int:
         return self.states.shape[-1] // 2
 
     @property
-    def _moment_floats(self) -> int:
-        return 2 * self.head_dim * self.config.pages_per_chunk
+    def _dtype(self) -> torch.dtype | None:
+        return self.states.dtype if self.kernels else None
+
+    def _numbers(self, first: int, rows: int, width: int) -> torch.Tensor:
+        """(blocks, kv_heads, rows, width) of the side cache's numbers, from the one at ``first`` on."""
+        numbers = self.side.view(self._dtype or torch.float32)[..., first : first + rows * width]
+        return numbers.unflatten(-1, (rows, width))
 
     @property
-    def _order_start(self) -> int:
-        """Floats of the side cache before the order."""
-        return self._moment_floats + self.head_dim * self.config.summaries_per_chunk
+    def scores(self) -> torch.Tensor:
+        """(blocks, kv_heads, pages of a chunk, …): what pages are scored by, means first."""
+        width = _page_width(self.config, self.head_dim, self._dtype)
+        return self._numbers(0, self.config.pages_per_chunk, width)
 
     @property
     def mean_values(self) -> torch.Tensor | None:
         """(blocks, kv_heads, pages of a chunk, head_dim): mean values of full chunks' pages, if kept."""
         if self.config.summary == "none":
             return None
-        return self.side[..., self._moment_floats : self._order_start].unflatten(-1, (-1, self.head_dim))
+        pages = self.config.pages_per_chunk
+        first = pages * _page_width(self.config, self.head_dim, self._dtype)
+        return self._numbers(first, pages, self.head_dim)
 
-    def means_of(self, blocks: torch.Tensor) -> torch.Tensor | None:
-        """(kv_heads, pages, head_dim) of the full chunks ``blocks`` (n,); None without summaries."""
-        means = self.mean_values
-        return None if means is None else means[blocks].transpose(0, 1).flatten(1, 2)
+    @property
+    def _orders(self) -> torch.Tensor:
+        """(blocks, kv_heads, chunk_size) int16."""
+        size = self.config.chunk_size
+        stop = _order_end(self.config, self.head_dim, self._dtype) // 2 - size % 2
+        return self.side.view(torch.int16)[..., stop - size : stop]
+
+    @property
+    def first_pages(self) -> torch.Tensor:
+        """(blocks, kv_heads) int32: the page that holds a chunk's first token."""
+        return self.side.view(torch.int32)[..., _order_end(self.config, self.head_dim, self._dtype) // 4]
 
     def write(self, keys: torch.Tensor, values: torch.Tensor, slots: torch.Tensor) -> None:
         """Store (rows, kv_heads, head_dim) at ``slots`` (rows,), block · chunk_size + offset."""
@@ -128,24 +169,19 @@ class PagedStates:
         heads, dim = self.states.shape[1], self.head_dim
         states = self.states[blocks].flatten(0, 1)  # (n * kv_heads, chunk_size, 2 * head_dim)
         layout = build_layout(states[..., :dim], states[..., dim:], self.config, router)
-        self.states[blocks] = torch.cat((layout.keys, layout.values), -1).unflatten(0, (-1, heads))
-        self._keep(blocks, layout)
-        means = self.mean_values
-        if means is not None:
-            means[blocks] = layout.mean_values.unflatten(0, (-1, heads)).to(means.dtype)
-        self._orders[blocks] = layout.order.flatten(1).unflatten(0, (-1, heads))
-
-    def _keep(self, blocks: torch.Tensor, layout: Layout) -> None:
-        """What pages are scored by."""
-        moments = torch.cat((layout.moments.mean, layout.moments.variance), -1).flatten(1)
-        moments = moments.float().unflatten(0, (-1, self.states.shape[1]))
-        self.side[blocks, :, : self._moment_floats] = moments
-
-    @property
-    def _orders(self) -> torch.Tensor:
-        """(blocks, kv_heads, chunk_size) int16."""
-        orders = self.side.view(torch.int16)[..., 2 * self._order_start :]
-        return orders[..., : self.config.chunk_size]
+        if self.kernels:
+            scores = kernel_features(layout.moments, self.config, self.states.dtype)
+        else:
+            scores = torch.cat((layout.moments.mean, layout.moments.variance), -1)
+        for held, found in (
+            (self.states, torch.cat((layout.keys, layout.values), -1)),
+            (self.scores, scores),
+            (self.mean_values, layout.mean_values),
+            (self._orders, layout.order.flatten(1)),
+            (self.first_pages, layout.sink_pages(self.config.page_size)),
+        ):
+            if held is not None and found is not None:
+                held[blocks] = found.unflatten(0, (-1, heads)).to(held.dtype)
 
     def order(self, blocks: torch.Tensor) -> torch.Tensor:
         """(kv_heads, n, chunk_size) int16: original offsets of the slots of full chunks."""
@@ -153,16 +189,22 @@ class PagedStates:
 
     def layout(self, blocks: torch.Tensor) -> Layout:
         """Order, moments and mean values of full chunks; keys and values stay where they are."""
-        moments = self.side[blocks, :, : self._moment_floats].transpose(0, 1)
-        moments = moments.unflatten(-1, (-1, 2 * self.head_dim)).flatten(1, 2)
-        mean, variance = moments.split(self.head_dim, dim=-1)
-        none = self.states[:0, 0]
+
+        def by_page(held: torch.Tensor) -> torch.Tensor:
+            return held[blocks].transpose(0, 1).flatten(1, 2)
+
+        none, scores, means = self.states[:0, 0], by_page(self.scores), self.mean_values
+        if self.kernels:
+            moments = kernel_moments(scores, self.config)
+        else:
+            moments = Moments(*scores.split(self.head_dim, dim=-1), self.config.page_size)
         return Layout(
             none,
             none,
             self.order(blocks),
-            Moments(mean, variance, self.config.page_size),
-            mean_values=self.means_of(blocks),
+            moments,
+            scores if self.kernels else None,
+            None if means is None else by_page(means),
         )
 
     def near(self, blocks: torch.Tensor, full: int) -> torch.Tensor:

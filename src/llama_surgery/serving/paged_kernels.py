@@ -4,113 +4,21 @@ Decode rows read keys, values and features where the engine put them, through bl
 host synchronisation, so that a step can be captured in a CUDA graph.
 """
 
-import dataclasses
 from typing import TYPE_CHECKING
 
 import torch
 
-from llama_surgery.attention.executor import kernel_features, kernel_moments
-from llama_surgery.config import SurgeryConfig
 from llama_surgery.errors import SurgeryError
 from llama_surgery.serving.paged import PagedStates
-from llama_surgery.topology.layout import Layout
 from llama_surgery.topology.router import PageRouter
 
 if TYPE_CHECKING:
     from llama_surgery.attention.impl.triton.decode_cache import DecodeCache
 
-#: The side cache of a chunk begins and ends at multiples of so many bytes, so that loads are wide.
-ALIGNMENT = 64
-
-
-def kernel_side_bytes(config: SurgeryConfig, head_dim: int, dtype: torch.dtype) -> int:
-    """Bytes of the side cache for one chunk of one KV head.
-
-    They are features and mean values of pages, if any, both in the keys' dtype, the chunk's
-    order (int16) and the page of its first token (int32).
-    """
-    return -(-(_order_end(config, head_dim, dtype) + 4) // ALIGNMENT) * ALIGNMENT
-
-
-def _order_end(config: SurgeryConfig, head_dim: int, dtype: torch.dtype) -> int:
-    """Bytes of the side cache up to the end of the order, a multiple of 4."""
-    halves = config.pages_per_chunk * _feature_width(config, head_dim) + config.summaries_per_chunk * head_dim
-    size = halves * dtype.itemsize
-    return size + size % 4 + 2 * (config.chunk_size + config.chunk_size % 2)
-
-
-@dataclasses.dataclass(frozen=True)
-class KernelStates(PagedStates):
-    """One layer's caches, of which the side cache holds what the kernels score pages by.
-
-    Attributes:
-        states: (blocks, kv_heads, chunk_size, 2 * head_dim), keys before values, any strides but the last.
-        side: (blocks, kv_heads, kernel_side_bytes / 4 or more) float32, the last stride 1.
-        config: The topology.
-    """
-
-    def _keep(self, blocks: torch.Tensor, layout: Layout) -> None:
-        heads = self.states.shape[1]
-        features = kernel_features(layout.moments, self.config, self.states.dtype)
-        self._features[blocks] = features.unflatten(0, (-1, heads))
-        first = layout.sink_pages(self.config.page_size).int()
-        self.first_pages[blocks] = first.unflatten(0, (-1, heads))
-
-    @property
-    def first_pages(self) -> torch.Tensor:
-        """(blocks, kv_heads) int32: the page that holds a chunk's first token."""
-        return self.side.view(torch.int32)[
-            ..., _order_end(self.config, self.head_dim, self.states.dtype) // 4
-        ]
-
-    @property
-    def means(self) -> torch.Tensor:
-        """(blocks, kv_heads, pages, head_dim): μ of the pages of full chunks."""
-        return self._features[..., : self.head_dim]
-
-    @property
-    def spreads(self) -> torch.Tensor:
-        """(blocks, kv_heads, pages, head_dim / variance_pool): ½·σ², likewise."""
-        return self._features[..., self.head_dim :]
-
-    @property
-    def mean_values(self) -> torch.Tensor | None:
-        """(blocks, kv_heads, pages of a chunk, head_dim), the keys' dtype; None without summaries."""
-        if self.config.summary == "none":
-            return None
-        first = self.config.pages_per_chunk * _feature_width(self.config, self.head_dim)
-        halves = self.side.view(self.states.dtype)[..., first:]
-        return halves[..., : self.config.summaries_per_chunk * self.head_dim].unflatten(
-            -1, (-1, self.head_dim)
-        )
-
-    def layout(self, blocks: torch.Tensor) -> Layout:
-        """Order, features, moments and mean values of full chunks; keys and values stay where they are."""
-        none = self.states[:0, 0]
-        features = self._features[blocks].transpose(0, 1).flatten(1, 2)
-        moments = kernel_moments(features, self.config)
-        return Layout(none, none, self.order(blocks), moments, features, self.means_of(blocks))
-
-    @property
-    def _features(self) -> torch.Tensor:
-        width = _feature_width(self.config, self.head_dim)
-        halves = self.side.view(self.states.dtype)[..., : self.config.pages_per_chunk * width]
-        return halves.unflatten(-1, (-1, width))
-
-    @property
-    def _orders(self) -> torch.Tensor:
-        end = _order_end(self.config, self.head_dim, self.states.dtype)
-        stop = end // 2 - self.config.chunk_size % 2
-        return self.side.view(torch.int16)[..., stop - self.config.chunk_size : stop]
-
-
-def _feature_width(config: SurgeryConfig, head_dim: int) -> int:
-    return head_dim + head_dim // config.variance_pool
-
 
 def decode_rows(
     queries: torch.Tensor,
-    cache: KernelStates,
+    cache: PagedStates,
     tables: torch.Tensor,
     positions: torch.Tensor,
     *,
@@ -164,7 +72,7 @@ def decode_rows(
     return result.out.view(sequences, heads, dim)
 
 
-def kernel_view(cache: KernelStates, tables: torch.Tensor, positions: torch.Tensor) -> "DecodeCache":
+def kernel_view(cache: PagedStates, tables: torch.Tensor, positions: torch.Tensor) -> "DecodeCache":
     """The caches as the decode kernels take them, copied nowhere; arguments as in :func:`decode_rows`."""
     from llama_surgery.attention.impl.triton.decode_cache import DecodeCache
 
@@ -177,8 +85,8 @@ def kernel_view(cache: KernelStates, tables: torch.Tensor, positions: torch.Tens
         cache.config,
         everyone(cache.states[..., : cache.head_dim]),
         everyone(cache.states[..., cache.head_dim :]),
-        everyone(cache.means),
-        everyone(cache.spreads),
+        everyone(cache.scores[..., : cache.head_dim]),
+        everyone(cache.scores[..., cache.head_dim :]),
         everyone(cache.first_pages),
         positions,
         tables,
