@@ -7,7 +7,7 @@ import torch
 from llama_surgery.attention.api import attend
 from llama_surgery.config import SurgeryConfig
 from llama_surgery.serving.counting import LayerCounters
-from llama_surgery.serving.execution import Batch, Executor, PlainExecutor
+from llama_surgery.serving.execution import Batch, Executor
 from llama_surgery.serving.paged import PagedStates, Scheduled
 from llama_surgery.surgery.store import SequenceStore
 from llama_surgery.topology.geometry import closed_chunks
@@ -81,7 +81,7 @@ def sequences(lengths: list[tuple[int, int]], router: PageRouter | None) -> list
 
 def empty_cache(blocks: int, executor: Executor | None = None, device: str = "cpu") -> PagedStates:
     """Poisoned, and with strides that are not those of a contiguous tensor."""
-    executor = executor or PlainExecutor(CONFIG, DIM, torch.float64)
+    executor = executor or Executor(CONFIG, DIM, torch.float64)
     shape = (blocks, CONFIG.chunk_size, KV_HEADS, 2 * DIM)
     states = torch.full(shape, float("nan"), dtype=executor.dtype, device=device).transpose(1, 2)
     side = torch.full((blocks, KV_HEADS, executor.side_bytes() // 4), float("nan"), device=device)
@@ -100,7 +100,7 @@ def step(
     Returns:
         Each sequence with its attention (kv_heads, group, new, dim).
     """
-    executor = executor or PlainExecutor(CONFIG, DIM, cache.states.dtype)
+    executor = executor or Executor(CONFIG, DIM, cache.states.dtype)
     counters = counters or LayerCounters(CONFIG, KV_HEADS)
     size, here = CONFIG.chunk_size, cache.states
     tables = torch.full((len(batch), max(len(s.blocks) for s, _ in batch)), 2**30, dtype=torch.int32)

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-from typing import ClassVar
 
 import torch
 
@@ -104,21 +103,30 @@ class Batch:
         return min(last, max(first, sequence.stop // size * size))
 
 
+@dataclasses.dataclass(frozen=True)
 class Executor:
     """Attention of an operated layer on the engine's caches.
 
-    Args:
+    Plain PyTorch on any device, one sequence after the other; or the Triton kernels: decode rows of all
+    sequences in one call, pieces of prompts one after the other.
+
+    Attributes:
         config: The topology.
         head_dim: Of keys and values.
         dtype: Of keys and values as they are kept.
+        kernels: Do the kernels execute?
         reason: Why not another one, for the log; or empty.
     """
 
-    name: ClassVar[str]
-    kernels: ClassVar[bool] = False
+    config: SurgeryConfig
+    head_dim: int
+    dtype: torch.dtype
+    kernels: bool = False
+    reason: str = ""
 
-    def __init__(self, config: SurgeryConfig, head_dim: int, dtype: torch.dtype, reason: str = "") -> None:
-        self.config, self.head_dim, self.dtype, self.reason = config, head_dim, dtype, reason
+    @property
+    def name(self) -> str:
+        return "Triton kernels" if self.kernels else "plain PyTorch"
 
     def side_bytes(self) -> int:
         """Bytes of the side cache for one chunk of one KV head."""
@@ -131,7 +139,8 @@ class Executor:
             states: (blocks, kv_heads, chunk_size, 2 * head_dim).
             side: (blocks, kv_heads, side_bytes / 4) float32.
         """
-        return PagedStates(states, side, self.config, self.kernels)
+        config = self.config if self.kernels else dataclasses.replace(self.config, backend="gather")
+        return PagedStates(states, side, config, self.kernels)
 
     def attend(
         self,
@@ -155,7 +164,7 @@ class Executor:
             router: Learned corrections of the layer, or None.
             counters: Count what is read.
         """
-        for sequence, part in self.pieces(batch):
+        for sequence, part in batch.long_parts if self.kernels else batch.parts:
             before = sequence.row - sequence.start
             rows = slice(before + part[0], before + part[1])
             heads = queries[rows].unflatten(1, (cache.states.shape[1], -1)).permute(1, 2, 0, 3)
@@ -164,48 +173,11 @@ class Executor:
             )
             out[rows] = result.out.permute(2, 0, 1, 3).flatten(1, 2)
             counters.add_part(part, result)
-
-    def pieces(self, batch: Batch) -> list[tuple[Scheduled, Part]]:
-        """Runs of rows that are computed one after the other."""
-        return batch.parts
-
-
-class PlainExecutor(Executor):
-    """Plain PyTorch on any device, one sequence after the other."""
-
-    name = "plain PyTorch"
-
-    def __init__(self, config: SurgeryConfig, head_dim: int, dtype: torch.dtype, reason: str = "") -> None:
-        super().__init__(dataclasses.replace(config, backend="gather"), head_dim, dtype, reason)
-
-
-class KernelExecutor(Executor):
-    """The Triton kernels: decode rows of all sequences in one call, pieces of prompts one after the other."""
-
-    name = "Triton kernels"
-    kernels = True
-
-    def pieces(self, batch: Batch) -> list[tuple[Scheduled, Part]]:
-        return batch.long_parts
-
-    def attend(
-        self,
-        queries: torch.Tensor,
-        cache: PagedStates,
-        batch: Batch,
-        out: torch.Tensor,
-        *,
-        scale: float,
-        router: PageRouter | None,
-        counters: LayerCounters,
-    ) -> None:
-        from llama_surgery.serving.paged_kernels import decode_rows
-
-        super().attend(queries, cache, batch, out, scale=scale, router=router, counters=counters)
-        single = batch.single_rows
+        single = batch.single_rows if self.kernels else None
         if single is not None:
-            tally = counters.tally(out.device)
-            chosen = queries[single.where]
+            from llama_surgery.serving.paged_kernels import decode_rows
+
+            tally, chosen = counters.tally(out.device), queries[single.where]
             out[single.where] = decode_rows(
                 chosen, cache, single.tables, single.positions, scale=scale, router=router, tally=tally
             )
@@ -233,15 +205,15 @@ def executor_for(
         SurgeryError: The kernels were asked for by name and cannot run the layer.
     """
     if config.backend == "gather" or (config.backend == "auto" and device.type != "cuda"):
-        return PlainExecutor(config, head_dim, cache_dtype)
+        return Executor(config, head_dim, cache_dtype)
     problem = _kernel_obstacle(config, torch.empty(1, head_dim, device=device, dtype=dtype))
     if problem is None and dtype != cache_dtype:
         problem = f"queries are {dtype}, cached keys {cache_dtype}"
     if problem is None:
-        return KernelExecutor(config, head_dim, cache_dtype)
+        return Executor(config, head_dim, cache_dtype, kernels=True)
     if config.backend == "triton":
         raise SurgeryError(f"backend='triton' cannot serve this model: {problem}.")
-    return PlainExecutor(config, head_dim, cache_dtype, problem)
+    return Executor(config, head_dim, cache_dtype, reason=problem)
 
 
 def _kernel_obstacle(config: SurgeryConfig, queries: torch.Tensor) -> str | None:
