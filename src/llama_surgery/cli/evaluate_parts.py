@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llama_surgery.cli.common import err
-from llama_surgery.cli.run import Progress, calibrated, measured
+from llama_surgery.cli.run import Progress, besides, calibrated
 from llama_surgery.config import SurgeryConfig
 
 if TYPE_CHECKING:
@@ -104,6 +104,7 @@ class Parts:
         """Perplexity, divergence, needles and times; perplexity and divergence on other domains."""
         from llama_surgery.errors import TextError
         from llama_surgery.evaluation.evaluate import evaluate, named_progress
+        from llama_surgery.report.results import make_results
 
         needles = {
             "needles": self.needles or 0,
@@ -114,18 +115,13 @@ class Parts:
         shared = {"length": self.length, "windows": self.windows, "seed": self.seed}
 
         def found() -> dict[str, Any]:
-            result, results = measured(
-                self.model,
-                self.tokenizer,
-                self.configs,
-                texts=self.texts,
-                conditions=self.conditions,
-                progress=self.tell,
-                routers=self.routers,
-                **shared,
-                **needles,
-            )
-            return {"results": results, "rows": result.rows()}
+            asked = (self.model, self.tokenizer)
+            result = evaluate(*asked, eval_texts=self.texts, **self._forms, **shared, **needles)
+            more = besides(*asked, result, self.configs, self.routers, self.texts, self.tell)
+            return {
+                "results": make_results(result, conditions=self.conditions, **more),
+                "rows": result.rows(),
+            }
 
         decides = {**self._decides(self.texts), **shared}
         kept = self.kept.once("texts", found, **decides, **needles, conditions=self.conditions)
@@ -134,15 +130,9 @@ class Parts:
 
             def of_domain(name: str = name, texts: list[str] = texts) -> dict[str, Any]:
                 try:
+                    forms = {**self._forms, "progress": named_progress(self.tell, name)}
                     return evaluate(
-                        self.model,
-                        self.tokenizer,
-                        eval_texts=texts,
-                        needles=0,
-                        configs=self.configs,
-                        routers=self.routers,
-                        progress=named_progress(self.tell, name),
-                        **shared,
+                        self.model, self.tokenizer, eval_texts=texts, needles=0, **forms, **shared
                     ).to_dict()
                 except TextError as error:
                     raise TextError(f"domain {name!r}: {error}") from error
@@ -157,15 +147,7 @@ class Parts:
         shared = {"length": self.length, "new_tokens": tokens, "count": count, "seed": self.seed}
 
         def found() -> dict[str, Any]:
-            return long_generation(
-                self.model,
-                self.tokenizer,
-                texts=self.texts,
-                configs=self.configs,
-                routers=self.routers,
-                progress=self.tell,
-                **shared,
-            )
+            return long_generation(self.model, self.tokenizer, texts=self.texts, **self._forms, **shared)
 
         self.results["continuations"] = self.kept.once(
             "continuations", found, **self._decides(self.texts), **shared
@@ -188,12 +170,10 @@ class Parts:
         self.ruler = run_ruler(
             self.model,
             self._sampler,
-            configs=self.configs,
-            routers=self.routers,
             batch_size=self.batch,
             kept=self.kept,
             deadline=self.deadline,
-            progress=self.tell,
+            **self._forms,
             **self._asked,
         )
         self.results["ruler"], self.rows["ruler"] = self.ruler.to_dict(), self.ruler.rows()
@@ -266,6 +246,11 @@ class Parts:
             "verdict": verdict(findings),
             "findings": [finding.to_dict() for finding in findings],
         }
+
+    @property
+    def _forms(self) -> dict[str, Any]:
+        """What is measured, whatever is measured of it."""
+        return {"configs": self.configs, "routers": self.routers, "progress": self.tell}
 
     def _decides(self, texts: Sequence[str]) -> dict[str, Any]:
         from llama_surgery.evaluation.kept import adapter_digest, digest

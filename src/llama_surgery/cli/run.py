@@ -1,10 +1,10 @@
-"""One measured run: thresholds, evaluation, decode times, a tree. Shared by ``demo`` and ``evaluate``."""
+"""What commands measure beside an evaluation: thresholds, decode times, a tree."""
 
 import contextlib
 import itertools
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from llama_surgery.config import SurgeryConfig
@@ -72,56 +72,23 @@ def thresholds(config: SurgeryConfig) -> str:
     return f"θ = {config.theta:.3%} in prefill, {decode}"
 
 
-def measured(
+def besides(
     model: Any,
     tokenizer: Any,
+    result: Any,
     configs: dict[str, SurgeryConfig],
-    *,
+    routers: dict[int, Any] | None,
     texts: list[str],
-    length: int,
-    windows: int | None,
-    needles: int,
-    needle_lengths: Sequence[int] | None,
-    needle_variants: Sequence[str],
-    needle_batch: int,
-    seed: int,
-    conditions: dict[str, str],
     progress: Progress,
-    routers: dict[int, Any] | None = None,
-) -> tuple[Any, dict[str, Any]]:
-    """Measure the dense model and each configuration, with learned corrections if there are any.
-
-    Returns:
-        The evaluation's result, and the contents of a results file.
-
-    Raises:
-        SurgeryError: As :func:`llama_surgery.evaluation.evaluate.evaluate` does.
-    """
-    from llama_surgery.evaluation.evaluate import evaluate
+) -> dict[str, Any]:
+    """What a report shows beside an evaluation's ``result``: times of decode steps, and a head's tree."""
     from llama_surgery.report.extract import head_tree
-    from llama_surgery.report.results import make_results
     from llama_surgery.surgery.operate import operated
     from llama_surgery.text import windows as cut_windows
 
-    result = evaluate(
-        model,
-        tokenizer,
-        eval_texts=texts,
-        length=length,
-        windows=windows,
-        needles=needles,
-        configs=configs,
-        routers=routers,
-        seed=seed,
-        needle_lengths=needle_lengths,
-        needle_variants=needle_variants,
-        needle_batch=needle_batch,
-        progress=progress,
-    )
-    ids = cut_windows(tokenizer, texts, length, 1, seed)
+    ids = cut_windows(tokenizer, texts, result.length, 1, result.seed)
     progress("decode times", 0, 1 + len(configs))
-    decode = {"dense": decode_ms(model, ids)}
-    trees = []
+    decode, trees = {"dense": decode_ms(model, ids)}, []
     for number, (name, config) in enumerate(configs.items(), start=1):
         progress("decode times", number, 1 + len(configs))
         with operated(model, config, routers=routers):
@@ -130,7 +97,7 @@ def measured(
                 layer, head = _busiest(result.operated[0].density["by_layer"])
                 trees.append(head_tree(model, tokenizer, texts[0], layer=layer, kv_head=head))
     progress("decode times", 1 + len(configs), 1 + len(configs))
-    return result, make_results(result, conditions=conditions, decode_ms=decode, trees=trees)
+    return {"decode_ms": decode, "trees": trees}
 
 
 def decode_ms(model: Any, ids: "torch.Tensor") -> float:
