@@ -7,6 +7,7 @@
 #   make compile-test   compile the kernels for every family of GPUs, which need not be there (25 minutes on 2 cores)
 #   make package-test   the built package in an empty environment, and with the oldest transformers it claims
 #   make demo-adapter  set the thresholds anew that the demo reads with (seven minutes of CPU time)
+#   make screenshots  the pictures of the report in docs, and tests of it in a browser (needs Chromium; some minutes)
 #   make sweep        operate on a tiny model of every causal language model that transformers has (10 minutes)
 #   make sanitize     a part of the GPU tests under compute-sanitizer, on a machine with a GPU
 #   make serve-test   tests of serving: real vLLM servers (the community's CPU build), in .venv-serve
@@ -29,10 +30,10 @@ PACKAGE_STAMP := $(VENV)/.stamp-package
 DEV_STAMP := $(VENV)/.stamp-dev
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-adapter test check clean compile-test package-test sweep sanitize serve-test
+.PHONY: help demo demo-adapter test check clean compile-test package-test screenshots sweep sanitize serve-test
 
 help:
-	@sed -n '3,12s/^#   //p' Makefile
+	@sed -n '3,13s/^#   //p' Makefile
 
 # pip is asked for, not only the interpreter: a venv whose creation was interrupted lacks it.
 $(PACKAGE_STAMP): pyproject.toml
@@ -83,6 +84,16 @@ package-test: $(DEV_STAMP)
 	$(PACKAGE_VENV)/bin/python -P tests/package/readme.py
 	$(PACKAGE_PIP) $(OLDEST) hypothesis pytest pytest-timeout
 	OMP_NUM_THREADS=1 $(PACKAGE_VENV)/bin/python -P -m pytest -q -m 'not slow' $(SMOKE_TESTS) $(PYTEST_ARGS)
+
+# Asked first, not after minutes.
+screenshots: $(DEV_STAMP)
+	$(BIN)/python -m tests.report.screenshots
+	$(BIN)/llama-surgery evaluate demo/books-26m --adapter demo/adapters/books-26m --text demo/text/evaluation.txt \
+		--length 2048 --windows 4 --needles 12 --out out/screenshots
+	$(BIN)/llama-surgery report out/screenshots/results.json --frontier benchmarks/results/frontier.csv \
+		--out out/screenshots/report.html
+	$(BIN)/python -m tests.report.screenshots out/screenshots/report.html docs
+	$(BIN)/python -m pytest -q tests/report/test_browser.py $(PYTEST_ARGS)
 
 sweep: $(DEV_STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist worksteal --sweep tests/surgery/test_sweep.py \
