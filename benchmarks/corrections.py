@@ -26,6 +26,7 @@ from llama_surgery.attention.impl.triton.decode import DecodeResult, decode
 from llama_surgery.attention.impl.triton.decode_cache import DecodeCache, append_tokens
 from llama_surgery.attention.impl.triton.job import make_job
 from llama_surgery.attention.impl.triton.layout import build_layout
+from llama_surgery.attention.result import AttentionResult
 from llama_surgery.bench.measure import Deadline, Rows, graphed, times
 from llama_surgery.config import SurgeryConfig
 from llama_surgery.errors import SurgeryError
@@ -140,7 +141,7 @@ def _timed(
     layout, cache = _layout(data, config, router), _cache(data, config, router)
     count = 20 if device.type == "cuda" else 1
 
-    def attend() -> prefill.TiledResult:
+    def attend() -> AttentionResult:
         return prefill.attend(*_states(data), layout, config=config, start=0, router=router)
 
     plans, step = attend().plans, _decode(data, cache, router)

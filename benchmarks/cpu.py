@@ -24,7 +24,7 @@ from llama_surgery.attention.api import attend
 from llama_surgery.attention.result import AttentionResult
 from llama_surgery.config import SurgeryConfig
 from llama_surgery.evaluation.io import write_csv
-from llama_surgery.topology.geometry import summary_density
+from llama_surgery.topology.geometry import causal_pairs, near_pairs, summary_density
 from llama_surgery.topology.layout import build_layout
 
 ROOT = Path(__file__).parent.parent
@@ -81,6 +81,7 @@ def attention(length: int, repeats: int) -> dict[str, object]:
             times[name].append(time.perf_counter() - started)
     result = operated()
     far = far_density(result, config)
+    near = near_pairs(0, length, config, config.tile) / causal_pairs(0, length)
     return {
         "what": "attention",
         "length": length,
@@ -89,13 +90,13 @@ def attention(length: int, repeats: int) -> dict[str, object]:
         "unit": "s",
         "ratio": statistics.median(d / o for d, o in zip(times["dense"], times["operated"], strict=True)),
         "far_density": far,
-        "total_density": far + result.near_pairs / result.causal_pairs + summary_density(config, length),
+        "total_density": far + near + summary_density(config, length),
     }
 
 
 def far_density(result: AttentionResult, config: SurgeryConfig) -> float:
     pairs = sum(float(plan.executed_pairs(config.page_size).double().mean()) for plan in result.plans)
-    return pairs / result.causal_pairs
+    return pairs / causal_pairs(0, result.out.shape[2])
 
 
 def memory(model: Path) -> dict[str, object]:

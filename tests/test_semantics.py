@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from llama_surgery.attention.api import attend
 from llama_surgery.config import SurgeryConfig
 from llama_surgery.surgery.store import SequenceStore
+from llama_surgery.topology.geometry import near_pairs
 
 CHUNK, PAGE, DIM = 16, 4, 8
 SCALE = DIM**-0.5
@@ -143,16 +144,16 @@ def test_backends_follow_the_slow_loop(case):
     q, k, v = 2 * draw(heads, n, DIM), draw(n, DIM) * (1 + 3 * draw(DIM).abs()), draw(n, DIM)
     expected, *pairs = slow_attention(q, k, v, config, calls)
 
-    store, outs, near_pairs, far_pairs = SequenceStore(config), [], 0, 0
+    store, outs, near_read, far_read = SequenceStore(config), [], 0, 0
     for start, stop in calls:
         tile = 1 if start > 0 and stop - start == 1 else config.tile
         near = store.append(k[None, None, start:stop], v[None, None, start:stop], since=0)
         result = attend(q[None, :, start:stop], *near, store.layout, config=config, start=start, tile=tile)
         outs.append(result.out[0])
-        far_pairs += sum(int(plan.visible_pairs(PAGE).sum()) for plan in result.plans)
-        near_pairs += result.near_pairs
+        far_read += sum(int(plan.visible_pairs(PAGE).sum()) for plan in result.plans)
+        near_read += near_pairs(start, stop, config, tile)
     torch.testing.assert_close(torch.cat(outs, 1), expected, rtol=1e-9, atol=1e-9)
-    assert [near_pairs, far_pairs] == pairs
+    assert [near_read, far_read] == pairs
 
 
 @given(cases(), st.data())

@@ -13,11 +13,12 @@ from llama_surgery.attention.impl.triton.job import Job, make_job, page_features
 from llama_surgery.attention.impl.triton.layout import build_layout
 from llama_surgery.attention.impl.triton.summary import means_for, summarise_strip
 from llama_surgery.attention.impl.triton.tiled_plan import ENTRY, TiledPlan
+from llama_surgery.attention.result import AttentionResult
 from llama_surgery.bench.dense import check, ways
 from llama_surgery.bench.measure import Deadline, Rows, capture, once, say, times
 from llama_surgery.config import SurgeryConfig
 from llama_surgery.errors import SurgeryError
-from llama_surgery.topology.geometry import summary_density
+from llama_surgery.topology.geometry import causal_pairs, near_pairs, summary_density
 
 from . import prefill_case as case
 from .quantities import quantiles
@@ -95,7 +96,7 @@ def _time_dense(rows: Rows, data: case.Data) -> dict[str, float]:
             say(f"{way.name} is out: {str(problem).splitlines()[0][:160]}")
             continue
         found[way.name] = measured["p50_ms"]
-        rows.add(n=length, part=way.name, **measured, **_rate(case.causal_pairs(length), measured))
+        rows.add(n=length, part=way.name, **measured, **_rate(causal_pairs(0, length), measured))
         if length > RIVALS_LIMIT:
             break
     return found
@@ -124,7 +125,7 @@ class _Timed:
             "far": setting.density,
         }
 
-    def attend(self, keep_lists: bool = False) -> prefill.TiledResult:
+    def attend(self, keep_lists: bool = False) -> AttentionResult:
         """Everything: layout, selection, attention."""
         data = self.data
         layout = build_layout(data.keys, data.values, self.config)
@@ -141,16 +142,18 @@ class _Timed:
         executed = case.executed_density(result.plans, self.config.page_size, self.length)
         visible = sum(float(p.visible_pairs(self.config.page_size).double().mean()) for p in result.plans)
         summaries = summary_density(self.config, self.length)
+        near = near_pairs(0, self.length, self.config, self.config.tile)
+        causal = causal_pairs(0, self.length)
         pages = torch.cat([plan.counts.flatten() for plan in result.plans]).float().sort().values
         if self.setting.parts:
-            self.time_parts(result.near_pairs)
+            self.time_parts(near)
         measured = _measure(self.attend, self.device)
         speedups = {f"over_{name}": ms / measured["p50_ms"] for name, ms in self.dense.items()}
         self.rows.add(
             **self.label, part="attention with layout and selection", **measured, **speedups,
             theta=self.config.theta, executed_far=executed, total_density=executed
-            + result.near_pairs / result.causal_pairs + summaries, summary_density=summaries,
-            visible_far=visible / result.causal_pairs, pages_p50=float(pages[len(pages) // 2]),
+            + near / causal + summaries, summary_density=summaries,
+            visible_far=visible / causal, pages_p50=float(pages[len(pages) // 2]),
             pages_p95=float(pages[int(0.95 * (len(pages) - 1))]), error=error, plain_error=plain,
             differing=differing,
         )  # fmt: skip

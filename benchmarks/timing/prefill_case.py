@@ -18,7 +18,7 @@ from llama_surgery.attention.summary import summary_logits
 from llama_surgery.bench.measure import nearest_theta
 from llama_surgery.bench.states import clustered_states, plain_attention
 from llama_surgery.errors import SurgeryError
-from llama_surgery.topology.geometry import Block, closed_chunks
+from llama_surgery.topology.geometry import Block, causal_pairs, closed_chunks
 from llama_surgery.topology.layout import Moments
 from llama_surgery.topology.selection import Scorer
 
@@ -38,10 +38,6 @@ def make_data(length: int, device: torch.device, dtype: torch.dtype, seed: int =
     return Data(*clustered_states(STREAMS, HEADS, length, DIM, device, dtype, seed))
 
 
-def causal_pairs(length: int) -> int:
-    return length * (length + 1) // 2
-
-
 def plans_of(job: Job, theta: float, totals: list[torch.Tensor]) -> list[TiledPlan]:
     config = dataclasses.replace(job.config, theta=theta, theta_decode=theta)
     job = dataclasses.replace(job, config=config)
@@ -55,7 +51,7 @@ def executed_pairs(plans: list[TiledPlan], page_size: int) -> float:
 
 
 def executed_density(plans: list[TiledPlan], page_size: int, length: int) -> float:
-    return executed_pairs(plans, page_size) / causal_pairs(length)
+    return executed_pairs(plans, page_size) / causal_pairs(0, length)
 
 
 def calibrate(job: Job, totals: list[torch.Tensor], density: float) -> float:
@@ -176,7 +172,7 @@ def check_selection(job: Job, plans: list[TiledPlan]) -> float:
 
 def scattered_plans(job: Job, plans: list[TiledPlan], density: float) -> list[TiledPlan]:
     """As many pages for every tile as visible ones allow at this density, spread at random."""
-    share = density * causal_pairs(job.stop) / sum(
+    share = density * causal_pairs(0, job.stop) / sum(
         job.tile * job.config.page_size * strip.tiles * 0.5 * (strip.pages + first)
         for strip, first in (
             (s, job.pages_of(s.first_tile)) for s in job.strips() if s.pages

@@ -25,7 +25,7 @@ def part() -> AttentionResult:
     """Eight rows, each of a tile that reads two pages."""
     opened = torch.zeros(KV_HEADS, 1, 2, dtype=torch.int64)
     plan = plan_from_first_open(opened, Block(128, 136, 1), 8)
-    return AttentionResult(torch.zeros(KV_HEADS, 1, 8, 16), torch.zeros(KV_HEADS, 1, 8), [plan], 100, 1000)
+    return AttentionResult(torch.zeros(KV_HEADS, 1, 8, 16), torch.zeros(KV_HEADS, 1, 8), [plan])
 
 
 def test_engines_of_one_process_speak_of_their_own_layers() -> None:
@@ -35,7 +35,7 @@ def test_engines_of_one_process_speak_of_their_own_layers() -> None:
     others[0].add_rows(RowCount(3, 10, 20, 3))
     assert other.take(0.0).startswith("rows 3, far density 0.0000, total density")  # type: ignore[union-attr]
     told = one.take(0.0)
-    assert told is not None and told.startswith("rows 8, far density 0.2560")
+    assert told is not None and told.startswith("rows 8, far density 0.2415")
     assert f"pages read {2 * 2 * KV_HEADS}, dense fallbacks 0.0%" in told
     assert one.take(0.0) is None and other.take(0.0) is None
 

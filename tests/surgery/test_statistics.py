@@ -221,7 +221,7 @@ def test_counts_of_threads_add_up():
     counters.rows = counters.near_pairs = counters.causal_pairs = YieldingInt(0)
     config, block = SurgeryConfig(chunk_size=32, page_size=16, window=32, tile=8), Block(64, 72, 1)
     plan = plan_from_first_open(torch.zeros(4, 1, 3, dtype=torch.int64), block, 8)
-    result = AttentionResult(torch.zeros(4, 1, 8, 16), torch.zeros(4, 1, 8), [plan], 5, 7)
+    result = AttentionResult(torch.zeros(4, 1, 8, 16), torch.zeros(4, 1, 8), [plan])
 
     def run(_):
         for _ in range(times):
@@ -231,7 +231,9 @@ def test_counts_of_threads_add_up():
 
     together(run)
     calls = 8 * times
-    assert (counters.rows, counters.near_pairs, counters.causal_pairs) == (17 * calls, 12 * calls, 17 * calls)
+    near, causal = (2 * sum(range(first, first + 8)) for first in (33, 65))  # of two sequences
+    counted = (counters.rows, counters.near_pairs, counters.causal_pairs)
+    assert counted == (17 * calls, (near + 2) * calls, (causal + 3) * calls)
     assert counters.totals("pages") == [6 * calls] * 2
     assert counters.totals("far_pairs") == counters.totals("visible_pairs") == [6 * 8 * 16 * calls] * 2
 

@@ -87,7 +87,7 @@ def attend(
     scorer = Scorer(call.scale, call.softcap, router, config.variance_pool)
     stop = start + queries.shape[2]
     near_start = stop - near_keys.shape[1]  # position of near_keys[:, 0]
-    outs, lses, near_pairs = [], [], 0
+    outs, lses = [], []
     plans: list[Plan] = []
     for block in query_blocks(start, stop, config, call.tile):
         q = queries[:, :, block.start - start : block.stop - start]
@@ -131,15 +131,4 @@ def attend(
             out, lse = out * (lse - total).exp().unsqueeze(-1), total
         outs.append(out.to(queries.dtype))
         lses.append(lse)
-        near_pairs += _triangle(block.stop - first) - _triangle(block.start - first)
-    return AttentionResult(
-        torch.cat(outs, 2),
-        torch.cat(lses, 2),
-        plans,
-        near_pairs,
-        _triangle(stop) - _triangle(start),
-    )
-
-
-def _triangle(n: int) -> int:
-    return n * (n + 1) // 2
+    return AttentionResult(torch.cat(outs, 2), torch.cat(lses, 2), plans)

@@ -29,12 +29,8 @@ class AttentionResult:
         out: (streams, heads, rows, value_dim), the queries' dtype.
         lse: (streams, heads, rows) log-sum-exp of the visible logits, float32 or float64.
         plans: Plans of all rows that had closed chunks.
-        near_pairs: (query, key) pairs of the near field, for one query head.
-        causal_pairs: Pairs that dense attention would read, for one query head.
     """
 
     out: torch.Tensor
     lse: torch.Tensor
     plans: Sequence[CountedPlan]
-    near_pairs: int
-    causal_pairs: int

@@ -21,7 +21,7 @@ from llama_surgery.errors import AdapterError, SurgeryError
 from llama_surgery.files import write_json
 from llama_surgery.surgery.adapter import CONFIG_FILE, described
 from llama_surgery.surgery.operation import MeasuredLoss
-from llama_surgery.topology.geometry import summary_density
+from llama_surgery.topology.geometry import causal_pairs, near_pairs, summary_density
 
 #: How near the density, as a share of it, is near enough.
 NEAR = 0.05
@@ -134,9 +134,10 @@ def measure_crossover(
         points.append(Point(length, *measured, min(way.values())))
         found = _attend(config, *states)
         far = _far_density(found, config)
+        near = near_pairs(0, length, config, config.tile) / causal_pairs(0, length)
         rows.add(
             **points[-1]._asdict(), theta=config.theta, far_density=far,
-            total_density=far + found.near_pairs / found.causal_pairs + summary_density(config, length),
+            total_density=far + near + summary_density(config, length),
         )  # fmt: skip
     return recommend(points, config.tile), points
 
@@ -201,4 +202,4 @@ def _middle(run: Callable[[], Any], device: torch.device) -> float:
 
 def _far_density(result: AttentionResult, config: SurgeryConfig) -> float:
     pairs = sum(float(plan.executed_pairs(config.page_size).double().mean()) for plan in result.plans)
-    return pairs / result.causal_pairs
+    return pairs / causal_pairs(0, result.out.shape[2])

@@ -14,7 +14,7 @@ from llama_surgery.config import SurgeryConfig
 from llama_surgery.learning.corrections import LayerCorrections, Part
 from llama_surgery.learning.weights import parts_of
 from llama_surgery.surgery.supported import attention_modules, head_shape
-from llama_surgery.topology.geometry import query_blocks, summary_density
+from llama_surgery.topology.geometry import causal_pairs, near_pairs, summary_density
 
 #: Multiplications that a step of the local stage takes for each of the forward pass over its sampled rows:
 #: forward, the same again while going back, and two products for every one of the way back.
@@ -144,14 +144,9 @@ def at_length(shape: Shape, config: SurgeryConfig, density: float, calibrated: i
         calibrated: Tokens of the windows that θ is set on.
         length: Tokens of the text.
     """
-    causal = length * (length + 1) / 2
-    near = closed = 0.0
-    for block in query_blocks(0, length, config, config.tile):
-        first, rows = block.closed * config.chunk_size, block.stop - block.start
-        closed += first * rows
-        near += (block.stop - first) * (block.stop - first + 1) / 2
-        near -= (block.start - first) * (block.start - first + 1) / 2
-    closed, near = closed / causal, near / causal
+    causal = causal_pairs(0, length)
+    near = near_pairs(0, length, config, config.tile) / causal
+    closed = 1 - near
     far = min(closed, density * min(1.0, calibrated / length))
     scoring = closed / config.page_size / 2 * (1 + 1 / config.variance_pool)
     summary = summary_density(config, length)

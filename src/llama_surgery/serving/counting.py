@@ -9,7 +9,7 @@ from llama_surgery.attention.result import AttentionResult
 from llama_surgery.config import SurgeryConfig
 from llama_surgery.surgery.rows import Part
 from llama_surgery.surgery.statistics import COUNTING, Counters, summarise
-from llama_surgery.topology.geometry import closed_chunks, query_blocks, summary_pairs
+from llama_surgery.topology.geometry import closed_chunks, near_pairs, query_blocks, summary_pairs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,8 +34,8 @@ class RowCount:
     def of(cls, positions: list[int], config: SurgeryConfig) -> "RowCount":
         """Count the rows at ``positions``."""
         closed = [closed_chunks(position, config, 1) for position in positions]
+        near = sum(near_pairs(position, position + 1, config, 1) for position in positions)
         causal = sum(positions) + len(positions)
-        near = causal - sum(closed) * config.chunk_size
         summaries = sum(summary_pairs(position, position + 1, config, 1) for position in positions)
         return cls(len(positions), near, causal, closed.count(0), summaries)
 

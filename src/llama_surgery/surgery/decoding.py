@@ -10,7 +10,6 @@ from llama_surgery.config import SurgeryConfig
 from llama_surgery.surgery.buffers import PageBuffers
 from llama_surgery.surgery.cache import PagedLayer
 from llama_surgery.surgery.layer import LayerSurgery
-from llama_surgery.topology.geometry import closed_chunks, summary_pairs
 
 if TYPE_CHECKING:
     from llama_surgery.attention.impl.triton.decode_cache import DecodeCache
@@ -114,13 +113,8 @@ def cache_view(
 
 def settle(layer: LayerSurgery, paged: PagedLayer, rows: int) -> None:
     """What the host does about a step that is launched: count it, and lay out chunks that it filled."""
-    near, causal, summaries = 0, 0, 0.0
     for length in paged.lengths:
-        summaries += summary_pairs(length, length + rows, layer.config, 1)
-        for position in range(length, length + rows):
-            near += position + 1 - closed_chunks(position, layer.config, 1) * layer.config.chunk_size
-            causal += position + 1
-    layer.counts(1).count(rows * len(paged.lengths), near, causal, summaries)
+        layer.counts(1).count_rows(length, length + rows, layer.config, 1)
     paged.advance(rows, layer.router)
 
 

@@ -10,7 +10,7 @@ from llama_surgery.attention.result import AttentionResult
 from llama_surgery.config import SurgeryConfig
 from llama_surgery.surgery.buffers import writable
 from llama_surgery.surgery.rows import Part
-from llama_surgery.topology.geometry import summary_pairs
+from llama_surgery.topology.geometry import causal_pairs, near_pairs, summary_pairs
 
 #: Held while counts are changed, by whatever thread: for additions alone, on the host. One for all counters,
 #: since they are copied and pickled with a model, and a lock cannot be.
@@ -54,6 +54,12 @@ class Counters:
             self._tally, self._page_size = held, page_size
             return held
 
+    def count_rows(self, start: int, stop: int, config: SurgeryConfig, tile: int, sequences: int = 1) -> None:
+        """Count rows ``start … stop - 1`` of sequences, and their pairs but for those of pages."""
+        of = (start, stop, config, tile)
+        pairs = near_pairs(*of), causal_pairs(start, stop), summary_pairs(*of)
+        self.count((stop - start) * sequences, *(count * sequences for count in pairs))
+
     def count(self, rows: int, near_pairs: int, causal_pairs: int, summary_pairs: float = 0.0) -> None:
         """Count rows of all sequences, and their pairs, whose pages are tallied."""
         with COUNTING:
@@ -81,9 +87,8 @@ class Counters:
 
     def add(self, result: AttentionResult, kv_heads: int, config: SurgeryConfig, part: Part) -> None:
         """Count one call: ``result`` of the rows ``part`` of (sequences * kv_heads) streams."""
-        streams, _, rows, _ = result.out.shape
-        sequences, page_size = streams // kv_heads, config.page_size
-        summaries = summary_pairs(part.start, part.stop, config, part.tile)
+        streams, page_size = len(result.out), config.page_size
+        sequences = streams // kv_heads
 
         def heads(counts: list[torch.Tensor]) -> torch.Tensor:
             none = torch.zeros(kv_heads, dtype=torch.int64, device=result.out.device)
@@ -94,8 +99,7 @@ class Counters:
         pages = heads([p.counts.sum(1) for p in result.plans])
         with COUNTING:
             self.choosers = max([self.choosers, *(len(p.counts) // streams for p in result.plans)])
-            near, causal = result.near_pairs * sequences, result.causal_pairs * sequences
-            self.count(rows * sequences, near, causal, summaries * sequences)
+            self.count_rows(part.start, part.stop, config, part.tile, sequences)
             self._add("far_pairs", far_pairs)
             self._add("visible_pairs", visible_pairs)
             self._add("pages", pages)

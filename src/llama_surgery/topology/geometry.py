@@ -51,6 +51,18 @@ def query_blocks(start: int, stop: int, config: SurgeryConfig, tile: int) -> Ite
         start = limit
 
 
+def causal_pairs(start: int, stop: int) -> int:
+    """(Query, key) pairs that dense attention reads for rows ``start … stop - 1`` of one query head."""
+    return (stop * (stop + 1) - start * (start + 1)) // 2
+
+
+def near_pairs(start: int, stop: int, config: SurgeryConfig, tile: int) -> int:
+    """Pairs of the near fields of rows ``start … stop - 1``; ``tile`` as in :func:`summary_pairs`."""
+    size = config.chunk_size
+    blocks = query_blocks(start, stop, config, tile)
+    return sum(causal_pairs(b.start - b.closed * size, b.stop - b.closed * size) for b in blocks)
+
+
 def summary_pairs(start: int, stop: int, config: SurgeryConfig, tile: int) -> float:
     """What rows ``start … stop - 1`` multiply with means at most, in (query, key) pairs.
 
@@ -73,4 +85,4 @@ def summary_pairs(start: int, stop: int, config: SurgeryConfig, tile: int) -> fl
 
 def summary_density(config: SurgeryConfig, length: int) -> float:
     """:func:`summary_pairs` of a prefill of ``length`` tokens, over its causal pairs as densities are."""
-    return summary_pairs(0, length, config, config.tile) / (length * (length + 1) / 2)
+    return summary_pairs(0, length, config, config.tile) / causal_pairs(0, length)

@@ -15,10 +15,10 @@ from llama_surgery.attention.impl.triton import (
     backward_pass,
     backward_summary,
     job,
-    prefill,
 )
 from llama_surgery.attention.impl.triton.backward_tuning import BackwardTuning
 from llama_surgery.attention.impl.triton.tiled_plan import ENTRY, TiledPlan
+from llama_surgery.attention.result import AttentionResult
 from llama_surgery.config import SurgeryConfig
 from llama_surgery.topology.geometry import closed_chunks
 from llama_surgery.topology.layout import Layout, reorder
@@ -387,7 +387,7 @@ def test_long_rows_do_not_depend_on_the_run(device: torch.device) -> None:
         result.out.backward(x["d_out"])
         found.append([x[name].grad for name in ("queries", "keys", "values")])
     assert all(torch.equal(*pair) for pair in zip(*found, strict=True))
-    assert isinstance(result, prefill.TiledResult)
+    assert isinstance(result, AttentionResult)
 
 
 @pytest.mark.parametrize("strip_bytes", [1 << 28, 1 << 6], ids=["one strip", "several"])

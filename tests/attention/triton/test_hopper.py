@@ -15,6 +15,7 @@ from tests.attention.triton.gluon_emulator import emulated
 from llama_surgery.attention.impl.triton import hopper, prefill
 from llama_surgery.attention.impl.triton.job import Job, make_job
 from llama_surgery.attention.impl.triton.tuning import TABLE, Tuning
+from llama_surgery.attention.result import AttentionResult
 from llama_surgery.config import SurgeryConfig
 from llama_surgery.topology.layout import build_layout
 from llama_surgery.topology.router import PageRouter
@@ -35,7 +36,7 @@ hopper_only = pytest.mark.skipif(
 
 def both(
     given: dict[str, Any], config: SurgeryConfig, monkeypatch: pytest.MonkeyPatch
-) -> tuple[prefill.TiledResult, prefill.TiledResult]:
+) -> tuple[AttentionResult, AttentionResult]:
     """A call with the kernels for Hopper, and without."""
     fast = prefill.attend(**given, config=config, keep_lists=True)
     with monkeypatch.context() as patch:
@@ -43,7 +44,7 @@ def both(
         return fast, prefill.attend(**given, config=config, keep_lists=True)
 
 
-def check_attention(fast: prefill.TiledResult, plain: prefill.TiledResult) -> None:
+def check_attention(fast: AttentionResult, plain: AttentionResult) -> None:
     """The same but for the order of sums and the rounding of weights."""
     torch.testing.assert_close(fast.lse, plain.lse, rtol=1e-4, atol=1e-4)
     bound = 4e-3 if fast.out.dtype == torch.bfloat16 else 5e-4

@@ -10,6 +10,7 @@ pytest.importorskip("triton")
 from llama_surgery.attention import api
 from llama_surgery.attention.impl.triton import job, prefill
 from llama_surgery.attention.impl.triton.tuning import Tuning
+from llama_surgery.attention.result import AttentionResult
 from llama_surgery.config import SurgeryConfig
 from llama_surgery.errors import SurgeryError
 from llama_surgery.topology.layout import Layout, build_layout
@@ -66,15 +67,13 @@ def inputs(
 
 def check(
     case: Case, config: SurgeryConfig, device: torch.device, router: PageRouter | None = None
-) -> prefill.TiledResult:
+) -> AttentionResult:
     """Same pages and first-open rows as the reference, and the same attention to rounding."""
     given = inputs(case, config, device, router)
     result = prefill.attend(**given, config=config, keep_lists=True)  # type: ignore[arg-type]
     oracle = dataclasses.replace(config, backend="reference")
     expected = api.attend(**given, config=oracle)  # type: ignore[arg-type]
     plans = [plan for tiled in result.plans for plan in tiled.block_plans(config)]
-    assert result.near_pairs == expected.near_pairs
-    assert result.causal_pairs == expected.causal_pairs
     assert len(plans) >= len(expected.plans)
     page = config.page_size
     for name in ("executed_pairs", "visible_pairs"):

@@ -8,6 +8,7 @@ import torch
 from torch.nn import functional as F
 
 from llama_surgery.evaluation.peers.rule import Call, Rule, causal
+from llama_surgery.topology.geometry import causal_pairs
 
 #: Elements of a mask held at a time, over batch, heads, rows and keys: 256 MB as float32 logits.
 STRIP_ELEMENTS = 2**26
@@ -73,6 +74,6 @@ def attend_by_rule(
                 scale=call.scale,
             )
         )
-    pairs = (call.stop * (call.stop + 1) - call.start * (call.start + 1)) // 2
+    pairs = causal_pairs(call.start, call.stop)
     count.add("decode" if rows == 1 and call.start else "prefill", read, pairs * batch * heads)
     return torch.cat(outs, 2)

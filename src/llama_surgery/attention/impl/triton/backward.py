@@ -4,7 +4,7 @@ What rows open is constant: no gradient passes through the selection.
 """
 
 import dataclasses
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch.autograd.function import once_differentiable
@@ -15,6 +15,7 @@ from llama_surgery.attention.impl.triton.backward_pass import Call, States, grad
 from llama_surgery.attention.impl.triton.helpers import launching
 from llama_surgery.attention.impl.triton.job import features_of
 from llama_surgery.attention.impl.triton.tiled_plan import TiledPlan
+from llama_surgery.attention.result import AttentionResult
 from llama_surgery.config import SurgeryConfig
 from llama_surgery.topology.layout import Layout, Moments, mean_values, reorder
 from llama_surgery.topology.router import PageRouter
@@ -52,7 +53,7 @@ def attend(
     softcap: float | None = None,
     sink_logit: torch.Tensor | None = None,
     router: PageRouter | None = None,
-) -> prefill.TiledResult:
+) -> AttentionResult:
     """:func:`prefill.attend`, differentiable.
 
     ``out`` and ``lse`` have gradients by queries, near keys and values, the layout's keys, values and what
@@ -82,7 +83,9 @@ def attend(
             router=router,
             trim_lists=True,
         )
-    call = Call(config, start, tile, scale, softcap, router, tuple(result.plans))
+    call = Call(
+        config, start, tile, scale, softcap, router, cast("tuple[TiledPlan, ...]", tuple(result.plans))
+    )
     far_keys, far_values = (None, None) if layout is None else (layout.keys, layout.values)
     states = States(
         queries,

@@ -13,21 +13,10 @@ from llama_surgery.attention.impl.triton.launch import described, heads_of_tile,
 from llama_surgery.attention.impl.triton.selection import select
 from llama_surgery.attention.impl.triton.summary import means_for, summarise_strip
 from llama_surgery.attention.impl.triton.tiled_plan import TiledPlan
+from llama_surgery.attention.result import AttentionResult
 from llama_surgery.config import SurgeryConfig
-from llama_surgery.topology.geometry import query_blocks
 from llama_surgery.topology.layout import Layout
 from llama_surgery.topology.router import PageRouter
-
-
-@dataclasses.dataclass(frozen=True)
-class TiledResult:
-    """What :func:`attend` returns; the fields of ``AttentionResult`` with tiled plans."""
-
-    out: torch.Tensor
-    lse: torch.Tensor
-    plans: list[TiledPlan]
-    near_pairs: int
-    causal_pairs: int
 
 
 def attend(
@@ -45,7 +34,7 @@ def attend(
     router: PageRouter | None = None,
     keep_lists: bool = False,
     trim_lists: bool = False,
-) -> TiledResult:
+) -> AttentionResult:
     """Attention of consecutive rows through the ``pages`` topology.
 
     Arguments and results are those of :func:`llama_surgery.attention.api.attend`, which checks them and
@@ -86,11 +75,7 @@ def attend(
                 kept = plan if keep_lists or trim_lists else dataclasses.replace(plan, entries=None)
                 kept = dataclasses.replace(kept, first=None)
                 plans.append(kept.trimmed() if trim_lists else kept)
-    near_pairs = sum(
-        _triangle(b.stop - b.closed * config.chunk_size) - _triangle(b.start - b.closed * config.chunk_size)
-        for b in query_blocks(job.start, job.stop, config, job.tile)
-    )
-    return TiledResult(out, lse, plans, near_pairs, _triangle(job.stop) - _triangle(job.start))
+    return AttentionResult(out, lse, plans)
 
 
 def attend_strip(
@@ -170,7 +155,3 @@ def attend_strip(
         num_stages=max(1, min(job.tuning.attend_stages, ahead)),
         **product_options(job.queries),
     )
-
-
-def _triangle(n: int) -> int:
-    return n * (n + 1) // 2
