@@ -75,7 +75,7 @@ def main() -> None:
             right = score_needles(model, prompts, given.batch)
             read = llama_surgery.statistics(model).by_tile
             config = config_of(model)
-        paired = paired_difference(dense, right, given.seed)
+        paired = paired_difference(dense, right)
         row = {
             "adapter": folder.name if folder.name != f"tile-{config.tile}" else folder.parent.name,
             "tile": config.tile,
@@ -89,7 +89,7 @@ def main() -> None:
             "dense": paired.dense,
             "operated": paired.operated,
             "difference": paired.difference,
-            "bound": paired.bound_closed,
+            "bound": paired.low,
             "changed": paired.lost + paired.won,
             "length": given.length,
             "seed": given.seed,
@@ -103,7 +103,7 @@ def main() -> None:
         write_csv(given.out, rows)
         print(
             f"{folder}: {paired.operated:.4f} of {len(right)}, dense {paired.dense:.4f}, difference at least "
-            f"{paired.bound_closed:+.4f} (95%), {time.time() - began:.0f} s",
+            f"{paired.low:+.4f} (95%), {time.time() - began:.0f} s",
             flush=True,
         )
 

@@ -12,7 +12,6 @@ from real_results import FORMS, NEEDLE, RULER, WINDOW, Found, Results, canonical
 from llama_surgery.evaluation.intervals import Change, paired_change
 from llama_surgery.evaluation.io import write_csv
 from llama_surgery.evaluation.paired import (
-    PairedDifference,
     RatioInterval,
     paired_difference,
     perplexity_ratio,
@@ -73,10 +72,10 @@ class Measured:
         return perplexity_ratio(dense, own, self.study["seed"]) if dense else None
 
     @functools.cached_property
-    def needles(self) -> PairedDifference | None:
+    def needles(self) -> Change | None:
         """Answers of all prompts."""
         dense, own = self._pairs(NEEDLE, "right")
-        return paired_difference(dense, own, self.study["seed"]) if dense else None
+        return paired_difference(dense, own) if dense else None
 
     @functools.cached_property
     def tasks(self) -> dict[str, Change]:
@@ -144,7 +143,7 @@ class Measured:
         if self.needles:
             answered, asked = _answered(self.needles), self.needles.count
             parts.append(f"needles: dense {answered} of {asked}, kept {answered - self.needles.lost},")
-            parts.append(f"gained {self.needles.won}, difference at least {self.needles.bound_closed:+.1%};")
+            parts.append(f"gained {self.needles.won}, difference at least {self.needles.low:+.1%};")
         if self.tasks:
             dense, own = pooled(self.tasks)
             worst = min(self.tasks, key=lambda name: self.tasks[name].difference)
@@ -192,10 +191,10 @@ def check(found: Measured) -> Iterator[tuple[bool, str]]:
         + (f"{ratio.ratio:.4f} ({ratio.low:.4f} … {ratio.high:.4f})" if ratio else _NOTHING),
     )
     yield (
-        needles is not None and needles.bound_closed > LEAST_NEEDLES,
+        needles is not None and needles.low > LEAST_NEEDLES,
         f"needles, difference above {100 * LEAST_NEEDLES:.0f} points with 95% confidence: "
         + (
-            f"{100 * needles.difference:+.1f}, above {100 * needles.bound_closed:+.1f}, of {needles.count}"
+            f"{100 * needles.difference:+.1f}, above {100 * needles.low:+.1f}, of {needles.count}"
             if needles
             else _NOTHING
         ),
@@ -215,7 +214,7 @@ def check(found: Measured) -> Iterator[tuple[bool, str]]:
             )
 
 
-def _answered(needles: PairedDifference) -> int:
+def _answered(needles: Change) -> int:
     return round(needles.dense * needles.count)
 
 

@@ -26,9 +26,7 @@ def results() -> dict[str, Any]:
             "far_density": 0.06, "near_density": 0.3, "total_density": 0.36, "visible_far_density": 0.05,
             "by_layer": {"0": layer, "1": layer},
         },
-        "needle": {
-            "count": 2, "difference": -0.5, "confidence": 0.95, "bound_bootstrap": -1.0, "bound_closed": -0.9,
-        },
+        "needle": {"count": 2, "difference": -0.5, "confidence": 0.9, "low": -1.0, "high": 0.0},
         "generate_density": {},
     }  # fmt: skip
     needles = [

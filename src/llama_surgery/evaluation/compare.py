@@ -46,19 +46,15 @@ CALIBRATION_WINDOWS, TRAINING_WINDOWS, FEWEST_WINDOWS = 2, 16, 2
 class Comparison:
     """Forms of one model at several total densities; what is finished is kept.
 
+    Arguments that are not named here are those of :func:`~llama_surgery.evaluation.evaluate.evaluate`.
+
     Args:
-        model: A dense causal language model of transformers, in evaluation mode. It stays dense.
-        tokenizer: Its tokenizer.
         kept: Where what is finished is kept.
         texts: Documents that nothing was tuned on.
         calibration: Other documents, for knobs, thresholds and rules that learn.
         config: This package's topology; thresholds are set for each density.
-        length: Tokens of a perplexity window.
         windows: Perplexity windows; 24, or as many as the texts hold, if None.
-        needles: Needle prompts, of all variants in equal parts.
-        needle_lengths: Their lengths; one that is named twice is given to twice as many.
-        needle_variants: Keys of :data:`~llama_surgery.evaluation.needle_variants.VARIANTS`.
-        needle_batch: Prompts of the shortest length that are answered together; of longer ones fewer.
+        needle_lengths: Of prompts; one that is named twice is given to twice as many.
         rules: Names of :data:`FORMS` that are compared with dense; all that there are if None.
         densities: Total densities wanted of every form.
         adapter: Configuration and learned corrections of an adapter, which becomes the form ``learned``; its

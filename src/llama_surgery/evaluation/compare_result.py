@@ -36,7 +36,7 @@ def row(
     """
     setting, answers = cell["setting"], cell["answers"]
     ratio = perplexity_ratio(dense["per_window"], cell["per_window"], settings["seed"])
-    paired = paired_difference(dense["answers"], answers, settings["seed"])
+    paired = paired_difference(dense["answers"], answers)
     kept = [float(after) for before, after in zip(dense["answers"], answers, strict=True) if before]
     variants = dict.fromkeys(prompt.variant for prompt in prompts)
     return {
@@ -57,7 +57,7 @@ def row(
         **_named("needle_kept", mean_interval(kept) if kept else (None, None, None)),
         "dense_needle": paired.dense,
         "needle_difference": paired.difference,
-        "needle_bound": paired.bound_closed,
+        "needle_bound": paired.low,
         "needle_changed": paired.lost + paired.won,
         **{f"{phase}_density": value for phase, value in cell["answering"].items()},
         **{

@@ -140,7 +140,7 @@ def evaluate(
                 kl=divergence.mean_kl,
                 top1=divergence.top1,
                 density=density,
-                needle=paired_difference(result.answers[DENSE], answers, seed) if prompts else None,
+                needle=paired_difference(result.answers[DENSE], answers) if prompts else None,
                 generate_density=phases.densities(),
             )
         )

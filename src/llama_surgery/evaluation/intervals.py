@@ -28,11 +28,16 @@ def mean_interval(scores: Sequence[float], confidence: float = CONFIDENCE) -> tu
     """
     if not scores:
         raise SurgeryError("no score: at least one sample is needed.")
-    count, mean = len(scores), math.fsum(scores) / len(scores)
+    mean = math.fsum(scores) / len(scores)
+    return mean, *wilson(mean, len(scores), confidence)
+
+
+def wilson(mean: float, count: int, confidence: float = CONFIDENCE) -> tuple[float, float]:
+    """The interval of :func:`mean_interval`, for ``count`` scores."""
     z = _quantile(confidence)
     centre = (mean + z**2 / (2 * count)) / (1 + z**2 / count)
     half = z / (1 + z**2 / count) * math.sqrt(mean * (1 - mean) / count + z**2 / (4 * count**2))
-    return mean, max(0.0, centre - half), min(1.0, centre + half)
+    return max(0.0, centre - half), min(1.0, centre + half)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -38,13 +38,11 @@ def compare_on_tasks(
     """Runs tasks on the dense model, then operated, over the same samples.
 
     Log-likelihoods are those of a prefill, in tiles; generated answers are decoded.
+    Arguments that are not named here are those of :func:`~llama_surgery.evaluation.evaluate.evaluate`.
 
     Args:
-        model: A dense causal language model of transformers, in evaluation mode. It comes back dense.
-        tokenizer: Its tokenizer.
         tasks: Names of tasks, groups or tags, or paths of tasks' own YAML files.
         config: The topology, thresholds set.
-        routers: Learned corrections by layer index, or None.
         include: Folder with YAML files of further tasks.
         limit: Samples of each task, the first ones; all if None.
         few_shot: Examples before each question; the task's own number if None.

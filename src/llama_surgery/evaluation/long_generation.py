@@ -122,17 +122,13 @@ def long_generation(
 ) -> dict[str, dict[str, Any]]:
     """Lets the dense model and each configuration write on after the same prompts.
 
+    Arguments that are not named here are those of :func:`~llama_surgery.evaluation.evaluate.evaluate`.
+
     Args:
-        model: A dense causal language model of transformers, in evaluation mode. It comes back dense.
-        tokenizer: Its tokenizer.
         texts: Documents that prompts are cut from.
         length: Tokens of a prompt and its continuation together.
         new_tokens: Most tokens to write.
         count: Prompts.
-        configs: What to measure, by name, thresholds set.
-        routers: Learned corrections by layer index, used with every configuration, or None.
-        seed: Of the prompts.
-        progress: Told as ``progress(stage, done, total)``.
 
     Returns:
         For each configuration: ``prompt_tokens``, ``new_tokens`` (at most), ``compared`` (tokens of the dense

@@ -3,9 +3,10 @@
 import dataclasses
 from typing import Any
 
+from llama_surgery.evaluation.intervals import Change
 from llama_surgery.evaluation.needle import NeedlePrompt
 from llama_surgery.evaluation.needle_table import compare_needles
-from llama_surgery.evaluation.paired import PairedDifference, RatioInterval
+from llama_surgery.evaluation.paired import RatioInterval
 
 #: Name of the dense model among the measured ones.
 DENSE = "dense"
@@ -53,7 +54,7 @@ class OperatedMeasurement(Measurement):
     top1: float
     divergence_by_position: list[dict[str, Any]]
     density: dict[str, Any]
-    needle: PairedDifference | None
+    needle: Change | None
     generate_density: dict[str, dict[str, float]]
 
 
@@ -158,8 +159,7 @@ def _flat(measured: Measurement) -> dict[str, Any]:
     if measured.needle is not None:
         row |= {
             "needle_difference": measured.needle.difference,
-            "needle_bound_bootstrap": measured.needle.bound_bootstrap,
-            "needle_bound_closed": measured.needle.bound_closed,
+            "needle_bound": measured.needle.low,
         }
     for phase, densities in measured.generate_density.items():
         row |= {f"{phase}_{name}": densities[name] for name in ("total_density", "far_density")}

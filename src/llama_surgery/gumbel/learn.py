@@ -78,8 +78,7 @@ def learn_gumbel(
 ) -> dict[int, ContentRouter]:
     """Train content routers with the language-model loss of the frozen model.
 
-    With ``checkpoint_file``, a call with the same arguments goes on from the last checkpoint: a run that was
-    killed at any moment ends where an uninterrupted one would.
+    Checkpoints are those of :func:`llama_surgery.learning.trainer.learn`.
 
     Args:
         model: A dense decoder in evaluation mode. It comes back dense.
@@ -87,8 +86,6 @@ def learn_gumbel(
         windows: (count, length) int64; step s takes window s modulo count.
         settings: How.
         progress: Told every step.
-        checkpoint_file: Where the state is kept.
-        every_seconds: Time between checkpoints; 0 for one after every step.
 
     Returns:
         Routers by layer index, for ``operate(model, config, routers=…)``.

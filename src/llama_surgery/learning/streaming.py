@@ -197,15 +197,11 @@ def learn_streamed(
         model: A skeleton of the checkpoint (:func:`~llama_surgery.learning.weights.skeleton`).
         weights: The checkpoint.
         config: The topology to correct; θ is where learning begins and follows the density.
-        windows: (count, length) int64 training windows.
         settings: What to learn and how; the stage must be ``local``.
         captured: Where attention states are kept; what is complete there is not computed again.
         device: Where to compute.
         dtype: Precision of the model.
-        checkpoint_file: Where the state is kept between steps.
-        every_seconds: Time between checkpoints.
         capturing: Told windows captured and all of them.
-        progress: Told every step.
 
     Returns:
         The corrections, and θ at which the executed far density of tiles was the one asked for.

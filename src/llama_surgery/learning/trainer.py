@@ -127,7 +127,7 @@ def run(
     progress: Callable[[Step], None] | None,
     processes: Processes = ALONE,
 ) -> None:
-    """Take the steps that are left.
+    """Take the steps that are left. Other arguments are those of :func:`learn`.
 
     Args:
         measure: Given the number of a window, computes the loss of ``state.corrections`` there, adds the
@@ -135,12 +135,6 @@ def run(
             loss.
         state: Where to begin, unless the checkpoint file says more; changed.
         gates: What ``measure`` reads; set anew for every step.
-        windows: (count, length) int64.
-        settings: How.
-        checkpoint_file: Where the state is kept.
-        every_seconds: Time between checkpoints.
-        progress: Told every step, in the main process.
-        processes: Those that take steps together.
 
     Raises:
         SurgeryError: The checkpoint is of another run.

@@ -2,38 +2,23 @@
 
 import csv
 import dataclasses
-import math
 from pathlib import Path
-from statistics import NormalDist
 
 from llama_surgery.errors import SurgeryError
+from llama_surgery.evaluation.intervals import wilson
 
 
 @dataclasses.dataclass(frozen=True)
 class FrontierPoint:
     """One configuration, measured; the fields are the columns of the CSV.
 
+    The first are those of the configuration. Densities are executed pairs over causal pairs.
+
     Attributes:
-        page_size: Keys of a page.
-        chunk_size: Tokens of a chunk.
-        window: Tokens that always stay in the near field.
-        tile: Queries of a prefill tile.
         scoring: Which rows score which balls: ``all rows``; in files of older releases others too.
-        theta: Share above which a row opens a page.
-        far_density: Executed far pairs over causal pairs.
-        total_density: The same with the near field.
-        ppl: Perplexity, operated.
-        ppl_ratio: Perplexity over the dense model's on the same windows.
-        ratio_low: Lower end of the ratio's 95% interval.
-        ratio_high: Upper end.
-        needle: Share of needles answered, operated.
-        dense_ppl: Perplexity of the dense model in the same run.
-        dense_needle: Share of needles the dense model answered in the same run.
-        windows: Windows the perplexity was measured on.
-        needles: Prompts the needle share was measured on.
-        length: Tokens of a window and of a prompt.
-        seed: Of the windows and the needles.
-        model: Name of the model.
+        ppl_ratio: Perplexity over the dense model's on the same windows, with its 95% interval.
+        needle, dense_needle: Shares of needles answered, operated and dense.
+        windows, needles: Windows and prompts that were measured on, of ``length`` tokens.
     """
 
     page_size: int
@@ -60,10 +45,7 @@ class FrontierPoint:
     @property
     def needle_interval(self) -> tuple[float, float]:
         """Wilson's 95% interval of ``needle``."""
-        n, z = max(1, self.needles), NormalDist().inv_cdf(0.975)
-        centre = (self.needle + z * z / (2 * n)) / (1 + z * z / n)
-        half = z / (1 + z * z / n) * math.sqrt(self.needle * (1 - self.needle) / n + (z / (2 * n)) ** 2)
-        return centre - half, centre + half
+        return wilson(self.needle, max(1, self.needles))
 
 
 COLUMNS = tuple(field.name for field in dataclasses.fields(FrontierPoint))

@@ -85,18 +85,16 @@ def run_ruler(
 
     Cells take turns, so that a run which is cut short has answered all tasks and lengths alike.
 
+    Arguments that are not named here are those of :func:`~llama_surgery.evaluation.evaluate.evaluate`.
+
     Args:
-        model: A dense causal language model of transformers, in evaluation mode. It comes back dense.
         sampler: Makes the samples.
-        configs: What to measure, by name, thresholds set.
         tasks: Names of tasks.
         lengths: Tokens of prompt and answer together.
         samples: Samples of each task at each length.
-        routers: Learned corrections by layer index, used with every configuration, or None.
         batch_size: Samples that are answered together.
         kept: Where answers are kept, turn by turn; nowhere if None.
         deadline: ``time.monotonic()`` after which no further turn is begun.
-        progress: Told as ``progress(stage, samples done, samples in all)``.
 
     Raises:
         SurgeryError: The model is operated, in training mode or not made for such lengths.
