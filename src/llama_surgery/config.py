@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any, Literal, get_args
 
 from llama_surgery.derived import Derived, hide, rules, settle
-from llama_surgery.errors import SurgeryError
+from llama_surgery.errors import SurgeryError, check_version
 from llama_surgery.gumbel_config import GumbelConfig
 from llama_surgery.removed import BEFORE, REMOVED_CHOICES, without_removed
 
@@ -209,11 +209,7 @@ class SurgeryConfig:
         """
         values = {**BEFORE, **values} if "version" in values else dict(values)
         version = values.pop("version", CONFIG_VERSION)
-        if not isinstance(version, int) or isinstance(version, bool) or version > CONFIG_VERSION:
-            raise SurgeryError(
-                f"configuration version {version!r}: this release reads up to {CONFIG_VERSION}. "
-                "Update llama-surgery."
-            )
+        check_version("configuration version", version, CONFIG_VERSION)
         values = without_removed(values)
         unknown = sorted(set(values) - set(FIELDS))
         if unknown:

@@ -5,6 +5,15 @@ class SurgeryError(ValueError):
     """Base of every error this package raises on purpose."""
 
 
+def check_version(what: str, version: object, newest: int, error: type[SurgeryError] = SurgeryError) -> None:
+    """
+    Raises:
+        SurgeryError: A file is of a newer release, or says of none which it is.
+    """
+    if not isinstance(version, int) or isinstance(version, bool) or version > newest:
+        raise error(f"{what} {version!r}; this release reads up to {newest}. Update llama-surgery.")
+
+
 class UnsupportedModelError(SurgeryError):
     """The model, or the way it was called, cannot be operated."""
 

@@ -24,7 +24,7 @@ from llama_surgery.cli.common import (
     status,
     topology_option,
 )
-from llama_surgery.cli.learn_report import reporter, silent, told
+from llama_surgery.cli.learn_report import Asked, reporter, silent, told
 from llama_surgery.cli.run import calibrated
 from llama_surgery.cli.topology import STEPS, config_for, learned_parts, topology_options
 from llama_surgery.config import SurgeryConfig
@@ -100,6 +100,10 @@ def learn(
     --adapter', 'generate --adapter' or load_adapter() in Python.
     """
     config = config_for(settings, tile)
+    asked = Asked(
+        model, text, config, out_folder, length, steps, rate, windows, seed, checkpoint_seconds, device,
+        dtype, json,
+    )  # fmt: skip
     if config.topology == "gumbel":
         if density is not None or part or stream or stage != "logits":
             raise SurgeryError(
@@ -108,11 +112,7 @@ def learn(
             )
         from llama_surgery.cli.learn_gumbel import learn_routers
 
-        learn_routers(
-            model, text, config, out_folder,
-            length=length, steps=steps, rate=rate, windows=windows, usual=WINDOWS, seed=seed,
-            checkpoint_seconds=checkpoint_seconds, device=device, dtype=dtype, json=json,
-        )  # fmt: skip
+        learn_routers(asked, WINDOWS)
         return
     if density is None:
         raise typer.BadParameter("--density is needed: how much may be read.", param_hint="--density")
@@ -140,10 +140,7 @@ def learn(
     if stream:
         if stage != "local":
             raise SurgeryError("--stream learns from the output of every layer: add --stage local.")
-        result = _streamed(
-            model, texts, config, planned, out_folder, length, windows, checkpoint_seconds, device, dtype
-        )
-        told(out_folder, *result, json)
+        told(out_folder, *_streamed(asked, texts, planned), json)
         return
     llm, tokenizer = load_model(model, device, dtype, longest=length)
     from llama_surgery.learning.corrections import scorer_parameters
@@ -168,10 +165,9 @@ def learn(
             config,
             ids,
             planned,
-            checkpoint_file=out_folder / f"checkpoint-{stage}.pt",
-            every_seconds=checkpoint_seconds,
             progress=report,
             processes=processes,
+            **asked.keeping(stage),
         )
     if not processes.main:
         return
@@ -189,18 +185,7 @@ def learn(
     told(out_folder, config, seen, json)
 
 
-def _streamed(
-    model: str,
-    texts: list[str],
-    config: SurgeryConfig,
-    planned: "LearningSettings",
-    folder: Path,
-    length: int | None,
-    windows: int | None,
-    checkpoint_seconds: float,
-    device: str,
-    dtype: Dtype,
-) -> tuple[SurgeryConfig, list[Any]]:
+def _streamed(asked: Asked, texts: list[str], planned: "LearningSettings") -> tuple[SurgeryConfig, list[Any]]:
     """Learn with the model on disk and write the adapter: its configuration and the steps taken.
 
     θ of tiles is where learning held the density; that of decode steps keeps its default share of it, as no
@@ -216,16 +201,17 @@ def _streamed(
     from llama_surgery.surgery.supported import attention_modules
     from llama_surgery.text import windows as cut_windows
 
-    target = _device(device)
-    precision = getattr(torch, "float32" if dtype is Dtype.auto else dtype.value)
-    weights, bones = Weights(model), skeleton(model)
-    if dtype is Dtype.auto and target.type != "cpu":
+    config, target = asked.config, _device(asked.device)
+    precision = getattr(torch, "float32" if asked.dtype is Dtype.auto else asked.dtype.value)
+    weights, bones = Weights(asked.model), skeleton(asked.model)
+    if asked.dtype is Dtype.auto and target.type != "cpu":
         precision = bones.config.dtype or torch.bfloat16
-    length = usual_length(bones) if length is None else length
+    length = usual_length(bones) if asked.length is None else asked.length
     check_length(bones, length)
     length -= length % config.tile
     planned = dataclasses.replace(planned, length=length)
-    ids = cut_windows(load_tokenizer(model), texts, length, windows, planned.seed, usual=STREAMED_WINDOWS)
+    tokenizer = load_tokenizer(asked.model)
+    ids = cut_windows(tokenizer, texts, length, asked.windows, planned.seed, usual=STREAMED_WINDOWS)
     with progress() as tell:
         report, seen = reporter(planned.stage, planned.steps, tell)
         corrections, theta = learn_streamed(
@@ -234,17 +220,16 @@ def _streamed(
             config,
             ids,
             planned,
-            Captured(folder / "states"),
+            Captured(asked.folder / "states"),
             device=target,
             dtype=precision,
-            checkpoint_file=folder / "checkpoint-local.pt",
-            every_seconds=checkpoint_seconds,
             capturing=lambda done, total: tell("running the dense model", done, total),
             progress=report,
+            **asked.keeping("local"),
         )
     config = dataclasses.replace(config, theta=theta, theta_decode=None)
     first = next(iter(attention_modules(bones).values()))
     name = next(name for name, module in bones.named_modules() if module is first)
     with loaded(first, name, weights, torch.device("cpu"), precision):
-        write_adapter(folder, bones, config, scorer_parameters(corrections))
+        write_adapter(asked.folder, bones, config, scorer_parameters(corrections))
     return config, seen

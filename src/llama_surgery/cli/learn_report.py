@@ -5,8 +5,32 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from llama_surgery.cli.common import err, out, print_json
+from llama_surgery.cli.common import Dtype, err, out, print_json
 from llama_surgery.config import SurgeryConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class Asked:
+    """What the command was asked for, whatever is learned."""
+
+    model: str
+    text: Path
+    config: SurgeryConfig
+    folder: Path
+    length: int | None
+    steps: int
+    rate: float | None
+    windows: int | None
+    seed: int
+    checkpoint_seconds: float
+    device: str
+    dtype: Dtype
+    json: bool
+
+    def keeping(self, stage: str) -> dict[str, Any]:
+        """Where and how often a stage's state is kept."""
+        file = self.folder / f"checkpoint-{stage}.pt"
+        return {"checkpoint_file": file, "every_seconds": self.checkpoint_seconds}
 
 
 def told(folder: Path, config: SurgeryConfig, seen: list[Any], json: bool) -> None:

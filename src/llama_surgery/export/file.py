@@ -9,7 +9,7 @@ import numpy as np
 
 from llama_surgery import __version__
 from llama_surgery.config import SurgeryConfig
-from llama_surgery.errors import SurgeryError
+from llama_surgery.errors import SurgeryError, check_version
 from llama_surgery.export.topology import LayerTopology, Topology
 from llama_surgery.files import write_atomically
 
@@ -65,12 +65,7 @@ def read_topology(path: str | Path) -> Topology:
         raise SurgeryError(f"{path} is not a topology file ({error}).") from error
     if not isinstance(header, dict) or header.get("format") != FORMAT:
         raise SurgeryError(f"{path} is not a topology file: give one that 'export-topology' wrote.")
-    version = header.get("format_version")
-    if not isinstance(version, int) or version > FORMAT_VERSION:
-        raise SurgeryError(
-            f"{path} has format version {version!r}; this release reads up to {FORMAT_VERSION}. Update "
-            "llama-surgery."
-        )
+    check_version(f"{path} has format version", header.get("format_version"), FORMAT_VERSION)
 
     def fail(what: str) -> SurgeryError:
         return SurgeryError(f"{path} is damaged: {what}. Export it again.")

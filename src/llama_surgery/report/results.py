@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llama_surgery.errors import SurgeryError
+from llama_surgery.errors import SurgeryError, check_version
 from llama_surgery.files import write_json
 
 if TYPE_CHECKING:
@@ -72,12 +72,7 @@ def read_results(path: Path) -> dict[str, Any]:
         raise SurgeryError(
             f"{path} is not a results file: give one that 'llama-surgery evaluate --out' wrote."
         )
-    version = results.get("format_version")
-    if not isinstance(version, int) or version > FORMAT_VERSION:
-        raise SurgeryError(
-            f"{path} has format version {version!r}; this release reads up to {FORMAT_VERSION}. Update "
-            "llama-surgery."
-        )
+    check_version(f"{path} has format version", results.get("format_version"), FORMAT_VERSION)
     missing = [name for name in _NEEDED if name not in results]
     if missing or not results["operated"]:
         raise SurgeryError(

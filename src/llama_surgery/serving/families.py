@@ -3,7 +3,7 @@
 from typing import Any
 
 from llama_surgery.config import SurgeryConfig
-from llama_surgery.errors import SurgeryError, UnsupportedModelError
+from llama_surgery.errors import SurgeryError, UnsupportedModelError, check_version
 
 #: Architecture of the dense model → architecture of the exported one. The name is our own, so that a server
 #: without the plugin knows no such model and stops.
@@ -59,12 +59,7 @@ def read_block(block: Any) -> tuple[SurgeryConfig, dict[int, list[str]]]:
         raise SurgeryError(
             f"config.json has no whole {BLOCK!r} block: the folder is damaged. Export the model again."
         )
-    version = block.get("version")
-    if not isinstance(version, int) or version > BLOCK_VERSION:
-        raise SurgeryError(
-            f"{BLOCK} block of version {version!r}: this release reads up to {BLOCK_VERSION}. Update "
-            "llama-surgery on the server."
-        )
+    check_version(f"{BLOCK} block of version", block.get("version"), BLOCK_VERSION)
     config = SurgeryConfig.from_dict(block["config"])
     check_servable(config)
     return config, {int(layer): list(parts) for layer, parts in block.get("routers", {}).items()}

@@ -11,7 +11,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 
 from llama_surgery.config import SurgeryConfig
-from llama_surgery.errors import AdapterError
+from llama_surgery.errors import AdapterError, check_version
 from llama_surgery.files import as_json, write_together
 from llama_surgery.folders import CONFIG_FILE, FINGERPRINT, FORMAT, TENSOR_FILE, check_complete, check_folder
 from llama_surgery.surgery.operate import operate
@@ -152,12 +152,8 @@ def _read(folder: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
         raise AdapterError(f"the adapter in {folder} is damaged: {error}. Save it again.") from error
     if not isinstance(description, dict) or description.get("peft_type") != FORMAT:
         raise AdapterError(f"{folder / CONFIG_FILE} does not describe a {FORMAT} adapter.")
-    version = description.get("format_version")
-    if not isinstance(version, int) or version > FORMAT_VERSION:
-        raise AdapterError(
-            f"the adapter in {folder} has format version {version!r}; this release reads up to "
-            f"{FORMAT_VERSION}. Update llama-surgery."
-        )
+    what, version = f"the adapter in {folder} has format version", description.get("format_version")
+    check_version(what, version, FORMAT_VERSION, AdapterError)
     missing = {"base_model", "surgery"} - description.keys() | {FINGERPRINT} - tensors.keys()
     if missing or not isinstance(description["base_model"], dict):
         missing = missing or {"a description of the base model"}
