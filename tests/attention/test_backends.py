@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llama_surgery.attention.api import attend
+from llama_surgery.attention.call import AttentionCall
 from llama_surgery.attention.impl import gather, reference
 from llama_surgery.config import SurgeryConfig
 from llama_surgery.errors import SurgeryError
@@ -202,9 +203,8 @@ def test_tiles_that_read_no_page_keep_the_near_field(seed, tile, lead, rows):
     queries = torch.randn(2, 3, rows, 8, generator=generator, dtype=torch.float64)
     keys, values = torch.randn(2, 2, 32, 8, generator=generator, dtype=torch.float64)
     near = (torch.randn_like(queries), torch.randn(2, 3, rows, dtype=torch.float64))
-    options = {"scale": 0.3, "softcap": None}
-    got = gather.far_field(queries, keys, values, 8, plan, near, **options)
-    expected = reference.far_field(queries, keys, values, 8, plan, near, **options)
+    call = AttentionCall(BARE, "gather", tile, 0.3)
+    got, expected = (way.far_field(call, queries, keys, values, plan, near) for way in (gather, reference))
     for one, other in zip(got, expected, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
 

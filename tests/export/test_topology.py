@@ -34,17 +34,17 @@ def attention(
 ) -> torch.Tensor:
     """What a topology says: (kv_heads, group, length, value_dim). Tensors come in order of position."""
     config, order, plans = topology.config, topology.order(layer), topology.plans(layer)
-    options: dict[str, Any] = {"scale": q.shape[-1] ** -0.5, "softcap": None}
+    call = AttentionCall(config, "reference", config.tile, q.shape[-1] ** -0.5)
     outs = []
     for block in query_blocks(0, topology.length, config, config.tile):
         rows, far = q[:, :, block.start : block.stop], slice(0, block.closed * config.chunk_size)
         near = slice(far.stop, block.stop)
-        out, lse = reference.near_field(rows, k[:, near], v[:, near], **options)
+        out, lse = reference.near_field(call, rows, k[:, near], v[:, near])
         if block.closed:
             pages = [reorder(states[:, far], order[:, : block.closed]) for states in (k, v)]
             plan = plans.pop(0)
             assert plan.block == block
-            out, _ = reference.far_field(rows, *pages, config.page_size, plan, (out, lse), **options)
+            out, _ = reference.far_field(call, rows, *pages, plan, (out, lse))
         outs.append(out)
     assert not plans
     return torch.cat(outs, 2)
@@ -85,7 +85,8 @@ def test_a_file_executed_by_the_reference_gives_the_operated_attention(
         got = attention(topology, layer, queries, keys, values)
         torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-12)
         # Something is left out, or the comparison would show nothing.
-        dense, _ = reference.near_field(queries, keys, values, scale=queries.shape[-1] ** -0.5, softcap=None)
+        call = AttentionCall(config, "reference", config.tile, queries.shape[-1] ** -0.5)
+        dense, _ = reference.near_field(call, queries, keys, values)
         assert (dense - expected).abs().max() > 1e-3
 
 

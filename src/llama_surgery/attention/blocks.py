@@ -1,6 +1,6 @@
 """Executing plans block by block in plain PyTorch: near field, selection, far field."""
 
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 
@@ -18,22 +18,15 @@ class Backend(Protocol):
     """A way to execute plans: what each module of ``attention/impl`` offers."""
 
     def near_field(
-        self,
-        queries: torch.Tensor,
-        keys: torch.Tensor,
-        values: torch.Tensor,
-        *,
-        scale: float,
-        softcap: float | None,
+        self, call: AttentionCall, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Causal attention of the last rows of a run of keys.
 
         Args:
+            call: Scaling and cap of the logits.
             queries: (streams, heads, rows, head_dim).
             keys: (streams, n, head_dim), the last ``rows`` of them the rows' own.
             values: (streams, n, value_dim).
-            scale: Scaling of q·k.
-            softcap: Cap of the logits, or None.
 
         Returns:
             Output (streams, heads, rows, value_dim) and log-sum-exp (streams, heads, rows).
@@ -41,27 +34,22 @@ class Backend(Protocol):
 
     def far_field(
         self,
+        call: AttentionCall,
         queries: torch.Tensor,
         keys: torch.Tensor,
         values: torch.Tensor,
-        page_size: int,
         plan: Plan,
         near: tuple[torch.Tensor, torch.Tensor],
-        *,
-        scale: float,
-        softcap: float | None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Attention over the plan's pages, merged with the near field's.
 
         Args:
+            call: Pages, scaling and cap of the logits.
             queries: (streams, heads, rows, head_dim), the rows of the plan's block.
             keys: (streams, pages * page_size, head_dim) in tree order.
             values: (streams, pages * page_size, value_dim), the same order.
-            page_size: Keys of a page.
             plan: Which pages each tile reads, and which rows see them; its choosers are heads, or streams.
             near: Output and log-sum-exp of :meth:`near_field`.
-            scale: Scaling of q·k.
-            softcap: Cap of the logits, or None.
 
         Returns:
             Output and log-sum-exp over near field and far pages together.
@@ -81,7 +69,6 @@ def attend(
 ) -> AttentionResult:
     """See :func:`llama_surgery.attention.api.attend`; ``backend`` executes near fields and plans."""
     config, router = call.config, call.router
-    logits: dict[str, Any] = {"scale": call.scale, "softcap": call.softcap}
     if router is not None:
         router = router.for_streams(queries.shape[0], queries.device)
     scorer = Scorer(call.scale, call.softcap, router, config.variance_pool)
@@ -93,7 +80,7 @@ def attend(
         q = queries[:, :, block.start - start : block.stop - start]
         first = block.closed * config.chunk_size
         span = slice(first - near_start, block.stop - near_start)
-        near = backend.near_field(q, near_keys[:, span], near_values[:, span], **logits)
+        near = backend.near_field(call, q, near_keys[:, span], near_values[:, span])
         if block.closed and layout is not None:
             # Scores open pages, weights stand in for the others: both come of the same products.
             scored = None
@@ -113,15 +100,7 @@ def attend(
             )
             plans.append(plan)
             far = slice(0, first)
-            near = backend.far_field(
-                q,
-                layout.keys[:, far],
-                layout.values[:, far],
-                config.page_size,
-                plan,
-                near,
-                **logits,
-            )
+            near = backend.far_field(call, q, layout.keys[:, far], layout.values[:, far], plan, near)
             if scored is not None:
                 near = merge(*near, *summary(scored[1], layout, plan, scorer))
         out, lse = near

@@ -6,6 +6,7 @@ logits to stay in a processor's cache.
 
 import torch
 
+from llama_surgery.attention.call import AttentionCall
 from llama_surgery.attention.impl.common import cap, compute_dtype, differentiable, merge
 from llama_surgery.topology.plan import Plan
 
@@ -21,15 +22,10 @@ STRIP = 128
 
 
 def near_field(
-    queries: torch.Tensor,
-    keys: torch.Tensor,
-    values: torch.Tensor,
-    *,
-    scale: float,
-    softcap: float | None,
+    call: AttentionCall, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """See :meth:`llama_surgery.attention.blocks.Backend.near_field`."""
-    return _attend(queries, keys, values, scale, softcap, causal=True)
+    return _attend(queries, keys, values, call.scale, call.softcap, causal=True)
 
 
 def _attend(
@@ -95,25 +91,22 @@ def _fused_attend(
 
 
 def far_field(
+    call: AttentionCall,
     queries: torch.Tensor,
     keys: torch.Tensor,
     values: torch.Tensor,
-    page_size: int,
     plan: Plan,
     near: tuple[torch.Tensor, torch.Tensor],
-    *,
-    scale: float,
-    softcap: float | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """See :meth:`llama_surgery.attention.blocks.Backend.far_field`."""
     if plan.everything:  # nothing to gather
-        return merge(*near, *_attend(queries, keys, values, scale, softcap, causal=False))
-    dtype = compute_dtype(queries.dtype)
+        return merge(*near, *_attend(queries, keys, values, call.scale, call.softcap, causal=False))
+    dtype, page_size = compute_dtype(queries.dtype), call.config.page_size
     choosers, head_dim = plan.pages.shape[0], queries.shape[-1]
     # A chooser is a head, or all heads of a stream: (choosers, heads of each, rows, head_dim).
     queries = queries.flatten(0, 1).unflatten(0, (choosers, -1))
     heads = queries.shape[1]
-    tiled = _to_tiles(queries.to(dtype) * scale, plan)  # (choosers * tiles, heads * tile, head_dim)
+    tiled = _to_tiles(queries.to(dtype) * call.scale, plan)  # (choosers * tiles, heads * tile, head_dim)
     pages = plan.pages.clamp_min(0).flatten(0, 1)
     stream = torch.arange(choosers, device=keys.device) // (choosers // len(keys))
     stream = stream.repeat_interleave(plan.tiles)[:, None]
@@ -126,7 +119,7 @@ def far_field(
     lse = tiled.new_full(tiled.shape[:2], -torch.inf)
     # In tiles of few rows the gathered keys and values are larger than the logits.
     elements = page_size * max(heads * plan.tile, head_dim, values.shape[-1])
-    fused = plan.tile > 1 and _fuses(queries, keys, values, softcap)
+    fused = plan.tile > 1 and _fuses(queries, keys, values, call.softcap)
     for jobs, most in _groups(plan.counts.flatten(), elements, keys.device):
         index, of = pages[jobs, :most], stream[jobs]
         k = flat_keys.index_select(0, (index + of * key_rows).flatten())
@@ -142,7 +135,7 @@ def far_field(
             out[jobs] = part.masked_fill_(blind[..., None], 0)
             lse[jobs] = part_lse.masked_fill_(blind, -torch.inf)
             continue
-        logits = cap(tiled[jobs] @ k.to(dtype).transpose(1, 2), softcap)
+        logits = cap(tiled[jobs] @ k.to(dtype).transpose(1, 2), call.softcap)
         if plan.tile > 1 or index.shape[0] > 1:
             by_page = logits.view(len(jobs), heads, plan.tile, most, page_size)
             by_page.masked_fill_(hidden[:, None, :, :, None], -torch.inf)

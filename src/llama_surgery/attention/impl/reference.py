@@ -5,40 +5,34 @@ Slow on purpose: what a plan does not list is masked, not skipped.
 
 import torch
 
+from llama_surgery.attention.call import AttentionCall
 from llama_surgery.attention.impl.common import cap, compute_dtype, merge
 from llama_surgery.topology.mask import page_mask
 from llama_surgery.topology.plan import Plan
 
 
 def near_field(
-    queries: torch.Tensor,
-    keys: torch.Tensor,
-    values: torch.Tensor,
-    *,
-    scale: float,
-    softcap: float | None,
+    call: AttentionCall, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """See :meth:`llama_surgery.attention.blocks.Backend.near_field`."""
     rows, count = queries.shape[2], keys.shape[1]
     visible = torch.ones(rows, count, dtype=torch.bool, device=queries.device).tril(count - rows)
-    return masked_softmax(queries, keys, values, visible, scale, softcap)
+    return masked_softmax(queries, keys, values, visible, call.scale, call.softcap)
 
 
 def far_field(
+    call: AttentionCall,
     queries: torch.Tensor,
     keys: torch.Tensor,
     values: torch.Tensor,
-    page_size: int,
     plan: Plan,
     near: tuple[torch.Tensor, torch.Tensor],
-    *,
-    scale: float,
-    softcap: float | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """See :meth:`llama_surgery.attention.blocks.Backend.far_field`."""
-    visible = page_mask(plan, keys.shape[1] // page_size).repeat_interleave(page_size, -1)
+    size = call.config.page_size
+    visible = page_mask(plan, keys.shape[1] // size).repeat_interleave(size, -1)
     visible = visible.unflatten(0, (len(keys), -1))  # (streams, heads or 1, rows, keys)
-    far_out, far_lse = masked_softmax(queries, keys, values, visible, scale, softcap)
+    far_out, far_lse = masked_softmax(queries, keys, values, visible, call.scale, call.softcap)
     return merge(*near, far_out, far_lse)
 
 
