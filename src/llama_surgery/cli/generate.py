@@ -17,6 +17,7 @@ from llama_surgery.cli.common import (
     own_option,
     print_json,
 )
+from llama_surgery.cli.tables import make_table
 from llama_surgery.errors import SurgeryError
 
 
@@ -92,31 +93,13 @@ def _prompt(prompt: str | None, file: Path | None) -> str:
 
 
 def _table(read: dict[str, Any], prompt_tokens: int, new_tokens: int) -> Any:
-    from rich.table import Table
-
-    table = Table(
-        title="What was read", title_justify="left", caption=f"{prompt_tokens:,} + {new_tokens:,} tokens"
-    )
-    table.add_column("phase", no_wrap=True)
-    for name in ("tokens", "far density", "total density", "far pages per token and head"):
-        table.add_column(name, justify="right")
-    layers = max(1, len(read["by_layer"]))
+    layers, rows = max(1, len(read["by_layer"])), []
     for tile, part in sorted(read["by_tile"].items(), key=lambda item: -int(item[0])):
         # The rows that end a prompt inside a tile are decode steps too.
         phase = "end of prompt, decode" if tile == "1" else f"prefill, tiles of {tile}"
-        table.add_row(
-            phase,
-            f"{part['rows'] / layers:,.0f}",
-            f"{part['far_density']:.2%}",
-            f"{part['total_density']:.2%}",
-            f"{part['pages_per_tile_row']:.1f}",
-        )
-    table.add_section()
-    table.add_row(
-        "all",
-        "",
-        f"{read['far_density']:.2%}",
-        f"{read['total_density']:.2%}",
-        f"{read['pages_read']:,} in all",
-    )
-    return table
+        densities = (f"{part['far_density']:.2%}", f"{part['total_density']:.2%}")
+        rows.append((phase, f"{part['rows'] / layers:,.0f}", *densities, f"{part['pages_per_tile_row']:.1f}"))
+    densities = (f"{read['far_density']:.2%}", f"{read['total_density']:.2%}")
+    rows += [(), ("all", "", *densities, f"{read['pages_read']:,} in all")]
+    columns = ("phase", "tokens", "far density", "total density", "far pages per token and head")
+    return make_table("What was read", columns, rows, f"{prompt_tokens:,} + {new_tokens:,} tokens")

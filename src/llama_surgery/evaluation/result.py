@@ -91,24 +91,16 @@ class EvaluationResult:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain numbers, texts, lists and dicts, ready for JSON. Prompts come without their tokens."""
-        needles = []
-        for index, prompt in enumerate(self.needles):
-            needles.append(
-                {
-                    "variant": prompt.variant,
-                    "kind": prompt.kind,
-                    "form": prompt.form,
-                    "depth": prompt.depth,
-                    "length": prompt.length,
-                    "name": prompt.name,
-                    "right": {name: rights[index] for name, rights in self.answers.items()},
-                }
-            )
+        properties = ("variant", "kind", "form", "depth", "length", "name")
+        needles = [
+            {
+                **{name: getattr(prompt, name) for name in properties},
+                "right": {name: rights[index] for name, rights in self.answers.items()},
+            }
+            for index, prompt in enumerate(self.needles)
+        ]
         return {
-            "model": self.model,
-            "length": self.length,
-            "windows": self.windows,
-            "seed": self.seed,
+            **self._shared,
             "environment": dict(self.environment),
             "dense": dataclasses.asdict(self.dense),
             "operated": [dataclasses.asdict(measured) for measured in self.operated],
@@ -118,16 +110,18 @@ class EvaluationResult:
 
     def rows(self) -> list[dict[str, Any]]:
         """One flat row a measured model, the dense one first; what does not apply is left out."""
-        shared = {
-            "model": self.model,
-            "length": self.length,
-            "windows": self.windows,
-            "needles": len(self.needles),
-            "seed": self.seed,
-        }
-        return [
-            {**shared, **_flat(measured), **self.environment} for measured in [self.dense, *self.operated]
-        ]
+        shared = {**self._shared, "needles": len(self.needles)}
+        return [{**shared, **_flat(one), **self.environment} for one in [self.dense, *self.operated]]
+
+    @property
+    def _shared(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in ("model", "length", "windows", "seed")}
+
+
+_DENSITIES = (
+    *("total_density", "far_density", "near_density", "summary_density", "visible_far_density"),
+    "pages_read",
+)
 
 
 def _flat(measured: Measurement) -> dict[str, Any]:
@@ -147,15 +141,7 @@ def _flat(measured: Measurement) -> dict[str, Any]:
         "kl": measured.kl,
         "top1": measured.top1,
     }
-    names = (
-        "total_density",
-        "far_density",
-        "near_density",
-        "summary_density",
-        "visible_far_density",
-        "pages_read",
-    )
-    row |= {name: measured.density[name] for name in names}
+    row |= {name: measured.density[name] for name in _DENSITIES}
     if measured.needle is not None:
         row |= {
             "needle_difference": measured.needle.difference,
