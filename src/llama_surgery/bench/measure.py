@@ -56,11 +56,11 @@ def environment(device: torch.device) -> dict[str, str]:
     """What a figure depends on: date, device, versions."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
     versions = {}
-    for name in ("torch", "transformers", "triton"):
+    for library in ("torch", "transformers", "triton"):
         try:  # their own word: installed packages have other names (pytorch-triton)
-            versions[name] = importlib.import_module(name).__version__
+            versions[library] = importlib.import_module(library).__version__
         except ImportError:
-            versions[name] = ""
+            versions[library] = ""
     return {"date": datetime.date.today().isoformat(), "device": name} | versions
 
 

@@ -1,5 +1,6 @@
 """What the benchmark of prefill times: every part runs, checks its answer and leaves its row."""
 
+import platform
 from pathlib import Path
 
 import pytest
@@ -47,3 +48,4 @@ def test_versions_do_not_depend_on_what_the_packages_are_called(monkeypatch: pyt
     monkeypatch.setattr("torch.__version__", "2.12.0a0+nv")
     told = environment(torch.device("cpu"))
     assert (told["triton"], told["torch"]) == ("3.6.0+git1a2b3c4d", "2.12.0a0+nv")
+    assert told["device"] == platform.machine()
