@@ -5,7 +5,7 @@
 #   make check    formatting, lint and types
 #   make clean    delete what the other targets wrote, except .venv and .venv-serve
 #   make compile-test   compile the kernels for every family of GPUs, which need not be there (25 minutes on 2 cores)
-#   make package-test   the built package in an empty environment, and with the oldest transformers it claims
+#   make package-test   the built package in an empty environment, and with the oldest packages it claims
 #   make demo-adapter  set the thresholds anew that the demo reads with (seven minutes of CPU time)
 #   make screenshots  the pictures of the report in docs, and tests of it in a browser (needs Chromium; some minutes)
 #   make sweep        operate on a tiny model of every causal language model that transformers has (10 minutes)
@@ -69,11 +69,14 @@ compile-test: $(DEV_STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist worksteal --compile \
 		tests/attention/triton/test_cross_compile.py $(PYTEST_ARGS)
 
-# The wheel is built from the source archive, so that both are tried.
+# The wheel is built from the source archive, so that both are tried: with the newest releases of what it needs, then
+# with the oldest that pyproject.toml admits. `make test` runs everything with the newest. PyTorch is TORCH all along:
+# its oldest release is tried with TORCH=torch==2.11.0, or a build of it that needs no GPU libraries.
 PACKAGE_VENV := .venv-package
 PACKAGE_PIP := $(PACKAGE_VENV)/bin/python -m pip install $(PIP_INSTALL)
-OLDEST := $(shell sed -n 's/^ *"\(transformers\)>=\(.*\)",$$/\1==\2/p' pyproject.toml)
-SMOKE_TESTS := $(addprefix tests/surgery/test_,supported.py cache.py interrupted.py statistics.py store.py)
+OLDEST := $(filter-out torch==%,$(shell sed -n '/^dependencies/,/^]/s/^ *"\(.*\)>=\(.*\)",$$/\1==\2/p' pyproject.toml))
+SMOKE_TESTS := $(addprefix tests/surgery/test_,supported.py cache.py interrupted.py statistics.py store.py) \
+	$(addprefix tests/,test_checkpoint.py cli/test_cli.py evaluation/test_text.py report/test_page.py)
 
 package-test: $(DEV_STAMP)
 	rm -rf dist

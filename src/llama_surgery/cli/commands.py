@@ -81,7 +81,8 @@ class Command(TyperCommand):
         """
         named = {p.name for p in self.params if _OUTPUTS & set(p.opts)}
         given = {name: value for name, value in ctx.params.items() if name in named and value is not None}
-        outputs = {name: value[-1] if isinstance(value, list) else value for name, value in given.items()}
+        # Of what type they are here depends on the release of typer.
+        outputs = {n: Path(v[-1] if isinstance(v, (list, tuple)) else v) for n, v in given.items()}
         for name, path in outputs.items():
             checked_output(path, folder="folder" in name)
         inputs = [v for n, v in ctx.params.items() if n not in named and isinstance(v, (str, Path))]
