@@ -21,6 +21,29 @@ from llama_surgery.topology.selection import ShareListener
 _IMPL = "llama_surgery.attention.impl."
 
 
+def kernels_run(
+    backend: str, device: torch.device, problem: Callable[[], str | None], what: str = "run this"
+) -> tuple[bool, str]:
+    """Do the kernels execute what a backend was asked for, and if not though they could be wanted, why.
+
+    Args:
+        backend: As configured.
+        device: Of the tensors.
+        problem: Why the kernels cannot, or None; asked where they are wanted.
+        what: What they were asked to do, for the message.
+
+    Raises:
+        SurgeryError: They were asked for by name, and cannot.
+    """
+    # ``auto`` leaves them out too where Triton's interpreter could run them: it is for tests.
+    if backend not in ("auto", "triton") or (backend == "auto" and device.type != "cuda"):
+        return False, ""
+    found = problem()
+    if found is not None and backend == "triton":
+        raise SurgeryError(f"backend='triton' cannot {what}: {found}.")
+    return found is None, found or ""
+
+
 def backend_name(
     config: SurgeryConfig,
     queries: torch.Tensor,
@@ -43,22 +66,20 @@ def backend_name(
     Raises:
         SurgeryError: The backend asked for by name cannot run this call.
     """
-    if config.backend not in ("auto", "triton"):
-        return config.backend
-    if config.backend == "auto" and queries.device.type != "cuda":
-        return "gather"  # also where Triton's interpreter could run the kernels: it is for tests
-    from llama_surgery.attention.impl import triton
 
-    problem = triton.obstacle(config, queries, values, tile)
-    if problem is None and listening:
-        problem = "shares are not handed out (calibration): use backend='auto' or 'gather'"
-    if problem is None and learning:
-        problem = "it has no gradients by learned corrections: use backend='auto' or 'gather'"
-    if problem is None:
+    def problem() -> str | None:
+        from llama_surgery.attention.impl import triton
+
+        found = triton.obstacle(config, queries, values, tile)
+        if found is None and listening:
+            found = "shares are not handed out (calibration): use backend='auto' or 'gather'"
+        if found is None and learning:
+            found = "it has no gradients by learned corrections: use backend='auto' or 'gather'"
+        return found
+
+    if kernels_run(config.backend, queries.device, problem)[0]:
         return "triton"
-    if config.backend == "triton":
-        raise SurgeryError(f"backend='triton' cannot run this: {problem}.")
-    return "gather"
+    return "gather" if config.backend == "auto" else config.backend
 
 
 def resolve(

@@ -5,6 +5,7 @@ from typing import Literal
 
 import torch
 
+from llama_surgery.attention.executor import kernels_run
 from llama_surgery.attention.impl.common import differentiable
 from llama_surgery.attention.impl.reference import masked_softmax
 from llama_surgery.config import Backend, SurgeryConfig
@@ -113,16 +114,14 @@ def ball_backend(
     """
     if backend not in ("auto", "triton", "reference"):
         raise SurgeryError(f"backend={backend!r}: balls are executed by 'auto', 'triton' or 'reference'.")
-    if backend == "reference" or (backend == "auto" and queries.device.type != "cuda"):
-        return "reference"
-    from llama_surgery.attention.impl import triton
 
-    # Balls have no tiles that a configuration could be at odds with: only tensors are looked at.
-    problem = triton.obstacle(SurgeryConfig(), queries, values, 1)
-    if problem is None and differentiable(queries, keys, values):
-        problem = "it does not differentiate balls; use torch.no_grad() or backend='reference'"
-    if problem is None:
-        return "triton"
-    if backend == "triton":
-        raise SurgeryError(f"backend='triton' cannot run this: {problem}.")
-    return "reference"
+    def problem() -> str | None:
+        from llama_surgery.attention.impl import triton
+
+        # Balls have no tiles that a configuration could be at odds with: only tensors are looked at.
+        found = triton.obstacle(SurgeryConfig(), queries, values, 1)
+        if found is None and differentiable(queries, keys, values):
+            found = "it does not differentiate balls; use torch.no_grad() or backend='reference'"
+        return found
+
+    return "triton" if kernels_run(backend, queries.device, problem)[0] else "reference"

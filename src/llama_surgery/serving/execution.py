@@ -5,8 +5,8 @@ import functools
 
 import torch
 
+from llama_surgery.attention.executor import kernels_run
 from llama_surgery.config import SurgeryConfig
-from llama_surgery.errors import SurgeryError
 from llama_surgery.serving.counting import LayerCounters, RowCount
 from llama_surgery.serving.paged import (
     PagedStates,
@@ -204,24 +204,19 @@ def executor_for(
     Raises:
         SurgeryError: The kernels were asked for by name and cannot run the layer.
     """
-    if config.backend == "gather" or (config.backend == "auto" and device.type != "cuda"):
-        return Executor(config, head_dim, cache_dtype)
-    problem = _kernel_obstacle(config, torch.empty(1, head_dim, device=device, dtype=dtype))
-    if problem is None and dtype != cache_dtype:
-        problem = f"queries are {dtype}, cached keys {cache_dtype}"
-    if problem is None:
-        return Executor(config, head_dim, cache_dtype, kernels=True)
-    if config.backend == "triton":
-        raise SurgeryError(f"backend='triton' cannot serve this model: {problem}.")
-    return Executor(config, head_dim, cache_dtype, reason=problem)
 
+    def problem() -> str | None:
+        from llama_surgery.attention.impl import triton
 
-def _kernel_obstacle(config: SurgeryConfig, queries: torch.Tensor) -> str | None:
-    from llama_surgery.attention.impl import triton
+        queries = torch.empty(1, head_dim, device=device, dtype=dtype)
+        found = triton.obstacle(config, queries, queries, config.tile)
+        if found is not None:
+            return found
+        from llama_surgery.attention.impl.triton.decode import decode_obstacle
 
-    problem = triton.obstacle(config, queries, queries, config.tile)
-    if problem is not None:
-        return problem
-    from llama_surgery.attention.impl.triton.decode import decode_obstacle
+        if dtype != cache_dtype:
+            return f"queries are {dtype}, cached keys {cache_dtype}"
+        return decode_obstacle(config, queries)
 
-    return decode_obstacle(config, queries)
+    kernels, reason = kernels_run(config.backend, device, problem, "serve this model")
+    return Executor(config, head_dim, cache_dtype, kernels, reason)
