@@ -1,5 +1,6 @@
 """Decode steps of an operated layer through the Triton kernels: one launch for all sequences of a batch."""
 
+from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -113,8 +114,8 @@ def cache_view(
 
 def settle(layer: LayerSurgery, paged: PagedLayer, rows: int) -> None:
     """What the host does about a step that is launched: count it, and lay out chunks that it filled."""
-    for length in paged.lengths:
-        layer.counts(1).count_rows(length, length + rows, layer.config, 1)
+    for length, sequences in Counter(paged.lengths).items():
+        layer.counts(1).count_rows(length, length + rows, layer.config, 1, sequences)
     paged.advance(rows, layer.router)
 
 

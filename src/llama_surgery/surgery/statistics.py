@@ -10,7 +10,7 @@ from llama_surgery.attention.result import AttentionResult
 from llama_surgery.config import SurgeryConfig
 from llama_surgery.surgery.buffers import writable
 from llama_surgery.surgery.rows import Part
-from llama_surgery.topology.geometry import causal_pairs, near_pairs, summary_pairs
+from llama_surgery.topology.geometry import causal_pairs, closed_in_all
 
 #: Held while counts are changed, by whatever thread: for additions alone, on the host. One for all counters,
 #: since they are copied and pickled with a model, and a lock cannot be.
@@ -56,9 +56,11 @@ class Counters:
 
     def count_rows(self, start: int, stop: int, config: SurgeryConfig, tile: int, sequences: int = 1) -> None:
         """Count rows ``start … stop - 1`` of sequences, and their pairs but for those of pages."""
-        of = (start, stop, config, tile)
-        pairs = near_pairs(*of), causal_pairs(start, stop), summary_pairs(*of)
-        self.count((stop - start) * sequences, *(count * sequences for count in pairs))
+        causal, closed = causal_pairs(start, stop), closed_in_all(start, stop, config, tile)
+        near = causal - closed * config.chunk_size
+        summary = closed * config.pages_per_chunk / 2 if config.summarises(tile) else 0.0
+        rows = (stop - start) * sequences
+        self.count(rows, near * sequences, causal * sequences, summary * sequences)
 
     def count(self, rows: int, near_pairs: int, causal_pairs: int, summary_pairs: float = 0.0) -> None:
         """Count rows of all sequences, and their pairs, whose pages are tallied."""

@@ -58,9 +58,13 @@ def causal_pairs(start: int, stop: int) -> int:
 
 def near_pairs(start: int, stop: int, config: SurgeryConfig, tile: int) -> int:
     """Pairs of the near fields of rows ``start … stop - 1``; ``tile`` as in :func:`summary_pairs`."""
-    size = config.chunk_size
+    return causal_pairs(start, stop) - closed_in_all(start, stop, config, tile) * config.chunk_size
+
+
+def closed_in_all(start: int, stop: int, config: SurgeryConfig, tile: int) -> int:
+    """Closed chunks of rows ``start … stop - 1``, added up over the rows."""
     blocks = query_blocks(start, stop, config, tile)
-    return sum(causal_pairs(b.start - b.closed * size, b.stop - b.closed * size) for b in blocks)
+    return sum((block.stop - block.start) * block.closed for block in blocks)
 
 
 def summary_pairs(start: int, stop: int, config: SurgeryConfig, tile: int) -> float:
@@ -77,10 +81,7 @@ def summary_pairs(start: int, stop: int, config: SurgeryConfig, tile: int) -> fl
     """
     if not config.summarises(tile):
         return 0.0
-    closed = sum(
-        (block.stop - block.start) * block.closed for block in query_blocks(start, stop, config, tile)
-    )
-    return closed * config.pages_per_chunk / 2
+    return closed_in_all(start, stop, config, tile) * config.pages_per_chunk / 2
 
 
 def summary_density(config: SurgeryConfig, length: int) -> float:
