@@ -27,7 +27,8 @@ class Form:
     Attributes:
         name: How it is listed.
         score: What a page is expected to weigh: ``exact`` (its true weight), or from moments of its balls
-            ``gaussian``, ``bounded``, ``logcosh``, ``mean``.
+            ``gaussian``, ``bounded``, ``samples`` (what as many samples of a normal distribution as the
+            ball has keys are expected to add), ``logcosh``, ``mean``.
         page, ball: Keys of a page and of the balls it is scored by.
         tile: Consecutive rows that share what they read.
         own: Heads of a group choose each for itself.
@@ -36,7 +37,12 @@ class Form:
         tree: Keys are sorted by: ``keys``, ``queries`` (keys in the metric of the queries), ``values`` (keys
             and values) or ``both``.
         pool: Channels whose variances are averaged.
-        totals: Keys of the runs whose log cosh makes up a row's total; 0: the pages' scores do.
+        totals: Keys of the runs whose weights make up a row's total; 0: the pages' scores do.
+        totals_term: How these are weighed.
+        opens: What is compared with the threshold: a page's ``share``; its share times what a summary is
+            expected to miss of it, the root of v / (1 + v) with its logits' variance v (``error``), or also
+            times its values' relative spread (``values``).
+        falls: Power of a row's position, relative to half of 8,192, by which its threshold falls.
         propose: Density of the pages that the score proposes, and their true shares decide; 0: it decides.
         density: Executed far density that the threshold is set for.
     """
@@ -52,6 +58,9 @@ class Form:
     tree: str = "keys"
     pool: int = 1
     totals: int = 0
+    totals_term: str = "logcosh"
+    opens: str = "share"
+    falls: float = 0.0
     propose: float = 0.0
     density: float = 0.057
 
@@ -81,9 +90,16 @@ def bounded(term: torch.Tensor, size: int) -> torch.Tensor:
     return torch.minimum(term, root + torch.log1p(rest) - math.log(size))
 
 
+def samples(term: torch.Tensor, size: int) -> torch.Tensor:
+    """½v, or √(2v·log n) − log n from v = 2·log n on: n samples do not reach the tail that ½v counts on."""
+    most = math.log(size)
+    return torch.where(term < most, term, 2 * (term.clamp_min(1e-8) * most).sqrt() - most)
+
+
 TERMS: dict[str, Callable[[torch.Tensor, int], torch.Tensor]] = {
     "gaussian": lambda variance, _: 0.5 * variance,
     "bounded": lambda variance, size: bounded(0.5 * variance, size),
+    "samples": lambda variance, size: samples(0.5 * variance, size),
     "logcosh": lambda variance, _: log_cosh(variance),
     "mean": lambda variance, _: torch.zeros_like(variance),
 }
@@ -94,6 +110,18 @@ def runs_score(form: Form, q: torch.Tensor, keys: torch.Tensor, size: int, term:
     variance, mean = torch.var_mean(keys.unflatten(1, (-1, size)), 2, correction=0)
     spread = pool_channels(q.square(), form.pool) @ pool_channels(variance / form.pool, form.pool)[:, None].mT
     return q @ mean[:, None].mT + TERMS[term](spread, size) + math.log(size)
+
+
+def missed(form: Form, q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+    """Log of the part of a page's share that its summary is expected to get wrong: as runs_score."""
+    variance = torch.var(keys.unflatten(1, (-1, form.page)), 2, correction=0)
+    spread = pool_channels(q.square(), form.pool) @ pool_channels(variance / form.pool, form.pool)[:, None].mT
+    found = 0.5 * (spread / (1 + spread)).clamp_min(1e-8).log()
+    if form.opens == "values":
+        spreads = torch.var(values.unflatten(1, (-1, form.page)), 2, correction=0).sum(-1)
+        size = values.square().sum(-1).mean(1, keepdim=True)
+        found = found + 0.5 * (spreads / size)[:, None, None].clamp_min(1e-8).log()
+    return found
 
 
 def page_score(
@@ -131,6 +159,7 @@ def attend(
     thetas: tuple[float, float],
     counts: Counts,
     heard: Callable[[torch.Tensor, torch.Tensor], None] | None = None,
+    begin: int = 0,
 ) -> torch.Tensor:
     """Causal attention of a whole text; rows of its last tile read everything.
 
@@ -153,7 +182,7 @@ def attend(
     keys, values, sink = ordered(form, k, v, metric)
     settled = (length - 1) // form.tile * form.tile
     out = q.new_empty(*q.shape[:3], v.shape[-1])
-    start = 0
+    start = begin
     while start < length:
         closed = max(0, (start - WINDOW) // CHUNK)
         stop = min(
@@ -174,7 +203,18 @@ def attend(
             if start >= settled:
                 counts.far += heads * rows * first
             else:
-                seen = _seen(form, part, far, near, keys[:, :first], thetas, sink, start, counts, heard)
+                seen = _seen(
+                    form,
+                    part,
+                    far,
+                    near,
+                    (keys[:, :first], values[:, :first]),
+                    thetas,
+                    sink,
+                    start,
+                    counts,
+                    heard,
+                )
             if form.summary:
                 runs = _run_weights(form, part, keys[:, :first], far)
                 runs = runs.masked_fill(seen.repeat_interleave(form.page // form.summary, -1), -torch.inf)
@@ -199,12 +239,13 @@ def _run_weights(form: Form, q: torch.Tensor, keys: torch.Tensor, far: torch.Ten
 
 
 def _seen(
-    form: Form, q: torch.Tensor, far: torch.Tensor, near: torch.Tensor, keys: torch.Tensor,
-    thetas: tuple[float, float], sink: torch.Tensor, start: int, counts: Counts,
+    form: Form, q: torch.Tensor, far: torch.Tensor, near: torch.Tensor,
+    stored: tuple[torch.Tensor, torch.Tensor], thetas: tuple[float, float], sink: torch.Tensor,
+    start: int, counts: Counts,
     heard: Callable[[torch.Tensor, torch.Tensor], None] | None,
 ) -> torch.Tensor:  # fmt: skip
     """Pages that rows see: (kv_heads, group or 1, rows, pages)."""
-    rows, lead = q.shape[2], start % form.tile
+    (rows, lead), keys = (q.shape[2], start % form.tile), stored[0]
     tail = -(start + rows) % form.tile
 
     def by_tile(scores: torch.Tensor, total: torch.Tensor) -> torch.Tensor:
@@ -216,8 +257,13 @@ def _seen(
         return running.scatter_(-1, sink.view(-1, 1, 1, 1, 1).expand(*running.shape[:-1], 1), ALWAYS)
 
     scores = page_score(form, q, keys, far, form.score)
-    runs = runs_score(form, q, keys, form.totals, "logcosh") if form.totals else scores
+    runs = runs_score(form, q, keys, form.totals, form.totals_term) if form.totals else scores
     total = torch.logaddexp(runs.logsumexp(-1), near.logsumexp(-1))[..., None]
+    if form.opens != "share":
+        scores = scores + missed(form, q, *stored)
+    if form.falls:
+        place = torch.arange(start, start + rows, device=q.device)
+        scores = scores + form.falls * (place / 4096).log()[:, None]
     running = so_far(by_tile(scores, total))
     pairs = torch.full((running.shape[2],), form.tile, device=q.device)
     pairs[0] -= lead

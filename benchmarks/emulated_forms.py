@@ -104,6 +104,49 @@ FORMS = (
             ("gaussian", 32, 1, 32, "both", 32, 0.09, 0.03),
         )
     ),
+    *(
+        Form(
+            f"pages of {page}" + "".join(f", {name} {value}" for name, value in changes.items()),
+            **{
+                "score": "gaussian",
+                "page": page,
+                "ball": page,
+                "summary": page,
+                "totals": page,
+                "tree": "both",
+                "density": 0.06,
+                **OWN,
+                **changes,
+            },
+        )
+        for page, changes in (
+            (32, {}),
+            (32, {"tree": "queries"}),
+            (32, {"tree": "keys"}),
+            (32, {"pool": 8}),
+            (32, {"ball": 16}),
+            (16, {}),
+            (16, {"density": 0.05}),
+            (32, {"score": "samples"}),
+            (32, {"score": "samples", "totals_term": "samples"}),
+            (32, {"score": "samples", "totals_term": "samples", "weight": "samples"}),
+            (32, {"score": "logcosh"}),
+            (32, {"opens": "error"}),
+            (32, {"opens": "values"}),
+            (32, {"score": "samples", "opens": "error"}),
+            (32, {"falls": 0.5}),
+            (32, {"falls": 1.0}),
+            (32, {"score": "exact"}),
+            (32, {"score": "exact", "opens": "error"}),
+            (32, {"tile": 32}),
+            (32, {"score": "samples", "tile": 32}),
+            (32, {"score": "samples", "tile": 16}),
+            (32, {"score": "samples", "tile": 1}),
+            (32, {"score": "samples", "density": 0.12}),
+            (16, {"score": "samples"}),
+            (16, {"score": "samples", "tile": 16}),
+        )
+    ),
 )
 
 
