@@ -89,7 +89,9 @@ def slow_attention(q, k, v, config, calls):
                     mean, var = moments[page[0]]
                     linear = math.log(PAGE) + SCALE * (q[h, p] @ mean)
                     spread = SCALE**2 * (q[h, p] ** 2 @ var)
-                    scores.append(linear + spread / 2)
+                    most = math.log(PAGE)
+                    term = spread / 2 if spread / 2 < most else (2 * spread * most) ** 0.5 - most
+                    scores.append(linear + term)
                     weights[h].append(linear + stands_in(spread))
                 total = torch.cat((torch.tensor(weights[h]).to(q), SCALE * (k[near] @ q[h, p]))).logsumexp(0)
                 for b, score in enumerate(scores):

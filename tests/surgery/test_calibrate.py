@@ -1,6 +1,7 @@
 """Thresholds for a density: of what will be executed, and nothing else of the model changes."""
 
 import dataclasses
+import math
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,7 +15,7 @@ from llama_surgery.attention import heard
 from llama_surgery.attention.call import AttentionCall
 from llama_surgery.attention.heard import heard_layout, rounded_moments
 from llama_surgery.surgery import execute
-from llama_surgery.surgery.calibrate import calibrate
+from llama_surgery.surgery.calibrate import ShareHistogram, calibrate
 from llama_surgery.surgery.operation import surgery_of
 from llama_surgery.topology.layout import build_layout
 
@@ -70,6 +71,16 @@ def test_a_pass_that_fails_leaves_the_configuration(
     for layer in surgery_of(model).values():
         assert (layer.config, layer.listener, layer.executed) == (config, None, None)
     assert surgery.statistics(model).rows == 0
+
+
+def test_shares_above_one_have_thresholds_above_one() -> None:
+    """Keys with large biases are estimated far too high; what is always open is told apart from them."""
+    histogram = ShareHistogram()
+    histogram.add(torch.tensor([[math.inf, 0.5, 2.0, 3.0]]), torch.tensor([10]))
+    assert histogram.theta(25) == pytest.approx(math.exp(2.0))
+    assert histogram.theta(10) == pytest.approx(math.exp(3.0))
+    with pytest.raises(SurgeryError, match="out of reach"):
+        histogram.theta(9)
 
 
 def test_a_density_out_of_reach_leaves_the_configuration() -> None:

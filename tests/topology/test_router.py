@@ -82,7 +82,8 @@ def test_weights_of_channels_by_hand() -> None:
     scores, weights = (x.flatten() for x in Scorer(1.0, None, router)(query, moments))
     means = torch.tensor([math.log(4) + 2 * 1 + 2 * 2, math.log(4) + 3 * 1 - 0.5 * 2], dtype=torch.float64)
     variances = torch.tensor([1.0, 27.0], dtype=torch.float64)
-    torch.testing.assert_close(scores, means + variances / 2)
+    reached = [0.5, 2 * math.sqrt(13.5 * math.log(4)) - math.log(4)]  # of half a variance of 1, and of 27
+    torch.testing.assert_close(scores, means + torch.tensor(reached, dtype=torch.float64))
     torch.testing.assert_close(weights, means + variances.sqrt().cosh().log())
 
 

@@ -25,8 +25,9 @@ PASSES = 3
 AIM = 0.98
 #: Decode steps come after a prompt: their rows are those of this last part of a window.
 LAST_PART = 0.25
-#: Resolution of log θ, in nats, and the smallest share told apart.
-_BIN, _LOWEST = 0.01, -14.0
+#: Resolution of log θ, in nats, and the smallest and the largest share told apart. Shares are ratios of two
+#: estimates, of which the upper one may be far too high: keys with large biases take θ beyond 1.
+_BIN, _LOWEST, _HIGHEST = 0.01, -14.0, 12.0
 
 
 class ShareHistogram:
@@ -37,11 +38,11 @@ class ShareHistogram:
     """
 
     def __init__(self) -> None:
-        self.bins = torch.zeros(round(-_LOWEST / _BIN) + 1, dtype=torch.float64)
+        self.bins = torch.zeros(round((_HIGHEST - _LOWEST) / _BIN) + 1, dtype=torch.float64)
 
     def add(self, shares: torch.Tensor, pairs: torch.Tensor) -> None:
         """Count log shares (…, tiles, pages), each standing for ``pairs`` (tiles,) pairs."""
-        index = ((shares.double() - _LOWEST) / _BIN).ceil().long().clamp(0, len(self.bins) - 1)
+        index = ((shares.double() - _LOWEST) / _BIN).ceil().clamp(0, len(self.bins) - 1).long()
         weight = pairs.to(shares.device, torch.float64)[:, None].expand(shares.shape)
         self.bins += torch.bincount(index.flatten(), weight.flatten(), len(self.bins)).cpu()
 

@@ -14,7 +14,7 @@ from llama_surgery.topology.plan import Plan, plan_from_first_open, plan_of_ever
 from llama_surgery.topology.router import PageRouter
 
 #: Called with the log shares (streams, heads, tiles, rows of a tile, pages), -inf for rows outside the block
-#: and 0 for the page that is always open, and the block: how calibration listens.
+#: and infinity for the page that is always open, and the block: how calibration listens.
 ShareListener = Callable[[torch.Tensor, Block], None]
 
 #: Least 2·t that a root is taken of: its derivative stays finite.
@@ -25,13 +25,14 @@ _LEAST = 1e-8
 class Scorer:
     """The page score of one layer, and what pages are expected to weigh.
 
-    ``score(q, P) = log|P| + s·(q·μ) + t`` with ``t = ½·s²·(q²·σ²)``: the diagonal second-order expansion of
-    ``log Σ_{k in P} exp(s·q·k)``, what the page would weigh if its logits were normally distributed. Of wide
-    pages it promises too much, which opens a page rather than missing one. The weight has ``log cosh √(2t)``
-    in place of t: it is t while that is small, and exact for two equally large groups of keys on both sides
-    of their mean. In sharp heads t exceeds by far what a few keys can reach: a row's total of such scores
-    would make all its shares too small. Where logits are capped, ``c·tanh(x / c)``, mean and slope pass
-    through the cap (delta method).
+    ``score(q, P) = log|P| + s·(q·μ) + r(t)`` with ``t = ½·s²·(q²·σ²)``: what |P| normal logits of variance
+    2t weigh. While ``t < log|P|`` r is t, the diagonal second-order expansion of ``log Σ_{k in P}
+    exp(s·q·k)``. Beyond, that counts on logits so rare that a page has none of them: r(t) = 2·√(t·log|P|) −
+    log|P|, the free energy of the random energy model (Derrida, Phys. Rev. B 24, 2613, 1981). The weight has
+    ``log cosh √(2t)`` in place of r: it is t while that is small, and exact for two equally large groups of
+    keys on both sides of their mean. What is opened may err high; what is counted unread, rather low: it
+    makes up the row's total. Where logits are capped, ``c·tanh(x / c)``, mean and slope pass through the cap
+    (delta method).
 
     Attributes:
         scale: s, the module's own scaling of q·k.
@@ -68,7 +69,9 @@ class Scorer:
         root = (2 * quadratic).clamp_min(_LEAST).sqrt()
         log_cosh = root + torch.log1p(torch.exp(-2 * root)) - math.log(2)
         linear = linear + math.log(moments.size)
-        return linear + quadratic, linear + log_cosh
+        most = math.log(moments.size)
+        reached = 2 * (quadratic.clamp_min(_LEAST) * most).sqrt() - most
+        return linear + torch.where(quadratic < most, quadratic, reached), linear + log_cosh
 
 
 def score_pages(
@@ -165,7 +168,7 @@ def select(
     shares = whole.embed(shares.flatten(0, 1), -math.inf).unflatten(0, (streams, heads))
     if listener is not None:
         sink = sinks[:, None, None, None, None].expand(*shares.shape[:4], 1)
-        listener(shares.scatter(-1, sink, 0.0), block)
+        listener(shares.scatter(-1, sink, math.inf), block)
     opened = (shares > opening).unflatten(1, (choosers, -1)).any(2).flatten(0, 1)
     place = whole.embed((rows % tile).to(torch.int16)[None, :, None], tile)
     first_open = torch.where(opened, place, tile).amin(2).long()

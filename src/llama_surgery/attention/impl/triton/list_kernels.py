@@ -80,7 +80,7 @@ def _above(queries, squares, bar, mean, spread, scale, softcap, LOG2_PAGE: tl.co
         bend = 1.0 - slope * slope
         scores = page_scores(slope * softcap, tl.dot(spread, squares) * bend * bend, LOG2_PAGE)
     else:
-        scores = page_scores(tl.dot(spread, squares, along) * scale, 0.0, LOG2_PAGE)
+        scores = page_scores(along * scale, tl.dot(spread, squares) * scale, LOG2_PAGE)
     return scores > bar[None, :]
 
 

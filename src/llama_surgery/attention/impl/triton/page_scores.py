@@ -112,8 +112,13 @@ def page_terms(queries, squares, mean, spread, scale, softcap, CAP: tl.constexpr
 
 @triton.jit
 def page_scores(along, across, log2_size):
-    """Scores in log2 units from :func:`page_terms`; ``log2_size`` is the log2 of a page's number of keys."""
-    return (along + across) * LOG2E + log2_size
+    """Scores in log2 units from :func:`page_terms`; ``log2_size`` is the log2 of a page's number of keys.
+
+    What few logits cannot reach is taken off the variance term: ``topology.selection.Scorer``.
+    """
+    most = log2_size / LOG2E
+    reached = 2.0 * tl.sqrt(tl.maximum(across, LEAST) * most) - most
+    return (along + tl.where(across < most, across, reached)) * LOG2E + log2_size
 
 
 @triton.jit
