@@ -2,8 +2,10 @@
 
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 import llama_surgery as surgery
@@ -12,8 +14,9 @@ from llama_surgery.evaluation import loss_budget
 from llama_surgery.evaluation.loss_budget import LEAST, MOST, TRIES, highest_theta
 from llama_surgery.evaluation.paired import perplexity_ratio
 from llama_surgery.evaluation.perplexity import perplexity
-from llama_surgery.surgery.operation import MeasuredLoss, set_config
+from llama_surgery.surgery.operation import MeasuredLoss, routers_of, set_config
 from llama_surgery.text import windows
+from llama_surgery.topology.router import PageRouter
 
 SMALL = SurgeryConfig(chunk_size=64, page_size=16, window=32, tile=16)
 
@@ -46,12 +49,11 @@ def test_the_highest_theta_within_the_limit_is_found_in_few_steps(
 
 
 @pytest.mark.parametrize("floor", [0.02, 0.0099])
-def test_a_limit_that_only_a_dense_model_keeps_is_an_error(floor: float) -> None:
+def test_where_only_a_dense_model_keeps_the_limit_the_search_ends_there(floor: float) -> None:
     """Nowhere, or only where nearly everything is read."""
     curve = Curve(0.01, 1.4, floor=floor)
-    with pytest.raises(SurgeryError, match="cannot be made sparse within that loss, and is left dense"):
-        highest_theta(curve, 0.01, 0.1)
-    assert len(curve.tried) <= TRIES
+    _, found = highest_theta(curve, 0.01, 0.1)
+    assert found.total_density > loss_budget.DENSE and len(curve.tried) <= TRIES
 
 
 @pytest.fixture(scope="module")
@@ -66,16 +68,31 @@ def test_the_loss_is_kept_measured_and_told(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(loss_budget, "WINDOWS", 2)
-    monkeypatch.setattr(loss_budget, "BLOCK", 128)
+    monkeypatch.setattr(loss_budget, "WINDOWS", 1)
+    monkeypatch.setattr(loss_budget, "BLOCK", 64)
+    monkeypatch.setattr(loss_budget, "TRIES", 4)
     model, tokenizer = demo
-    given = {"text": texts[:2], "tokenizer": tokenizer, "length": 512}
-    ids = windows(tokenizer, texts[:2], 512, 2, 0)
+    given = {"text": texts[:2], "tokenizer": tokenizer, "length": 384}
+    ids = windows(tokenizer, texts[:2], 384, 1, 0)
     dense = perplexity(model, ids)
-    with surgery.operated(model, SMALL, max_loss=0.02, **given):
+    searches: list[MeasuredLoss] = []
+
+    def search(*arguments: Any) -> tuple[float, MeasuredLoss]:
+        found = highest_theta(*arguments)
+        searches.append(found[1])
+        return found
+
+    monkeypatch.setattr(loss_budget, "highest_theta", search)
+    with surgery.operated(model, SMALL, max_loss=0.03, **given):
         config, told = surgery.config_of(model), surgery.measured_loss(model)
-        assert told is not None and (told.windows, told.length, told.max_loss) == (2, 512, 0.02)
-        assert told.low < told.loss < told.high <= 0.02 and config.theta_decode == SMALL.theta_decode
+        assert told is not None and (told.windows, told.length, told.max_loss) == (1, 384, 0.03)
+        assert told.low < told.loss < told.high <= 0.03 and config.theta_decode == SMALL.theta_decode
+        # One θ for all heads, then with budgets by head: what reads less is taken.
+        assert len(searches) == 2 and told in searches
+        assert told.total_density == min(s.total_density for s in searches if s.high <= 0.03)
+        budgeted = [router.offset is not None for router in routers_of(model).values()]
+        assert all(budgeted) if told is searches[1] else not any(budgeted)
+        surgery.reset_statistics(model)
         ratio = perplexity_ratio(dense.per_window, perplexity(model, ids).per_window, 0)
         assert ratio.ratio - 1 == pytest.approx(told.loss, abs=1e-4)
         read = surgery.statistics(model)
@@ -88,6 +105,29 @@ def test_the_loss_is_kept_measured_and_told(
         assert surgery.measured_loss(model) is None
     finally:
         surgery.eject(model)
+
+
+def test_budgets_that_were_learned_stay_and_without_gradients_there_are_none(
+    tiny_llama: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    texts: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    def fail(*_: Any) -> None:
+        raise NotImplementedError("no backward pass")
+
+    monkeypatch.setattr(loss_budget, "head_budgets", fail)
+    monkeypatch.setattr(loss_budget, "WINDOWS", 1)
+    monkeypatch.setattr(loss_budget, "DENSE", 1.0)  # random weights open every page
+    given = {"text": texts, "tokenizer": tokenizer, "length": 256, "max_loss": 0.5}
+    learned = {0: PageRouter(offset=torch.tensor([[0.5, -0.5], [1.0, 0.0]]))}
+    with surgery.operated(tiny_llama, SMALL, routers=learned, **given) as model:
+        assert routers_of(model).keys() == {0} and torch.equal(routers_of(model)[0].offset, learned[0].offset)
+    assert "no backward pass" not in caplog.text
+    with surgery.operated(tiny_llama, SMALL, **given) as model:
+        assert all(router.offset is None for router in routers_of(model).values())
+    assert "no backward pass" in caplog.text
 
 
 def test_a_model_that_cannot_be_made_sparse_is_left_dense(

@@ -4,18 +4,26 @@ import dataclasses
 import logging
 import math
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
+from llama_surgery.checkpoint import told
 from llama_surgery.config import SurgeryConfig
 from llama_surgery.errors import SurgeryError
 from llama_surgery.evaluation.evaluate import check_dense
 from llama_surgery.evaluation.paired import perplexity_ratio
 from llama_surgery.evaluation.perplexity import Perplexity, perplexity
 from llama_surgery.surgery.calibrate import calibration_windows
+from llama_surgery.surgery.head_budgets import head_budgets
 from llama_surgery.surgery.operate import operated
-from llama_surgery.surgery.operation import MeasuredLoss, reset_statistics, set_config, statistics
+from llama_surgery.surgery.operation import (
+    MeasuredLoss,
+    reset_statistics,
+    routers_of,
+    set_config,
+    statistics,
+)
 
 _log = logging.getLogger(__name__)
 #: Windows of text, spread over the documents: more than for a density, since losses vary more than shares.
@@ -36,6 +44,14 @@ _NEAR = 0.1
 _SLOPE, _STRIDE = 1.4, math.log(10)
 
 
+class Within(NamedTuple):
+    """What :func:`config_within` returns: what to operate with, and what was measured with it."""
+
+    config: SurgeryConfig
+    routers: Mapping[int, Any]
+    measured: MeasuredLoss
+
+
 def config_within(
     model: torch.nn.Module,
     tokenizer: Any,
@@ -44,12 +60,16 @@ def config_within(
     length: int | None,
     config: SurgeryConfig,
     routers: Mapping[int, Any] | None,
-) -> tuple[SurgeryConfig, MeasuredLoss]:
-    """``config`` with the highest θ at which perplexity rises by ``max_loss`` at most; and what was measured.
+) -> Within:
+    """The highest θ at which perplexity rises by ``max_loss`` at most, with budgets by head where these help.
 
     That is so where the upper end of the 95% interval of the rise is within ``max_loss``. The interval is
     over blocks of tokens of the windows, on which both models are compared. Decode steps are not measured:
-    their θ stays as it is, with ``tile=1`` it follows. Learned corrections stay as they are.
+    their θ stays as it is, with ``tile=1`` it follows.
+
+    Heads that have learned budgets, in ``routers``, keep them. Others get those of
+    :func:`~llama_surgery.surgery.head_budgets.head_budgets` at the density that one θ for all comes to, and θ
+    is set anew; they are kept where the model then reads less. In tiles of one row heads share their pages.
 
     Args:
         model: A dense decoder in evaluation mode; dense again afterwards.
@@ -69,28 +89,50 @@ def config_within(
     check_dense(model, {})
     ids = calibration_windows(model, tokenizer, text, length, config, WINDOWS)
     dense = perplexity(model, ids)
-    with operated(model, config, routers=routers):
 
-        def measure(theta: float) -> MeasuredLoss:
-            set_config(model, _with_theta(config, theta))
-            reset_statistics(model)
-            ratio = perplexity_ratio(_by_block(dense), _by_block(perplexity(model, ids)), seed=0)
-            read = statistics(model)
-            found = MeasuredLoss(
-                max_loss=max_loss,
-                loss=ratio.ratio - 1,
-                low=ratio.low - 1,
-                high=ratio.high - 1,
-                windows=ids.shape[0],
-                length=ids.shape[1],
-                far_density=read.far_density,
-                total_density=read.total_density,
-            )
-            _log.info("θ = %.4g: %s", theta, found)
-            return found
+    def search(given: Mapping[int, Any] | None, start: float) -> Within:
+        with operated(model, config, routers=given):
 
-        theta, measured = highest_theta(measure, max_loss, config.theta)
-    return _with_theta(config, theta), measured
+            def measure(theta: float) -> MeasuredLoss:
+                set_config(model, _with_theta(config, theta))
+                reset_statistics(model)
+                ratio = perplexity_ratio(_by_block(dense), _by_block(perplexity(model, ids)), seed=0)
+                read = statistics(model)
+                return MeasuredLoss(
+                    max_loss=max_loss,
+                    loss=ratio.ratio - 1,
+                    low=ratio.low - 1,
+                    high=ratio.high - 1,
+                    windows=ids.shape[0],
+                    length=ids.shape[1],
+                    far_density=read.far_density,
+                    total_density=read.total_density,
+                )
+
+            theta, measured = highest_theta(measure, max_loss, start)
+            return Within(_with_theta(config, theta), routers_of(model), measured)
+
+    found = search(routers, config.theta)
+    if not _sparse(found.measured):
+        raise SurgeryError(
+            f"max_loss={max_loss}: the model cannot be made sparse within that loss, and is left dense. The "
+            f"nearest was {found.measured}. Allow more, or give longer windows if most of that density is "
+            "the near field, which is always read."
+        )
+    if config.tile == 1 or any(router.offset is not None for router in found.routers.values()):
+        return found
+    try:
+        budgets = head_budgets(model, ids, config, found.routers, found.measured.far_density)
+    except (RuntimeError, NotImplementedError) as error:  # of kernels without a backward pass, say
+        _log.warning(f"all heads share one threshold, as no gradients could be had: {told(error)}.")
+        return found
+    by_head = search(budgets.routers, budgets.theta)
+    better = _sparse(by_head.measured) and by_head.measured.total_density < found.measured.total_density
+    return by_head if better else found
+
+
+def _sparse(measured: MeasuredLoss) -> bool:
+    return measured.high <= measured.max_loss and measured.total_density <= DENSE
 
 
 def highest_theta(
@@ -103,8 +145,8 @@ def highest_theta(
         max_loss: The limit.
         start: Where to begin, if it is within what is tried.
 
-    Raises:
-        SurgeryError: Wherever the limit is kept the model is not sparse.
+    Returns:
+        θ and what was measured there. Where no θ that is sparse keeps the limit, the last that was tried.
     """
     at = math.log(min(max(start, math.sqrt(LEAST)), MOST))
     tried: list[tuple[float, MeasuredLoss]] = []
@@ -124,13 +166,7 @@ def highest_theta(
         if high - low < _NEAR:
             break
         at = _next(tried, low, high, AIM * max_loss)
-    if kept is None or kept.total_density > DENSE:
-        raise SurgeryError(
-            f"max_loss={max_loss}: the model cannot be made sparse within that loss, and is left dense. The "
-            f"nearest was {kept or found}. Allow more, or give longer windows if most of that density is the "
-            "near field, which is always read."
-        )
-    return math.exp(low), kept
+    return math.exp(at if kept is None else low), kept or found
 
 
 def _next(tried: list[tuple[float, MeasuredLoss]], low: float, high: float, aim: float) -> float:

@@ -106,7 +106,9 @@ def operate(
     if text is not None and max_loss is not None:
         # By name: the room that measures losses stands on this one.
         budget = importlib.import_module("llama_surgery.evaluation.loss_budget")
-        config, measured = budget.config_within(model, tokenizer, text, max_loss, length, config, routers)
+        config, routers, measured = budget.config_within(
+            model, tokenizer, text, max_loss, length, config, routers
+        )
     base = check_replaceable(inner, modules.values())
     layers = _layers(inner, modules, config, routers or {})
     operation = Operation(config, modules, replace(inner, base, modules.values()), measured)
