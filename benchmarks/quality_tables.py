@@ -9,35 +9,36 @@ REAL = {"operated": "operated", "tokens": "oracle of keys", "blocks": "oracle of
 
 
 def real() -> str:
-    """Real models: of every form with dense decode steps the row that was measured last."""
-    newest: dict[tuple[str, ...], Row] = {}
+    """Real models: of every form, way to decode and kind of threshold the row that was measured last."""
+    newest: dict[tuple[str, ...], tuple[str, Row]] = {}
     for row in read("real_quality.csv"):
-        key = row["model"], row["length"], row["text"], row["form"]
-        if row["form"] not in REAL or json.loads(row["settings"]).get("decode") == "sparse":
+        if row["form"] not in REAL:
             continue
-        if key not in newest or row["date"] >= newest[key]["date"]:
-            newest[key] = row
+        settings = json.loads(row["settings"])
+        form = REAL[row["form"]] + (", thresholds of `max_loss`" if "adapter" in settings else "")
+        form += ", sparse decode" if settings.get("decode") == "sparse" else ""
+        key = row["model"], row["length"], row["text"], form
+        if key not in newest or row["date"] >= newest[key][1]["date"]:
+            newest[key] = form, row
     cells = []
-    for row in newest.values():
+    for form, row in newest.values():
         ratio, low, high = (float(row[name]) for name in ("ratio", "ratio_low", "ratio_high"))
         cells.append(
             [
-                f"{row['text']}, {REAL[row['form']]}",
+                row["model"].removesuffix(".gguf"), tokens(row["length"]), row["text"], form,
                 percent(row["far_density"]), percent(row["total_density"]),
                 f"{ratio:.4f} ({low:.4f} … {high:.4f})", percent(row["needles_dense"]),
                 percent(row["needles_kept"]), row["windows"],
             ]
         )  # fmt: skip
-    first = next(iter(newest.values()))
     names = (
-        "", "far density", "total density", "perplexity ÷ dense (95% interval)", "needles that dense answers",
-        "of these kept", "windows",
+        "model", "tokens", "text", "form", "far density", "total density",
+        "perplexity ÷ dense (95% interval)", "needles that dense answers", "of these kept", "windows",
     )  # fmt: skip
-    about = (
-        f"{first['model']}, {tokens(first['length'])} tokens, seed {first['seed']}, "
-        f"{first['device'].removeprefix('cuda: ')}, {max(row['date'] for row in newest.values())}."
-    )
-    return markdown(names, cells) + f"\n\n{about}"
+    rows = [row for _, row in newest.values()]
+    devices = ", ".join(sorted({row["device"].removeprefix("cuda: ") for row in rows}))
+    seeds = ", ".join(sorted({row["seed"] for row in rows}))
+    return markdown(names, cells) + f"\n\nSeed {seeds}, {devices}, until {max(row['date'] for row in rows)}."
 
 
 def quality() -> str:

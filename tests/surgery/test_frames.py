@@ -30,10 +30,10 @@ def frames() -> int:
     return sum(file.startswith(PACKAGE) for file, _ in stack[forward:])
 
 
-def calls(backend: str) -> Callable[[], None]:
+def calls(backend: str, device: str = "cpu") -> Callable[[], None]:
     """Every time it is called, the next call of a model of one layer: a prompt, then steps."""
-    model = build("Llama", num_hidden_layers=1).float()
-    ids = iter(tokens(1, 200).split([192, 1, 1, 6], 1))
+    model = build("Llama", num_hidden_layers=1).float().to(device)
+    ids = iter(tokens(1, 200).to(device).split([192, 1, 1, 6], 1))
     surgery.operate(model, dataclasses.replace(SPARSE, backend=backend, theta_decode=0.1), routers={})
     cache = surgery.paged_cache(model)
 
@@ -86,7 +86,7 @@ def test_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(triton, "obstacle", told)
     monkeypatch.setattr(KernelInterface, "__getitem__", counted)
-    call = calls("triton")
+    call = calls("triton", "cuda" if torch.cuda.is_available() else "cpu")
     call()
     assert {name: count for name, count in seen.items() if name in PREFILL and count > 5} == {}
     assert seen.keys() >= PREFILL
