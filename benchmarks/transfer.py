@@ -173,7 +173,7 @@ def main() -> None:
     bench = Bench(options)
     names = list(bench.domains)
     fresh = fresh_corrections(
-        inner_model(bench.model), LearningSettings(density=options.density, parts=())
+        inner_model(bench.model), LearningSettings(density=options.density, parts=()), {}
     ).to(options.device)
     thetas = {}
     for name in names:

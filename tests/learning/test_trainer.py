@@ -13,6 +13,7 @@ from llama_surgery import SurgeryError, is_operated, operated, statistics
 from llama_surgery.learning.corrections import Corrections, scorer_parameters
 from llama_surgery.learning.settings import LearningSettings, homotopy_at, rate_at
 from llama_surgery.learning.trainer import Step, learn
+from llama_surgery.surgery.operation import routers_of
 
 SETTINGS = LearningSettings(density=0.15, length=192, steps=30, rate=0.1, parts=("channels",))
 #: Run in a process of its own, so that it can be killed.
@@ -55,6 +56,17 @@ def test_it_learns_at_the_density_and_leaves_the_model_alone(stage) -> None:
         for window in ids:
             logits(model, window, use_cache=False)
         assert statistics(model).far_density == pytest.approx(settings.density, rel=0.15)
+
+
+def test_learned_corrections_keep_the_metric_that_operate_sorts_keys_in() -> None:
+    model = build("Llama", dtype=torch.float32)
+    with operated(model, SPARSE):
+        metric = {index: router.key_weight for index, router in routers_of(model).items()}
+    learned = learn(model, SPARSE, windows(), dataclasses.replace(SETTINGS, steps=1, stage="local"))
+    routers = scorer_parameters(learned)
+    assert routers.keys() == metric.keys()
+    for index, weight in metric.items():
+        torch.testing.assert_close(routers[index].key_weight, weight, rtol=1e-4, atol=1e-5)
 
 
 def test_budgets_leave_heads_that_do_nothing() -> None:

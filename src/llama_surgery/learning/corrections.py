@@ -20,6 +20,8 @@ MAP_RANK = 8
 class LayerCorrections(torch.nn.Module):
     """Parameters of one layer, float32. All zeros but ``map_right`` is the training-free topology.
 
+    ``key_weight`` (kv_heads, head_dim), None until it is set, goes with them.
+
     Args:
         kv_heads: KV heads.
         group: Query heads of each.
@@ -37,6 +39,9 @@ class LayerCorrections(torch.nn.Module):
         if unknown:
             raise SurgeryError(f"parts={list(parts)}: allowed are {', '.join(get_args(Part))}.")
         zeros = torch.zeros
+        #: Metric of the queries that keys are sorted in: measured, not learned, and measured again for a
+        #: run that goes on.
+        self.register_buffer("key_weight", None, persistent=False)
         self.offset = torch.nn.Parameter(zeros(kv_heads, group))
         if "channels" in parts:
             self.log_mean_weight = torch.nn.Parameter(zeros(kv_heads, group, head_dim))
@@ -53,6 +58,8 @@ class LayerCorrections(torch.nn.Module):
     def router(self) -> PageRouter:
         """The corrections as the topology takes them, differentiable."""
         values: dict[str, torch.Tensor] = {"offset": self.offset}
+        if self.key_weight is not None:
+            values["key_weight"] = self.key_weight
         if hasattr(self, "log_mean_weight"):
             values["mean_weight"] = self.log_mean_weight.exp()
             values["variance_weight"] = self.log_variance_weight.exp()

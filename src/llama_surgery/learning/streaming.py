@@ -37,6 +37,7 @@ from llama_surgery.learning.state import first_state
 from llama_surgery.learning.trainer import Step, check_settings, digest, fresh_corrections, run
 from llama_surgery.learning.weights import Weights, streamed
 from llama_surgery.surgery.interface import dense_attention
+from llama_surgery.surgery.metric import metric_of
 from llama_surgery.surgery.replace import attention_replaced
 from llama_surgery.surgery.supported import attention_modules
 
@@ -216,7 +217,9 @@ def learn_streamed(
     modules = attention_modules(model)
     names = {id(module): name for name, module in model.named_modules()}
     capture(model, weights, windows, captured, device=device, dtype=dtype, progress=capturing)
-    corrections = fresh_corrections(model, settings).to(device)
+    with torch.inference_mode(), streamed(model, weights, device, dtype):
+        metric = metric_of(model, device)
+    corrections = fresh_corrections(model, settings, metric).to(device)
     state = first_state(corrections, settings, math.log(config.theta), half=dtype == torch.float16)
     gates = Gates(corrections, config, state.price.log_theta, sampled_tiles=settings.sampled_tiles)
 

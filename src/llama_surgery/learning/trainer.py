@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -19,6 +19,7 @@ from llama_surgery.learning.processes import ALONE, Processes
 from llama_surgery.learning.reading import Reading
 from llama_surgery.learning.settings import LearningSettings, homotopy_at, rate_at
 from llama_surgery.learning.state import LearningState, first_state
+from llama_surgery.surgery.metric import metric_of
 from llama_surgery.surgery.supported import attention_modules, head_shape, inner_model
 from llama_surgery.topology.geometry import closed_chunks
 
@@ -83,7 +84,9 @@ def learn(
     if model.training:
         raise SurgeryError("the model is in training mode: call model.eval() first.")
     inner = inner_model(model)
-    start = fresh_corrections(inner, settings).to(inner.device)
+    with torch.no_grad():
+        metric = metric_of(inner, inner.device)
+    start = fresh_corrections(inner, settings, metric).to(inner.device)
     state = first_state(start, settings, math.log(config.theta), half=inner.dtype == torch.float16)
     gates = Gates(state.corrections, config, state.price.log_theta, sampled_tiles=settings.sampled_tiles)
 
@@ -109,10 +112,21 @@ def learn(
     return state.corrections
 
 
-def fresh_corrections(inner: PreTrainedModel, settings: LearningSettings) -> Corrections:
-    """Corrections of a model that are still the training-free topology."""
+def fresh_corrections(
+    inner: PreTrainedModel, settings: LearningSettings, metric: Mapping[int, torch.Tensor | None]
+) -> Corrections:
+    """Corrections of a model that are still the training-free topology.
+
+    Args:
+        inner: The model.
+        settings: What is learned.
+        metric: Weights that keys are sorted in, by layer index: ``surgery.metric.metric_of``.
+    """
     shapes = {index: head_shape(inner, module) for index, module in attention_modules(inner).items()}
-    return Corrections.build(shapes, settings.parts, settings.seed)
+    corrections = Corrections.build(shapes, settings.parts, settings.seed)
+    for index, weight in metric.items():
+        corrections[str(index)].key_weight = weight
+    return corrections
 
 
 def run(
