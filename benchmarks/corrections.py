@@ -21,11 +21,12 @@ from benchmarks.timing.prefill_case import (
 from benchmarks.timing.quantities import quantiles
 
 from llama_surgery.attention import api
-from llama_surgery.attention.impl.triton import prefill, selection
-from llama_surgery.attention.impl.triton.decode import DecodeResult, decode
-from llama_surgery.attention.impl.triton.decode_cache import DecodeCache, append_tokens
+from llama_surgery.attention.impl.triton.decode.cache import DecodeCache, append_tokens
+from llama_surgery.attention.impl.triton.decode.launch import DecodeResult, decode
 from llama_surgery.attention.impl.triton.job import make_job
-from llama_surgery.attention.impl.triton.layout import build_layout
+from llama_surgery.attention.impl.triton.layout.launch import build_layout
+from llama_surgery.attention.impl.triton.prefill import launch as prefill
+from llama_surgery.attention.impl.triton.select import launch as selection
 from llama_surgery.attention.result import AttentionResult
 from llama_surgery.bench.measure import Deadline, Rows, graphed, times
 from llama_surgery.config import SurgeryConfig

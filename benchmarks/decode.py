@@ -19,8 +19,8 @@ from timing.decode import PAGED_SETTINGS, SETTINGS, bench_decode, copies_for, me
 from timing.decode_case import Layer, Setting, build, check
 from timing.plot import plot_decode
 
-from llama_surgery.attention.impl.triton.decode import DecodeResult, decode
-from llama_surgery.attention.impl.triton.decode_tuning import DecodeTuning, decode_tuning_for
+from llama_surgery.attention.impl.triton.decode.launch import DecodeResult, decode
+from llama_surgery.attention.impl.triton.decode.tuning import DecodeTuning, decode_tuning_for
 from llama_surgery.attention.impl.triton.tuning import family_of
 from llama_surgery.bench.measure import Deadline, capture
 

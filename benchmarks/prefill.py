@@ -22,10 +22,11 @@ from timing.prefill import Setting, bench_prefill
 from timing.prefill_case import Data, calibrate, make_data
 from timing.quantities import quantiles
 
-from llama_surgery.attention.impl.triton import layout as layout_module
-from llama_surgery.attention.impl.triton import prefill, selection
 from llama_surgery.attention.impl.triton.job import Job, Strip, make_job
-from llama_surgery.attention.impl.triton.layout import build_layout
+from llama_surgery.attention.impl.triton.layout import launch as layout_module
+from llama_surgery.attention.impl.triton.layout.launch import build_layout
+from llama_surgery.attention.impl.triton.prefill import launch as prefill
+from llama_surgery.attention.impl.triton.select import launch as selection
 from llama_surgery.attention.impl.triton.tuning import TABLE
 from llama_surgery.bench.measure import Deadline, say, times
 from llama_surgery.config import SurgeryConfig

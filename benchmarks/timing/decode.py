@@ -15,8 +15,8 @@ from typing import Any
 
 import torch
 
-from llama_surgery.attention.impl.triton.decode import decode
-from llama_surgery.attention.impl.triton.decode_cache import append_tokens
+from llama_surgery.attention.impl.triton.decode.cache import append_tokens
+from llama_surgery.attention.impl.triton.decode.launch import decode
 from llama_surgery.bench.dense import ways
 from llama_surgery.bench.measure import Deadline, Rows, graphed, say, synchronise, times
 from llama_surgery.surgery.store import SequenceStore

@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
-from llama_surgery.attention.impl.triton.decode import DecodeResult
-from llama_surgery.attention.impl.triton.decode_cache import DecodeCache, append_tokens
+from llama_surgery.attention.impl.triton.decode.cache import DecodeCache, append_tokens
+from llama_surgery.attention.impl.triton.decode.launch import DecodeResult
 from llama_surgery.attention.impl.triton.job import moments_from
 from llama_surgery.attention.summary import summary_logits
 from llama_surgery.bench.states import plain_attention

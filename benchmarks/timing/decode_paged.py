@@ -4,7 +4,7 @@ import dataclasses
 
 import torch
 
-from llama_surgery.attention.impl.triton.decode import DecodeResult, decode
+from llama_surgery.attention.impl.triton.decode.launch import DecodeResult, decode
 from llama_surgery.errors import SurgeryError
 from llama_surgery.serving.paged import PagedStates, side_bytes
 from llama_surgery.serving.paged_kernels import kernel_view

@@ -8,10 +8,11 @@ from typing import Any, NamedTuple
 
 import torch
 
-from llama_surgery.attention.impl.triton import prefill, selection
 from llama_surgery.attention.impl.triton.job import Job, make_job, page_features
-from llama_surgery.attention.impl.triton.layout import build_layout
-from llama_surgery.attention.impl.triton.summary import means_for, summarise_strip
+from llama_surgery.attention.impl.triton.layout.launch import build_layout
+from llama_surgery.attention.impl.triton.prefill import launch as prefill
+from llama_surgery.attention.impl.triton.prefill.summary import means_for, summarise_strip
+from llama_surgery.attention.impl.triton.select import launch as selection
 from llama_surgery.attention.impl.triton.tiled_plan import ENTRY, TiledPlan
 from llama_surgery.attention.result import AttentionResult
 from llama_surgery.bench.dense import check, ways

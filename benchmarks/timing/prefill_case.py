@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
-from llama_surgery.attention.impl.triton import selection
 from llama_surgery.attention.impl.triton.job import Job, moments_from
+from llama_surgery.attention.impl.triton.select import launch as selection
 from llama_surgery.attention.impl.triton.tiled_plan import ENTRY, TiledPlan
 from llama_surgery.attention.summary import summary_logits
 from llama_surgery.bench.measure import nearest_theta

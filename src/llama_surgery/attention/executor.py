@@ -131,7 +131,7 @@ def executor_of(
     far = () if layout is None else (layout.keys, layout.values)
     way = "backward" if differentiable(queries, keys, values, *far, sink_logit) else "prefill"
     return functools.partial(
-        importlib.import_module(f"{_IMPL}triton.{way}").attend,
+        importlib.import_module(f"{_IMPL}triton.{way}.launch").attend,
         config=call.config,
         tile=call.tile,
         scale=call.scale,
@@ -165,7 +165,7 @@ def build_layout(
     if not (kernels_serve(config, keys, values) if kernels is None else kernels):
         return plain_layout(keys, values, config, router)
     way = "backward" if differentiable(keys, values) else "layout"
-    return importlib.import_module(f"{_IMPL}triton.{way}").build_layout(keys, values, config, router)
+    return importlib.import_module(f"{_IMPL}triton.{way}.launch").build_layout(keys, values, config, router)
 
 
 def kernel_features(moments: Moments, config: SurgeryConfig, dtype: torch.dtype) -> torch.Tensor:

@@ -212,7 +212,7 @@ def executor_for(
         found = triton.obstacle(config, queries, queries, config.tile)
         if found is not None:
             return found
-        from llama_surgery.attention.impl.triton.decode import decode_obstacle
+        from llama_surgery.attention.impl.triton.decode.launch import decode_obstacle
 
         if dtype != cache_dtype:
             return f"queries are {dtype}, cached keys {cache_dtype}"

@@ -13,7 +13,7 @@ from llama_surgery.serving.paged import PagedStates
 from llama_surgery.topology.router import PageRouter
 
 if TYPE_CHECKING:
-    from llama_surgery.attention.impl.triton.decode_cache import DecodeCache
+    from llama_surgery.attention.impl.triton.decode.cache import DecodeCache
 
 
 def decode_rows(
@@ -51,7 +51,7 @@ def decode_rows(
     Raises:
         SurgeryError: Shapes or dtypes that do not fit, or a rule that the kernels do not run.
     """
-    from llama_surgery.attention.impl.triton.decode import decode
+    from llama_surgery.attention.impl.triton.decode.launch import decode
 
     sequences, heads, dim = queries.shape
     kv_heads = cache.states.shape[1]
@@ -74,7 +74,7 @@ def decode_rows(
 
 def kernel_view(cache: PagedStates, tables: torch.Tensor, positions: torch.Tensor) -> "DecodeCache":
     """The caches as the decode kernels take them, copied nowhere; arguments as in :func:`decode_rows`."""
-    from llama_surgery.attention.impl.triton.decode_cache import DecodeCache
+    from llama_surgery.attention.impl.triton.decode.cache import DecodeCache
 
     def everyone(tensor: torch.Tensor) -> torch.Tensor:
         """(blocks, kv_heads, …) as (sequences, kv_heads, blocks, …)."""

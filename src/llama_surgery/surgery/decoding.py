@@ -13,7 +13,7 @@ from llama_surgery.surgery.cache import PagedLayer
 from llama_surgery.surgery.layer import LayerSurgery
 
 if TYPE_CHECKING:
-    from llama_surgery.attention.impl.triton.decode_cache import DecodeCache
+    from llama_surgery.attention.impl.triton.decode.cache import DecodeCache
 
 
 def grouped_sinks(keywords: dict[str, Any], kv_heads: int, sequences: int) -> torch.Tensor | None:
@@ -37,7 +37,7 @@ def kernels_decode(
     buffers = paged.buffers
     if call.executor != "triton" or buffers is None or buffers.empty or not buffers.kernels:
         return False
-    from llama_surgery.attention.impl.triton.decode import decode_obstacle
+    from llama_surgery.attention.impl.triton.decode.launch import decode_obstacle
 
     learned = {} if call.router is None else call.router.tensors()
     recorded = differentiable(key, value, buffers.keys, buffers.values, *learned.values())
@@ -60,8 +60,8 @@ def decode_step(
     Returns:
         (batch, new, heads, value_dim), contiguous.
     """
-    from llama_surgery.attention.impl.triton.decode import decode
-    from llama_surgery.attention.impl.triton.decode_cache import append_tokens
+    from llama_surgery.attention.impl.triton.decode.cache import append_tokens
+    from llama_surgery.attention.impl.triton.decode.launch import decode
 
     (batch, heads, rows, _), kv_heads = query.shape, key.shape[1]
     buffers, lengths = paged.buffers, paged.device_lengths()
@@ -94,8 +94,8 @@ def cache_view(
         kv_heads: Streams of a sequence.
         lengths: (sequences,) int32 on the buffers' device, settled tokens.
     """
-    from llama_surgery.attention.impl.triton.decode_blocks import feature_blocks, mean_blocks
-    from llama_surgery.attention.impl.triton.decode_cache import DecodeCache
+    from llama_surgery.attention.impl.triton.decode.blocks import feature_blocks, mean_blocks
+    from llama_surgery.attention.impl.triton.decode.cache import DecodeCache
 
     keys, values, features, sink_page, *means = buffers.read_by_kernels()
     by_chunk = (

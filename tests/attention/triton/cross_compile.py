@@ -19,23 +19,19 @@ from triton.experimental.gluon._runtime import GluonASTSource
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor as GluonDescriptor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from llama_surgery.attention.impl.triton import (
-    backward_lists,
-    backward_pass,
-    decode,
-    decode_cache,
-    decode_shape,
-    helpers,
-    hopper,
-    hopper_attend_kernel,
-    job,
-    layout,
-    prefill,
-    selection,
-    summary,
-    tuning,
-)
-from llama_surgery.attention.impl.triton.decode_tuning import decode_tuning_for
+from llama_surgery.attention.impl.triton import helpers, job, tuning
+from llama_surgery.attention.impl.triton.backward import gradients as backward_pass
+from llama_surgery.attention.impl.triton.backward import lists as backward_lists
+from llama_surgery.attention.impl.triton.decode import cache as decode_cache
+from llama_surgery.attention.impl.triton.decode import launch as decode
+from llama_surgery.attention.impl.triton.decode import shape as decode_shape
+from llama_surgery.attention.impl.triton.decode.tuning import decode_tuning_for
+from llama_surgery.attention.impl.triton.hopper import attend_kernel as hopper_attend_kernel
+from llama_surgery.attention.impl.triton.hopper import launch as hopper
+from llama_surgery.attention.impl.triton.layout import launch as layout
+from llama_surgery.attention.impl.triton.prefill import launch as prefill
+from llama_surgery.attention.impl.triton.prefill import summary
+from llama_surgery.attention.impl.triton.select import launch as selection
 from llama_surgery.attention.impl.triton.tiled_plan import TiledPlan
 from llama_surgery.config import SurgeryConfig
 from llama_surgery.gumbel import token_mask

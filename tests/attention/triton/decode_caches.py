@@ -4,7 +4,7 @@ import dataclasses
 
 import torch
 
-from llama_surgery.attention.impl.triton.decode_cache import DecodeCache
+from llama_surgery.attention.impl.triton.decode.cache import DecodeCache
 from llama_surgery.config import SurgeryConfig
 from llama_surgery.surgery.buffers import PageBuffers
 from llama_surgery.surgery.decoding import cache_view

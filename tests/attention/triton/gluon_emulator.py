@@ -19,12 +19,13 @@ import pytest
 import torch
 from triton.experimental.gluon._runtime import GluonJITFunction
 
-from llama_surgery.attention.impl.triton import hopper, job
+from llama_surgery.attention.impl.triton import job
 from llama_surgery.attention.impl.triton.helpers import ENTRY, FLOOR, LN2, LOG2E
+from llama_surgery.attention.impl.triton.hopper import launch as hopper
 from llama_surgery.attention.impl.triton.tuning import Tuning
 
 PACKAGE = "llama_surgery.attention.impl.triton"
-MODULES = ("hopper_helpers", "hopper_attend_kernel")
+MODULES = ("hopper.helpers", "hopper.attend_kernel")
 
 #: Seconds after which a wait is taken for one without end.
 PATIENCE = 20.0

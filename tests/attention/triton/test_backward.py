@@ -9,14 +9,12 @@ import torch
 pytest.importorskip("triton")
 
 from llama_surgery.attention import api
-from llama_surgery.attention.impl.triton import (
-    backward,
-    backward_lists,
-    backward_pass,
-    backward_summary,
-    job,
-)
-from llama_surgery.attention.impl.triton.backward_tuning import BackwardTuning
+from llama_surgery.attention.impl.triton import job
+from llama_surgery.attention.impl.triton.backward import gradients as backward_pass
+from llama_surgery.attention.impl.triton.backward import launch as backward
+from llama_surgery.attention.impl.triton.backward import lists as backward_lists
+from llama_surgery.attention.impl.triton.backward import summary as backward_summary
+from llama_surgery.attention.impl.triton.backward.tuning import BackwardTuning
 from llama_surgery.attention.impl.triton.tiled_plan import ENTRY, TiledPlan
 from llama_surgery.attention.result import AttentionResult
 from llama_surgery.config import SurgeryConfig

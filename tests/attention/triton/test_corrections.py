@@ -12,8 +12,8 @@ from tests.attention.triton.decode_caches import loaded
 from tests.attention.triton.test_prefill import Case, check, inputs
 
 from llama_surgery.attention import api
-from llama_surgery.attention.impl.triton.decode_cache import append_tokens
-from llama_surgery.attention.impl.triton.layout import build_layout
+from llama_surgery.attention.impl.triton.decode.cache import append_tokens
+from llama_surgery.attention.impl.triton.layout.launch import build_layout
 from llama_surgery.errors import SurgeryError
 from llama_surgery.surgery.store import SequenceStore
 from llama_surgery.topology.router import PageRouter

@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 from tests.attention.triton.decode_caches import Sequence, loaded
 
 from llama_surgery.attention import api
-from llama_surgery.attention.impl.triton.decode import DecodeResult, decode
-from llama_surgery.attention.impl.triton.decode_cache import DecodeCache, append_tokens
-from llama_surgery.attention.impl.triton.decode_tuning import DecodeTuning, open_splits
-from llama_surgery.attention.impl.triton.layout import build_layout as kernel_layout
+from llama_surgery.attention.impl.triton.decode.cache import DecodeCache, append_tokens
+from llama_surgery.attention.impl.triton.decode.launch import DecodeResult, decode
+from llama_surgery.attention.impl.triton.decode.tuning import DecodeTuning, open_splits
+from llama_surgery.attention.impl.triton.layout.launch import build_layout as kernel_layout
 from llama_surgery.attention.result import AttentionResult
 from llama_surgery.config import SurgeryConfig
 from llama_surgery.errors import SurgeryError

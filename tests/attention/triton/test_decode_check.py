@@ -10,9 +10,9 @@ pytest.importorskip("triton")
 
 from tests.attention.triton.decode_caches import loaded
 
-from llama_surgery.attention.impl.triton import decode_cache
-from llama_surgery.attention.impl.triton.decode import decode
-from llama_surgery.attention.impl.triton.decode_cache import DecodeCache, append_tokens
+from llama_surgery.attention.impl.triton.decode import cache as decode_cache
+from llama_surgery.attention.impl.triton.decode.cache import DecodeCache, append_tokens
+from llama_surgery.attention.impl.triton.decode.launch import decode
 from llama_surgery.config import SurgeryConfig
 from llama_surgery.errors import SurgeryError
 from llama_surgery.topology.layout import build_layout

@@ -16,7 +16,7 @@ from tests.attention.triton.test_corrections import learned
 from tests.learning.test_gates import corrections
 
 import llama_surgery as surgery
-from llama_surgery.attention.impl.triton import decode as decode_module
+from llama_surgery.attention.impl.triton.decode import launch as decode_module
 from llama_surgery.config import SurgeryConfig
 from llama_surgery.learning.corrections import scorer_parameters
 from llama_surgery.surgery import steps as steps_module

@@ -12,8 +12,9 @@ pytest.importorskip("triton")
 from tests.attention.triton import test_prefill
 from tests.attention.triton.gluon_emulator import emulated
 
-from llama_surgery.attention.impl.triton import hopper, prefill
+from llama_surgery.attention.impl.triton.hopper import launch as hopper
 from llama_surgery.attention.impl.triton.job import Job, make_job
+from llama_surgery.attention.impl.triton.prefill import launch as prefill
 from llama_surgery.attention.impl.triton.tuning import TABLE, Tuning
 from llama_surgery.attention.result import AttentionResult
 from llama_surgery.config import SurgeryConfig

@@ -7,7 +7,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from llama_surgery.attention.impl.triton.layout import build_layout
+from llama_surgery.attention.impl.triton.layout.launch import build_layout
 from llama_surgery.config import SurgeryConfig
 from llama_surgery.errors import SurgeryError
 from llama_surgery.topology import layout as plain

@@ -8,7 +8,8 @@ import torch
 pytest.importorskip("triton")
 
 from llama_surgery.attention import api
-from llama_surgery.attention.impl.triton import job, prefill
+from llama_surgery.attention.impl.triton import job
+from llama_surgery.attention.impl.triton.prefill import launch as prefill
 from llama_surgery.attention.impl.triton.tuning import Tuning
 from llama_surgery.attention.result import AttentionResult
 from llama_surgery.config import SurgeryConfig

@@ -11,8 +11,8 @@ pytest.importorskip("triton")
 
 from tests.attention.triton import test_decode, test_prefill, test_token_mask
 
-from llama_surgery.attention.impl.triton import prefill
-from llama_surgery.attention.impl.triton.decode import decode
+from llama_surgery.attention.impl.triton.decode.launch import decode
+from llama_surgery.attention.impl.triton.prefill import launch as prefill
 from llama_surgery.config import SurgeryConfig
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("poisoned")]

@@ -9,8 +9,8 @@ import triton
 
 from llama_surgery.attention.impl.common import differentiable
 from llama_surgery.attention.impl.triton import LARGEST_SQUARE
-from llama_surgery.attention.impl.triton.feature_kernels import feature_kernel
 from llama_surgery.attention.impl.triton.helpers import exact_products, launching
+from llama_surgery.attention.impl.triton.layout.feature_kernel import feature_kernel
 from llama_surgery.attention.impl.triton.tuning import Tuning, family_of, tuning_for
 from llama_surgery.config import SurgeryConfig
 from llama_surgery.errors import SurgeryError

@@ -13,8 +13,8 @@ from llama_surgery.attention.impl.triton.helpers import (
     load_rows,
     tanh,
 )
-from llama_surgery.attention.impl.triton.page_scores import page_scores, score_factors
-from llama_surgery.attention.impl.triton.select_kernels import rows_of_tiles
+from llama_surgery.attention.impl.triton.select.page_scores import page_scores, score_factors
+from llama_surgery.attention.impl.triton.select.totals_kernel import rows_of_tiles
 
 
 @triton.jit

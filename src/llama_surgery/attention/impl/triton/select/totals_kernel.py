@@ -16,7 +16,7 @@ from llama_surgery.attention.impl.triton.helpers import (
     load_rows,
     sum_step,
 )
-from llama_surgery.attention.impl.triton.page_scores import page_terms, page_weights, score_factors
+from llama_surgery.attention.impl.triton.select.page_scores import page_terms, page_weights, score_factors
 
 
 @triton.jit

@@ -12,8 +12,8 @@ from llama_surgery.attention.impl.triton.launch import (
     score_constants,
     scored_rows,
 )
-from llama_surgery.attention.impl.triton.list_kernels import list_kernel
-from llama_surgery.attention.impl.triton.select_kernels import totals_kernel
+from llama_surgery.attention.impl.triton.select.list_kernel import list_kernel
+from llama_surgery.attention.impl.triton.select.totals_kernel import totals_kernel
 from llama_surgery.attention.impl.triton.tiled_plan import TiledPlan
 
 

@@ -5,8 +5,8 @@ import dataclasses
 import torch
 import triton
 
-from llama_surgery.attention.impl.triton.decode_append_kernel import append_kernel
-from llama_surgery.attention.impl.triton.decode_check import check_cache, check_tokens
+from llama_surgery.attention.impl.triton.decode.append_kernel import append_kernel
+from llama_surgery.attention.impl.triton.decode.check import check_cache, check_tokens
 from llama_surgery.attention.impl.triton.helpers import launching
 from llama_surgery.config import SurgeryConfig
 

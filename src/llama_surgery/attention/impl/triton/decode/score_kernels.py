@@ -11,7 +11,7 @@ gets NaN: the host, which knows the lengths, should have refused it, and an answ
 import triton
 import triton.language as tl
 
-from llama_surgery.attention.impl.triton.decode_append_kernel import block_of
+from llama_surgery.attention.impl.triton.decode.append_kernel import block_of
 from llama_surgery.attention.impl.triton.helpers import (
     FLOOR,
     LOG2E,
@@ -21,7 +21,7 @@ from llama_surgery.attention.impl.triton.helpers import (
     softmax_step,
     sum_step,
 )
-from llama_surgery.attention.impl.triton.page_scores import (
+from llama_surgery.attention.impl.triton.select.page_scores import (
     page_scores,
     page_terms,
     page_weights,

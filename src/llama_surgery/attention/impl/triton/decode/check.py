@@ -8,7 +8,7 @@ from llama_surgery.errors import SurgeryError
 from llama_surgery.topology.router import PageRouter
 
 if TYPE_CHECKING:
-    from llama_surgery.attention.impl.triton.decode_cache import DecodeCache
+    from llama_surgery.attention.impl.triton.decode.cache import DecodeCache
 
 
 def expect(

@@ -7,8 +7,12 @@ import triton
 
 from llama_surgery.attention.impl.triton import WIDEST_GRAM
 from llama_surgery.attention.impl.triton.helpers import launching
-from llama_surgery.attention.impl.triton.layout_kernels import arrange_kernel, project_kernel, split_kernel
-from llama_surgery.attention.impl.triton.map_kernel import map_kernel
+from llama_surgery.attention.impl.triton.layout.map_kernel import map_kernel
+from llama_surgery.attention.impl.triton.layout.sort_kernels import (
+    arrange_kernel,
+    project_kernel,
+    split_kernel,
+)
 from llama_surgery.config import SurgeryConfig
 from llama_surgery.errors import SurgeryError
 from llama_surgery.topology.layout import Layout, Moments, check_chunks, mean_values

@@ -37,7 +37,7 @@ def summary_gradients(
         means: (streams, pages, value_dim), what it summarised by.
         d_out: (streams, heads, rows, value_dim).
         lse: (streams, heads, rows) of whole rows, summaries included.
-        delta: (streams, heads, rows), see :func:`~.backward_query_kernel.logit_gradients`.
+        delta: (streams, heads, rows), see :func:`~.query_kernel.logit_gradients`.
         d_queries: (streams, heads, rows, head_dim).
         by_features: Are gradients of features asked for?
     """

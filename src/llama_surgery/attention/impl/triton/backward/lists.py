@@ -3,7 +3,7 @@
 import torch
 import triton
 
-from llama_surgery.attention.impl.triton.backward_list_kernels import place_kernel, reader_kernel
+from llama_surgery.attention.impl.triton.backward.list_kernels import place_kernel, reader_kernel
 from llama_surgery.attention.impl.triton.tiled_plan import TiledPlan
 
 #: Tiles or places that the list kernels hold at once.

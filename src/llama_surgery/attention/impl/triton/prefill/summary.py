@@ -12,7 +12,7 @@ from llama_surgery.attention.impl.triton.launch import (
     score_constants,
     scored_rows,
 )
-from llama_surgery.attention.impl.triton.summary_kernel import summary_kernel
+from llama_surgery.attention.impl.triton.prefill.summary_kernel import summary_kernel
 from llama_surgery.attention.impl.triton.tiled_plan import TiledPlan
 
 

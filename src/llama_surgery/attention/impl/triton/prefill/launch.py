@@ -5,13 +5,13 @@ import dataclasses
 import torch
 import triton
 
-from llama_surgery.attention.impl.triton import hopper
-from llama_surgery.attention.impl.triton.attend_kernel import attend_kernel
 from llama_surgery.attention.impl.triton.helpers import launching, product_options
+from llama_surgery.attention.impl.triton.hopper import launch as hopper
 from llama_surgery.attention.impl.triton.job import Job, Strip, make_job
 from llama_surgery.attention.impl.triton.launch import described, heads_of_tile, placed_rows
-from llama_surgery.attention.impl.triton.selection import select
-from llama_surgery.attention.impl.triton.summary import means_for, summarise_strip
+from llama_surgery.attention.impl.triton.prefill.attend_kernel import attend_kernel
+from llama_surgery.attention.impl.triton.prefill.summary import means_for, summarise_strip
+from llama_surgery.attention.impl.triton.select.launch import select
 from llama_surgery.attention.impl.triton.tiled_plan import TiledPlan
 from llama_surgery.attention.result import AttentionResult
 from llama_surgery.config import SurgeryConfig

@@ -11,7 +11,7 @@ from llama_surgery.attention.impl.triton.helpers import (
     load_rows,
     softmax_step,
 )
-from llama_surgery.attention.impl.triton.page_scores import (
+from llama_surgery.attention.impl.triton.select.page_scores import (
     page_terms,
     page_weights,
     score_factors,

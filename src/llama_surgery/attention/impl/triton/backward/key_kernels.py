@@ -7,7 +7,7 @@ Sums stand on their side, (dim, keys): the matrix units of Hopper want 64 rows, 
 import triton
 import triton.language as tl
 
-from llama_surgery.attention.impl.triton.backward_query_kernel import logit_gradients
+from llama_surgery.attention.impl.triton.backward.query_kernel import logit_gradients
 from llama_surgery.attention.impl.triton.helpers import (
     ENTRY,
     EXACT,

@@ -7,13 +7,13 @@ import torch
 import triton
 
 from llama_surgery.attention.impl.triton import MOST_QUERIES
-from llama_surgery.attention.impl.triton.decode_cache import DecodeCache
-from llama_surgery.attention.impl.triton.decode_check import check_call
-from llama_surgery.attention.impl.triton.decode_kernels import score_kernel
-from llama_surgery.attention.impl.triton.decode_merge_kernel import merge_kernel
-from llama_surgery.attention.impl.triton.decode_open_kernel import open_kernel
-from llama_surgery.attention.impl.triton.decode_shape import Shape
-from llama_surgery.attention.impl.triton.decode_tuning import DecodeTuning, decode_tuning_for
+from llama_surgery.attention.impl.triton.decode.cache import DecodeCache
+from llama_surgery.attention.impl.triton.decode.check import check_call
+from llama_surgery.attention.impl.triton.decode.merge_kernel import merge_kernel
+from llama_surgery.attention.impl.triton.decode.open_kernel import open_kernel
+from llama_surgery.attention.impl.triton.decode.score_kernels import score_kernel
+from llama_surgery.attention.impl.triton.decode.shape import Shape
+from llama_surgery.attention.impl.triton.decode.tuning import DecodeTuning, decode_tuning_for
 from llama_surgery.attention.impl.triton.helpers import launching
 from llama_surgery.attention.impl.triton.tuning import family_of
 from llama_surgery.config import SurgeryConfig

@@ -9,11 +9,11 @@ from typing import Any, cast
 import torch
 from torch.autograd.function import once_differentiable
 
-from llama_surgery.attention.impl.triton import layout as layouts
-from llama_surgery.attention.impl.triton import prefill
-from llama_surgery.attention.impl.triton.backward_pass import Call, States, gradients
+from llama_surgery.attention.impl.triton.backward.gradients import Call, States, gradients
 from llama_surgery.attention.impl.triton.helpers import launching
 from llama_surgery.attention.impl.triton.job import features_of
+from llama_surgery.attention.impl.triton.layout import launch as layouts
+from llama_surgery.attention.impl.triton.prefill import launch as prefill
 from llama_surgery.attention.impl.triton.tiled_plan import TiledPlan
 from llama_surgery.attention.result import AttentionResult
 from llama_surgery.config import SurgeryConfig

@@ -3,8 +3,8 @@
 import triton
 import triton.language as tl
 
-from llama_surgery.attention.impl.triton.decode_append_kernel import block_of
-from llama_surgery.attention.impl.triton.decode_kernels import rows_of, store_part
+from llama_surgery.attention.impl.triton.decode.append_kernel import block_of
+from llama_surgery.attention.impl.triton.decode.score_kernels import rows_of, store_part
 from llama_surgery.attention.impl.triton.helpers import (
     FLOOR,
     LOG2E,

@@ -9,7 +9,7 @@ import re
 import torch
 import triton
 
-from llama_surgery.attention.impl.triton.decode_tuning import processors_of
+from llama_surgery.attention.impl.triton.decode.tuning import processors_of
 from llama_surgery.attention.impl.triton.helpers import LOG2E
 from llama_surgery.attention.impl.triton.job import Job, Strip
 from llama_surgery.attention.impl.triton.launch import aligned, placed_rows
@@ -65,7 +65,7 @@ def attend_strip(
     job: Job, strip: Strip, plan: TiledPlan | None, out: torch.Tensor, lse: torch.Tensor
 ) -> None:
     """See :func:`prefill.attend_strip`."""
-    from llama_surgery.attention.impl.triton.hopper_attend_kernel import hopper_attend_kernel
+    from llama_surgery.attention.impl.triton.hopper.attend_kernel import hopper_attend_kernel
 
     choosers, dim = job.queries.shape[0], job.queries.shape[-1]
     near = [_described(states, BLOCK, dim) for states in (job.near_keys, job.near_values)]

@@ -6,9 +6,9 @@ from typing import Any, NamedTuple
 import torch
 import triton
 
-from llama_surgery.attention.impl.triton.decode_cache import DecodeCache
-from llama_surgery.attention.impl.triton.decode_open_kernel import WORD
-from llama_surgery.attention.impl.triton.decode_tuning import (
+from llama_surgery.attention.impl.triton.decode.cache import DecodeCache
+from llama_surgery.attention.impl.triton.decode.open_kernel import WORD
+from llama_surgery.attention.impl.triton.decode.tuning import (
     MERGED_ELEMENTS,
     MOST_ROWS,
     DecodeTuning,

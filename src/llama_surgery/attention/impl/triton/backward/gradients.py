@@ -9,11 +9,11 @@ from typing import Any, NamedTuple
 import torch
 import triton
 
-from llama_surgery.attention.impl.triton.backward_key_kernels import far_gradient_kernel, near_gradient_kernel
-from llama_surgery.attention.impl.triton.backward_lists import transpose
-from llama_surgery.attention.impl.triton.backward_query_kernel import query_gradient_kernel
-from llama_surgery.attention.impl.triton.backward_summary import summary_gradients
-from llama_surgery.attention.impl.triton.backward_tuning import BackwardTuning, backward_tuning_for
+from llama_surgery.attention.impl.triton.backward.key_kernels import far_gradient_kernel, near_gradient_kernel
+from llama_surgery.attention.impl.triton.backward.lists import transpose
+from llama_surgery.attention.impl.triton.backward.query_kernel import query_gradient_kernel
+from llama_surgery.attention.impl.triton.backward.summary import summary_gradients
+from llama_surgery.attention.impl.triton.backward.tuning import BackwardTuning, backward_tuning_for
 from llama_surgery.attention.impl.triton.job import Job, make_job
 from llama_surgery.attention.impl.triton.launch import heads_of_tile
 from llama_surgery.attention.impl.triton.tiled_plan import TiledPlan

@@ -12,7 +12,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup_mma, warpgroup_mma_wait
 
 from llama_surgery.attention.impl.triton.helpers import ENTRY, FLOOR, LN2, LOG2E
-from llama_surgery.attention.impl.triton.hopper_helpers import (
+from llama_surgery.attention.impl.triton.hopper.helpers import (
     BLOCK,
     begin_fill,
     closed_chunks,

@@ -1,0 +1,1 @@
+"""Kernels of prompts: near field, listed pages, means of the others."""

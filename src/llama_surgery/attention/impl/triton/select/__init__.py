@@ -1,0 +1,1 @@
+"""Kernels that choose pages: row totals, lists, scores."""
