@@ -40,8 +40,10 @@ def set_metric(model: PreTrainedModel, operation: Operation) -> None:
         model: The operated model, dense for as long as this takes.
         operation: Of the model.
     """
-    config, layers, embedded = operation.config, operation.layers, model.get_input_embeddings()
-    if embedded is None or embedded.weight.device.type == "meta":
+    config, layers = operation.config, operation.layers
+    # Models of several streams of codes have a list of embeddings, and are given no plain tokens.
+    table = getattr(model.get_input_embeddings(), "weight", None)
+    if table is None or table.device.type == "meta":
         return
     weights: dict[int, torch.Tensor | None] = {}
 
@@ -50,11 +52,11 @@ def set_metric(model: PreTrainedModel, operation: Operation) -> None:
 
     until = -(-TOKENS // config.tile) * config.tile
     dense = dataclasses.replace(config, dense_until=until, backend="auto")
-    device = embedded.weight.device
+    device = table.device
     devices = [device] if device.type == "cuda" else []
     try:
         with _heard(layers, dense, hear), torch.no_grad(), torch.random.fork_rng(devices):
-            model(input_ids=random_tokens(embedded.weight.shape[0]).to(device), use_cache=False)
+            model(input_ids=random_tokens(table.shape[0]).to(device), use_cache=False)
     # Whatever keeps the model from running here: it may be moved before it is used.
     except Exception as error:
         _log.warning(
