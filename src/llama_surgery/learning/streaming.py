@@ -217,8 +217,12 @@ def learn_streamed(
     modules = attention_modules(model)
     names = {id(module): name for name, module in model.named_modules()}
     capture(model, weights, windows, captured, device=device, dtype=dtype, progress=capturing)
-    with torch.inference_mode(), streamed(model, weights, device, dtype):
-        metric = metric_of(model, device)
+
+    def through(ids: torch.Tensor) -> None:
+        model.get_decoder()(input_ids=ids.to(device), use_cache=False)
+
+    with streamed(model, weights, device, dtype):
+        metric = metric_of(model, through)
     corrections = fresh_corrections(model, settings, metric).to(device)
     state = first_state(corrections, settings, math.log(config.theta), half=dtype == torch.float16)
     gates = Gates(corrections, config, state.price.log_theta, sampled_tiles=settings.sampled_tiles)

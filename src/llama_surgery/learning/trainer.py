@@ -84,9 +84,7 @@ def learn(
     if model.training:
         raise SurgeryError("the model is in training mode: call model.eval() first.")
     inner = inner_model(model)
-    with torch.no_grad():
-        metric = metric_of(inner, inner.device)
-    start = fresh_corrections(inner, settings, metric).to(inner.device)
+    start = fresh_corrections(inner, settings, metric_of(inner)).to(inner.device)
     state = first_state(start, settings, math.log(config.theta), half=inner.dtype == torch.float16)
     gates = Gates(state.corrections, config, state.price.log_theta, sampled_tiles=settings.sampled_tiles)
 
@@ -113,7 +111,7 @@ def learn(
 
 
 def fresh_corrections(
-    inner: PreTrainedModel, settings: LearningSettings, metric: Mapping[int, torch.Tensor | None]
+    inner: PreTrainedModel, settings: LearningSettings, metric: Mapping[int, torch.Tensor]
 ) -> Corrections:
     """Corrections of a model that are still the training-free topology.
 

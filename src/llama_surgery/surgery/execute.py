@@ -44,8 +44,6 @@ def run_layer(
     layer.move_router(query.device)
     batch, heads, new, _ = query.shape
     kv_heads = key.shape[1]
-    if layer.hear_queries is not None:
-        layer.hear_queries(query, kv_heads)
     ends = None if cache is None else cache.prompt_ends
     if cache is not None:
         paged = cache.layers[module.layer_idx]

@@ -29,8 +29,6 @@ class LayerSurgery:
         router: Learned corrections, or None.
         counters: Counts by tile size.
         listener: Hears (layer, tile, log shares, block) while calibrating.
-        hear_queries: Hears a call's queries (batch, heads, rows, head_dim) and the number of KV heads while
-            the metric is measured.
         executed: What will be executed afterwards, where a listener is to hear the shares of that.
     """
 
@@ -38,7 +36,6 @@ class LayerSurgery:
     router: PageRouter | None = None
     counters: dict[int, Counters] = dataclasses.field(default_factory=dict)
     listener: Callable[[int, ShareListener], None] | None = None
-    hear_queries: Callable[[torch.Tensor, int], None] | None = None
     executed: SurgeryConfig | None = None
 
     def call(

@@ -12,7 +12,7 @@ from llama_surgery.config import SurgeryConfig
 from llama_surgery.errors import SurgeryError
 from llama_surgery.surgery.hooks import hook
 from llama_surgery.surgery.layer import ATTRIBUTE, LayerSurgery
-from llama_surgery.surgery.metric import set_metric
+from llama_surgery.surgery.metric import metric_of
 from llama_surgery.surgery.operation import (
     Operation,
     config_of,
@@ -71,7 +71,7 @@ def operate(
         model: A Hugging Face decoder, possibly wrapped by PEFT.
         config: The topology; the documented defaults if None.
         routers: Learned corrections by layer index. If None, keys are sorted in the metric of the layer's
-            queries (:func:`~llama_surgery.surgery.metric.set_metric`), for which the model runs once on 256
+            queries (:func:`~llama_surgery.surgery.metric.metric_of`), for which the model runs once on 256
             tokens; an empty mapping leaves that out. With ``topology="gumbel"`` content routers, and
             untrained ones, with which the model is dense, if None.
         density: Largest executed far density, over causal pairs, at ``length``.
@@ -111,14 +111,15 @@ def operate(
         )
     base = check_replaceable(inner, modules.values())
     layers = _layers(inner, modules, config, routers or {})
+    if config.topology == "pages" and routers is None:
+        for index, weight in metric_of(inner).items():
+            layers[index].router = PageRouter(key_weight=weight)
     operation = Operation(config, modules, replace(inner, base, modules.values()), measured)
     inner.__dict__[ATTRIBUTE] = operation
     try:
         for index, module in modules.items():
             module.__dict__[ATTRIBUTE] = layers[index]
         hook(inner, operation)
-        if config.topology == "pages" and routers is None:
-            set_metric(inner, operation)
         if text is not None and density is not None:
             from llama_surgery.surgery.calibrate import calibrate
 
