@@ -112,8 +112,10 @@ def test_an_operated_model_is_right_in_every_way_of_calling_or_refused_with_the_
         read = statistics(model)
         switched = _with_gradients_at_first(model)
     assert all(0 < density < 0.9 for layer in read.by_layer.values() for density in layer["far_density"])
-    # What stands in for unread pages can come near; what is equal is off by EQUAL at most.
-    assert all(_off(sparse[call], dense[call]) > 1e5 * EQUAL for call in dense)
+    # The few tokens that are written can come near, as means stand in for what they do not read; what is
+    # equal is off by EQUAL at most.
+    least = {call: 1e5 * EQUAL if "generate" in call else 1e-4 for call in dense}
+    assert all(_off(sparse[call], dense[call]) > least[call] for call in dense)
     with operated(model, REFERENCE):
         _assert_equal(sparse, dict(_answers(model)))
     # Cuts and padding change nothing, unless they change the dense model: kernels of recurrent layers may.
