@@ -7,7 +7,8 @@
 MODEL is the folder of a checkpoint or a GGUF file. These forms of it are measured on the same samples: dense;
 dense in another rounding, which shows the noise of all other figures; operated, with decode steps that read
 everything and with decode steps that read pages; and two oracles at the operated model's total density, which
-know the true attention of every key or of every block. Without --calibration-text every other document of a
+know the true attention of every key or of every block. `--form one-theta` measures the operated model with
+one threshold for all heads instead of budgets by head. Without --calibration-text every other document of a
 text is for calibration.
 
 Every result is kept in --out as soon as it is there. The same command goes on where the last one stopped;
@@ -26,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from csv_tables import RESULTS
-from real_forms import DECODES, DTYPE, ROUNDINGS, Form, Maker
+from real_forms import DECODES, DTYPE, ONE_THETA, ROUNDINGS, Form, Maker
 from real_measure import Measure
 from real_results import FORMS, NEEDLE, RULER, WINDOW, Results, canonical, studies
 from real_samples import RULER_TASKS, Samples, split
@@ -54,7 +55,7 @@ def options() -> argparse.Namespace:
     add("--needles", type=int, default=400)
     add("--ruler-samples", type=int, default=25, help="of each task")
     add("--task", nargs="+", choices=RULER_TASKS, default=list(RULER_TASKS))
-    add("--form", nargs="+", choices=FORMS, default=list(FORMS))
+    add("--form", nargs="+", choices=FORMS, default=[name for name in FORMS if name != ONE_THETA])
     add("--density", type=float, default=0.06, help="executed far density that θ is calibrated to")
     add("--set", nargs="+", default=[], metavar="NAME=VALUE", help="fields of SurgeryConfig")
     add("--adapter", type=Path, help="folder of learned corrections")

@@ -6,7 +6,7 @@ import dataclasses
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from real_results import canonical
@@ -17,18 +17,21 @@ import llama_surgery
 from llama_surgery.config import FIELDS, SurgeryConfig
 from llama_surgery.derived import rules
 from llama_surgery.evaluation.compare import CALIBRATION_WINDOWS
-from llama_surgery.evaluation.kept import adapter_digest, claimed
+from llama_surgery.evaluation.kept import adapter_digest, claimed, digest, found_parts, with_parts
 from llama_surgery.evaluation.peers.attach import running as running_peer
 from llama_surgery.evaluation.peers.blocks import HeaviestBlocks
 from llama_surgery.evaluation.peers.registry import PEERS
 from llama_surgery.evaluation.perplexity import perplexity
 from llama_surgery.files import write_json
-from llama_surgery.surgery.operation import config_of, reset_statistics, statistics
+from llama_surgery.surgery.calibrate import calibrate, calibration_windows
+from llama_surgery.surgery.operation import config_of, reset_statistics, routers_of, statistics
 from llama_surgery.surgery.supported import inner_model
 from llama_surgery.text import windows
 from llama_surgery.topology.router import PageRouter
 
 #: Oracles, and the peers that they are.
+#: The operated model: heads with budgets of their own, or one threshold for all.
+OPERATED, ONE_THETA = "operated", "one-theta"
 ORACLES = {"tokens": "token-oracle", "blocks": "block-oracle"}
 DECODES = ("dense", "sparse")
 ROUNDINGS = ("float32", "bfloat16", "float16", "eager", "sdpa")
@@ -181,6 +184,15 @@ def budget(name: str, total: float, length: int) -> int:
     return min((max(1, over - 1), over), key=lambda count: abs(density(count) - total))
 
 
+class Calibrated(NamedTuple):
+    """The operated model, as one of its two names, and what it reads of calibration text in all."""
+
+    name: str
+    config: SurgeryConfig
+    routers: dict[int, PageRouter]
+    total: float
+
+
 class Maker:
     """Makes forms; what calibration finds is kept in the study's folder, so that every run has the same.
 
@@ -227,40 +239,38 @@ class Maker:
         if name == "rounding":
             what = "attention" if self._rounding in ("eager", "sdpa") else "dtype"
             return [Rounding(self._model, {**self._shared, what: self._rounding})]
-        config, total = self.calibrated()
-        if name == "operated":
-            ways = by_decode(config)
-            return [self._operated(ways[decode], decode) for decode in decodes if decode in ways]
-        count = budget(name, total, self._length)
+        found = self.calibrated(OPERATED if name in ORACLES else name)
+        if name not in ORACLES:
+            ways = by_decode(found.config)
+            return [self._operated(found, decode) for decode in decodes if decode in ways]
+        count = budget(name, found.total, self._length)
         return [Oracle(self._model, name, count, {**self._shared, PEERS[ORACLES[name]].knob: count})]
 
-    def calibrated(self) -> tuple[SurgeryConfig, float]:
-        """The configuration with its θ, and the total density that it has on calibration text."""
+    def calibrated(self, name: str) -> Calibrated:
+        """The operated model, with its θ, and the total density that it has on calibration text."""
 
         def measure() -> dict[str, Any]:
-            if set(self._given) & set(_THETAS):
-                config = self._config
-            else:
-                with llama_surgery.operated(
-                    self._model,
-                    self._config,
-                    routers=self._routers,
-                    density=self._density,
-                    decode_density=self._density,
-                    text=self._texts,
-                    tokenizer=self._tokenizer,
-                    length=self._length,
-                ):
-                    config = config_of(self._model)
-            thetas = {name: float(f"{getattr(config, name):.{_DIGITS}g}") for name in _THETAS}
+            given = (self._model, self._tokenizer, self._texts, self._length)
+            free, asked = not set(self._given) & set(_THETAS), dict[str, Any]()
+            if free and name == OPERATED:
+                asked = {"density": self._density, "decode_density": self._density}
+                asked |= dict(zip(("tokenizer", "text", "length"), given[1:], strict=True))
+            with llama_surgery.operated(self._model, self._config, routers=self._routers, **asked):
+                config = config_of(self._model)
+                if free and not asked:
+                    ids = calibration_windows(*given, config)
+                    config = calibrate(self._model, ids, self._density, decode_density=self._density)
+                parts = found_parts(routers_of(self._model))
+            thetas = {theta: float(f"{getattr(config, theta):.{_DIGITS}g}") for theta in _THETAS}
             config = dataclasses.replace(self._config, **thetas)
-            with Operated(self._model, config, self._routers, {}).running() as read:
+            routers = with_parts(self._routers, parts)
+            with Operated(self._model, config, routers, {}).running() as read:
                 perplexity(self._model, self._windows())
-                return {**thetas, **read()}
+                return {**thetas, **read(), "routers": parts}
 
-        found = self._found(canonical(self._described()), measure)
-        config = dataclasses.replace(self._config, **{name: found[name] for name in _THETAS})
-        return config, found["total"]
+        found = self._found(canonical({"form": name, **self._described()}), measure)
+        config = dataclasses.replace(self._config, **{theta: found[theta] for theta in _THETAS})
+        return Calibrated(name, config, with_parts(self._routers, found["routers"]), found["total"])
 
     def _described(self) -> dict[str, Any]:
         """What calibration depends on, beside the study."""
@@ -270,14 +280,18 @@ class Maker:
             described["adapter"] = adapter_digest(SurgeryConfig(), self._routers)
         return described
 
-    def _operated(self, config: SurgeryConfig, decode: str) -> Operated:
+    def _operated(self, found: Calibrated, decode: str) -> Operated:
+        config = by_decode(found.config)[decode]
         settings = {name: value for name, value in self._described().items() if name != "density"}
         settings |= {"theta": config.theta, "decode": decode}
+        budgets = {i: r.offset.tolist() for i, r in found.routers.items() if r.offset is not None}
+        if budgets and all(router.offset is None for router in (self._routers or {}).values()):
+            settings["budgets"] = digest(canonical(budgets))
         if decode == "sparse":
             settings["theta_decode"] = config.theta_decode
         else:
             settings.pop("theta_decode", None)
-        return Operated(self._model, config, self._routers, settings)
+        return Operated(self._model, config, found.routers, settings, found.name)
 
     def _windows(self) -> torch.Tensor:
         """Calibration windows that densities are measured on."""

@@ -12,7 +12,7 @@ from llama_surgery.evaluation.kept import digest
 from llama_surgery.files import write_json
 
 #: In order of tables.
-FORMS = ("dense", "rounding", "operated", "tokens", "blocks")
+FORMS = ("dense", "rounding", "operated", "one-theta", "tokens", "blocks")
 #: Kinds of samples, as they begin the name of an item: ``window 3``, ``needle 17``, ``ruler vt 4``.
 WINDOW, NEEDLE, RULER = "window", "needle", "ruler"
 

@@ -7,22 +7,22 @@ from llama_surgery.cli.common import Dtype, load_model
 from llama_surgery.cli.demo import LENGTH, demo_folder
 from llama_surgery.cli.demo_model import Case, cases, fetch
 from llama_surgery.surgery.adapter import save_adapter
-from llama_surgery.surgery.calibrate import calibrate
-from llama_surgery.surgery.operate import eject, operate
+from llama_surgery.surgery.operate import operate
+from llama_surgery.surgery.operation import config_of
 from llama_surgery.text import encode, read_text
 
-#: Far density, and passes over a window of the demo's length: two settle it.
-DENSITY, PASSES = 0.06, 2
+#: Executed far density.
+DENSITY = 0.06
 
 
 def set_thresholds(case: Case) -> None:
-    """Operates as the defaults say, with the one threshold that gives the density."""
+    """Operates as the defaults say, at the density."""
     llm, tokenizer = load_model(str(case.model), "cpu", Dtype.float32)
     whole = read_text(demo_folder() / "text" / "calibration.txt")
     text = tokenizer.decode(encode(tokenizer, whole)[: LENGTH + LENGTH // 8])  # one window
-    config = calibrate(operate(llm), tokenizer, [text], DENSITY, LENGTH, PASSES)
-    save_adapter(operate(eject(llm), config), demo_folder() / "adapters" / case.name)
-    print(f"{case.name}: θ = {config.theta:.4f}", flush=True)
+    operate(llm, density=DENSITY, text=[text], tokenizer=tokenizer, length=LENGTH)
+    save_adapter(llm, demo_folder() / "adapters" / case.name)
+    print(f"{case.name}: θ = {config_of(llm).theta:.4f}", flush=True)
 
 
 if __name__ == "__main__":

@@ -91,6 +91,7 @@ def test_runs_add_up(run: Any, model: Path, texts: Path, tmp_path: Path) -> None
     sparse, dense = (json.loads(row["settings"]) for row in (found[3], found[2]))
     assert sparse.pop("decode") == "sparse" and dense.pop("decode") == "dense"
     assert sparse.pop("theta_decode") > 0 and "theta_decode" not in dense and sparse == dense
+    assert sparse["budgets"]  # of heads
     assert {name: sparse[name] for name in ("chunk_size", "page_size", "window", "tile")} == {
         **{"chunk_size": 64, "page_size": 16, "window": 32, "tile": 16}
     }
@@ -100,6 +101,10 @@ def test_runs_add_up(run: Any, model: Path, texts: Path, tmp_path: Path) -> None
     for row, near in zip(found[4:], (0.003, 0.1), strict=True):  # keys; blocks of 64 of 640 tokens
         assert abs(float(row["total_density"]) - wanted) < near
     assert found[1]["ratio"] and abs(float(found[1]["ratio"]) - 1) < 1e-3
+    # Beside it the model with one threshold for all heads.
+    assert run(*given, "--windows", "1", "--needles", "0", "--ruler-samples", "0", "--form", "one-theta") == 0
+    single = [json.loads(row["settings"]) for row in rows(tmp_path) if row["form"] == "one-theta"]
+    assert len(single) == 2 and not any("budgets" in settings for settings in single)
     # The same command once more measures nothing; another text in the same place is refused.
     state = {file: file.read_bytes() for file in study.glob("*.json*")}
     assert run(*given, "--windows", "1", "--needles", "1", "--ruler-samples", "0") == 0

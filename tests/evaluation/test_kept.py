@@ -1,5 +1,6 @@
 """Values that are measured once."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -7,7 +8,7 @@ import torch
 
 from llama_surgery import SurgeryConfig
 from llama_surgery.errors import SurgeryError
-from llama_surgery.evaluation.kept import Kept, adapter_digest, claimed
+from llama_surgery.evaluation.kept import Kept, adapter_digest, claimed, found_parts, with_parts
 from llama_surgery.topology.router import PageRouter
 
 
@@ -68,3 +69,15 @@ def test_a_topology_is_told_by_its_configuration_and_its_tensors() -> None:
     others = (None, {0: PageRouter(offset=torch.zeros(1, 2))}, {1: router})
     assert len({one, *(adapter_digest(config, routers) for routers in others)}) == 4
     assert adapter_digest(SurgeryConfig(window=64), {0: router}) != one
+
+
+def test_what_was_found_of_layers_comes_back_to_the_last_digit() -> None:
+    maps = {1: PageRouter(key_map=torch.randn(2, 4, 4))}
+    found = {
+        0: PageRouter(key_weight=torch.rand(2, 4), offset=torch.randn(2, 3)),
+        1: PageRouter(key_map=maps[1].key_map, offset=torch.randn(2, 3)),
+    }
+    again = with_parts(maps, json.loads(json.dumps(found_parts(found))))
+    assert adapter_digest(SurgeryConfig(), again) == adapter_digest(SurgeryConfig(), found)
+    assert again[1].key_map is maps[1].key_map
+    assert with_parts(None, {}) == {}

@@ -14,6 +14,7 @@ from llama_surgery.evaluation import loss_budget
 from llama_surgery.evaluation.loss_budget import LEAST, MOST, TRIES, highest_theta
 from llama_surgery.evaluation.paired import perplexity_ratio
 from llama_surgery.evaluation.perplexity import perplexity
+from llama_surgery.surgery import head_budgets
 from llama_surgery.surgery.operation import MeasuredLoss, routers_of, set_config
 from llama_surgery.text import windows
 from llama_surgery.topology.router import PageRouter
@@ -117,7 +118,7 @@ def test_budgets_that_were_learned_stay_and_without_gradients_there_are_none(
     def fail(*_: Any) -> None:
         raise NotImplementedError("no backward pass")
 
-    monkeypatch.setattr(loss_budget, "head_budgets", fail)
+    monkeypatch.setattr(head_budgets, "head_budgets", fail)
     monkeypatch.setattr(loss_budget, "WINDOWS", 1)
     monkeypatch.setattr(loss_budget, "DENSE", 1.0)  # random weights open every page
     given = {"text": texts, "tokenizer": tokenizer, "length": 256, "max_loss": 0.5}

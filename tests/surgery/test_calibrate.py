@@ -2,22 +2,25 @@
 
 import dataclasses
 import math
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from tests.surgery.tiny import SPARSE, VOCABULARY, build, tokens
+from tests.surgery.tiny import SPARSE, VOCABULARY, build, logits, tokens
 
 import llama_surgery as surgery
 from llama_surgery import SurgeryConfig, SurgeryError
 from llama_surgery.attention import heard
 from llama_surgery.attention.call import AttentionCall
 from llama_surgery.attention.heard import heard_layout, rounded_moments
-from llama_surgery.surgery import execute
+from llama_surgery.surgery import execute, head_budgets
 from llama_surgery.surgery.calibrate import ShareHistogram, calibrate
-from llama_surgery.surgery.operation import surgery_of
+from llama_surgery.surgery.compat import CACHE_NAME
+from llama_surgery.surgery.operation import routers_of, surgery_of
 from llama_surgery.topology.layout import build_layout
+from llama_surgery.topology.router import PageRouter
 
 LENGTH = 256
 
@@ -30,6 +33,7 @@ class Letters:
 
 
 TEXT = ["".join(chr(n) for n in tokens(5 * LENGTH).tolist())]
+IDS = tokens(4, LENGTH)
 
 
 @pytest.mark.parametrize("backend", ["gather", "auto"])
@@ -65,7 +69,7 @@ def test_a_pass_that_fails_leaves_the_configuration(
 
     handle = model.model.layers[1].register_forward_pre_hook(fail)
     with pytest.raises(error, match="stopped"):
-        calibrate(model, Letters(), TEXT, 0.2, LENGTH)
+        calibrate(model, IDS, 0.2)
     handle.remove()
     assert surgery.config_of(model) == config
     for layer in surgery_of(model).values():
@@ -86,7 +90,7 @@ def test_shares_above_one_have_thresholds_above_one() -> None:
 def test_a_density_out_of_reach_leaves_the_configuration() -> None:
     with surgery.operated(build("Llama"), SPARSE) as model:
         with pytest.raises(SurgeryError, match="out of reach"):
-            calibrate(model, Letters(), TEXT, 1e-4, LENGTH)
+            calibrate(model, IDS, 1e-4)
         assert surgery.config_of(model) == SPARSE
 
 
@@ -106,7 +110,7 @@ def test_what_is_measured_is_scored_by_what_the_kernels_keep(
     monkeypatch.setattr(execute, "executor_of", executor_of)
     config = dataclasses.replace(SPARSE, backend=backend, variance_pool=4)
     with surgery.operated(build("Llama", dtype=torch.bfloat16), config, routers={}) as model:
-        calibrate(model, Letters(), TEXT, 0.2, LENGTH, passes=1)
+        calibrate(model, IDS, 0.2, passes=1)
     assert layouts
     for layout in layouts:
         moments, half = layout.moments, layout.moments.mean.bfloat16().float()
@@ -176,3 +180,56 @@ def test_a_density_of_decode_steps_alone_is_refused() -> None:
         with pytest.raises(SurgeryError, match="decode_density"):
             surgery.operate(model, config, **options)
         assert not surgery.is_operated(model)
+
+
+def test_heads_get_budgets_that_the_adapter_keeps(tmp_path: Path) -> None:
+    given = {"density": 0.2, "text": TEXT, "tokenizer": Letters(), "length": LENGTH}
+    ids = torch.tensor([[ord(letter) % VOCABULARY for letter in TEXT[0][:LENGTH]]])
+    with surgery.operated(build("Llama"), SPARSE) as model:
+        metric = routers_of(model)
+    with surgery.operated(model, SPARSE, decode_density=0.1, **given):
+        found = routers_of(model)
+        offsets = torch.cat([found[index].offset.flatten() for index in (0, 1)])
+        assert abs(float(offsets.mean())) < 1e-6 and float(offsets.std()) > 0.01
+        assert all(torch.equal(found[i].key_weight, metric[i].key_weight) for i in (0, 1))
+        sparse = logits(model, ids)
+        assert 0.1 < surgery.statistics(model).far_density < 0.25
+        surgery.save_adapter(model, tmp_path)
+    surgery.load_adapter(model, tmp_path)
+    assert torch.equal(logits(model, ids), sparse)
+    surgery.eject(model)
+    learned = {0: PageRouter(offset=torch.tensor([[0.5, -0.5], [0.2, -0.2]]))}
+    with surgery.operated(model, SPARSE, routers=learned, **given):
+        assert routers_of(model) == learned
+    single = dataclasses.replace(SPARSE, tile=1, theta=0.1, theta_decode=None)
+    with surgery.operated(model, single, **given):
+        assert all(router.offset is None for router in routers_of(model).values())
+
+
+def test_decode_steps_keep_their_density_with_budgets_by_head() -> None:
+    """Offsets shift the shares of decode steps too, and θ of these is set on shifted ones."""
+    model, text = build("Llama", dtype=torch.float32), [TEXT[0][:LENGTH]]
+    given = {"text": text, "tokenizer": Letters(), "length": LENGTH}
+    with surgery.operated(model, SPARSE, density=0.2, decode_density=0.1, **given):
+        ids = torch.tensor([[ord(letter) % VOCABULARY for letter in text[0]]])
+        first = LENGTH - LENGTH // 4
+        with torch.no_grad():
+            cache = model(ids[:, :first], use_cache=True)[CACHE_NAME]
+            surgery.reset_statistics(model)
+            for row in range(first, LENGTH):
+                model(ids[:, row : row + 1], use_cache=True, **{CACHE_NAME: cache})
+        assert surgery.statistics(model).by_tile["1"]["far_density"] == pytest.approx(0.1, rel=0.15)
+
+
+def test_a_model_without_gradients_has_one_threshold_and_says_so(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(*_: Any) -> None:
+        raise NotImplementedError("no backward pass")
+
+    monkeypatch.setattr(head_budgets, "head_budgets", fail)
+    given = {"density": 0.2, "text": TEXT, "tokenizer": Letters(), "length": LENGTH}
+    with surgery.operated(build("Llama"), SPARSE, **given) as model:
+        assert all(router.offset is None for router in routers_of(model).values())
+        assert surgery.config_of(model).theta != SPARSE.theta
+    assert "no backward pass" in caplog.text

@@ -161,7 +161,9 @@ def test_an_operation_that_fails_half_way_leaves_no_trace(model, step, monkeypat
         raise KeyboardInterrupt
 
     monkeypatch.setattr(operating, step, broken)
-    monkeypatch.setattr("llama_surgery.surgery.calibrate.calibrate", lambda *_, **__: SPARSE)
+    monkeypatch.setattr(operating, "calibration_windows", lambda *_: tokens(1, 100)[None])
+    monkeypatch.setattr(operating, "budgets_where_none", lambda *_: None)
+    monkeypatch.setattr(operating, "calibrate", lambda *_, **__: SPARSE)
     with pytest.raises(KeyboardInterrupt):
         operate(model, SPARSE, density=0.1, text=["words"])
     assert not is_operated(model) and trace(model) == before

@@ -227,7 +227,8 @@ def evaluate(
     if adapter is not None:
         learned = topology_of(parts.model, adapter)
         if not against:
-            parts.configs, parts.routers = {f"T = {learned[0].tile}": learned[0]}, learned[1]
+            name = f"T = {learned[0].tile}"
+            parts.configs, parts.routers = {name: learned[0]}, {name: learned[1]}
     if ruler:
         parts.prepare_ruler(ruler_lengths, ruler_samples, chat)
     with progress() as parts.tell:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llama_surgery.cli.common import err
-from llama_surgery.cli.run import Progress, besides, calibrated
+from llama_surgery.cli.run import Progress, besides, counted
 from llama_surgery.config import SurgeryConfig
 
 if TYPE_CHECKING:
@@ -25,6 +25,7 @@ class Parts:
         needles, needle_lengths, needle_variants: Planted facts.
         batch: Prompts answered together.
         deadline: ``time.monotonic()`` after which nothing optional is begun.
+        routers: Corrections of layers by index, by the topology's name; without, operate() finds some.
         results: Plain values, for ``results.json``.
         rows: Of the CSV files, by name.
     """
@@ -41,7 +42,7 @@ class Parts:
     batch: int
     seed: int
     deadline: float | None
-    routers: dict[int, Any] | None = None
+    routers: dict[str, Any] = dataclasses.field(default_factory=dict)
     conditions: dict[str, str] = dataclasses.field(default_factory=dict)
     results: dict[str, Any] = dataclasses.field(default_factory=dict)
     rows: dict[str, list[dict[str, Any]]] = dataclasses.field(default_factory=dict)
@@ -76,27 +77,35 @@ class Parts:
         self.kept = Kept(folder, model=model_name(model), **versions(model))
 
     def calibrate(self, density: float, decode_density: float | None) -> None:
-        """Set the thresholds of all topologies."""
-        from llama_surgery.evaluation.kept import digest
+        """Set the thresholds of all topologies, and budgets by head where none were learned."""
+        from llama_surgery.evaluation.kept import adapter_digest, digest, found_parts, with_parts
+        from llama_surgery.surgery.calibrate import PASSES, WINDOWS
+        from llama_surgery.surgery.operate import operated
+        from llama_surgery.surgery.operation import config_of, routers_of
 
         for name, config in self.configs.items():
-            decode = decode_density if config.tile > 1 else None
+            routers = self.routers.get(name)
+            asked = {
+                "density": density,
+                "decode_density": decode_density if config.tile > 1 else None,
+                "length": self.length,
+            }
 
-            def found(config: SurgeryConfig = config, decode: float | None = decode) -> dict[str, Any]:
-                return calibrated(
-                    self.model,
-                    self.tokenizer,
-                    config,
-                    density=density,
-                    texts=self.calibration,
-                    length=self.length,
-                    progress=self.tell,
-                    decode_density=decode,
-                ).to_dict()
+            def found(
+                config: SurgeryConfig = config, routers: Any = routers, asked: dict[str, Any] = asked
+            ) -> dict[str, Any]:
+                given = {"text": self.calibration, "tokenizer": self.tokenizer, **asked}
+                with (
+                    counted(self.model, f"T = {config.tile}: thresholds", PASSES * WINDOWS, self.tell),
+                    operated(self.model, config, routers=routers, **given),
+                ):
+                    parts = found_parts(routers_of(self.model))
+                    return {"config": config_of(self.model).to_dict(), "routers": parts}
 
-            decides = {"config": config.to_dict(), "density": [density, decode], "length": self.length}
+            decides = {"topology": adapter_digest(config, routers), **asked}
             kept = self.kept.once("thresholds", found, **decides, text=digest(*self.calibration))
-            self.configs[name] = SurgeryConfig.from_dict(kept)
+            self.configs[name] = SurgeryConfig.from_dict(kept["config"])
+            self.routers[name] = with_parts(routers, kept["routers"])
         told = self.conditions.pop("calibration text", "the first quarter of each document")
         self.conditions["thresholds"] = f"set on {told} for a far density of {density:.2%}"
 
@@ -193,17 +202,17 @@ class Parts:
         self.results["lm_eval"] = {
             name: self.kept.once(
                 "lm-eval",
-                lambda config=config: compare_on_tasks(
+                lambda name=name, config=config: compare_on_tasks(
                     self.model,
                     self.tokenizer,
                     tasks,
                     config=config,
-                    routers=self.routers,
+                    routers=self.routers.get(name),
                     include=include,
                     **shared,
                 ),
                 tasks=tasks,
-                topology=adapter_digest(config, self.routers),
+                topology=adapter_digest(config, self.routers.get(name)),
                 **shared,
             )
             for name, config in self.configs.items()
@@ -255,5 +264,5 @@ class Parts:
     def _decides(self, texts: Sequence[str]) -> dict[str, Any]:
         from llama_surgery.evaluation.kept import adapter_digest, digest
 
-        topologies = {name: adapter_digest(config, self.routers) for name, config in self.configs.items()}
+        topologies = {n: adapter_digest(c, self.routers.get(n)) for n, c in self.configs.items()}
         return {"text": digest(*texts), "topologies": topologies}

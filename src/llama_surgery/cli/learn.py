@@ -25,7 +25,7 @@ from llama_surgery.cli.common import (
     topology_option,
 )
 from llama_surgery.cli.learn_report import Asked, reporter, silent, told
-from llama_surgery.cli.run import calibrated
+from llama_surgery.cli.run import counted
 from llama_surgery.cli.topology import STEPS, config_for, learned_parts, topology_options
 from llama_surgery.config import SurgeryConfig
 from llama_surgery.errors import SurgeryError
@@ -146,6 +146,7 @@ def learn(
     from llama_surgery.learning.corrections import scorer_parameters
     from llama_surgery.learning.trainer import learn as learn_on
     from llama_surgery.surgery.adapter import save_adapter
+    from llama_surgery.surgery.calibrate import PASSES, calibrate, calibration_windows
     from llama_surgery.surgery.context import usual_length
     from llama_surgery.surgery.operate import operated
     from llama_surgery.text import windows as cut_windows
@@ -155,9 +156,10 @@ def learn(
     planned = dataclasses.replace(planned, length=length)
     ids = cut_windows(tokenizer, texts, length, windows, seed, usual=WINDOWS)
     with progress() if processes.main else contextlib.nullcontext(silent) as tell:
-        config = calibrated(
-            llm, tokenizer, config, density=density, texts=texts, length=length, progress=tell
-        )
+        # One threshold for all heads: their budgets are learned.
+        few = calibration_windows(llm, tokenizer, texts, length, config)
+        with counted(llm, f"T = {tile}: thresholds", PASSES * len(few), tell), operated(llm, config):
+            config = calibrate(llm, few, density)
         config = processes.agreed(config)  # to the last digit: GPUs may round differently
         report, seen = reporter(stage, steps, tell)
         corrections = learn_on(

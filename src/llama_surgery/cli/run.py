@@ -18,41 +18,6 @@ STEPS, WARM_UP = 24, 4
 Progress = Callable[[str, int, int], None]
 
 
-def calibrated(
-    model: Any,
-    tokenizer: Any,
-    config: SurgeryConfig,
-    *,
-    density: float,
-    texts: list[str],
-    length: int | None,
-    progress: Progress,
-    decode_density: float | None = None,
-) -> SurgeryConfig:
-    """``config`` with thresholds set on ``texts``; ``model`` is dense before and after.
-
-    Raises:
-        SurgeryError: The density is out of reach or the texts are too short.
-    """
-    from llama_surgery.surgery.calibrate import PASSES, WINDOWS
-    from llama_surgery.surgery.operate import operated
-    from llama_surgery.surgery.operation import config_of
-
-    with (
-        counted(model, f"T = {config.tile}: thresholds", PASSES * WINDOWS, progress),
-        operated(
-            model,
-            config,
-            density=density,
-            text=texts,
-            tokenizer=tokenizer,
-            length=length,
-            decode_density=decode_density,
-        ),
-    ):
-        return config_of(model)
-
-
 @contextlib.contextmanager
 def counted(model: Any, stage: str, total: int, progress: Progress) -> Iterator[None]:
     """Tell of the model's passes, of which there may be fewer than ``total``."""
@@ -77,7 +42,7 @@ def besides(
     tokenizer: Any,
     result: Any,
     configs: dict[str, SurgeryConfig],
-    routers: dict[int, Any] | None,
+    routers: dict[str, Any],
     texts: list[str],
     progress: Progress,
 ) -> dict[str, Any]:
@@ -91,7 +56,7 @@ def besides(
     decode, trees = {"dense": decode_ms(model, ids)}, []
     for number, (name, config) in enumerate(configs.items(), start=1):
         progress("decode times", number, 1 + len(configs))
-        with operated(model, config, routers=routers):
+        with operated(model, config, routers=routers.get(name)):
             decode[name] = decode_ms(model, ids)
             if number == 1 and config.topology == "pages":
                 layer, head = _busiest(result.operated[0].density["by_layer"])

@@ -12,12 +12,13 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from llama_surgery.config import SurgeryConfig
+from llama_surgery.evaluation.kept import found_parts, with_parts
 from llama_surgery.evaluation.peers.attach import running
 from llama_surgery.evaluation.peers.registry import Learned, Peer
 from llama_surgery.evaluation.peers.rule import Rule
 from llama_surgery.evaluation.phases import Phases
 from llama_surgery.surgery import operate as surgery
-from llama_surgery.surgery.calibrate import PASSES, calibrate
+from llama_surgery.surgery.operation import routers_of
 from llama_surgery.surgery.supported import inner_model
 from llama_surgery.topology.router import PageRouter
 
@@ -128,7 +129,7 @@ class PagesForm:
 
     Args:
         name: In file names and options.
-        config: The topology; thresholds are set for each density.
+        config: The topology; thresholds, and budgets by head, are set for each density.
         model: A dense model.
         tokenizer: Its tokenizer.
         texts: Calibration text.
@@ -155,7 +156,6 @@ class PagesForm:
         self._routers = routers
         self._texts, self._ids = list(texts), ids
         self._measured: tuple[float, float] | None = None
-        self._solved: SurgeryConfig | None = None
 
     def floor(self) -> float:
         return self._floor()[0]
@@ -166,26 +166,25 @@ class PagesForm:
         if density >= 1 or density - fixed < 1.1 * (total - fixed):
             # No share exceeds 1, nor does a threshold that calibration sets; and every share exceeds 0.
             return self._with_theta(0.0 if density >= 1 else 1.0).to_dict()
-        # From the θ of another density one pass comes as near as three from the default.
-        passes = PASSES if self._solved is None else 1
-        with self._operated(self._solved or self._config):
-            length = self._ids.shape[1]
-            self._solved = calibrate(
-                self._model,
-                self._tokenizer,
-                self._texts,
-                density - fixed,
-                length,
-                passes,
-                # Rules of others choose in decode steps too.
-                decode_density=density - fixed,
-            )
-        return self._solved.to_dict()
+        with self._operated(
+            self._config,
+            density=density - fixed,
+            decode_density=density - fixed,  # rules of others choose in decode steps too
+            text=self._texts,
+            tokenizer=self._tokenizer,
+            length=self._ids.shape[1],
+        ):
+            found = surgery.config_of(self._model).to_dict()
+            return {**found, "routers": found_parts(routers_of(self._model))}
 
     @contextlib.contextmanager
     def running(self, setting: dict[str, Any]) -> Iterator[Densities]:
         densities: Densities = {}
-        with self._operated(SurgeryConfig.from_dict(setting)):
+        config = SurgeryConfig.from_dict({name: setting[name] for name in setting if name != "routers"})
+        routers = self._routers
+        if "routers" in setting:
+            routers = with_parts(routers, setting["routers"])
+        with surgery.operated(self._model, config, routers=routers):
             with Phases(self._model) as phases:
                 yield densities
             densities.update((phase, read["total_density"]) for phase, read in phases.densities().items())
@@ -203,8 +202,10 @@ class PagesForm:
             self._measured = read.total_density, read.total_density - read.far_density
         return self._measured
 
-    def _operated(self, config: SurgeryConfig) -> contextlib.AbstractContextManager[nn.Module]:
-        return surgery.operated(self._model, config, routers=self._routers)
+    def _operated(
+        self, config: SurgeryConfig, **arguments: Any
+    ) -> contextlib.AbstractContextManager[nn.Module]:
+        return surgery.operated(self._model, config, routers=self._routers, **arguments)
 
     def _with_theta(self, theta: float) -> SurgeryConfig:
         return dataclasses.replace(self._config, theta=theta, theta_decode=theta)

@@ -48,7 +48,7 @@ def evaluate(
     windows: int | None,
     needles: int,
     configs: Mapping[str, SurgeryConfig],
-    routers: Mapping[int, PageRouter] | None = None,
+    routers: Mapping[str, Mapping[int, PageRouter] | None] | None = None,
     seed: int = 0,
     needle_lengths: Sequence[int] | None = None,
     needle_variants: Sequence[str] = (PLAIN,),
@@ -68,7 +68,7 @@ def evaluate(
         windows: Perplexity windows; 16, or as many as the texts hold, if None.
         needles: Needle prompts; 0 for none.
         configs: What to measure, by name, thresholds set.
-        routers: Learned corrections by layer index, used with every configuration, or None.
+        routers: Learned corrections by layer index, by the configuration's name, where it has any.
         seed: Of windows, prompts and bootstraps.
         needle_lengths: Context lengths of the prompts; ``(length,)`` if None.
         needle_variants: Keys of :data:`~llama_surgery.evaluation.needle_variants.VARIANTS`.
@@ -122,7 +122,7 @@ def evaluate(
             kl.append(distance)
             agree.append(same)
 
-        with surgery.operated(model, config, routers=routers):
+        with surgery.operated(model, config, routers=(routers or {}).get(name)):
             surgery.reset_statistics(model)
             operated = perplexity(model, ids, tell, head=head, each=compare)
             density = surgery.statistics(model).to_dict()

@@ -1,18 +1,21 @@
 """Values that are measured once: the same command goes on where it stopped, beside other processes too."""
 
 import contextlib
+import dataclasses
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from filelock import FileLock, Timeout
 
 from llama_surgery.config import SurgeryConfig
 from llama_surgery.errors import SurgeryError
 from llama_surgery.files import write_atomically
 from llama_surgery.folders import check_folder
+from llama_surgery.topology.router import PageRouter
 
 
 class Kept:
@@ -95,6 +98,27 @@ def claimed(folder: Path, name: str, *, wait: bool) -> Iterator[bool]:
 def digest(*texts: str) -> str:
     """Short fingerprint of texts."""
     return hashlib.sha256("\n".join(texts).encode()).hexdigest()[:16]
+
+
+def found_parts(routers: Mapping[int, PageRouter]) -> dict[str, Any]:
+    """What :func:`~llama_surgery.operate` finds of layers itself, ready for JSON: metrics and budgets."""
+    return {
+        str(index): {
+            name: part.tolist() for name, part in router.tensors().items() if name in ("key_weight", "offset")
+        }
+        for index, router in routers.items()
+    }
+
+
+def with_parts(
+    routers: Mapping[int, PageRouter] | None, parts: Mapping[str, Mapping[str, Any]]
+) -> dict[int, PageRouter]:
+    """The routers that ``parts`` are of, made of those that were given to ``operate()``."""
+    made = dict(routers or {})
+    for index, values in parts.items():
+        tensors = {name: torch.tensor(value) for name, value in values.items()}
+        made[int(index)] = dataclasses.replace(made.get(int(index), PageRouter()), **tensors)
+    return made
 
 
 def adapter_digest(config: SurgeryConfig, routers: Mapping[int, Any] | None) -> str:

@@ -116,7 +116,7 @@ def long_generation(
     new_tokens: int,
     count: int,
     configs: Mapping[str, SurgeryConfig],
-    routers: Mapping[int, PageRouter] | None = None,
+    routers: Mapping[str, Mapping[int, PageRouter] | None] | None = None,
     seed: int = 0,
     progress: Progress | None = None,
 ) -> dict[str, dict[str, Any]]:
@@ -152,7 +152,7 @@ def long_generation(
     results = {}
     for name, config in configs.items():
         tell = named_progress(progress, name)
-        with surgery.operated(model, config, routers=routers):
+        with surgery.operated(model, config, routers=(routers or {}).get(name)):
             operated = write_on(model, prompts, new_tokens, tell)
             along = write_on(model, prompts, new_tokens, tell, along=[text.tokens for text in dense])
         sizes = {"prompt_tokens": prompts.shape[1], "new_tokens": new_tokens}

@@ -1,21 +1,19 @@
 """Thresholds for a loss: the highest θ at which a model loses no more than that, found on a little text."""
 
 import dataclasses
-import logging
 import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
 
-from llama_surgery.checkpoint import told
 from llama_surgery.config import SurgeryConfig
 from llama_surgery.errors import SurgeryError
 from llama_surgery.evaluation.evaluate import check_dense
 from llama_surgery.evaluation.paired import perplexity_ratio
 from llama_surgery.evaluation.perplexity import Perplexity, perplexity
 from llama_surgery.surgery.calibrate import calibration_windows
-from llama_surgery.surgery.head_budgets import head_budgets
+from llama_surgery.surgery.head_budgets import budgets_where_none
 from llama_surgery.surgery.operate import operated
 from llama_surgery.surgery.operation import (
     MeasuredLoss,
@@ -25,7 +23,6 @@ from llama_surgery.surgery.operation import (
     statistics,
 )
 
-_log = logging.getLogger(__name__)
 #: Windows of text, spread over the documents: more than for a density, since losses vary more than shares.
 WINDOWS = 8
 #: Tokens of a window that the interval counts as one sample. Windows are too few to be samples themselves;
@@ -119,12 +116,8 @@ def config_within(
             f"nearest was {found.measured}. Allow more, or give longer windows if most of that density is "
             "the near field, which is always read."
         )
-    if config.tile == 1 or any(router.offset is not None for router in found.routers.values()):
-        return found
-    try:
-        budgets = head_budgets(model, ids, config, found.routers, found.measured.far_density)
-    except (RuntimeError, NotImplementedError) as error:  # of kernels without a backward pass, say
-        _log.warning(f"all heads share one threshold, as no gradients could be had: {told(error)}.")
+    budgets = budgets_where_none(model, ids, config, found.routers, found.measured.far_density)
+    if budgets is None:
         return found
     by_head = search(budgets.routers, budgets.theta)
     better = _sparse(by_head.measured) and by_head.measured.total_density < found.measured.total_density

@@ -19,8 +19,9 @@ from llama_surgery.topology.geometry import Block
 _log = logging.getLogger(__name__)
 #: Windows of calibration text, spread over the documents.
 WINDOWS = 4
-#: Passes over the windows: each reads the shares that arise under the previous pass's θ.
-PASSES = 3
+#: Passes over the windows: each reads the shares that arise under the previous pass's θ. Budgets by head come
+#: with a θ that is near already.
+PASSES, PASSES_FROM_NEAR = 3, 2
 #: Share of the budget that is aimed at: texts differ, and another one should keep the budget too.
 AIM = 0.98
 #: Decode steps come after a prompt: their rows are those of this last part of a window.
@@ -64,10 +65,8 @@ class ShareHistogram:
 
 def calibrate(
     model: torch.nn.Module,
-    tokenizer: Any,
-    text: list[str],
+    ids: torch.Tensor,
     density: float,
-    length: int | None,
     passes: int = PASSES,
     *,
     decode_density: float | None = None,
@@ -80,29 +79,17 @@ def calibrate(
 
     Args:
         model: An operated model.
-        tokenizer: Its tokenizer.
-        text: Documents.
+        ids: (windows, length) int64, those of :func:`calibration_windows`.
         density: Executed far pairs over causal pairs, at most.
-        length: Tokens of a window; the model's context, at most 8,192 and what the text holds, if None.
         passes: Fewer do where the model's θ is near already.
         decode_density: The same for decode steps. Without, their θ stays as it is: by default they read
             everything.
 
     Raises:
-        SurgeryError: ``density`` is out of range or out of reach. The model keeps its configuration.
-        TextError: The text is too short.
+        SurgeryError: ``density`` is out of reach. The model keeps its configuration.
     """
-    config = config_of(model)
-    for name, value in (("density", density), ("decode_density", decode_density)):
-        if value is not None and not 0 < value < 1:
-            raise SurgeryError(f"{name}={value}: must lie between 0 and 1.")
-    if config.tile == 1 and decode_density not in (None, density):
-        raise SurgeryError(
-            f"decode_density={decode_density} with tile=1: one threshold serves prompts and decode steps. "
-            "Leave it out."
-        )
-    ids = calibration_windows(model, tokenizer, text, length, config, WINDOWS).to(inner_model(model).device)
-    given = config
+    given = config = config_of(model)
+    ids = ids.to(inner_model(model).device)
     try:
         for _ in range(passes):
             # Kernels do not hand out shares: plain PyTorch does, from what they would score pages by.
@@ -125,13 +112,28 @@ def calibrate(
     return config
 
 
+def check_densities(config: SurgeryConfig, density: float, decode_density: float | None) -> None:
+    """
+    Raises:
+        SurgeryError: A density is out of range, or there is one too many.
+    """
+    for name, value in (("density", density), ("decode_density", decode_density)):
+        if value is not None and not 0 < value < 1:
+            raise SurgeryError(f"{name}={value}: must lie between 0 and 1.")
+    if config.tile == 1 and decode_density not in (None, density):
+        raise SurgeryError(
+            f"decode_density={decode_density} with tile=1: one threshold serves prompts and decode steps. "
+            "Leave it out."
+        )
+
+
 def calibration_windows(
     model: torch.nn.Module,
     tokenizer: Any,
     text: list[str],
     length: int | None,
     config: SurgeryConfig,
-    count: int,
+    count: int = WINDOWS,
 ) -> torch.Tensor:
     """Windows of text that thresholds of ``config`` are set on: (at most ``count``, length) int64.
 

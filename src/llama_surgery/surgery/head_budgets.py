@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import logging
 import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -10,12 +11,14 @@ import torch
 
 from llama_surgery.attention.api import attend
 from llama_surgery.attention.executor import build_layout
+from llama_surgery.checkpoint import told
 from llama_surgery.config import SurgeryConfig
 from llama_surgery.surgery.interface import dense_attention
 from llama_surgery.surgery.replace import attention_replaced
 from llama_surgery.surgery.supported import attention_modules, head_shape, inner_model
 from llama_surgery.topology.router import PageRouter
 
+_log = logging.getLogger(__name__)
 #: θ at which heads are measured, in equal steps of log θ, and into how many parts a step is divided.
 #: No head gets a higher one than the first: running text does not say what a head will look up elsewhere.
 THETAS = (0.4, 0.16, 0.064, 0.0256, 0.01024, 0.004096)
@@ -25,7 +28,7 @@ WINDOWS, GRADIENT_TOKENS = 2, 1024
 
 
 class Budgets(NamedTuple):
-    """What :func:`head_budgets` returns.
+    """What :func:`head_budgets` and :func:`budgets_where_none` return.
 
     Attributes:
         routers: By layer index, with offsets whose mean is 0.
@@ -34,6 +37,27 @@ class Budgets(NamedTuple):
 
     routers: dict[int, PageRouter]
     theta: float
+
+
+def budgets_where_none(
+    model: torch.nn.Module,
+    windows: torch.Tensor,
+    config: SurgeryConfig,
+    routers: Mapping[int, PageRouter],
+    density: float,
+) -> Budgets | None:
+    """:func:`head_budgets`, or None where heads keep what they have.
+
+    That is so in tiles of one row, where heads share their pages, where ``routers`` hold learned offsets, and
+    where the model has no gradients: of that a warning tells.
+    """
+    if config.tile == 1 or any(router.offset is not None for router in routers.values()):
+        return None
+    try:
+        return head_budgets(model, windows, config, routers, density)
+    except (RuntimeError, NotImplementedError) as error:  # of kernels without a backward pass, say
+        _log.warning(f"all heads share one threshold, as no gradients could be had: {told(error)}.")
+        return None
 
 
 def head_budgets(
@@ -107,7 +131,10 @@ def _gradients(model: torch.nn.Module, ids: torch.Tensor) -> dict[int, torch.Ten
         torch.inference_mode(False),
         torch.enable_grad(),
     ):
-        logits = model(input_ids=ids.clone(), use_cache=False).logits[0].float()
+        output = model(input_ids=ids.clone(), use_cache=False)
+        if getattr(output, "logits", None) is None:
+            raise NotImplementedError(f"{type(model).__name__} predicts no tokens")
+        logits = output.logits[0].float()
         generator = torch.Generator(logits.device).manual_seed(0)
         drawn = torch.multinomial(logits.detach().softmax(-1), 1, generator=generator)[:, 0]
         loss = torch.nn.functional.cross_entropy(logits, drawn, reduction="sum")

@@ -1,6 +1,7 @@
 """Operating on a model, and taking the topology out again."""
 
 import contextlib
+import dataclasses
 import importlib
 from collections.abc import Iterator, Mapping
 from typing import Any, TypeVar
@@ -10,6 +11,14 @@ from transformers import PreTrainedModel
 
 from llama_surgery.config import SurgeryConfig
 from llama_surgery.errors import SurgeryError
+from llama_surgery.surgery.calibrate import (
+    PASSES,
+    PASSES_FROM_NEAR,
+    calibrate,
+    calibration_windows,
+    check_densities,
+)
+from llama_surgery.surgery.head_budgets import budgets_where_none
 from llama_surgery.surgery.hooks import hook
 from llama_surgery.surgery.layer import ATTRIBUTE, LayerSurgery
 from llama_surgery.surgery.metric import metric_of
@@ -64,16 +73,17 @@ def operate(
     The same object comes back, operated; ``forward`` and ``generate`` work as before. With ``density``
     and ``text`` the threshold of prompts is calibrated so that the executed far density does not exceed
     ``density`` on that text. With ``max_loss`` instead it is the highest one at which the model's perplexity
-    on the text stays within that loss; :func:`~llama_surgery.measured_loss` says what came out. Decode steps,
-    and the rows that end a prompt, read everything unless ``decode_density`` is given too.
+    on the text stays within that loss; :func:`~llama_surgery.measured_loss` says what came out. Both give
+    every head a budget of its own (:mod:`~llama_surgery.surgery.head_budgets`). Decode steps, and the rows
+    that end a prompt, read everything unless ``decode_density`` is given too.
 
     Args:
         model: A Hugging Face decoder, possibly wrapped by PEFT.
         config: The topology; the documented defaults if None.
         routers: Learned corrections by layer index. If None, keys are sorted in the metric of the layer's
             queries (:func:`~llama_surgery.surgery.metric.metric_of`), for which the model runs once on 256
-            tokens; an empty mapping leaves that out. With ``topology="gumbel"`` content routers, and
-            untrained ones, with which the model is dense, if None.
+            tokens; an empty mapping leaves that out. Offsets of heads stay as they are given. With
+            ``topology="gumbel"`` content routers, and untrained ones, with which the model is dense, if None.
         density: Largest executed far density, over causal pairs, at ``length``.
         max_loss: Instead of ``density``, the largest relative rise of perplexity: 0.01 is one per cent.
         text: Documents to calibrate on; needs ``density`` or ``max_loss``, and ``tokenizer``.
@@ -102,7 +112,7 @@ def operate(
         raise SurgeryError(
             "density or max_loss, decode_density and text go together: thresholds are calibrated on text."
         )
-    modules, measured = attention_modules(inner), None
+    modules, measured, passes = attention_modules(inner), None, PASSES
     if text is not None and max_loss is not None:
         # By name: the room that measures losses stands on this one.
         budget = importlib.import_module("llama_surgery.evaluation.loss_budget")
@@ -110,10 +120,17 @@ def operate(
             model, tokenizer, text, max_loss, length, config, routers
         )
     base = check_replaceable(inner, modules.values())
-    layers = _layers(inner, modules, config, routers or {})
+    if text is not None and density is not None:
+        check_densities(config, density, decode_density)
+        ids = calibration_windows(model, tokenizer, text, length, config)
     if config.topology == "pages" and routers is None:
-        for index, weight in metric_of(inner).items():
-            layers[index].router = PageRouter(key_weight=weight)
+        routers = {index: PageRouter(key_weight=weight) for index, weight in metric_of(inner).items()}
+    layers = _layers(inner, modules, config, routers or {})
+    if text is not None and density is not None:
+        budgets = budgets_where_none(model, ids, config, routers or {}, density)
+        if budgets is not None:
+            config, passes = dataclasses.replace(config, theta=budgets.theta), PASSES_FROM_NEAR
+            layers = _layers(inner, modules, config, budgets.routers)
     operation = Operation(config, modules, replace(inner, base, modules.values()), measured)
     inner.__dict__[ATTRIBUTE] = operation
     try:
@@ -121,10 +138,7 @@ def operate(
             module.__dict__[ATTRIBUTE] = layers[index]
         hook(inner, operation)
         if text is not None and density is not None:
-            from llama_surgery.surgery.calibrate import calibrate
-
-            found = calibrate(model, tokenizer, text, density, length, decode_density=decode_density)
-            set_config(model, found)
+            set_config(model, calibrate(model, ids, density, passes, decode_density=decode_density))
     except BaseException:
         eject(model)
         raise

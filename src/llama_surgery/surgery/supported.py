@@ -227,5 +227,8 @@ def head_shape(model: PreTrainedModel, module: torch.nn.Module) -> tuple[int, in
     """KV heads, query heads of a KV head's group and head_dim of an attention module of ``model``."""
     text = model.config.get_text_config()
     heads = text.num_attention_heads
-    kv_heads = getattr(text, "num_key_value_heads", None) or heads
-    return kv_heads, heads // kv_heads, getattr(module, "head_dim", text.hidden_size // heads)
+    # What attention functions of transformers go by. Configurations count heads before a module repeats them,
+    # or hold a number that their model never looks at.
+    group = getattr(module, "num_key_value_groups", 1)
+    dim = getattr(module, "qk_head_dim", None) or getattr(module, "head_dim", text.hidden_size // heads)
+    return heads // group, group, dim

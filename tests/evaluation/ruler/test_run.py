@@ -128,7 +128,7 @@ def test_answers_of_other_settings_are_not_gone_on_with(tiny_llama, sampler, tmp
     for changed, again in (
         ({}, 0),
         ({"configs": {"sparse": FULL}}, 1),  # the dense answers are the same
-        ({"routers": routers}, 1),
+        ({"routers": {"sparse": routers}}, 1),
         ({"batch_size": 2}, 2),
         ({"tasks": ["fwe", "vt"]}, 2),
     ):

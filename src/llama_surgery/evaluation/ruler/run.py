@@ -75,7 +75,7 @@ def run_ruler(
     tasks: Sequence[str],
     lengths: Sequence[int],
     samples: int = 100,
-    routers: Mapping[int, PageRouter] | None = None,
+    routers: Mapping[str, Mapping[int, PageRouter] | None] | None = None,
     batch_size: int = 1,
     kept: Kept | None = None,
     deadline: float | None = None,
@@ -104,7 +104,8 @@ def run_ruler(
     tasks, lengths = list(dict.fromkeys(tasks)), sorted(set(lengths))
     check_samples(model, sampler, tasks, lengths, samples, batch_size)
     kept = Kept() if kept is None else kept
-    forms = {name: (config, adapter_digest(config, routers)) for name, config in configs.items()}
+    corrections = routers or {}
+    forms = {name: (c, adapter_digest(c, corrections.get(name))) for name, c in configs.items()}
     made = {
         "model": model_name(model),
         "versions": versions(model),
@@ -131,8 +132,9 @@ def run_ruler(
                 questions = sampler.materials.questions[task]
                 decides["questions"] = digest(*questions.documents, *(q.text for q in questions.questions))
             for name, (config, topology) in {DENSE: (None, None), **forms}.items():
+                asked = (task, length, indices)
                 make = functools.partial(
-                    _answered, model, sampler, (task, length, indices), batch_size, config, routers
+                    _answered, model, sampler, asked, batch_size, config, corrections.get(name)
                 )
                 found = kept.once("ruler", None if late else make, **decides, topology=topology)
                 if found is not None:
