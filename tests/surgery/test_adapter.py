@@ -65,14 +65,15 @@ def refused(folder, message, model=None):
     assert not is_operated(model)
 
 
-def test_an_adapter_gives_the_same_outputs_again(tmp_path):
+@pytest.mark.parametrize("kind", ["Llama", "GPTNeoX"])  # of which one ignores num_key_value_heads
+def test_an_adapter_gives_the_same_outputs_again(kind, tmp_path):
     config = dataclasses.replace(SPARSE, theta=0.1234567, theta_decode=0.07, dense_until=64)
     ids = tokens(1, 250)
-    with operated(build("Llama"), config) as model:
+    with operated(build(kind), config) as model:
         expected = logits(model, ids)
         save_adapter(model, str(tmp_path / "adapter"))
     assert sorted(file.name for file in (tmp_path / "adapter").iterdir()) == [CONFIG_FILE, TENSOR_FILE]
-    with loaded(build("Llama"), str(tmp_path / "adapter")) as model:
+    with loaded(build(kind), str(tmp_path / "adapter")) as model:
         assert config_of(model) == config
         assert torch.equal(logits(model, ids), expected)
 

@@ -5,6 +5,7 @@ The models that most people run are here by default, all others with ``--sweep``
 
 import dataclasses
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,8 +13,20 @@ from tests.surgery.families import MODEL_TYPES, VARIANTS, Exact, build
 from tests.surgery.tiny import in_pieces, pad, tokens
 from transformers import PreTrainedModel
 
-from llama_surgery import SurgeryConfig, UnsupportedModelError, is_operated, operate, operated, statistics
+from llama_surgery import (
+    SurgeryConfig,
+    UnsupportedModelError,
+    config_of,
+    is_operated,
+    load_adapter,
+    operate,
+    operated,
+    save_adapter,
+    statistics,
+)
 from llama_surgery.surgery.compat import CACHE_NAME
+from llama_surgery.surgery.head_budgets import head_budgets
+from llama_surgery.surgery.operation import routers_of
 
 #: Cuts are at multiples of the tile, in the shorter row too, whose padding is on the left.
 LENGTH, SHORTER, PROMPT, NEW = 120, 104, 117, 4
@@ -29,6 +42,9 @@ COMMON = (
     *("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3", "gpt_oss", "granite", "olmo2"),
     *("cohere", "glm4", "qwen3_moe"),
 )
+
+#: Whose heads are not what a configuration counts, beside some whose are.
+SHAPES = ("llama", "gemma2", "gpt_oss", "jetmoe", "deepseek_v3")
 
 NO_INTERFACE = "does not use transformers' attention interface"
 CROSS = "has cross-attention beside the self-attention of its layers"
@@ -126,6 +142,36 @@ def test_an_operated_model_is_right_in_every_way_of_calling_or_refused_with_the_
         _assert_equal({"padded: short": sparse["padded: short"]}, {"padded: short": sparse["short"]})
     _assert_equal({"gradients": switched}, {"gradients": sparse["forward in pieces and steps"]})
     _assert_equal(dict(_answers(model)), dense, 0.0)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=() if name in SHAPES else pytest.mark.sweep)
+        for name in (*MODEL_TYPES, *VARIANTS)
+        if name not in NOT_BUILT and name not in REFUSED
+    ],
+)
+def test_metric_and_budgets_have_the_shape_of_the_keys_and_come_back_with_an_adapter(
+    name: str, tmp_path: Path
+) -> None:
+    model, ids = build(name), tokens(1, LENGTH)
+    with operated(model, SPARSE):
+        metric = routers_of(model)
+    budgets = head_budgets(model, ids, SPARSE, metric, 0.2)
+    config = dataclasses.replace(SPARSE, theta=budgets.theta)
+    with operated(model, config, routers=budgets.routers), torch.no_grad():
+        sparse = model(ids, use_cache=False).logits
+        save_adapter(model, tmp_path)
+    load_adapter(model, tmp_path)
+    found = routers_of(model)
+    assert config_of(model) == config and found.keys() == budgets.routers.keys()
+    for index, router in budgets.routers.items():
+        parts = found[index].tensors()
+        assert parts.keys() == router.tensors().keys() >= {"offset"}
+        assert all(torch.equal(parts[part], value) for part, value in router.tensors().items())
+    with torch.no_grad():
+        assert torch.equal(model(ids, use_cache=False).logits, sparse)
 
 
 def _answers(model: PreTrainedModel) -> Iterator[tuple[str, torch.Tensor]]:
