@@ -22,6 +22,8 @@ STEP_FACTOR = 4
 #: The same for a step on logits, of weights and of attention: the dense model's pass, the gated one's, that
 #: again while going back, and on the way back one product for each with a frozen weight, two for attention's.
 LOGITS_FACTORS = (4, 5)
+#: How often kernels score a page for a row: for its total and for the lists, and where means stand in.
+SCORINGS = {"none": 2, "page": 3}
 #: Bytes of a correction while it is learned: itself, its gradient and Adam's two moments, in float32.
 CORRECTION_BYTES = 16
 
@@ -56,12 +58,14 @@ class Length:
         near_density: Near field over causal pairs, exact.
         far_density: Executed far pairs over causal pairs: what was asked for, or less where θ, set at the
             calibration length, leaves less.
-        scoring: Scores of pages, in units of attention over all causal pairs.
+        scoring: What pages are chosen by, in units of attention over all causal pairs: their scores, and the
+            logits of the near field, which rows' totals need once more.
         summary: The same for the products with means of unseen pages.
         attention_speedup: Multiplications of dense attention over those of near field, far field, scoring
             and summary.
         model_speedup: The same for the whole model in prefill, with its projections.
         cache_bytes: Keys and values of one text.
+        feature_bytes: What is kept of its pages beside: means and variances of keys, means of values.
     """
 
     length: int
@@ -72,6 +76,7 @@ class Length:
     attention_speedup: float
     model_speedup: float
     cache_bytes: int
+    feature_bytes: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,8 +141,9 @@ def at_length(shape: Shape, config: SurgeryConfig, density: float, calibrated: i
 
     The far density at a length N that θ was not calibrated at is taken as ``density · calibrated / N`` above
     it, as if a row opened as many pages with one θ whatever the length, and as ``density`` below.
-    Scoring is 1 / page_size of the score products of dense attention for means and, with ``variance_pool``
+    A score takes 1 / page_size of the score products of dense attention for means and, with ``variance_pool``
     channels together, that over the pool for variances; each is half of what attention multiplies for a pair.
+    Kernels make it ``SCORINGS`` times.
 
     Args:
         density: Executed far density at ``calibrated`` tokens.
@@ -148,12 +154,17 @@ def at_length(shape: Shape, config: SurgeryConfig, density: float, calibrated: i
     near = near_pairs(0, length, config, config.tile) / causal
     closed = 1 - near
     far = min(closed, density * min(1.0, calibrated / length))
-    scoring = closed / config.page_size / 2 * (1 + 1 / config.variance_pool)
+    channels = 1 + 1 / config.variance_pool
+    scoring = SCORINGS[config.summary] * closed / config.page_size / 2 * channels
+    sparse_from = min(length, max(config.chunk_size + config.window, config.dense_until))
+    scoring += near_pairs(sparse_from, length, config, config.tile) / causal / 2
     summary = summary_density(config, length)
     sparse = near + far + scoring + summary
     # Multiplications a token: two products of head_dim with every key for every query head, and all weights.
     dense = sum(2 * kv * group * dim for kv, group, dim in shape.layers.values()) * causal / length
     per_token = shape.parameters
+    cache_bytes = sum(2 * kv * dim for kv, _, dim in shape.layers.values()) * length * shape.dtype_bytes
+    kept = channels + (config.summary == "page")  # of a page, over a key
     return Length(
         length=length,
         near_density=near,
@@ -162,7 +173,8 @@ def at_length(shape: Shape, config: SurgeryConfig, density: float, calibrated: i
         summary=summary,
         attention_speedup=1 / sparse,
         model_speedup=(per_token + dense) / (per_token + dense * sparse),
-        cache_bytes=sum(2 * kv * dim for kv, _, dim in shape.layers.values()) * length * shape.dtype_bytes,
+        cache_bytes=cache_bytes,
+        feature_bytes=round(cache_bytes * kept / 2 / config.page_size),
     )
 
 
