@@ -26,6 +26,7 @@ from llama_surgery.evaluation.io import write_csv
 from llama_surgery.evaluation.logits import Head, final_states
 from llama_surgery.evaluation.needle import needle_prompts, score_needles
 from llama_surgery.evaluation.perplexity import perplexity
+from llama_surgery.surgery.metric import metric_of
 from llama_surgery.surgery.replace import attention_replaced
 from llama_surgery.surgery.supported import attention_modules
 from llama_surgery.text import read_texts, windows
@@ -203,27 +204,6 @@ class Emulation:
         self.counts, self.bins = Counts(), None
 
 
-def metrics_of(model: Any, ids: torch.Tensor) -> dict[int, torch.Tensor]:
-    """Metric of every layer's queries, equal within rotary pairs: (kv_heads, head_dim) each."""
-    squares: dict[int, Any] = {}
-
-    def attention(
-        base: str, module: Any, query: Any, key: Any, value: Any, mask: Any, **keywords: Any
-    ) -> Any:
-        index, kv_heads = module.layer_idx, key.shape[1]
-        square = query.float().square().mean((0, 2)).unflatten(0, (kv_heads, -1)).mean(1)
-        squares[index] = squares.get(index, 0) + square.unflatten(-1, (2, -1)).mean(1).repeat(1, 2)
-        out = F.scaled_dot_product_attention(
-            query, key, value, is_causal=True, enable_gqa=True, scale=keywords["scaling"]
-        )
-        return out.transpose(1, 2).contiguous(), None
-
-    with attention_replaced(model, attention_modules(model).values(), attention), torch.no_grad():
-        for window in ids:
-            final_states(model, window)
-    return {index: (square / square.mean(-1, keepdim=True)).sqrt() for index, square in squares.items()}
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -246,7 +226,8 @@ def main() -> None:
     prompts = needle_prompts(
         tokenizer, texts, count=options.needles, lengths=[options.length], seed=options.seed
     )
-    emulation = Emulation(metrics_of(model, calibration[:2, : options.length // 2]))
+    text = calibration[:2, : options.length // 2].to(model.device)  # instead of random tokens
+    emulation = Emulation(metric_of(model, lambda _: model(text, use_cache=False, logits_to_keep=1)))
     head = Head(model, ids[0])
     dense_states: list[torch.Tensor] = []
     with attention_replaced(model, attention_modules(model).values(), emulation.attention), torch.no_grad():
