@@ -36,12 +36,12 @@ def paged(layer: Layer, tables: torch.Tensor) -> Layer:
     states = torch.empty(count, size, heads, 2 * dim, dtype=cache.keys.dtype, device=device).transpose(1, 2)
     width = side_bytes(cache.config, dim, cache.keys.dtype) // 4
     side = torch.empty(count, heads, width, device=device)
-    engine = PagedStates(states, side, cache.config, kernels=True)
+    engine = PagedStates(states[..., :dim], states[..., dim:], side, cache.config, kernels=True)
     for sequence, blocks in enumerate(tables):
         own = blocks[blocks > 0].long()
         for target, source in (
-            (states[..., :dim], cache.keys),
-            (states[..., dim:], cache.values),
+            (engine.keys, cache.keys),
+            (engine.values, cache.values),
             (engine.scores[..., :dim], cache.means),
             (engine.scores[..., dim:], cache.spreads),
             (engine.mean_values, cache.mean_values),

@@ -8,7 +8,7 @@ from llama_surgery.attention.api import attend
 from llama_surgery.config import SurgeryConfig
 from llama_surgery.serving.counting import LayerCounters
 from llama_surgery.serving.execution import Batch, Executor
-from llama_surgery.serving.paged import PagedStates, Scheduled
+from llama_surgery.serving.paged import PagedStates, Scheduled, filled_blocks
 from llama_surgery.surgery.store import SequenceStore
 from llama_surgery.topology.geometry import closed_chunks
 from llama_surgery.topology.router import PageRouter
@@ -85,7 +85,7 @@ def empty_cache(blocks: int, executor: Executor | None = None, device: str = "cp
     shape = (blocks, CONFIG.chunk_size, KV_HEADS, 2 * DIM)
     states = torch.full(shape, float("nan"), dtype=executor.dtype, device=device).transpose(1, 2)
     side = torch.full((blocks, KV_HEADS, executor.side_bytes() // 4), float("nan"), device=device)
-    return executor.states(states, side)
+    return executor.states(states[..., :DIM], states[..., DIM:], side)
 
 
 def step(
@@ -100,9 +100,9 @@ def step(
     Returns:
         Each sequence with its attention (kv_heads, group, new, dim).
     """
-    executor = executor or Executor(CONFIG, DIM, cache.states.dtype)
+    executor = executor or Executor(CONFIG, DIM, cache.keys.dtype)
     counters = counters or LayerCounters(CONFIG, KV_HEADS)
-    size, here = CONFIG.chunk_size, cache.states
+    size, here = CONFIG.chunk_size, cache.keys
     tables = torch.full((len(batch), max(len(s.blocks) for s, _ in batch)), 2**30, dtype=torch.int32)
     scheduled, slots, row = [], [], 0
     for index, (sequence, new) in enumerate(batch):
@@ -123,9 +123,10 @@ def step(
         ]
         return torch.cat(parts, 1).transpose(0, 1).to(here)
 
-    work = Batch(scheduled, tables.to(here.device), torch.cat(slots).to(here.device), CONFIG)
-    cache.write(rows("keys"), rows("values"), work.slots)
-    cache.fill(work.filled, router)
+    filled = filled_blocks(scheduled, size)
+    work = Batch(scheduled, tables.to(here.device), CONFIG, filled)
+    cache.write(rows("keys"), rows("values"), torch.cat(slots).to(here.device))
+    cache.fill(filled, router)
     queries = rows("queries")
     out = torch.full_like(queries, float("nan"))
     executor.attend(queries, cache, work, out, scale=SCALE, router=router, counters=counters)

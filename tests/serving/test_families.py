@@ -17,7 +17,7 @@ from llama_surgery import SurgeryConfig
 
 pytestmark = [pytest.mark.serve, pytest.mark.timeout(1800)]
 
-CONFIG = SurgeryConfig(chunk_size=64, page_size=16, window=32, tile=16, theta=0.02, theta_decode=0.01)
+CONFIG = SurgeryConfig(chunk_size=64, page_size=16, window=32, tile=16, theta=0.02)
 
 
 def check(
@@ -27,6 +27,7 @@ def check(
     demo_model_path: Path,
     folder: Path,
     summary: list[str],
+    theta_decode: float = 0.0,
     **environment: str,
 ) -> Server:
     """Serve a model, compare, and stop. ``lengths``: how many prompts, the shortest and the longest."""
@@ -53,17 +54,19 @@ def check(
     model.save_pretrained(source)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(demo_model_path / name, source)
-    served = exported(model, source, folder, dataclasses.replace(CONFIG, backend=backend))  # type: ignore[arg-type]
+    surgery = dataclasses.replace(CONFIG, backend=backend, theta_decode=theta_decode)  # type: ignore[arg-type]
+    served = exported(model, source, folder, surgery)
     reference = Reference(model, torch.randint(1, 4096, (2000,)).tolist(), summary)
     prompts = reference.prompts(*lengths)
-    want = reference.write(prompts, CONFIG)
+    want = reference.write(prompts, surgery)
     server = Server(served, folder / "log.txt", **environment).start()
     try:
         with ThreadPoolExecutor(8) as pool:
             got = list(pool.map(lambda prompt: complete(server.client(), prompt), prompts))
     finally:
         server.kill()
-    reference.assert_equal(f"{family}, random weights, backend {backend}, all at once", prompts, want, got)
+    what = f"{family}, random weights, backend {backend}, θ of decode {theta_decode}, all at once"
+    reference.assert_equal(what, prompts, want, got)
     return server
 
 
@@ -73,7 +76,11 @@ def test_family(family: str, demo_model_path: Path, tmp_path: Path, summary: lis
     assert "2 layers executed by plain PyTorch" in server.text()
 
 
-def test_kernels_read_the_engine_s_cache(demo_model_path: Path, tmp_path: Path, summary: list[str]) -> None:
+@pytest.mark.parametrize("theta_decode", [0.0, 0.01])
+def test_kernels_read_the_engine_s_cache(
+    theta_decode: float, demo_model_path: Path, tmp_path: Path, summary: list[str]
+) -> None:
     """Under Triton's interpreter, where there is no GPU."""
-    server = check("Llama", "triton", (3, 60, 300), demo_model_path, tmp_path, summary, TRITON_INTERPRET="1")
+    folders = demo_model_path, tmp_path, summary
+    server = check("Llama", "triton", (3, 60, 300), *folders, theta_decode, TRITON_INTERPRET="1")
     assert "2 layers executed by Triton kernels" in server.text()

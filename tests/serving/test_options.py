@@ -13,10 +13,12 @@ from vllm import ModelRegistry
 from vllm.config import KVTransferConfig
 from vllm.engine.arg_utils import EngineArgs
 from vllm.plugins import load_general_plugins
+from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 
 from llama_surgery.serving.families import FAMILIES
 from llama_surgery.serving.vllm import compat
 from llama_surgery.serving.vllm.plugin import register
+from llama_surgery.serving.vllm.scheduler import TileScheduler
 
 pytestmark = pytest.mark.serve
 
@@ -47,8 +49,7 @@ def build(sparse_folder: Path) -> Callable[..., Any]:
         ({"tensor_parallel_size": 8}, "4 KV heads on 8 tensor ranks"),
         ({"tensor_parallel_size": 2, "decode_context_parallel_size": 2}, "a chunk must lie on one rank"),
         ({"scheduler_cls": "vllm.v1.core.sched.scheduler.Scheduler"}, "prompts must be cut at whole tiles"),
-        ({"async_scheduling": True}, "--async-scheduling is not supported"),
-        ({"max_num_seqs": 500}, "--max-num-batched-tokens 512: with --max-num-seqs 500 at least 531"),
+        ({"max_num_seqs": 500}, "--max-num-batched-tokens 512: with --max-num-seqs 500 at least 563"),
         ({"max_num_scheduled_tokens": 64}, "--max-num-scheduled-tokens 64: with --max-num-seqs"),
         ({"long_prefill_token_threshold": 16}, "--long-prefill-token-threshold 16: a piece of a prompt"),
         ({"model_impl": "transformers"}, "SurgeryLlamaForCausalLM"),
@@ -66,6 +67,14 @@ def test_what_is_set(build: Callable[..., Any]) -> None:
     assert config.scheduler_config.enable_chunked_prefill
     assert config.scheduler_config.scheduler_cls.endswith("TileScheduler")
     assert build(block_size=512, async_scheduling=False).cache_config.block_size == 512
+
+
+def test_scheduling_is_as_asynchronous_as_the_engine_s(build: Callable[..., Any]) -> None:
+    config = build()
+    for asynchronous in (False, True):
+        config.scheduler_config.async_scheduling = asynchronous
+        made = TileScheduler.__new__(TileScheduler, config)
+        assert isinstance(made, AsyncScheduler) == asynchronous and isinstance(made, TileScheduler)
 
 
 def test_registering_twice_changes_nothing(build: Callable[..., Any]) -> None:

@@ -1,5 +1,7 @@
 """Attention on a paged cache equals the same attention on a contiguous one, whatever the batches were."""
 
+import dataclasses
+
 import pytest
 import torch
 from tests.serving.batches import (
@@ -13,7 +15,8 @@ from tests.serving.batches import (
     step,
 )
 
-from llama_surgery.serving.paged import piece
+from llama_surgery.serving.paged import Scheduled, piece
+from llama_surgery.surgery.rows import Part
 from llama_surgery.topology.router import PageRouter
 
 #: The side cache holds moments and mean values in float32, as on a server: the pages opened are the same, and
@@ -76,3 +79,24 @@ def test_block_that_is_filled_in_the_same_step_may_be_shared() -> None:
 )
 def test_pieces_end_at_whole_tiles(start: int, new: int, prompt: int, want: int) -> None:
     assert piece(start, new, prompt, 8) == want
+
+
+@pytest.mark.parametrize(
+    ("start", "stop", "prefilling", "sparse", "dense"),
+    [
+        (0, 90, True, [], [(0, 90)]),  # no chunk is closed yet
+        (0, 203, True, [Part(96, 200, 8)], [(0, 96), (200, 203)]),  # …, and the end of the prompt
+        (128, 200, True, [Part(128, 200, 8)], []),
+        (199, 200, False, [], [(199, 200)]),
+        (203, 300, False, [], [(203, 300)]),  # computed again after a preemption
+    ],
+)
+def test_rows_that_see_everything(
+    start: int, stop: int, prefilling: bool, sparse: list[Part], dense: list[tuple[int, int]]
+) -> None:
+    config = dataclasses.replace(CONFIG, theta_decode=0.0)
+    entry = Scheduled(start, stop, 0, prefilling, torch.empty(0, dtype=torch.int64))
+    assert entry.sparse(config) == sparse and entry.dense(config) == dense
+    until = dataclasses.replace(config, dense_until=160)
+    assert all(part.start >= 160 for part in entry.sparse(until))
+    assert entry.dense(dataclasses.replace(config, theta=0.0)) == [(start, stop)]

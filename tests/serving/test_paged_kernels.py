@@ -55,7 +55,7 @@ def serve(config: SurgeryConfig, lengths: list[int], shared: int = 0) -> Served:
     # The engine keeps a block's rows before its heads, and pages of other layers between two blocks.
     states = torch.full((count, 3, size, KV_HEADS, 2 * DIM), nan, device=DEVICE)[:, 1].transpose(1, 2)
     side = torch.full((count, 2, KV_HEADS, width + 16), nan, device=DEVICE)[:, 0]
-    cache = PagedStates(states, side, config, kernels=True)
+    cache = PagedStates(states[..., :DIM], states[..., DIM:], side, config, kernels=True)
     numbers = torch.randperm(count - 1, generator=generator) + 1  # block 0 is nobody's
     tables = torch.full((len(lengths), max(chunks) + 1), 2**30, dtype=torch.int32)
     draw = torch.randn(2, most, KV_HEADS, DIM, generator=generator)
@@ -150,16 +150,16 @@ def test_pieces_of_prompts(part: tuple[int, int, int], pool: int) -> None:
 def test_side_caches_agree_and_cost_what_is_said() -> None:
     """The same chunks in both kinds of side cache, in half precision too."""
     served = serve(CONFIG, [150])
-    plain = PagedStates(
-        served.cache.states,
-        torch.zeros(len(served.cache.states), KV_HEADS, side_bytes(CONFIG, DIM) // 4, device=DEVICE),
-        CONFIG,
-    )
+    keys, values = served.cache.keys, served.cache.values
+    side = torch.zeros(len(keys), KV_HEADS, side_bytes(CONFIG, DIM) // 4, device=DEVICE)
+    plain = PagedStates(keys, values, side, CONFIG)
     blocks = served.blocks(0)[:2]
-    states, order = served.cache.states.clone(), served.cache.order(blocks)
-    served.cache.states[blocks] = served.cache.near(blocks, 2).unflatten(1, (2, -1)).transpose(0, 1)
+    want, order = (keys[blocks], values[blocks]), served.cache.order(blocks)
+    for held, states in zip((keys, values), served.cache.near(blocks, 2), strict=True):
+        held[blocks] = states.unflatten(1, (2, -1)).transpose(0, 1)
     plain.fill(blocks, None)
-    assert torch.equal(plain.states[blocks], states[blocks]) and torch.equal(plain.order(blocks), order)
+    assert torch.equal(keys[blocks], want[0]) and torch.equal(values[blocks], want[1])
+    assert torch.equal(plain.order(blocks), order)
     ours, theirs = served.cache.layout(blocks).moments, plain.layout(blocks).moments
     torch.testing.assert_close(ours.mean, theirs.mean)
     torch.testing.assert_close(ours.variance, theirs.variance)

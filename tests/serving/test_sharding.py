@@ -37,7 +37,7 @@ def layer(rank: int, ranks: int) -> tuple[torch.Tensor, torch.Tensor]:
     blocks = torch.tensor([3, 1, 5, 2, 4])
     heads = keys.shape[0]
     cache = PagedStates(
-        torch.zeros(6, heads, CONFIG.chunk_size, 2 * DIM),
+        *torch.zeros(2, 6, heads, CONFIG.chunk_size, DIM),
         torch.zeros(6, heads, side_bytes(CONFIG, DIM) // 4),
         CONFIG,
     )

@@ -76,12 +76,12 @@ class LayerCounters:
             self._of(tile).add(result, self.kv_heads, self.config, part)
             self.dense_rows += dense_rows
 
-    def add_rows(self, count: RowCount) -> None:
-        """Count single rows, whose pages are tallied."""
+    def add_rows(self, count: RowCount, tile: int = 1) -> None:
+        """Count rows that have no far field, or whose pages are tallied."""
         if self.quiet:
             return
         with COUNTING:
-            self._of(1).count(count.rows, count.near_pairs, count.causal_pairs, count.summary_pairs)
+            self._of(tile).count(count.rows, count.near_pairs, count.causal_pairs, count.summary_pairs)
             self.dense_rows += count.dense_rows
 
     def tally(self, device: torch.device) -> torch.Tensor | None:

@@ -12,10 +12,11 @@ from llama_surgery.serving.paged import (
     PagedStates,
     Scheduled,
     attend_piece,
-    filled_blocks,
+    first_far,
     side_bytes,
 )
 from llama_surgery.surgery.rows import Part
+from llama_surgery.topology.geometry import causal_pairs
 from llama_surgery.topology.router import PageRouter
 
 
@@ -43,30 +44,38 @@ class Batch:
     Attributes:
         sequences: What is computed.
         tables: (sequences, chunks) int32: their blocks, anything behind a sequence's end.
-        slots: (rows,) int64: where every row's key and value go.
         config: The topology.
+        filled: (n,) int64: blocks whose full chunks are to be laid out before the batch is computed.
+        dense: Are rows that see everything left to the engine?
     """
 
     sequences: list[Scheduled]
     tables: torch.Tensor
-    slots: torch.Tensor
     config: SurgeryConfig
-
-    @functools.cached_property
-    def filled(self) -> torch.Tensor:
-        """(n,) int64: blocks whose chunks become full."""
-        return filled_blocks(self.sequences, self.config.chunk_size)
+    filled: torch.Tensor
+    dense: bool = False
 
     @functools.cached_property
     def parts(self) -> list[tuple[Scheduled, Part]]:
-        """All rows, as runs of one sequence with one tile size."""
-        return [(sequence, part) for sequence in self.sequences for part in sequence.parts(self.config)]
+        """All rows that are computed here, as runs of one sequence with one tile size."""
+        return [(sequence, part) for sequence in self.sequences for part in self._parts(sequence)]
+
+    def _parts(self, sequence: Scheduled) -> list[Part]:
+        return sequence.sparse(self.config) if self.dense else sequence.parts(self.config)
+
+    @functools.cached_property
+    def dense_rows(self) -> RowCount:
+        """Rows of prompts that see everything."""
+        runs = [run for s in self.sequences if s.prefilling for run in s.dense(self.config)]
+        rows, pairs = sum(b - a for a, b in runs), sum(causal_pairs(*run) for run in runs)
+        none_closed = sum(max(0, min(b, first_far(self.config)) - a) for a, b in runs)
+        return RowCount(rows, pairs, pairs, none_closed)
 
     @functools.cached_property
     def long_parts(self) -> list[tuple[Scheduled, Part]]:
         """All rows but :attr:`single_rows`."""
         return [
-            (sequence, Part(part.start, self._first_single(sequence, part), part.tile))
+            (sequence, part._replace(stop=self._first_single(sequence, part)))
             for sequence, part in self.parts
             if part[0] < self._first_single(sequence, part)
         ]
@@ -76,7 +85,7 @@ class Batch:
         """The rows that the decode kernels can compute, or None where there is none."""
         where, owners, positions = [], [], []
         for owner, sequence in enumerate(self.sequences):
-            for part in sequence.parts(self.config):
+            for part in self._parts(sequence):
                 for position in range(self._first_single(sequence, part), part[1]):
                     where.append(sequence.row + position - sequence.start)
                     owners.append(owner)
@@ -132,15 +141,11 @@ class Executor:
         """Bytes of the side cache for one chunk of one KV head."""
         return side_bytes(self.config, self.head_dim, self.dtype if self.kernels else None)
 
-    def states(self, states: torch.Tensor, side: torch.Tensor) -> PagedStates:
-        """One layer's caches.
-
-        Args:
-            states: (blocks, kv_heads, chunk_size, 2 * head_dim).
-            side: (blocks, kv_heads, side_bytes / 4) float32.
-        """
+    def states(self, keys: torch.Tensor, values: torch.Tensor, side: torch.Tensor) -> PagedStates:
+        """One layer's caches: (blocks, kv_heads, chunk_size, head_dim) twice, and as :class:`PagedStates` has
+        it (blocks, kv_heads, side_bytes / 4) float32."""
         config = self.config if self.kernels else dataclasses.replace(self.config, backend="gather")
-        return PagedStates(states, side, config, self.kernels)
+        return PagedStates(keys, values, side, config, self.kernels)
 
     def attend(
         self,
@@ -167,7 +172,7 @@ class Executor:
         for sequence, part in batch.long_parts if self.kernels else batch.parts:
             before = sequence.row - sequence.start
             rows = slice(before + part[0], before + part[1])
-            heads = queries[rows].unflatten(1, (cache.states.shape[1], -1)).permute(1, 2, 0, 3)
+            heads = queries[rows].unflatten(1, (cache.keys.shape[1], -1)).permute(1, 2, 0, 3)
             result = attend_piece(
                 heads, cache, sequence.blocks, part, sequence.stop, scale=scale, router=router
             )

@@ -43,6 +43,20 @@ class Scheduled:
         end = self.stop if self.prefilling else None
         return list(parts_of(self.start, self.stop, config, step=not self.prefilling, prompt_end=end))
 
+    def sparse(self, config: SurgeryConfig) -> list[Part]:
+        """Of :meth:`parts`, the rows that have a far field and do not read all of it."""
+        parts = [part._replace(start=max(part.start, first_far(config))) for part in self.parts(config)]
+        return [part for part in parts if part.start < part.stop and config.theta_for(part.tile)]
+
+    def dense(self, config: SurgeryConfig) -> list[tuple[int, int]]:
+        """Runs of all other rows, as (first position, one past the last)."""
+        runs, at = [], self.start
+        for part in (*self.sparse(config), Part(self.stop, self.stop, 1)):
+            if at < part.start:
+                runs.append((at, part.start))
+            at = part.stop
+        return runs
+
 
 def piece(start: int, new: int, prompt: int, tile: int) -> int:
     """Tokens of a sequence to compute in this step, at most ``new`` from position ``start`` on.
@@ -56,6 +70,11 @@ def piece(start: int, new: int, prompt: int, tile: int) -> int:
     if stop >= prompt:
         return prompt - start
     return max(0, stop - stop % tile - start)
+
+
+def first_far(config: SurgeryConfig) -> int:
+    """The first position whose row has a far field in prefill."""
+    return max(config.dense_until, config.chunk_size + config.window)
 
 
 def filled_blocks(batch: list[Scheduled], chunk_size: int) -> torch.Tensor:
@@ -100,25 +119,26 @@ class PagedStates:
     float32 or, where the kernels execute, by their features in the keys' dtype, as are mean values.
 
     Attributes:
-        states: (blocks, kv_heads, chunk_size, 2 * head_dim), keys before values, any strides; for the kernels
-            any but the last.
+        keys: (blocks, kv_heads, chunk_size, head_dim), any strides; for the decode kernels any but the last.
+        values: Alike.
         side: (blocks, kv_heads, side_bytes / 4) float32, the last stride 1.
         config: The topology.
         kernels: Do the kernels execute?
     """
 
-    states: torch.Tensor
+    keys: torch.Tensor
+    values: torch.Tensor
     side: torch.Tensor
     config: SurgeryConfig
     kernels: bool = False
 
     @property
     def head_dim(self) -> int:
-        return self.states.shape[-1] // 2
+        return self.keys.shape[-1]
 
     @property
     def _dtype(self) -> torch.dtype | None:
-        return self.states.dtype if self.kernels else None
+        return self.keys.dtype if self.kernels else None
 
     def _numbers(self, first: int, rows: int, width: int) -> torch.Tensor:
         """(blocks, kv_heads, rows, width) of the side cache's numbers, from the one at ``first`` on."""
@@ -155,7 +175,8 @@ class PagedStates:
     def write(self, keys: torch.Tensor, values: torch.Tensor, slots: torch.Tensor) -> None:
         """Store (rows, kv_heads, head_dim) at ``slots`` (rows,), block · chunk_size + offset."""
         size = self.config.chunk_size
-        self.states[slots // size, :, slots % size] = torch.cat((keys, values), -1).to(self.states.dtype)
+        for held, given in ((self.keys, keys), (self.values, values)):
+            held[slots // size, :, slots % size] = given.to(held.dtype)
 
     def fill(self, blocks: torch.Tensor, router: PageRouter | None = None) -> None:
         """Rewrite full chunks in tree order and keep their order and moments.
@@ -166,15 +187,17 @@ class PagedStates:
         """
         if not len(blocks):
             return
-        heads, dim = self.states.shape[1], self.head_dim
-        states = self.states[blocks].flatten(0, 1)  # (n * kv_heads, chunk_size, 2 * head_dim)
-        layout = build_layout(states[..., :dim], states[..., dim:], self.config, router)
+        heads = self.keys.shape[1]
+        # (n * kv_heads, chunk_size, head_dim)
+        keys, values = self.keys[blocks].flatten(0, 1), self.values[blocks].flatten(0, 1)
+        layout = build_layout(keys, values, self.config, router)
         if self.kernels:
-            scores = kernel_features(layout.moments, self.config, self.states.dtype)
+            scores = kernel_features(layout.moments, self.config, self.keys.dtype)
         else:
             scores = torch.cat((layout.moments.mean, layout.moments.variance), -1)
         for held, found in (
-            (self.states, torch.cat((layout.keys, layout.values), -1)),
+            (self.keys, layout.keys),
+            (self.values, layout.values),
             (self.scores, scores),
             (self.mean_values, layout.mean_values),
             (self._orders, layout.order.flatten(1)),
@@ -187,38 +210,41 @@ class PagedStates:
         """(kv_heads, n, chunk_size) int16: original offsets of the slots of full chunks."""
         return self._orders[blocks].transpose(0, 1)
 
-    def layout(self, blocks: torch.Tensor) -> Layout:
-        """Order, moments and mean values of full chunks; keys and values stay where they are."""
-
-        def by_page(held: torch.Tensor) -> torch.Tensor:
-            return held[blocks].transpose(0, 1).flatten(1, 2)
-
-        none, scores, means = self.states[:0, 0], by_page(self.scores), self.mean_values
+    def layout(self, blocks: torch.Tensor, dtype: torch.dtype | None = None) -> Layout:
+        """Full chunks of one sequence, copied: (kv_heads, n, …), keys and values as ``dtype`` if given."""
+        scores, means = _in_a_row(self.scores, blocks), self.mean_values
         if self.kernels:
             moments = kernel_moments(scores, self.config)
         else:
             moments = Moments(*scores.split(self.head_dim, dim=-1), self.config.page_size)
         return Layout(
-            none,
-            none,
+            _in_a_row(self.keys, blocks).to(dtype=dtype),
+            _in_a_row(self.values, blocks).to(dtype=dtype),
             self.order(blocks),
             moments,
             scores if self.kernels else None,
-            None if means is None else by_page(means),
+            None if means is None else _in_a_row(means, blocks),
         )
 
-    def near(self, blocks: torch.Tensor, full: int) -> torch.Tensor:
-        """States (kv_heads, n * chunk_size, 2 * head_dim) in order of position.
+    def near(self, blocks: torch.Tensor, full: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values (kv_heads, n * chunk_size, head_dim) in order of position.
 
         Args:
             blocks: (n,) of consecutive chunks.
             full: How many of them, from the first, are in tree order.
         """
-        states = self.states[blocks].transpose(0, 1).flatten(1, 2)
-        if not full:
-            return states
-        size = full * self.config.chunk_size
-        return torch.cat((restore(states[:, :size], self.order(blocks[:full])), states[:, size:]), 1)
+        order, size = self.order(blocks[:full]), full * self.config.chunk_size
+
+        def restored(held: torch.Tensor) -> torch.Tensor:
+            states = _in_a_row(held, blocks)
+            return torch.cat((restore(states[:, :size], order), states[:, size:]), 1) if full else states
+
+        return restored(self.keys), restored(self.values)
+
+
+def _in_a_row(held: torch.Tensor, blocks: torch.Tensor) -> torch.Tensor:
+    """(blocks, kv_heads, rows, …) of one sequence as (kv_heads, n * rows, …), contiguous."""
+    return held[blocks].transpose(0, 1).flatten(1, 2).contiguous()
 
 
 def attend_piece(
@@ -247,22 +273,14 @@ def attend_piece(
         router: Learned corrections of the layer, one for every KV head, or None.
     """
     first, last, tile = part
-    config, size, dim = cache.config, cache.config.chunk_size, cache.head_dim
+    config, size = cache.config, cache.config.chunk_size
     closed = closed_chunks(first, config, tile)
     near = cache.near(blocks[closed : (last - 1) // size + 1], max(0, length // size - closed))
-    near = near[:, : last - closed * size].to(queries.dtype)
     far = blocks[: closed_chunks(last - 1, config, tile)]
-    layout = None
-    if len(far):
-        states = cache.states[far].transpose(0, 1).flatten(1, 2).to(queries.dtype)
-        layout = dataclasses.replace(
-            cache.layout(far), keys=states[..., :dim].contiguous(), values=states[..., dim:].contiguous()
-        )
     return attend(
         queries,
-        near[..., :dim],
-        near[..., dim:],
-        layout,
+        *(states[:, : last - closed * size].to(queries.dtype) for states in near),
+        cache.layout(far, queries.dtype) if len(far) else None,
         config=config,
         start=first,
         tile=tile,

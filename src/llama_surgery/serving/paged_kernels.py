@@ -54,7 +54,7 @@ def decode_rows(
     from llama_surgery.attention.impl.triton.decode.launch import decode
 
     sequences, heads, dim = queries.shape
-    kv_heads = cache.states.shape[1]
+    kv_heads = cache.keys.shape[1]
     for name, given, shape in (
         ("tables", tables, (sequences, tables.shape[-1])),
         ("positions", positions, (sequences,)),
@@ -83,8 +83,8 @@ def kernel_view(cache: PagedStates, tables: torch.Tensor, positions: torch.Tenso
 
     return DecodeCache(
         cache.config,
-        everyone(cache.states[..., : cache.head_dim]),
-        everyone(cache.states[..., cache.head_dim :]),
+        everyone(cache.keys),
+        everyone(cache.values),
         everyone(cache.scores[..., : cache.head_dim]),
         everyone(cache.scores[..., cache.head_dim :]),
         everyone(cache.first_pages),

@@ -1,91 +1,221 @@
-"""Attention backend, metadata and implementation."""
+"""Attention backends: one of the engine's own, for all rows that see everything, with the rest beside it."""
 
 import dataclasses
-from typing import Any, ClassVar
+import functools
+from itertools import accumulate
+from typing import Any
 
 import torch
-from vllm.v1.attention.backend import (
-    AttentionBackend,
-    AttentionImpl,
-    AttentionMetadata,
-    AttentionMetadataBuilder,
-    AttentionType,
-    CommonAttentionMetadata,
-)
+from vllm.v1.attention.backend import AttentionBackend, AttentionMetadata, AttentionMetadataBuilder
 
 from llama_surgery.errors import UnsupportedModelError
 from llama_surgery.serving.execution import Batch
 from llama_surgery.serving.families import read_block
-from llama_surgery.serving.paged import Scheduled
+from llama_surgery.serving.paged import Scheduled, filled_blocks
 from llama_surgery.serving.vllm import compat
 from llama_surgery.serving.vllm.counters import report
-
-
-class SurgeryBackend(AttentionBackend):
-    """Attention through the exported topology."""
-
-    supported_dtypes: ClassVar[list[torch.dtype]] = [torch.float16, torch.bfloat16, torch.float32]
-
-    @staticmethod
-    def get_name() -> str:
-        return "CUSTOM"
-
-    @staticmethod
-    def get_impl_cls() -> type["SurgeryImpl"]:
-        return SurgeryImpl
-
-    @staticmethod
-    def get_builder_cls() -> type["SurgeryMetadataBuilder"]:
-        return SurgeryMetadataBuilder
+from llama_surgery.serving.vllm.plain import PlainBackend
 
 
 @dataclasses.dataclass
 class SurgeryMetadata(AttentionMetadata):
-    """What the engine hands to every layer.
+    """What layers get in a step that the engine's own attention cannot compute alone.
 
     Attributes:
-        batch: The scheduled batch.
+        batch: The scheduled batch, and what of it is computed here.
+        rows: (n,) int64, the rows that the engine's own attention computes.
+        dense: Its metadata for them; None where there are none.
     """
 
     batch: Batch
+    rows: torch.Tensor | None = None
+    dense: Any = None
 
 
-class SurgeryMetadataBuilder(AttentionMetadataBuilder[SurgeryMetadata]):
-    """Sequences and their blocks, out of the engine's description of a step."""
+def backend_for(layer: Any, *, dense_decode: bool) -> type[AttentionBackend]:
+    """The backend of an operated layer.
 
-    def __init__(
-        self, kv_cache_spec: Any, layer_names: list[str], vllm_config: Any, device: torch.device
-    ) -> None:
-        super().__init__(kv_cache_spec, layer_names, vllm_config, device)
-        self.config, _ = read_block(vllm_config.model_config.hf_config.surgery)
-        layers = vllm_config.compilation_config.static_forward_context
-        self.engine = layers[layer_names[0]].surgery.engine
+    Args:
+        layer: The dense layer. The backend that the engine chose for it keeps keys and values, and computes
+            all rows that see everything: decode steps among them, in CUDA graphs where it supports them.
+        dense_decode: Do decode steps see everything? If not, nothing is left to the engine.
 
-    def build(
-        self,
-        common_prefix_len: int,
-        common_attn_metadata: CommonAttentionMetadata,
-        fast_build: bool = False,
-    ) -> SurgeryMetadata:
-        """See the engine's builder."""
-        common, size = common_attn_metadata, self.config.chunk_size
-        rows, tables = common.query_start_loc_cpu.tolist(), common.block_table_tensor
-        prefilling = common.is_prefilling.tolist()
-        sequences = []
-        # Rows of the batch that only pad it come last, with no tokens.
-        for index, stop in enumerate(compat.sequence_lengths(common)):
-            count = rows[index + 1] - rows[index]
-            if count <= 0:
-                break
-            blocks = tables[index, : -(-stop // size)].long()
-            sequences.append(Scheduled(stop - count, stop, rows[index], prefilling[index], blocks))
-        report(self.engine)
-        slots = common.slot_mapping[: rows[len(sequences)]].long()
-        return SurgeryMetadata(Batch(sequences, tables[: len(sequences)], slots, self.config))
+    Raises:
+        UnsupportedModelError: It is not known how that backend lays out its cache.
+    """
+    dense = layer.attn_backend
+    if not dense_decode or not compat.readable(dense, layer):
+        return _operated(PlainBackend)
+    if dense.get_name() not in compat.KNOWN_BACKENDS:
+        raise UnsupportedModelError(
+            f"attention backend {dense.get_name()}: operated models are served on "
+            f"{', '.join(compat.KNOWN_BACKENDS)}. Use --attention-backend with one of them."
+        )
+    return _operated(dense)
 
 
-class SideBackend(SurgeryBackend):
+@functools.cache
+def _operated(base: type[AttentionBackend]) -> type[AttentionBackend]:
+    own = base is not PlainBackend
+
+    class SurgeryImpl(base.get_impl_cls()):  # type: ignore[misc]
+        """The engine's own, if all rows see everything; else that for those which do, then the others."""
+
+        def forward(
+            self,
+            layer: Any,
+            query: torch.Tensor,
+            key: torch.Tensor,
+            value: torch.Tensor,
+            kv_cache: torch.Tensor,
+            attn_metadata: Any,
+            output: torch.Tensor,
+            output_scale: torch.Tensor | None = None,
+            output_block_scale: torch.Tensor | None = None,
+        ) -> torch.Tensor:
+            """Arguments are the engine's; ``layer.surgery`` is the layer's :class:`LayerSurgery`."""
+            scales = output_scale, output_block_scale
+            if not isinstance(attn_metadata, SurgeryMetadata):
+                return super().forward(layer, query, key, value, kv_cache, attn_metadata, output, *scales)
+            if output_scale is not None or output_block_scale is not None:
+                raise UnsupportedModelError("quantised attention output is not served.")
+            surgery, batch, rows = layer.surgery, attn_metadata.batch, attn_metadata.rows
+            if rows is not None:
+                # Before chunks are laid out: the engine masks by the place of a key in its block.
+                parts = query[rows], key[rows], value[rows], kv_cache, attn_metadata.dense
+                output[rows] = super().forward(layer, *parts, torch.empty_like(output[: len(rows)]))
+                surgery.counters.add_rows(batch.dense_rows, batch.config.tile)
+            router = surgery.shard.router()
+            states = compat.keys_and_values(base.get_name(), kv_cache)
+            cache = surgery.executor.states(*states, surgery.side.kv_cache.flatten(2))
+            cache.fill(batch.filled, router)
+            surgery.executor.attend(
+                query, cache, batch, output, scale=self.scale, router=router, counters=surgery.counters
+            )
+            return output
+
+    class SurgeryMetadataBuilder(base.get_builder_cls()):  # type: ignore[misc]
+        """The engine's own metadata, unless rows of the step do not see everything."""
+
+        supports_update_block_table = False
+
+        def __init__(
+            self, kv_cache_spec: Any, layer_names: list[str], vllm_config: Any, device: torch.device
+        ) -> None:
+            super().__init__(kv_cache_spec, layer_names, vllm_config, device)
+            self.surgery, _ = read_block(vllm_config.model_config.hf_config.surgery)
+            layers = vllm_config.compilation_config.static_forward_context
+            self.operated = layers[layer_names[0]].surgery
+            # Parts of a batch, which are computed outside of graphs, must not use what graphs replay with.
+            eager = (kv_cache_spec, layer_names, compat.without_graphs(vllm_config), device)
+            self.beside = base.get_builder_cls()(*eager) if own else None
+            self.unsorted: torch.Tensor | None = None  # (blocks,) bool: full, in order of position
+            self.any_unsorted = False
+
+        @classmethod
+        def get_cudagraph_support(cls, vllm_config: Any, kv_cache_spec: Any) -> Any:
+            return compat.graph_support(super().get_cudagraph_support(vllm_config, kv_cache_spec))
+
+        def build(self, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False) -> Any:
+            """See the engine's builder."""
+            common, config = common_attn_metadata, self.surgery
+            lengths = compat.sequence_lengths(common)
+            if own and (common.max_query_len <= 1 or not config.theta):
+                self._note_decoded(common, lengths)
+                return super().build(common_prefix_len, common, fast_build)
+            sequences = self._scheduled(common, lengths)
+            tables = common.block_table_tensor[: len(sequences)]
+            sparse = [s for s in sequences if not own or s.sparse(config)]
+            filled = self._to_lay_out(sparse, [s for s in sequences if own and not s.sparse(config)])
+            if not sparse:
+                return super().build(common_prefix_len, common, fast_build)
+            report(self.operated.engine)
+            batch = Batch(sequences, tables, config, filled, dense=own)
+            return SurgeryMetadata(batch, *(self._dense(common, sequences) if own else ()))
+
+        def _scheduled(self, common: Any, lengths: torch.Tensor) -> list[Scheduled]:
+            rows, tables = common.query_start_loc_cpu.tolist(), common.block_table_tensor
+            prefilling, size, found = common.is_prefilling.tolist(), self.surgery.chunk_size, []
+            for index, stop in enumerate(lengths.tolist()):
+                count = rows[index + 1] - rows[index]
+                if count <= 0:  # what only pads the batch comes last
+                    break
+                blocks = tables[index, : -(-stop // size)].long()
+                found.append(Scheduled(stop - count, stop, rows[index], prefilling[index], blocks))
+            return found
+
+        def _note_decoded(self, common: Any, lengths: torch.Tensor) -> None:
+            """Remember chunks that decode steps fill. They are laid out when somebody reads them sparsely."""
+            size = self.surgery.chunk_size
+            full = ((lengths > 0) & (lengths % size == 0)).nonzero()[:, 0]
+            if len(full) and self.surgery.theta:
+                chunks = (lengths[full] // size - 1).to(common.block_table_tensor.device)
+                rows = full.to(chunks.device)
+                self._mark(common.block_table_tensor[rows, chunks].long(), unsorted=True)
+
+        def _mark(self, blocks: torch.Tensor, *, unsorted: bool) -> None:
+            if self.unsorted is None:
+                count = self.operated.side.kv_cache.shape[0]
+                self.unsorted = torch.zeros(count, dtype=torch.bool, device=self.device)
+            self.any_unsorted |= unsorted
+            self.unsorted[blocks] = unsorted
+
+        def _to_lay_out(self, sparse: list[Scheduled], others: list[Scheduled]) -> torch.Tensor:
+            """(n,) int64: blocks that ``sparse`` fill, and those of theirs that were left as they were."""
+            size = self.surgery.chunk_size
+            filled, later = filled_blocks(sparse, size), filled_blocks(others, size)
+            if len(later):
+                self._mark(later, unsorted=True)
+            if not own or not sparse or not self.any_unsorted:
+                return filled
+            self._mark(filled, unsorted=False)
+            earlier = torch.cat([s.blocks[: s.start // size] for s in sparse])
+            left = earlier[self.unsorted[earlier]].unique()
+            self._mark(left, unsorted=False)
+            return torch.cat((filled, left))
+
+        def _dense(self, common: Any, sequences: list[Scheduled]) -> tuple[torch.Tensor | None, Any]:
+            """Rows that see everything, and the engine's metadata for them alone."""
+            runs = [(i, s, *run) for i, s in enumerate(sequences) for run in s.dense(self.surgery)]
+            if not runs:
+                return None, None
+            ends, counts = [stop for *_, stop in runs], [stop - start for *_, start, stop in runs]
+            first = [s.row + start - s.start for _, s, start, _ in runs]
+            rows = torch.cat([torch.arange(a, a + n) for a, n in zip(first, counts, strict=True)])
+            where = torch.tensor([index for index, *_ in runs])
+            starts = torch.tensor([0, *accumulate(counts)], dtype=torch.int32)
+            lengths = torch.tensor(ends, dtype=torch.int32)
+            rows, where = rows.to(self.device), where.to(self.device)
+            part = compat.part_of(common, starts, lengths, where, rows)
+            return rows, self.beside.build(0, part)
+
+    class SurgeryBackend(base):  # type: ignore[misc, valid-type]
+        """Attention through the exported topology."""
+
+        @staticmethod
+        def get_name() -> str:
+            return "CUSTOM"
+
+        @staticmethod
+        def get_impl_cls() -> type:
+            return SurgeryImpl
+
+        @staticmethod
+        def get_builder_cls() -> type:
+            return SurgeryMetadataBuilder
+
+    return SurgeryBackend
+
+
+class SideBackend(PlainBackend):
     """For side caches, which attend to nothing: their layer's own backend reads and writes them."""
+
+    @staticmethod
+    def get_kv_cache_shape(
+        num_blocks: int, block_size: int, num_kv_heads: int, head_size: int, *_: Any, **__: Any
+    ) -> tuple[int, ...]:
+        """(blocks, kv_heads, 1, head_size): asked for by vLLM 0.26 alone."""
+        return num_blocks, num_kv_heads, 1, head_size
 
     @staticmethod
     def get_builder_cls() -> type["SideMetadataBuilder"]:
@@ -93,80 +223,15 @@ class SideBackend(SurgeryBackend):
 
 
 class SideMetadataBuilder(AttentionMetadataBuilder[AttentionMetadata]):
+    """Nothing to build, in graphs or outside."""
+
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
 
+    @classmethod
+    def get_cudagraph_support(cls, vllm_config: Any, kv_cache_spec: Any) -> Any:
+        return compat.graph_support()
+
     def build(self, *args: Any, **kwargs: Any) -> AttentionMetadata:
-        """Nothing to build."""
+        """Nothing."""
         return AttentionMetadata()
-
-
-class SurgeryImpl(AttentionImpl):
-    """Writes a batch's keys and values, lays out the chunks they fill, then attends."""
-
-    def __init__(
-        self,
-        num_heads: int,
-        head_size: int,
-        scale: float,
-        num_kv_heads: int,
-        alibi_slopes: list[float] | None,
-        sliding_window: int | None,
-        kv_cache_dtype: str,
-        logits_soft_cap: float | None = None,
-        attn_type: str = AttentionType.DECODER,
-        kv_sharing_target_layer_name: str | None = None,
-    ) -> None:
-        if alibi_slopes or sliding_window or logits_soft_cap or kv_sharing_target_layer_name:
-            raise UnsupportedModelError(
-                "ALiBi, sliding windows, capped logits and keys shared between layers are not served."
-            )
-        if attn_type != AttentionType.DECODER:
-            raise UnsupportedModelError(f"attention of type {attn_type}: only decoders are served.")
-        self.num_heads, self.head_size, self.scale = num_heads, head_size, float(scale)
-        self.num_kv_heads, self.kv_cache_dtype = num_kv_heads, kv_cache_dtype
-
-    def forward(
-        self,
-        layer: Any,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        kv_cache: torch.Tensor,
-        attn_metadata: SurgeryMetadata | None,
-        output: torch.Tensor,
-        output_scale: torch.Tensor | None = None,
-        output_block_scale: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        """
-        Args:
-            layer: The operated attention layer; ``layer.surgery`` is its :class:`LayerSurgery`.
-            query: (rows, heads, head_dim); ``output`` alike.
-            key: (rows, kv_heads, head_dim); ``value`` alike.
-            kv_cache: (blocks, kv_heads, chunk_size, 2 * head_dim).
-            attn_metadata: The batch; None while the engine measures memory.
-            output: Written and returned.
-            output_scale: Not supported: output is not quantised.
-            output_block_scale: Not supported either.
-        """
-        if output_scale is not None or output_block_scale is not None:
-            raise UnsupportedModelError("quantised attention output is not served.")
-        if attn_metadata is None:
-            return output.zero_()
-        surgery = layer.surgery
-        batch, router = attn_metadata.batch, surgery.shard.router()
-        cache = surgery.executor.states(kv_cache, surgery.side.kv_cache.flatten(2))
-        rows = len(batch.slots)
-        # All keys first: a sequence may share a block that another one fills in this very step.
-        cache.write(key[:rows], value[:rows], batch.slots)
-        cache.fill(batch.filled, router)
-        surgery.executor.attend(
-            query[:rows],
-            cache,
-            batch,
-            output[:rows],
-            scale=self.scale,
-            router=router,
-            counters=surgery.counters,
-        )
-        return output

@@ -1,11 +1,17 @@
 """What depends on the engine's version. Everything else in this room uses these names."""
 
+import copy
+import dataclasses
 from typing import Any
+
+import torch
 
 from llama_surgery.errors import SurgeryError
 
 #: Releases that the tests were run with, as major.minor.
-SUPPORTED = ("0.32",)
+SUPPORTED = ("0.26", "0.32")
+#: The engine's attention backends whose caches the plugin can read.
+KNOWN_BACKENDS = ("FLASH_ATTN", "TRITON_ATTN", "CPU_ATTN")
 
 
 def unsupported_version() -> str | None:
@@ -37,7 +43,7 @@ def own_block_size(vllm_config: Any, size: int) -> None:
 
 
 def own_scheduler(vllm_config: Any) -> None:
-    """Schedule with :class:`TileScheduler`, which is not an asynchronous one.
+    """Schedule with :class:`TileScheduler`.
 
     Raises:
         SurgeryError: The operator asked for another scheduler.
@@ -49,10 +55,7 @@ def own_scheduler(vllm_config: Any) -> None:
             f"--scheduler-cls {scheduler.scheduler_cls}: prompts must be cut at whole tiles, which the "
             "plugin's own scheduler does. Leave the option out."
         )
-    if scheduler.async_scheduling:
-        raise SurgeryError("--async-scheduling is not supported. Leave the option out.")
     scheduler.scheduler_cls = name
-    scheduler.async_scheduling = False
 
 
 def side_cache_spec(block_size: int, kv_heads: int, bytes_per_head: int) -> Any:
@@ -61,20 +64,95 @@ def side_cache_spec(block_size: int, kv_heads: int, bytes_per_head: int) -> Any:
     It shares blocks with the layers' keys and values: the engine puts layers that need equally many blocks of
     one size into one group. The cache arrives as (blocks, kv_heads, 1, bytes_per_head / 4).
     """
-    import torch
     from vllm.v1.kv_cache_interface import FullAttentionSpec
 
-    return FullAttentionSpec(
-        block_size=block_size,
-        num_kv_heads=kv_heads,
-        head_size=1,
-        dtype=torch.float32,
-        state_content_bytes=bytes_per_head,
-        tokens_per_state=block_size,
-    )
+    shape = {"block_size": block_size, "num_kv_heads": kv_heads, "dtype": torch.float32}
+    if "state_content_bytes" not in (field.name for field in dataclasses.fields(FullAttentionSpec)):  # 0.26
+        from llama_surgery.serving.vllm.side_spec import SideSpec
+
+        return SideSpec(head_size=bytes_per_head // 4, **shape)
+    sizes = {"state_content_bytes": bytes_per_head, "tokens_per_state": block_size}
+    return FullAttentionSpec(head_size=1, **shape, **sizes)
 
 
-def sequence_lengths(common: Any) -> list[int]:
+def sequence_lengths(common: Any) -> torch.Tensor:
     """Tokens of every sequence after the step, on the host: exact without speculative decoding."""
     lengths = common.seq_lens_cpu_upper_bound
-    return (common.seq_lens.cpu() if lengths is None else lengths).tolist()
+    return common.seq_lens.cpu() if lengths is None else lengths[: common.num_reqs]
+
+
+def readable(dense: Any, layer: Any) -> bool:
+    """Can :func:`keys_and_values` read the cache of backend ``dense``? A CPU's depends on the machine."""
+    if dense.get_name() != "CPU_ATTN":
+        return True
+    from vllm.config import get_current_vllm_config
+    from vllm.v1.attention.backends.cpu_attn import _get_attn_isa
+
+    config = get_current_vllm_config()
+    size, kind = config.cache_config.block_size, layer.kv_cache_dtype
+    return _get_attn_isa(config.model_config.dtype, size, layer.head_size, kind) == "vec"
+
+
+def keys_and_values(name: str, kv_cache: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Views (blocks, kv_heads, block_size, head_dim) of the cache of the backend ``name``."""
+    blocks, heads, size, width = kv_cache.shape
+    if name != "CPU_ATTN":
+        return kv_cache[..., : width // 2], kv_cache[..., width // 2 :]
+    keys, values = kv_cache.view(blocks, heads, 2, size * width // 2).unbind(2)
+    # Keys lie channel by channel.
+    return keys.unflatten(-1, (width // 2, size)).transpose(2, 3), values.unflatten(-1, (size, width // 2))
+
+
+def without_graphs(vllm_config: Any) -> Any:
+    """A copy of the configuration for a metadata builder whose metadata no CUDA graph will see."""
+    from vllm.config import CUDAGraphMode
+
+    made = copy.copy(vllm_config)
+    made.compilation_config = copy.copy(made.compilation_config)
+    made.compilation_config.cudagraph_mode = CUDAGraphMode.NONE
+    return made
+
+
+def graph_support(support: Any = None) -> Any:
+    """``support`` of CUDA graphs, but for decode steps alone; without it, that of layers which do nothing."""
+    from vllm.v1.attention.backend import AttentionCGSupport as Support
+
+    if support is None:
+        return Support.ALWAYS
+    return min(support, Support.UNIFORM_SINGLE_TOKEN_DECODE, key=lambda support: support.value)
+
+
+def part_of(
+    common: Any, starts: torch.Tensor, lengths: torch.Tensor, where: torch.Tensor, rows: torch.Tensor
+) -> Any:
+    """The engine's description of a step, for some rows of it.
+
+    Args:
+        common: Of the whole step.
+        starts: (n + 1,) int32 on the host, first row of every run of rows among ``rows``.
+        lengths: (n,) int32 on the host, keys that the last row of every run sees.
+        where: (n,) int64, sequence of every run.
+        rows: int64, the rows.
+    """
+    device = common.seq_lens.device
+    changed = {
+        "query_start_loc": starts.to(device),
+        "query_start_loc_cpu": starts,
+        "seq_lens": lengths.to(device),
+        "seq_lens_cpu_upper_bound": lengths,
+        "num_reqs": len(lengths),
+        "num_actual_tokens": len(rows),
+        "max_query_len": int(starts.diff().max()),
+        "max_seq_len": int(lengths.max()),
+        "block_table_tensor": common.block_table_tensor[where],
+        "slot_mapping": common.slot_mapping[rows],
+        "positions": None if common.positions is None else common.positions[rows],
+        "is_prefilling": None,
+        "_seq_lens_cpu": lengths,
+        "_num_computed_tokens_cpu": None,
+        "_num_computed_tokens_cache": None,
+        "_token_to_req_indices_cache": None,
+        "req_idx": None,
+    }
+    known = {field.name for field in dataclasses.fields(common)}
+    return dataclasses.replace(common, **{name: value for name, value in changed.items() if name in known})

@@ -18,7 +18,7 @@ from llama_surgery.serving.execution import Executor, executor_for
 from llama_surgery.serving.families import read_block
 from llama_surgery.serving.sharding import RouterShard
 from llama_surgery.serving.vllm import compat
-from llama_surgery.serving.vllm.backend import SideBackend, SurgeryBackend
+from llama_surgery.serving.vllm.backend import SideBackend, backend_for
 
 logger = init_logger("vllm.llama_surgery")
 
@@ -81,7 +81,7 @@ def operate_layers(model: torch.nn.Module, vllm_config: Any) -> None:
             cache_config=vllm_config.cache_config,
             quant_config=dense.quant_config,
             prefix=dense.layer_name,
-            attn_backend=SurgeryBackend,
+            attn_backend=backend_for(dense, dense_decode=not config.theta_decode),
         )
         group, heads = dense.num_heads // dense.num_kv_heads, dense.num_kv_heads
         shard = RouterShard(routers.get(index, []), heads * ranks, group, dense.head_size, rank, ranks)

@@ -26,7 +26,7 @@ def register() -> None:
 
     from llama_surgery.serving.vllm.startup import StartUp
 
-    register_backend(AttentionBackendEnum.CUSTOM, f"{_ROOM}.backend.SurgeryBackend")
+    register_backend(AttentionBackendEnum.CUSTOM, f"{_ROOM}.plain.PlainBackend")
     for name in FAMILIES.values():
         MODELS_CONFIG_MAP[name] = StartUp
         if name not in ModelRegistry.get_supported_archs():

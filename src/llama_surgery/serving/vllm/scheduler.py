@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
 
 from llama_surgery.serving.families import read_block
@@ -10,6 +11,10 @@ from llama_surgery.serving.paged import piece
 
 class TileScheduler(Scheduler):
     """Uses the engine's own place for aligned pieces, made for models with state-space layers."""
+
+    def __new__(cls, vllm_config: Any, *args: Any, **kwargs: Any) -> "TileScheduler":
+        """An asynchronous one where the engine is to schedule so, which it decides late."""
+        return object.__new__(_Async if vllm_config.scheduler_config.async_scheduling else cls)
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -26,3 +31,7 @@ class TileScheduler(Scheduler):
     ) -> int:
         start = request.num_computed_tokens + num_new_local_computed_tokens + num_external_computed_tokens
         return piece(start, num_new_tokens, request.num_prompt_tokens, self._tile)
+
+
+class _Async(TileScheduler, AsyncScheduler):
+    pass
