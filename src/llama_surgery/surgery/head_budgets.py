@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
+from transformers import PreTrainedModel
 
 from llama_surgery.attention.api import attend
 from llama_surgery.attention.executor import build_layout
@@ -84,12 +85,12 @@ def head_budgets(
     inner = inner_model(model)
     modules = attention_modules(inner)
     windows = windows[:WINDOWS].to(inner.device)
-    gradients = _gradients(model, windows[:1, :GRADIENT_TOKENS])
+    gradients = _gradients(inner, windows[:1, :GRADIENT_TOKENS])
     measured = _Measured({}, {})
     attention = functools.partial(_beside, {id(m): i for i, m in modules.items()}, config, routers, measured)
     with attention_replaced(inner, modules.values(), attention), torch.no_grad():
         for window in windows:
-            model(input_ids=window[None], use_cache=False, logits_to_keep=1)
+            inner(input_ids=window[None], use_cache=False, logits_to_keep=1)
     indices = list(modules)
     count, length = windows.shape
     harm = torch.cat([measured.change[i] * gradients[i][:, None] / (2 * count * length) for i in indices])
@@ -112,12 +113,12 @@ class _Measured(NamedTuple):
     pairs: dict[int, torch.Tensor]
 
 
-def _gradients(model: torch.nn.Module, ids: torch.Tensor) -> dict[int, torch.Tensor]:
+def _gradients(model: PreTrainedModel, ids: torch.Tensor) -> dict[int, torch.Tensor]:
     """Mean square, over rows and channels, of the gradient at every head's output: (heads,) by layer.
 
     The loss is that of tokens drawn from the model's own predictions, summed over positions.
     """
-    modules = attention_modules(inner_model(model))
+    modules = attention_modules(model)
     indices, outs = {id(m): i for i, m in modules.items()}, dict[int, torch.Tensor]()
 
     def attention(base: str, module: torch.nn.Module, *states: Any, **keywords: Any) -> tuple[Any, Any]:
@@ -127,7 +128,7 @@ def _gradients(model: torch.nn.Module, ids: torch.Tensor) -> dict[int, torch.Ten
         return out, weights
 
     with (
-        attention_replaced(inner_model(model), modules.values(), attention),
+        attention_replaced(model, modules.values(), attention),
         torch.inference_mode(False),
         torch.enable_grad(),
     ):
