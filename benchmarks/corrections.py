@@ -26,7 +26,6 @@ from llama_surgery.attention.impl.triton.decode.launch import DecodeResult, deco
 from llama_surgery.attention.impl.triton.job import make_job
 from llama_surgery.attention.impl.triton.layout.launch import build_layout
 from llama_surgery.attention.impl.triton.prefill import launch as prefill
-from llama_surgery.attention.impl.triton.select import launch as selection
 from llama_surgery.attention.result import AttentionResult
 from llama_surgery.bench.measure import Deadline, Rows, graphed, times
 from llama_surgery.config import SurgeryConfig
@@ -96,8 +95,7 @@ def bench_corrections(
     rows = Rows(out, device, n=length, dtype=str(dtype).split(".")[-1])
     data, few = make_data(length, device, dtype), make_data(CHECKED, device, torch.float32)
     job = make_job(data.queries, data.keys, data.values, _layout(data, config, None), config=config, start=0)
-    totals = [selection.row_totals(job, strip) for strip in job.strips() if strip.pages]
-    theta = calibrate(job, totals, density)
+    theta = calibrate(job, density)
     config = dataclasses.replace(config, theta=theta, theta_decode=theta / 4)
     plain: dict[str, float] = {}
     for name, (change, parts) in VARIANTS.items():

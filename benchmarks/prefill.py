@@ -19,10 +19,10 @@ from pathlib import Path
 import torch
 from timing.plot import plot_prefill
 from timing.prefill import Setting, bench_prefill
-from timing.prefill_case import Data, calibrate, make_data
+from timing.prefill_case import Data, calibrate, make_data, outputs_of
 from timing.quantities import quantiles
 
-from llama_surgery.attention.impl.triton.job import Job, Strip, make_job
+from llama_surgery.attention.impl.triton.job import Job, make_job
 from llama_surgery.attention.impl.triton.layout import launch as layout_module
 from llama_surgery.attention.impl.triton.layout.launch import build_layout
 from llama_surgery.attention.impl.triton.prefill import launch as prefill
@@ -67,27 +67,24 @@ def settings(length: int, *, full: bool, growth: bool, flex: bool) -> Iterator[S
         yield Setting(dataclasses.replace(fine, **change), 0.05, parts=True)  # type: ignore[arg-type]
 
 
-def _job(data: Data, density: float) -> tuple[Job, Strip, torch.Tensor]:
-    """A call, its last strip and that strip's totals."""
+def _job(data: Data, density: float) -> Job:
+    """A call in which θ is set for a density."""
     layout = build_layout(data.keys, data.values, CHEAP)
     job = make_job(data.queries, data.keys, data.values, layout, config=CHEAP, start=0)
-    far = [strip for strip in job.strips() if strip.pages]
-    theta = calibrate(job, [selection.row_totals(job, strip) for strip in far], density)
-    config = dataclasses.replace(CHEAP, theta=theta, theta_decode=theta)
-    job = dataclasses.replace(job, config=config)
-    return job, far[-1], selection.row_totals(job, far[-1])
+    theta = calibrate(job, density)
+    return dataclasses.replace(job, config=dataclasses.replace(CHEAP, theta=theta, theta_decode=theta))
 
 
 def tune(length: int, seconds: float) -> None:
     """Times launch configurations of layout and of the portable kernels; prints the best."""
     deadline, data = Deadline(seconds), make_data(length, CUDA, torch.bfloat16)
-    job, strip, totals = _job(data, 0.05)
+    job = _job(data, 0.05)
     job = dataclasses.replace(job, tuning=dataclasses.replace(job.tuning, specialised=False))
-    plan = selection.list_pages(job, strip, totals)
-    out, lse = torch.empty_like(job.queries), torch.empty(job.queries.shape[:3], device=CUDA)
+    strip = list(job.strips())[-1]
+    out, lse = outputs_of(job)
+    plan = selection.select(job, strip, out, lse)
     calls: dict[str, Callable[[Job], object]] = {
-        "totals": lambda job: selection.row_totals(job, strip),
-        "lists": lambda job: selection.list_pages(job, strip, totals),
+        "selection": lambda job: selection.select(job, strip, out, lse),
         "near": lambda job: prefill.attend_strip(job, strip, None, out, lse),
         "near and far": lambda job: prefill.attend_strip(job, strip, plan, out, lse),
     }
@@ -100,8 +97,7 @@ def tune(length: int, seconds: float) -> None:
             say(f"layout, pages of {config.page_size}: {milliseconds:.3f} ms with {warps} warps")
         layout_module.PROJECT_WARPS = kept
     grids: dict[tuple[str, ...], dict[str, tuple[int, ...]]] = {
-        ("totals",): {"totals_stages": (2, 3, 4), "totals_warps": (4, 8)},
-        ("lists",): {"pooled_stages": (2, 1, 3), "score_warps": (4, 8)},
+        ("selection",): {"score_stages": (2, 3), "score_warps": (4, 8), "score_rows": (64, 128)},
         ("near", "near and far"): {
             "attend_stages": (2, 3),
             "block_near": (64, 128),
@@ -133,7 +129,7 @@ def _middle(call: Callable[[], object]) -> float:
 def profile(length: int) -> None:
     """Time of each kernel of layout, selection and attention."""
     data = make_data(length, CUDA, torch.bfloat16)
-    job, _, _ = _job(data, 0.05)
+    job = _job(data, 0.05)
 
     def call() -> None:
         layout = build_layout(data.keys, data.values, job.config)

@@ -47,9 +47,8 @@ def pooled(variance: torch.Tensor, pool: int) -> torch.Tensor:
 
 
 def stands_in(variance: torch.Tensor) -> torch.Tensor:
-    """What a variance of logits adds to a page's weight: log cosh √v."""
-    root = variance.clamp_min(1e-8).sqrt()
-    return root + (-2 * root).exp().log1p() - math.log(2)
+    """What a variance of logits adds to a page's weight: √(1 + v) − 1."""
+    return (1 + variance).sqrt() - 1
 
 
 def slow_attention(q, k, v, config, calls):
@@ -90,7 +89,8 @@ def slow_attention(q, k, v, config, calls):
                     linear = math.log(PAGE) + SCALE * (q[h, p] @ mean)
                     spread = SCALE**2 * (q[h, p] ** 2 @ var)
                     most = math.log(PAGE)
-                    term = spread / 2 if spread / 2 < most else (2 * spread * most) ** 0.5 - most
+                    root = (1 + spread) ** 0.5 - (1 + 2 * most) ** 0.5
+                    term = spread / 2 if spread / 2 < most else most + (2 * most) ** 0.5 * root
                     scores.append(linear + term)
                     weights[h].append(linear + stands_in(spread))
                 total = torch.cat((torch.tensor(weights[h]).to(q), SCALE * (k[near] @ q[h, p]))).logsumexp(0)

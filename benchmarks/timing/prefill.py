@@ -11,7 +11,6 @@ import torch
 from llama_surgery.attention.impl.triton.job import Job, make_job, page_features
 from llama_surgery.attention.impl.triton.layout.launch import build_layout
 from llama_surgery.attention.impl.triton.prefill import launch as prefill
-from llama_surgery.attention.impl.triton.prefill.summary import means_for, summarise_strip
 from llama_surgery.attention.impl.triton.select import launch as selection
 from llama_surgery.attention.impl.triton.tiled_plan import ENTRY, TiledPlan
 from llama_surgery.attention.result import AttentionResult
@@ -112,12 +111,13 @@ class _Timed:
         config = setting.config
         layout = build_layout(data.keys, data.values, config)
         job = make_job(data.queries, data.keys, data.values, layout, config=config, start=0)
-        self.totals = [selection.row_totals(job, strip) for strip in job.strips() if strip.pages]
-        theta = case.calibrate(job, self.totals, setting.density)
+        theta = case.calibrate(job, setting.density)
         self.config = dataclasses.replace(config, theta=theta, theta_decode=theta)
         self.job: Job = dataclasses.replace(job, config=self.config)
         #: The same without summaries.
-        self.bare = dataclasses.replace(job, config=dataclasses.replace(self.config, summary="none"))
+        self.bare = dataclasses.replace(
+            job, config=dataclasses.replace(self.config, summary="none"), means=None
+        )
         self.label = {
             "n": self.length,
             "page": config.page_size,
@@ -171,54 +171,39 @@ class _Timed:
         return measured["p50_ms"]
 
     def time_parts(self, near_pairs: int) -> None:
-        """Layout, features, selection, near field and summaries, each alone, and what far pages add."""
+        """Layout, features, selection with summaries, near field, each alone, and what far pages add."""
         data, job, bare, config = self.data, self.job, self.bare, self.config
         strips = list(job.strips())
-        far = [strip for strip in strips if strip.pages]
-        out = torch.full_like(job.queries, torch.nan)
-        lse = torch.full(out.shape[:3], torch.nan, device=out.device)
+        out, lse = case.outputs_of(job)
         assert job.layout is not None
         moments = job.layout.moments
 
-        def totals() -> None:
-            for strip in far:
-                selection.row_totals(job, strip)
+        def select() -> list[TiledPlan]:
+            return [selection.select(job, strip, out, lse) for strip in strips if strip.pages]
 
-        def lists() -> None:
-            for strip, total in zip(far, self.totals, strict=True):
-                selection.list_pages(job, strip, total)
-
-        def attention(plans: list[TiledPlan], pages: bool = True) -> None:
+        def attention(job: Job, plans: list[TiledPlan], pages: bool = True) -> None:
             left = iter(plans)
             for strip in strips:
                 plan = next(left) if strip.pages else None
                 prefill.attend_strip(job, strip, plan if pages else None, out, lse)
 
-        def summaries() -> None:
-            for strip, plan in zip(far, plans, strict=True):
-                if means is not None:
-                    summarise_strip(job, strip, plan, means, out, lse)
-
-        plans, means = case.plans_of(job, config.theta, self.totals), means_for(job)
-        attention(plans)
-        case.check_tiles(bare, plans, out)
-        summaries()
+        plans = select()
+        attention(job, plans)
         case.check_tiles(job, plans, out)
         far_pairs = case.executed_pairs(plans, config.page_size)
         self.add("layout", lambda: build_layout(data.keys, data.values, config))
         self.add("features", lambda: page_features(moments, data.keys.dtype, config.variance_pool))
-        self.add("totals", totals)
-        self.add("lists", lists)
-        near = self.add("near field", lambda: attention(plans, pages=False), near_pairs)
-        self.add("far pages", lambda: attention(plans), far_pairs, less=near)
-        self.add("near field and far pages", lambda: attention(plans), near_pairs + far_pairs)
-        if means is not None:
-            self.add("summaries", summaries)
+        self.add("selection", select)
+        near = self.add("near field", lambda: attention(bare, plans, pages=False), near_pairs)
+        attention(bare, plans)
+        case.check_tiles(bare, plans, out)
+        self.add("far pages", lambda: attention(bare, plans), far_pairs, less=near)
+        self.add("near field and far pages", lambda: attention(bare, plans), near_pairs + far_pairs)
         scattered = case.scattered_plans(job, plans, self.setting.density)
-        attention(scattered)
+        attention(bare, scattered)
         case.check_tiles(bare, scattered, out)
         pairs = case.executed_pairs(scattered, config.page_size)
-        self.add("far pages, scattered", lambda: attention(scattered), pairs, less=near)
+        self.add("far pages, scattered", lambda: attention(bare, scattered), pairs, less=near)
 
     def time_flex(self, plans: list[TiledPlan]) -> None:
         """FlexAttention knows no first-open rows: a page is open for a whole tile."""

@@ -38,11 +38,18 @@ def make_data(length: int, device: torch.device, dtype: torch.dtype, seed: int =
     return Data(*clustered_states(STREAMS, HEADS, length, DIM, device, dtype, seed))
 
 
-def plans_of(job: Job, theta: float, totals: list[torch.Tensor]) -> list[TiledPlan]:
+def plans_of(job: Job, theta: float) -> list[TiledPlan]:
+    """Plans of all strips at a θ; what summaries come to is lost."""
     config = dataclasses.replace(job.config, theta=theta, theta_decode=theta)
     job = dataclasses.replace(job, config=config)
-    far = [strip for strip in job.strips() if strip.pages]
-    return [selection.list_pages(job, s, t) for s, t in zip(far, totals, strict=True)]
+    out, lse = outputs_of(job)
+    return [selection.select(job, strip, out, lse) for strip in job.strips() if strip.pages]
+
+
+def outputs_of(job: Job) -> tuple[torch.Tensor, torch.Tensor]:
+    """Output and log-sum-exp of a job, unwritten: NaN."""
+    out = torch.full_like(job.queries, torch.nan)
+    return out, torch.full(out.shape[:3], torch.nan, device=out.device)
 
 
 def executed_pairs(plans: list[TiledPlan], page_size: int) -> float:
@@ -54,11 +61,11 @@ def executed_density(plans: list[TiledPlan], page_size: int, length: int) -> flo
     return executed_pairs(plans, page_size) / causal_pairs(0, length)
 
 
-def calibrate(job: Job, totals: list[torch.Tensor], density: float) -> float:
+def calibrate(job: Job, density: float) -> float:
     """θ whose executed far density is nearest to ``density``."""
 
     def executed(theta: float) -> float:
-        return executed_density(plans_of(job, theta, totals), job.config.page_size, job.stop)
+        return executed_density(plans_of(job, theta), job.config.page_size, job.stop)
 
     return nearest_theta(executed, density, f"at {job.stop:,} tokens", halvings=14)
 

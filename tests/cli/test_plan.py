@@ -23,9 +23,9 @@ def test_densities_are_those_of_a_loop() -> None:
     closed = sum(seen) / causal
     assert text.near_density == pytest.approx(1 - closed)
     assert text.far_density == pytest.approx(min(closed, 0.05 * 1000 / 1500))
-    # Pages three times (totals, lists, summaries), and the near fields of rows with pages once more.
+    # Pages once, and the near fields of rows with pages once more.
     near = sum(p + 1 - keys for p, keys in enumerate(seen) if keys) / causal
-    assert text.scoring == pytest.approx(3 * closed / config.page_size + near / 2)
+    assert text.scoring == pytest.approx(closed / config.page_size + near / 2)
     assert text.summary == pytest.approx(closed / config.page_size / 2)
     sparse = text.near_density + text.far_density + text.scoring + text.summary
     assert text.attention_speedup == pytest.approx(1 / sparse)

@@ -42,14 +42,14 @@ def test_a_slow_loop_agrees() -> None:
                 weights += [float(query @ key) for key in keys]
                 values += list(kept)
                 continue
-            spread = float(query**2 @ keys.var(0, correction=0)) ** 0.5
-            weights.append(math.log(8) + float(query @ keys.mean(0)) + math.log(math.cosh(spread)))
+            spread = float(query**2 @ keys.var(0, correction=0))
+            weights.append(math.log(8) + float(query @ keys.mean(0)) + math.sqrt(1 + spread) - 1)
             values.append(kept.mean(0))
         share = torch.softmax(torch.tensor(weights, dtype=torch.float64), 0)
         torch.testing.assert_close(result.out[0, head, -1], share @ torch.stack(values))
 
 
-def test_weights_are_exact_for_two_groups_and_never_above_the_score() -> None:
+def test_weights_are_little_below_what_two_groups_weigh_and_never_above_the_score() -> None:
     generator = torch.Generator().manual_seed(0)
     centre, apart, q = (torch.randn(1, n, 6, dtype=torch.float64, generator=generator) for n in (3, 3, 5))
     apart = apart * torch.eye(6, dtype=torch.float64)[:3]  # each pair differs in one channel
@@ -57,7 +57,7 @@ def test_weights_are_exact_for_two_groups_and_never_above_the_score() -> None:
     moments, scorer = moments_of(keys, 2), Scorer(2.0)
     exact = (2.0 * q @ keys.transpose(1, 2)).unflatten(-1, (3, 2)).logsumexp(-1)
     scores, weights = scorer(q, moments)
-    torch.testing.assert_close(weights, exact, rtol=0, atol=1e-7)
+    assert ((weights - 1e-7 <= exact) & (exact <= weights + 1 - math.log(2))).all()
     assert (weights <= scores + 1e-7).all()
     scores, weights = Scorer(2.0, softcap=3.0)(q, moments)
     assert (weights <= scores + 1e-7).all()

@@ -20,7 +20,7 @@ PACKAGE = str(Path(surgery.__file__).parent)
 
 #: Kernels of a step; a prompt's are all others but those that lay chunks out.
 DECODE = {"append_kernel", "score_kernel", "open_kernel", "merge_kernel"}
-PREFILL = {"totals_kernel", "list_kernel", "attend_kernel", "summary_kernel"}
+PREFILL = {"scan_kernel", "attend_kernel"}
 
 
 def frames() -> int:

@@ -82,9 +82,11 @@ def test_weights_of_channels_by_hand() -> None:
     scores, weights = (x.flatten() for x in Scorer(1.0, None, router)(query, moments))
     means = torch.tensor([math.log(4) + 2 * 1 + 2 * 2, math.log(4) + 3 * 1 - 0.5 * 2], dtype=torch.float64)
     variances = torch.tensor([1.0, 27.0], dtype=torch.float64)
-    reached = [0.5, 2 * math.sqrt(13.5 * math.log(4)) - math.log(4)]  # of half a variance of 1, and of 27
+    most = math.log(4)
+    beyond = most + math.sqrt(2 * most) * (math.sqrt(1 + 27.0) - math.sqrt(1 + 2 * most))
+    reached = [0.5, beyond]  # of half a variance of 1, and of 27
     torch.testing.assert_close(scores, means + torch.tensor(reached, dtype=torch.float64))
-    torch.testing.assert_close(weights, means + variances.sqrt().cosh().log())
+    torch.testing.assert_close(weights, means + (1 + variances).sqrt() - 1)
 
 
 def test_the_tree_sees_mapped_keys_and_the_cache_those_of_the_model() -> None:

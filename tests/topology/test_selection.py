@@ -93,7 +93,8 @@ def cases(draw, **fixed):
 def reached(term, size):
     """What a variance term adds to the score of a page of ``size`` keys."""
     most = math.log(size)
-    return term if term < most else 2 * math.sqrt(term * most) - most
+    beyond = most + math.sqrt(2 * most) * (math.sqrt(1 + 2 * term) - math.sqrt(1 + 2 * most))
+    return term if term < most else beyond
 
 
 def slow_scores(case, stream, row, head):
@@ -104,7 +105,7 @@ def slow_scores(case, stream, row, head):
         spread = SCALE**2 * float(q**2 @ moments.variance[stream, page])
         linear = math.log(case.config.page_size) + SCALE * float(q @ moments.mean[stream, page])
         scores.append(linear + reached(spread / 2, case.config.page_size))
-        weights.append(linear + math.log(math.cosh(math.sqrt(spread))))
+        weights.append(linear + math.sqrt(1 + spread) - 1)
     return scores, weights
 
 
@@ -218,10 +219,10 @@ def test_a_score_is_what_samples_of_a_normal_distribution_weigh_or_somewhat_more
 
 
 @given(st.floats(0, 30))
-def test_a_weight_of_two_groups_of_keys_is_exact(apart):
+def test_a_weight_is_little_below_that_of_two_groups_of_keys(apart):
     keys = torch.tensor([[-apart], [apart]], dtype=torch.float64).repeat_interleave(4, 0)
     weight = Scorer(1.0)(torch.ones(1, 1, 1, dtype=torch.float64), moments_of(keys[None], 8))[1].item()
-    assert weight == pytest.approx(keys.logsumexp(0).item(), abs=1e-6)
+    assert weight - 1e-6 <= keys.logsumexp(0).item() <= weight + 1 - math.log(2)
 
 
 def test_weights_have_finite_slopes_where_keys_are_equal():
@@ -242,7 +243,7 @@ def test_a_wide_page_takes_no_share_from_others():
     assert scores[0, 0, 0] - exact[0] > 20
     shares = log_shares(scores[:, None], weights[:, None], near_lse[:, None], None, Scorer(1.0)).exp()
     assert shares[0, 0, 0, 0] > 1  # it is opened in any case
-    assert shares[0, 0, 0, 1].item() == pytest.approx(exact.softmax(0)[1].item(), rel=1e-6)
+    assert exact.softmax(0)[1].item() <= shares[0, 0, 0, 1].item() <= 1.05 * exact.softmax(0)[1].item()
 
 
 @given(st.integers(0, 2**31), st.booleans())

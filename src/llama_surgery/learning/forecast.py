@@ -22,8 +22,6 @@ STEP_FACTOR = 4
 #: The same for a step on logits, of weights and of attention: the dense model's pass, the gated one's, that
 #: again while going back, and on the way back one product for each with a frozen weight, two for attention's.
 LOGITS_FACTORS = (4, 5)
-#: How often kernels score a page for a row: for its total and for the lists, and where means stand in.
-SCORINGS = {"none": 2, "page": 3}
 #: Bytes of a correction while it is learned: itself, its gradient and Adam's two moments, in float32.
 CORRECTION_BYTES = 16
 
@@ -143,7 +141,7 @@ def at_length(shape: Shape, config: SurgeryConfig, density: float, calibrated: i
     it, as if a row opened as many pages with one θ whatever the length, and as ``density`` below.
     A score takes 1 / page_size of the score products of dense attention for means and, with ``variance_pool``
     channels together, that over the pool for variances; each is half of what attention multiplies for a pair.
-    Kernels make it ``SCORINGS`` times.
+    Kernels make it once; for the few pages that may be opened once more, which is not counted.
 
     Args:
         density: Executed far density at ``calibrated`` tokens.
@@ -155,7 +153,7 @@ def at_length(shape: Shape, config: SurgeryConfig, density: float, calibrated: i
     closed = 1 - near
     far = min(closed, density * min(1.0, calibrated / length))
     channels = 1 + 1 / config.variance_pool
-    scoring = SCORINGS[config.summary] * closed / config.page_size / 2 * channels
+    scoring = closed / config.page_size / 2 * channels
     sparse_from = min(length, max(config.chunk_size + config.window, config.dense_until))
     scoring += near_pairs(sparse_from, length, config, config.tile) / causal / 2
     summary = summary_density(config, length)

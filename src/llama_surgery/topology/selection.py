@@ -17,9 +17,6 @@ from llama_surgery.topology.router import PageRouter
 #: and infinity for the page that is always open, and the block: how calibration listens.
 ShareListener = Callable[[torch.Tensor, Block], None]
 
-#: Least 2·t that a root is taken of: its derivative stays finite.
-_LEAST = 1e-8
-
 
 @dataclasses.dataclass(frozen=True)
 class Scorer:
@@ -27,12 +24,13 @@ class Scorer:
 
     ``score(q, P) = log|P| + s·(q·μ) + r(t)`` with ``t = ½·s²·(q²·σ²)``: what |P| normal logits of variance
     2t weigh. While ``t < log|P|`` r is t, the diagonal second-order expansion of ``log Σ_{k in P}
-    exp(s·q·k)``. Beyond, that counts on logits so rare that a page has none of them: r(t) = 2·√(t·log|P|) −
-    log|P|, the free energy of the random energy model (Derrida, Phys. Rev. B 24, 2613, 1981). The weight has
-    ``log cosh √(2t)`` in place of r: it is t while that is small, and exact for two equally large groups of
-    keys on both sides of their mean. What is opened may err high; what is counted unread, rather low: it
-    makes up the row's total. Where logits are capped, ``c·tanh(x / c)``, mean and slope pass through the cap
-    (delta method).
+    exp(s·q·k)``. Beyond, that counts on logits so rare that a page has none of them: the free energy of the
+    random energy model, 2·√(t·log|P|) − log|P| (Derrida, Phys. Rev. B 24, 2613, 1981), takes its place. The
+    weight has ``√(1 + 2t) − 1`` in place of r: it is t while that is small, and within 0.31 of ``log cosh
+    √(2t)``, which is exact for two equally large groups of keys on both sides of their mean. In r the same
+    root stands for √(2t), which makes one root do: ``r(t) = m + √(2m)·(√(1 + 2t) − √(1 + 2m))`` beyond
+    ``m = log|P|``. What is opened may err high; what is counted unread, rather low: it makes up the row's
+    total. Where logits are capped, ``c·tanh(x / c)``, mean and slope pass through the cap (delta method).
 
     Attributes:
         scale: s, the module's own scaling of q·k.
@@ -66,12 +64,10 @@ class Scorer:
         if self.softcap is not None:
             capped = torch.tanh(linear / self.softcap)
             linear, quadratic = self.softcap * capped, quadratic * (1 - capped.square()).square()
-        root = (2 * quadratic).clamp_min(_LEAST).sqrt()
-        log_cosh = root + torch.log1p(torch.exp(-2 * root)) - math.log(2)
-        linear = linear + math.log(moments.size)
-        most = math.log(moments.size)
-        reached = 2 * (quadratic.clamp_min(_LEAST) * most).sqrt() - most
-        return linear + torch.where(quadratic < most, quadratic, reached), linear + log_cosh
+        root = (1 + 2 * quadratic.clamp_min(0)).sqrt()
+        linear, most = linear + math.log(moments.size), math.log(moments.size)
+        reached = most + math.sqrt(2 * most) * (root - math.sqrt(1 + 2 * most))
+        return linear + torch.where(quadratic < most, quadratic, reached), linear + root - 1
 
 
 def score_pages(

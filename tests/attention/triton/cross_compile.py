@@ -30,7 +30,6 @@ from llama_surgery.attention.impl.triton.hopper import attend_kernel as hopper_a
 from llama_surgery.attention.impl.triton.hopper import launch as hopper
 from llama_surgery.attention.impl.triton.layout import launch as layout
 from llama_surgery.attention.impl.triton.prefill import launch as prefill
-from llama_surgery.attention.impl.triton.prefill import summary
 from llama_surgery.attention.impl.triton.select import launch as selection
 from llama_surgery.attention.impl.triton.tiled_plan import TiledPlan
 from llama_surgery.config import SurgeryConfig
@@ -60,8 +59,7 @@ PROCESSORS = 132
 #: Kernels by the module that launches them.
 KERNELS = {
     prefill: ("attend_kernel",),
-    selection: ("totals_kernel", "list_kernel"),
-    summary: ("summary_kernel",),
+    selection: ("scan_kernel",),
     layout: (
         "map_kernel",
         "project_kernel",

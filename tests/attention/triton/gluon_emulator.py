@@ -106,6 +106,11 @@ class Room:
     def reshape(self, shape: list[int]) -> "Room":
         return Room(self.tensor.reshape(shape))
 
+    def reinterpret(self, dtype: torch.dtype, shape: list[int], layout: Any) -> "Pieces":
+        return Pieces(self.tensor, shape[-2])
+
+    _reinterpret = reinterpret
+
     def permute(self, order: list[int]) -> "Room":
         return Room(self.tensor.permute(order))
 
@@ -114,6 +119,20 @@ class Room:
 
     def store(self, stored: torch.Tensor) -> None:
         self.tensor.copy_(stored)
+
+
+@dataclasses.dataclass
+class Pieces:
+    """Buffers (stages, 1, keys, channels) in pieces of some keys and 64 channels: a line of memory."""
+
+    tensor: torch.Tensor
+    keys: int
+
+    def index(self, place: int) -> Room:
+        per, slabs = self.tensor.shape[2] // self.keys, self.tensor.shape[3] // 64
+        page, slab, stage = place % per, place // per % slabs, place // per // slabs
+        keys = slice(page * self.keys, (page + 1) * self.keys)
+        return Room(self.tensor[stage, :, keys, slab * 64 : (slab + 1) * 64])
 
 
 class Barrier:

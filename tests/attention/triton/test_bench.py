@@ -31,11 +31,9 @@ def test_prefill(device: torch.device, tmp_path: Path, monkeypatch: pytest.Monke
     found = {row["part"]: row for row in rows}
     assert {
         "layout",
-        "totals",
-        "lists",
+        "selection",
         "near field",
         "far pages",
-        "summaries",
         "far pages, scattered",
     } < found.keys()
     whole = found["attention with layout and selection"]

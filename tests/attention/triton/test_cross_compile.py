@@ -19,10 +19,8 @@ from triton.backends import backends
 pytestmark = pytest.mark.timeout(660)
 
 KERNELS = {
-    "totals_kernel",
-    "list_kernel",
+    "scan_kernel",
     "attend_kernel",
-    "summary_kernel",
     "map_kernel",
     "project_kernel",
     "split_kernel",
@@ -146,7 +144,7 @@ def test_caps_sinks_and_single_precision(target: str) -> None:
 
 @pytest.mark.compile
 def test_single_precision_on_small_gpus() -> None:
-    largest = {"list_kernel", "attend_kernel"}
+    largest = {"scan_kernel", "attend_kernel"}
     check("cuda:89", "--dtype", "float32", "--only", *largest, kernels=largest)
 
 

@@ -63,8 +63,10 @@ class TestEmulated:
         [
             (1, 0, 4, 64, {}),
             (330, 300, 3, 64, {}),
-            (275, 111, 7, 64, {"variance_pool": 4}),
+            (275, 111, 7, 64, {"variance_pool": 4, "page_size": 16}),
             (400, 0, 2, 128, {}),
+            (200, 333, 1, 128, {"page_size": 32, "variance_pool": 1}),
+            (140, 400, 2, 64, {"summary": "none"}),
             (530, 0, 1, 64, {"dense_until": 448}),
             (150, 300, 2, 64, {"chunk_size": 128, "window": 128}),
         ],
@@ -111,13 +113,13 @@ class TestEmulated:
 @pytest.mark.usefixtures("poisoned")
 class TestAgainstPortableKernels:
     @pytest.mark.parametrize(
-        ("heads", "dim", "dtype"),
+        ("heads", "dim", "dtype", "page"),
         [
-            (4, 128, torch.bfloat16),
-            (3, 64, torch.float16),
-            (6, 128, torch.float16),
-            (1, 128, torch.bfloat16),
-            (7, 64, torch.bfloat16),
+            (4, 128, torch.bfloat16, 64),
+            (3, 64, torch.float16, 32),
+            (6, 128, torch.float16, 16),
+            (1, 128, torch.bfloat16, 32),
+            (7, 64, torch.bfloat16, 64),
         ],
     )
     @pytest.mark.parametrize(
@@ -133,10 +135,11 @@ class TestAgainstPortableKernels:
     )
     def test_attention(
         self, past: int, rows: int, sink: bool, heads: int, dim: int, dtype: torch.dtype,
-        device: torch.device, monkeypatch: pytest.MonkeyPatch,
+        page: int, device: torch.device, monkeypatch: pytest.MonkeyPatch,
     ) -> None:  # fmt: skip
         case = test_prefill.Case(rows, past, heads, dim, dtype=dtype, sink=sink, streams=STREAMS)
-        fast, plain = both(test_prefill.inputs(case, CONFIG, device), CONFIG, monkeypatch)
+        config = dataclasses.replace(CONFIG, page_size=page)
+        fast, plain = both(test_prefill.inputs(case, config, device), config, monkeypatch)
         assert bool(fast.plans) == bool(past or rows > 320)
         check_attention(fast, plain)
 
@@ -196,9 +199,9 @@ class TestWhereTheyAreTaken:
     def test_no_other_shapes(self, change: dict[str, Any], device: torch.device) -> None:
         assert not hopper.attends(job_of(device, dataclasses.replace(LLAMA, **change)))
 
-    def test_no_other_pages(self, device: torch.device) -> None:
-        small = dataclasses.replace(CONFIG, page_size=32)
-        assert not hopper.attends(job_of(device, LLAMA, small))
+    @pytest.mark.parametrize(("size", "taken"), [(8, False), (16, True), (32, True), (128, False)])
+    def test_pages_that_blocks_are_made_of(self, size: int, taken: bool, device: torch.device) -> None:
+        assert hopper.attends(job_of(device, LLAMA, dataclasses.replace(CONFIG, page_size=size))) is taken
 
     @pytest.mark.parametrize("change", [{"variance_pool": 1}, {"summary": "none"}])
     def test_pages_however_they_are_selected(self, change: dict[str, Any], device: torch.device) -> None:

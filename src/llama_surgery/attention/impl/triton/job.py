@@ -53,6 +53,8 @@ class Job:
         layout: Full chunks, or None.
         features: What pages are scored by, (streams, pages, …) from :func:`page_features`; None without
             closed chunks.
+        means: Mean values of the pages, (streams, pages, value_dim) in the queries' dtype, where these stand
+            in for pages; else None.
         sink_logit: (streams, heads), or None.
         router: Learned corrections, for streams, contiguous; every part may be None.
     """
@@ -62,6 +64,7 @@ class Job:
     near_values: torch.Tensor
     layout: Layout | None
     features: torch.Tensor | None
+    means: torch.Tensor | None
     sink_logit: torch.Tensor | None
     router: PageRouter
     config: SurgeryConfig
@@ -130,16 +133,20 @@ def make_job(
     )
     if tile > 1:
         queries = queries.flatten(0, 1).unsqueeze(1)
-    features = None
+    features = means = None
     last = start + queries.shape[2] - 1
     if layout is not None and closed_chunks(last, config, tile):
         features = features_of(layout, config, queries.dtype)
+        if config.summarises(tile):
+            assert layout.mean_values is not None
+            means = layout.mean_values.to(queries.dtype)
     return Job(
         queries,
         near_keys,
         near_values,
         layout,
         features,
+        means,
         None if sink_logit is None else sink_logit.contiguous(),
         (router or PageRouter()).for_streams(streams, queries.device),
         config,

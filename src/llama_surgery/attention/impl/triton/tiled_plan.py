@@ -24,8 +24,6 @@ class TiledPlan:
         rows_seen: (choosers, tiles) int32, for how many rows its pages are visible, summed over pages.
         entries: (choosers, tiles, capacity) int32 lists, the first ``counts`` of each are valid: ascending
             ``page * ENTRY + first_open``; None where they were not kept.
-        first: (choosers, tiles, capacity) uint8, first row of every closed page, ``tile`` where none opened
-            it; kept for summaries alone.
         pages: Closed pages of the last tile, where the lists have no room for as many.
     """
 
@@ -35,7 +33,6 @@ class TiledPlan:
     counts: torch.Tensor
     rows_seen: torch.Tensor
     entries: torch.Tensor | None = None
-    first: torch.Tensor | None = None
     pages: int = 0
 
     def trimmed(self) -> "TiledPlan":

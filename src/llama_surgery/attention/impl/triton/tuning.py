@@ -17,9 +17,7 @@ class Tuning:
         attend_warps, attend_stages: Of the attention kernel.
         score_rows: Most rows of a matrix tile in selection.
         block_pages: Pages of a step of selection.
-        score_warps, score_stages: Of the selection kernels.
-        pooled_stages: Instead of ``score_stages`` with pooled variances, whose features take half the room.
-        totals_warps, totals_stages: Of the kernel of totals with pooled variances.
+        score_warps, score_stages: Of the selection kernel.
         shared: Bytes of shared memory that a program may take: pages are loaded ahead where there is room.
         specialised: Take the kernels whose warps share loading and computing (``hopper``) where they can run.
     """
@@ -33,17 +31,12 @@ class Tuning:
     block_pages: int = 64
     score_warps: int = 8
     score_stages: int = 2
-    pooled_stages: int = 2
-    totals_warps: int = 8
-    totals_stages: int = 2
     shared: int = 160 << 10
     specialised: bool = False
 
 
 #: For the families whose processors have 99 KiB of shared memory.
-_SMALL = Tuning(
-    rows=64, attend_warps=4, score_rows=32, score_warps=4, block_pages=32, totals_warps=4, shared=99 << 10
-)
+_SMALL = Tuning(rows=64, attend_warps=4, score_rows=32, score_warps=4, block_pages=32, shared=99 << 10)
 
 #: By family, for head dims up to 128.
 TABLE = {
@@ -53,16 +46,14 @@ TABLE = {
     "sm120": _SMALL,
     "sm90": Tuning(
         keys_per_step=32,
+        score_stages=3,
         attend_warps=4,
-        score_warps=4,
-        score_stages=1,
-        totals_stages=3,
         shared=227 << 10,
         specialised=True,
     ),
     "sm100": Tuning(attend_stages=3, score_stages=3, shared=227 << 10),
-    "gfx942": Tuning(attend_stages=1, score_stages=1, pooled_stages=1, totals_stages=1, shared=64 << 10),
-    "gfx950": Tuning(attend_stages=2, score_stages=1, pooled_stages=1, totals_stages=1),
+    "gfx942": Tuning(attend_stages=1, score_stages=1, shared=64 << 10),
+    "gfx950": Tuning(attend_stages=2, score_stages=1),
 }
 
 
@@ -104,8 +95,6 @@ def tuning_for(family: str, head_dim: int, element_size: int, exact: bool = Fals
             score_rows=tuning.score_rows // 2,
             block_pages=tuning.block_pages // 2,
             score_stages=min(tuning.score_stages, 2),
-            pooled_stages=min(tuning.pooled_stages, 2),
-            totals_stages=min(tuning.totals_stages, 2),
         )
     if bytes_per_row > 512:
         tuning = dataclasses.replace(
@@ -114,12 +103,10 @@ def tuning_for(family: str, head_dim: int, element_size: int, exact: bool = Fals
             score_rows=32,
             attend_stages=1,
             score_stages=1,
-            pooled_stages=1,
-            totals_stages=1,
             attend_warps=4,
         )
     if exact and family.startswith("sm"):
-        tuning = dataclasses.replace(tuning, score_rows=32, block_pages=16, score_warps=4, totals_warps=4)
+        tuning = dataclasses.replace(tuning, score_rows=32, block_pages=16, score_warps=4)
         if tuning.shared < TABLE["sm80"].shared:
-            tuning = dataclasses.replace(tuning, score_stages=1, pooled_stages=1)
+            tuning = dataclasses.replace(tuning, score_stages=1)
     return tuning

@@ -24,7 +24,6 @@ from llama_surgery.attention.impl.triton.helpers import (
 from llama_surgery.attention.impl.triton.select.page_scores import (
     page_scores,
     page_terms,
-    page_weights,
     score_factors,
 )
 
@@ -230,8 +229,8 @@ def score_kernel(
             along, across = page_terms(q, squares, mean, spread, scale, softcap, CAP)
             cells = (page[None, :] * ROWS + row[:, None]) * HEADS + head[:, None]
             kept = live[:, None] & present[None, :]
-            tl.store(scores_base + cells, page_scores(along, across, LOG2_PAGE), mask=kept)
-            weights = page_weights(along, across, LOG2_PAGE)
+            scores, weights = page_scores(along, across, LOG2_PAGE)
+            tl.store(scores_base + cells, scores, mask=kept)
             if SUMMARY:
                 standing = weights
                 if summary_ptr is not None:

@@ -18,6 +18,7 @@ from llama_surgery.attention.impl.triton.hopper.helpers import (
     closed_chunks,
     fetch,
     hand_out,
+    in_pieces,
     make_ring,
     make_room,
     make_ticket,
@@ -47,15 +48,25 @@ def _place(
 
 
 @gluon.jit
-def _blocks(entries_ptr, counts_ptr, chooser, tile, tiles, capacity, whole, FAR: gl.constexpr):
-    """How many blocks a tile reads, and where the entry of block 0 would be, had near blocks entries too."""
-    blocks = 1 + whole
+def _pages(entries_ptr, counts_ptr, chooser, tile, tiles, capacity, FAR: gl.constexpr):
+    """How many pages a tile reads, and where their entries are."""
+    count = 0
     entries = 0
     if FAR:
         listed = chooser.to(gl.int64) * tiles + tile
-        blocks += gl.load(counts_ptr + listed)
-        entries = entries_ptr + listed * capacity - 1 - whole
-    return blocks, entries
+        count = gl.load(counts_ptr + listed)
+        entries = entries_ptr + listed * capacity
+    return count, entries
+
+
+@gluon.jit
+def _fetch_page(descriptor, stream, slot, full, room, place, SLABS: gl.constexpr, PER: gl.constexpr):
+    """Load the keys or values of a page, a slab of 64 channels at a time: so a block lies in shared memory.
+
+    ``room`` holds (PAGE, 64) pieces, ``place`` is the one of the page's first slab.
+    """
+    for slab in gl.static_range(SLABS):
+        fetch(descriptor, [stream, slot, slab * 64], full, room.index(place + slab * PER))
 
 
 @gluon.jit
@@ -63,11 +74,17 @@ def _load(
     half, q, near_k, near_v, far_k, far_v, entries_ptr, counts_ptr, taken_ptr,
     q_room, ticket, key_ring, value_ring,
     choosers, tiles, capacity, start, near_start, first_tile, dense_until,
-    GROUP: gl.constexpr, DIM: gl.constexpr, CHUNK: gl.constexpr, WINDOW: gl.constexpr, FAR: gl.constexpr,
-    KEY_STAGES: gl.constexpr,
-    VALUE_STAGES: gl.constexpr,
+    GROUP: gl.constexpr, DIM: gl.constexpr, CHUNK: gl.constexpr, WINDOW: gl.constexpr, PAGE: gl.constexpr,
+    FAR: gl.constexpr, KEY_STAGES: gl.constexpr, VALUE_STAGES: gl.constexpr,
 ):  # fmt: skip
     bytes_of_block: gl.constexpr = BLOCK * DIM * 2
+    per: gl.constexpr = BLOCK // PAGE
+    slabs: gl.constexpr = DIM // 64
+    key_pages = key_ring[0]
+    value_pages = value_ring[0]
+    if FAR:
+        key_pages = in_pieces(key_pages, far_k, KEY_STAGES * slabs * per)
+        value_pages = in_pieces(value_pages, far_v, VALUE_STAGES * slabs * per)
     step = 0
     turn = 0
     work = gl.program_id(0) * 2 + half
@@ -80,37 +97,38 @@ def _load(
         mbarrier.expect(arrived, TILE * DIM * 2)
         fetch(q, [chooser, q_first - start, 0], arrived, q_room.index(half))
         turn += 1
-        blocks, entries = _blocks(entries_ptr, counts_ptr, chooser, tile, tiles, capacity, whole, FAR)
+        count, entries = _pages(entries_ptr, counts_ptr, chooser, tile, tiles, capacity, FAR)
         # The block with the diagonal comes first.
-        for index in range(blocks):
-            near = index <= whole
+        for index in range(1 + whole):
             at = begin + gl.where(index == 0, whole, index - 1) * BLOCK - near_start
-            if FAR:
-                entry = gl.load(entries + index, mask=index > whole, other=0)
-                at = gl.where(near, at, entry // ENTRY * BLOCK)
             room, full = begin_fill(key_ring, step, bytes_of_block, KEY_STAGES)
-            fetch(near_k, [stream, at, 0], full, room, pred=near)
-            if FAR:
-                fetch(far_k, [stream, at, 0], full, room, pred=index > whole)
+            fetch(near_k, [stream, at, 0], full, room)
             room, full = begin_fill(value_ring, step, bytes_of_block, VALUE_STAGES)
-            fetch(near_v, [stream, at, 0], full, room, pred=near)
-            if FAR:
-                fetch(far_v, [stream, at, 0], full, room, pred=index > whole)
+            fetch(near_v, [stream, at, 0], full, room)
             step += 1
+        if FAR:
+            for place in range(0, count, per):
+                # Where a block has a page too few, the first one fills it: no row sees it.
+                _, full = begin_fill(key_ring, step, bytes_of_block, KEY_STAGES)
+                for page in gl.static_range(per):
+                    entry = gl.load(entries + place + page, mask=place + page < count, other=0)
+                    piece = step % KEY_STAGES * slabs * per + page
+                    _fetch_page(far_k, stream, entry // ENTRY * PAGE, full, key_pages, piece, slabs, per)
+                _, full = begin_fill(value_ring, step, bytes_of_block, VALUE_STAGES)
+                for page in gl.static_range(per):
+                    entry = gl.load(entries + place + page, mask=place + page < count, other=0)
+                    piece = step % VALUE_STAGES * slabs * per + page
+                    _fetch_page(far_v, stream, entry // ENTRY * PAGE, full, value_pages, piece, slabs, per)
+                step += 1
         work = 2 * gl.num_programs(0) + gl.atomic_add(taken_ptr, 1)
     mbarrier.arrive(hand_out(ticket, turn, work), count=1)
 
 
 @gluon.jit
-def _weigh(products, total, top, factor, seen):
-    """A step of the online softmax: weights, their running sum and maximum, what earlier weights shrink by.
-
-    Where a row has not ``seen`` the block, its weights are 0.
-    """
-    peak = gl.where(seen, gl.max(products, 1) * factor, FLOOR)
-    new_top = gl.maximum(top, peak)
-    shift = gl.where(seen, new_top, float("inf"))
-    weights = gl.exp2(products * factor - shift[:, None])
+def _weigh(products, total, top, factor):
+    """A step of the online softmax: weights, their sum and maximum so far, what earlier weights shrink by."""
+    new_top = gl.maximum(top, gl.max(products, 1) * factor)
+    weights = gl.exp2(products * factor - new_top[:, None])
     decay = gl.exp2(top - new_top)
     return weights, total * decay + gl.sum(weights, 1), new_top, decay
 
@@ -120,8 +138,9 @@ def _attend(
     half, q_room, ticket, key_ring, value_ring, entries_ptr, counts_ptr, sink_ptr, out_ptr, lse_ptr,
     out_chooser, out_row, lse_chooser,
     choosers, tiles, capacity, start, stop, first_tile, dense_until, factor,
-    GROUP: gl.constexpr, DIM: gl.constexpr, CHUNK: gl.constexpr, WINDOW: gl.constexpr, FAR: gl.constexpr,
-    SINK: gl.constexpr, KEY_STAGES: gl.constexpr, VALUE_STAGES: gl.constexpr,
+    GROUP: gl.constexpr, DIM: gl.constexpr, CHUNK: gl.constexpr, WINDOW: gl.constexpr, PAGE: gl.constexpr,
+    FAR: gl.constexpr, SUMMARY: gl.constexpr, SINK: gl.constexpr, KEY_STAGES: gl.constexpr,
+    VALUE_STAGES: gl.constexpr,
 ):  # fmt: skip
     scores: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK, 16])
     sums: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, DIM, 16])
@@ -145,8 +164,14 @@ def _attend(
         q = q_room.index(half).reshape([TILE, DIM]).load(gl.DotOperandLayout(0, scores, 2))
         release(ticket, 0, 1)
         turn += 1
-        blocks, entries = _blocks(entries_ptr, counts_ptr, chooser, tile, tiles, capacity, whole, FAR)
+        count, entries = _pages(entries_ptr, counts_ptr, chooser, tile, tiles, capacity, FAR)
         position = q_first + row
+        live = (position >= start) & (position < stop)
+        position_wide = q_first + row_wide
+        live_wide = (position_wide >= start) & (position_wide < stop)
+        lse_cells = lse_ptr + chooser.to(gl.int64) * lse_chooser + (position - start).to(gl.int64)
+        place = chooser.to(gl.int64) * out_chooser + (position_wide - start).to(gl.int64) * out_row
+        out_cells = out_ptr + place[:, None] + column[None, :]
         acc = gl.zeros([TILE, DIM], gl.float32, sums)
         top = gl.full([TILE], FLOOR, gl.float32, rows)
         total = gl.zeros([TILE], gl.float32, rows)
@@ -154,6 +179,17 @@ def _attend(
             sink = gl.load(sink_ptr + (chooser + 0 * row))
             top = gl.maximum(sink.to(gl.float32) * LOG2E, FLOOR)
             total = total + 1.0
+        if FAR and SUMMARY:  # noqa: SIM102 (the other condition is known at run time)
+            if begin > 0:
+                # The means of pages that rows do not see are a key of their own, whose value is their output.
+                standing = gl.load(lse_cells, mask=live, other=float("-inf")) * LOG2E
+                new_top = gl.maximum(top, standing)
+                share = gl.exp2(standing - new_top)
+                total = total * gl.exp2(top - new_top) + share
+                top = new_top
+                means = gl.load(out_cells, mask=live_wide[:, None], other=0.0).to(gl.float32)
+                acc = gl.convert_layout(means, sums)
+                acc = acc * gl.convert_layout(share, gl.SliceLayout(1, sums))[:, None]
 
         keys = wait_filled(key_ring, step, KEY_STAGES).reshape([BLOCK, DIM])
         products = warpgroup_mma_wait(0, [products_with(q, keys, nothing)])
@@ -161,19 +197,24 @@ def _attend(
         at = begin + whole * BLOCK + key
         visible = (at[None, :] <= position[:, None]) & (at < stop)[None, :]
         products = gl.where(visible, products, float("-inf"))
-        weights, total, top, _ = _weigh(products, total, top, factor, row >= 0)
+        weights, total, top, decay = _weigh(products, total, top, factor)
         weights = gl.convert_layout(weights.to(dtype), factors)
-        first = 0
-        for index in range(1, blocks):
+        if FAR and SUMMARY:
+            acc = acc * gl.convert_layout(decay, gl.SliceLayout(1, sums))[:, None]
+        for index in range(1, 1 + whole + (count * PAGE + BLOCK - 1) // BLOCK):
             if FAR:
-                first = gl.load(entries + index, mask=index > whole, other=0) % ENTRY
+                page = (index - 1 - whole) * (BLOCK // PAGE) + key // PAGE
+                absent = gl.where(index <= whole, 0, TILE) + 0 * key
+                first = gl.load(entries + page, mask=(page < count) & (page >= 0), other=absent) % ENTRY
             keys = wait_filled(key_ring, step + 1, KEY_STAGES).reshape([BLOCK, DIM])
             products = products_with(q, keys, nothing)
             values = wait_filled(value_ring, step, VALUE_STAGES).reshape([BLOCK, DIM])
             acc = warpgroup_mma(weights, values, acc, is_async=True)
             products = warpgroup_mma_wait(1, [products])
             release(key_ring, step + 1, KEY_STAGES)
-            new_weights, total, top, decay = _weigh(products, total, top, factor, row >= first)
+            if FAR:
+                products = gl.where(row[:, None] >= first[None, :], products, float("-inf"))
+            new_weights, total, top, decay = _weigh(products, total, top, factor)
             acc = warpgroup_mma_wait(0, [acc])
             release(value_ring, step, VALUE_STAGES)
             weights = gl.convert_layout(new_weights.to(dtype), factors)
@@ -184,17 +225,12 @@ def _attend(
         release(value_ring, step, VALUE_STAGES)
         step += 1
 
-        live = (position >= start) & (position < stop)
         lse = gl.where(total > 0.0, (top + gl.log2(total)) * LN2, float("-inf"))
-        place = chooser.to(gl.int64) * lse_chooser
-        gl.store(lse_ptr + place + (position - start).to(gl.int64), lse, mask=live)
+        gl.store(lse_cells, lse, mask=live)
         inverse = 1.0 / gl.where(total > 0.0, total, 1.0)
         acc = acc * gl.convert_layout(inverse, gl.SliceLayout(1, sums))[:, None]
         out = gl.convert_layout(acc.to(out_ptr.dtype.element_ty), wide)
-        position = q_first + row_wide
-        live = (position >= start) & (position < stop)
-        place = chooser.to(gl.int64) * out_chooser + (position - start).to(gl.int64) * out_row
-        gl.store(out_ptr + place[:, None] + column[None, :], out, mask=live[:, None])
+        gl.store(out_cells, out, mask=live_wide[:, None])
         work = take(ticket, turn)
 
 
@@ -207,13 +243,16 @@ def hopper_attend_kernel(
     q, near_k, near_v, far_k, far_v, entries_ptr, counts_ptr, taken_ptr, sink_ptr, out_ptr, lse_ptr,
     out_chooser, out_row, lse_chooser,
     choosers, tiles, capacity, start, stop, near_start, first_tile, dense_until, factor,
-    GROUP: gl.constexpr, DIM: gl.constexpr, CHUNK: gl.constexpr, WINDOW: gl.constexpr, FAR: gl.constexpr,
-    SINK: gl.constexpr, KEY_STAGES: gl.constexpr, VALUE_STAGES: gl.constexpr,
+    GROUP: gl.constexpr, DIM: gl.constexpr, CHUNK: gl.constexpr, WINDOW: gl.constexpr, PAGE: gl.constexpr,
+    FAR: gl.constexpr, SUMMARY: gl.constexpr, SINK: gl.constexpr, KEY_STAGES: gl.constexpr,
+    VALUE_STAGES: gl.constexpr,
 ):  # fmt: skip
-    """Near field, then listed pages of BLOCK keys, of all tiles of a launch.
+    """Near field, then listed pages, of all tiles of a launch.
 
     A chooser is a head, GROUP of them to a stream of keys. Tiles are as long as blocks, so that one block
-    of near keys has the diagonal. ``q`` loads (1, TILE, DIM), keys and values (1, BLOCK, DIM). ``taken``
+    of near keys has the diagonal; BLOCK is one page or several. ``q`` loads (1, TILE, DIM), near keys and
+    values (1, BLOCK, DIM), far ones (1, PAGE, 64). With SUMMARY rows of tiles that have closed chunks go on
+    from what is in ``out`` and ``lse``. ``taken``
     int32 counts units of work handed out beyond each program's first two and begins at 0; ``factor`` is
     the scale of logits times log2 e. Lists, sinks and outputs are those of ``attend_kernel``. Grid: (as
     many programs as are to run at a time,).
@@ -231,25 +270,25 @@ def hopper_attend_kernel(
                 0, q_room, first_ticket, first_keys, first_values, entries_ptr, counts_ptr, sink_ptr, out_ptr,
                 lse_ptr, out_chooser, out_row, lse_chooser,
                 choosers, tiles, capacity, start, stop, first_tile, dense_until, factor,
-                GROUP, DIM, CHUNK, WINDOW, FAR, SINK, KEY_STAGES, VALUE_STAGES,
+                GROUP, DIM, CHUNK, WINDOW, PAGE, FAR, SUMMARY, SINK, KEY_STAGES, VALUE_STAGES,
             )),
             (_attend, (
                 1, q_room, second_ticket, second_keys, second_values, entries_ptr, counts_ptr, sink_ptr,
                 out_ptr, lse_ptr, out_chooser, out_row, lse_chooser,
                 choosers, tiles, capacity, start, stop, first_tile, dense_until, factor,
-                GROUP, DIM, CHUNK, WINDOW, FAR, SINK, KEY_STAGES, VALUE_STAGES,
+                GROUP, DIM, CHUNK, WINDOW, PAGE, FAR, SUMMARY, SINK, KEY_STAGES, VALUE_STAGES,
             )),
             (_load, (
                 0, q, near_k, near_v, far_k, far_v, entries_ptr, counts_ptr, taken_ptr,
                 q_room, first_ticket, first_keys, first_values,
                 choosers, tiles, capacity, start, near_start, first_tile, dense_until,
-                GROUP, DIM, CHUNK, WINDOW, FAR, KEY_STAGES, VALUE_STAGES,
+                GROUP, DIM, CHUNK, WINDOW, PAGE, FAR, KEY_STAGES, VALUE_STAGES,
             )),
             (_load, (
                 1, q, near_k, near_v, far_k, far_v, entries_ptr, counts_ptr, taken_ptr,
                 q_room, second_ticket, second_keys, second_values,
                 choosers, tiles, capacity, start, near_start, first_tile, dense_until,
-                GROUP, DIM, CHUNK, WINDOW, FAR, KEY_STAGES, VALUE_STAGES,
+                GROUP, DIM, CHUNK, WINDOW, PAGE, FAR, KEY_STAGES, VALUE_STAGES,
             )),
         ],
         [4, 1, 1],

@@ -29,6 +29,23 @@ def make_room(descriptor, COUNT: gl.constexpr):
     return gl.allocate_shared_memory(descriptor.dtype, shape, descriptor.layout)
 
 
+if hasattr(gl.shared_memory_descriptor, "reinterpret"):
+
+    @gluon.jit
+    def in_pieces(room, descriptor, COUNT: gl.constexpr):
+        """The same memory as COUNT smaller buffers, one for each of what a descriptor loads."""
+        shape: gl.constexpr = [COUNT] + descriptor.block_type.shape  # noqa: RUF005
+        return room.reinterpret(descriptor.dtype, shape, descriptor.layout)
+
+else:
+
+    @gluon.jit
+    def in_pieces(room, descriptor, COUNT: gl.constexpr):
+        """The same memory as COUNT smaller buffers, one for each of what a descriptor loads."""
+        shape: gl.constexpr = [COUNT] + descriptor.block_type.shape  # noqa: RUF005
+        return room._reinterpret(descriptor.dtype, shape, descriptor.layout)
+
+
 @gluon.jit
 def make_ring(room, STAGES: gl.constexpr, READERS: gl.constexpr):
     """A ring around a room of STAGES buffers, each read by READERS partitions."""

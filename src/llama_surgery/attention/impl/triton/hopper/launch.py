@@ -18,6 +18,12 @@ from llama_surgery.attention.impl.triton.tiled_plan import TiledPlan
 #: Keys of a block, and rows of a tile.
 BLOCK = 64
 
+#: Channels that the copy engine brings at a time: a line of swizzled shared memory.
+SLAB = 64
+
+#: Sizes of pages of which a block is made; smaller ones would take a copy for few keys.
+PAGES = (16, 32, BLOCK)
+
 #: First and last version of Triton with which these kernels have been compiled: their language, Gluon, is
 #: still changing.
 TRITON = (3, 6), (3, 9)
@@ -29,8 +35,8 @@ KEY_STAGES, VALUE_STAGES = 2, 3
 def attends(job: Job) -> bool:
     """Can they attend to the near field and to pages? Otherwise ``attend_kernel`` does.
 
-    Rows of a tile must fill a warpgroup's matrix tile exactly, pages be blocks, channels be half a swizzled
-    line or whole ones; logits have no cap.
+    Rows of a tile must fill a warpgroup's matrix tile exactly, pages be blocks or halves or quarters of them,
+    channels be whole swizzled lines; logits have no cap.
     """
     dim = job.queries.shape[-1]
     return (
@@ -40,7 +46,7 @@ def attends(job: Job) -> bool:
         and job.tile == BLOCK
         and dim in (64, 128)
         and job.near_values.shape[-1] == dim
-        and job.config.page_size == BLOCK
+        and job.config.page_size in PAGES
         and job.softcap is None
     )
 
@@ -72,7 +78,8 @@ def attend_strip(
     far, entries, counts = near, None, None
     if plan is not None:
         assert job.layout is not None
-        far = [_described(states, BLOCK, dim) for states in (job.layout.keys, job.layout.values)]
+        page = job.config.page_size
+        far = [_described(states, page, SLAB) for states in (job.layout.keys, job.layout.values)]
         entries, counts = plan.entries, plan.counts
     programs = triton.cdiv(choosers * strip.tiles, 2)
     hopper_attend_kernel[(min(programs, processors_of(out.device)),)](
@@ -97,7 +104,9 @@ def attend_strip(
         DIM=dim,
         CHUNK=job.config.chunk_size,
         WINDOW=job.config.window,
+        PAGE=job.config.page_size,
         FAR=plan is not None,
+        SUMMARY=job.means is not None,
         SINK=job.sink_logit is not None,
         KEY_STAGES=KEY_STAGES,
         VALUE_STAGES=VALUE_STAGES,

@@ -68,6 +68,7 @@ def attend_kernel(
     PAGES_PER_STEP: tl.constexpr,
     BLOCK_NEAR: tl.constexpr,
     FAR: tl.constexpr,
+    SUMMARY: tl.constexpr,
     SINK: tl.constexpr,
     CAP: tl.constexpr,
 ):
@@ -76,6 +77,7 @@ def attend_kernel(
     Row m of the matrix tile is query ``m % TILE_PAD`` of head ``m // TILE_PAD``. Grid: (tiles of this
     launch * blocks of heads, choosers), GROUP choosers to a stream of keys. ``start … stop`` are the
     positions of the queries given, ``first_tile`` is the launch's first tile counted from position 0.
+    With SUMMARY rows of tiles that have closed chunks go on from what is in ``out`` and ``lse``.
     """
     head_blocks: tl.constexpr = (HEADS + HEADS_BLOCK - 1) // HEADS_BLOCK
     rows: tl.constexpr = TILE_PAD * HEADS_BLOCK
@@ -99,11 +101,27 @@ def attend_kernel(
         top = tl.maximum(sink.to(tl.float32) * LOG2E, FLOOR)
         total = total + 1.0
     acc = tl.zeros([rows, VALUE_PAD], tl.float32)
+    begin = closed_chunks(q_first, CHUNK, WINDOW, dense_until) * CHUNK
+    column = tl.arange(0, VALUE_PAD)
+    local = (position - start).to(tl.int64)
+    out_offset = wide_chooser * out_chooser + head.to(tl.int64) * out_head + local * out_row
+    out_cells = out_ptr + out_offset[:, None] + column[None, :]
+    lse_cells = lse_ptr + wide_chooser * lse_chooser + head.to(tl.int64) * lse_head + local
+    keep = live[:, None] & (column < VALUE_DIM)[None, :]
+    if FAR and SUMMARY:  # noqa: SIM102 (the other condition is known at run time)
+        if begin > 0:
+            # The means of pages that rows do not see are a key of their own, whose value is their output.
+            standing = tl.load(lse_cells, mask=live, other=float("-inf")) * LOG2E
+            new_top = tl.maximum(top, standing)
+            total = total * tl.exp2(top - new_top)
+            share = tl.exp2(standing - new_top)
+            acc = tl.load(out_cells, mask=keep, other=0.0).to(tl.float32) * share[:, None]
+            total += share
+            top = new_top
     factor = scale * LOG2E
     if CAP:
         factor = 1.0
 
-    begin = closed_chunks(q_first, CHUNK, WINDOW, dense_until) * CHUNK
     # Keys up to the tile's first query are seen by every row: only what follows needs the mask.
     diagonal = begin + (q_first + 1 - begin) // BLOCK_NEAR * BLOCK_NEAR
     end = tl.minimum(q_first + TILE, stop)
@@ -164,14 +182,8 @@ def attend_kernel(
                 products = tl.where(visible, products, float("-inf"))
                 acc, total, top = softmax_step(acc, total, top, products, factor, v, live, False)
 
-    column = tl.arange(0, VALUE_PAD)
     # A row that saw nothing gets zeros and a log-sum-exp of -inf.
     out = acc / tl.where(total > 0.0, total, 1.0)[:, None]
     lse = tl.where(total > 0.0, (top + tl.log2(total)) * LN2, float("-inf"))
-    local = (position - start).to(tl.int64)
-    out_offset = wide_chooser * out_chooser + head.to(tl.int64) * out_head + local * out_row
-    keep = live[:, None] & (column < VALUE_DIM)[None, :]
-    out_cells = out_ptr + out_offset[:, None] + column[None, :]
     tl.store(out_cells, out.to(out_ptr.dtype.element_ty), mask=keep)
-    lse_cells = lse_ptr + wide_chooser * lse_chooser + head.to(tl.int64) * lse_head + local
     tl.store(lse_cells, lse, mask=live)

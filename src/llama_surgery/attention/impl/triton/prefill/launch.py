@@ -8,9 +8,13 @@ import triton
 from llama_surgery.attention.impl.triton.helpers import launching, product_options
 from llama_surgery.attention.impl.triton.hopper import launch as hopper
 from llama_surgery.attention.impl.triton.job import Job, Strip, make_job
-from llama_surgery.attention.impl.triton.launch import described, heads_of_tile, placed_rows
+from llama_surgery.attention.impl.triton.launch import (
+    described,
+    heads_of_tile,
+    pad_to_power,
+    placed_rows,
+)
 from llama_surgery.attention.impl.triton.prefill.attend_kernel import attend_kernel
-from llama_surgery.attention.impl.triton.prefill.summary import means_for, summarise_strip
 from llama_surgery.attention.impl.triton.select.launch import select
 from llama_surgery.attention.impl.triton.tiled_plan import TiledPlan
 from llama_surgery.attention.result import AttentionResult
@@ -61,19 +65,13 @@ def attend(
     out = queries.new_empty(streams, heads, rows, near_values.shape[-1])
     lse = queries.new_empty(streams, heads, rows, dtype=torch.float32)
     plans = []
-    means = means_for(job)
     by_chooser = out.view(*job.queries.shape[:3], -1), lse.view(job.queries.shape[:3])
     with launching(queries):
         for strip in job.strips():
-            plan = None
-            if strip.pages:
-                plan = select(job, strip)
+            plan = select(job, strip, *by_chooser) if strip.pages else None
             attend_strip(job, strip, plan, *by_chooser)
-            if plan is not None and means is not None:
-                summarise_strip(job, strip, plan, means, *by_chooser)
             if plan is not None:
                 kept = plan if keep_lists or trim_lists else dataclasses.replace(plan, entries=None)
-                kept = dataclasses.replace(kept, first=None)
                 plans.append(kept.trimmed() if trim_lists else kept)
     return AttentionResult(out, lse, plans)
 
@@ -87,7 +85,8 @@ def attend_strip(
 ) -> None:
     """Near field, then the plan's pages, of one strip; writes its rows of ``out`` and ``lse``.
 
-    These are (choosers, heads of each, rows, value_dim) and (choosers, heads of each, rows).
+    These are (choosers, heads of each, rows, value_dim) and (choosers, heads of each, rows). Where the job
+    has means, what :func:`~.select.launch.select` wrote there is a part of the rows' attention.
     """
     if hopper.attends(job):
         hopper.attend_strip(job, strip, plan, out, lse)
@@ -103,9 +102,9 @@ def attend_strip(
             x if x.stride(-1) == 1 else x.contiguous() for x in (job.layout.keys, job.layout.values)
         )
         entries, counts = plan.entries, plan.counts
-    page_pad = max(16, triton.next_power_of_2(job.config.page_size))
+    page_pad = pad_to_power(job.config.page_size)
     head_dim, value_dim = job.queries.shape[-1], job.near_values.shape[-1]
-    dim_pad, value_pad = (max(16, triton.next_power_of_2(d)) for d in (head_dim, value_dim))
+    dim_pad, value_pad = (pad_to_power(d) for d in (head_dim, value_dim))
     block_near = job.tuning.block_near
     size = job.queries.element_size()
     room = job.tuning.shared - heads_block * tile_pad * dim_pad * size
@@ -149,6 +148,7 @@ def attend_strip(
         PAGES_PER_STEP=max(1, job.tuning.keys_per_step // page_pad),
         BLOCK_NEAR=block_near,
         FAR=plan is not None,
+        SUMMARY=job.means is not None,
         SINK=job.sink_logit is not None,
         CAP=job.softcap is not None,
         num_warps=job.tuning.attend_warps,

@@ -1,114 +1,124 @@
-"""Launches what lists the pages that a strip's rows open."""
+"""Launches what chooses the pages of a strip's rows and summarises the others."""
 
+import functools
 import math
+from typing import NamedTuple
 
 import torch
+import triton
 
+from llama_surgery.attention.impl.triton.helpers import product_options
 from llama_surgery.attention.impl.triton.job import Job, Strip, feature_parts
-from llama_surgery.attention.impl.triton.launch import (
-    ScoreShape,
-    described,
-    placed_rows,
-    score_constants,
-    scored_rows,
-)
-from llama_surgery.attention.impl.triton.select.list_kernel import list_kernel
-from llama_surgery.attention.impl.triton.select.totals_kernel import totals_kernel
+from llama_surgery.attention.impl.triton.launch import described, pad_to_power, placed_rows
+from llama_surgery.attention.impl.triton.select.scan_kernel import scan_kernel
 from llama_surgery.attention.impl.triton.tiled_plan import TiledPlan
 
 
-def select(job: Job, strip: Strip) -> TiledPlan:
-    """List the pages that the strip's rows open."""
-    return list_pages(job, strip, row_totals(job, strip))
+def select(job: Job, strip: Strip, out: torch.Tensor, lse: torch.Tensor) -> TiledPlan:
+    """List the pages that the strip's rows open, and attend to means of the others.
 
-
-def row_totals(job: Job, strip: Strip) -> torch.Tensor:
-    """Log-sum-exp, in log2 units, of the rows: (choosers, tiles, tile, heads of each) float32.
-
-    Learned offsets are added to it: shares that are measured by it are to be compared with θ.
+    Where the job has means, rows with closed pages get what these come to, ``out`` (choosers, heads of each,
+    rows, value_dim) and ``lse`` (choosers, heads of each, rows): :func:`prefill.attend_strip` goes on from
+    there.
     """
-    choosers, heads = job.queries.shape[:2]
-    totals = job.queries.new_empty(choosers, strip.tiles, job.tile, heads, dtype=torch.float32)
-    shape = ScoreShape.of(job, strip)
-    assert job.features is not None
-    head_dim, block_pages = job.queries.shape[-1], job.tuning.block_pages
+    shape = Shape.of(job, strip)
+    assert job.features is not None and job.layout is not None
+    choosers, head_dim = job.queries.shape[0], job.queries.shape[-1]
+    new = functools.partial(torch.empty, dtype=torch.int32, device=job.queries.device)
+    entries = new(choosers, strip.tiles, strip.pages)
+    counts, rows_seen = new(choosers, strip.tiles), new(choosers, strip.tiles)
+    start = max(job.start, strip.first_tile * job.tile)
+    stop = min(job.stop, (strip.first_tile + strip.tiles) * job.tile)
     mean, spread = feature_parts(job.features, head_dim)
-    constants = score_constants(job, shape)
-    if job.config.variance_pool > 1:
-        constants |= {"num_warps": job.tuning.totals_warps, "num_stages": job.tuning.totals_stages}
-    totals_kernel[(shape.blocks * shape.head_blocks, choosers)](
+    means, block = job.means, job.tuning.block_pages
+    dim_pad, spread_pad, value_pad = (pad_to_power(x) for x in (head_dim, spread.shape[-1], out.shape[-1]))
+    size = job.queries.element_size()
+    room = job.tuning.shared - shape.rows * (dim_pad + spread_pad) * size
+    ahead = room // (block * (dim_pad + spread_pad + (0 if means is None else value_pad)) * size)
+    theta = job.config.theta_for(job.tile)
+    scan_kernel[(shape.blocks, choosers)](
         job.queries,
-        described(job.near_keys, job.tuning.block_near, constants["DIM_PAD"]),
-        described(mean, block_pages, constants["DIM_PAD"]),
-        described(spread, block_pages, constants["SPREAD_PAD"]),
+        described(job.near_keys, job.tuning.block_near, dim_pad),
+        described(mean, block, dim_pad),
+        described(spread, block, spread_pad),
+        None if means is None else described(means, block, value_pad),
+        job.features,
+        means,
         job.sink_logit,
         job.router.offset,
         job.router.mean_weight,
         job.router.variance_weight,
-        totals,
+        job.router.summary,
+        job.layout.sink_pages(job.config.page_size),
+        new(choosers, shape.blocks, triton.cdiv(strip.pages, block), 4),
+        new(choosers, shape.blocks, strip.pages),
+        entries,
+        counts,
+        rows_seen,
+        out,
+        lse,
         *job.queries.stride()[:3],
+        *job.features.stride()[:2],
+        *(job.features if means is None else means).stride()[:2],
+        *out.stride()[:3],
+        *lse.stride()[:2],
         strip.tiles,
+        strip.pages,
         *placed_rows(job, strip),
         job.scale,
         1.0 if job.softcap is None else job.softcap,
-        **constants,
+        math.log2(theta) if theta > 0 else -math.inf,
+        GROUP=job.group,
+        HEADS=job.queries.shape[1],
+        HEADS_BLOCK=shape.heads_block,
         TILES_BLOCK=shape.tiles_block,
+        TILE=job.tile,
+        TILE_PAD=shape.tile_pad,
+        DIM=head_dim,
+        DIM_PAD=dim_pad,
+        SPREAD=spread.shape[-1],
+        SPREAD_PAD=spread_pad,
+        VALUE_DIM=out.shape[-1],
+        VALUE_PAD=value_pad,
         CHUNK=job.config.chunk_size,
         WINDOW=job.config.window,
         PAGE=job.config.page_size,
-        BLOCK_PAGES=block_pages,
+        LOG2_PAGE=math.log2(job.config.page_size),
         BLOCK_NEAR=job.tuning.block_near,
-        SINK=job.sink_logit is not None,
-    )
-    return totals
-
-
-def list_pages(job: Job, strip: Strip, totals: torch.Tensor) -> TiledPlan:
-    """List pages by the rows' totals."""
-    shape = ScoreShape.of(job, strip)
-    assert job.features is not None
-    plan, outputs = _new_plan(job, strip)
-    constants, block = score_constants(job, shape), job.tuning.block_pages
-    mean, spread = feature_parts(job.features, job.queries.shape[-1])
-    list_kernel[(shape.blocks, job.queries.shape[0])](
-        job.queries,
-        described(mean, block, constants["DIM_PAD"]),
-        described(spread, block, constants["SPREAD_PAD"]),
-        job.router.mean_weight,
-        job.router.variance_weight,
-        totals,
-        *outputs,
-        plan.first,
-        *job.queries.stride()[:3],
-        strip.tiles,
-        outputs[1].shape[-1],
-        *scored_rows(job, strip),
-        _log2_bar(job),
-        **constants,
-        TILES_BLOCK=shape.tiles_block,
-        CHUNK=job.config.chunk_size,
-        WINDOW=job.config.window,
-        PAGE=job.config.page_size,
         BLOCK_PAGES=block,
+        SINK=job.sink_logit is not None,
+        CAP=job.softcap is not None,
+        # A matrix tile longer than what was tuned for: threads hold as many of its rows as they did.
+        num_warps=min(8, job.tuning.score_warps * max(1, shape.rows // job.tuning.score_rows)),
+        num_stages=max(1, min(job.tuning.score_stages, ahead)),
+        **product_options(job.queries),
     )
-    return plan
+    return TiledPlan(start, stop, job.tile, counts, rows_seen, entries)
 
 
-def _new_plan(job: Job, strip: Strip) -> tuple[TiledPlan, tuple[torch.Tensor, ...]]:
-    """An unwritten plan, and what the kernels write: sink page (read), entries, counts, rows."""
-    choosers = job.queries.shape[0]
-    entries = job.queries.new_empty(choosers, strip.tiles, strip.pages, dtype=torch.int32)
-    counts, rows_seen = (job.queries.new_empty(choosers, strip.tiles, dtype=torch.int32) for _ in range(2))
-    start = max(job.start, strip.first_tile * job.tile)
-    stop = min(job.stop, (strip.first_tile + strip.tiles) * job.tile)
-    assert job.layout is not None
-    sinks = job.layout.sink_pages(job.config.page_size)
-    first = None if job.config.summary == "none" else torch.empty_like(entries, dtype=torch.uint8)
-    plan = TiledPlan(start, stop, job.tile, counts, rows_seen, entries, first)
-    return plan, (sinks, entries, counts, rows_seen)
+class Shape(NamedTuple):
+    """How queries and heads are packed into matrix tiles: all heads of a chooser, some tiles."""
 
+    tile_pad: int
+    heads_block: int
+    tiles_block: int
+    blocks: int
 
-def _log2_bar(job: Job) -> float:
-    """log2 of the share that opens a page."""
-    theta = job.config.theta_for(job.tile)
-    return math.log2(theta) if theta > 0 else -math.inf
+    @property
+    def rows(self) -> int:
+        """Rows of a matrix tile."""
+        return self.tile_pad * self.heads_block * self.tiles_block
+
+    @classmethod
+    def of(cls, job: Job, strip: Strip) -> "Shape":
+        choosers, heads = job.queries.shape[:2]
+        tile_pad, heads_pad = triton.next_power_of_2(job.tile), triton.next_power_of_2(heads)
+        rows = job.tuning.score_rows
+        # Fewer rows per program where there would not be two programs for each processor.
+        while rows > 32 and choosers * strip.tiles * tile_pad * heads_pad < rows * 256:
+            rows //= 2
+        tiles_block = max(1, max(16, rows) // (tile_pad * heads_pad))
+        tiles_block = min(tiles_block, triton.next_power_of_2(strip.tiles))
+        # A matrix tile has at least 16 rows.
+        heads_block = max(heads_pad, 16 // (tile_pad * tiles_block))
+        return cls(tile_pad, heads_block, tiles_block, triton.cdiv(strip.tiles, tiles_block))

@@ -5,9 +5,6 @@ import triton.language as tl
 
 from llama_surgery.attention.impl.triton.helpers import LOG2E, load_rows, tanh
 
-#: Least variance term: below it the root would have no slope (``topology.selection``).
-LEAST = tl.constexpr(1e-8)
-
 
 @triton.jit
 def score_factors(
@@ -93,7 +90,7 @@ def _weigh(
 
 @triton.jit
 def page_terms(queries, squares, mean, spread, scale, softcap, CAP: tl.constexpr):
-    """Mean and variance term of page scores, (rows, pages) each, through the cap if there is one.
+    """Mean and half the variance of pages' logits, (rows, pages) each, the mean in log2 units.
 
     Args:
         queries, squares: (rows, dim) and (rows, dim or groups) from :func:`score_factors`.
@@ -105,27 +102,21 @@ def page_terms(queries, squares, mean, spread, scale, softcap, CAP: tl.constexpr
     if CAP:
         slope = tanh(along * (scale / softcap))
         bend = 1.0 - slope * slope
-        return slope * softcap, across * bend * bend
+        return slope * (softcap * LOG2E), across * bend * bend
     else:
-        return along * scale, across
+        return along * (scale * LOG2E), across
 
 
 @triton.jit
 def page_scores(along, across, log2_size):
-    """Scores in log2 units from :func:`page_terms`; ``log2_size`` is the log2 of a page's number of keys.
+    """Scores of pages and what they weigh, log2 of both, from :func:`page_terms`.
 
-    What few logits cannot reach is taken off the variance term: ``topology.selection.Scorer``.
+    The formulas are those of ``topology.selection.Scorer``; ``log2_size`` is the log2 of a page's number of
+    keys.
     """
     most = log2_size / LOG2E
-    reached = 2.0 * tl.sqrt(tl.maximum(across, LEAST) * most) - most
-    return (along + tl.where(across < most, across, reached)) * LOG2E + log2_size
-
-
-@triton.jit
-def page_weights(along, across, log2_size):
-    """Log2 of what pages weigh in rows' totals and in place of their keys, from :func:`page_terms`.
-
-    Log cosh of the variance term's root takes the place of it: ``topology.selection.Scorer``.
-    """
-    root = tl.sqrt(tl.maximum(2.0 * across, LEAST))
-    return (along + root) * LOG2E + tl.log2(1.0 + tl.exp2(root * (-2.0 * LOG2E))) - 1.0 + log2_size
+    root = tl.sqrt(tl.maximum(across, 0.0) * (2.0 * LOG2E * LOG2E) + LOG2E * LOG2E)
+    slope = tl.sqrt(2.0 * most)
+    reached = slope * root + (log2_size - LOG2E * slope * tl.sqrt(1.0 + 2.0 * most))
+    variance = tl.where(across < most, across * LOG2E, reached)
+    return along + (variance + log2_size), along + (root + (log2_size - LOG2E))
