@@ -158,7 +158,7 @@ def _operated(base: type[AttentionBackend]) -> type[AttentionBackend]:
                 count = self.operated.side.kv_cache.shape[0]
                 self.unsorted = torch.zeros(count, dtype=torch.bool, device=self.device)
             self.any_unsorted |= unsorted
-            self.unsorted[blocks] = unsorted
+            self.unsorted.index_fill_(0, blocks, unsorted)
 
         def _to_lay_out(self, sparse: list[Scheduled], others: list[Scheduled]) -> torch.Tensor:
             """(n,) int64: blocks that ``sparse`` fill, and those of theirs that were left as they were."""

@@ -15,6 +15,12 @@ class _Operated:
         super().__init__(vllm_config=vllm_config, prefix=prefix)
         operate_layers(self, vllm_config)  # type: ignore[arg-type]
 
+    def get_model_state_cls(self) -> type:
+        """Asked for by the engine's second model runner."""
+        from llama_surgery.serving.vllm.model_state import SurgeryModelState
+
+        return SurgeryModelState
+
 
 class SurgeryLlamaForCausalLM(_Operated, LlamaForCausalLM):
     """An exported Llama."""
