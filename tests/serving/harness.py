@@ -142,6 +142,7 @@ class Reference:
     model: Any
     text: list[int]
     summary: list[str]  # a line for every acceptance point, printed when the tests are over
+    tie: float = TIE
 
     def prompts(self, count: int, shortest: int, longest: int, seed: int = 0) -> list[list[int]]:
         """Runs of real text: lengths on a logarithmic scale, more of them short than long."""
@@ -168,7 +169,7 @@ class Reference:
                 eject(self.model)
 
     def _generate(self, prompt: list[int], new: int) -> list[int]:
-        ids = torch.tensor([prompt])
+        ids = torch.tensor([prompt], device=self.model.device)
         out = self.model.generate(
             input_ids=ids,
             attention_mask=torch.ones_like(ids),
@@ -183,13 +184,14 @@ class Reference:
     @torch.no_grad()
     def margin(self, ids: list[int]) -> float:
         """Dense logit of the likeliest next token less that of the second."""
-        best = self.model(torch.tensor([ids]), use_cache=False, logits_to_keep=1).logits[0, -1].topk(2).values
+        batch = torch.tensor([ids], device=self.model.device)
+        best = self.model(batch, use_cache=False, logits_to_keep=1).logits[0, -1].topk(2).values
         return float(best[0] - best[1])
 
     def assert_equal(
         self, what: str, prompts: list[list[int]], want: list[list[int]], got: list[list[int]]
     ) -> None:
-        """Equal tokens, or a first divergence where the dense model itself has a tie (margin < 1e-4)."""
+        """Equal tokens, or a first divergence where the dense model itself has a tie."""
         told, wrong = [], 0
         for prompt, expected, answer in zip(prompts, want, got, strict=True):
             assert len(answer) == len(expected)
@@ -197,7 +199,7 @@ class Reference:
                 continue
             at = next(i for i, pair in enumerate(zip(expected, answer, strict=True)) if pair[0] != pair[1])
             margin = self.margin(prompt + expected[:at])
-            wrong += margin >= TIE
+            wrong += margin >= self.tie
             told.append(f"prompt of {len(prompt)} at new token {at}, dense margin {margin:.1e}")
         lengths, tokens = [len(prompt) for prompt in prompts], sum(map(len, want))
         line = (
