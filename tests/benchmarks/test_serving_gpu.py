@@ -6,9 +6,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from benchmarks import serving_gpu
 from tests.conftest import ROOT
 
+from benchmarks import serving_gpu
 from llama_surgery.serving.families import read_block
 
 
