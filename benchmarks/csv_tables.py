@@ -1,8 +1,11 @@
 """Rows of the CSV files in benchmarks/results, and how they are written in a table."""
 
 import csv
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import Any
+
+from llama_surgery.evaluation.io import write_csv
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -16,9 +19,42 @@ GONE = {"directions": ("principal", "")}
 
 def read(name: str) -> list[Row]:
     """Rows of a file, without those of options that are gone: these stay in it as an archive."""
-    with (RESULTS / name).open(encoding="utf-8", newline="") as file:
-        rows = list(csv.DictReader(file))
+    rows = rows_of(RESULTS / name)
     return [row for row in rows if all(row.get(option, "") in kept for option, kept in GONE.items())]
+
+
+def rows_of(file: Path) -> list[Row]:
+    """All rows of a CSV, as they are."""
+    with file.open(encoding="utf-8", newline="") as opened:
+        return list(csv.DictReader(opened))
+
+
+def merge(
+    file: Path,
+    rows: Iterable[dict[str, Any]],
+    columns: Sequence[str],
+    keys: Sequence[str],
+    place: Callable[[tuple[str, ...]], Any],
+) -> None:
+    """Puts rows into a CSV, in place of those of the same name; others stay.
+
+    Args:
+        file: The CSV; it need not be there.
+        rows: With all ``columns``.
+        columns: Of the file.
+        keys: Columns that tell rows apart.
+        place: What rows are ordered by, from the values of ``keys``.
+    """
+
+    def key(row: dict[str, Any]) -> tuple[str, ...]:
+        return tuple(str(row[name]) for name in keys)
+
+    kept: dict[tuple[str, ...], dict[str, Any]] = {}
+    if file.exists():
+        kept = {key(row): row for row in rows_of(file)}
+    kept |= {key(row): row for row in rows}
+    if kept:
+        write_csv(file, [{name: kept[one][name] for name in columns} for one in sorted(kept, key=place)])
 
 
 def markdown(header: Iterable[str], rows: Iterable[Iterable[str]]) -> str:

@@ -17,25 +17,21 @@ folder if they measure different forms. Results of another state of the code bel
 """
 
 import argparse
-import dataclasses
 import itertools
-import json
 import math
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 from csv_tables import RESULTS
 from real_forms import DECODES, DTYPE, ONE_THETA, ROUNDINGS, Form, Maker
 from real_measure import Measure
+from real_model import RealModel, name_of, real_model, study_folder, text_name
 from real_results import FORMS, NEEDLE, RULER, WINDOW, Results, canonical, studies
 from real_samples import RULER_TASKS, Samples, split
 from real_table import check, measured, update
-from torch import nn
 
-from llama_surgery.cli.common import Dtype, load_model, load_tokenizer, topology_of
-from llama_surgery.config import FIELDS
+from llama_surgery.cli.common import load_tokenizer
 from llama_surgery.errors import SurgeryError
 from llama_surgery.evaluation.kept import claimed, digest
 from llama_surgery.surgery.context import context_length
@@ -90,22 +86,13 @@ class Run:
 
     def __init__(self, given: argparse.Namespace, until: float) -> None:
         self._given, self._until, self._began = given, until, time.monotonic()
-        self._name = Path(given.model).resolve().name if Path(given.model).exists() else given.model
-        self._model: nn.Module | None = None
+        self._name = name_of(given.model)
+        self._real: RealModel | None = None
         if given.prepare:
             self._tokenizer = load_tokenizer(given.model)
             return
-        self._by_hand = dict(_field(field) for field in given.set)
-        unknown = sorted(set(self._by_hand) - set(FIELDS))
-        if unknown:
-            raise SurgeryError(
-                f"--set {', '.join(unknown)}: fields of SurgeryConfig are {', '.join(FIELDS)}."
-            )
-        self._model, self._tokenizer = load_model(
-            given.model, given.device, Dtype(given.dtype), adapter=given.adapter
-        )
-        config, self._routers = topology_of(self._model, given.adapter)
-        self._config = dataclasses.replace(config, **self._by_hand)
+        self._real = real_model(given.model, given.device, given.dtype, given.adapter, given.set)
+        self._tokenizer = self._real.tokenizer
         self._tell(f"{self._name} loaded")
 
     @property
@@ -117,41 +104,40 @@ class Run:
         given = self._given
         calibration, texts = split(text, given.calibration_text)
         chat = bool(self._tokenizer.chat_template) if given.chat is None else given.chat
-        name = text.name if text.is_dir() else text.stem
         settings = {
-            **{"model": self._name, "length": length, "text": name, "dtype": given.dtype},
+            **{"model": self._name, "length": length, "text": text_name(text), "dtype": given.dtype},
             **{"seed": given.seed, "chat": chat},
             **{"measured_on": digest(*texts), "calibrated_on": digest(*calibration)},
         }
-        folder = given.out / f"{self._name.replace('/', '--')}-{length}-{name}"
+        folder = study_folder(given.out, self._name, length, text)
         results = Results(folder, settings)
         samples = Samples(
             self._tokenizer, texts, length=length, seed=given.seed, chat=chat, folder=folder / "samples"
         )
-        if self._model is None:
+        if (real := self._real) is None:
             self._prepare(samples)
             return
-        context = context_length(self._model)
+        context = context_length(real.model)
         if context is not None and length > context:
             raise SurgeryError(
                 f"{length} tokens: {self._name} was made for {context}. Leave that length out."
             )
         maker = Maker(
-            self._model,
-            self._tokenizer,
+            real.model,
+            real.tokenizer,
             calibration,
             length=length,
             density=given.density,
-            config=self._config,
-            given=list(self._by_hand),
-            routers=self._routers,
+            config=real.config,
+            given=list(real.by_hand),
+            routers=real.routers,
             dtype=given.dtype,
             rounding=given.rounding or ("bfloat16" if given.dtype == "float32" else "float32"),
             folder=folder,
         )
         if self.over:
             return
-        measure = Measure(self._model, samples, results, given.windows, given.batch)
+        measure = Measure(real.model, samples, results, given.windows, given.batch)
         forms: dict[str, list[Form]] = {}
         for turn in range(1, ROUNDS + 1):
             for name in FORMS:
@@ -196,14 +182,6 @@ class Run:
 
     def _tell(self, what: str) -> None:
         print(f"{time.monotonic() - self._began:7.1f} s  {what}", flush=True)
-
-
-def _field(given: str) -> tuple[str, Any]:
-    name, _, value = given.partition("=")
-    try:
-        return name, json.loads(value)
-    except ValueError:
-        return name, value
 
 
 def table(given: argparse.Namespace) -> None:

@@ -1,16 +1,15 @@
 """The table of benchmarks/real.py, made of all raw results there are, and the targets for it."""
 
-import csv
 import functools
 import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from csv_tables import merge
 from real_results import FORMS, NEEDLE, RULER, WINDOW, Found, Results, canonical
 
 from llama_surgery.evaluation.intervals import Change, paired_change
-from llama_surgery.evaluation.io import write_csv
 from llama_surgery.evaluation.paired import (
     RatioInterval,
     paired_difference,
@@ -167,19 +166,12 @@ def pooled(tasks: dict[str, Change]) -> tuple[float, float]:
 
 def update(file: Path, rows: Sequence[dict[str, Any]]) -> None:
     """Puts rows into the CSV in place of those of the same name; others stay."""
-    kept: dict[tuple[str, ...], dict[str, Any]] = {}
-    if file.exists():
-        with file.open(encoding="utf-8", newline="") as opened:
-            kept = {_key(row): row for row in csv.DictReader(opened)}
-    kept |= {_key(row): row for row in rows}
 
     def place(key: tuple[str, ...]) -> tuple[Any, ...]:
         model, length, text, form, settings = key
         return model, int(length), text, FORMS.index(form), settings
 
-    ordered = [{name: kept[key][name] for name in COLUMNS} for key in sorted(kept, key=place)]
-    if ordered:
-        write_csv(file, ordered)
+    merge(file, rows, COLUMNS, KEYS, place)
 
 
 def check(found: Measured) -> Iterator[tuple[bool, str]]:
@@ -220,7 +212,3 @@ def _answered(needles: Change) -> int:
 
 def _rounded(value: float | None) -> float | None:
     return None if value is None else round(value, 6)
-
-
-def _key(row: dict[str, Any]) -> tuple[str, ...]:
-    return tuple(str(row[name]) for name in KEYS)

@@ -13,11 +13,14 @@ import sys
 from collections.abc import Callable
 
 import quality_tables
+import real_speed_table
 import speed_tables
 from csv_tables import ROOT
 
 TABLES: dict[str, Callable[[], str]] = {
     "real": quality_tables.real,
+    "lost-and-won": real_speed_table.lost_and_won,
+    "real-speed": real_speed_table.real_speed,
     "results": quality_tables.quality,
     "speed": speed_tables.speed,
     "prefill": speed_tables.prefill,

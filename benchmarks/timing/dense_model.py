@@ -1,11 +1,13 @@
 """The dense side of a whole model's times."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from transformers import AttentionInterface, PreTrainedModel, StaticCache
 
 from llama_surgery.bench.dense import Way
+from llama_surgery.surgery.compat import cache_name
 
 #: Name of the dense attention function in transformers' table; it must avoid the library's own words.
 INTERFACE = "surgery_dense_rival"
@@ -36,6 +38,17 @@ class DenseModel:
     def cache(self) -> StaticCache:
         """An empty cache."""
         return StaticCache(config=self.model.config, max_cache_len=self.room)
+
+    def step(self, last: torch.Tensor, cache: StaticCache) -> Callable[[], torch.Tensor]:
+        """A decode step after the prompt, for logits. Every call reads as many keys, wherever it writes.
+
+        Args:
+            last: (batch, 1) int64, the next tokens.
+            cache: Holds the prompt.
+        """
+        positions = torch.full_like(last, self.length)
+        arguments = {"use_cache": True, cache_name(self.model): cache}
+        return lambda: self.model(last, position_ids=positions, **arguments).logits
 
     def _attend(
         self,

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from llama_surgery.attention.executor import backend_name
 from llama_surgery.bench.dense import fastest
-from llama_surgery.bench.measure import Deadline, Rows, capture, once, say, times
+from llama_surgery.bench.measure import Deadline, Rows, graphed, once, say, times
 from llama_surgery.config import SurgeryConfig
 from llama_surgery.errors import SurgeryError
 from llama_surgery.surgery.compat import cache_name
@@ -84,7 +84,8 @@ def end_to_end(
         if deadline.passed(f"{task.length} tokens"):
             break
         length = min(CHECKED, task.length)
-        error, own = models.check_against_dense(model, task.config, length)
+        ids = models.random_ids(model, 1, length + models.STEPS, seed=1)
+        error, own = models.check_against_dense(model, task.config, ids)
         say(
             f"everything open, {length} tokens: logits differ by {error:.2e}, of two dense backends {own:.2e}"
         )
@@ -100,7 +101,7 @@ def _dense(model: PreTrainedModel, task: Task, rows: Rows, deadline: Deadline) -
     ids = models.random_ids(model, 1, task.length)
     side = DenseModel(model, task.length, task.room)
     try:
-        side.way = fastest(*_states(model, 1, task.length, task.length))[0]
+        side.way = fastest(*models.random_states(model, 1, task.length, task.length))[0]
         side.visible = min(1024, task.length)
         models.prefill(model, ids[:, : side.visible], side.cache())  # libraries wake up
         side.visible = task.length
@@ -121,10 +122,11 @@ def _dense(model: PreTrainedModel, task: Task, rows: Rows, deadline: Deadline) -
             return found
         repeat_static(cache, task.batch)
         side.visible = task.length + 1
-        side.way = fastest(*_states(model, task.batch, 1, side.visible))[0]
+        side.way = fastest(*models.random_states(model, task.batch, 1, side.visible))[0]
         forget_peak(device)
-        step = _dense_step(model, ids, cache, task)
-        measured = times(step, device, task.steps)
+        step = side.step(ids[:, -1:].repeat(task.batch, 1), cache)
+        step()
+        measured = times(graphed(step, device), device, task.steps)
         found["decode"], found["decode GiB"] = measured[len(measured) // 2], peak_gib(device)
         rows.add(
             part="decode", side="dense", backend=side.way.name, length=task.length, batch=task.batch,
@@ -133,18 +135,6 @@ def _dense(model: PreTrainedModel, task: Task, rows: Rows, deadline: Deadline) -
     finally:
         side.close()
     return found
-
-
-def _dense_step(model: PreTrainedModel, ids: torch.Tensor, cache: Any, task: Task) -> Any:
-    """A decode step: a replay on a GPU. It reads as many keys every time, wherever it writes."""
-    last = ids[:, -1:].repeat(task.batch, 1)
-    positions = torch.full_like(last, task.length)
-
-    def step() -> torch.Tensor:
-        return model(last, position_ids=positions, use_cache=True, **{cache_name(model): cache}).logits
-
-    step()
-    return capture(step)[0] if model.device.type == "cuda" else step
 
 
 def _operated(
@@ -198,7 +188,7 @@ def _operated(
 
 def _executor(model: PreTrainedModel) -> str:
     """Who executes the calls of an operated model's prefill."""
-    keys = _states(model, 1, 1, 1)[1]
+    keys = models.random_states(model, 1, 1, 1)[1]
     return backend_name(config_of(model), keys, keys, config_of(model).tile)
 
 
@@ -206,8 +196,8 @@ def _steps(model: PreTrainedModel, cache: Any, last: torch.Tensor, *, graph: boo
     """A call for the next decode step, and how it is executed."""
     if not graph:
         return lambda: model(last, use_cache=True, **{cache_name(model): cache}), "eager"
-    graphed = GraphedSteps(model, cache)
-    return lambda: graphed.step(last), "CUDA graph"
+    recorded = GraphedSteps(model, cache)
+    return lambda: recorded.step(last), "CUDA graph"
 
 
 def _against(dense: dict[str, float], part: str, ms: float, gib: float) -> dict[str, float]:
@@ -229,17 +219,3 @@ def _densities(model: PreTrainedModel) -> dict[str, float]:
         "variance_pool": config.variance_pool,
         "dense_until": config.dense_until,
     }
-
-
-def _states(model: PreTrainedModel, batch: int, rows: int, length: int) -> tuple[torch.Tensor, ...]:
-    """Random queries, keys and values of one layer."""
-    text = model.config.get_text_config()
-    heads = text.num_attention_heads
-    kv_heads = getattr(text, "num_key_value_heads", None) or heads
-    dim = getattr(text, "head_dim", None) or text.hidden_size // heads
-    dtype = next(model.parameters()).dtype
-
-    def normal(heads: int, n: int) -> torch.Tensor:
-        return torch.randn(batch, heads, n, dim, device=model.device, dtype=dtype)
-
-    return normal(heads, rows), normal(kv_heads, length), normal(kv_heads, length)

@@ -2,7 +2,7 @@
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,10 @@ LAYERS = 2
 
 #: Of the difference between two dense backends, how much an operated model's may be, and what is nothing.
 FACTOR, NEGLIGIBLE = 2.5, 1e-4
+
+
+#: Decode steps that are compared after a prompt.
+STEPS = 4
 
 
 class _Stop(Exception):
@@ -50,10 +54,17 @@ def random_model(path: Path, device: torch.device, dtype: torch.dtype, seed: int
     with torch.device(device):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
     model = model.to(device).eval()
-    operated = attention_modules(model)
-    if sorted(operated) != list(range(config.get_text_config().num_hidden_layers)):
-        raise SurgeryError(f"{path}: only some layers have full attention; this comparison needs all.")
+    check_layers(model, str(path))
     return model
+
+
+def check_layers(model: PreTrainedModel, name: str) -> None:
+    """
+    Raises:
+        SurgeryError: Not all layers have full attention: the dense side would compute something else.
+    """
+    if sorted(attention_modules(model)) != list(range(model.config.get_text_config().num_hidden_layers)):
+        raise SurgeryError(f"{name}: only some layers have full attention; this comparison needs all.")
 
 
 def random_ids(model: PreTrainedModel, batch: int, length: int, seed: int = 0) -> torch.Tensor:
@@ -61,6 +72,20 @@ def random_ids(model: PreTrainedModel, batch: int, length: int, seed: int = 0) -
     generator = torch.Generator().manual_seed(seed)
     vocabulary = model.config.get_text_config().vocab_size
     return torch.randint(vocabulary, (batch, length), generator=generator).to(model.device)
+
+
+def random_states(model: PreTrainedModel, batch: int, rows: int, length: int) -> tuple[torch.Tensor, ...]:
+    """Random queries (batch, heads, rows, dim), keys and values (batch, kv_heads, length, dim) of a layer."""
+    text = model.config.get_text_config()
+    heads = text.num_attention_heads
+    kv_heads = getattr(text, "num_key_value_heads", None) or heads
+    dim = getattr(text, "head_dim", None) or text.hidden_size // heads
+    dtype = next(model.parameters()).dtype
+
+    def normal(heads: int, n: int) -> torch.Tensor:
+        return torch.randn(batch, heads, n, dim, device=model.device, dtype=dtype)
+
+    return normal(heads, rows), normal(kv_heads, length), normal(kv_heads, length)
 
 
 def prefill(model: PreTrainedModel, ids: torch.Tensor, cache: Any) -> torch.Tensor:
@@ -128,10 +153,19 @@ def _first_layers(model: PreTrainedModel) -> Iterator[None]:
             handle.remove()
 
 
-def check_against_dense(model: PreTrainedModel, config: SurgeryConfig, length: int) -> tuple[float, float]:
+@torch.no_grad()
+def check_against_dense(
+    model: PreTrainedModel, config: SurgeryConfig, ids: torch.Tensor, routers: Mapping[int, Any] | None = None
+) -> tuple[float, float]:
     """Relative difference of the operated model's logits to the dense model's, everything open.
 
     The last token of a prompt and some decode steps; the model is dense before and after.
+
+    Args:
+        model: Dense.
+        config: The topology.
+        ids: (1, length + STEPS) int64, a prompt and what follows it.
+        routers: As :func:`~llama_surgery.operate` takes them.
 
     Returns:
         The difference, and that between two of PyTorch's own backends.
@@ -140,19 +174,19 @@ def check_against_dense(model: PreTrainedModel, config: SurgeryConfig, length: i
         SurgeryError: The first exceeds the second by more than FACTOR.
     """
     opened = dataclasses.replace(config, theta=0.0, theta_decode=0.0)
-    ids = random_ids(model, 1, length + 4, seed=1)
+    length = ids.shape[1] - STEPS
 
     def run() -> torch.Tensor:
         out = model(ids[:, :length], use_cache=True, logits_to_keep=1)
         cache, logits = out[CACHE_NAME], [out.logits]
-        for at in range(length, length + 4):
+        for at in range(length, length + STEPS):
             logits.append(model(ids[:, at : at + 1], use_cache=True, **{cache_name(model): cache}).logits)
         return torch.cat(logits, 1).float()
 
     with sdpa_kernel(SDPBackend.MATH):
         expected = run()
     other = run()
-    with operated(model, opened):
+    with operated(model, opened, routers=routers):
         got = run()
     error, own = (float((x - expected).norm() / expected.norm()) for x in (got, other))
     if not error <= max(FACTOR * own, NEGLIGIBLE):

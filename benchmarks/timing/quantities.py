@@ -17,6 +17,15 @@ def forget_peak(device: torch.device) -> None:
         torch.cuda.reset_peak_memory_stats(device)
 
 
-def peak_gib(device: torch.device) -> float:
+def peak_bytes(device: torch.device) -> float:
     """Peak of allocated memory since :func:`forget_peak`; NaN where it is not known."""
-    return torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else float("nan")
+    return float(torch.cuda.max_memory_allocated(device)) if device.type == "cuda" else float("nan")
+
+
+def peak_gib(device: torch.device) -> float:
+    return peak_bytes(device) / 2**30
+
+
+def allocated(device: torch.device) -> int:
+    """Bytes of allocated memory; 0 where that is not known."""
+    return torch.cuda.memory_allocated(device) if device.type == "cuda" else 0

@@ -37,3 +37,13 @@ def text(demo_model_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
     whole = (demo_model_path.parent / "text" / "calibration.txt").read_text(encoding="utf-8")
     path.write_text(whole[:12_000], encoding="utf-8")
     return path
+
+
+@pytest.fixture(scope="module")
+def texts(text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Four documents, two for calibration and two to measure on."""
+    folder = tmp_path_factory.mktemp("texts") / "books"
+    folder.mkdir()
+    for number in range(4):
+        shutil.copy(text, folder / f"{number}.txt")
+    return folder

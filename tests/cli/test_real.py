@@ -22,16 +22,6 @@ FEW = ["--length", "640", "--task", "vt", "--batch", "2"]
 FEW += ["--dtype", "float32", "--device", "cpu"]
 
 
-@pytest.fixture(scope="module")
-def texts(text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Four documents, two for calibration and two to measure on."""
-    folder = tmp_path_factory.mktemp("texts") / "books"
-    folder.mkdir()
-    for number in range(4):
-        shutil.copy(text, folder / f"{number}.txt")
-    return folder
-
-
 @pytest.fixture
 def real(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
