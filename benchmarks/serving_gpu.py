@@ -98,6 +98,7 @@ class Bench:
         self.engine.apply_model(draw_weights)
         cache = self.engine.llm_engine.vllm_config.cache_config
         self.theta = self.density = 0.0
+        self.theta_length = 0
         self.row = {
             "engine": "vllm", "version": __version__, "model": given.config.stem, "mode": given.mode,
             "kv_tokens": cache.num_gpu_blocks * cache.block_size, "device": device_name(),
@@ -143,6 +144,10 @@ class Bench:
             self.density = 0.0
             return
         prompt, low, high = self.prompt(length), math.log(1 / length), math.log(1024 / length)
+        if self.theta:  # of a shorter prompt: shares fall as the length grows
+            middle = math.log(self.theta * self.theta_length / length)
+            low, high = middle - math.log(2), middle + math.log(2)
+        self.theta_length, wanted = length, self.given.density
         self.read()
         for _ in range(self.given.halvings):
             self.theta = self.given.theta or math.exp((low + high) / 2)
@@ -151,42 +156,39 @@ class Bench:
             self.engine.reset_prefix_cache()
             seconds, self.density = self.write([prompt], 1), self.read()
             say(f"{length} tokens, θ {self.theta:.3e}: far density {self.density:.4f}, {seconds:.2f} s")
-            wanted = self.given.density
             if self.given.theta or abs(self.density - wanted) < 0.1 * wanted:
                 return
             low, high = (math.log(self.theta), high) if self.density > wanted else (low, math.log(self.theta))
 
-    def first(self, length: int) -> None:
-        """Time to the first token."""
-        self.write([self.prompt(length)], 1)
-        self.read_density(length)
-        samples = [self.write([self.prompt(length)], 1) for _ in range(self.given.samples)]
-        self.read_density(length)
-        say(f"first token, {length} tokens: {', '.join(f'{1000 * x:.1f}' for x in samples)} ms")
-        self.add(length, 1, ttft_ms=1000 * statistics.median(samples))
+    def measure(self, length: int, parts: list[str], batches: list[int]) -> None:
+        """Time to the first token of prompts that are not cached, then the steps that go on from there."""
+        samples = self.given.samples if length <= 32768 else 1
+        prompts = [self.prompt(length) for _ in range(max(samples, *batches))]
+        if length <= 32768:
+            self.write([self.prompt(length)], 1)
+        self.read()
+        times = [self.write([prompt], 1) for prompt in prompts]
+        if self.given.mode == "operated" and length > self.given.dense_until:
+            self.density = self.read()
+        say(f"first token, {length} tokens: {', '.join(f'{1000 * x:.1f}' for x in times)} ms")
+        if "first" in parts:
+            self.add(length, 1, ttft_ms=1000 * statistics.median(times))
+        for batch in batches if "decode" in parts else []:
+            self.decode(length, prompts[:batch])
 
-    def decode(self, length: int, batch: int) -> None:
-        """Time of a decode step, after prompts that are cached."""
-        prompts = [self.prompt(length) for _ in range(batch)]
-        for prompt in prompts:
-            self.write([prompt], 1)
-        self.read_density(length)
+    def decode(self, length: int, prompts: list[dict[str, list[int]]]) -> None:
+        """Time of a decode step after prompts that are cached."""
         self.write(prompts, STEPS // 4)
         short = [self.write(prompts, 1) for _ in range(3)]
         long = [self.write(prompts, STEPS + 1) for _ in range(3)]
         step = (statistics.median(long) - statistics.median(short)) / STEPS
-        self.add(length, batch, tpot_ms=1000 * step, tokens_per_s=batch / step)
-        say(f"cached prompts' first token, {length} tokens, batch {batch}: {1000 * min(short):.1f} ms")
+        self.add(length, len(prompts), tpot_ms=1000 * step, tokens_per_s=len(prompts) / step)
+        say(f"cached prompts' first token, {length} tokens, {len(prompts)}: {1000 * min(short):.1f} ms")
 
     def load(self, length: int, batch: int, new: int = 256) -> None:
         """Tokens per second of ``batch`` requests at once."""
         seconds = self.write([self.prompt(length) for _ in range(batch)], new)
-        self.read_density(length)
         self.add(length, batch, tokens_per_s=batch * new / seconds)
-
-    def read_density(self, length: int) -> None:
-        if self.given.mode == "operated" and length > self.given.dense_until:
-            self.density = self.read() or self.density
 
     def add(self, length: int, batch: int, **measured: float) -> None:
         """Append a row."""
@@ -253,11 +255,8 @@ def main() -> None:
             say(f"{given.seconds:.0f} s are over, {length} tokens and what follows are left out")
             break
         bench.set_theta(length)
-        if "first" in given.part:
-            bench.first(length)
-        for batch in given.batch if "decode" in given.part else []:
-            if bench.spent() < given.seconds:
-                bench.decode(length, batch)
+        if set(given.part) & {"first", "decode"}:
+            bench.measure(length, given.part, given.batch)
         if "load" in given.part and bench.spent() < given.seconds:
             bench.load(length, 16)
     say(f"done, {bench.spent():.0f} s")

@@ -9,8 +9,10 @@ from llama_surgery.config import SurgeryConfig
 from llama_surgery.serving.counting import LayerCounters
 from llama_surgery.serving.execution import Batch, Executor
 from llama_surgery.serving.paged import PagedStates, Scheduled, filled_blocks
+from llama_surgery.surgery.rows import Part
 from llama_surgery.surgery.store import SequenceStore
 from llama_surgery.topology.geometry import closed_chunks
+from llama_surgery.topology.layout import restore
 from llama_surgery.topology.router import PageRouter
 
 KV_HEADS, GROUP, DIM = 2, 2, 16
@@ -88,6 +90,21 @@ def empty_cache(blocks: int, executor: Executor | None = None, device: str = "cp
     return executor.states(states[..., :DIM], states[..., DIM:], side)
 
 
+def near_in_cache(
+    cache: PagedStates, blocks: torch.Tensor, part: Part, length: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Near field of rows of a sequence of ``length`` tokens, all of whose full chunks are in tree order."""
+    size, closed = cache.config.chunk_size, closed_chunks(part.start, cache.config, part.tile)
+    found = []
+    for held in (cache.keys, cache.values):
+        chunks = [held[block] for block in blocks[closed : -(-part.stop // size)]]
+        for place in range(min(len(chunks), length // size - closed)):
+            order = cache.order(blocks[closed + place : closed + place + 1])
+            chunks[place] = restore(chunks[place], order)
+        found.append(torch.cat(chunks, 1)[:, : part.stop - closed * size])
+    return found[0], found[1]
+
+
 def step(
     cache: PagedStates,
     batch: list[tuple[Sequence, int]],
@@ -126,10 +143,9 @@ def step(
     filled = filled_blocks(scheduled, size)
     work = Batch(scheduled, tables.to(here.device), CONFIG, filled)
     cache.write(rows("keys"), rows("values"), torch.cat(slots).to(here.device))
-    cache.fill(filled, router)
-    queries = rows("queries")
+    queries, keys, values = (rows(name) for name in ("queries", "keys", "values"))
     out = torch.full_like(queries, float("nan"))
-    executor.attend(queries, cache, work, out, scale=SCALE, router=router, counters=counters)
+    executor.attend(queries, keys, values, cache, work, out, scale=SCALE, router=router, counters=counters)
     outs = []
     for (sequence, new), entry in zip(batch, scheduled, strict=True):
         mine = out[entry.row : entry.row + new].unflatten(1, (KV_HEADS, GROUP)).permute(1, 2, 0, 3)

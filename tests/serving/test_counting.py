@@ -35,9 +35,19 @@ def test_engines_of_one_process_speak_of_their_own_layers() -> None:
     others[0].add_rows(RowCount(3, 10, 20, 3))
     assert other.take(0.0).startswith("rows 3, far density 0.0000, total density")  # type: ignore[union-attr]
     told = one.take(0.0)
-    assert told is not None and told.startswith("rows 8, far density 0.2415")
+    assert told is not None and told.startswith("rows 16, far density 0.2415")
     assert f"pages read {2 * 2 * KV_HEADS}, dense fallbacks 0.0%" in told
     assert one.take(0.0) is None and other.take(0.0) is None
+
+
+def test_layers_take_turns() -> None:
+    made, layers = engine(3)
+    for _ in range(4):
+        made.next_turn()
+        for layer in layers:
+            layer.add_rows(RowCount(2, 1, 1, 0))
+    assert [sum(c.rows for c in layer.by_tile.values()) for layer in layers] == [4, 2, 2]
+    assert made.take(0.0).startswith("rows 8,")  # type: ignore[union-attr]
 
 
 def test_each_engine_has_an_interval_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:

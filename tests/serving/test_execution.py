@@ -12,7 +12,7 @@ from tests.serving.test_paged import learned
 
 from llama_surgery.errors import SurgeryError
 from llama_surgery.serving.counting import LayerCounters
-from llama_surgery.serving.execution import Executor, executor_for
+from llama_surgery.serving.execution import Executor, executor_for, warm_up
 from llama_surgery.surgery.statistics import Statistics, summarise
 from llama_surgery.topology.router import PageRouter
 
@@ -82,3 +82,15 @@ def test_who_executes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRITON_INTERPRET", "0")
     with pytest.raises(SurgeryError, match="cannot serve this model: it needs a GPU"):
         choose()
+
+
+def test_kernels_are_compiled_beforehand(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All that a prompt needs, and once for all layers alike."""
+    calls = []
+    attend = Executor.attend
+    monkeypatch.setattr(Executor, "attend", lambda self, *a, **k: calls.append(1) or attend(self, *a, **k))
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    for kernels in (True, True, False):
+        config = dataclasses.replace(CONFIG, theta_decode=0.0, dense_until=128)
+        warm_up(Executor(config, DIM, torch.float32, kernels), 2 * KV_HEADS, KV_HEADS, device)
+    assert len(calls) == 1

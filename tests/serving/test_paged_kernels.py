@@ -4,6 +4,7 @@ import dataclasses
 
 import pytest
 import torch
+from tests.serving.batches import near_in_cache
 
 pytest.importorskip("triton")
 
@@ -11,6 +12,7 @@ from llama_surgery.config import SurgeryConfig
 from llama_surgery.errors import SurgeryError
 from llama_surgery.serving.paged import PagedStates, attend_piece, side_bytes
 from llama_surgery.serving.paged_kernels import decode_rows
+from llama_surgery.surgery.rows import Part
 
 KV_HEADS, GROUP, DIM = 2, 3, 16
 SCALE = 0.3
@@ -35,8 +37,9 @@ class Served:
     def oracle(self, queries: torch.Tensor, index: int) -> torch.Tensor:
         """The last row's attention in plain PyTorch."""
         last, rows = self.lengths[index], queries[index].view(KV_HEADS, GROUP, 1, DIM)
-        part = (last - 1, last, 1)
-        result = attend_piece(rows, plain(self.cache), self.blocks(index), part, last, scale=SCALE)
+        part, cache, blocks = Part(last - 1, last, 1), plain(self.cache), self.blocks(index)
+        near = near_in_cache(cache, blocks, part, last)
+        result = attend_piece(rows, near, cache, blocks, part, scale=SCALE)
         return result.out.reshape(-1, DIM)
 
 
@@ -141,8 +144,10 @@ def test_pieces_of_prompts(part: tuple[int, int, int], pool: int) -> None:
     served = serve(config, [300])
     shape = (KV_HEADS, GROUP, part[1] - part[0], DIM)
     queries = (3 * torch.randn(shape, generator=torch.Generator().manual_seed(2))).to(DEVICE)
-    cache, rest = served.cache, (served.blocks(0), part, 300)
-    got, want = (attend_piece(queries, x, *rest, scale=SCALE) for x in (cache, plain(cache)))
+    cache, blocks = served.cache, served.blocks(0)
+    near = near_in_cache(cache, blocks, Part(*part), 300)
+    caches = cache, plain(cache)
+    got, want = (attend_piece(queries, near, x, blocks, Part(*part), scale=SCALE) for x in caches)
     torch.testing.assert_close(got.out, want.out, rtol=3e-5, atol=3e-5)
     torch.testing.assert_close(got.lse, want.lse, rtol=3e-5, atol=3e-5)
 
@@ -155,7 +160,8 @@ def test_side_caches_agree_and_cost_what_is_said() -> None:
     plain = PagedStates(keys, values, side, CONFIG)
     blocks = served.blocks(0)[:2]
     want, order = (keys[blocks], values[blocks]), served.cache.order(blocks)
-    for held, states in zip((keys, values), served.cache.near(blocks, 2), strict=True):
+    near = near_in_cache(served.cache, served.blocks(0), Part(0, 128, CONFIG.tile), 150)
+    for held, states in zip((keys, values), near, strict=True):
         held[blocks] = states.unflatten(1, (2, -1)).transpose(0, 1)
     plain.fill(blocks, None)
     assert torch.equal(keys[blocks], want[0]) and torch.equal(values[blocks], want[1])

@@ -45,12 +45,13 @@ def layer(rank: int, ranks: int) -> tuple[torch.Tensor, torch.Tensor]:
     slots = blocks[position // CONFIG.chunk_size] * CONFIG.chunk_size + position % CONFIG.chunk_size
     cache.write(keys.transpose(0, 1), values.transpose(0, 1), slots)
     entry = Scheduled(0, LENGTH, 0, True, blocks)
+    parts, rows = entry.parts(CONFIG), (keys.transpose(0, 1), values.transpose(0, 1))
+    nears = [cache.near(entry, part, *rows) for part in parts]
     cache.fill(filled_blocks([entry], CONFIG.chunk_size), shard.router())
+    given = {"scale": 0.25, "router": shard.router()}
     outs = [
-        attend_piece(
-            queries[:, :, part[0] : part[1]], cache, blocks, part, LENGTH, scale=0.25, router=shard.router()
-        ).out
-        for part in entry.parts(CONFIG)
+        attend_piece(queries[:, :, part.start : part.stop], near, cache, blocks, part, **given).out
+        for part, near in zip(parts, nears, strict=True)
     ]
     return torch.cat(outs, 2).flatten(0, 1), cache.layout(blocks[:4]).moments.mean
 

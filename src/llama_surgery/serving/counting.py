@@ -55,6 +55,7 @@ class LayerCounters:
 
     def __init__(self, config: SurgeryConfig, kv_heads: int, *, quiet: bool = False) -> None:
         self.config, self.kv_heads, self.quiet = config, kv_heads, quiet
+        self.resting = False  # another layer's turn
         self.by_tile: dict[int, Counters] = {}
         self.dense_rows = 0
 
@@ -67,7 +68,7 @@ class LayerCounters:
 
     def add_part(self, part: Part, result: AttentionResult) -> None:
         """Count one call of consecutive rows of one sequence."""
-        if self.quiet:
+        if self.quiet or self.resting:
             return
         first, last, tile = part
         blocks = query_blocks(first, last, self.config, tile)
@@ -78,7 +79,7 @@ class LayerCounters:
 
     def add_rows(self, count: RowCount, tile: int = 1) -> None:
         """Count rows that have no far field, or whose pages are tallied."""
-        if self.quiet:
+        if self.quiet or self.resting:
             return
         with COUNTING:
             self._of(tile).count(count.rows, count.near_pairs, count.causal_pairs, count.summary_pairs)
@@ -86,7 +87,9 @@ class LayerCounters:
 
     def tally(self, device: torch.device) -> torch.Tensor | None:
         """(2, kv_heads) int64, to which kernels add the pages that single rows opened and read."""
-        return None if self.quiet else self._of(1).tally(self.kv_heads, self.config.page_size, device)
+        if self.quiet or self.resting:
+            return None
+        return self._of(1).tally(self.kv_heads, self.config.page_size, device)
 
     def _of(self, tile: int) -> Counters:
         return self.by_tile.setdefault(tile, Counters())
@@ -98,6 +101,14 @@ class EngineCounters:
     def __init__(self) -> None:
         self._layers: dict[int, LayerCounters] = {}
         self._told = time.monotonic()
+        self._turn = -1
+
+    def next_turn(self) -> None:
+        """A step begins. Layers take turns: one counts for all, since to count takes the host as long as to
+        launch a layer's attention."""
+        self._turn = (self._turn + 1) % len(self._layers)
+        for place, layer in enumerate(self._layers.values()):
+            layer.resting = place != self._turn
 
     def register(self, index: int, counters: LayerCounters) -> None:
         """Let :meth:`take` speak of layer ``index`` too."""
@@ -120,7 +131,7 @@ class EngineCounters:
         read = summarise({index: by_tile for index, (by_tile, _) in taken.items()}, page_size)
         dense = sum(rows for _, rows in taken.values())
         return (
-            f"rows {read.rows // len(counted)}, far density {read.far_density:.4f}, total density "
+            f"rows {read.rows}, far density {read.far_density:.4f}, total density "
             f"{read.total_density:.4f}, pages read {read.pages_read}, dense fallbacks "
             f"{100 * dense / max(1, read.rows):.1f}% of rows (no closed chunk yet)"
         )

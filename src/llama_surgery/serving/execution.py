@@ -150,6 +150,8 @@ class Executor:
     def attend(
         self,
         queries: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
         cache: PagedStates,
         batch: Batch,
         out: torch.Tensor,
@@ -162,21 +164,24 @@ class Executor:
 
         Args:
             queries: (rows, heads, head_dim); query heads of a KV head are neighbours.
-            cache: What :meth:`states` gave, with the batch's keys written and its full chunks laid out.
+            keys: (rows, kv_heads, head_dim).
+            values: Alike.
+            cache: What :meth:`states` gave, with the batch's keys written. Chunks are laid out here.
             batch: The batch.
             out: (rows, heads, head_dim), written.
             scale: Scaling of q·k.
             router: Learned corrections of the layer, or None.
             counters: Count what is read.
         """
-        for sequence, part in batch.long_parts if self.kernels else batch.parts:
+        parts, kv_heads = batch.long_parts if self.kernels else batch.parts, cache.keys.shape[1]
+        nears = [cache.near(sequence, part, keys, values) for sequence, part in parts]
+        cache.fill(batch.filled, router)
+        for (sequence, part), near in zip(parts, nears, strict=True):
             before = sequence.row - sequence.start
-            rows = slice(before + part[0], before + part[1])
-            heads = queries[rows].unflatten(1, (cache.keys.shape[1], -1)).permute(1, 2, 0, 3)
-            result = attend_piece(
-                heads, cache, sequence.blocks, part, sequence.stop, scale=scale, router=router
-            )
-            out[rows] = result.out.permute(2, 0, 1, 3).flatten(1, 2)
+            rows = slice(before + part.start, before + part.stop)
+            heads = queries[rows].unflatten(1, (kv_heads, -1)).permute(1, 2, 0, 3)
+            result = attend_piece(heads, near, cache, sequence.blocks, part, scale=scale, router=router)
+            out[rows].unflatten(1, (kv_heads, -1)).copy_(result.out.permute(2, 0, 1, 3))
             counters.add_part(part, result)
         single = batch.single_rows if self.kernels else None
         if single is not None:
@@ -187,6 +192,35 @@ class Executor:
                 chosen, cache, single.tables, single.positions, scale=scale, router=router, tally=tally
             )
             counters.add_rows(single.count)
+
+
+@functools.cache
+def warm_up(executor: Executor, heads: int, kv_heads: int, device: torch.device) -> None:
+    """Compile the kernels for prompts, by a short one of random states.
+
+    Args:
+        executor: Whose kernels; another one needs none.
+        heads: Query heads of a layer.
+        kv_heads: KV heads of a layer.
+        device: Where the caches will be.
+    """
+    if not executor.kernels:
+        return
+    config = dataclasses.replace(executor.config, dense_until=0)
+    size, dim = config.chunk_size, executor.head_dim
+    chunks = first_far(config) // size + 2
+    kind = {"dtype": executor.dtype, "device": device}
+    queries = torch.randn(chunks * size, heads, dim, **kind)
+    keys, values = torch.randn(2, chunks * size, kv_heads, dim, **kind)
+    side = torch.zeros(chunks, kv_heads, executor.side_bytes() // 4, device=device)
+    held = torch.zeros(2, chunks, kv_heads, size, dim, **kind)
+    cache = dataclasses.replace(executor, config=config).states(*held, side)
+    cache.write(keys, values, torch.arange(chunks * size, device=device))
+    blocks = torch.arange(chunks, device=device)
+    prompt = Scheduled(0, chunks * size, 0, True, blocks)
+    batch = Batch([prompt], blocks[None].int(), config, blocks[:-1], dense=True)
+    given = {"scale": dim**-0.5, "router": None, "counters": LayerCounters(config, kv_heads)}
+    executor.attend(queries, keys, values, cache, batch, torch.empty_like(queries), **given)
 
 
 def executor_for(

@@ -15,7 +15,7 @@ from llama_surgery.attention.result import AttentionResult
 from llama_surgery.config import SurgeryConfig
 from llama_surgery.surgery.rows import Part, parts_of
 from llama_surgery.topology.geometry import closed_chunks
-from llama_surgery.topology.layout import Layout, Moments, restore
+from llama_surgery.topology.layout import Layout, Moments
 from llama_surgery.topology.router import PageRouter
 
 
@@ -47,6 +47,12 @@ class Scheduled:
         """Of :meth:`parts`, the rows that have a far field and do not read all of it."""
         parts = [part._replace(start=max(part.start, first_far(config))) for part in self.parts(config)]
         return [part for part in parts if part.start < part.stop and config.theta_for(part.tile)]
+
+    def far_chunks(self, config: SurgeryConfig) -> int:
+        """Chunks that :meth:`sparse` rows have in their far fields: those that must be laid out for them."""
+        return max(
+            (closed_chunks(part.stop - 1, config, part.tile) for part in self.sparse(config)), default=0
+        )
 
     def dense(self, config: SurgeryConfig) -> list[tuple[int, int]]:
         """Runs of all other rows, as (first position, one past the last)."""
@@ -226,20 +232,32 @@ class PagedStates:
             None if means is None else _in_a_row(means, blocks),
         )
 
-    def near(self, blocks: torch.Tensor, full: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values (kv_heads, n * chunk_size, head_dim) in order of position.
+    def near(
+        self, entry: Scheduled, part: Part, keys: torch.Tensor, values: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Near field of some rows of a step: keys and values (kv_heads, n, head_dim).
+
+        To be read before the step's chunks are laid out: then those of its rows are in order of position. The
+        order in earlier chunks is no matter, as all of these rows see all of them.
 
         Args:
-            blocks: (n,) of consecutive chunks.
-            full: How many of them, from the first, are in tree order.
+            entry: The sequence.
+            part: The rows.
+            keys: (rows, kv_heads, head_dim) of the whole step.
+            values: Alike.
         """
-        order, size = self.order(blocks[:full]), full * self.config.chunk_size
+        size = self.config.chunk_size
+        since = closed_chunks(part.start, self.config, part.tile) * size
+        rows = slice(entry.row + max(since, entry.start) - entry.start, entry.row + part.stop - entry.start)
 
-        def restored(held: torch.Tensor) -> torch.Tensor:
-            states = _in_a_row(held, blocks)
-            return torch.cat((restore(states[:, :size], order), states[:, size:]), 1) if full else states
+        def both(held: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
+            fresh = new[rows].transpose(0, 1).to(held.dtype)
+            if since >= entry.start:
+                return fresh.contiguous()
+            blocks = entry.blocks[since // size : -(-entry.start // size)]
+            return torch.cat((_in_a_row(held, blocks)[:, : entry.start - since], fresh), 1)
 
-        return restored(self.keys), restored(self.values)
+        return both(self.keys, keys), both(self.values, values)
 
 
 def _in_a_row(held: torch.Tensor, blocks: torch.Tensor) -> torch.Tensor:
@@ -249,10 +267,10 @@ def _in_a_row(held: torch.Tensor, blocks: torch.Tensor) -> torch.Tensor:
 
 def attend_piece(
     queries: torch.Tensor,
+    near: tuple[torch.Tensor, torch.Tensor],
     cache: PagedStates,
     blocks: torch.Tensor,
     part: Part,
-    length: int,
     *,
     scale: float | None = None,
     router: PageRouter | None = None,
@@ -265,25 +283,21 @@ def attend_piece(
 
     Args:
         queries: (kv_heads, group, rows, head_dim).
-        cache: With all the sequence's keys written and its full chunks in tree order.
+        near: Keys and values of the rows' near fields, from :meth:`PagedStates.near`.
+        cache: With the rows' closed chunks in tree order.
         blocks: (chunks,) int64, the sequence's blocks.
         part: Position of the first row, one past the last one's, and the queries of a tile.
-        length: Tokens of the sequence that are in the cache.
         scale: Scaling of q·k, default ``head_dim**-0.5``.
         router: Learned corrections of the layer, one for every KV head, or None.
     """
-    first, last, tile = part
-    config, size = cache.config, cache.config.chunk_size
-    closed = closed_chunks(first, config, tile)
-    near = cache.near(blocks[closed : (last - 1) // size + 1], max(0, length // size - closed))
-    far = blocks[: closed_chunks(last - 1, config, tile)]
+    far = blocks[: closed_chunks(part.stop - 1, cache.config, part.tile)]
     return attend(
         queries,
-        *(states[:, : last - closed * size].to(queries.dtype) for states in near),
+        *(states.to(queries.dtype) for states in near),
         cache.layout(far, queries.dtype) if len(far) else None,
-        config=config,
-        start=first,
-        tile=tile,
+        config=cache.config,
+        start=part.start,
+        tile=part.tile,
         scale=scale,
         router=router,
     )

@@ -9,7 +9,7 @@ import torch
 from vllm.v1.attention.backend import AttentionBackend, AttentionMetadata, AttentionMetadataBuilder
 
 from llama_surgery.errors import UnsupportedModelError
-from llama_surgery.serving.execution import Batch
+from llama_surgery.serving.execution import Batch, warm_up
 from llama_surgery.serving.families import read_block
 from llama_surgery.serving.paged import Scheduled, filled_blocks
 from llama_surgery.serving.vllm import compat
@@ -75,6 +75,8 @@ def _operated(base: type[AttentionBackend]) -> type[AttentionBackend]:
         ) -> torch.Tensor:
             """Arguments are the engine's; ``layer.surgery`` is the layer's :class:`LayerSurgery`."""
             scales = output_scale, output_block_scale
+            if attn_metadata is None:  # memory is being measured
+                warm_up(layer.surgery.executor, self.num_heads, self.num_kv_heads, query.device)
             if not isinstance(attn_metadata, SurgeryMetadata):
                 return super().forward(layer, query, key, value, kv_cache, attn_metadata, output, *scales)
             if output_scale is not None or output_block_scale is not None:
@@ -88,9 +90,16 @@ def _operated(base: type[AttentionBackend]) -> type[AttentionBackend]:
             router = surgery.shard.router()
             states = compat.keys_and_values(base.get_name(), kv_cache)
             cache = surgery.executor.states(*states, surgery.side.kv_cache.flatten(2))
-            cache.fill(batch.filled, router)
             surgery.executor.attend(
-                query, cache, batch, output, scale=self.scale, router=router, counters=surgery.counters
+                query,
+                key,
+                value,
+                cache,
+                batch,
+                output,
+                scale=self.scale,
+                router=router,
+                counters=surgery.counters,
             )
             return output
 
@@ -110,7 +119,6 @@ def _operated(base: type[AttentionBackend]) -> type[AttentionBackend]:
             eager = (kv_cache_spec, layer_names, compat.without_graphs(vllm_config), device)
             self.beside = base.get_builder_cls()(*eager) if own else None
             self.unsorted: torch.Tensor | None = None  # (blocks,) bool: full, in order of position
-            self.any_unsorted = False
 
         @classmethod
         def get_cudagraph_support(cls, vllm_config: Any, kv_cache_spec: Any) -> Any:
@@ -125,10 +133,10 @@ def _operated(base: type[AttentionBackend]) -> type[AttentionBackend]:
                 return super().build(common_prefix_len, common, fast_build)
             sequences = self._scheduled(common, lengths)
             tables = common.block_table_tensor[: len(sequences)]
-            sparse = [s for s in sequences if not own or s.sparse(config)]
-            filled = self._to_lay_out(sparse, [s for s in sequences if own and not s.sparse(config)])
-            if not sparse:
+            filled = self._to_lay_out(sequences)
+            if own and not any(s.sparse(config) for s in sequences):
                 return super().build(common_prefix_len, common, fast_build)
+            self.operated.engine.next_turn()
             report(self.operated.engine)
             batch = Batch(sequences, tables, config, filled, dense=own)
             return SurgeryMetadata(batch, *(self._dense(common, sequences) if own else ()))
@@ -149,30 +157,32 @@ def _operated(base: type[AttentionBackend]) -> type[AttentionBackend]:
             size = self.surgery.chunk_size
             full = ((lengths > 0) & (lengths % size == 0)).nonzero()[:, 0]
             if len(full) and self.surgery.theta:
-                chunks = (lengths[full] // size - 1).to(common.block_table_tensor.device)
-                rows = full.to(chunks.device)
+                chunks = (lengths[full] // size - 1).to(self.device, non_blocking=True)
+                rows = full.to(self.device, non_blocking=True)
                 self._mark(common.block_table_tensor[rows, chunks].long(), unsorted=True)
 
         def _mark(self, blocks: torch.Tensor, *, unsorted: bool) -> None:
             if self.unsorted is None:
                 count = self.operated.side.kv_cache.shape[0]
                 self.unsorted = torch.zeros(count, dtype=torch.bool, device=self.device)
-            self.any_unsorted |= unsorted
             self.unsorted.index_fill_(0, blocks, unsorted)
 
-        def _to_lay_out(self, sparse: list[Scheduled], others: list[Scheduled]) -> torch.Tensor:
-            """(n,) int64: blocks that ``sparse`` fill, and those of theirs that were left as they were."""
-            size = self.surgery.chunk_size
-            filled, later = filled_blocks(sparse, size), filled_blocks(others, size)
-            if len(later):
-                self._mark(later, unsorted=True)
-            if not own or not sparse or not self.any_unsorted:
-                return filled
-            self._mark(filled, unsorted=False)
-            earlier = torch.cat([s.blocks[: s.start // size] for s in sparse])
-            left = earlier[self.unsorted[earlier]].unique()
+        def _to_lay_out(self, sequences: list[Scheduled]) -> torch.Tensor:
+            """(n,) int64: blocks that are read sparsely in this step and are not in tree order yet."""
+            config, size = self.surgery, self.surgery.chunk_size
+            if not own:
+                return filled_blocks(sequences, size)
+            first = [min(s.start // size, s.far_chunks(config)) for s in sequences]
+            now = [s.blocks[s.start // size : s.far_chunks(config)] for s in sequences]
+            later = [s.blocks[max(s.start // size, s.far_chunks(config)) : s.stop // size] for s in sequences]
+            self._mark(torch.cat(later), unsorted=True)
+            self._mark(torch.cat(now), unsorted=False)
+            if not any(first):
+                return torch.cat(now)
+            earlier = torch.cat([s.blocks[:count] for s, count in zip(sequences, first, strict=True)])
+            left = earlier[self.unsorted[earlier]].unique()  # type: ignore[index]
             self._mark(left, unsorted=False)
-            return torch.cat((filled, left))
+            return torch.cat((*now, left))
 
         def _dense(self, common: Any, sequences: list[Scheduled]) -> tuple[torch.Tensor | None, Any]:
             """Rows that see everything, and the engine's metadata for them alone."""
@@ -185,7 +195,7 @@ def _operated(base: type[AttentionBackend]) -> type[AttentionBackend]:
             where = torch.tensor([index for index, *_ in runs])
             starts = torch.tensor([0, *accumulate(counts)], dtype=torch.int32)
             lengths = torch.tensor(ends, dtype=torch.int32)
-            rows, where = rows.to(self.device), where.to(self.device)
+            rows, where = (index.to(self.device, non_blocking=True) for index in (rows, where))
             part = compat.part_of(common, starts, lengths, where, rows)
             return rows, self.beside.build(0, part)
 

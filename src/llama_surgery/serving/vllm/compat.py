@@ -136,9 +136,9 @@ def part_of(
     """
     device = common.seq_lens.device
     changed = {
-        "query_start_loc": starts.to(device),
+        "query_start_loc": starts.to(device, non_blocking=True),
         "query_start_loc_cpu": starts,
-        "seq_lens": lengths.to(device),
+        "seq_lens": lengths.to(device, non_blocking=True),
         "seq_lens_cpu_upper_bound": lengths,
         "num_reqs": len(lengths),
         "num_actual_tokens": len(rows),
