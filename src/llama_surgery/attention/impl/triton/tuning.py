@@ -46,7 +46,6 @@ TABLE = {
     "sm120": _SMALL,
     "sm90": Tuning(
         keys_per_step=32,
-        score_stages=3,
         attend_warps=4,
         shared=227 << 10,
         specialised=True,
