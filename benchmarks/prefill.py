@@ -1,13 +1,14 @@
 """Times every part of sparse prefill attention by itself, beside dense rivals, and writes a CSV.
 
-    python benchmarks/prefill.py --lengths 8k 32k 128k --seconds 400
+    python benchmarks/prefill.py --lengths 32k 128k --seconds 400
     python benchmarks/prefill.py --growth --lengths 32k 128k 512k
     python benchmarks/prefill.py --tune --seconds 100
     python benchmarks/prefill.py --profile
 
-What is timed and checked: ``timing/prefill.py``. ``--growth`` keeps the number of pages that a
-tile reads, instead of the density, the same at all lengths. ``--tune`` sweeps launch configurations instead,
-``--profile`` prints the time of each kernel of a call.
+The defaults are timed, for groups of 4, 7 and 5 query heads a KV head (--groups); the parts alone and
+FlexAttention for the first group. What is timed and checked: ``timing/prefill.py``. ``--growth`` keeps the
+number of pages that a tile reads, instead of the density, the same at all lengths. ``--tune`` sweeps launch
+configurations instead, ``--profile`` prints the time of each kernel of a call.
 """
 
 import argparse
@@ -31,48 +32,42 @@ from llama_surgery.attention.impl.triton.tuning import TABLE
 from llama_surgery.bench.measure import Deadline, say, times
 from llama_surgery.config import SurgeryConfig
 from llama_surgery.lengths import parse_length
+from llama_surgery.topology.geometry import causal_pairs, near_pairs, summary_density
 
-RESULTS = Path(__file__).parent / "results" / "prefill.csv"
+RESULTS = Path(__file__).parent / "results" / "attention.csv"
 CUDA = torch.device("cuda")
 
-#: Cheap selection at page 64: variances of eight channels together.
-CHEAP = SurgeryConfig(page_size=64, variance_pool=8, theta_decode=0.01)
+#: Whose variances, pages and tiles are timed.
+DEFAULT = SurgeryConfig()
+
+#: KV heads, and query heads of each: of Llama 8B, Qwen2.5-7B and Qwen2.5-14B.
+GROUPS = {4: (8, 4), 7: (4, 7), 5: (8, 5)}
+
+#: Far densities that θ is set for, and the total density that it is set for at 32k, where all costs meet.
+DENSITIES, TOTAL = (0.05, 0.03), 0.10
 
 #: Pages that a tile reads on average at every length, with ``--growth``.
-PAGES = 48
+PAGES = 96
 
 
-def settings(length: int, *, full: bool, growth: bool, flex: bool) -> Iterator[Setting]:
-    """What is timed at a length, the most telling first."""
+def settings(length: int, *, parts: bool, growth: bool, flex: bool) -> Iterator[Setting]:
+    """What is timed at a length, the most telling first; ``parts``: every part alone too."""
     if growth:
-        yield Setting(CHEAP, 2 * PAGES * CHEAP.page_size / length, parts=True)
+        yield Setting(DEFAULT, 2 * PAGES * DEFAULT.page_size / length, parts=parts)
         return
-    yield Setting(CHEAP, 0.05, flex=flex, parts=True)
+    for density in DENSITIES:
+        yield Setting(DEFAULT, density, flex=flex and density == DENSITIES[0], parts=parts)
     if length == 1 << 15:
-        yield Setting(CHEAP, 0.073)
-    if length >= 1 << 15:
-        yield Setting(CHEAP, 0.01, parts=True)
-    if not full:
-        return
-    fine = dataclasses.replace(CHEAP, variance_pool=1)
-    changes: tuple[dict[str, object], ...] = (
-        {},
-        {"page_size": 32},
-        {"page_size": 32, "variance_pool": 8},
-        {"page_size": 128},
-        {"tile": 16},
-        {"tile": 32},
-    )
-    for change in changes:
-        yield Setting(dataclasses.replace(fine, **change), 0.05, parts=True)  # type: ignore[arg-type]
+        near = near_pairs(0, length, DEFAULT, DEFAULT.tile) / causal_pairs(0, length)
+        yield Setting(DEFAULT, TOTAL - near - summary_density(DEFAULT, length))
 
 
 def _job(data: Data, density: float) -> Job:
     """A call in which θ is set for a density."""
-    layout = build_layout(data.keys, data.values, CHEAP)
-    job = make_job(data.queries, data.keys, data.values, layout, config=CHEAP, start=0)
+    layout = build_layout(data.keys, data.values, DEFAULT)
+    job = make_job(data.queries, data.keys, data.values, layout, config=DEFAULT, start=0)
     theta = calibrate(job, density)
-    return dataclasses.replace(job, config=dataclasses.replace(CHEAP, theta=theta, theta_decode=theta))
+    return dataclasses.replace(job, config=dataclasses.replace(DEFAULT, theta=theta, theta_decode=theta))
 
 
 def tune(length: int, seconds: float) -> None:
@@ -88,8 +83,8 @@ def tune(length: int, seconds: float) -> None:
         "near": lambda job: prefill.attend_strip(job, strip, None, out, lse),
         "near and far": lambda job: prefill.attend_strip(job, strip, plan, out, lse),
     }
-    fine = dataclasses.replace(CHEAP, page_size=16)
-    for config, place in ((CHEAP, 0), (fine, 1)):
+    fine = dataclasses.replace(DEFAULT, page_size=16)
+    for config, place in ((DEFAULT, 0), (fine, 1)):
         kept = layout_module.PROJECT_WARPS
         for warps in (1, 2, 4) if place else (4, 8):
             layout_module.PROJECT_WARPS = (warps, kept[1]) if place == 0 else (kept[0], warps)
@@ -145,10 +140,10 @@ def profile(length: int) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    default = ["8k", "32k", "128k", "16k", "64k", "256k", "512k"]
+    default = ["32k", "128k", "8k", "16k", "64k"]
     parser.add_argument("--lengths", nargs="+", default=default)
     parser.add_argument("--seconds", type=float, default=400.0, help="no new setting after this")
-    parser.add_argument("--full", action="store_true", help="other page sizes, tiles and ways of scoring too")
+    parser.add_argument("--groups", nargs="+", type=int, choices=GROUPS, default=list(GROUPS))
     parser.add_argument("--growth", action="store_true", help="equally many pages a tile at every length")
     parser.add_argument("--without-flex", action="store_true", help="leave FlexAttention out")
     parser.add_argument("--tune", action="store_true", help="sweep launch configurations instead")
@@ -169,10 +164,14 @@ def main() -> None:
     else:
         deadline = Deadline(given.seconds)
 
-        def asked(length: int) -> Iterator[Setting]:
-            return settings(length, full=given.full, growth=given.growth, flex=not given.without_flex)
+        first = GROUPS[given.groups[0]]
 
-        rows = bench_prefill(lengths, asked, given.output, deadline=deadline, device=CUDA)
+        def asked(length: int, shape: tuple[int, int] | None) -> Iterator[Setting]:
+            flex = shape == first and not given.without_flex
+            return settings(length, parts=shape == first, growth=given.growth, flex=flex)
+
+        cases = [(length, GROUPS[group]) for length in lengths for group in given.groups]
+        rows = bench_prefill(cases, asked, given.output, deadline=deadline, device=CUDA)
         plot_prefill([r for r in rows if r.get("far", 0.05) == 0.05], given.output.with_suffix(".svg"))
 
 

@@ -1,8 +1,11 @@
 """The tables of times: prefill, decode and a whole model on a GPU."""
 
-from csv_tables import Row, conditions, markdown, milliseconds, percent, read, same, times, tokens
+from csv_tables import RESULTS, Row, conditions, markdown, milliseconds, percent, read, same, times, tokens
 
-#: The row of a whole call in prefill.csv.
+#: Times of the defaults, and what stands for them until they are there.
+ATTENTION, NOTHING = "attention.csv", "Not measured yet."
+
+#: The row of a whole call in prefill.csv and attention.csv.
 WHOLE = "attention with layout and selection"
 
 
@@ -26,6 +29,36 @@ def prefill(name: str = "prefill.csv") -> str:
         "FlashAttention-2 ÷",
     )  # fmt: skip
     return markdown(names, cells) + f"\n\n{conditions(rows[0])}"
+
+
+def attention() -> str:
+    """Attention of a prompt with the defaults, everything included, for groups of several sizes."""
+    rows = measured(ATTENTION)
+    cells = [
+        [
+            tokens(row["n"]), f"{row['heads']} / {row['kv_heads']}", f"{float(row['executed_far']):.3f}",
+            f"{float(row['total_density']):.3f}", milliseconds(row["p50_ms"]),
+            *(times(row.get(f"over_{rival}")) for rival in ("cuDNN", "FlashAttention-2")),
+        ]
+        for row in rows
+        if row["part"] == WHOLE
+    ]  # fmt: skip
+    names = (
+        "tokens", "query / KV heads", "far density", "total density", "milliseconds", "cuDNN ÷",
+        "FlashAttention-2 ÷",
+    )  # fmt: skip
+    return markdown(names, cells) + f"\n\n{conditions(rows[0])}" if rows else NOTHING
+
+
+def attention_parts() -> str:
+    """Each part of it alone."""
+    rows = measured(ATTENTION)
+    return parts_of(rows) if rows else NOTHING
+
+
+def measured(name: str) -> list[Row]:
+    """Rows of a file that need not be there."""
+    return read(name) if (RESULTS / name).exists() else []
 
 
 def portable() -> str:
@@ -59,7 +92,11 @@ def flex() -> str:
 
 def parts() -> str:
     """Each part of a prompt's attention alone."""
-    rows = read("prefill.csv")
+    return parts_of(read("prefill.csv"))
+
+
+def parts_of(rows: list[Row]) -> str:
+    """Each part of the settings of which parts were timed."""
     settings = [row for row in rows if row["part"] == "layout"]
     names = list(dict.fromkeys(row["part"] for row in rows if row["far"] and row["part"] != "FlexAttention"))
     cells = []
@@ -75,7 +112,8 @@ def parts() -> str:
     header = (
         "milliseconds",
         *(
-            f"{tokens(s['n'])}, far {s['far']}" + ("" if s["selection"] == "flat" else f", {s['selection']}")
+            f"{tokens(s['n'])}, far {s['far']}"
+            + ("" if s.get("selection", "flat") == "flat" else f", {s['selection']}")
             for s in settings
         ),
     )
@@ -83,7 +121,7 @@ def parts() -> str:
 
 
 #: What names a setting in prefill.csv.
-LABEL = ("n", "page", "tile", "ball", "variance_pool", "stride", "totals", "selection", "far")
+LABEL = ("n", "heads", "page", "tile", "ball", "variance_pool", "stride", "totals", "selection", "far")
 
 #: Shapes that prefill is timed with and levels of the tree; an H200's FLOP/s and bytes/s by its data sheet.
 HEADS, KV_HEADS, DIM, PAGE, POOL, LEVELS = 32, 8, 128, 64, 8, 3

@@ -22,6 +22,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "lost-and-won": real_speed_table.lost_and_won,
     "real-speed": real_speed_table.real_speed,
     "results": quality_tables.quality,
+    "attention": speed_tables.attention,
+    "attention-parts": speed_tables.attention_parts,
     "speed": speed_tables.speed,
     "prefill": speed_tables.prefill,
     "portable": speed_tables.portable,

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from torch.nn.attention import SDPBackend
 
 from llama_surgery.attention.impl.triton.job import Job, make_job, page_features
 from llama_surgery.attention.impl.triton.layout.launch import build_layout
@@ -51,29 +52,29 @@ class Setting(NamedTuple):
 
 
 def bench_prefill(
-    lengths: Iterable[int],
-    settings: Callable[[int], Iterable[Setting]],
+    cases: Iterable[tuple[int, tuple[int, int] | None]],
+    settings: Callable[[int, tuple[int, int] | None], Iterable[Setting]],
     out: Path,
     *,
     deadline: Deadline,
     device: torch.device,
     dtype: torch.dtype = torch.bfloat16,
 ) -> list[dict[str, Any]]:
-    """Time the lengths in turn; rows are written as they are measured.
+    """Time the cases in turn; rows are written as they are measured.
 
     Args:
-        lengths: Multiples of the tile.
-        settings: What to time at a length, the most telling first.
+        cases: Length, a multiple of the tile, and shape as :func:`~timing.prefill_case.make_data` takes it.
+        settings: What to time of a case, the most telling first.
         out: CSV.
         deadline: Nothing further begins after it.
     """
     rows = Rows(out, device, dtype=str(dtype).split(".")[-1])
-    for length in lengths:
+    for length, shape in cases:
         if deadline.passed(f"prefill of {length} tokens"):
             break
-        data = case.make_data(length, device, dtype)
+        data = case.make_data(length, device, dtype, shape)
         dense = _time_dense(rows, data)
-        for setting in settings(length):
+        for setting in settings(length, shape):
             if deadline.passed(f"{length} tokens, {setting.config}"):
                 break
             _Timed(rows, data, setting, dense).run()
@@ -85,10 +86,12 @@ def bench_prefill(
 def _time_dense(rows: Rows, data: case.Data) -> dict[str, float]:
     """Median milliseconds of every way PyTorch's SDPA runs this length."""
     length, device = data.keys.shape[1], data.keys.device
-    q = data.queries.reshape(1, case.STREAMS * case.HEADS, length, case.DIM)
+    q = data.queries.flatten(0, 1)[None]
     k, v = (x[None] for x in (data.keys, data.values))
     found: dict[str, float] = {}
     for way in ways(device, length):
+        if way.backend is SDPBackend.EFFICIENT_ATTENTION:  # takes seconds, and never wins
+            continue
         try:
             check(way, q, k, v)
             measured = _measure(functools.partial(way, q, k, v), device)
@@ -96,7 +99,8 @@ def _time_dense(rows: Rows, data: case.Data) -> dict[str, float]:
             say(f"{way.name} is out: {str(problem).splitlines()[0][:160]}")
             continue
         found[way.name] = measured["p50_ms"]
-        rows.add(n=length, part=way.name, **measured, **_rate(causal_pairs(0, length), measured))
+        pairs = causal_pairs(0, length)
+        rows.add(**_shape(data), part=way.name, **measured, **_rate(data, pairs, measured))
         if length > RIVALS_LIMIT:
             break
     return found
@@ -119,7 +123,7 @@ class _Timed:
             job, config=dataclasses.replace(self.config, summary="none"), means=None
         )
         self.label = {
-            "n": self.length,
+            **_shape(data),
             "page": config.page_size,
             "tile": config.tile,
             "variance_pool": config.variance_pool,
@@ -166,7 +170,7 @@ class _Timed:
     ) -> float:
         """Time a part; returns its median in milliseconds. ``less`` of them are something else's in it."""
         measured = {name: ms - less for name, ms in _measure(call, self.device).items()}
-        rate = {} if pairs is None else _rate(pairs, measured)
+        rate = {} if pairs is None else _rate(self.data, pairs, measured)
         self.rows.add(**self.label, part=part, **measured, **rate)
         return measured["p50_ms"]
 
@@ -216,8 +220,14 @@ class _Timed:
             say(f"FlexAttention did not run: {str(problem).splitlines()[0][:200]}")
 
 
-def _rate(pairs: float, measured: dict[str, float]) -> dict[str, float]:
-    flops = pairs * case.STREAMS * case.HEADS * 4 * case.DIM
+def _shape(data: case.Data) -> dict[str, int]:
+    streams, group, length, _ = data.queries.shape
+    return {"n": length, "heads": streams * group, "kv_heads": streams}
+
+
+def _rate(data: case.Data, pairs: float, measured: dict[str, float]) -> dict[str, float]:
+    streams, group, _, dim = data.queries.shape
+    flops = pairs * streams * group * 4 * dim
     return {"flops": flops, "tflops": flops / measured["p50_ms"] / 1e9}
 
 

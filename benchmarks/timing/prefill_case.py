@@ -1,7 +1,7 @@
 """Prefill attention at a length: clustered keys, plans of a density, checks, FlexAttention on the same plan.
 
-Shapes are those of an 8-billion-parameter Llama: 32 query, 8 KV heads of 128, batch 1. Keys and queries are
-clustered, so that pages differ as those of text do.
+Batch 1. Shapes, unless others are given, are those of an 8-billion-parameter Llama: 32 query, 8 KV heads of
+128. Keys and queries are clustered, so that pages differ as those of text do.
 """
 
 import dataclasses
@@ -34,8 +34,11 @@ class Data:
     values: torch.Tensor
 
 
-def make_data(length: int, device: torch.device, dtype: torch.dtype, seed: int = 0) -> Data:
-    return Data(*clustered_states(STREAMS, HEADS, length, DIM, device, dtype, seed))
+def make_data(
+    length: int, device: torch.device, dtype: torch.dtype, shape: tuple[int, int] | None = None
+) -> Data:
+    """States of a length; ``shape``: KV heads, and query heads of each."""
+    return Data(*clustered_states(*(shape or (STREAMS, HEADS)), length, DIM, device, dtype))
 
 
 def plans_of(job: Job, theta: float) -> list[TiledPlan]:
@@ -243,7 +246,8 @@ def flex_call(job: Job, plans: list[TiledPlan]) -> Callable[[], torch.Tensor]:
     def visible(b: Any, h: Any, q: Any, kv: Any) -> Any:
         return kv - far_keys <= q
 
-    by_head = (STREAMS, choosers // STREAMS)
+    streams = len(layout.keys)
+    by_head = (streams, choosers // streams)
     mask = BlockMask.from_kv_blocks(
         partial_count.expand(*by_head, -1).contiguous(),
         partial.expand(*by_head, -1, -1).contiguous(),  # the kernel takes its strides for the full ones
@@ -260,7 +264,7 @@ def flex_call(job: Job, plans: list[TiledPlan]) -> Callable[[], torch.Tensor]:
         for a, b in ((layout.keys, job.near_keys), (layout.values, job.near_values))
     )
     compiled = torch.compile(flex_attention, dynamic=False)
-    queries = job.queries.reshape(STREAMS, HEADS, length, DIM)
+    queries = job.queries.reshape(streams, -1, length, job.queries.shape[-1])
     options = {"BLOCK_M": min(size, 128), "BLOCK_N": min(page, 128)}
 
     def call() -> torch.Tensor:

@@ -1,9 +1,14 @@
 """Clustered queries, keys and values, whose pages differ as those of text do; and what must come out."""
 
+import math
+
 import torch
 
 #: Clusters, how far their centres are apart, and tokens for which keys and queries stay in one.
 CLUSTERS, APART, KEYS_STAY, QUERIES_STAY = 64, 0.65, 24, 64
+#: How strongly recent keys and the first token pull queries: constants that give the shares named below.
+#: Tokens after which keys turn to a new direction, tokens that are recent, length of the first key in √dim.
+NEAR, SINK, TURN, RECENT, LONG = 24.0, 0.4, 512, 256, 3.0
 
 
 def clustered_states(
@@ -15,12 +20,22 @@ def clustered_states(
     dtype: torch.dtype,
     seed: int = 0,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Queries (kv_heads, group, length, dim), keys and values (kv_heads, length, dim) of one layer."""
-    generator = torch.Generator(device).manual_seed(seed)
-    centres = torch.randn(kv_heads, CLUSTERS, dim, device=device, generator=generator) * APART
+    """Queries (kv_heads, group, length, dim), keys and values (kv_heads, length, dim) of one layer.
 
-    def normal(*shape: int) -> torch.Tensor:
+    Keys and queries walk through clusters. As in real models most attention goes to recent keys, which share
+    a slowly turning direction with the queries, and to the first token, whose key is alone in channel 0. Both
+    pull by the logarithm of the position, so that shares are the same at all lengths: with 128 channels the
+    near field of the defaults and the first page are 0.20 nats under a row's total at 8,192 tokens, 0.21 at
+    32,768 (SmolLM2: 0.1 to 0.2; clusters alone: 1.1). Kernels cost by it: pages that might be opened by the
+    total so far are scored again in the end.
+    """
+    generator = torch.Generator(device).manual_seed(seed)
+    scale = dim**-0.5
+
+    def normal(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
         return torch.randn(*shape, dim, device=device, generator=generator, dtype=dtype)
+
+    centres = normal(kv_heads, CLUSTERS, dtype=torch.float32) * APART
 
     def walk(stay: int) -> torch.Tensor:
         count = -(-length // stay)
@@ -28,8 +43,20 @@ def clustered_states(
         topic = topic.repeat_interleave(stay, 1)[:, :length, None].expand(-1, -1, dim)
         return centres.gather(1, topic).to(dtype)
 
-    keys = normal(kv_heads, length) + walk(KEYS_STAY)
+    position = torch.arange(length, device=device)
+    place, turned = position // TURN, (position % TURN / TURN)[:, None]
+    corner = torch.nn.functional.normalize(normal(kv_heads, length // TURN + 2, dtype=torch.float32), dim=-1)
+    recent = torch.nn.functional.normalize(corner[:, place].lerp(corner[:, place + 1], turned), dim=-1)
+    keys = normal(kv_heads, length) + walk(KEYS_STAY) + (recent * dim**0.5).to(dtype)
     queries = normal(kv_heads, group, length) + walk(QUERIES_STAY)[:, None]
+    pull = (NEAR * (position + 1) / RECENT).log().clamp_min(0)[:, None]
+    queries += (recent * pull).to(dtype)[:, None]
+    keys[..., 0] = 0
+    some = queries[:, 0, torch.randint(length, (256,), device=device, generator=generator)].float()
+    level = (some @ keys.float().transpose(1, 2) * scale).logsumexp(-1).mean() - math.log(length)
+    keys[:, 0] = 0
+    keys[:, 0, 0] = LONG * dim**0.5
+    queries[..., 0] = ((level + (SINK * (position + 1)).log()) / LONG).to(dtype)
     return queries, keys, normal(kv_heads, length)
 
 

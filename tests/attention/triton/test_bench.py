@@ -15,8 +15,7 @@ from llama_surgery.config import SurgeryConfig
 
 
 def test_prefill(device: torch.device, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in {"STREAMS": 1, "HEADS": 2, "DIM": 16}.items():
-        monkeypatch.setattr(prefill_case, name, value)
+    monkeypatch.setattr(prefill_case, "DIM", 16)
     monkeypatch.setattr(prefill, "FLEX_LIMIT", 0)
     config = SurgeryConfig(
         chunk_size=64,
@@ -27,7 +26,7 @@ def test_prefill(device: torch.device, tmp_path: Path, monkeypatch: pytest.Monke
     setting = prefill.Setting(config, 0.1, parts=True)
     given = {"device": device, "dtype": torch.float32}
     out = tmp_path / "p.csv"
-    rows = prefill.bench_prefill([192], lambda _: [setting], out, deadline=Deadline(100), **given)
+    rows = prefill.bench_prefill([(192, (2, 3))], lambda *_: [setting], out, deadline=Deadline(100), **given)
     found = {row["part"]: row for row in rows}
     assert {
         "layout",
@@ -38,6 +37,7 @@ def test_prefill(device: torch.device, tmp_path: Path, monkeypatch: pytest.Monke
     } < found.keys()
     whole = found["attention with layout and selection"]
     assert 0.05 < whole["executed_far"] < 0.2 and whole["error"] < 1e-5 and whole["differing"] == 0
+    assert (whole["n"], whole["heads"], whole["kv_heads"]) == (192, 6, 2)
     assert len(out.read_text(encoding="utf-8").splitlines()) == len(rows) + 1
 
 
