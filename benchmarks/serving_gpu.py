@@ -96,6 +96,10 @@ class Bench:
             **options,
         )
         self.engine.apply_model(draw_weights)
+        for layer in self._layers() if given.mode == "operated" else []:
+            # Here every layer counts, not one a step: layers of random weights read very unequally.
+            layer.engine.next_turn = lambda: None
+            layer.counters.resting = False
         cache = self.engine.llm_engine.vllm_config.cache_config
         self.theta = self.density = 0.0
         self.theta_length = 0
