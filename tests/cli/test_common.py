@@ -34,7 +34,8 @@ def test_a_model_is_spread_by_accelerate(model: Path, monkeypatch: pytest.Monkey
     whole, _ = load_model(str(model), "cpu", Dtype.float32)
     ids = torch.arange(20)[None]
     assert not split.training
-    assert torch.equal(split(ids.to(split.device)).logits.cpu(), whole(ids).logits)
+    # On a GPU the split model runs there, with other roundings.
+    torch.testing.assert_close(split(ids.to(split.device)).logits.cpu(), whole(ids).logits)
     monkeypatch.setattr(common, "find_spec", lambda name: None)
     with pytest.raises(SurgeryError, match="pip install accelerate"):
         load_model(str(model), "split", Dtype.auto)

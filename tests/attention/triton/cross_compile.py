@@ -254,6 +254,17 @@ def compile_all(
         (config, None), (pooled, learned), (bare, None), (pooled, None), (config, learned),
     ):  # fmt: skip
         prefill.attend(states, keys, keys, built, config=rule, start=0, router=router, **extra)
+    # Pages that only the kernels for any GPU take.
+    large = dataclasses.replace(config, page_size=128)
+    prefill.attend(
+        states,
+        keys,
+        keys,
+        build_layout(keys[:, :1536], keys[:, :1536], large),
+        config=large,
+        start=0,
+        **extra,
+    )
     fast = dataclasses.replace(config, page_size=64, variance_pool=8)
     coarse = build_layout(keys[:, :1536], keys[:, :1536], fast)
     prefill.attend(states, keys, keys, coarse, config=fast, start=0, **extra)
