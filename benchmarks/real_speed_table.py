@@ -168,7 +168,8 @@ def serving() -> str:
                 cells.append(
                     [
                         name, tokens(row["length"]), row["batch"], percent(row["far_density"]),
-                        milliseconds(rival), milliseconds(row[part]), f"{float(row[part]) / float(rival):.2f}",
+                        milliseconds(rival), milliseconds(row[part]),
+                        f"{float(row[part]) / float(rival):.2f}",
                     ]
                 )  # fmt: skip
     names = ("", "tokens", "batch", "far density", "dense, milliseconds", "operated, milliseconds", "÷ dense")
