@@ -179,6 +179,25 @@ def test_more_near_keys_than_needed_change_nothing(case, extra):
     torch.testing.assert_close(again.out, result.out, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("backend", ["reference", "gather"])
+@pytest.mark.parametrize("start", [0, 100, 199])
+@pytest.mark.parametrize("name", ["queries", "near_keys", "near_values", "all"])
+def test_states_lie_in_memory_as_they_like(backend, start, name):
+    """A last dimension that is not the fastest, say."""
+    torch.manual_seed(0)
+    config = dataclasses.replace(BASE, backend=backend)
+    states = {name: torch.randn(2, 200, 16) for name in ("near_keys", "near_values")}
+    layout = build_layout(states["near_keys"][:, :192], states["near_values"][:, :192], config)
+    states["queries"] = torch.randn(2, 3, 200 - start, 16)
+    turned = {key: x.mT.contiguous().mT if name in (key, "all") else x for key, x in states.items()}
+    tile = 1 if start == 199 else None
+    plain, other = (
+        attend(**given, layout=layout, config=config, start=start, tile=tile) for given in (states, turned)
+    )
+    torch.testing.assert_close(other.out, plain.out, rtol=0, atol=1e-5)
+    torch.testing.assert_close(other.lse, plain.lse, rtol=0, atol=1e-5)
+
+
 @given(cases(), st.sampled_from(["reference", "gather"]))
 def test_half_precision_is_computed_in_float32(case, backend):
     case = dataclasses.replace(case, config=dataclasses.replace(case.config, theta=0.0, theta_decode=0.0))

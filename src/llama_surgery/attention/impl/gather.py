@@ -4,6 +4,8 @@ Tiles are batched by how many pages they read, so that little is padded, in grou
 logits to stay in a processor's cache.
 """
 
+from typing import Any
+
 import torch
 
 from llama_surgery.attention.call import AttentionCall
@@ -67,8 +69,13 @@ def _fuses(queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, soft
     return plain and queries.device.type == "cpu" and not differentiable(queries, keys, values)
 
 
-#: Output (batch, heads, rows, value_dim) and log-sum-exp (batch, heads, rows); logits stay out of memory.
-_fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+def _fused(*states: torch.Tensor, **options: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """Output (batch, heads, rows, value_dim) and log-sum-exp (batch, heads, rows); logits stay out of memory.
+
+    PyTorch's kernel takes the last stride for 1 without looking.
+    """
+    states = tuple(x if x.stride(-1) == 1 else x.contiguous() for x in states)
+    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*states, **options)
 
 
 def _fused_attend(
