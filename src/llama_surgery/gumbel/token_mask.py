@@ -8,7 +8,7 @@ from typing import Any
 import torch
 import triton
 
-from llama_surgery.attention.impl.triton.helpers import launching, product_options
+from llama_surgery.attention.impl.triton.helpers import launching, pad_to_power, product_options
 from llama_surgery.attention.impl.triton.job import STRIP_BYTES
 from llama_surgery.attention.impl.triton.tuning import family_of, tuning_for
 from llama_surgery.gumbel.balls import (
@@ -70,9 +70,9 @@ def attend(
         "TILE": tile,
         "PAGE": page,
         "DIM": dim,
-        "DIM_PAD": max(16, triton.next_power_of_2(dim)),
+        "DIM_PAD": pad_to_power(dim),
         "VALUE_DIM": value_dim,
-        "VALUE_PAD": max(16, triton.next_power_of_2(value_dim)),
+        "VALUE_PAD": pad_to_power(value_dim),
         "num_warps": tuning.attend_warps,
         "num_stages": tuning.attend_stages,
         **product_options(queries),

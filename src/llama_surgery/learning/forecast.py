@@ -14,7 +14,7 @@ from llama_surgery.config import SurgeryConfig
 from llama_surgery.learning.corrections import LayerCorrections, Part
 from llama_surgery.learning.weights import parts_of
 from llama_surgery.surgery.supported import attention_modules, head_shape
-from llama_surgery.topology.geometry import causal_pairs, near_pairs, summary_density
+from llama_surgery.topology.geometry import causal_pairs, first_far, near_pairs, summary_density
 
 #: Multiplications that a step of the local stage takes for each of the forward pass over its sampled rows:
 #: forward, the same again while going back, and two products for every one of the way back.
@@ -154,7 +154,7 @@ def at_length(shape: Shape, config: SurgeryConfig, density: float, calibrated: i
     far = min(closed, density * min(1.0, calibrated / length))
     channels = 1 + 1 / config.variance_pool
     scoring = closed / config.page_size / 2 * channels
-    sparse_from = min(length, max(config.chunk_size + config.window, config.dense_until))
+    sparse_from = min(length, first_far(config))
     scoring += near_pairs(sparse_from, length, config, config.tile) / causal / 2
     summary = summary_density(config, length)
     sparse = near + far + scoring + summary

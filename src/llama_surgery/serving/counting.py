@@ -55,7 +55,7 @@ class LayerCounters:
 
     def __init__(self, config: SurgeryConfig, kv_heads: int, *, quiet: bool = False) -> None:
         self.config, self.kv_heads, self.quiet = config, kv_heads, quiet
-        self.resting = False  # another layer's turn
+        self.resting = quiet  # another layer's turn, or another rank's
         self.by_tile: dict[int, Counters] = {}
         self.dense_rows = 0
 
@@ -68,7 +68,7 @@ class LayerCounters:
 
     def add_part(self, part: Part, result: AttentionResult) -> None:
         """Count one call of consecutive rows of one sequence."""
-        if self.quiet or self.resting:
+        if self.resting:
             return
         first, last, tile = part
         blocks = query_blocks(first, last, self.config, tile)
@@ -79,7 +79,7 @@ class LayerCounters:
 
     def add_rows(self, count: RowCount, tile: int = 1) -> None:
         """Count rows that have no far field, or whose pages are tallied."""
-        if self.quiet or self.resting:
+        if self.resting:
             return
         with COUNTING:
             self._of(tile).count(count.rows, count.near_pairs, count.causal_pairs, count.summary_pairs)
@@ -87,7 +87,7 @@ class LayerCounters:
 
     def tally(self, device: torch.device) -> torch.Tensor | None:
         """(2, kv_heads) int64, to which kernels add the pages that single rows opened and read."""
-        if self.quiet or self.resting:
+        if self.resting:
             return None
         return self._of(1).tally(self.kv_heads, self.config.page_size, device)
 
@@ -108,7 +108,7 @@ class EngineCounters:
         launch a layer's attention."""
         self._turn = (self._turn + 1) % len(self._layers)
         for place, layer in enumerate(self._layers.values()):
-            layer.resting = place != self._turn
+            layer.resting = layer.quiet or place != self._turn
 
     def register(self, index: int, counters: LayerCounters) -> None:
         """Let :meth:`take` speak of layer ``index`` too."""

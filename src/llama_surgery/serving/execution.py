@@ -12,11 +12,10 @@ from llama_surgery.serving.paged import (
     PagedStates,
     Scheduled,
     attend_piece,
-    first_far,
     side_bytes,
 )
 from llama_surgery.surgery.rows import Part
-from llama_surgery.topology.geometry import causal_pairs
+from llama_surgery.topology.geometry import causal_pairs, first_far
 from llama_surgery.topology.router import PageRouter
 
 

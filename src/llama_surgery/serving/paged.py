@@ -14,7 +14,7 @@ from llama_surgery.attention.executor import build_layout, kernel_features, kern
 from llama_surgery.attention.result import AttentionResult
 from llama_surgery.config import SurgeryConfig
 from llama_surgery.surgery.rows import Part, parts_of
-from llama_surgery.topology.geometry import closed_chunks
+from llama_surgery.topology.geometry import closed_chunks, first_far
 from llama_surgery.topology.layout import Layout, Moments
 from llama_surgery.topology.router import PageRouter
 
@@ -76,11 +76,6 @@ def piece(start: int, new: int, prompt: int, tile: int) -> int:
     if stop >= prompt:
         return prompt - start
     return max(0, stop - stop % tile - start)
-
-
-def first_far(config: SurgeryConfig) -> int:
-    """The first position whose row has a far field in prefill."""
-    return max(config.dense_until, config.chunk_size + config.window)
 
 
 def filled_blocks(batch: list[Scheduled], chunk_size: int) -> torch.Tensor:

@@ -35,6 +35,11 @@ def closed_chunks(position: int, config: SurgeryConfig, tile: int) -> int:
     return max(0, (first - config.window) // config.chunk_size)
 
 
+def first_far(config: SurgeryConfig) -> int:
+    """The first position whose query has a closed chunk."""
+    return max(config.dense_until, config.chunk_size + config.window)
+
+
 def query_blocks(start: int, stop: int, config: SurgeryConfig, tile: int) -> Iterator[Block]:
     """Cut rows ``start … stop - 1`` into blocks of equal closed chunks.
 

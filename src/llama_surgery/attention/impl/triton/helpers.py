@@ -51,6 +51,11 @@ def exact_products(dtype: torch.dtype) -> bool:
     return dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision != "tf32"
 
 
+def pad_to_power(size: int) -> int:
+    """The next power of two, at least 16: what matrix tiles are made of."""
+    return max(16, triton.next_power_of_2(size))
+
+
 def product_options(states: torch.Tensor) -> dict[str, Any]:
     """Launch option of kernels whose products of ``states`` are as exact as :func:`exact_products` says.
 

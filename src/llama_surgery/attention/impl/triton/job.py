@@ -9,7 +9,7 @@ import triton
 
 from llama_surgery.attention.impl.common import differentiable
 from llama_surgery.attention.impl.triton import LARGEST_SQUARE
-from llama_surgery.attention.impl.triton.helpers import exact_products, launching
+from llama_surgery.attention.impl.triton.helpers import exact_products, launching, pad_to_power
 from llama_surgery.attention.impl.triton.layout.feature_kernel import feature_kernel
 from llama_surgery.attention.impl.triton.tuning import Tuning, family_of, tuning_for
 from llama_surgery.config import SurgeryConfig
@@ -198,9 +198,9 @@ def page_features(moments: Moments, dtype: torch.dtype, pool: int = 1) -> torch.
             pages,
             LARGEST_SQUARE,
             DIM=dim,
-            DIM_PAD=max(16, triton.next_power_of_2(dim)),
+            DIM_PAD=pad_to_power(dim),
             SPREAD=spread,
-            SPREAD_PAD=max(16, triton.next_power_of_2(spread)),
+            SPREAD_PAD=pad_to_power(spread),
             PAGES=FEATURE_PAGES,
         )
     return features

@@ -7,11 +7,6 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from llama_surgery.attention.impl.triton.job import Job, Strip
 
 
-def pad_to_power(size: int) -> int:
-    """The next power of two, at least 16: what matrix tiles are made of."""
-    return max(16, triton.next_power_of_2(size))
-
-
 def placed_rows(job: Job, strip: Strip) -> tuple[int, ...]:
     """Arguments of kernels that read the near field: which rows are given, and where keys and tiles begin."""
     return job.start, job.stop, job.near_start, strip.first_tile, job.config.dense_until

@@ -14,6 +14,7 @@ from llama_surgery.attention.impl.triton.backward.lists import transpose
 from llama_surgery.attention.impl.triton.backward.query_kernel import query_gradient_kernel
 from llama_surgery.attention.impl.triton.backward.summary import summary_gradients
 from llama_surgery.attention.impl.triton.backward.tuning import BackwardTuning, backward_tuning_for
+from llama_surgery.attention.impl.triton.helpers import pad_to_power
 from llama_surgery.attention.impl.triton.job import Job, make_job
 from llama_surgery.attention.impl.triton.launch import heads_of_tile
 from llama_surgery.attention.impl.triton.tiled_plan import TiledPlan
@@ -125,7 +126,7 @@ def _of_queries(
     """Gradients of queries by chooser; fills ``rows.delta``. One launch per strip."""
     choosers, heads, length, _ = job.queries.shape
     d_queries = torch.empty_like(job.queries, memory_format=torch.contiguous_format)
-    page_pad = max(16, triton.next_power_of_2(job.config.page_size))
+    page_pad = pad_to_power(job.config.page_size)
     far_keys, far_values = (
         near if x is None else x for x, near in zip(far, (job.near_keys, job.near_values), strict=True)
     )
@@ -255,7 +256,7 @@ def _of_far_keys(
             _cap(job),
             **shape,
             PAGE=page,
-            PAGE_PAD=max(16, triton.next_power_of_2(page)),
+            PAGE_PAD=pad_to_power(page),
             ADD=several,
             num_warps=tuning.far_warps,
             num_stages=tuning.stages,
@@ -285,9 +286,9 @@ def _shape(job: Job, tuning: BackwardTuning) -> dict[str, Any]:
         "TILE": job.tile,
         "TILE_PAD": tile_pad,
         "DIM": dim,
-        "DIM_PAD": max(16, triton.next_power_of_2(dim)),
+        "DIM_PAD": pad_to_power(dim),
         "VALUE_DIM": value_dim,
-        "VALUE_PAD": max(16, triton.next_power_of_2(value_dim)),
+        "VALUE_PAD": pad_to_power(value_dim),
         "CAP": job.softcap is not None,
     }
 

@@ -16,8 +16,9 @@ from llama_surgery.attention.impl.triton.decode.tuning import (
     processors_of,
     score_splits,
 )
-from llama_surgery.attention.impl.triton.helpers import product_options
+from llama_surgery.attention.impl.triton.helpers import pad_to_power, product_options
 from llama_surgery.config import SurgeryConfig
+from llama_surgery.topology.geometry import first_far
 
 #: Elements of a matrix tile (rows x head dim) from which on it takes eight warps.
 LARGE_TILE = 1 << 13
@@ -55,14 +56,14 @@ class Shape(NamedTuple):
         keys = tuning.keys_per_step(dim, cache.values.shape[-1], queries.element_size())
         programs = streams * triton.cdiv(rows, rows_block)
         processors = processors_of(queries.device)
-        near = max(config.dense_until, config.window + config.chunk_size) + rows
+        near = first_far(config) + rows
         near, pages = min(near, cache.capacity), 0
         if config.dense_until < cache.capacity:
             pages = max(0, cache.capacity - config.window) // config.chunk_size * config.pages_per_chunk
         units = triton.cdiv(near, keys) + triton.cdiv(pages, keys)
         far_splits = open_splits(config, pages, programs, processors, tuning) if pages else 0
         splits = score_splits(units, programs, processors, tuning)
-        dim_pad, value_pad = (max(16, triton.next_power_of_2(d)) for d in (dim, cache.values.shape[-1]))
+        dim_pad, value_pad = (pad_to_power(d) for d in (dim, cache.values.shape[-1]))
         return cls(rows_block, rows_pad, heads_pad, dim_pad, value_pad, keys, splits, far_splits, tuning)
 
     def warps(self, fewest: int) -> int:
@@ -94,7 +95,7 @@ class Shape(NamedTuple):
         config, spread = cache.config, cache.spreads.shape[-1]
         return {
             "SPREAD": spread,
-            "SPREAD_PAD": max(16, triton.next_power_of_2(spread)),
+            "SPREAD_PAD": pad_to_power(spread),
             "LOG2_PAGE": math.log2(config.page_size),
             "BLOCK_NEAR": self.keys,
             "BLOCK_PAGES": self.keys,
@@ -110,7 +111,7 @@ class Shape(NamedTuple):
         return {"PARTS_PAD": parts_pad, "BLOCK": block, "num_warps": self.tuning.merge_warps}
 
     def open_constants(self, config: SurgeryConfig) -> dict[str, int]:
-        page_pad = max(16, triton.next_power_of_2(config.page_size))
+        page_pad = pad_to_power(config.page_size)
         return {
             "BLOCK_KEYS": min(page_pad, self.keys),
             "SPLITS_PAD": triton.next_power_of_2(self.splits),

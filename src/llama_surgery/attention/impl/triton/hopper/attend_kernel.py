@@ -252,10 +252,9 @@ def hopper_attend_kernel(
     A chooser is a head, GROUP of them to a stream of keys. Tiles are as long as blocks, so that one block
     of near keys has the diagonal; BLOCK is one page or several. ``q`` loads (1, TILE, DIM), near keys and
     values (1, BLOCK, DIM), far ones (1, PAGE, 64). With SUMMARY rows of tiles that have closed chunks go on
-    from what is in ``out`` and ``lse``. ``taken``
-    int32 counts units of work handed out beyond each program's first two and begins at 0; ``factor`` is
-    the scale of logits times log2 e. Lists, sinks and outputs are those of ``attend_kernel``. Grid: (as
-    many programs as are to run at a time,).
+    from what is in ``out`` and ``lse``. ``taken`` int32 counts units of work handed out beyond each program's
+    first two and begins at 0; ``factor`` is the scale of logits times log2 e. Lists, sinks and outputs are
+    those of ``attend_kernel``. Grid: (as many programs as are to run at a time,).
     """
     q_room = make_room(q, 2)
     first_keys = make_ring(make_room(near_k, KEY_STAGES), KEY_STAGES, 1)

@@ -6,7 +6,7 @@ import torch
 import triton
 
 from llama_surgery.attention.impl.triton import WIDEST_GRAM
-from llama_surgery.attention.impl.triton.helpers import launching
+from llama_surgery.attention.impl.triton.helpers import launching, pad_to_power
 from llama_surgery.attention.impl.triton.layout.map_kernel import map_kernel
 from llama_surgery.attention.impl.triton.layout.sort_kernels import (
     arrange_kernel,
@@ -52,7 +52,7 @@ def build_layout(
     streams, slots, dim = keys.shape
     value_dim = values.shape[-1]
     keys, values = (x if x.stride(-1) == 1 else x.contiguous() for x in (keys.detach(), values))
-    dim_pad, value_pad = (max(16, triton.next_power_of_2(d)) for d in (dim, value_dim))
+    dim_pad, value_pad = (pad_to_power(d) for d in (dim, value_dim))
     with launching(keys):
         order = _order(keys, config, router)
         page = config.page_size
@@ -99,7 +99,7 @@ def _order(keys: torch.Tensor, config: SurgeryConfig, router: PageRouter | None)
     if page == chunk:
         return order
     keys = _mapped(keys, router)
-    dim_pad = max(16, triton.next_power_of_2(dim))
+    dim_pad = pad_to_power(dim)
     children, projections = torch.empty_like(order), torch.empty_like(order, dtype=torch.float32)
     node = chunk
     while node > page:
@@ -163,7 +163,7 @@ def _mapped(keys: torch.Tensor, router: PageRouter | None) -> torch.Tensor:
         slots,
         KV_HEADS=len(key_map),
         DIM=dim,
-        DIM_PAD=max(16, triton.next_power_of_2(dim)),
+        DIM_PAD=pad_to_power(dim),
         ROWS=block,
         COLUMNS=block,
     )

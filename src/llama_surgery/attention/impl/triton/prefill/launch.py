@@ -5,13 +5,12 @@ import dataclasses
 import torch
 import triton
 
-from llama_surgery.attention.impl.triton.helpers import launching, product_options
+from llama_surgery.attention.impl.triton.helpers import launching, pad_to_power, product_options
 from llama_surgery.attention.impl.triton.hopper import launch as hopper
 from llama_surgery.attention.impl.triton.job import Job, Strip, make_job
 from llama_surgery.attention.impl.triton.launch import (
     described,
     heads_of_tile,
-    pad_to_power,
     placed_rows,
 )
 from llama_surgery.attention.impl.triton.prefill.attend_kernel import attend_kernel

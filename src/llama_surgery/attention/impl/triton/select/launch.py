@@ -7,9 +7,9 @@ from typing import NamedTuple
 import torch
 import triton
 
-from llama_surgery.attention.impl.triton.helpers import product_options
+from llama_surgery.attention.impl.triton.helpers import pad_to_power, product_options
 from llama_surgery.attention.impl.triton.job import Job, Strip, feature_parts
-from llama_surgery.attention.impl.triton.launch import described, pad_to_power, placed_rows
+from llama_surgery.attention.impl.triton.launch import described, placed_rows
 from llama_surgery.attention.impl.triton.select.scan_kernel import scan_kernel
 from llama_surgery.attention.impl.triton.tiled_plan import TiledPlan
 
