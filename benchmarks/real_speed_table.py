@@ -22,8 +22,6 @@ _FOUND = ("theta", "theta_decode", "budgets")
 _NEAR = 0.25
 FILE = RESULTS / "real_speed.csv"
 _NOTHING = "Not measured yet."
-#: Columns of serving_gpu.csv, and what they are.
-SERVED = {"ttft_ms": "first token", "tpot_ms": "a further token"}
 
 
 def quality_of(
@@ -152,30 +150,4 @@ def _conditions(rows: list[Row]) -> str:
     return (
         f"{all_of('device')}, bfloat16, batch 1, text of {all_of('text')}, {versions}, "
         f"until {max(row['date'] for row in rows)}."
-    )
-
-
-def serving() -> str:
-    """A server's first token and time per token, beside the dense engine's of the same shapes."""
-    rows = rows_of(RESULTS / "serving_gpu.csv")
-    beside = [row for row in rows if row["mode"] == "dense"]
-    dense = {(row["length"], row["batch"], part): row[part] for part in SERVED for row in beside if row[part]}
-    cells = []
-    for row in rows:
-        for part, name in SERVED.items():
-            if row["mode"] != "dense" and row[part]:
-                rival = dense[row["length"], row["batch"], part]
-                cells.append(
-                    [
-                        name, tokens(row["length"]), row["batch"], percent(row["far_density"]),
-                        milliseconds(rival), milliseconds(row[part]),
-                        f"{float(row[part]) / float(rival):.2f}",
-                    ]
-                )  # fmt: skip
-    names = ("", "tokens", "batch", "far density", "dense, milliseconds", "operated, milliseconds", "÷ dense")
-    room = {row["mode"]: int(row["kv_tokens"]) for row in rows}
-    kept = f"{room['operated'] / room['dense']:.3f} of dense's room for keys and values"
-    first = rows[0]
-    return (
-        markdown(names, cells) + f"\n\n{first['device']}, vLLM {first['version']}, {first['model']}; {kept}."
     )

@@ -5,6 +5,9 @@ from csv_tables import RESULTS, Row, conditions, markdown, milliseconds, percent
 #: Times of the defaults, and what stands for them until they are there.
 ATTENTION, NOTHING = "attention.csv", "Not measured yet."
 
+#: Columns of serving_gpu.csv, and what they are.
+SERVED = {"ttft_ms": "first token", "tpot_ms": "a further token"}
+
 #: The row of a whole call in it, and what names a setting.
 WHOLE, LABEL = "attention with layout and selection", ("n", "heads", "page", "tile", "variance_pool", "far")
 
@@ -114,3 +117,29 @@ def end_to_end() -> str:
         "", "side", "tokens", "batch", "milliseconds", "dense ÷", "total density", "peak GiB", "executed by",
     )  # fmt: skip
     return markdown(names, cells) + f"\n\n{rows[0]['model']}, random weights. {conditions(rows[0])}"
+
+
+def serving() -> str:
+    """A server's first token and time per token, beside the dense engine's of the same shapes."""
+    rows = read("serving_gpu.csv")
+    beside = [row for row in rows if row["mode"] == "dense"]
+    dense = {(row["length"], row["batch"], part): row[part] for part in SERVED for row in beside if row[part]}
+    cells = []
+    for row in rows:
+        for part, name in SERVED.items():
+            if row["mode"] != "dense" and row[part]:
+                rival = dense[row["length"], row["batch"], part]
+                cells.append(
+                    [
+                        name, tokens(row["length"]), row["batch"], percent(row["far_density"]),
+                        milliseconds(rival), milliseconds(row[part]),
+                        f"{float(row[part]) / float(rival):.2f}",
+                    ]
+                )  # fmt: skip
+    names = ("", "tokens", "batch", "far density", "dense, milliseconds", "operated, milliseconds", "÷ dense")
+    room = {row["mode"]: int(row["kv_tokens"]) for row in rows}
+    kept = f"{room['operated'] / room['dense']:.3f} of dense's room for keys and values"
+    first = rows[0]
+    return (
+        markdown(names, cells) + f"\n\n{first['device']}, vLLM {first['version']}, {first['model']}; {kept}."
+    )

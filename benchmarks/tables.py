@@ -21,7 +21,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "real": quality_tables.real,
     "lost-and-won": real_speed_table.lost_and_won,
     "real-speed": real_speed_table.real_speed,
-    "serving": real_speed_table.serving,
+    "serving": speed_tables.serving,
     "results": quality_tables.quality,
     "attention": speed_tables.attention,
     "attention-parts": speed_tables.attention_parts,

@@ -26,7 +26,7 @@ def clustered_states(
     a slowly turning direction with the queries, and to the first token, whose key is alone in channel 0. Both
     pull by the logarithm of the position, so that shares are the same at all lengths: with 128 channels the
     near field of the defaults and the first page are 0.20 nats under a row's total at 8,192 tokens, 0.21 at
-    32,768 (SmolLM2: 0.1 to 0.2; clusters alone: 1.1). Kernels cost by it: pages that might be opened by the
+    32,768. Kernels cost by it: pages that might be opened by the
     total so far are scored again in the end.
     """
     generator = torch.Generator(device).manual_seed(seed)
