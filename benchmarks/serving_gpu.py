@@ -96,10 +96,7 @@ class Bench:
             **options,
         )
         self.engine.apply_model(draw_weights)
-        for layer in self._layers() if given.mode == "operated" else []:
-            # Here every layer counts, not one a step: layers of random weights read very unequally.
-            layer.engine.next_turn = lambda: None
-            layer.counters.resting = False
+        self.count(False)
         cache = self.engine.llm_engine.vllm_config.cache_config
         self.theta = self.density = 0.0
         self.theta_length = 0
@@ -127,14 +124,22 @@ class Bench:
         assert all(len(out.outputs[0].token_ids) == new for out in outs)
         return seconds
 
+    def count(self, on: bool) -> None:
+        """Let all layers count what they read, not one a step as a server does: random ones differ.
+
+        Or none, while times are taken: to count takes the host as long as to launch a layer's attention.
+        """
+        for layer in self._layers() if self.given.mode == "operated" else []:
+            layer.engine.next_turn = lambda: None
+            layer.counters.resting = not on
+
     def read(self) -> float:
-        """Executed far density since the last time; 0 where nothing was read sparsely."""
+        """Executed far density since the last time."""
         from llama_surgery.surgery.statistics import summarise
 
         layers = self._layers()
         counted = {index: layer.counters.reset()[0] for index, layer in enumerate(layers)}
-        counted = {index: by_tile for index, by_tile in counted.items() if by_tile}
-        return summarise(counted, layers[0].executor.config.page_size).far_density if counted else 0.0
+        return summarise(counted, layers[0].executor.config.page_size).far_density
 
     def _layers(self) -> list[Any]:
         context = self.engine.llm_engine.vllm_config.compilation_config.static_forward_context
@@ -152,7 +157,7 @@ class Bench:
             middle = math.log(self.theta * self.theta_length / length)
             low, high = middle - math.log(2), middle + math.log(2)
         self.theta_length, wanted = length, self.given.density
-        self.read()
+        self.count(True)
         for _ in range(self.given.halvings):
             self.theta = self.given.theta or math.exp((low + high) / 2)
             for layer in self._layers():  # the configuration is the layers' own: a server's never changes
@@ -161,8 +166,9 @@ class Bench:
             seconds, self.density = self.write([prompt], 1), self.read()
             say(f"{length} tokens, θ {self.theta:.3e}: far density {self.density:.4f}, {seconds:.2f} s")
             if self.given.theta or abs(self.density - wanted) < 0.1 * wanted:
-                return
+                break
             low, high = (math.log(self.theta), high) if self.density > wanted else (low, math.log(self.theta))
+        self.count(False)
 
     def measure(self, length: int, parts: list[str], batches: list[int]) -> None:
         """Time to the first token of prompts that are not cached, then the steps that go on from there."""
@@ -170,10 +176,7 @@ class Bench:
         prompts = [self.prompt(length) for _ in range(max(samples, *batches))]
         if length <= 32768:
             self.write([self.prompt(length)], 1)
-        self.read()
         times = [self.write([prompt], 1) for prompt in prompts]
-        if self.given.mode == "operated" and length > self.given.dense_until:
-            self.density = self.read()
         say(f"first token, {length} tokens: {', '.join(f'{1000 * x:.1f}' for x in times)} ms")
         if "first" in parts:
             self.add(length, 1, ttft_ms=1000 * statistics.median(times))
