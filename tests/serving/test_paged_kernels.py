@@ -8,6 +8,7 @@ from tests.serving.batches import near_in_cache
 
 pytest.importorskip("triton")
 
+from llama_surgery.attention.executor import kernel_moments
 from llama_surgery.config import SurgeryConfig
 from llama_surgery.errors import SurgeryError
 from llama_surgery.serving.paged import PagedStates, attend_piece, side_bytes
@@ -43,9 +44,22 @@ class Served:
         return result.out.reshape(-1, DIM)
 
 
+def moments(cache: PagedStates) -> torch.Tensor:
+    """(blocks, kv_heads, pages, 2 · head_dim) of kernels' features."""
+    found = kernel_moments(cache.scores.flatten(0, 1), cache.config)
+    return torch.cat((found.mean, found.variance), -1).unflatten(0, (-1, KV_HEADS))
+
+
 def plain(cache: PagedStates) -> PagedStates:
-    """The same caches, executed in plain PyTorch."""
-    return dataclasses.replace(cache, config=dataclasses.replace(cache.config, backend="gather"))
+    """The same caches for plain PyTorch."""
+    config = dataclasses.replace(cache.config, backend="gather")
+    side = torch.zeros(len(cache.keys), KV_HEADS, side_bytes(config, DIM) // 4, device=DEVICE)
+    made = PagedStates(cache.keys, cache.values, side, config)
+    made.scores.copy_(moments(cache))
+    made._orders.copy_(cache._orders)
+    if made.mean_values is not None:
+        made.mean_values.copy_(cache.mean_values)
+    return made
 
 
 def serve(config: SurgeryConfig, lengths: list[int], shared: int = 0) -> Served:
@@ -146,10 +160,13 @@ def test_pieces_of_prompts(part: tuple[int, int, int], pool: int) -> None:
     queries = (3 * torch.randn(shape, generator=torch.Generator().manual_seed(2))).to(DEVICE)
     cache, blocks = served.cache, served.blocks(0)
     near = near_in_cache(cache, blocks, Part(*part), 300)
-    caches = cache, plain(cache)
-    got, want = (attend_piece(queries, near, x, blocks, Part(*part), scale=SCALE) for x in caches)
-    torch.testing.assert_close(got.out, want.out, rtol=3e-5, atol=3e-5)
-    torch.testing.assert_close(got.lse, want.lse, rtol=3e-5, atol=3e-5)
+    heads_first = dataclasses.replace(cache, keys=cache.keys.contiguous(), values=cache.values.contiguous())
+    by_channel = dataclasses.replace(cache, keys=cache.keys.mT.contiguous().mT)
+    want = attend_piece(queries, near, plain(cache), blocks, Part(*part), scale=SCALE)
+    for held in (cache, heads_first, by_channel) if pool > 1 else (cache,):
+        got = attend_piece(queries, near, held, blocks, Part(*part), scale=SCALE)
+        torch.testing.assert_close(got.out, want.out, rtol=3e-5, atol=3e-5)
+        torch.testing.assert_close(got.lse, want.lse, rtol=3e-5, atol=3e-5)
 
 
 def test_side_caches_agree_and_cost_what_is_said() -> None:
@@ -166,10 +183,8 @@ def test_side_caches_agree_and_cost_what_is_said() -> None:
     plain.fill(blocks, None)
     assert torch.equal(keys[blocks], want[0]) and torch.equal(values[blocks], want[1])
     assert torch.equal(plain.order(blocks), order)
-    ours, theirs = served.cache.layout(blocks).moments, plain.layout(blocks).moments
-    torch.testing.assert_close(ours.mean, theirs.mean)
-    torch.testing.assert_close(ours.variance, theirs.variance)
-    torch.testing.assert_close(served.cache.layout(blocks).mean_values, plain.layout(blocks).mean_values)
+    torch.testing.assert_close(moments(served.cache)[blocks], plain.scores[blocks])
+    torch.testing.assert_close(served.cache.mean_values[blocks], plain.mean_values[blocks])
     config = SurgeryConfig(summary="none")
     half = side_bytes(config, 128, torch.bfloat16)
     assert half % 64 == 0 and half < side_bytes(config, 128) * 0.6

@@ -53,7 +53,7 @@ def layer(rank: int, ranks: int) -> tuple[torch.Tensor, torch.Tensor]:
         attend_piece(queries[:, :, part.start : part.stop], near, cache, blocks, part, **given).out
         for part, near in zip(parts, nears, strict=True)
     ]
-    return torch.cat(outs, 2).flatten(0, 1), cache.layout(blocks[:4]).moments.mean
+    return torch.cat(outs, 2).flatten(0, 1), cache.layout(blocks[:4], keys.dtype).moments.mean
 
 
 def run_rank(rank: int, ranks: int, folder: str) -> None:

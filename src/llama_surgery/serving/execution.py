@@ -178,9 +178,9 @@ class Executor:
         for (sequence, part), near in zip(parts, nears, strict=True):
             before = sequence.row - sequence.start
             rows = slice(before + part.start, before + part.stop)
-            heads = queries[rows].unflatten(1, (kv_heads, -1)).permute(1, 2, 0, 3)
-            result = attend_piece(heads, near, cache, sequence.blocks, part, scale=scale, router=router)
-            out[rows].unflatten(1, (kv_heads, -1)).copy_(result.out.permute(2, 0, 1, 3))
+            heads, into = (x[rows].unflatten(1, (kv_heads, -1)).permute(1, 2, 0, 3) for x in (queries, out))
+            given = {"scale": scale, "router": router, "out": into}
+            result = attend_piece(heads, near, cache, sequence.blocks, part, **given)
             counters.add_part(part, result)
         single = batch.single_rows if self.kernels else None
         if single is not None:

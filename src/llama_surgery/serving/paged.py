@@ -6,11 +6,12 @@ Both depend on the chunk's own tokens alone, so blocks may be shared between seq
 """
 
 import dataclasses
+from typing import Any
 
 import torch
 
 from llama_surgery.attention.api import attend
-from llama_surgery.attention.executor import build_layout, kernel_features, kernel_moments
+from llama_surgery.attention.executor import build_layout, kernel_features
 from llama_surgery.attention.result import AttentionResult
 from llama_surgery.config import SurgeryConfig
 from llama_surgery.surgery.rows import Part, parts_of
@@ -36,6 +37,14 @@ class Scheduled:
     row: int
     prefilling: bool
     blocks: torch.Tensor
+    _places: dict[Any, Any] = dataclasses.field(default_factory=dict, compare=False, repr=False)
+
+    def places(self, start: int, stop: int, size: int) -> tuple[torch.Tensor, ...]:
+        """(n,) int64 twice: where tokens lie, block and row of it; made once for all layers."""
+        if (start, stop) not in self._places:
+            position = torch.arange(start, stop, device=self.blocks.device)
+            self._places[start, stop] = self.blocks[position // size], position % size
+        return self._places[start, stop]
 
     def parts(self, config: SurgeryConfig) -> list[Part]:
         """Runs of rows with one tile size. A piece of a prompt that is not its end must end at a multiple of
@@ -211,20 +220,15 @@ class PagedStates:
         """(kv_heads, n, chunk_size) int16: original offsets of the slots of full chunks."""
         return self._orders[blocks].transpose(0, 1)
 
-    def layout(self, blocks: torch.Tensor, dtype: torch.dtype | None = None) -> Layout:
-        """Full chunks of one sequence, copied: (kv_heads, n, …), keys and values as ``dtype`` if given."""
-        scores, means = _in_a_row(self.scores, blocks), self.mean_values
-        if self.kernels:
-            moments = kernel_moments(scores, self.config)
-        else:
-            moments = Moments(*scores.split(self.head_dim, dim=-1), self.config.page_size)
+    def layout(self, blocks: torch.Tensor, dtype: torch.dtype) -> Layout:
+        """Full chunks of a sequence for plain PyTorch, copied: (kv_heads, n, …), states as ``dtype``."""
+        means = self.mean_values
         return Layout(
-            _in_a_row(self.keys, blocks).to(dtype=dtype),
-            _in_a_row(self.values, blocks).to(dtype=dtype),
+            in_a_row(self.keys, blocks).to(dtype),
+            in_a_row(self.values, blocks).to(dtype),
             self.order(blocks),
-            moments,
-            scores if self.kernels else None,
-            None if means is None else _in_a_row(means, blocks),
+            Moments(*in_a_row(self.scores, blocks).split(self.head_dim, dim=-1), self.config.page_size),
+            mean_values=None if means is None else in_a_row(means, blocks),
         )
 
     def near(
@@ -243,21 +247,18 @@ class PagedStates:
         """
         size = self.config.chunk_size
         since = closed_chunks(part.start, self.config, part.tile) * size
-        rows = slice(entry.row + max(since, entry.start) - entry.start, entry.row + part.stop - entry.start)
-
-        def both(held: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
-            fresh = new[rows].transpose(0, 1).to(held.dtype)
-            if since >= entry.start:
-                return fresh.contiguous()
-            blocks = entry.blocks[since // size : -(-entry.start // size)]
-            return torch.cat((_in_a_row(held, blocks)[:, : entry.start - since], fresh), 1)
-
-        return both(self.keys, keys), both(self.values, values)
+        if since >= entry.start:
+            rows = slice(entry.row + since - entry.start, entry.row + part.stop - entry.start)
+            found = keys[rows].to(self.keys.dtype), values[rows].to(self.keys.dtype)
+        else:
+            block, row = entry.places(since, part.stop, size)
+            found = self.keys[block, :, row], self.values[block, :, row]
+        return found[0].transpose(0, 1), found[1].transpose(0, 1)
 
 
-def _in_a_row(held: torch.Tensor, blocks: torch.Tensor) -> torch.Tensor:
+def in_a_row(held: torch.Tensor, blocks: torch.Tensor) -> torch.Tensor:
     """(blocks, kv_heads, rows, …) of one sequence as (kv_heads, n * rows, …), contiguous."""
-    return held[blocks].transpose(0, 1).flatten(1, 2).contiguous()
+    return held.transpose(0, 1).index_select(1, blocks).flatten(1, 2)
 
 
 def attend_piece(
@@ -269,12 +270,11 @@ def attend_piece(
     *,
     scale: float | None = None,
     router: PageRouter | None = None,
+    out: torch.Tensor | None = None,
 ) -> AttentionResult:
     """Attention of consecutive rows of one sequence; see :func:`llama_surgery.attention.api.attend`.
 
-    That takes contiguous keys, so the sequence's closed chunks are copied for the call: 2·kv_heads·head_dim
-    elements a token are read and written. A prompt of n tokens in pieces of m copies n² / 2m tokens in
-    all: little beside the attention of long pieces, much beside that of short ones.
+    The kernels read keys and values of closed chunks where they lie. For plain PyTorch these are copied.
 
     Args:
         queries: (kv_heads, group, rows, head_dim).
@@ -284,15 +284,17 @@ def attend_piece(
         part: Position of the first row, one past the last one's, and the queries of a tile.
         scale: Scaling of q·k, default ``head_dim**-0.5``.
         router: Learned corrections of the layer, one for every KV head, or None.
+        out: (kv_heads, group, rows, head_dim), the last stride 1, written; or None.
     """
     far = blocks[: closed_chunks(part.stop - 1, cache.config, part.tile)]
-    return attend(
-        queries,
-        *(states.to(queries.dtype) for states in near),
-        cache.layout(far, queries.dtype) if len(far) else None,
-        config=cache.config,
-        start=part.start,
-        tile=part.tile,
-        scale=scale,
-        router=router,
-    )
+    given = dict(config=cache.config, start=part.start, tile=part.tile, scale=scale, router=router)
+    if cache.kernels:
+        from llama_surgery.attention.impl.triton.prefill.launch import attend as prefill
+        from llama_surgery.serving.paged_kernels import pooled
+
+        return prefill(queries, *near, pooled(cache, far) if len(far) else None, out=out, **given)
+    layout = cache.layout(far, queries.dtype) if len(far) else None
+    result = attend(queries, *(states.to(queries.dtype) for states in near), layout, **given)
+    if out is not None:
+        out.copy_(result.out)
+    return result

@@ -9,11 +9,40 @@ from typing import TYPE_CHECKING
 import torch
 
 from llama_surgery.errors import SurgeryError
-from llama_surgery.serving.paged import PagedStates
+from llama_surgery.serving.paged import PagedStates, in_a_row
 from llama_surgery.topology.router import PageRouter
 
 if TYPE_CHECKING:
     from llama_surgery.attention.impl.triton.decode.cache import DecodeCache
+    from llama_surgery.attention.impl.triton.job import PooledLayout
+
+
+def pooled(cache: PagedStates, blocks: torch.Tensor) -> "PooledLayout":
+    """Full chunks of one sequence, ``blocks`` (n,) int64: what pages are scored by copied, the rest not."""
+    from llama_surgery.attention.impl.triton.job import PooledLayout
+
+    means, (keys, apart), (values, also) = cache.mean_values, _slots(cache.keys), _slots(cache.values)
+    states: tuple[torch.Tensor, torch.Tensor, torch.Tensor | None] = keys, values, blocks
+    if not apart or apart != also:
+        states = in_a_row(cache.keys, blocks), in_a_row(cache.values, blocks), None
+    return PooledLayout(
+        *states,
+        apart,
+        in_a_row(cache.scores, blocks),
+        None if means is None else in_a_row(means, blocks),
+        cache.first_pages.index_select(0, blocks[:1])[0],
+    )
+
+
+def _slots(held: torch.Tensor) -> tuple[torch.Tensor, int]:
+    """A cache (blocks, kv_heads, chunk_size, head_dim) as (kv_heads, slots, head_dim), and from one block's
+    first slot to the next one's; 0 where such a view cannot be."""
+    blocks, heads, size, dim = held.shape
+    block, head, row, channel = held.stride()
+    if channel != 1 or block % row:
+        return held, 0
+    slots = (blocks - 1) * (block // row) + size
+    return held.as_strided((heads, slots, dim), (head, row, 1)), block // row
 
 
 def decode_rows(

@@ -254,6 +254,10 @@ def compile_all(
         (config, None), (pooled, learned), (bare, None), (pooled, None), (config, learned),
     ):  # fmt: skip
         prefill.attend(states, keys, keys, built, config=rule, start=0, router=router, **extra)
+    full, blocks, sinks = keys[:, :1536], torch.zeros(3, dtype=torch.int64), torch.zeros(8, dtype=torch.int32)
+    features = job.features_of(built, config, dtype)
+    pool = job.PooledLayout(full, full, blocks, 512, features, built.mean_values, sinks)
+    prefill.attend(states, keys, keys, pool, config=config, start=0, **extra)
     # Pages that only the kernels for any GPU take.
     large = dataclasses.replace(config, page_size=128)
     prefill.attend(

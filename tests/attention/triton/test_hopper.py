@@ -98,6 +98,14 @@ class TestEmulated:
         exact = prefill.attend(**given, config=config)  # type: ignore[arg-type]
         assert (fast.out - exact.out).norm() < 0.03 * exact.out.norm()
 
+    @pytest.mark.parametrize("page", [16, 64])
+    def test_chunks_in_blocks_of_a_pool(
+        self, page: int, device: torch.device, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        config = dataclasses.replace(CONFIG, page_size=page)
+        with emulated(monkeypatch):
+            test_prefill.check_pool(test_prefill.inputs(LLAMA, config, device), config)
+
     def test_many_programs(self, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
         """More than there is to do, or one for everything."""
         given = test_prefill.inputs(LLAMA, CONFIG, device)

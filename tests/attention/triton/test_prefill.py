@@ -66,6 +66,34 @@ def inputs(
     }
 
 
+def in_a_pool(layout: Layout, config: SurgeryConfig) -> job.PooledLayout:
+    """The same chunks as blocks of an engine's cache, in any order, their rows before their heads."""
+    (streams, _, dim), chunks, size = layout.keys.shape, layout.chunks, config.chunk_size
+    blocks = torch.randperm(chunks + 2, generator=torch.Generator().manual_seed(0))[:chunks].to(
+        layout.keys.device
+    )
+    pool = torch.full((chunks + 2, size, streams, 2 * dim), float("nan")).to(layout.keys).transpose(1, 2)
+    states = torch.cat((layout.keys, layout.values), -1)
+    pool[blocks] = states.unflatten(1, (chunks, size)).transpose(0, 1)
+    keys, values = (
+        x.as_strided((streams, (chunks + 2) * size, dim), (2 * dim, streams * 2 * dim, 1))
+        for x in (pool[..., :dim], pool[..., dim:])
+    )
+    features = job.features_of(layout, config, layout.keys.dtype)
+    sinks = layout.sink_pages(config.page_size).int()
+    return job.PooledLayout(keys, values, blocks, size, features, layout.mean_values, sinks)
+
+
+def check_pool(given: dict[str, object], config: SurgeryConfig) -> None:
+    """Where chunks lie changes nothing, nor does where the output goes."""
+    want = prefill.attend(**given, config=config)  # type: ignore[arg-type]
+    streams, heads, rows, dim = want.out.shape
+    out = torch.full((rows, streams, heads, dim), float("nan")).to(want.out).permute(1, 2, 0, 3)
+    pool = in_a_pool(given["layout"], config)  # type: ignore[arg-type]
+    got = prefill.attend(**given | {"layout": pool}, config=config, out=out)  # type: ignore[arg-type]
+    assert got.out is out and torch.equal(got.lse, want.lse) and torch.equal(out, want.out)
+
+
 def check(
     case: Case, config: SurgeryConfig, device: torch.device, router: PageRouter | None = None
 ) -> AttentionResult:
@@ -173,6 +201,11 @@ class TestAgainstReference:
     def test_strips(self, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(job, "STRIP_BYTES", 100)
         assert len(check(Case(170, 30), CONFIG, device).plans) > 3
+
+    @pytest.mark.parametrize(("page", "tile"), [(16, 16), (64, 16), (32, 1)])
+    def test_chunks_in_blocks_of_a_pool(self, page: int, tile: int, device: torch.device) -> None:
+        config = dataclasses.replace(CONFIG, page_size=page, theta_decode=0.01)
+        check_pool(inputs(Case(50, 300, tile=tile), config, device), config)
 
     def test_several_pages_in_a_step(self, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
         one = Tuning(keys_per_step=16, block_near=16, block_pages=16, rows=32, score_rows=32)

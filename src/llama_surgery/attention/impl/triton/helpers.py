@@ -73,6 +73,18 @@ def closed_chunks(first_position, CHUNK: tl.constexpr, WINDOW: tl.constexpr, den
 
 
 @triton.jit
+def first_slot(page, blocks_ptr, block_slots, CHUNK: tl.constexpr, PAGE: tl.constexpr):
+    """Where pages begin among the keys: chunks follow each other or, with ``blocks_ptr`` (chunks,) int64, are
+    blocks that begin ``block_slots`` apart."""
+    if blocks_ptr is None:
+        return page * PAGE
+    else:
+        per_chunk: tl.constexpr = CHUNK // PAGE
+        block = tl.load(blocks_ptr + page // per_chunk).to(tl.int32)
+        return block * block_slots + page % per_chunk * PAGE
+
+
+@triton.jit
 def load_rows(
     base,
     rows,

@@ -40,6 +40,32 @@ class Strip(NamedTuple):
     pages: int
 
 
+class PooledLayout(NamedTuple):
+    """Full chunks of one sequence in blocks of a pool, an engine's cache: keys and values lie where they are.
+
+    Attributes:
+        keys: (streams, slots, head_dim) of the whole pool, the last stride 1; each chunk in tree order.
+        values: (streams, slots, value_dim), alike.
+        blocks: (chunks,) int64, the block of every chunk; None where chunks follow each other.
+        block_slots: From one block's first slot to the next one's.
+        features: See :class:`Layout`.
+        mean_values: See :class:`Layout`.
+        sink_page: (streams,) int32, the page that holds position 0.
+    """
+
+    keys: torch.Tensor
+    values: torch.Tensor
+    blocks: torch.Tensor | None
+    block_slots: int
+    features: torch.Tensor
+    mean_values: torch.Tensor | None
+    sink_page: torch.Tensor
+
+    def sink_pages(self, page_size: int) -> torch.Tensor:
+        """See :class:`Layout`."""
+        return self.sink_page
+
+
 @dataclasses.dataclass(frozen=True)
 class Job:
     """The rows of one call and how they are executed.
@@ -62,7 +88,7 @@ class Job:
     queries: torch.Tensor
     near_keys: torch.Tensor
     near_values: torch.Tensor
-    layout: Layout | None
+    layout: Layout | PooledLayout | None
     features: torch.Tensor | None
     means: torch.Tensor | None
     sink_logit: torch.Tensor | None
@@ -73,6 +99,12 @@ class Job:
     scale: float
     softcap: float | None
     tuning: Tuning
+
+    @property
+    def blocks(self) -> tuple[torch.Tensor | None, int]:
+        """Blocks of the chunks and how far apart they begin, if they are blocks of a pool."""
+        layout = self.layout
+        return (layout.blocks, layout.block_slots) if isinstance(layout, PooledLayout) else (None, 0)
 
     @property
     def stop(self) -> int:
@@ -115,7 +147,7 @@ def make_job(
     queries: torch.Tensor,
     near_keys: torch.Tensor,
     near_values: torch.Tensor,
-    layout: Layout | None,
+    layout: Layout | PooledLayout | None,
     *,
     config: SurgeryConfig,
     start: int,
@@ -163,10 +195,11 @@ def make_job(
     )
 
 
-def features_of(layout: Layout, config: SurgeryConfig, dtype: torch.dtype) -> torch.Tensor:
+def features_of(layout: Layout | PooledLayout, config: SurgeryConfig, dtype: torch.dtype) -> torch.Tensor:
     """What a layout's pages are scored by: kept features where there are any of this dtype."""
     if layout.features is not None and layout.features.dtype == dtype:
         return layout.features
+    assert isinstance(layout, Layout)
     return page_features(layout.moments, dtype, config.variance_pool)
 
 

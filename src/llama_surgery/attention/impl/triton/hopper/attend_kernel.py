@@ -17,6 +17,7 @@ from llama_surgery.attention.impl.triton.hopper.helpers import (
     begin_fill,
     closed_chunks,
     fetch,
+    first_slot,
     hand_out,
     in_pieces,
     make_ring,
@@ -71,7 +72,7 @@ def _fetch_page(descriptor, stream, slot, full, room, place, SLABS: gl.constexpr
 
 @gluon.jit
 def _load(
-    half, q, near_k, near_v, far_k, far_v, entries_ptr, counts_ptr, taken_ptr,
+    half, q, near_k, near_v, far_k, far_v, blocks_ptr, block_slots, entries_ptr, counts_ptr, taken_ptr,
     q_room, ticket, key_ring, value_ring,
     choosers, tiles, capacity, start, near_start, first_tile, dense_until,
     GROUP: gl.constexpr, DIM: gl.constexpr, CHUNK: gl.constexpr, WINDOW: gl.constexpr, PAGE: gl.constexpr,
@@ -113,12 +114,14 @@ def _load(
                 for page in gl.static_range(per):
                     entry = gl.load(entries + place + page, mask=place + page < count, other=0)
                     piece = step % KEY_STAGES * slabs * per + page
-                    _fetch_page(far_k, stream, entry // ENTRY * PAGE, full, key_pages, piece, slabs, per)
+                    slot = first_slot(entry // ENTRY, blocks_ptr, block_slots, CHUNK, PAGE)
+                    _fetch_page(far_k, stream, slot, full, key_pages, piece, slabs, per)
                 _, full = begin_fill(value_ring, step, bytes_of_block, VALUE_STAGES)
                 for page in gl.static_range(per):
                     entry = gl.load(entries + place + page, mask=place + page < count, other=0)
                     piece = step % VALUE_STAGES * slabs * per + page
-                    _fetch_page(far_v, stream, entry // ENTRY * PAGE, full, value_pages, piece, slabs, per)
+                    slot = first_slot(entry // ENTRY, blocks_ptr, block_slots, CHUNK, PAGE)
+                    _fetch_page(far_v, stream, slot, full, value_pages, piece, slabs, per)
                 step += 1
         work = 2 * gl.num_programs(0) + gl.atomic_add(taken_ptr, 1)
     mbarrier.arrive(hand_out(ticket, turn, work), count=1)
@@ -240,8 +243,8 @@ def _attend(
     ],
 )  # fmt: skip
 def hopper_attend_kernel(
-    q, near_k, near_v, far_k, far_v, entries_ptr, counts_ptr, taken_ptr, sink_ptr, out_ptr, lse_ptr,
-    out_chooser, out_row, lse_chooser,
+    q, near_k, near_v, far_k, far_v, blocks_ptr, block_slots, entries_ptr, counts_ptr, taken_ptr,
+    sink_ptr, out_ptr, lse_ptr, out_chooser, out_row, lse_chooser,
     choosers, tiles, capacity, start, stop, near_start, first_tile, dense_until, factor,
     GROUP: gl.constexpr, DIM: gl.constexpr, CHUNK: gl.constexpr, WINDOW: gl.constexpr, PAGE: gl.constexpr,
     FAR: gl.constexpr, SUMMARY: gl.constexpr, SINK: gl.constexpr, KEY_STAGES: gl.constexpr,
@@ -253,8 +256,8 @@ def hopper_attend_kernel(
     of near keys has the diagonal; BLOCK is one page or several. ``q`` loads (1, TILE, DIM), near keys and
     values (1, BLOCK, DIM), far ones (1, PAGE, 64). With SUMMARY rows of tiles that have closed chunks go on
     from what is in ``out`` and ``lse``. ``taken`` int32 counts units of work handed out beyond each program's
-    first two and begins at 0; ``factor`` is the scale of logits times log2 e. Lists, sinks and outputs are
-    those of ``attend_kernel``. Grid: (as many programs as are to run at a time,).
+    first two and begins at 0; ``factor`` is the scale of logits times log2 e. Lists, sinks, blocks and
+    outputs are those of ``attend_kernel``. Grid: (as many programs as are to run at a time,).
     """
     q_room = make_room(q, 2)
     first_keys = make_ring(make_room(near_k, KEY_STAGES), KEY_STAGES, 1)
@@ -278,14 +281,14 @@ def hopper_attend_kernel(
                 GROUP, DIM, CHUNK, WINDOW, PAGE, FAR, SUMMARY, SINK, KEY_STAGES, VALUE_STAGES,
             )),
             (_load, (
-                0, q, near_k, near_v, far_k, far_v, entries_ptr, counts_ptr, taken_ptr,
-                q_room, first_ticket, first_keys, first_values,
+                0, q, near_k, near_v, far_k, far_v, blocks_ptr, block_slots, entries_ptr, counts_ptr,
+                taken_ptr, q_room, first_ticket, first_keys, first_values,
                 choosers, tiles, capacity, start, near_start, first_tile, dense_until,
                 GROUP, DIM, CHUNK, WINDOW, PAGE, FAR, KEY_STAGES, VALUE_STAGES,
             )),
             (_load, (
-                1, q, near_k, near_v, far_k, far_v, entries_ptr, counts_ptr, taken_ptr,
-                q_room, second_ticket, second_keys, second_values,
+                1, q, near_k, near_v, far_k, far_v, blocks_ptr, block_slots, entries_ptr, counts_ptr,
+                taken_ptr, q_room, second_ticket, second_keys, second_values,
                 choosers, tiles, capacity, start, near_start, first_tile, dense_until,
                 GROUP, DIM, CHUNK, WINDOW, PAGE, FAR, KEY_STAGES, VALUE_STAGES,
             )),

@@ -23,6 +23,17 @@ closed_chunks = gluon.jit(helpers.closed_chunks.fn)
 
 
 @gluon.jit
+def first_slot(page, blocks_ptr, block_slots, CHUNK: gl.constexpr, PAGE: gl.constexpr):
+    """The helper of that name for any GPU, whose load is not Gluon's."""
+    if blocks_ptr is None:
+        return page * PAGE
+    else:
+        per_chunk: gl.constexpr = CHUNK // PAGE
+        block = gl.load(blocks_ptr + page // per_chunk).to(gl.int32)
+        return block * block_slots + page % per_chunk * PAGE
+
+
+@gluon.jit
 def make_room(descriptor, COUNT: gl.constexpr):
     """COUNT buffers in shared memory for what a descriptor loads."""
     shape: gl.constexpr = [COUNT] + descriptor.block_type.shape  # noqa: RUF005 (Gluon knows no stars)

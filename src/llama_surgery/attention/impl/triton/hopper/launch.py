@@ -76,16 +76,18 @@ def attend_strip(
     choosers, dim = job.queries.shape[0], job.queries.shape[-1]
     near = [_described(states, BLOCK, dim) for states in (job.near_keys, job.near_values)]
     far, entries, counts = near, None, None
+    blocks: tuple[torch.Tensor | None, int] = None, 0
     if plan is not None:
         assert job.layout is not None
         page = job.config.page_size
         far = [_described(states, page, SLAB) for states in (job.layout.keys, job.layout.values)]
-        entries, counts = plan.entries, plan.counts
+        blocks, entries, counts = job.blocks, plan.entries, plan.counts
     programs = triton.cdiv(choosers * strip.tiles, 2)
     hopper_attend_kernel[(min(programs, processors_of(out.device)),)](
         _described(job.queries[:, 0], BLOCK, dim),
         *near,
         *far,
+        *blocks,
         entries,
         counts,
         torch.zeros(1, dtype=torch.int32, device=out.device),

@@ -10,6 +10,7 @@ from llama_surgery.attention.impl.triton.helpers import (
     LOG2E,
     cap_logits,
     closed_chunks,
+    first_slot,
     load_rows,
     softmax_step,
 )
@@ -26,6 +27,8 @@ def attend_kernel(
     far_v,
     far_k_ptr,
     far_v_ptr,
+    blocks_ptr,
+    block_slots,
     entries_ptr,
     counts_ptr,
     sink_ptr,
@@ -78,6 +81,7 @@ def attend_kernel(
     launch * blocks of heads, choosers), GROUP choosers to a stream of keys. ``start … stop`` are the
     positions of the queries given, ``first_tile`` is the launch's first tile counted from position 0.
     With SUMMARY rows of tiles that have closed chunks go on from what is in ``out`` and ``lse``.
+    ``blocks_ptr`` and ``block_slots`` are for :func:`first_slot`.
     """
     head_blocks: tl.constexpr = (HEADS + HEADS_BLOCK - 1) // HEADS_BLOCK
     rows: tl.constexpr = TILE_PAD * HEADS_BLOCK
@@ -152,7 +156,7 @@ def attend_kernel(
         for place in range(0, count, PAGES_PER_STEP):
             if PAGES_PER_STEP == 1:
                 entry = tl.load(entries + place)
-                first = entry // ENTRY * PAGE
+                first = first_slot(entry // ENTRY, blocks_ptr, block_slots, CHUNK, PAGE)
                 k = far_k.load([stream, first, 0]).reshape(PAGE_PAD, DIM_PAD)
                 v = far_v.load([stream, first, 0]).reshape(PAGE_PAD, VALUE_PAD)
                 products = tl.dot(q, tl.trans(k))
@@ -173,7 +177,7 @@ def attend_kernel(
                 at = place + within // PAGE_PAD
                 present = (at < count) & (within % PAGE_PAD < PAGE)
                 entry = tl.load(entries + at, mask=at < count, other=0)
-                slot = (entry // ENTRY).to(tl.int64) * PAGE + within % PAGE_PAD
+                slot = first_slot(entry // ENTRY, blocks_ptr, block_slots, CHUNK, PAGE) + within % PAGE_PAD
                 k = load_rows(k_base, slot, far_k_row, present, DIM, DIM_PAD, True)
                 v = load_rows(v_base, slot, far_v_row, present, VALUE_DIM, VALUE_PAD, True)
                 products = tl.dot(q, tl.trans(k))

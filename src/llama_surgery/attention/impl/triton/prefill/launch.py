@@ -7,7 +7,7 @@ import triton
 
 from llama_surgery.attention.impl.triton.helpers import launching, pad_to_power, product_options
 from llama_surgery.attention.impl.triton.hopper import launch as hopper
-from llama_surgery.attention.impl.triton.job import Job, Strip, make_job
+from llama_surgery.attention.impl.triton.job import Job, PooledLayout, Strip, make_job
 from llama_surgery.attention.impl.triton.launch import (
     described,
     heads_of_tile,
@@ -26,7 +26,7 @@ def attend(
     queries: torch.Tensor,
     near_keys: torch.Tensor,
     near_values: torch.Tensor,
-    layout: Layout | None,
+    layout: Layout | PooledLayout | None,
     *,
     config: SurgeryConfig,
     start: int,
@@ -35,6 +35,7 @@ def attend(
     softcap: float | None = None,
     sink_logit: torch.Tensor | None = None,
     router: PageRouter | None = None,
+    out: torch.Tensor | None = None,
     keep_lists: bool = False,
     trim_lists: bool = False,
 ) -> AttentionResult:
@@ -44,6 +45,7 @@ def attend(
     whether these kernels run them. Pages are scored from moments in the queries' dtype.
 
     Args:
+        out: (streams, heads, rows, value_dim), written, the last stride 1; a new one where None.
         keep_lists: Keep the page lists in the returned plans, for inspection.
         trim_lists: Keep no more of them than is valid, for a backward pass. Reads back a length per strip.
     """
@@ -61,7 +63,8 @@ def attend(
         router=router,
     )
     streams, heads, rows, _ = queries.shape
-    out = queries.new_empty(streams, heads, rows, near_values.shape[-1])
+    if out is None:
+        out = queries.new_empty(streams, heads, rows, near_values.shape[-1])
     lse = queries.new_empty(streams, heads, rows, dtype=torch.float32)
     plans = []
     by_chooser = out.view(*job.queries.shape[:3], -1), lse.view(job.queries.shape[:3])
@@ -94,13 +97,14 @@ def attend_strip(
     tile_pad = triton.next_power_of_2(job.tile)
     heads_block = heads_of_tile(heads, job.tuning.rows, tile_pad)
     far_keys, far_values = job.near_keys, job.near_values
+    blocks: tuple[torch.Tensor | None, int] = None, 0
     entries = counts = None
     if plan is not None:
         assert job.layout is not None
         far_keys, far_values = (
             x if x.stride(-1) == 1 else x.contiguous() for x in (job.layout.keys, job.layout.values)
         )
-        entries, counts = plan.entries, plan.counts
+        blocks, entries, counts = job.blocks, plan.entries, plan.counts
     page_pad = pad_to_power(job.config.page_size)
     head_dim, value_dim = job.queries.shape[-1], job.near_values.shape[-1]
     dim_pad, value_pad = (pad_to_power(d) for d in (head_dim, value_dim))
@@ -116,6 +120,7 @@ def attend_strip(
         described(far_values, page_pad, value_pad),
         far_keys,
         far_values,
+        *blocks,
         entries,
         counts,
         job.sink_logit,
