@@ -258,7 +258,7 @@ class PagedStates:
 
 def in_a_row(held: torch.Tensor, blocks: torch.Tensor) -> torch.Tensor:
     """(blocks, kv_heads, rows, …) of one sequence as (kv_heads, n * rows, …), contiguous."""
-    return held.transpose(0, 1).index_select(1, blocks).flatten(1, 2)
+    return held.transpose(0, 1)[:, blocks].flatten(1, 2)
 
 
 def attend_piece(

@@ -30,7 +30,7 @@ def pooled(cache: PagedStates, blocks: torch.Tensor) -> "PooledLayout":
         apart,
         in_a_row(cache.scores, blocks),
         None if means is None else in_a_row(means, blocks),
-        cache.first_pages.index_select(0, blocks[:1])[0],
+        cache.first_pages[blocks[:1]][0],
     )
 
 
