@@ -196,7 +196,7 @@ def main() -> None:
     given = parser.parse_args()
     if not torch.cuda.is_available():
         raise SystemExit("needs a GPU: PyTorch sees none.")
-    config, device = SurgeryConfig(variance_pool=8), torch.device("cuda")
+    config, device = SurgeryConfig(), torch.device("cuda")
     deadline = Deadline(given.seconds)
     bench_corrections(
         config, given.length, given.output, density=given.density, deadline=deadline, device=device

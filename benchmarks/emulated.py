@@ -12,7 +12,6 @@ from collections.abc import Callable
 import torch
 from torch.nn import functional as F
 
-from llama_surgery.topology.layout import pool_channels
 from llama_surgery.topology.tree import tree_order
 
 CHUNK, WINDOW = 512, 192
@@ -36,7 +35,6 @@ class Form:
         weight: What a run weighs: ``logcosh``, ``bounded``, ``exact`` or ``balls`` (its balls' log cosh).
         tree: Keys are sorted by: ``keys``, ``queries`` (keys in the metric of the queries), ``values`` (keys
             and values) or ``both``.
-        pool: Channels whose variances are averaged.
         totals: Keys of the runs whose weights make up a row's total; 0: the pages' scores do.
         totals_term: How these are weighed.
         opens: What is compared with the threshold: a page's ``share``; its share times what a summary is
@@ -56,7 +54,6 @@ class Form:
     summary: int = 32
     weight: str = "logcosh"
     tree: str = "keys"
-    pool: int = 1
     totals: int = 0
     totals_term: str = "logcosh"
     opens: str = "share"
@@ -105,17 +102,17 @@ TERMS: dict[str, Callable[[torch.Tensor, int], torch.Tensor]] = {
 }
 
 
-def runs_score(form: Form, q: torch.Tensor, keys: torch.Tensor, size: int, term: str) -> torch.Tensor:
+def runs_score(q: torch.Tensor, keys: torch.Tensor, size: int, term: str) -> torch.Tensor:
     """Log of what runs of ``size`` keys weigh: (kv_heads, group, rows, runs)."""
     variance, mean = torch.var_mean(keys.unflatten(1, (-1, size)), 2, correction=0)
-    spread = pool_channels(q.square(), form.pool) @ pool_channels(variance / form.pool, form.pool)[:, None].mT
+    spread = q.square() @ variance[:, None].mT
     return q @ mean[:, None].mT + TERMS[term](spread, size) + math.log(size)
 
 
 def missed(form: Form, q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
     """Log of the part of a page's share that its summary is expected to get wrong: as runs_score."""
     variance = torch.var(keys.unflatten(1, (-1, form.page)), 2, correction=0)
-    spread = pool_channels(q.square(), form.pool) @ pool_channels(variance / form.pool, form.pool)[:, None].mT
+    spread = q.square() @ variance[:, None].mT
     found = 0.5 * (spread / (1 + spread)).clamp_min(1e-8).log()
     if form.opens == "values":
         spreads = torch.var(values.unflatten(1, (-1, form.page)), 2, correction=0).sum(-1)
@@ -130,7 +127,7 @@ def page_score(
     """Log of what pages are expected to weigh: (kv_heads, group, rows, pages)."""
     if score == "exact":
         return logits.unflatten(-1, (-1, form.page)).logsumexp(-1)
-    scores = runs_score(form, q, keys, form.ball, score)
+    scores = runs_score(q, keys, form.ball, score)
     return scores.unflatten(-1, (-1, form.page // form.ball)).logsumexp(-1)
 
 
@@ -233,9 +230,9 @@ def _run_weights(form: Form, q: torch.Tensor, keys: torch.Tensor, far: torch.Ten
     if form.weight == "exact":
         return far.unflatten(-1, (-1, form.summary)).logsumexp(-1)
     if form.weight == "balls":
-        scores = runs_score(form, q, keys, form.ball, "logcosh")
+        scores = runs_score(q, keys, form.ball, "logcosh")
         return scores.unflatten(-1, (-1, form.summary // form.ball)).logsumexp(-1)
-    return runs_score(form, q, keys, form.summary, form.weight)
+    return runs_score(q, keys, form.summary, form.weight)
 
 
 def _seen(
@@ -257,7 +254,7 @@ def _seen(
         return running.scatter_(-1, sink.view(-1, 1, 1, 1, 1).expand(*running.shape[:-1], 1), ALWAYS)
 
     scores = page_score(form, q, keys, far, form.score)
-    runs = runs_score(form, q, keys, form.totals, form.totals_term) if form.totals else scores
+    runs = runs_score(q, keys, form.totals, form.totals_term) if form.totals else scores
     total = torch.logaddexp(runs.logsumexp(-1), near.logsumexp(-1))[..., None]
     if form.opens != "share":
         scores = scores + missed(form, q, *stored)

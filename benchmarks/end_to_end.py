@@ -23,7 +23,6 @@ def main() -> None:
     parser.add_argument("--decode-density", type=float, default=0.03, help="of decode steps")
     parser.add_argument("--page-size", type=int, default=64)
     parser.add_argument("--tile", type=int, default=64)
-    parser.add_argument("--variance-pool", type=int, default=1, help="channels whose variances are averaged")
     parser.add_argument("--steps", type=int, default=64, help="decode steps that are timed")
     parser.add_argument("--prefills", type=int, default=2, help="prefills that are timed")
     parser.add_argument("--seconds", type=float, default=300.0, help="no further part begins after this")
@@ -32,11 +31,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/end_to_end.csv"))
     given = parser.parse_args()
     try:
-        config = SurgeryConfig(
-            page_size=given.page_size,
-            tile=given.tile,
-            variance_pool=given.variance_pool,
-        )
+        config = SurgeryConfig(page_size=given.page_size, tile=given.tile)
         tasks = [
             measured.Task(
                 config,

@@ -39,10 +39,7 @@ def variants() -> list[tuple[SurgeryConfig, float]]:
             for target in (0.06, 0.03):
                 add(target, tile=tile, page_size=page)
     gpu = {"page_size": 64}
-    cheap = gpu | {"variance_pool": 8}
     for change in (
-        cheap,
-        {"variance_pool": 8},
         {"chunk_size": 2048},
         gpu | {"chunk_size": 2048},
         {"window": 128},
@@ -57,8 +54,7 @@ def variants() -> list[tuple[SurgeryConfig, float]]:
         (512, 192, 0.05945), (256, 192, 0.08923), (256, 128, 0.10436),
         (128, 192, 0.10436), (256, 64, 0.1195), (128, 128, 0.1195),
     ):  # fmt: skip
-        add(target, **cheap, chunk_size=chunk, window=window)
-    add(0.03, **cheap)
+        add(target, **gpu, chunk_size=chunk, window=window)
     for change in ({"window": 128}, {"chunk_size": 2048}):
         add(0.06, tile=1, **change)
     for tile in (64, 1):
@@ -69,10 +65,7 @@ def variants() -> list[tuple[SurgeryConfig, float]]:
 
 def describe(config: SurgeryConfig, target: float) -> dict[str, str]:
     """The identifying columns, as text."""
-    scoring = "all rows"
-    if config.variance_pool > 1:
-        scoring += f", variances of {config.variance_pool} channels"
-    row = config.to_dict() | {"scoring": scoring, "target": target}
+    row = config.to_dict() | {"scoring": "all rows", "target": target}
     return {key: str(row[key]) for key in KEYS}
 
 

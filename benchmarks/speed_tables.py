@@ -9,7 +9,7 @@ ATTENTION, NOTHING = "attention.csv", "Not measured yet."
 SERVED = {"ttft_ms": "first token", "tpot_ms": "a further token"}
 
 #: The row of a whole call in it, and what names a setting.
-WHOLE, LABEL = "attention with layout and selection", ("n", "heads", "page", "tile", "variance_pool", "far")
+WHOLE, LABEL = "attention with layout and selection", ("n", "heads", "page", "tile", "far")
 
 
 def attention() -> str:

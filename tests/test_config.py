@@ -56,8 +56,7 @@ from llama_surgery.removed import REMOVED, REMOVED_CHOICES
         ({"theta": torch.tensor(float("nan"))}, "theta=nan: must be a finite number"),
         ({"theta": 10**400}, "theta=1000.*: must be a finite number"),
         ({"theta_decode": False}, "theta_decode=False: must be a finite number"),
-        ({"variance_pool": 0}, "variance_pool=0: must be a whole number of at least 1"),
-        ({"variance_pool": 3}, "variance_pool=3: 1 or an even number"),
+        ({"page_size": 0}, "page_size=0: must be a whole number of at least 1"),
         (
             {"tile": 1, "theta": 0.1, "theta_decode": 0.2},
             "theta=0.1 and theta_decode=0.2 differ with tile=1.*Give one value",

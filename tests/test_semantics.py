@@ -38,14 +38,6 @@ def slow_pages(keys: torch.Tensor, size: int) -> list[list[int]]:
     return split(list(range(len(keys))))
 
 
-def pooled(variance: torch.Tensor, pool: int) -> torch.Tensor:
-    """Variances (DIM,), each the mean over ``pool / 2`` neighbours and their rotary partners."""
-    if pool == 1:
-        return variance
-    group = [c % (DIM // 2) // (pool // 2) for c in range(DIM)]
-    return torch.stack([variance[[c for c in range(DIM) if group[c] == g]].mean() for g in group])
-
-
 def stands_in(variance: torch.Tensor) -> torch.Tensor:
     """What a variance of logits adds to a page's weight: √(1 + v) − 1."""
     return (1 + variance).sqrt() - 1
@@ -63,9 +55,7 @@ def slow_attention(q, k, v, config, calls):
         by_offset = slow_pages(k[c * CHUNK : (c + 1) * CHUNK], PAGE)
         pages.append([[c * CHUNK + offset for offset in page] for page in by_offset])
     moments = {  # of every page, by its first key
-        page[0]: (k[page].mean(0), pooled(k[page].var(0, correction=0), config.variance_pool))
-        for chunk in pages
-        for page in chunk
+        page[0]: (k[page].mean(0), k[page].var(0, correction=0)) for chunk in pages for page in chunk
     }
     out = torch.empty(heads, n, DIM, dtype=q.dtype)
     near_pairs = far_pairs = 0
@@ -127,7 +117,6 @@ def cases(draw):
         tile=tile,
         theta=theta,
         theta_decode=decode,
-        variance_pool=draw(st.sampled_from([1, 1, 2, 4])),
         summary=draw(st.sampled_from(["page", "none"])),
         dense_until=draw(st.sampled_from([0, 0, 40])),
         backend=draw(st.sampled_from(["reference", "gather"])),

@@ -172,14 +172,14 @@ def place_theta(setting: Setting, layers: list[Layer]) -> tuple[float, float]:
     config, lengths = setting.config, setting.streams()
     for layer in layers:
         cache = layer.cache
-        keys, means, spreads = (by_slot(x) for x in (cache.keys, cache.means, cache.spreads))
+        keys, features = by_slot(cache.keys), by_slot(cache.features)
         for stream, planted in enumerate(layer.pages):
             length, pages = lengths[stream], setting.pages(lengths[stream])
             if len(planted) == pages:  # nothing is to stay closed, or there is nothing
                 continue
             q = layer.queries[stream].flatten(0, 1).float() * DIM**-0.5
-            features = torch.cat((means[stream, None, :pages], spreads[stream, None, :pages]), -1)
-            scores, weights = Scorer(1.0, pool=config.variance_pool)(q[None], moments_from(features, config))
+            moments = moments_from(features[stream, None, :pages], config.page_size)
+            scores, weights = Scorer(1.0)(q[None], moments)
             scores, weights = scores[0], weights[0]
             near = keys[stream, length - setting.near(length) : length]
             total = torch.cat((weights, q @ near.float().T), -1).logsumexp(-1, keepdim=True)
@@ -242,10 +242,8 @@ def _unread(layer: Layer, stream: int, closed: int) -> tuple[torch.Tensor, torch
     """Logits (heads, rows, pages) of what stands in for the first ``closed`` keys, and mean values."""
     cache = layer.cache
     pages = closed // cache.config.page_size
-    features = torch.cat([by_slot(x)[stream, None, :pages] for x in (cache.means, cache.spreads)], -1)
-    scorer = Scorer(DIM**-0.5, pool=cache.config.variance_pool)
-    moments = moments_from(features, cache.config)
-    logits = summary_logits(layer.queries[stream, None], moments, scorer)[0]
+    moments = moments_from(by_slot(cache.features)[stream, None, :pages], cache.config.page_size)
+    logits = summary_logits(layer.queries[stream, None], moments, Scorer(DIM**-0.5))[0]
     logits[..., layer.pages[stream].to(logits.device)] = -math.inf
     assert cache.mean_values is not None
     return logits, by_slot(cache.mean_values)[stream, :pages]

@@ -42,8 +42,7 @@ def paged(layer: Layer, tables: torch.Tensor) -> Layer:
         for target, source in (
             (engine.keys, cache.keys),
             (engine.values, cache.values),
-            (engine.scores[..., :dim], cache.means),
-            (engine.scores[..., dim:], cache.spreads),
+            (engine.scores, cache.features),
             (engine.mean_values, cache.mean_values),
         ):
             target[own] = source[sequence, :, : len(own)].transpose(0, 1)

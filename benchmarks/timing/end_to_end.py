@@ -216,6 +216,5 @@ def _densities(model: PreTrainedModel) -> dict[str, float]:
         "theta_decode": config.theta_for(1),
         "page_size": config.page_size,
         "tile": config.tile,
-        "variance_pool": config.variance_pool,
         "dense_until": config.dense_until,
     }

@@ -126,7 +126,6 @@ class _Timed:
             **_shape(data),
             "page": config.page_size,
             "tile": config.tile,
-            "variance_pool": config.variance_pool,
             "far": setting.density,
         }
 
@@ -196,7 +195,7 @@ class _Timed:
         case.check_tiles(job, plans, out)
         far_pairs = case.executed_pairs(plans, config.page_size)
         self.add("layout", lambda: build_layout(data.keys, data.values, config))
-        self.add("features", lambda: page_features(moments, data.keys.dtype, config.variance_pool))
+        self.add("features", lambda: page_features(moments, data.keys.dtype))
         self.add("selection", select)
         near = self.add("near field", lambda: attention(bare, plans, pages=False), near_pairs)
         attention(bare, plans)

@@ -114,8 +114,8 @@ def check_tiles(job: Job, plans: list[TiledPlan], out: torch.Tensor, samples: in
             visible = torch.cat((visible, seen), 1)
             if config.summarises(size) and job.features is not None and layout.mean_values is not None:
                 pages = closed * config.pages_per_chunk
-                moments = moments_from(job.features[stream, None, :pages], config)
-                scorer = Scorer(job.scale, job.softcap, pool=config.variance_pool)
+                moments = moments_from(job.features[stream, None, :pages], config.page_size)
+                scorer = Scorer(job.scale, job.softcap)
                 logits = summary_logits(q[None], moments, scorer)[0]
                 block = Block(rows.start, rows.stop, closed)
                 logits = logits.masked_fill(plan.seen(block, pages)[chooser], -torch.inf)
@@ -154,7 +154,7 @@ def check_selection(job: Job, plans: list[TiledPlan]) -> float:
             rows = slice(tile * size, (tile + 1) * size)
             pages = closed * config.pages_per_chunk
             q = job.queries[chooser, :, rows].float() * job.scale
-            scorer = Scorer(1.0, pool=config.variance_pool)
+            scorer = Scorer(1.0)
             one = slice(stream, stream + 1)
             moments = Moments(
                 layout.moments.mean[one, :pages], layout.moments.variance[one, :pages], config.page_size

@@ -40,8 +40,6 @@ class SurgeryConfig:
         theta_decode: The same for tiles of one query: decode steps, and the rows that end a prompt in
             ``generate()``. 0 unless given, so that they read everything: sparse rows there lose most of what
             real models look up. With ``tile=1`` it must equal ``theta``, and does unless given.
-        variance_pool: Channels whose variances are averaged for page scores: half of them neighbours, half
-            their rotary partners. 1 keeps every channel's; 8 nearly halves what scoring costs.
         summary: What stands in for the pages that a row does not see: a single key for each ``page``, with
             its expected weight and its mean value, or nothing (``none``).
         dense_until: Queries at positions below this see everything; a multiple of ``tile``. From the length
@@ -65,7 +63,6 @@ class SurgeryConfig:
     tile: int = 64
     theta: float = 0.1
     theta_decode: Derived[float] = Derived(_default_theta_decode)
-    variance_pool: int = 1
     summary: Summary = "page"
     dense_until: int = 0
     backend: Backend = "auto"
@@ -121,7 +118,6 @@ class SurgeryConfig:
             ("window", 0),
             ("tile", 1),
             ("dense_until", 0),
-            ("variance_pool", 1),
         ):
             value = self.__dict__[name]
             if not isinstance(value, int) or isinstance(value, bool) or value < low:
@@ -142,11 +138,6 @@ class SurgeryConfig:
                     f"{name}={getattr(self, name)} is not a multiple of tile={self.tile}: "
                     f"a tile would straddle a boundary. Choose multiples of {self.tile}."
                 )
-        if self.variance_pool > 1 and self.variance_pool % 2:
-            raise SurgeryError(
-                f"variance_pool={self.variance_pool}: 1 or an even number, since channels are pooled with "
-                "their rotary partners."
-            )
         if self.chunk_size > 2**15:
             raise SurgeryError(
                 f"chunk_size={self.chunk_size}: at most {2**15}, since offsets are kept in 16 bits."

@@ -23,7 +23,7 @@ def test_attention_of_the_defaults(tables: ModuleType, tmp_path: Path) -> None:
     assert tables.attention() == tables.attention_parts() == "Not measured yet."
     shape = {"n": "32768", "heads": "28", "kv_heads": "4"}
     about = {"device": "H200", "dtype": "bfloat16", "torch": "2", "triton": "3", "date": "2026-11-30"}
-    setting = {"page": "32", "tile": "64", "variance_pool": "1", "far": "0.05"}
+    setting = {"page": "32", "tile": "64", "far": "0.05"}
     whole = {"part": tables.WHOLE, "p50_ms": "2", "executed_far": "0.0502", "total_density": "0.0934"}
     rows = [
         {**shape, "part": "cuDNN", "p50_ms": "14"},

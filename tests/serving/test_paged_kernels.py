@@ -121,8 +121,6 @@ class TestDecodeRows:
     @pytest.mark.parametrize(
         "change",
         [
-            {"variance_pool": 4},
-            {"variance_pool": 4},
             {"chunk_size": 192, "page_size": 24, "window": 24, "tile": 12},
             {"dense_until": 1 << 20},
             {"dense_until": 160},
@@ -151,11 +149,9 @@ class TestDecodeRows:
             decode_rows(queries[:, :5], served.cache, served.tables, positions)
 
 
-@pytest.mark.parametrize("pool", [1, 4])
 @pytest.mark.parametrize("part", [(0, 40, 8), (232, 290, 8), (296, 300, 1)])
-def test_pieces_of_prompts(part: tuple[int, int, int], pool: int) -> None:
-    config = dataclasses.replace(CONFIG, variance_pool=pool)
-    served = serve(config, [300])
+def test_pieces_of_prompts(part: tuple[int, int, int]) -> None:
+    served = serve(CONFIG, [300])
     shape = (KV_HEADS, GROUP, part[1] - part[0], DIM)
     queries = (3 * torch.randn(shape, generator=torch.Generator().manual_seed(2))).to(DEVICE)
     cache, blocks = served.cache, served.blocks(0)
@@ -163,7 +159,7 @@ def test_pieces_of_prompts(part: tuple[int, int, int], pool: int) -> None:
     heads_first = dataclasses.replace(cache, keys=cache.keys.contiguous(), values=cache.values.contiguous())
     by_channel = dataclasses.replace(cache, keys=cache.keys.mT.contiguous().mT)
     want = attend_piece(queries, near, plain(cache), blocks, Part(*part), scale=SCALE)
-    for held in (cache, heads_first, by_channel) if pool > 1 else (cache,):
+    for held in (cache, heads_first, by_channel):
         got = attend_piece(queries, near, held, blocks, Part(*part), scale=SCALE)
         torch.testing.assert_close(got.out, want.out, rtol=3e-5, atol=3e-5)
         torch.testing.assert_close(got.lse, want.lse, rtol=3e-5, atol=3e-5)
@@ -188,4 +184,3 @@ def test_side_caches_agree_and_cost_what_is_said() -> None:
     config = SurgeryConfig(summary="none")
     half = side_bytes(config, 128, torch.bfloat16)
     assert half % 64 == 0 and half < side_bytes(config, 128) * 0.6
-    assert side_bytes(dataclasses.replace(config, variance_pool=8), 128, torch.bfloat16) < 0.65 * half

@@ -108,32 +108,29 @@ def test_what_is_measured_is_scored_by_what_the_kernels_keep(
         return plain(call, queries, *states)
 
     monkeypatch.setattr(execute, "executor_of", executor_of)
-    config = dataclasses.replace(SPARSE, backend=backend, variance_pool=4)
+    config = dataclasses.replace(SPARSE, backend=backend)
     with surgery.operated(build("Llama", dtype=torch.bfloat16), config, routers={}) as model:
         calibrate(model, IDS, 0.2, passes=1)
     assert layouts
     for layout in layouts:
         moments, half = layout.moments, layout.moments.mean.bfloat16().float()
         assert torch.equal(moments.mean, half) == (backend == "triton")
-        assert torch.equal(moments.variance, rounded_moments(moments, config, torch.bfloat16).variance) == (
+        assert torch.equal(moments.variance, rounded_moments(moments, torch.bfloat16).variance) == (
             backend == "triton"
         )
 
 
-@pytest.mark.parametrize("pool", [1, 4])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-def test_rounding_is_that_of_the_features_and_done_once(pool: int, dtype: torch.dtype) -> None:
-    config = SurgeryConfig(chunk_size=64, page_size=16, window=32, tile=8, variance_pool=pool)
+def test_rounding_is_that_of_the_features_and_done_once(dtype: torch.dtype) -> None:
+    config = SurgeryConfig(chunk_size=64, page_size=16, window=32, tile=8)
     keys = torch.randn(2, 128, 16, generator=torch.Generator().manual_seed(0))
     keys[0, :4, 3] = 1e4  # a variance beyond what float16 holds
     layout = build_layout(keys, keys, config)
-    rounded = rounded_moments(layout.moments, config, dtype)
+    rounded = rounded_moments(layout.moments, dtype)
     assert rounded.variance.isfinite().all() and rounded.mean.dtype == torch.float32
-    again = rounded_moments(rounded, config, dtype)
+    again = rounded_moments(rounded, dtype)
     assert torch.equal(again.mean, rounded.mean)
     torch.testing.assert_close(again.variance, rounded.variance, rtol=1e-6, atol=0)
-    if pool > 1:
-        assert torch.equal(rounded.variance[..., :2], rounded.variance[..., 8:10])
 
 
 def test_only_what_kernels_will_execute_is_rounded(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,7 +10,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llama_surgery.config import SurgeryConfig
-from llama_surgery.errors import SurgeryError
 from llama_surgery.topology.geometry import query_blocks
 from llama_surgery.topology.layout import Moments, build_layout, moments_of
 from llama_surgery.topology.mask import page_mask
@@ -299,16 +298,3 @@ def test_the_listener_hears_every_row_of_every_head():
     pages = torch.arange(4) != layout.sink_pages(CONFIG.page_size)[:, None]
     heard_pages = shares.isneginf().movedim(-1, 1)[pages]
     assert torch.equal(heard_pages, outside.expand_as(heard_pages))
-
-
-def test_pooled_variances_are_means_over_neighbours_and_rotary_partners():
-    keys, queries = torch.randn(1, 64, 8, dtype=torch.float64), torch.randn(1, 5, 8, dtype=torch.float64)
-    moments = moments_of(keys, 16)
-    groups = [[0, 1, 4, 5], [2, 3, 6, 7]]
-    averaged = moments.variance.clone()
-    for group in groups:
-        averaged[..., group] = moments.variance[..., group].mean(-1, keepdim=True)
-    wanted = Scorer(SCALE)(queries, Moments(moments.mean, averaged, 16))
-    torch.testing.assert_close(Scorer(SCALE, pool=4)(queries, moments), wanted)
-    with pytest.raises(SurgeryError, match="variance_pool=6 does not divide head_dim=8"):
-        Scorer(SCALE, pool=6)(queries, moments)

@@ -71,7 +71,7 @@ def attend(
     config, router = call.config, call.router
     if router is not None:
         router = router.for_streams(queries.shape[0], queries.device)
-    scorer = Scorer(call.scale, call.softcap, router, config.variance_pool)
+    scorer = Scorer(call.scale, call.softcap, router)
     stop = start + queries.shape[2]
     near_start = stop - near_keys.shape[1]  # position of near_keys[:, 0]
     outs, lses = [], []

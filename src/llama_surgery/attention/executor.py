@@ -168,15 +168,15 @@ def build_layout(
     return importlib.import_module(f"{_IMPL}triton.{way}.launch").build_layout(keys, values, config, router)
 
 
-def kernel_features(moments: Moments, config: SurgeryConfig, dtype: torch.dtype) -> torch.Tensor:
+def kernel_features(moments: Moments, dtype: torch.dtype) -> torch.Tensor:
     """What the Triton kernels score pages by: ``Layout.features``."""
     from llama_surgery.attention.impl.triton.job import page_features
 
-    return page_features(moments, dtype, config.variance_pool)
+    return page_features(moments, dtype)
 
 
-def kernel_moments(features: torch.Tensor, config: SurgeryConfig) -> Moments:
+def kernel_moments(features: torch.Tensor, page_size: int) -> Moments:
     """Moments of pages back from :func:`kernel_features`, as exactly as those were kept."""
     from llama_surgery.attention.impl.triton.job import moments_from
 
-    return moments_from(features, config)
+    return moments_from(features, page_size)

@@ -6,7 +6,7 @@ import torch
 
 from llama_surgery.attention.impl.triton import LARGEST_SQUARE, obstacle
 from llama_surgery.config import SurgeryConfig
-from llama_surgery.topology.layout import Layout, Moments, pool_channels, unpool_channels
+from llama_surgery.topology.layout import Layout, Moments
 
 
 def heard_layout(
@@ -31,12 +31,11 @@ def heard_layout(
     )
     if not by_kernels or layout.features is not None:  # moments that come with features were made of them
         return layout
-    return dataclasses.replace(layout, moments=rounded_moments(layout.moments, config, queries.dtype))
+    return dataclasses.replace(layout, moments=rounded_moments(layout.moments, queries.dtype))
 
 
-def rounded_moments(moments: Moments, config: SurgeryConfig, dtype: torch.dtype) -> Moments:
-    """Moments as exactly as the kernels keep them in ``dtype``, on any device: with channels pooled."""
-    pool = config.variance_pool
-    spread = (0.5 / pool * pool_channels(moments.variance, pool)).clamp_max(LARGEST_SQUARE)
-    kept = [part.to(dtype).to(moments.mean.dtype) for part in (moments.mean, spread)]
-    return Moments(kept[0], 2 * unpool_channels(kept[1], pool), moments.size)
+def rounded_moments(moments: Moments, dtype: torch.dtype) -> Moments:
+    """Moments as exactly as the kernels keep them in ``dtype``, on any device."""
+    spread = (0.5 * moments.variance).clamp_max(LARGEST_SQUARE)
+    mean, spread = (part.to(dtype).to(moments.mean.dtype) for part in (moments.mean, spread))
+    return Moments(mean, 2 * spread, moments.size)

@@ -25,9 +25,6 @@ _FIELDS: dict[str, Any] = {
     "theta_decode": topology_option(
         float | None, "The same for decoding, token by token: 0 reads everything. Set by --decode-density."
     ),
-    "variance_pool": topology_option(
-        int, "Channels whose variances are averaged for scoring: 1, or 8 to score at nearly half the cost."
-    ),
     "summary": topology_option(
         str, "What stands in for the pages that are not read: page, a mean of each, or none."
     ),

@@ -139,9 +139,9 @@ def at_length(shape: Shape, config: SurgeryConfig, density: float, calibrated: i
 
     The far density at a length N that θ was not calibrated at is taken as ``density · calibrated / N`` above
     it, as if a row opened as many pages with one θ whatever the length, and as ``density`` below.
-    A score takes 1 / page_size of the score products of dense attention for means and, with ``variance_pool``
-    channels together, that over the pool for variances; each is half of what attention multiplies for a pair.
-    Kernels make it once; for the few pages that may be opened once more, which is not counted.
+    A score takes 1 / page_size of the score products of dense attention for means and as many for variances;
+    each is half of what attention multiplies for a pair. Kernels make it once; for the few pages that may be
+    opened once more, which is not counted.
 
     Args:
         density: Executed far density at ``calibrated`` tokens.
@@ -152,8 +152,7 @@ def at_length(shape: Shape, config: SurgeryConfig, density: float, calibrated: i
     near = near_pairs(0, length, config, config.tile) / causal
     closed = 1 - near
     far = min(closed, density * min(1.0, calibrated / length))
-    channels = 1 + 1 / config.variance_pool
-    scoring = closed / config.page_size / 2 * channels
+    scoring = closed / config.page_size
     sparse_from = min(length, first_far(config))
     scoring += near_pairs(sparse_from, length, config, config.tile) / causal / 2
     summary = summary_density(config, length)
@@ -162,7 +161,7 @@ def at_length(shape: Shape, config: SurgeryConfig, density: float, calibrated: i
     dense = sum(2 * kv * group * dim for kv, group, dim in shape.layers.values()) * causal / length
     per_token = shape.parameters
     cache_bytes = sum(2 * kv * dim for kv, _, dim in shape.layers.values()) * length * shape.dtype_bytes
-    kept = channels + (config.summary == "page")  # of a page, over a key
+    kept = 2 + (config.summary == "page")  # of a page, over a key
     return Length(
         length=length,
         near_density=near,

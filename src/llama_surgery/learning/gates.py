@@ -106,7 +106,7 @@ def gated_rows(
 
     near_lse = logits[..., far:].masked_fill(hidden, -torch.inf).logsumexp(-1)
     pages = rows.closed * config.pages_per_chunk
-    scorer = Scorer(scale, None, router, config.variance_pool)
+    scorer = Scorer(scale, None, router)
     found = scorer(queries.flatten(1, 2), tree.moments.first(pages))
     scores, weights = (x.unflatten(1, (heads, count)) for x in found)
     total = torch.logaddexp(weights.logsumexp(-1), near_lse.to(weights.dtype))

@@ -108,15 +108,10 @@ def side_bytes(config: SurgeryConfig, head_dim: int, dtype: torch.dtype | None =
     return -(-(_order_end(config, head_dim, dtype) + 4) // ALIGNMENT) * ALIGNMENT
 
 
-def _page_width(config: SurgeryConfig, head_dim: int, dtype: torch.dtype | None) -> int:
-    """Numbers that a page is scored by: moments, or the kernels' features."""
-    return 2 * head_dim if dtype is None else head_dim + head_dim // config.variance_pool
-
-
 def _order_end(config: SurgeryConfig, head_dim: int, dtype: torch.dtype | None) -> int:
     """Bytes of the side cache up to the end of the order, a multiple of 4."""
-    scores = config.pages_per_chunk * _page_width(config, head_dim, dtype)
-    size = (scores + config.summaries_per_chunk * head_dim) * (dtype or torch.float32).itemsize
+    numbers = (2 * config.pages_per_chunk + config.summaries_per_chunk) * head_dim
+    size = numbers * (dtype or torch.float32).itemsize
     return size + size % 4 + 2 * (config.chunk_size + config.chunk_size % 2)
 
 
@@ -158,7 +153,7 @@ class PagedStates:
     @property
     def scores(self) -> torch.Tensor:
         """(blocks, kv_heads, pages of a chunk, …): what pages are scored by, means first."""
-        width = _page_width(self.config, self.head_dim, self._dtype)
+        width = 2 * self.head_dim
         return self._numbers(0, self.config.pages_per_chunk, width)
 
     @property
@@ -167,7 +162,7 @@ class PagedStates:
         if self.config.summary == "none":
             return None
         pages = self.config.pages_per_chunk
-        first = pages * _page_width(self.config, self.head_dim, self._dtype)
+        first = 2 * pages * self.head_dim
         return self._numbers(first, pages, self.head_dim)
 
     @property
@@ -202,7 +197,7 @@ class PagedStates:
         keys, values = self.keys[blocks].flatten(0, 1), self.values[blocks].flatten(0, 1)
         layout = build_layout(keys, values, self.config, router)
         if self.kernels:
-            scores = kernel_features(layout.moments, self.config, self.keys.dtype)
+            scores = kernel_features(layout.moments, self.keys.dtype)
         else:
             scores = torch.cat((layout.moments.mean, layout.moments.variance), -1)
         for held, found in (

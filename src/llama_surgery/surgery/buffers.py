@@ -103,8 +103,7 @@ class PageBuffers:
         Keys, values, features as ``kernel_features`` gives them for ``capacity`` tokens, sink pages, and the
         mean values of pages where they are summarised.
         """
-        pool, dim = self.config.variance_pool, self.keys.shape[-1]
-        features = self._held(FEATURES, self.config.page_size, self.keys, dim + dim // pool)
+        features = self._held(FEATURES, self.config.page_size, self.keys, 2 * self.keys.shape[-1])
         read = (self.keys, self.values, features, self.sink_page)
         if self.config.summary == "none":
             return read
@@ -170,7 +169,7 @@ class PageBuffers:
         self.write(streams, start, layout.keys, layout.values)
         self._put("order", streams, start, tokens, layout.order)
         if self.kernels:
-            features = kernel_features(layout.moments, self.config, layout.keys.dtype)
+            features = kernel_features(layout.moments, layout.keys.dtype)
             self._put(FEATURES, streams, start, tokens, features)
         else:
             self._put("mean", streams, start, tokens, layout.moments.mean)
@@ -209,7 +208,7 @@ class PageBuffers:
             self._lent = max(self._lent, stop)
         read = {n: self._span(n, streams, stop) for n in self._tensors}
         if self.kernels:
-            moments = kernel_moments(read[FEATURES], self.config)
+            moments = kernel_moments(read[FEATURES], self.config.page_size)
         else:
             moments = Moments(read["mean"], read["variance"], self.config.page_size)
         return Layout(

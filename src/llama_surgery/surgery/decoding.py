@@ -94,21 +94,21 @@ def cache_view(
         kv_heads: Streams of a sequence.
         lengths: (sequences,) int32 on the buffers' device, settled tokens.
     """
-    from llama_surgery.attention.impl.triton.decode.blocks import feature_blocks, mean_blocks
     from llama_surgery.attention.impl.triton.decode.cache import DecodeCache
 
+    def by_chunk(held: torch.Tensor, of_chunk: int) -> torch.Tensor:
+        """(streams, …, dim) as (sequences, kv_heads, chunks, ``of_chunk``, dim)."""
+        return held.view(-1, kv_heads, held.shape[1] // of_chunk, of_chunk, held.shape[-1])
+
     keys, values, features, sink_page, *means = buffers.read_by_kernels()
-    by_chunk = (
-        x.view(-1, kv_heads, x.shape[1] // config.chunk_size, config.chunk_size, x.shape[-1])
-        for x in (keys, values)
-    )
     return DecodeCache(
         config,
-        *by_chunk,
-        *feature_blocks(features, config, kv_heads),
+        by_chunk(keys, config.chunk_size),
+        by_chunk(values, config.chunk_size),
+        by_chunk(features, config.pages_per_chunk),
         sink_page.view(-1, kv_heads, 1),
         lengths,
-        mean_values=mean_blocks(*means, config, kv_heads) if means else None,
+        mean_values=by_chunk(*means, config.pages_per_chunk) if means else None,
     )
 
 

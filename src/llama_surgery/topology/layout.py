@@ -58,40 +58,6 @@ def mean_values(
     return values.unflatten(1, (-1, config.page_size)).mean(2, dtype=full).to(dtype or full)
 
 
-def pool_channels(states: torch.Tensor, pool: int) -> torch.Tensor:
-    """Sum over groups of ``pool`` channels: ``pool / 2`` neighbours and their rotary partners.
-
-    Rotary embedding turns channel c together with channel c + head_dim / 2, so the sum of their squares does
-    not depend on the position.
-
-    Args:
-        states: (..., head_dim).
-        pool: 1, or an even divisor of head_dim.
-
-    Returns:
-        (..., head_dim / pool).
-
-    Raises:
-        SurgeryError: ``pool`` does not divide head_dim.
-    """
-    if pool == 1:
-        return states
-    dim = states.shape[-1]
-    if dim % pool:
-        raise SurgeryError(
-            f"variance_pool={pool} does not divide head_dim={dim}: choose an even divisor or 1."
-        )
-    return states.unflatten(-1, (2, dim // pool, pool // 2)).sum((-3, -1))
-
-
-def unpool_channels(groups: torch.Tensor, pool: int) -> torch.Tensor:
-    """Inverse of :func:`pool_channels` as far as can be: (..., head_dim), every channel its group's value."""
-    if pool == 1:
-        return groups
-    halves = groups.repeat_interleave(pool // 2, -1)
-    return torch.cat((halves, halves), -1)
-
-
 @dataclasses.dataclass(frozen=True)
 class Layout:
     """Full chunks in tree order. A *stream* is one KV head of one sequence.
@@ -102,7 +68,7 @@ class Layout:
         order: (streams, chunks, chunk_size) int16, the original offset of every slot.
         moments: Moments of the pages.
         features: What kernels score the pages by, where it was kept: μ and ½·σ² side by side,
-            (streams, pages, head_dim + head_dim / variance_pool).
+            (streams, pages, 2 * head_dim).
         mean_values: From :func:`mean_values`, where kernels read them in the values' dtype; None without
             summaries.
     """

@@ -9,7 +9,7 @@ import torch
 
 from llama_surgery.config import SurgeryConfig
 from llama_surgery.topology.geometry import Block
-from llama_surgery.topology.layout import Layout, Moments, pool_channels
+from llama_surgery.topology.layout import Layout, Moments
 from llama_surgery.topology.plan import Plan, plan_from_first_open, plan_of_everything, tiles_of
 from llama_surgery.topology.router import PageRouter
 
@@ -36,13 +36,11 @@ class Scorer:
         scale: s, the module's own scaling of q·k.
         softcap: c, or None.
         router: Learned corrections, one for every stream, or None.
-        pool: Channels whose variances are averaged: σ² of each is then the mean over them.
     """
 
     scale: float
     softcap: float | None = None
     router: PageRouter | None = None
-    pool: int = 1
 
     def __call__(self, queries: torch.Tensor, moments: Moments) -> tuple[torch.Tensor, torch.Tensor]:
         """Score and weight of every page.
@@ -58,9 +56,8 @@ class Scorer:
         spread = queries.square() * 0.5
         if self.router is not None:
             queries, spread = self.router.weigh(queries, spread)
-        variance = pool_channels(moments.variance, self.pool) / self.pool
         linear = queries @ moments.mean.transpose(1, 2)
-        quadratic = pool_channels(spread, self.pool) @ variance.transpose(1, 2)
+        quadratic = spread @ moments.variance.transpose(1, 2)
         if self.softcap is not None:
             capped = torch.tanh(linear / self.softcap)
             linear, quadratic = self.softcap * capped, quadratic * (1 - capped.square()).square()

@@ -191,11 +191,11 @@ def corrections(kv_heads: int, group: int, head_dim: int) -> PageRouter:
 
 
 def launch_decode(states: torch.Tensor, config: SurgeryConfig, family: str, extra: dict[str, Any]) -> None:
-    """Steps on caches for long texts: small balls; pooled balls, large ones; a block table; summaries."""
+    """Steps on caches for long texts: small pages; large ones; a block table; summaries."""
     streams = states.shape[0]
     tuning = decode_tuning_for(family)
     decode_shape.processors_of = lambda _: PROCESSORS  # type: ignore[assignment]
-    coarse = dataclasses.replace(config, page_size=64, variance_pool=8)
+    coarse = dataclasses.replace(config, page_size=64)
     bare = dataclasses.replace(config, summary="none")
     for rule, rows, paged in (
         (bare, 1, False),
@@ -248,14 +248,12 @@ def compile_all(
     learned = corrections(8, heads, head_dim)
     layout.build_layout(keys[:, :1536], keys[:, :1536], config, learned)
     extra: dict[str, Any] = {"softcap": 50.0, "sink_logit": torch.zeros(8, heads)} if wide else {}
-    pooled, bare = (dataclasses.replace(config, **x) for x in ({"variance_pool": 8}, {"summary": "none"}))
+    bare = dataclasses.replace(config, summary="none")
     # What differs most comes first: little is left to do for those that spare.
-    for rule, router in (
-        (config, None), (pooled, learned), (bare, None), (pooled, None), (config, learned),
-    ):  # fmt: skip
+    for rule, router in ((config, None), (config, learned), (bare, None)):
         prefill.attend(states, keys, keys, built, config=rule, start=0, router=router, **extra)
     full, blocks, sinks = keys[:, :1536], torch.zeros(3, dtype=torch.int64), torch.zeros(8, dtype=torch.int32)
-    features = job.features_of(built, config, dtype)
+    features = job.features_of(built, dtype)
     pool = job.PooledLayout(full, full, blocks, 512, features, built.mean_values, sinks)
     prefill.attend(states, keys, keys, pool, config=config, start=0, **extra)
     # Pages that only the kernels for any GPU take.
@@ -269,7 +267,7 @@ def compile_all(
         start=0,
         **extra,
     )
-    fast = dataclasses.replace(config, page_size=64, variance_pool=8)
+    fast = dataclasses.replace(config, page_size=64)
     coarse = build_layout(keys[:, :1536], keys[:, :1536], fast)
     prefill.attend(states, keys, keys, coarse, config=fast, start=0, **extra)
     prefill.attend(states[:, :, :64], keys[:, :64], keys[:, :64], None, config=fast, start=0, **extra)

@@ -47,11 +47,10 @@ class TestAgainstReference:
         result, plain = check(case, CONFIG, device, router), check(case, CONFIG, device)
         assert not torch.equal(result.plans[0].rows_seen, plain.plans[0].rows_seen)
 
-    @pytest.mark.parametrize(("heads", "dim", "pool"), [(3, 40, 8), (12, 16, 1)])
-    def test_all_parts(self, heads: int, dim: int, pool: int, device: torch.device) -> None:
-        config = dataclasses.replace(CONFIG, variance_pool=pool)
-        case = Case(40, 170, heads, dim, streams=1, softcap=3.0 if pool > 1 else None, sink=True)
-        check(case, config, device, learned(1, heads, dim, device))
+    @pytest.mark.parametrize(("heads", "dim", "softcap"), [(3, 40, 3.0), (12, 16, None)])
+    def test_all_parts(self, heads: int, dim: int, softcap: float | None, device: torch.device) -> None:
+        case = Case(40, 170, heads, dim, streams=1, softcap=softcap, sink=True)
+        check(case, CONFIG, device, learned(1, heads, dim, device))
 
     def test_tiles_of_one_query(self, device: torch.device) -> None:
         check(Case(3, 197, 4, tile=1), CONFIG, device, learned(2, 4, 16, device))
@@ -71,11 +70,10 @@ class TestDecodeAgainstReference:
         result = test_decode.check(case, CONFIG, device, router=router)
         assert not torch.equal(result.opened, test_decode.check(case, CONFIG, device).opened)
 
-    @pytest.mark.parametrize(("heads", "dim", "pool"), [(3, 40, 8), (12, 16, 1)])
-    def test_all_parts(self, heads: int, dim: int, pool: int, device: torch.device) -> None:
-        config = dataclasses.replace(CONFIG, variance_pool=pool)
-        case = test_decode.Case((170, 290), 3, heads, 2, dim, softcap=3.0 if pool > 1 else None, sink=True)
-        test_decode.check(case, config, device, router=learned(2, heads, dim, device))
+    @pytest.mark.parametrize(("heads", "dim", "softcap"), [(3, 40, 3.0), (12, 16, None)])
+    def test_all_parts(self, heads: int, dim: int, softcap: float | None, device: torch.device) -> None:
+        case = test_decode.Case((170, 290), 3, heads, 2, dim, softcap=softcap, sink=True)
+        test_decode.check(case, CONFIG, device, router=learned(2, heads, dim, device))
 
     @pytest.mark.parametrize("summary", ["none", "page"])
     def test_summaries(self, summary: str, device: torch.device) -> None:

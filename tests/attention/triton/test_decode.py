@@ -187,17 +187,12 @@ class TestAgainstReference:
         check(Case((300, 400), 2, sharpness=12.0), config, device)
         check(Case((300, 97), 2, softcap=20.0, sharpness=12.0), config, device)
 
-    @pytest.mark.parametrize("dim", [16, 40])
-    def test_pooled_variances(self, dim: int, device: torch.device) -> None:
-        config = dataclasses.replace(CONFIG, variance_pool=4)
-        check(Case((300, 97), 2, dim=dim), config, device)
-
     @pytest.mark.parametrize("summary", ["none", "page"])
     def test_summaries(self, summary: str, device: torch.device) -> None:
         config = dataclasses.replace(CONFIG, summary=summary)
         check(Case((300, 97, 20, 511)), config, device)
         check(Case((190, 350), 3, 3, dim=40, softcap=3.0, sink=True), config, device)
-        few = dataclasses.replace(config, variance_pool=4, theta_decode=0.9)
+        few = dataclasses.replace(config, theta_decode=0.9)
         check(Case((330,), 8, 12, 1, dim=16, value_dim=24), few, device, DecodeTuning(step_bytes=1))
 
     @pytest.mark.parametrize("sink", [False, True])
@@ -296,8 +291,7 @@ def test_blocks_may_lie_anywhere(rows: int, chunk_size: int, page_size: int, dev
         cache,
         keys=pooled(cache.keys),
         values=pooled(cache.values),
-        means=pooled(cache.means),
-        spreads=pooled(cache.spreads),
+        features=pooled(cache.features),
         sink_page=pooled(cache.sink_page.expand(-1, -1, cache.chunks)),
         mean_values=pooled(cache.mean_values),
         table=order.int().view(sequences, -1),

@@ -98,8 +98,7 @@ def test_new_tokens_of_another_shape_or_dtype(cache: DecodeCache, device: torch.
         (lambda c: {"lengths": torch.stack((c.lengths, c.lengths), 1)[:, 0]}, "lengths must be contiguous"),
         (lambda c: {"values": c.values.half()}, r"values .*float16"),
         (lambda c: {"keys": c.keys.transpose(3, 4).contiguous().transpose(3, 4)}, "last stride must be 1"),
-        (lambda c: {"spreads": c.spreads.contiguous()}, "lie otherwise than means"),
-        (lambda c: {"means": c.means[..., :8]}, r"means .*expected \(2, 1, 2, 4, 16\)"),
+        (lambda c: {"features": c.features[..., :8]}, r"features .*expected \(2, 1, 2, 4, 32\)"),
         (lambda c: {"sink_page": c.sink_page.long()}, "sink_page"),
         (lambda c: {"table": torch.zeros(2, 2, dtype=torch.int64, device=c.keys.device)}, r"table .*int64"),
         (

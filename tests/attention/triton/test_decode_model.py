@@ -184,7 +184,7 @@ def test_several_rows_cropping_and_going_on(device: torch.device) -> None:
     model, ids = tiny(device), tokens(1, 91).to(device)
     found = {}
     for backend in ("gather", "triton"):
-        config = dataclasses.replace(CONFIG, backend=backend, variance_pool=4)
+        config = dataclasses.replace(CONFIG, backend=backend)
         with surgery.operated(model, config), counted() as rows, torch.no_grad():
             cache, logits = surgery.paged_cache(model), []
             calls = ((64, 71, 4), (67, 74, 0), (74, 82, 0), (82, 91, 0))

@@ -22,8 +22,7 @@ from llama_surgery.topology.layout import build_layout
 from llama_surgery.topology.router import PageRouter
 
 CONFIG = SurgeryConfig(
-    chunk_size=256, page_size=64, window=64, tile=64, theta=0.02, theta_decode=0.02,
-    variance_pool=8,
+    chunk_size=256, page_size=64, window=64, tile=64, theta=0.02, theta_decode=0.02
 )  # fmt: skip
 
 STREAMS = 3
@@ -63,9 +62,9 @@ class TestEmulated:
         [
             (1, 0, 4, 64, {}),
             (330, 300, 3, 64, {}),
-            (275, 111, 7, 64, {"variance_pool": 4, "page_size": 16}),
+            (275, 111, 7, 64, {"page_size": 16}),
             (400, 0, 2, 128, {}),
-            (200, 333, 1, 128, {"page_size": 32, "variance_pool": 1}),
+            (200, 333, 1, 128, {"page_size": 32}),
             (140, 400, 2, 64, {"summary": "none"}),
             (530, 0, 1, 64, {"dense_until": 448}),
             (150, 300, 2, 64, {"chunk_size": 128, "window": 128}),
@@ -211,9 +210,9 @@ class TestWhereTheyAreTaken:
     def test_pages_that_blocks_are_made_of(self, size: int, taken: bool, device: torch.device) -> None:
         assert hopper.attends(job_of(device, LLAMA, dataclasses.replace(CONFIG, page_size=size))) is taken
 
-    @pytest.mark.parametrize("change", [{"variance_pool": 1}, {"summary": "none"}])
-    def test_pages_however_they_are_selected(self, change: dict[str, Any], device: torch.device) -> None:
-        assert hopper.attends(job_of(device, LLAMA, dataclasses.replace(CONFIG, **change)))
+    @pytest.mark.parametrize("summary", ["page", "none"])
+    def test_summarised_or_not(self, summary: str, device: torch.device) -> None:
+        assert hopper.attends(job_of(device, LLAMA, dataclasses.replace(CONFIG, summary=summary)))
 
     def test_no_other_tiles(self, device: torch.device) -> None:
         assert not hopper.attends(job_of(device, LLAMA, dataclasses.replace(CONFIG, tile=32)))

@@ -79,7 +79,7 @@ def in_a_pool(layout: Layout, config: SurgeryConfig) -> job.PooledLayout:
         x.as_strided((streams, (chunks + 2) * size, dim), (2 * dim, streams * 2 * dim, 1))
         for x in (pool[..., :dim], pool[..., dim:])
     )
-    features = job.features_of(layout, config, layout.keys.dtype)
+    features = job.features_of(layout, layout.keys.dtype)
     sinks = layout.sink_pages(config.page_size).int()
     return job.PooledLayout(keys, values, blocks, size, features, layout.mean_values, sinks)
 
@@ -160,19 +160,12 @@ class TestAgainstReference:
         config = dataclasses.replace(CONFIG, summary=summary)
         check(Case(83, 121, 4), config, device)
         check(Case(3, 197, 4, tile=1), config, device)
-        pooled = dataclasses.replace(config, variance_pool=8, dense_until=144)
-        check(Case(200, 0, 3, 40, softcap=3.0, sink=True), pooled, device)
+        partly_dense = dataclasses.replace(config, dense_until=144)
+        check(Case(200, 0, 3, 40, softcap=3.0, sink=True), partly_dense, device)
 
     def test_summaries_of_sizes_that_are_no_powers_of_two(self, device: torch.device) -> None:
         config = SurgeryConfig(chunk_size=192, page_size=24, window=24, tile=12, theta=0.03)
         check(Case(61, 260, 3, 24), config, device)
-
-    @pytest.mark.parametrize(("dim", "pool"), [(16, 4), (64, 8), (80, 8), (96, 2)])
-    def test_pooled_variances(self, dim: int, pool: int, device: torch.device) -> None:
-        config = dataclasses.replace(CONFIG, variance_pool=pool)
-        check(Case(83, 121, 4, dim, streams=1), config, device)
-        check(Case(40, 150, 4, dim, streams=1, softcap=3.0), config, device)
-        check(Case(40, 170, 12, dim, streams=1), config, device)
 
     def test_tiles_of_one_query(self, device: torch.device) -> None:
         check(Case(3, 197, 4, tile=1), CONFIG, device)

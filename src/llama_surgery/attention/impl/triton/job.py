@@ -13,9 +13,8 @@ from llama_surgery.attention.impl.triton.helpers import exact_products, launchin
 from llama_surgery.attention.impl.triton.layout.feature_kernel import feature_kernel
 from llama_surgery.attention.impl.triton.tuning import Tuning, family_of, tuning_for
 from llama_surgery.config import SurgeryConfig
-from llama_surgery.errors import SurgeryError
 from llama_surgery.topology.geometry import closed_chunks
-from llama_surgery.topology.layout import Layout, Moments, pool_channels, unpool_channels
+from llama_surgery.topology.layout import Layout, Moments
 from llama_surgery.topology.router import PageRouter
 
 #: Most bytes that the page lists of one strip of tiles take. A list has room for every closed page, so
@@ -168,7 +167,7 @@ def make_job(
     features = means = None
     last = start + queries.shape[2] - 1
     if layout is not None and closed_chunks(last, config, tile):
-        features = features_of(layout, config, queries.dtype)
+        features = features_of(layout, queries.dtype)
         if config.summarises(tile):
             assert layout.mean_values is not None
             means = layout.mean_values.to(queries.dtype)
@@ -195,32 +194,24 @@ def make_job(
     )
 
 
-def features_of(layout: Layout | PooledLayout, config: SurgeryConfig, dtype: torch.dtype) -> torch.Tensor:
+def features_of(layout: Layout | PooledLayout, dtype: torch.dtype) -> torch.Tensor:
     """What a layout's pages are scored by: kept features where there are any of this dtype."""
     if layout.features is not None and layout.features.dtype == dtype:
         return layout.features
     assert isinstance(layout, Layout)
-    return page_features(layout.moments, dtype, config.variance_pool)
+    return page_features(layout.moments, dtype)
 
 
-def page_features(moments: Moments, dtype: torch.dtype, pool: int = 1) -> torch.Tensor:
-    """What selection multiplies queries with: (streams, pages, head_dim + head_dim / pool), μ and ½·σ².
+def page_features(moments: Moments, dtype: torch.dtype) -> torch.Tensor:
+    """What selection multiplies queries with: (streams, pages, 2 * head_dim), μ and ½·σ² side by side.
 
     Of the pages of ``moments`` (float32), by which there are gradients where these are asked for.
-
-    Raises:
-        SurgeryError: ``pool`` does not divide head_dim.
     """
     means, variances = moments.mean.contiguous(), moments.variance.contiguous()
-    (streams, pages, dim), spread = means.shape, means.shape[-1] // pool
-    if dim % pool:
-        raise SurgeryError(
-            f"variance_pool={pool} does not divide head_dim={dim}: choose an even divisor or 1."
-        )
+    streams, pages, dim = means.shape
     if differentiable(means, variances):
-        pooled = pool_channels(variances, pool) * (0.5 / pool)
-        return torch.cat((means, pooled.clamp_max(LARGEST_SQUARE)), -1).to(dtype)
-    features = means.new_empty(streams, pages, dim + spread, dtype=dtype)
+        return torch.cat((means, (0.5 * variances).clamp_max(LARGEST_SQUARE)), -1).to(dtype)
+    features = means.new_empty(streams, pages, 2 * dim, dtype=dtype)
     with launching(means):
         feature_kernel[(triton.cdiv(pages, FEATURE_PAGES), streams)](
             means,
@@ -232,21 +223,12 @@ def page_features(moments: Moments, dtype: torch.dtype, pool: int = 1) -> torch.
             LARGEST_SQUARE,
             DIM=dim,
             DIM_PAD=pad_to_power(dim),
-            SPREAD=spread,
-            SPREAD_PAD=pad_to_power(spread),
             PAGES=FEATURE_PAGES,
         )
     return features
 
 
-def moments_from(features: torch.Tensor, config: SurgeryConfig) -> Moments:
-    """Moments back from :func:`page_features`; pooled channels get the mean of their variances."""
-    pool = config.variance_pool
-    groups = features.shape[-1] // (pool + 1)
-    mean, spread = feature_parts(features.float(), groups * pool)
-    return Moments(mean, 2 * unpool_channels(spread, pool), config.page_size)
-
-
-def feature_parts(features: torch.Tensor, head_dim: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Views of :func:`page_features`: μ (streams, pages, head_dim) and ½·σ² (streams, pages, …)."""
-    return features[..., :head_dim], features[..., head_dim:]
+def moments_from(features: torch.Tensor, page_size: int) -> Moments:
+    """Moments back from :func:`page_features`, float32."""
+    mean, spread = features.float().chunk(2, -1)
+    return Moments(mean, 2 * spread, page_size)

@@ -66,7 +66,7 @@ def attend(
     features = means = None
     if layout is not None and config.summarises(tile):
         assert layout.mean_values is not None
-        features, means = features_of(layout, config, queries.dtype), layout.mean_values.to(queries.dtype)
+        features, means = features_of(layout, queries.dtype), layout.mean_values.to(queries.dtype)
         layout = dataclasses.replace(layout, features=features, mean_values=means)
     with torch.no_grad():
         result = prefill.attend(

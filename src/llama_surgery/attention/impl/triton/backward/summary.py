@@ -43,7 +43,7 @@ def summary_gradients(
     """
     config = job.config
     queries = job.queries.view(d_queries.shape)
-    scorer = Scorer(job.scale, job.softcap, job.router, config.variance_pool)
+    scorer = Scorer(job.scale, job.softcap, job.router)
     d_features = torch.zeros_like(features, dtype=torch.float32) if by_features else None
     d_means = torch.zeros_like(means, dtype=torch.float32)
     for plan in plans:
@@ -53,7 +53,7 @@ def summary_gradients(
             q = queries[:, :, rows].float().requires_grad_()
             f = features[:, : block.closed * config.pages_per_chunk].float().requires_grad_(by_features)
             with torch.enable_grad():
-                logits = summary_logits(q, moments_from(f, config), scorer)
+                logits = summary_logits(q, moments_from(f, config.page_size), scorer)
             seen = plan.seen(block, pages).unflatten(0, (len(q), -1))
             weights = (logits.detach() - lse[:, :, rows, None]).exp().masked_fill(seen, 0.0)
             d_rows, m = d_out[:, :, rows].float(), means[:, None, :pages].float()

@@ -29,9 +29,8 @@ class DecodeCache:
     Attributes:
         keys: (sequences, kv_heads, blocks, chunk_size, head_dim), any strides but the last, which is 1.
         values: (sequences, kv_heads, blocks, chunk_size, value_dim), likewise.
-        means: (sequences, kv_heads, blocks, pages of a chunk, head_dim), μ of pages, the keys' dtype.
-        spreads: (sequences, kv_heads, blocks, pages of a chunk, head_dim / variance_pool), ½·σ², strides of
-            ``means``. See :func:`feature_blocks`.
+        features: (sequences, kv_heads, blocks, pages of a chunk, 2 * head_dim), μ and ½·σ² of pages as
+            ``job.page_features`` gives them, the keys' dtype.
         sink_page: (sequences, kv_heads, blocks) int32, page of a block that holds its first position; looked
             up for a sequence's first chunk.
         lengths: (sequences,) int32, tokens that are settled: all before the step's new ones.
@@ -47,8 +46,7 @@ class DecodeCache:
     config: SurgeryConfig
     keys: torch.Tensor
     values: torch.Tensor
-    means: torch.Tensor
-    spreads: torch.Tensor
+    features: torch.Tensor
     sink_page: torch.Tensor
     lengths: torch.Tensor
     table: torch.Tensor | None = None

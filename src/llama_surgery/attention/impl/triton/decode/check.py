@@ -39,14 +39,12 @@ def check_cache(cache: "DecodeCache") -> None:
     *outer, dim = keys.shape
     outer = [cache.lengths.shape[0], *outer[1:3]]
     pages, like = config.pages_per_chunk, (keys.dtype, keys.device)
-    spread = dim // config.variance_pool
     expect("keys", keys, (*outer, config.chunk_size, dim), *like)
     expect("values", cache.values, (*outer, config.chunk_size, cache.values.shape[-1]), *like)
-    expect("means", cache.means, (*outer, pages, dim), *like)
-    expect("spreads", cache.spreads, (*outer, pages, spread), *like)
+    expect("features", cache.features, (*outer, pages, 2 * dim), *like)
     expect("sink_page", cache.sink_page, (*outer[:2], cache.sink_page.shape[-1]), torch.int32, keys.device)
     expect("lengths", cache.lengths, (outer[0],), torch.int32, keys.device)
-    rows = [keys, cache.values, cache.means, cache.spreads]
+    rows = [keys, cache.values, cache.features]
     if cache.table is not None:
         expect("table", cache.table, (outer[0], cache.table.shape[-1]), torch.int32, keys.device)
         rows.append(cache.table)
@@ -56,11 +54,6 @@ def check_cache(cache: "DecodeCache") -> None:
         rows.append(cache.mean_values)
     if any(tensor.stride(-1) != 1 and tensor.shape[-1] > 1 for tensor in rows):
         raise SurgeryError("keys, values, what is known of them and the table: the last stride must be 1.")
-    if cache.means.stride()[:4] != cache.spreads.stride()[:4]:
-        raise SurgeryError(
-            f"spreads {cache.spreads.stride()} lie otherwise than means {cache.means.stride()}: take both "
-            "from feature_blocks()."
-        )
     if not cache.lengths.is_contiguous():
         raise SurgeryError("lengths must be contiguous.")
 

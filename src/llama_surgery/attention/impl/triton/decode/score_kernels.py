@@ -80,8 +80,7 @@ def score_kernel(
     q_ptr,
     k_ptr,
     v_ptr,
-    mean_ptr,
-    spread_ptr,
+    feature_ptr,
     mean_weight_ptr,
     variance_weight_ptr,
     summary_ptr,
@@ -104,10 +103,10 @@ def score_kernel(
     v_block,
     v_row,
     table_row,
-    mean_sequence,
-    mean_head,
-    mean_block,
-    mean_row,
+    feature_sequence,
+    feature_head,
+    feature_block,
+    feature_row,
     capacity,
     splits,
     parts,
@@ -124,8 +123,6 @@ def score_kernel(
     DIM_PAD: tl.constexpr,
     VALUE_DIM: tl.constexpr,
     VALUE_PAD: tl.constexpr,
-    SPREAD: tl.constexpr,
-    SPREAD_PAD: tl.constexpr,
     CHUNK: tl.constexpr,
     WINDOW: tl.constexpr,
     PAGE: tl.constexpr,
@@ -138,9 +135,9 @@ def score_kernel(
 ):
     """Near field and page scores, cut into steps that are dealt to ``splits`` programs.
 
-    Grid: (splits, streams * blocks of queries). Spreads lie as means do. Weights of channels, (KV_HEADS *
-    HEADS, DIM) float32 or None, are those of ``score_factors``. Writes, all float32 in log2
-    units: scores (streams, pages, queries, heads); sums (streams, splits, queries, heads), the program's
+    Grid: (splits, streams * blocks of queries). Features of a page are μ and ½·σ², side by side. Weights of
+    channels, (KV_HEADS * HEADS, DIM) float32 or None, are those of ``score_factors``. Writes, all float32 in
+    log2 units: scores (streams, pages, queries, heads); sums (streams, splits, queries, heads), the program's
     log-sum-exp of what pages weigh; and the near field's partial results (streams, parts, queries, heads[,
     VALUE_DIM]). With SUMMARY, where mean values stand in for pages that a query does not see, also their
     logits, weights shaped as scores: what pages weigh, to which ``summary_ptr`` (KV_HEADS, HEADS) is added if
@@ -201,10 +198,9 @@ def score_kernel(
     total = tl.zeros([rows], tl.float32)
     q, squares = score_factors(
         q, scale, mean_weight_ptr, variance_weight_ptr, kv_head, 0, HEADS, HEADS_PAD, True,
-        DIM, DIM_PAD, SPREAD, SPREAD_PAD,
+        DIM, DIM_PAD,
     )  # fmt: skip
-    mean_base = mean_ptr + sequence * mean_sequence + kv_head * mean_head
-    spread_base = spread_ptr + sequence * mean_sequence + kv_head * mean_head
+    features = feature_ptr + sequence * feature_sequence + kv_head * feature_head
     scores_base = scores_ptr + stream * (capacity // PAGE) * ROWS * HEADS
     if SUMMARY:
         weights_base = weights_ptr + stream * (capacity // PAGE) * ROWS * HEADS
@@ -223,9 +219,9 @@ def score_kernel(
             present = page < pages
             far_chunk = tl.minimum(page, pages - 1) // per_chunk
             block = (tl.gather(blocks, far_chunk - first_chunk, 0) if PAGED else far_chunk).to(tl.int64)
-            cells = block * mean_block + (page % per_chunk).to(tl.int64) * mean_row
-            mean = load_rows(mean_base, cells, 1, present, DIM, DIM_PAD, True)
-            spread = load_rows(spread_base, cells, 1, present, SPREAD, SPREAD_PAD, True)
+            cells = block * feature_block + (page % per_chunk).to(tl.int64) * feature_row
+            mean = load_rows(features, cells, 1, present, DIM, DIM_PAD, True)
+            spread = load_rows(features + DIM, cells, 1, present, DIM, DIM_PAD, True)
             along, across = page_terms(q, squares, mean, spread, scale, softcap, CAP)
             cells = (page[None, :] * ROWS + row[:, None]) * HEADS + head[:, None]
             kept = live[:, None] & present[None, :]

@@ -92,10 +92,8 @@ class Shape(NamedTuple):
         }
 
     def score_constants(self, cache: DecodeCache) -> dict[str, float]:
-        config, spread = cache.config, cache.spreads.shape[-1]
+        config = cache.config
         return {
-            "SPREAD": spread,
-            "SPREAD_PAD": pad_to_power(spread),
             "LOG2_PAGE": math.log2(config.page_size),
             "BLOCK_NEAR": self.keys,
             "BLOCK_PAGES": self.keys,

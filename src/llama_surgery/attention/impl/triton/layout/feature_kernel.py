@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from llama_surgery.attention.impl.triton.helpers import EXACT, load_rows
+from llama_surgery.attention.impl.triton.helpers import load_rows
 
 
 @triton.jit
@@ -18,11 +18,9 @@ def feature_kernel(
     largest,
     DIM: tl.constexpr,
     DIM_PAD: tl.constexpr,
-    SPREAD: tl.constexpr,
-    SPREAD_PAD: tl.constexpr,
     PAGES: tl.constexpr,
 ):
-    """μ and ½·σ² of pages, σ² pooled over DIM / SPREAD channels.
+    """μ and ½·σ² of pages, side by side.
 
     Moments (streams, pages, DIM) float32, rows contiguous. Grid: (pages / PAGES rounded up, streams).
     """
@@ -32,14 +30,10 @@ def feature_kernel(
     means, variances = mean_ptr + stream * moment_stream, variance_ptr + stream * moment_stream
     mean = load_rows(means, page, DIM, present, DIM, DIM_PAD, True)
     spread = load_rows(variances, page, DIM, present, DIM, DIM_PAD, True) * 0.5
-    channel, group = tl.arange(0, DIM_PAD), tl.arange(0, SPREAD_PAD)
-    if SPREAD < DIM:
-        # As a product with a matrix of ones and zeros: head dims need not be powers of two.
-        member = channel % (DIM // 2) // (DIM // (2 * SPREAD))
-        member = (member[:, None] == group[None, :]) & (channel < DIM)[:, None]
-        spread = tl.dot(spread, member.to(tl.float32), input_precision=EXACT) * (SPREAD / DIM)
     spread = tl.minimum(spread, largest)
-    row = out_ptr + stream * out_stream + page.to(tl.int64)[:, None] * out_row
+    channel = tl.arange(0, DIM_PAD)
+    row = out_ptr + stream * out_stream + page.to(tl.int64)[:, None] * out_row + channel[None, :]
     dtype = out_ptr.dtype.element_ty
-    tl.store(row + channel[None, :], mean.to(dtype), mask=present[:, None] & (channel < DIM)[None, :])
-    tl.store(row + DIM + group[None, :], spread.to(dtype), mask=present[:, None] & (group < SPREAD)[None, :])
+    there = present[:, None] & (channel < DIM)[None, :]
+    tl.store(row, mean.to(dtype), mask=there)
+    tl.store(row + DIM, spread.to(dtype), mask=there)

@@ -8,7 +8,7 @@ import torch
 import triton
 
 from llama_surgery.attention.impl.triton.helpers import pad_to_power, product_options
-from llama_surgery.attention.impl.triton.job import Job, Strip, feature_parts
+from llama_surgery.attention.impl.triton.job import Job, Strip
 from llama_surgery.attention.impl.triton.launch import described, placed_rows
 from llama_surgery.attention.impl.triton.select.scan_kernel import scan_kernel
 from llama_surgery.attention.impl.triton.tiled_plan import TiledPlan
@@ -29,18 +29,18 @@ def select(job: Job, strip: Strip, out: torch.Tensor, lse: torch.Tensor) -> Tile
     counts, rows_seen = new(choosers, strip.tiles), new(choosers, strip.tiles)
     start = max(job.start, strip.first_tile * job.tile)
     stop = min(job.stop, (strip.first_tile + strip.tiles) * job.tile)
-    mean, spread = feature_parts(job.features, head_dim)
+    mean, spread = job.features.chunk(2, -1)
     means, block = job.means, job.tuning.block_pages
-    dim_pad, spread_pad, value_pad = (pad_to_power(x) for x in (head_dim, spread.shape[-1], out.shape[-1]))
+    dim_pad, value_pad = pad_to_power(head_dim), pad_to_power(out.shape[-1])
     size = job.queries.element_size()
-    room = job.tuning.shared - shape.rows * (dim_pad + spread_pad) * size
-    ahead = room // (block * (dim_pad + spread_pad + (0 if means is None else value_pad)) * size)
+    room = job.tuning.shared - shape.rows * 2 * dim_pad * size
+    ahead = room // (block * (2 * dim_pad + (0 if means is None else value_pad)) * size)
     theta = job.config.theta_for(job.tile)
     scan_kernel[(shape.blocks, choosers)](
         job.queries,
         described(job.near_keys, job.tuning.block_near, dim_pad),
         described(mean, block, dim_pad),
-        described(spread, block, spread_pad),
+        described(spread, block, dim_pad),
         None if means is None else described(means, block, value_pad),
         job.features,
         means,
@@ -76,8 +76,6 @@ def select(job: Job, strip: Strip, out: torch.Tensor, lse: torch.Tensor) -> Tile
         TILE_PAD=shape.tile_pad,
         DIM=head_dim,
         DIM_PAD=dim_pad,
-        SPREAD=spread.shape[-1],
-        SPREAD_PAD=spread_pad,
         VALUE_DIM=out.shape[-1],
         VALUE_PAD=value_pad,
         CHUNK=job.config.chunk_size,

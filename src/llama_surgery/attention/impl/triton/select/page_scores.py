@@ -19,8 +19,6 @@ def score_factors(
     HEAD_INSIDE: tl.constexpr,
     DIM: tl.constexpr,
     DIM_PAD: tl.constexpr,
-    SPREAD: tl.constexpr,
-    SPREAD_PAD: tl.constexpr,
 ):
     """What multiplies means and variances in page scores, both in the queries' dtype.
 
@@ -33,8 +31,7 @@ def score_factors(
             one head after the other or, with HEAD_INSIDE, one query's heads after the other's.
 
     Returns:
-        The queries (rows, DIM_PAD), and their squares, summed over the channels whose variances are pooled
-        (rows, SPREAD_PAD); clamped where they would overflow in float16.
+        The queries and their squares, (rows, DIM_PAD) each, clamped where they would overflow in float16.
     """
     squares = queries.to(tl.float32) * scale
     squares = squares * squares
@@ -44,15 +41,6 @@ def score_factors(
         )
         squares = tl.maximum(squares, -6.0e4)
     squares = tl.minimum(squares, 6.0e4).to(queries.dtype)
-    if SPREAD < DIM:
-        # As a product with a matrix of ones and zeros: head dims need not be powers of two.
-        channel = tl.arange(0, DIM_PAD)
-        member = channel % (DIM // 2) // (DIM // (2 * SPREAD))
-        member = (member[:, None] == tl.arange(0, SPREAD_PAD)[None, :]) & (channel < DIM)[:, None]
-        summed = tl.dot(squares, member.to(squares.dtype))
-        if variance_weight_ptr is not None:
-            summed = tl.maximum(summed, -6.0e4)
-        squares = tl.minimum(summed, 6.0e4).to(squares.dtype)
     if mean_weight_ptr is not None:
         weighted = _weigh(
             queries.to(tl.float32), mean_weight_ptr, group, first_head,
@@ -93,9 +81,9 @@ def page_terms(queries, squares, mean, spread, scale, softcap, CAP: tl.constexpr
     """Mean and half the variance of pages' logits, (rows, pages) each, the mean in log2 units.
 
     Args:
-        queries, squares: (rows, dim) and (rows, dim or groups) from :func:`score_factors`.
+        queries, squares: (rows, dim) from :func:`score_factors`.
         mean: (pages, dim) the pages' μ.
-        spread: (pages, dim) or (pages, groups) their ½·σ².
+        spread: (pages, dim) their ½·σ².
     """
     along = tl.dot(queries, tl.trans(mean))
     across = tl.dot(squares, tl.trans(spread))

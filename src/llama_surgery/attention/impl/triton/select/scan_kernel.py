@@ -32,7 +32,7 @@ def _or(a, b):
 def _visit(
     q, squares, means, spreads, values, total, top, rest, acc, raised, found_ptr, stream, block, closed,
     sink_page, scale, softcap,
-    DIM_PAD: tl.constexpr, SPREAD_PAD: tl.constexpr, VALUE_PAD: tl.constexpr, BLOCK_PAGES: tl.constexpr,
+    DIM_PAD: tl.constexpr, VALUE_PAD: tl.constexpr, BLOCK_PAGES: tl.constexpr,
     LOG2_PAGE: tl.constexpr, CAP: tl.constexpr, MASK: tl.constexpr,
 ):  # fmt: skip
     """Count a block of pages into the totals; summarise those that no row opens, write down the others.
@@ -48,7 +48,7 @@ def _visit(
     """
     rows: tl.constexpr = q.shape[0]
     mean = means.load([stream, block, 0]).reshape(BLOCK_PAGES, DIM_PAD)
-    spread = spreads.load([stream, block, 0]).reshape(BLOCK_PAGES, SPREAD_PAD)
+    spread = spreads.load([stream, block, 0]).reshape(BLOCK_PAGES, DIM_PAD)
     along, across = page_terms(q, squares, mean, spread, scale, softcap, CAP)
     scores, logits = page_scores(along, across, LOG2_PAGE)
     if MASK:
@@ -145,8 +145,6 @@ def scan_kernel(
     TILE_PAD: tl.constexpr,
     DIM: tl.constexpr,
     DIM_PAD: tl.constexpr,
-    SPREAD: tl.constexpr,
-    SPREAD_PAD: tl.constexpr,
     VALUE_DIM: tl.constexpr,
     VALUE_PAD: tl.constexpr,
     CHUNK: tl.constexpr,
@@ -213,7 +211,7 @@ def scan_kernel(
         )  # fmt: skip
         q, squares = score_factors(
             q, scale, mean_weight_ptr, variance_weight_ptr, chooser, 0, HEADS, HEADS_BLOCK, True,
-            DIM, DIM_PAD, SPREAD, SPREAD_PAD,
+            DIM, DIM_PAD,
         )  # fmt: skip
         raised = tl.full([rows], 0.0, tl.float32) + log2_bar
         if offset_ptr is not None:
@@ -235,13 +233,13 @@ def scan_kernel(
             total, top, rest, acc = _visit(
                 q, squares, means, spreads, values, total, top, rest, acc, raised - SLACK, found, stream,
                 block, closed, sink_page, scale, softcap,
-                DIM_PAD, SPREAD_PAD, VALUE_PAD, BLOCK_PAGES, LOG2_PAGE, CAP, False,
+                DIM_PAD, VALUE_PAD, BLOCK_PAGES, LOG2_PAGE, CAP, False,
             )  # fmt: skip
         for block in range(common, last, BLOCK_PAGES):
             total, top, rest, acc = _visit(
                 q, squares, means, spreads, values, total, top, rest, acc, raised - SLACK, found, stream,
                 block, closed, sink_page, scale, softcap,
-                DIM_PAD, SPREAD_PAD, VALUE_PAD, BLOCK_PAGES, LOG2_PAGE, CAP, True,
+                DIM_PAD, VALUE_PAD, BLOCK_PAGES, LOG2_PAGE, CAP, True,
             )  # fmt: skip
 
         tl.debug_barrier()  # bits and candidates are written by other threads than read them
@@ -255,7 +253,7 @@ def scan_kernel(
             present = at < count
             page = tl.load(candidates + at, mask=present, other=0)
             mean = load_rows(features, page, feature_row, present, DIM, DIM_PAD, True)
-            spread = load_rows(features + DIM, page, feature_row, present, SPREAD, SPREAD_PAD, True)
+            spread = load_rows(features + DIM, page, feature_row, present, DIM, DIM_PAD, True)
             along, across = page_terms(q, squares, mean, spread, scale, softcap, CAP)
             scores, logits = page_scores(along, across, LOG2_PAGE)
             far = present[None, :] & (page[None, :] < closed[:, None])
