@@ -3,13 +3,15 @@
 Kernels are interpreted on machines without a GPU, which takes most of the tests' time. Two thirds of that
 were the interpreter's own bookkeeping: it replaces Triton's whole language whenever a kernel calls a
 function, looks for overflows of integers by way of five other operations of Triton and drops what it found,
-and derives shapes and types anew for every value. What is replaced here does the same, once. These are
+derives shapes and types anew for every value, and reduces by a function of the kernel's own one element after
+the other. What is replaced here does the same, once. These are
 private parts of Triton: where a release has others, ``quicken`` leaves it as it is.
 """
 
 import functools
 from typing import Any
 
+import numpy as np
 from triton.language import core
 from triton.language.semantic import TritonSemantic
 from triton.runtime import interpreter
@@ -22,6 +24,7 @@ def quicken() -> None:
         (interpreter, "_get_np_dtype", _numpy_types_once),
         (TritonSemantic, "binary_op_sanitize_overflow_impl", _checked_in_debugging),
         (TritonSemantic, "broadcast_impl_value", _broadcast_if_needed),
+        (interpreter.ReduceOps, "generic_reduce", _reduced_by_slices),
         (core.block_type, "__init__", _types_once),
         (core.tensor, "__init__", _shapes_once),
     )
@@ -83,6 +86,25 @@ def _numpy_types_once(plain: Any) -> Any:
         return plain(scalar) if isinstance(scalar, core.pointer_type) else of_scalar(scalar)
 
     return find
+
+
+def _reduced_by_slices(plain: Any) -> Any:
+    def reduce(ops: Any, given: tuple[Any, ...]) -> list[Any]:
+        if ops.axis is None:
+            return plain(ops, given)
+
+        def combine(done: tuple[Any, ...], further: tuple[Any, ...]) -> tuple[Any, ...]:
+            found = ops.combine_fn.fn(*done, *further)
+            return found if isinstance(found, tuple) else (found,)
+
+        slices = zip(*(np.moveaxis(x.handle.data, ops.axis, 0) for x in given), strict=True)
+        tensors = (tuple(map(ops.to_tensor, each, [x.dtype for x in given])) for each in slices)
+        results = functools.reduce(combine, tensors)
+        if not ops.keep_dims:
+            return list(results)
+        return [ops.to_tensor(np.expand_dims(x.handle.data, ops.axis), x.dtype) for x in results]
+
+    return reduce
 
 
 def _types_once(plain: Any) -> Any:

@@ -30,6 +30,25 @@ def combine_kernel(source, target, factor, SIZE: tl.constexpr):
 
 
 @triton.jit
+def _farther(value, place, other, elsewhere):
+    further = tl.abs(other) > tl.abs(value)
+    return tl.where(further, other, value), tl.where(further, elsewhere, place)
+
+
+@triton.jit
+def farthest_kernel(source, values, places, ROWS: tl.constexpr, SIZE: tl.constexpr, KEEP: tl.constexpr):
+    row, column = tl.arange(0, ROWS)[:, None], tl.arange(0, SIZE)[None, :]
+    given = tl.load(source + row * SIZE + column)
+    value, place = tl.reduce((given, column + tl.zeros_like(row)), 1, _farther, keep_dims=KEEP)
+    if KEEP:
+        tl.store(values + row, value)
+        tl.store(places + row, place)
+    else:
+        tl.store(values + tl.arange(0, ROWS), value)
+        tl.store(places + tl.arange(0, ROWS), place)
+
+
+@triton.jit
 def misfit_kernel(target):
     tl.store(target + tl.arange(0, 4), tl.arange(0, 4) + tl.arange(0, 2))
 
@@ -46,6 +65,16 @@ def test_results(kind: torch.dtype) -> None:
         combine_kernel[(1,)](source, target, factor, SIZE=8)
         scaled = source * factor
         assert torch.equal(target, scaled + scaled.sum() ** 2)
+
+
+@pytest.mark.parametrize("keep", [False, True])
+@pytest.mark.parametrize("rows", [1, 4])
+def test_reductions_by_a_function_of_their_own(rows: int, keep: bool) -> None:
+    source = torch.randn(rows, 8, generator=torch.Generator().manual_seed(0))
+    values, places = torch.empty(rows), torch.empty(rows, dtype=torch.int32)
+    farthest_kernel[(1,)](source, values, places, ROWS=rows, SIZE=8, KEEP=keep)
+    want = source.abs().argmax(1)
+    assert torch.equal(places.long(), want) and torch.equal(values, source[torch.arange(rows), want])
 
 
 def test_shapes_that_do_not_fit() -> None:
