@@ -1,24 +1,21 @@
 """The benchmark of a server starts, and writes folders that the engine takes for exported ones."""
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from tests.conftest import ROOT
 
 from benchmarks import serving_gpu
 from llama_surgery.serving.families import read_block
 
 
-def test_help_needs_no_engine() -> None:
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "benchmarks" / "serving_gpu.py"), "--help"],
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0 and "--mode {dense,operated}" in done.stdout
+def test_help_needs_no_engine(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(sys, "argv", ["serving_gpu.py", "--help"])
+    monkeypatch.setitem(sys.modules, "vllm", None)
+    with pytest.raises(SystemExit) as ended:
+        serving_gpu.main()
+    assert not ended.value.code and "--mode {dense,operated}" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("mode", ["dense", "operated"])
