@@ -1,6 +1,7 @@
 """Decode kernels against the reference: ragged batches, groups, head dims, several rows, filling chunks."""
 
 import dataclasses
+import functools
 
 import pytest
 import torch
@@ -329,6 +330,12 @@ def test_texts_grow_by_accepted_drafts(device: torch.device) -> None:
     past_of = [(None, keys[i : i + 1, :n], values[i : i + 1, :n]) for i, n in enumerate(position)]
     buffers, cache = loaded(config, past_of, 128)
     stores = [SequenceStore(buffers.config, buffers, slice(i, i + 1), n) for i, n in enumerate(position)]
+
+    @functools.cache
+    def layout_of(stream: int, full: int) -> Layout:
+        """By the same kernels: elsewhere keys may tie to rounding and change places."""
+        return kernel_layout(keys[stream : stream + 1, :full], values[stream : stream + 1, :full], config)
+
     while max(position) + rows <= last:
         new = torch.tensor([[p + r for r in range(rows)] for p in position], device=device)
         of = torch.arange(2, device=device)[:, None]
@@ -337,14 +344,11 @@ def test_texts_grow_by_accepted_drafts(device: torch.device) -> None:
         for stream, start in enumerate(position):
             full, stop = start // 32 * 32, start + rows
             past = slice(stream, stream + 1)
-            layout = None
-            if full:  # laid out by the same kernels: elsewhere keys may tie to rounding and change places
-                layout = kernel_layout(keys[past, :full], values[past, :full], config)
             expected = api.attend(
                 queries[past, :, start:stop],
                 keys[past, :stop],
                 values[past, :stop],
-                layout,
+                layout_of(stream, full) if full else None,
                 config=oracle,
                 start=start,
                 tile=1,
