@@ -15,7 +15,6 @@ from transformers import PreTrainedTokenizerBase
 
 import llama_surgery
 from llama_surgery.config import FIELDS, SurgeryConfig
-from llama_surgery.derived import rules
 from llama_surgery.evaluation.compare import CALIBRATION_WINDOWS
 from llama_surgery.evaluation.kept import adapter_digest, claimed, digest, found_parts, with_parts
 from llama_surgery.evaluation.peers.attach import running as running_peer
@@ -73,13 +72,9 @@ def by_decode(config: SurgeryConfig) -> dict[str, SurgeryConfig]:
 
 
 def changes(config: SurgeryConfig) -> dict[str, Any]:
-    """What a configuration has that the default has not, without θ and without what follows from the rest."""
-    expected = {
-        **{name: getattr(SurgeryConfig(), name) for name in FIELDS},
-        **{name: rule(config) for name, rule in rules(SurgeryConfig).items()},
-    }
+    """What a configuration has that the default has not, without θ."""
     found = {name: getattr(config, name) for name in FIELDS if name not in _THETAS}
-    return {name: value for name, value in found.items() if value != expected[name]}
+    return {name: value for name, value in found.items() if value != getattr(SurgeryConfig(), name)}
 
 
 @dataclasses.dataclass

@@ -5,7 +5,6 @@ import sys
 from collections.abc import Mapping
 from typing import Any, Literal, get_args
 
-from llama_surgery.derived import Derived, hide, rules, settle
 from llama_surgery.errors import SurgeryError, check_version
 from llama_surgery.gumbel_config import GumbelConfig
 from llama_surgery.removed import BEFORE, REMOVED_CHOICES, without_removed
@@ -17,7 +16,29 @@ Backend = Literal["auto", "reference", "gather", "triton"]
 CONFIG_VERSION = 1
 
 
-def _default_theta_decode(config: "SurgeryConfig") -> float:
+#: Stands for a ``theta_decode`` that the constructor was not given at all: None is given, to have it derived.
+_LEFT_OUT: Any = object()
+
+
+class _ThetaDecode:
+    """The default of ``theta_decode``: reading derives what was not given, storing keeps what was.
+
+    ``dataclasses.replace`` hands on what it reads, which would look as if it were given. So the field is
+    taken off the list that ``replace`` goes by, and ``given`` carries what was given to the copy.
+    """
+
+    def __get__(self, config: "SurgeryConfig | None", owner: type) -> float:
+        if config is None:
+            return _LEFT_OUT  # what a dataclass takes for the parameter's default
+        given = config.__dict__["theta_decode"]
+        return _derived_theta_decode(config) if given is None else given
+
+    def __set__(self, config: "SurgeryConfig", value: float | None) -> None:
+        config.__dict__["theta_decode"] = value
+
+
+def _derived_theta_decode(config: "SurgeryConfig") -> float:
+    """``theta_decode`` where it is not given."""
     return config.theta if config.tile == 1 else 0.0
 
 
@@ -62,17 +83,20 @@ class SurgeryConfig:
     window: int = 192
     tile: int = 64
     theta: float = 0.1
-    theta_decode: Derived[float] = Derived(_default_theta_decode)
+    theta_decode: _ThetaDecode = _ThetaDecode()
     summary: Summary = "page"
     dense_until: int = 0
     backend: Backend = "auto"
     gumbel: GumbelConfig | None = None
-    given: Mapping[str, Any] = dataclasses.field(default_factory=dict, repr=False, compare=False)
+    given: float | None = dataclasses.field(default=None, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         # Numbers of NumPy and PyTorch become Python's own: these are written as JSON and compared.
-        self.__dict__.update({name: _plain(value) for name, value in self.__dict__.items()})
-        settle(self)
+        stored = self.__dict__
+        stored.update({name: _plain(value) for name, value in stored.items()})
+        if stored["theta_decode"] is _LEFT_OUT:
+            stored["theta_decode"] = self.given
+        stored["given"] = stored["theta_decode"]
         self._check_choices()
         self._check_gumbel()
         self._check_numbers()
@@ -206,15 +230,13 @@ class SurgeryConfig:
         if unknown:
             raise SurgeryError(f"unknown configuration fields: {', '.join(unknown)}.")
         config = cls(**values)
-        following: dict[str, Any] = {
-            name: None for name, rule in rules(cls).items() if getattr(config, name) == rule(config)
-        }
-        return dataclasses.replace(config, **following)
+        if config.theta_decode == _derived_theta_decode(config):
+            return dataclasses.replace(config, theta_decode=None)
+        return config
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         # Pickles of older releases have no record of what was given: all of it was.
-        given = {name: state[name] for name in rules(type(self))}
-        self.__dict__.update({"given": given, **BEFORE, **without_removed(state)})
+        self.__dict__.update({**BEFORE, **without_removed(state), "given": state["theta_decode"]})
 
 
 def _plain(value: Any) -> Any:
@@ -223,4 +245,5 @@ def _plain(value: Any) -> Any:
 
 
 #: Names of what is configured, as in JSON.
-FIELDS = hide(SurgeryConfig)
+FIELDS = tuple(field.name for field in dataclasses.fields(SurgeryConfig) if field.name != "given")
+del SurgeryConfig.__dataclass_fields__["theta_decode"]
