@@ -73,10 +73,7 @@ def configuration(given: str | Path) -> Any:
     """
     from transformers import AutoConfig
 
-    try:
-        name, options = located(given)
-    except SurgeryError as error:
-        raise SurgeryError(f"no model configuration: {error}") from error
+    name, options = located(given)
     try:
         return AutoConfig.from_pretrained(name, **options)
     except Exception as error:  # what a library makes of a file that may hold anything

@@ -68,4 +68,4 @@ def test_plan_reads_no_weights(model: Path, tmp_path: Path) -> None:
 
 def test_what_is_no_model_ends_in_one_line(tmp_path: Path) -> None:
     result = run("plan", tmp_path / "none")
-    assert result.exit_code == 1 and "no model configuration" in result.stderr
+    assert result.exit_code == 1 and "no such folder or file" in result.stderr

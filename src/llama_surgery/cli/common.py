@@ -161,12 +161,11 @@ def load_model(
         SurgeryError: There is none at ``path``, the device cannot be used, or the model cannot read so far.
         AdapterError: There is no adapter.
     """
-    from llama_surgery.checkpoint import located, read_once, unpacked
+    from llama_surgery.checkpoint import read_once, unpacked
 
     if adapter is not None:
         check_complete(adapter)
-    with status(f"Looking for {escape(path)} …"):
-        name, options = located(path)
+    name, options = look_for(path)
     with status("Loading PyTorch and transformers …"):
         import torch
         from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -196,6 +195,18 @@ def load_model(
 
         check_length(model, longest)
     return model, tokenizer
+
+
+def look_for(path: str) -> tuple[str, dict[str, Any]]:
+    """:func:`llama_surgery.checkpoint.located`, told of: better known before PyTorch is loaded than after.
+
+    Raises:
+        SurgeryError: There is no model.
+    """
+    from llama_surgery.checkpoint import located
+
+    with status(f"Looking for {escape(path)} …"):
+        return located(path)
 
 
 def load_tokenizer(path: str) -> "PreTrainedTokenizerBase":

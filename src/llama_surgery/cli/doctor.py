@@ -13,6 +13,7 @@ from llama_surgery.cli.common import (
     JsonOption,
     ShapeArgument,
     escape,
+    look_for,
     out,
     own_option,
     print_json,
@@ -53,6 +54,7 @@ def doctor(
     """
     if write and adapter is None:
         raise typer.BadParameter("--write needs --adapter.")
+    look_for(model)
     with status("Loading PyTorch and transformers …"):
         import torch
 

@@ -116,8 +116,9 @@ def learn(
         return
     if density is None:
         raise typer.BadParameter("--density is needed: how much may be read.", param_hint="--density")
-    from llama_surgery.learning.processes import launched
-    from llama_surgery.learning.settings import LearningSettings
+    with status("Loading PyTorch …"):
+        from llama_surgery.learning.processes import launched
+        from llama_surgery.learning.settings import LearningSettings
     from llama_surgery.text import read_texts, refuse_pipes
 
     planned = LearningSettings(

@@ -1,6 +1,6 @@
 """``llama-surgery learn --topology gumbel``."""
 
-from llama_surgery.cli.common import load_model, progress
+from llama_surgery.cli.common import load_model, progress, status
 from llama_surgery.cli.learn_report import Asked, reporter, told
 from llama_surgery.errors import SurgeryError
 
@@ -11,7 +11,8 @@ def learn_routers(asked: Asked, usual: int) -> None:
     Raises:
         SurgeryError: Windows longer than the routers' trees are for, or a checkpoint of another run.
     """
-    from llama_surgery.learning.processes import launched
+    with status("Loading PyTorch …"):
+        from llama_surgery.learning.processes import launched
     from llama_surgery.text import read_texts
 
     if (count := launched(asked.device).count) > 1:

@@ -8,6 +8,7 @@ from llama_surgery.cli.common import (
     JsonOption,
     ShapeArgument,
     TileOption,
+    look_for,
     option,
     out,
     own_option,
@@ -57,6 +58,7 @@ def plan(
     config = config_for(settings, tile)
     lengths = token_counts(length or ["8k", "32k", "128k"])
     window = token_counts([calibrated])[0]
+    look_for(model)
     with status("Loading PyTorch and transformers …"):
         from llama_surgery.learning.forecast import at_length, learning_of, shape_of
         from llama_surgery.learning.settings import LearningSettings

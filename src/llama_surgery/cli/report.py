@@ -21,8 +21,10 @@ def report(
 ) -> None:
     """Draw a results file as one self-contained HTML page, which loads nothing from outside."""
     with status("Drawing the report …"):
-        from llama_surgery.report.page import write_report
         from llama_surgery.report.results import read_results
 
-        write_report(read_results(results), out_file, frontier=frontier)
+        found = read_results(results)
+        from llama_surgery.report.page import write_report
+
+        write_report(found, out_file, frontier=frontier)
     out.print(f"Report: {out_file.resolve()}", soft_wrap=True, highlight=False)

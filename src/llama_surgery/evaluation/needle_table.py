@@ -1,18 +1,20 @@
 """Answers to needles by variant, kind of value and length, compared where the dense model could answer."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from llama_surgery.evaluation.intervals import mean_interval
-from llama_surgery.evaluation.needle import NeedlePrompt
 from llama_surgery.evaluation.needle_variants import VARIANTS
+
+if TYPE_CHECKING:
+    from llama_surgery.evaluation.needle import NeedlePrompt
 
 #: By what the rows of a comparison tell prompts apart; what is left out runs over everything.
 GROUPINGS = (("variant",), ("variant", "kind"), ("variant", "length"), ("variant", "kind", "length"))
 
 
 def compare_needles(
-    prompts: Sequence[NeedlePrompt],
+    prompts: "Sequence[NeedlePrompt]",
     dense: Sequence[bool],
     operated: Mapping[str, Sequence[bool]],
     groupings: Sequence[Sequence[str]] = GROUPINGS,

@@ -1,12 +1,14 @@
 """What an evaluation found, ready for JSON, CSV and reports."""
 
 import dataclasses
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from llama_surgery.evaluation.intervals import Change
-from llama_surgery.evaluation.needle import NeedlePrompt
 from llama_surgery.evaluation.needle_table import compare_needles
 from llama_surgery.evaluation.paired import RatioInterval
+
+if TYPE_CHECKING:
+    from llama_surgery.evaluation.needle import NeedlePrompt
 
 #: Name of the dense model among the measured ones.
 DENSE = "dense"
@@ -81,7 +83,7 @@ class EvaluationResult:
     environment: dict[str, Any]
     dense: Measurement
     operated: list[OperatedMeasurement]
-    needles: list[NeedlePrompt]
+    needles: "list[NeedlePrompt]"
     answers: dict[str, list[bool]]
 
     def needle_comparison(self) -> list[dict[str, Any]]:
