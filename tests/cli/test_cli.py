@@ -53,7 +53,7 @@ def test_help_loads_nothing_heavy() -> None:
 def test_operate_evaluate_report(model: Path, text: Path, tmp_path: Path) -> None:
     adapter, results, page = tmp_path / "adapter", tmp_path / "out" / "results.json", tmp_path / "r.html"
     # The sink page alone is a quarter of a chunk here: the budget is generous.
-    given = ["--text", text, "--density", "0.3", "--length", "512"]
+    given = ["--text", text, "--density", "30%", "--length", "512"]
     made = run("operate", model, "--out", adapter, *given, *SMALL, "--json")
     assert made.exit_code == 0, made.output
     theta = json.loads(made.stdout)["config"]["theta"]
@@ -112,6 +112,11 @@ def test_generate_prints_text_and_what_was_read(model: Path, text: Path) -> None
             ["operate", "MODEL", "--out", "OUT", "--text", "TEXT", "--max-loss", "1%", "--density", "0.1"],
             "give one of them",
         ),
+        (["operate", "MODEL", "--out", "OUT", "--text", "TEXT", "--density", "0"], "such as 1% or 0.01"),
+        (["learn", "MODEL", "--out", "OUT", "--text", "TEXT", "--density", "1.5"], "such as 1% or 0.01"),
+        (["evaluate", "MODEL", "--text", "TEXT", "--density=-6%"], "such as 1% or 0.01"),
+        (["plan", "MODEL", "--density", "100%"], "such as 1% or 0.01"),
+        (["operate", "MODEL", "--out", "OUT", "--length", "-5"], "such as 8192 or 8k"),
         (["evaluate", "MODEL", "--text", "TEXT", "--adapter", "a", "--also-tile", "1"], "--adapter"),
         (["evaluate", "MODEL"], "--text"),
         (["report"], "RESULTS"),
@@ -141,6 +146,7 @@ def test_wrong_usage_exits_with_2(
         (["evaluate", "MODEL", "--text", "/dev/null"], "a device"),
         (["evaluate", "MODEL", "--text", "BINARY"], "is not text"),
         (["operate", "MODEL", "--text", "BINARY", "--density", "0.2", "--out", "OUT"], "is not text"),
+        (["operate", "MODEL", "--text", "EMPTY", "--density", "0.2", "--out", "OUT"], "the file is empty"),
         (["operate", "MODEL", "--out", "OUT", "--page-size", "60"], "page_size=60"),
         (["operate", "MODEL", "--out", "TEXT"], "is a file"),
         (["evaluate", "MODEL", "--text", "TEXT", "--length", "100000"], "100000"),
@@ -153,8 +159,9 @@ def test_our_errors_are_one_line_and_exit_with_1(
     arguments: list[str], told: str, model: Path, text: Path, tmp_path: Path
 ) -> None:
     paths = {"MODEL": model, "TEXT": text, "OUT": tmp_path / "out", "NOWHERE": tmp_path / "nowhere"}
-    paths |= {"FOLDER": text.parent, "BINARY": tmp_path / "binary"}
+    paths |= {"FOLDER": text.parent, "BINARY": tmp_path / "binary", "EMPTY": tmp_path / "empty"}
     paths["BINARY"].write_bytes("a book\n".encode("utf-16-le"))
+    paths["EMPTY"].write_text(" \n\n", encoding="utf-8")
     result = run(*(paths.get(argument, argument) for argument in arguments))
     assert result.exit_code == 1, result.output
     assert told in result.stderr and "Traceback" not in result.output

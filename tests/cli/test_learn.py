@@ -86,7 +86,6 @@ def test_learn_with_the_model_on_disk(model: Path, text: Path, tmp_path: Path) -
 def test_wrong_settings_end_in_one_line(model: Path, text: Path, tmp_path: Path) -> None:
     base = ["learn", model, "--text", text, "--out", tmp_path / "adapter", *SMALL]
     for arguments, told in (
-        (["--density", "2"], "density=2.0"),
         (["--density", "0.2", "--part", "magic"], "magic"),
         (["--density", "0.2", "--stream"], "--stage local"),
         (

@@ -60,6 +60,33 @@ def option(panel: str | None, kind: Any, help: str, *names: str, **checks: Any) 
     return Annotated[kind, typer.Option(*names, help=help, rich_help_panel=panel, **checks)]
 
 
+def _share(given: object) -> float:
+    """The share that ``6%`` or ``0.06`` stands for.
+
+    Raises:
+        BadParameter: It is no number, or not one between 0 and 1.
+    """
+    text = str(given)
+    try:
+        found = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
+    except ValueError:
+        found = -1.0
+    if not 0 < found < 1:
+        raise typer.BadParameter(f"{text!r}: give a share above 0 and below 1, such as 1% or 0.01.")
+    return found
+
+
+def _tokens(given: object) -> int:
+    try:
+        return parse_length(str(given))
+    except SurgeryError as error:
+        raise typer.BadParameter(str(error)) from error
+
+
+#: What an option that takes a share is declared with, and one that takes a number of tokens, as 8192 or 8k.
+SHARE = {"parser": _share, "metavar": "SHARE"}
+TOKENS = {"parser": _tokens, "metavar": "TOKENS"}
+
 #: Options of their own panel, and those under the panel of the model, the topology and the samples.
 own_option = functools.partial(option, None)
 model_option = functools.partial(option, "Model")
@@ -102,10 +129,13 @@ CalibrationOption = topology_option(
 )
 DensityOption = topology_option(
     float | None,
-    "Largest share of all (query, key) pairs that may be read from the far field, for example 0.06.",
+    "Largest share of all (query, key) pairs that may be read from the far field, such as 6% or 0.06.",
+    **SHARE,
 )
 DecodeDensityOption = topology_option(
-    float | None, "The same share for decode steps. Left out, they read everything, as the dense model does."
+    float | None,
+    "The same share for decode steps. Left out, they read everything, as the dense model does.",
+    **SHARE,
 )
 
 

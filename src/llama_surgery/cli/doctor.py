@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import typer
 
 from llama_surgery.cli.common import (
+    SHARE,
     AdapterOption,
     DeviceOption,
     Dtype,
@@ -34,7 +35,7 @@ def doctor(
     model: ShapeArgument,
     adapter: AdapterOption = None,
     density: own_option(
-        float, "Executed far density at the largest length, for which a threshold is found.", min=0, max=1
+        float, "Executed far density at the largest length, for which a threshold is found.", **SHARE
     ) = 0.06,
     length: own_option(list[str] | None, "Tokens, as 4096 or 4k. May be repeated.") = None,
     write: own_option(bool, "Write the position into --adapter.", "--write") = False,

@@ -8,6 +8,7 @@ from typing import Any
 import typer
 
 from llama_surgery.cli.common import (
+    TOKENS,
     AdapterOption,
     BatchOption,
     CalibrationOption,
@@ -75,7 +76,7 @@ def evaluate(
     also_tile: topology_option(
         list[int] | None, "Measure this tile size too, against the same dense run. May be repeated.", min=1
     ) = None,
-    length: sample_option(int, "Tokens of a perplexity window.", min=2) = 8192,
+    length: sample_option(int, "Tokens of a perplexity window.", **TOKENS) = 8192,
     windows: sample_option(
         int | None, "Perplexity windows. 16 if left out (24 --against), or as many as the text holds.", min=1
     ) = None,
@@ -83,7 +84,7 @@ def evaluate(
         int | None, "Planted facts to ask for, by real generation. None if left out, 200 --against.", min=0
     ) = None,
     needle_length: sample_option(
-        list[int] | None, "Tokens of a needle prompt. May be repeated. --length if left out.", min=1
+        list[int] | None, "Tokens of a needle prompt. May be repeated. --length if left out.", **TOKENS
     ) = None,
     needle_variant: sample_option(
         list[str] | None,

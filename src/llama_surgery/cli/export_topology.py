@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from llama_surgery.cli.common import (
+    TOKENS,
     AdapterArgument,
     DeviceOption,
     Dtype,
@@ -23,7 +24,7 @@ def export_topology(
     text: own_option(Path, "A UTF-8 text file, read from its beginning."),
     out_file: own_option(Path, "File to write, a NumPy archive (.npz).", "--out"),
     adapter: AdapterArgument = None,
-    length: own_option(int, "Tokens of the text that are read, at most.", min=1) = 8192,
+    length: own_option(int, "Tokens of the text that are read, at most.", **TOKENS) = 8192,
     device: DeviceOption = "auto",
     dtype: DtypeOption = Dtype.auto,
     json: JsonOption = False,

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from llama_surgery.cli.common import (
+    SHARE,
+    TOKENS,
     DeviceOption,
     Dtype,
     DtypeOption,
@@ -51,11 +53,12 @@ def learn(
     text: own_option(Path, "Text like what the model will read: a .txt file or a folder of them."),
     density: topology_option(
         float | None,
-        "Largest share of all (query, key) pairs that may be read from the far field, such as 0.06. "
+        "Largest share of all (query, key) pairs that may be read from the far field, such as 6% or 0.06. "
         "--topology gumbel has none, all else needs it.",
+        **SHARE,
     ) = None,
     length: own_option(
-        int | None, "Tokens of a window. The model's context, at most 8192, if left out.", min=1
+        int | None, "Tokens of a window. The model's context, at most 8192, if left out.", **TOKENS
     ) = None,
     tile: TileOption = 64,
     steps: _learning(int, "Steps, each on one window.", min=1) = STEPS,

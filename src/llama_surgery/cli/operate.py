@@ -8,6 +8,8 @@ from typing import Any
 import typer
 
 from llama_surgery.cli.common import (
+    SHARE,
+    TOKENS,
     DecodeDensityOption,
     DensityOption,
     DeviceOption,
@@ -27,18 +29,6 @@ from llama_surgery.cli.run import counted, thresholds
 from llama_surgery.cli.topology import config_for, topology_options
 
 
-def _share(text: str) -> float:
-    """The share that ``1%`` or ``0.01`` stands for.
-
-    Raises:
-        BadParameter: It is no number.
-    """
-    try:
-        return float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
-    except ValueError as error:
-        raise typer.BadParameter(f"{text!r}: give a share, such as 1% or 0.01.") from error
-
-
 @functools.partial(topology_options, gumbel=True)
 def operate(
     *,
@@ -52,12 +42,13 @@ def operate(
     max_loss: topology_option(
         float | None,
         "Instead of --density: how much perplexity may rise, as 1% or 0.01. What is read follows.",
-        parser=_share,
-        metavar="SHARE",
+        **SHARE,
     ) = None,
     decode_density: DecodeDensityOption = None,
     length: own_option(
-        int | None, "Tokens of a calibration window. The model's context, at most 8192, if left out.", min=1
+        int | None,
+        "Tokens of a calibration window. The model's context, at most 8192, if left out.",
+        **TOKENS,
     ) = None,
     tile: TileOption = 64,
     device: DeviceOption = "auto",

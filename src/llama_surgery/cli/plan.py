@@ -5,6 +5,7 @@ import functools
 from typing import TYPE_CHECKING, Any
 
 from llama_surgery.cli.common import (
+    SHARE,
     JsonOption,
     ShapeArgument,
     TileOption,
@@ -31,7 +32,7 @@ _rates = functools.partial(option, "Rates assumed")
 def plan(
     *,
     model: ShapeArgument,
-    density: topology_option(float, "Executed far density that θ is set for.", min=0.0, max=1.0) = 0.06,
+    density: topology_option(float, "Executed far density that θ is set for.", **SHARE) = 0.06,
     calibrated: topology_option(str, "Tokens of the windows that θ is set on.") = "8k",
     tile: TileOption = 64,
     length: own_option(
