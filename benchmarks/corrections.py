@@ -15,6 +15,7 @@ from benchmarks.timing.prefill_case import (
     STREAMS,
     Data,
     calibrate,
+    call_of,
     executed_density,
     make_data,
 )
@@ -94,7 +95,7 @@ def bench_corrections(
     """
     rows = Rows(out, device, n=length, dtype=str(dtype).split(".")[-1])
     data, few = make_data(length, device, dtype), make_data(CHECKED, device, torch.float32)
-    job = make_job(data.queries, data.keys, data.values, _layout(data, config, None), config=config, start=0)
+    job = make_job(call_of(config), *_states(data), _layout(data, config, None), start=0)
     theta = calibrate(job, density)
     config = dataclasses.replace(config, theta=theta, theta_decode=theta / 4)
     plain: dict[str, float] = {}
@@ -117,7 +118,7 @@ def check(data: Data, config: SurgeryConfig, router: PageRouter | None) -> float
         SurgeryError: It is beyond TOLERANCE.
     """
     layout = _layout(data, config, router)
-    result = prefill.attend(*_states(data), layout, config=config, start=0, router=router)
+    result = prefill.attend(call_of(config, router), *_states(data), layout, start=0)
     oracle = dataclasses.replace(config, backend="gather")
     expected = api.attend(*_states(data), layout, config=oracle, start=0, router=router)
     step = _decode(data, _cache(data, config, router), router)
@@ -141,7 +142,7 @@ def _timed(
     count = 20 if device.type == "cuda" else 1
 
     def attend() -> AttentionResult:
-        return prefill.attend(*_states(data), layout, config=config, start=0, router=router)
+        return prefill.attend(call_of(config, router), *_states(data), layout, start=0)
 
     plans, step = attend().plans, _decode(data, cache, router)
     replay = graphed(lambda: [_decode(data, cache, router) for _ in range(CALLS)], device)

@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 from timing.plot import plot_prefill
 from timing.prefill import Setting, bench_prefill
-from timing.prefill_case import Data, calibrate, make_data, outputs_of
+from timing.prefill_case import Data, calibrate, call_of, make_data, outputs_of
 from timing.quantities import quantiles
 
 from llama_surgery.attention.impl.triton.job import Job, make_job
@@ -37,7 +37,7 @@ from llama_surgery.topology.geometry import causal_pairs, near_pairs, summary_de
 RESULTS = Path(__file__).parent / "results" / "attention.csv"
 CUDA = torch.device("cuda")
 
-#: Whose variances, pages and tiles are timed.
+#: Whose pages and tiles are timed.
 DEFAULT = SurgeryConfig()
 
 #: KV heads, and query heads of each: of Llama 8B, Qwen2.5-7B and Qwen2.5-14B.
@@ -65,7 +65,7 @@ def settings(length: int, *, parts: bool, growth: bool, flex: bool) -> Iterator[
 def _job(data: Data, density: float) -> Job:
     """A call in which θ is set for a density."""
     layout = build_layout(data.keys, data.values, DEFAULT)
-    job = make_job(data.queries, data.keys, data.values, layout, config=DEFAULT, start=0)
+    job = make_job(call_of(DEFAULT), data.queries, data.keys, data.values, layout, start=0)
     theta = calibrate(job, density)
     return dataclasses.replace(job, config=dataclasses.replace(DEFAULT, theta=theta, theta_decode=theta))
 
@@ -128,7 +128,7 @@ def profile(length: int) -> None:
 
     def call() -> None:
         layout = build_layout(data.keys, data.values, job.config)
-        prefill.attend(data.queries, data.keys, data.values, layout, config=job.config, start=0)
+        prefill.attend(call_of(job.config), data.queries, data.keys, data.values, layout, start=0)
 
     call()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:

@@ -114,7 +114,7 @@ class _Timed:
         self.length, self.device = data.keys.shape[1], data.keys.device
         config = setting.config
         layout = build_layout(data.keys, data.values, config)
-        job = make_job(data.queries, data.keys, data.values, layout, config=config, start=0)
+        job = make_job(case.call_of(config), data.queries, data.keys, data.values, layout, start=0)
         theta = case.calibrate(job, setting.density)
         self.config = dataclasses.replace(config, theta=theta, theta_decode=theta)
         self.job: Job = dataclasses.replace(job, config=self.config)
@@ -134,7 +134,13 @@ class _Timed:
         data = self.data
         layout = build_layout(data.keys, data.values, self.config)
         return prefill.attend(
-            data.queries, data.keys, data.values, layout, config=self.config, start=0, keep_lists=keep_lists
+            case.call_of(self.config),
+            data.queries,
+            data.keys,
+            data.values,
+            layout,
+            start=0,
+            keep_lists=keep_lists,
         )
 
     def run(self) -> None:

@@ -11,15 +11,18 @@ from typing import Any
 
 import torch
 
+from llama_surgery.attention.call import AttentionCall
 from llama_surgery.attention.impl.triton.job import Job, moments_from
 from llama_surgery.attention.impl.triton.select import launch as selection
 from llama_surgery.attention.impl.triton.tiled_plan import ENTRY, TiledPlan
 from llama_surgery.attention.summary import summary_logits
 from llama_surgery.bench.measure import nearest_theta
 from llama_surgery.bench.states import clustered_states, plain_attention
+from llama_surgery.config import SurgeryConfig
 from llama_surgery.errors import SurgeryError
 from llama_surgery.topology.geometry import Block, causal_pairs, closed_chunks
 from llama_surgery.topology.layout import Moments
+from llama_surgery.topology.router import PageRouter
 from llama_surgery.topology.selection import Scorer
 
 STREAMS, HEADS, DIM = 8, 4, 128
@@ -71,6 +74,11 @@ def calibrate(job: Job, density: float) -> float:
         return executed_density(plans_of(job, theta), job.config.page_size, job.stop)
 
     return nearest_theta(executed, density, f"at {job.stop:,} tokens", halvings=14)
+
+
+def call_of(config: SurgeryConfig, router: PageRouter | None = None) -> AttentionCall:
+    """Calls of the kernels with heads of DIM channels."""
+    return AttentionCall(config, "triton", config.tile, DIM**-0.5, router=router)
 
 
 def check_tiles(job: Job, plans: list[TiledPlan], out: torch.Tensor, samples: int = 6) -> tuple[float, float]:

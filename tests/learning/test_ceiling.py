@@ -35,13 +35,15 @@ def test_what_choosing_pages_multiplies_is_known() -> None:
 @pytest.mark.parametrize("group", range(1, 9))
 def test_a_tile_of_every_group_size_is_hardly_padded(group: int) -> None:
     pytest.importorskip("triton")
+    from llama_surgery.attention.call import AttentionCall
     from llama_surgery.attention.impl.triton.job import make_job
     from llama_surgery.attention.impl.triton.launch import heads_of_tile
     from llama_surgery.attention.impl.triton.select.launch import Shape
 
     config = SurgeryConfig()
     keys = torch.zeros(2, 1024, 64)
-    job = make_job(torch.zeros(2, group, 1024, 64), keys, keys, None, config=config, start=0)
+    call = AttentionCall(config, "triton", config.tile, 1.0)
+    job = make_job(call, torch.zeros(2, group, 1024, 64), keys, keys, None, start=0)
     choosers, heads = job.queries.shape[:2]
     real = choosers * heads * 1024
     shape = Shape.of(job, job.whole())

@@ -130,14 +130,7 @@ def executor_of(
         return functools.partial(blocks.attend, importlib.import_module(_IMPL + call.executor), call)
     far = () if layout is None else (layout.keys, layout.values)
     way = "backward" if differentiable(queries, keys, values, *far, sink_logit) else "prefill"
-    return functools.partial(
-        importlib.import_module(f"{_IMPL}triton.{way}.launch").attend,
-        config=call.config,
-        tile=call.tile,
-        scale=call.scale,
-        softcap=call.softcap,
-        router=call.router,
-    )
+    return functools.partial(importlib.import_module(f"{_IMPL}triton.{way}.launch").attend, call)
 
 
 def kernels_serve(config: SurgeryConfig, keys: torch.Tensor, values: torch.Tensor) -> bool:

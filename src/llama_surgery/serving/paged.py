@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from llama_surgery.attention.api import attend
+from llama_surgery.attention.call import AttentionCall
 from llama_surgery.attention.executor import build_layout, kernel_features
 from llama_surgery.attention.result import AttentionResult
 from llama_surgery.config import SurgeryConfig
@@ -282,13 +283,16 @@ def attend_piece(
         out: (kv_heads, group, rows, head_dim), the last stride 1, written; or None.
     """
     far = blocks[: closed_chunks(part.stop - 1, cache.config, part.tile)]
-    given = dict(config=cache.config, start=part.start, tile=part.tile, scale=scale, router=router)
     if cache.kernels:
         from llama_surgery.attention.impl.triton.prefill.launch import attend as prefill
         from llama_surgery.serving.paged_kernels import pooled
 
-        return prefill(queries, *near, pooled(cache, far) if len(far) else None, out=out, **given)
+        scale = queries.shape[-1] ** -0.5 if scale is None else scale
+        call = AttentionCall(cache.config, "triton", part.tile, scale, router=router)
+        pool = pooled(cache, far) if len(far) else None
+        return prefill(call, queries, *near, pool, start=part.start, out=out)
     layout = cache.layout(far, queries.dtype) if len(far) else None
+    given = dict(config=cache.config, start=part.start, tile=part.tile, scale=scale, router=router)
     result = attend(queries, *(states.to(queries.dtype) for states in near), layout, **given)
     if out is not None:
         out.copy_(result.out)

@@ -19,6 +19,7 @@ from triton.experimental.gluon._runtime import GluonASTSource
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor as GluonDescriptor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from llama_surgery.attention.call import AttentionCall
 from llama_surgery.attention.impl.triton import helpers, job, tuning
 from llama_surgery.attention.impl.triton.backward import gradients as backward_pass
 from llama_surgery.attention.impl.triton.backward import lists as backward_lists
@@ -170,6 +171,10 @@ def filled_while_read(ttgir: str) -> bool:
     return False
 
 
+def call_of(config: SurgeryConfig, states: torch.Tensor, **more: Any) -> AttentionCall:
+    return AttentionCall(config, "triton", config.tile, states.shape[-1] ** -0.5, **more)
+
+
 def launch_backward(
     states: torch.Tensor, keys: torch.Tensor, built: Layout, config: SurgeryConfig, extra: dict[str, Any]
 ) -> None:
@@ -177,11 +182,11 @@ def launch_backward(
     streams, heads, length, _ = states.shape
     counts = torch.zeros(streams * heads, length // config.tile, dtype=torch.int32)
     plan = TiledPlan(0, length, config.tile, counts, counts, counts.new_zeros(*counts.shape, 4))
-    call = backward_pass.Call(config, 0, config.tile, None, extra.get("softcap"), None, (plan,))
+    forward = backward_pass.Forward(call_of(config, states, softcap=extra.get("softcap")), 0, (plan,))
     far, sinks = (keys[:, :1536], keys[:, :1536]), extra.get("sink_logit")
     inputs = (states, keys, keys, *far, sinks, None, None)  # nothing stands in: that is PyTorch's
     passed = backward_pass.States(*inputs, states, torch.zeros(states.shape[:3]))
-    backward_pass.gradients(call, passed, states, None, [True] * 8)
+    backward_pass.gradients(forward, passed, states, None, [True] * 8)
 
 
 def corrections(kv_heads: int, group: int, head_dim: int) -> PageRouter:
@@ -248,29 +253,28 @@ def compile_all(
     learned = corrections(8, heads, head_dim)
     layout.build_layout(keys[:, :1536], keys[:, :1536], config, learned)
     extra: dict[str, Any] = {"softcap": 50.0, "sink_logit": torch.zeros(8, heads)} if wide else {}
+
+    def attend(rule: SurgeryConfig, rows: int, chunks: Any, router: PageRouter | None = None) -> None:
+        call = call_of(rule, states, softcap=extra.get("softcap"), router=router)
+        near = keys[:, :rows]
+        prefill.attend(
+            call, states[:, :, :rows], near, near, chunks, start=0, sink_logit=extra.get("sink_logit")
+        )
+
     bare = dataclasses.replace(config, summary="none")
     # What differs most comes first: little is left to do for those that spare.
     for rule, router in ((config, None), (config, learned), (bare, None)):
-        prefill.attend(states, keys, keys, built, config=rule, start=0, router=router, **extra)
+        attend(rule, length, built, router)
     full, blocks, sinks = keys[:, :1536], torch.zeros(3, dtype=torch.int64), torch.zeros(8, dtype=torch.int32)
     features = job.features_of(built, dtype)
     pool = job.PooledLayout(full, full, blocks, 512, features, built.mean_values, sinks)
-    prefill.attend(states, keys, keys, pool, config=config, start=0, **extra)
+    attend(config, length, pool)
     # Pages that only the kernels for any GPU take.
     large = dataclasses.replace(config, page_size=128)
-    prefill.attend(
-        states,
-        keys,
-        keys,
-        build_layout(keys[:, :1536], keys[:, :1536], large),
-        config=large,
-        start=0,
-        **extra,
-    )
+    attend(large, length, build_layout(keys[:, :1536], keys[:, :1536], large))
     fast = dataclasses.replace(config, page_size=64)
-    coarse = build_layout(keys[:, :1536], keys[:, :1536], fast)
-    prefill.attend(states, keys, keys, coarse, config=fast, start=0, **extra)
-    prefill.attend(states[:, :, :64], keys[:, :64], keys[:, :64], None, config=fast, start=0, **extra)
+    attend(fast, length, build_layout(keys[:, :1536], keys[:, :1536], fast))
+    attend(fast, 64, None)
     launch_decode(states, config, family, extra)
     launch_backward(states, keys, built, config, extra)
     balls = torch.zeros(1, 8 * heads, length, dtype=torch.int64)

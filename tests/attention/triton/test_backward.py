@@ -1,12 +1,15 @@
 """Gradients through the kernels against autograd through plain float64 attention over the same pages."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 
 import pytest
 import torch
 
 pytest.importorskip("triton")
+
+from tests.attention.triton.calls import called
 
 from llama_surgery.attention import api
 from llama_surgery.attention.impl.triton import job
@@ -141,7 +144,7 @@ def run(
     }
     layout = laid_out(x["keys"], x["values"], order, built)
     call = (x["queries"], x["keys"], x["values"], layout)
-    result = backward.attend(*call, start=case.past, tile=case.tile, **options)
+    result = called(backward.attend, *call, start=case.past, tile=case.tile, **options)
     out, lse, plans = result.out, result.lse, result.plans
     y = leaves({name: v for name, v in x.items()}, torch.float64)
     exact = plain(y, order, plans, case, config)
@@ -261,7 +264,9 @@ def test_through_a_layout_it_equals_the_reference_backend(
         build: Callable = backward.build_layout if backend == "triton" else plain_layout
         full = x["keys"].shape[1] // config.chunk_size * config.chunk_size
         layout = build(x["keys"][:, :full], x["values"][:, :full], config)
-        attend: Callable = backward.attend if backend == "triton" else api.attend
+        attend: Callable = api.attend
+        if backend == "triton":
+            attend = functools.partial(called, backward.attend)
         result = attend(
             x["queries"], x["keys"], x["values"], layout, config=config, start=case.past, tile=case.tile,
             softcap=case.softcap, sink_logit=x.get("sink_logit"), router=router,
@@ -283,7 +288,9 @@ def test_only_what_is_asked_for_is_computed(device: torch.device, monkeypatch: p
     given = inputs(Case(20, 130), device)
     layout = plain_layout(given["keys"][:, :128], given["values"][:, :128], CONFIG)
     queries = given["queries"].requires_grad_()
-    result = backward.attend(queries, given["keys"], given["values"], layout, config=CONFIG, start=130)
+    result = called(
+        backward.attend, queries, given["keys"], given["values"], layout, config=CONFIG, start=130
+    )
     result.lse.sum().backward()
     assert queries.grad is not None and queries.grad.abs().sum() > 0
 
@@ -335,7 +342,9 @@ def check_half(case: Case, config: SurgeryConfig, device: torch.device) -> None:
     full = (case.past + case.rows) // config.chunk_size * config.chunk_size
     x = leaves(given, case.dtype)
     layout = backward.build_layout(x["keys"][:, :full], x["values"][:, :full], config)
-    result = backward.attend(x["queries"], x["keys"], x["values"], layout, config=config, start=case.past)
+    result = called(
+        backward.attend, x["queries"], x["keys"], x["values"], layout, config=config, start=case.past
+    )
     result.out.backward(x["d_out"])
     visible = visible_keys(result.plans, layout, case, config)
     outs, grads = {"ours": result.out}, {"ours": x}
@@ -378,8 +387,8 @@ def test_long_rows_do_not_depend_on_the_run(device: torch.device) -> None:
     for _ in range(2):
         x = leaves(given, torch.bfloat16)
         layout = backward.build_layout(x["keys"], x["values"], SurgeryConfig())
-        result = backward.attend(
-            x["queries"], x["keys"], x["values"], layout, config=SurgeryConfig(), start=0
+        result = called(
+            backward.attend, x["queries"], x["keys"], x["values"], layout, config=SurgeryConfig(), start=0
         )
         result.out.backward(x["d_out"])
         found.append([x[name].grad for name in ("queries", "keys", "values")])
@@ -399,7 +408,9 @@ def test_page_lists_are_saved_no_longer_than_they_are(
     saved: list[torch.Tensor] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: (saved.append(t), t)[1], lambda t: t):
         layout = backward.build_layout(x["keys"][:, :full], x["values"][:, :full], config)
-        result = backward.attend(x["queries"], x["keys"], x["values"], layout, config=config, start=case.past)
+        result = called(
+            backward.attend, x["queries"], x["keys"], x["values"], layout, config=config, start=case.past
+        )
     assert (len(result.plans) > 1) == (strip_bytes < 1 << 28)
     for plan in result.plans:
         longest = int(plan.counts.max())

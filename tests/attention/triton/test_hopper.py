@@ -10,6 +10,7 @@ import torch
 pytest.importorskip("triton")
 
 from tests.attention.triton import test_prefill
+from tests.attention.triton.calls import called
 from tests.attention.triton.gluon_emulator import emulated
 
 from llama_surgery.attention.impl.triton.hopper import launch as hopper
@@ -38,10 +39,10 @@ def both(
     given: dict[str, Any], config: SurgeryConfig, monkeypatch: pytest.MonkeyPatch
 ) -> tuple[AttentionResult, AttentionResult]:
     """A call with the kernels for Hopper, and without."""
-    fast = prefill.attend(**given, config=config, keep_lists=True)
+    fast = called(prefill.attend, **given, config=config, keep_lists=True)
     with monkeypatch.context() as patch:
         patch.setattr(hopper, "attends", lambda _: False)
-        return fast, prefill.attend(**given, config=config, keep_lists=True)
+        return fast, called(prefill.attend, **given, config=config, keep_lists=True)
 
 
 def check_attention(fast: AttentionResult, plain: AttentionResult) -> None:
@@ -89,12 +90,12 @@ class TestEmulated:
         case = test_prefill.Case(70, 300, 2, 64, streams=1, dtype=torch.bfloat16)
         given = test_prefill.inputs(case, config, device)
         with emulated(monkeypatch):
-            fast = prefill.attend(**given, config=config)  # type: ignore[arg-type]
+            fast = called(prefill.attend, **given, config=config)  # type: ignore[arg-type]
         for name in ("queries", "near_keys", "near_values"):
             given[name] = given[name].float()  # type: ignore[attr-defined]
         full = given["near_keys"][:, :256], given["near_values"][:, :256]  # type: ignore[index]
         given["layout"] = build_layout(*full, config)
-        exact = prefill.attend(**given, config=config)  # type: ignore[arg-type]
+        exact = called(prefill.attend, **given, config=config)  # type: ignore[arg-type]
         assert (fast.out - exact.out).norm() < 0.03 * exact.out.norm()
 
     @pytest.mark.parametrize("page", [16, 64])
@@ -112,7 +113,7 @@ class TestEmulated:
         outs = []
         for processors in (1, 7):
             with emulated(monkeypatch, processors):
-                outs.append(prefill.attend(**given, config=CONFIG).out)  # type: ignore[arg-type]
+                outs.append(called(prefill.attend, **given, config=CONFIG).out)  # type: ignore[arg-type]
         assert torch.equal(*outs)
 
 
@@ -161,22 +162,22 @@ class TestAgainstPortableKernels:
     def test_any_strides(self, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
         case = test_prefill.Case(700, 600, 4, 128, dtype=torch.bfloat16, streams=STREAMS)
         given = test_prefill.inputs(case, CONFIG, device)
-        expected = prefill.attend(**given, config=CONFIG)  # type: ignore[arg-type]
+        expected = called(prefill.attend, **given, config=CONFIG)  # type: ignore[arg-type]
         for name, extra in (("queries", 3), ("near_keys", 8), ("near_values", 1)):
             states: Any = given[name]
             room = states.new_full((*states.shape[:-1], states.shape[-1] + extra), torch.nan)
             given[name] = room[..., : states.shape[-1]].copy_(states)
-        got = prefill.attend(**given, config=CONFIG)  # type: ignore[arg-type]
+        got = called(prefill.attend, **given, config=CONFIG)  # type: ignore[arg-type]
         assert torch.equal(got.out, expected.out)
         assert torch.equal(got.lse, expected.lse)
 
     def test_replays_of_a_graph(self, device: torch.device) -> None:
         case = test_prefill.Case(1500, 600, 4, 128, dtype=torch.bfloat16, streams=STREAMS)
         given = test_prefill.inputs(case, CONFIG, device)
-        expected = prefill.attend(**given, config=CONFIG)  # type: ignore[arg-type]
+        expected = called(prefill.attend, **given, config=CONFIG)  # type: ignore[arg-type]
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            got = prefill.attend(**given, config=CONFIG)  # type: ignore[arg-type]
+            got = called(prefill.attend, **given, config=CONFIG)  # type: ignore[arg-type]
         for _ in range(3):
             got.out.fill_(torch.nan)
             graph.replay()
@@ -186,7 +187,7 @@ class TestAgainstPortableKernels:
 def job_of(device: torch.device, case: test_prefill.Case, config: SurgeryConfig = CONFIG, **more: Any) -> Job:
     given = test_prefill.inputs(case, config, device) | more
     given.pop("tile")
-    job = make_job(**given, config=config, tile=case.tile)  # type: ignore[arg-type]
+    job = called(make_job, **given, config=config, tile=case.tile)  # type: ignore[arg-type]
     return dataclasses.replace(job, tuning=Tuning(specialised=True))
 
 

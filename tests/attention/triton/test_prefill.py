@@ -7,6 +7,8 @@ import torch
 
 pytest.importorskip("triton")
 
+from tests.attention.triton.calls import called
+
 from llama_surgery.attention import api
 from llama_surgery.attention.impl.triton import job
 from llama_surgery.attention.impl.triton.prefill import launch as prefill
@@ -86,11 +88,11 @@ def in_a_pool(layout: Layout, config: SurgeryConfig) -> job.PooledLayout:
 
 def check_pool(given: dict[str, object], config: SurgeryConfig) -> None:
     """Where chunks lie changes nothing, nor does where the output goes."""
-    want = prefill.attend(**given, config=config)  # type: ignore[arg-type]
+    want = called(prefill.attend, **given, config=config)  # type: ignore[arg-type]
     streams, heads, rows, dim = want.out.shape
     out = torch.full((rows, streams, heads, dim), float("nan")).to(want.out).permute(1, 2, 0, 3)
     pool = in_a_pool(given["layout"], config)  # type: ignore[arg-type]
-    got = prefill.attend(**given | {"layout": pool}, config=config, out=out)  # type: ignore[arg-type]
+    got = called(prefill.attend, **given | {"layout": pool}, config=config, out=out)  # type: ignore[arg-type]
     assert got.out is out and torch.equal(got.lse, want.lse) and torch.equal(out, want.out)
 
 
@@ -99,7 +101,7 @@ def check(
 ) -> AttentionResult:
     """Same pages and first-open rows as the reference, and the same attention to rounding."""
     given = inputs(case, config, device, router)
-    result = prefill.attend(**given, config=config, keep_lists=True)  # type: ignore[arg-type]
+    result = called(prefill.attend, **given, config=config, keep_lists=True)  # type: ignore[arg-type]
     oracle = dataclasses.replace(config, backend="reference")
     expected = api.attend(**given, config=oracle)  # type: ignore[arg-type]
     plans = [plan for tiled in result.plans for plan in tiled.block_plans(config)]
@@ -185,7 +187,8 @@ class TestAgainstReference:
         case = Case(200)
         result = check(case, config, device)
         given = inputs(case, config, device)
-        dense = prefill.attend(
+        dense = called(
+            prefill.attend,
             **given,
             config=dataclasses.replace(config, dense_until=1 << 20),  # type: ignore[arg-type]
         )
@@ -213,7 +216,7 @@ def test_half_precision_is_as_good_as_plain_half_precision(dtype: torch.dtype, d
         pytest.skip("Triton's interpreter multiplies bfloat16 as integers")
     config = dataclasses.replace(CONFIG, theta=0.0, theta_decode=0.0)
     given = inputs(Case(70, 130, dtype=dtype), config, device)
-    result = prefill.attend(**given, config=config)  # type: ignore[arg-type]
+    result = called(prefill.attend, **given, config=config)  # type: ignore[arg-type]
     assert result.out.dtype == dtype
     q, k, v = (given[name] for name in ("queries", "near_keys", "near_values"))
     assert isinstance(q, torch.Tensor) and isinstance(k, torch.Tensor)

@@ -10,6 +10,7 @@ import torch
 pytest.importorskip("triton")
 
 from tests.attention.triton import test_decode, test_prefill, test_token_mask
+from tests.attention.triton.calls import called
 
 from llama_surgery.attention.impl.triton.decode.launch import decode
 from llama_surgery.attention.impl.triton.prefill import launch as prefill
@@ -42,10 +43,10 @@ def test_prompts(dim: int, theta: float, summary: str, device: torch.device) -> 
     config = dataclasses.replace(CONFIG, theta=theta, summary=summary)
     case = test_prefill.Case(1500, 1530, 4, dim, softcap=20.0 if dim == 128 else None)
     given = test_prefill.inputs(case, config, device)
-    exact = prefill.attend(**given, config=config)  # type: ignore[arg-type]
+    exact = called(prefill.attend, **given, config=config)  # type: ignore[arg-type]
     with tf32():
-        rough = prefill.attend(**given, config=config)  # type: ignore[arg-type]
-    again = prefill.attend(**given, config=config)  # type: ignore[arg-type]
+        rough = called(prefill.attend, **given, config=config)  # type: ignore[arg-type]
+    again = called(prefill.attend, **given, config=config)  # type: ignore[arg-type]
     pages, wanted = (sum(int(plan.counts.sum()) for plan in result.plans) for result in (rough, exact))
     assert abs(pages - wanted) <= 0.002 * wanted
     # Where a share is close to θ, single rows see other pages.

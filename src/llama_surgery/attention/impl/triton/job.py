@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 import triton
 
+from llama_surgery.attention.call import AttentionCall
 from llama_surgery.attention.impl.common import differentiable
 from llama_surgery.attention.impl.triton import LARGEST_SQUARE
 from llama_surgery.attention.impl.triton.helpers import exact_products, launching, pad_to_power
@@ -143,22 +144,17 @@ class Job:
 
 
 def make_job(
+    call: AttentionCall,
     queries: torch.Tensor,
     near_keys: torch.Tensor,
     near_values: torch.Tensor,
     layout: Layout | PooledLayout | None,
     *,
-    config: SurgeryConfig,
     start: int,
-    tile: int | None = None,
-    scale: float | None = None,
-    softcap: float | None = None,
     sink_logit: torch.Tensor | None = None,
-    router: PageRouter | None = None,
 ) -> Job:
-    """Gather a call's arguments, queries (streams, heads, rows, head_dim). See :func:`attend`."""
-    tile = config.tile if tile is None else tile
-    streams = queries.shape[0]
+    """Prepare a call, queries (streams, heads, rows, head_dim). See :func:`attend`."""
+    config, tile, streams = call.config, call.tile, queries.shape[0]
     queries, near_keys, near_values = (
         x if x.stride(-1) == 1 else x.contiguous() for x in (queries, near_keys, near_values)
     )
@@ -179,12 +175,12 @@ def make_job(
         features,
         means,
         None if sink_logit is None else sink_logit.contiguous(),
-        (router or PageRouter()).for_streams(streams, queries.device),
+        (call.router or PageRouter()).for_streams(streams, queries.device),
         config,
         start,
         tile,
-        queries.shape[-1] ** -0.5 if scale is None else scale,
-        softcap,
+        call.scale,
+        call.softcap,
         tuning_for(
             family_of(queries.device),
             queries.shape[-1],

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 import triton
 
+from llama_surgery.attention.call import AttentionCall
 from llama_surgery.attention.impl.triton.backward.key_kernels import far_gradient_kernel, near_gradient_kernel
 from llama_surgery.attention.impl.triton.backward.lists import transpose
 from llama_surgery.attention.impl.triton.backward.query_kernel import query_gradient_kernel
@@ -19,19 +20,13 @@ from llama_surgery.attention.impl.triton.job import Job, make_job
 from llama_surgery.attention.impl.triton.launch import heads_of_tile
 from llama_surgery.attention.impl.triton.tiled_plan import TiledPlan
 from llama_surgery.attention.impl.triton.tuning import family_of
-from llama_surgery.config import SurgeryConfig
-from llama_surgery.topology.router import PageRouter
 
 
-class Call(NamedTuple):
+class Forward(NamedTuple):
     """What a forward pass ran on, tensors aside. Plans are of consecutive strips, the last rows last."""
 
-    config: SurgeryConfig
+    call: AttentionCall
     start: int
-    tile: int
-    scale: float | None
-    softcap: float | None
-    router: PageRouter | None
     plans: tuple[TiledPlan, ...]
 
 
@@ -66,7 +61,7 @@ class _Rows(NamedTuple):
 
 
 def gradients(
-    call: Call,
+    forward: Forward,
     states: States,
     d_out: torch.Tensor,
     d_lse: torch.Tensor | None,
@@ -79,16 +74,7 @@ def gradients(
         d_lse: (streams, heads, rows), or None.
         needed: For every input, whether its gradient is asked for; that of the queries always is made.
     """
-    job = make_job(
-        *states[:3],
-        None,  # nothing is scored
-        config=call.config,
-        start=call.start,
-        tile=call.tile,
-        scale=call.scale,
-        softcap=call.softcap,
-        router=call.router,
-    )
+    job = make_job(forward.call, *states[:3], None, start=forward.start)  # nothing is scored
     tuning = backward_tuning_for(
         family_of(job.queries.device),
         max(job.queries.shape[-1], job.near_values.shape[-1]),
@@ -97,19 +83,19 @@ def gradients(
     far = [x if x is None or x.stride(-1) == 1 else x.contiguous() for x in states[3:5]]
     rows = _Rows(d_out.contiguous(), states.lse, torch.empty_like(states.lse))
     d_lse = None if d_lse is None else d_lse.contiguous()
-    d_queries = _of_queries(job, tuning, call.plans, far, states, rows, d_lse).view(states.queries.shape)
+    d_queries = _of_queries(job, tuning, forward.plans, far, states, rows, d_lse).view(states.queries.shape)
     grads: list[torch.Tensor | None] = [d_queries] + [None] * (len(needed) - 1)
     if needed[1] or needed[2]:
         grads[1:3] = _of_near_keys(job, tuning, rows)
     if far[0] is not None and far[1] is not None and (needed[3] or needed[4]):
-        grads[3:5] = _of_far_keys(job, tuning, call.plans, far[0], far[1], rows)
+        grads[3:5] = _of_far_keys(job, tuning, forward.plans, far[0], far[1], rows)
     if states.sink_logit is not None and needed[5]:
         # The sink is a key of value zero: its share takes -delta.
         share = (states.sink_logit.float().unsqueeze(-1) - states.lse).exp()
         grads[5] = -(share * rows.delta).sum(-1).to(states.sink_logit.dtype)
     if states.features is not None and states.means is not None:
         grads[6:8] = summary_gradients(
-            job, call.plans, states.features, states.means, *rows, d_queries, by_features=needed[6]
+            job, forward.plans, states.features, states.means, *rows, d_queries, by_features=needed[6]
         )
     return grads
 

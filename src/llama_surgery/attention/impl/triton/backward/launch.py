@@ -9,7 +9,8 @@ from typing import Any, cast
 import torch
 from torch.autograd.function import once_differentiable
 
-from llama_surgery.attention.impl.triton.backward.gradients import Call, States, gradients
+from llama_surgery.attention.call import AttentionCall
+from llama_surgery.attention.impl.triton.backward.gradients import Forward, States, gradients
 from llama_surgery.attention.impl.triton.helpers import launching
 from llama_surgery.attention.impl.triton.job import features_of
 from llama_surgery.attention.impl.triton.layout import launch as layouts
@@ -41,18 +42,14 @@ def build_layout(
 
 
 def attend(
+    call: AttentionCall,
     queries: torch.Tensor,
     near_keys: torch.Tensor,
     near_values: torch.Tensor,
     layout: Layout | None,
     *,
-    config: SurgeryConfig,
     start: int,
-    tile: int | None = None,
-    scale: float | None = None,
-    softcap: float | None = None,
     sink_logit: torch.Tensor | None = None,
-    router: PageRouter | None = None,
 ) -> AttentionResult:
     """:func:`prefill.attend`, differentiable.
 
@@ -62,30 +59,16 @@ def attend(
     The plans keep their lists, which the backward pass walks, cut to the longest of a strip: its length is
     read back.
     """
-    tile = config.tile if tile is None else tile
     features = means = None
-    if layout is not None and config.summarises(tile):
+    if layout is not None and call.config.summarises(call.tile):
         assert layout.mean_values is not None
         features, means = features_of(layout, queries.dtype), layout.mean_values.to(queries.dtype)
         layout = dataclasses.replace(layout, features=features, mean_values=means)
     with torch.no_grad():
         result = prefill.attend(
-            queries,
-            near_keys,
-            near_values,
-            layout,
-            config=config,
-            start=start,
-            tile=tile,
-            scale=scale,
-            softcap=softcap,
-            sink_logit=sink_logit,
-            router=router,
-            trim_lists=True,
+            call, queries, near_keys, near_values, layout, start=start, sink_logit=sink_logit, trim_lists=True
         )
-    call = Call(
-        config, start, tile, scale, softcap, router, cast("tuple[TiledPlan, ...]", tuple(result.plans))
-    )
+    forward = Forward(call, start, cast("tuple[TiledPlan, ...]", tuple(result.plans)))
     far_keys, far_values = (None, None) if layout is None else (layout.keys, layout.values)
     states = States(
         queries,
@@ -99,7 +82,7 @@ def attend(
         result.out,
         result.lse,
     )
-    out, lse = _Gradients.apply(call, states, *states.inputs())
+    out, lse = _Gradients.apply(forward, states, *states.inputs())
     return dataclasses.replace(result, out=out, lse=lse)
 
 
@@ -126,13 +109,11 @@ class _Gradients(torch.autograd.Function):
     """Hangs gradients on a forward pass that has run."""
 
     @staticmethod
-    def forward(ctx: Any, call: Call, states: States, *_inputs: torch.Tensor | None) -> Any:
+    def forward(ctx: Any, run: Forward, states: States, *_inputs: torch.Tensor | None) -> Any:
         # Lists are saved as tensors, so that they are given back after the backward pass, as the states are.
-        lists = [tensor for plan in call.plans for tensor in (plan.counts, plan.entries)]
-        ctx.call, ctx.plans = (
-            call._replace(plans=()),
-            [(p.start, p.stop, p.tile, p.pages) for p in call.plans],
-        )
+        lists = [tensor for plan in run.plans for tensor in (plan.counts, plan.entries)]
+        ctx.run = run._replace(plans=())
+        ctx.plans = [(p.start, p.stop, p.tile, p.pages) for p in run.plans]
         ctx.save_for_backward(*states, *lists)
         ctx.set_materialize_grads(False)
         return states.out, states.lse
@@ -146,10 +127,10 @@ class _Gradients(torch.autograd.Function):
             TiledPlan(start, stop, tile, counts, counts, entries, pages=pages)
             for (start, stop, tile, pages), counts, entries in zip(ctx.plans, lists, lists, strict=True)
         )
-        call = ctx.call._replace(plans=tuple(plans))
+        run = ctx.run._replace(plans=tuple(plans))
         if d_out is None and d_lse is None:
             return (None,) * (2 + len(states.inputs()))
         if d_out is None:
             d_out = torch.zeros_like(states.out)
         with launching(states.queries):
-            return None, None, *gradients(call, states, d_out, d_lse, ctx.needs_input_grad[2:])
+            return None, None, *gradients(run, states, d_out, d_lse, ctx.needs_input_grad[2:])

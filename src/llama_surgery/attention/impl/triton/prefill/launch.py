@@ -5,36 +5,27 @@ import dataclasses
 import torch
 import triton
 
+from llama_surgery.attention.call import AttentionCall
 from llama_surgery.attention.impl.triton.helpers import launching, pad_to_power, product_options
 from llama_surgery.attention.impl.triton.hopper import launch as hopper
 from llama_surgery.attention.impl.triton.job import Job, PooledLayout, Strip, make_job
-from llama_surgery.attention.impl.triton.launch import (
-    described,
-    heads_of_tile,
-    placed_rows,
-)
+from llama_surgery.attention.impl.triton.launch import described, heads_of_tile, placed_rows
 from llama_surgery.attention.impl.triton.prefill.attend_kernel import attend_kernel
 from llama_surgery.attention.impl.triton.select.launch import select
 from llama_surgery.attention.impl.triton.tiled_plan import TiledPlan
 from llama_surgery.attention.result import AttentionResult
-from llama_surgery.config import SurgeryConfig
 from llama_surgery.topology.layout import Layout
-from llama_surgery.topology.router import PageRouter
 
 
 def attend(
+    call: AttentionCall,
     queries: torch.Tensor,
     near_keys: torch.Tensor,
     near_values: torch.Tensor,
     layout: Layout | PooledLayout | None,
     *,
-    config: SurgeryConfig,
     start: int,
-    tile: int | None = None,
-    scale: float | None = None,
-    softcap: float | None = None,
     sink_logit: torch.Tensor | None = None,
-    router: PageRouter | None = None,
     out: torch.Tensor | None = None,
     keep_lists: bool = False,
     trim_lists: bool = False,
@@ -49,19 +40,7 @@ def attend(
         keep_lists: Keep the page lists in the returned plans, for inspection.
         trim_lists: Keep no more of them than is valid, for a backward pass. Reads back a length per strip.
     """
-    job = make_job(
-        queries,
-        near_keys,
-        near_values,
-        layout,
-        config=config,
-        start=start,
-        tile=tile,
-        scale=scale,
-        softcap=softcap,
-        sink_logit=sink_logit,
-        router=router,
-    )
+    job = make_job(call, queries, near_keys, near_values, layout, start=start, sink_logit=sink_logit)
     streams, heads, rows, _ = queries.shape
     if out is None:
         out = queries.new_empty(streams, heads, rows, near_values.shape[-1])
