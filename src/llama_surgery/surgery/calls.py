@@ -55,6 +55,14 @@ class Call:
             self._dense = (make(**asked),)
         return True, self._dense[0]
 
+    def mask_of_part(self, make: Callable[..., Any], rows: int, keys: int) -> tuple[bool, Any]:
+        """:meth:`dense_mask` for the last ``rows`` of ``keys`` tokens without padding, a part of the call."""
+        found, mask = self.dense_mask(make, rows, keys)
+        if found or self._arguments is None:
+            return found, mask
+        lengths = {"q_length": rows, "kv_length": keys, "q_offset": keys - rows, "attention_mask": None}
+        return True, make(**{**self._arguments, **lengths})
+
 
 @untraced
 def current_call() -> Call | None:

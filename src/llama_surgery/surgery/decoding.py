@@ -64,6 +64,8 @@ def decode_step(
     from llama_surgery.attention.impl.triton.decode.launch import decode
 
     (batch, heads, rows, _), kv_heads = query.shape, key.shape[1]
+    if not paged.recording:
+        paged.lay_out(call.router)
     buffers, lengths = paged.buffers, paged.device_lengths()
     assert buffers is not None
     cache = cache_view(buffers, call.config, kv_heads, lengths)

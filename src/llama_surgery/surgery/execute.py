@@ -1,21 +1,26 @@
 """One call of an operated layer: its cache, and its sequences one after the other."""
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
 from llama_surgery.attention.executor import executor_of
 from llama_surgery.attention.heard import heard_layout
+from llama_surgery.attention.impl.common import differentiable
 from llama_surgery.errors import SurgeryError
 from llama_surgery.surgery.cache import PagedCache, PagedLayer
 from llama_surgery.surgery.calls import untraced
 from llama_surgery.surgery.decoding import decode_step, grouped_sinks, kernels_decode
 from llama_surgery.surgery.layer import LayerSurgery
-from llama_surgery.surgery.rows import Part, parts_of
+from llama_surgery.surgery.rows import Part, parts_of, sees_everything
 from llama_surgery.surgery.store import SequenceStore
 from llama_surgery.topology.geometry import closed_chunks
 from llama_surgery.topology.layout import Layout
+
+#: The model's own attention for the last rows of so many keys, if it has any.
+Own = Callable[[int, int], Callable[..., torch.Tensor] | None]
 
 
 @untraced
@@ -28,8 +33,12 @@ def run_layer(
     mask: torch.Tensor | None,
     cache: PagedCache | None,
     keywords: dict[str, Any],
+    own: Own,
 ) -> torch.Tensor:
     """Attention of an operated layer; arguments are those of an attention function.
+
+    Rows that see everything are computed by the model's own attention, which needs no layout, where ``own``
+    has it: those below ``dense_until``, and calls that have no other.
 
     Returns:
         (batch, new, heads, value_dim), contiguous.
@@ -40,7 +49,7 @@ def run_layer(
         dtype = torch.get_autocast_dtype(kind)
         states = (x if x.dtype == torch.float64 else x.to(dtype) for x in (query, key, value))
         with torch.autocast(kind, enabled=False):
-            return run_layer(module, layer, *states, mask, cache, keywords)
+            return run_layer(module, layer, *states, mask, cache, keywords, own)
     layer.move_router(query.device)
     batch, heads, new, _ = query.shape
     kv_heads = key.shape[1]
@@ -62,7 +71,11 @@ def run_layer(
         for (store, _, _), end in zip(taken, ends, strict=True)
     )
     real = all(columns is None for _, _, columns in taken)
-    if steps and cache is not None and real:
+    alone = real and len(taken) == 1 and _own_may_run(layer, paged, query, key, value)
+    done = _own_rows(layer, taken[0][0], own, query, key, value, step=step, end=ends[0]) if alone else None
+    if done is not None and done.shape[1] == new:
+        return done
+    if done is None and steps and cache is not None and real:
         call = layer.call(paged, 1, query, value, keywords)
         if kernels_decode(call, paged, query, key, value):
             sinks = grouped_sinks(keywords, kv_heads, batch)
@@ -73,6 +86,13 @@ def run_layer(
         )
     # Allocated as it is returned, so that it is contiguous: some architectures take views of it.
     returned = query.new_zeros(batch, new, heads, value.shape[-1])
+    rest = returned
+    if done is not None:
+        first = done.shape[1]
+        returned[:, :first], rest = done, returned[:, first:]
+        query = query[:, :, first:]
+        if paged.keep:
+            key, value = key[:, :, first:], value[:, :, first:]
     for (store, rows, columns), end in zip(taken, ends, strict=True):
         piece = _stored(layer, store, query[rows], key[rows], value[rows], columns, step=step, end=end)
         sinks = grouped_sinks(keywords, kv_heads, len(piece.query))
@@ -84,8 +104,39 @@ def run_layer(
             layer.counts(part.tile).add(result, kv_heads, layer.config, part)
             out = result.out.unflatten(0, (-1, kv_heads)).flatten(1, 2).transpose(1, 2)
             places = piece.rows(part) if piece.columns is None else piece.columns[piece.rows(part)]
-            returned[rows][:, places] = out
+            rest[rows][:, places] = out
     return returned
+
+
+def _own_may_run(
+    layer: LayerSurgery, paged: PagedLayer, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
+) -> bool:
+    """May rows that see everything be left to the model's own attention? Not where a backend was asked for by
+    name, shares are listened to, a graph is captured, or gradients are recorded."""
+    asked = layer.config.backend != "auto" or layer.listener is not None or paged.recording
+    return not asked and not differentiable(query, key, value)
+
+
+def _own_rows(
+    layer: LayerSurgery, store: SequenceStore, own: Own, query: torch.Tensor, key: torch.Tensor,
+    value: torch.Tensor, *, step: bool, end: int | None,
+) -> torch.Tensor | None:  # fmt: skip
+    """The first rows of a call by the model's own attention: all if they see everything, else those below
+    ``dense_until``. Stores their keys. Returns (batch, rows, heads, value_dim), None if there are none."""
+    config, stop = layer.config, store.length + key.shape[2]
+    start = stop - query.shape[2]
+    options = {"step": step, "prompt_end": end}
+    if not all(sees_everything(part, config) for part in parts_of(start, stop, config, **options)):
+        stop = min(stop, config.dense_until)
+    rows, keys = stop - start, stop - store.length
+    attention = own(rows, stop) if rows > 0 else None
+    if attention is None:
+        return None
+    key, value = key[:, :, :keys], value[:, :, :keys]
+    states = store.extend(key, value, layer.router) if store.kept else (key, value)
+    for part in parts_of(start, stop, config, **options):
+        layer.counts(part.tile).add_whole(part, config, query.shape[0], key.shape[1], query.shape[1])
+    return attention(query[:, :, :rows], *states)
 
 
 @dataclasses.dataclass(frozen=True)

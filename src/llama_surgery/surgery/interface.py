@@ -170,7 +170,8 @@ def surgery_attention(
             f"{type(module).__name__} has {query.shape[2]} new tokens attend to {key.shape[2]} new keys, so "
             "to something else than the text before them. Only self-attention can be operated."
         )
-    return run_layer(module, layer, query, key, value, attention_mask, cache, keywords), None
+    own = functools.partial(_own_attention, base, module, keywords)
+    return run_layer(module, layer, query, key, value, attention_mask, cache, keywords, own), None
 
 
 _ABSENT = object()
@@ -195,12 +196,36 @@ def dense_attention(
     if call is not None and short and getattr(module, "is_causal", True) and not crosses(module):
         found, mask = call.dense_mask(ALL_MASK_ATTENTION_FUNCTIONS[base], query.shape[2], key.shape[2])
         attention_mask = mask if found else attention_mask
+    return _run_dense(base, module, query, key, value, attention_mask, keywords)
+
+
+def _own_attention(
+    base: str, module: torch.nn.Module, keywords: dict[str, Any], rows: int, keys: int
+) -> Callable[..., torch.Tensor] | None:
+    """The dense model's attention of the last ``rows`` of ``keys`` tokens without padding.
+
+    Returns:
+        A function of query (batch, heads, rows, head_dim), key and value (batch, kv_heads, keys, dim), which
+        returns (batch, rows, heads, value_dim); None if there is none that can be relied on.
+    """
+    call = current_call()
+    if call is None or base == "eager":  # that one holds all weights in memory at once
+        return None
+    found, mask = call.mask_of_part(ALL_MASK_ATTENTION_FUNCTIONS[base], rows, keys)
+    if not found:
+        return None
+    return lambda *states: _run_dense(base, module, *states, mask, keywords)[0]
+
+
+def _run_dense(
+    base: str, module: torch.nn.Module, query: Any, key: Any, value: Any, mask: Any, keywords: dict[str, Any]
+) -> tuple[torch.Tensor, Any]:
     if base == "eager":  # lives in the modeling file
         function = sys.modules[type(module).__module__].eager_attention_forward
     else:
         function = ALL_ATTENTION_FUNCTIONS[base]
     seen: Any = _Dense(module, base) if base.startswith("flash") else module
-    return function(seen, query, key, value, attention_mask, **keywords)
+    return function(seen, query, key, value, mask, **keywords)
 
 
 class _Dense:

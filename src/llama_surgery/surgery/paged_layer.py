@@ -51,17 +51,15 @@ class PagedLayer(CacheLayerMixin):
         # Model code asks whether a layer holds any: the tensors of a dense layer, of which there are none.
         self.keys, self.values = key_states.new_empty(0), value_states.new_empty(0)
         self.buffers = PageBuffers(self.config, self.batch * self.kv_heads, self.device)
-        self.stores = self._stores([0])
+        self.stores = self._stores([(0, 0)])
         self.is_initialized = True
 
-    def _stores(self, lengths: list[int]) -> list[SequenceStore]:
-        """A store for each length, of one sequence or, if there is only one, of all."""
-        heads = self.batch * self.kv_heads // len(lengths)
+    def _stores(self, held: list[tuple[int, int]]) -> list[SequenceStore]:
+        """Stores of one sequence each or, if it is only one, of all; ``held``: tokens, and those in order."""
+        heads = self.batch * self.kv_heads // len(held)
         return [
-            SequenceStore(
-                self.config, self.buffers, slice(i * heads, (i + 1) * heads), length, keep=self.keep
-            )
-            for i, length in enumerate(lengths)
+            SequenceStore(self.config, self.buffers, slice(i * heads, (i + 1) * heads), *each, keep=self.keep)
+            for i, each in enumerate(held)
         ]
 
     def expect(self) -> None:
@@ -192,6 +190,11 @@ class PagedLayer(CacheLayerMixin):
             self._known_lengths = lengths
         return held
 
+    def lay_out(self, router: PageRouter | None = None) -> None:
+        """Bring all full chunks into tree order."""
+        for store in self.stores:
+            store.lay_out(router)
+
     def advance(self, new: int, router: PageRouter | None = None) -> None:
         """Count tokens that a decode step wrote; chunks that are full now are laid out."""
         for store in self.stores:
@@ -200,7 +203,7 @@ class PagedLayer(CacheLayerMixin):
 
     def _separate(self) -> None:
         if len(self.stores) < self.batch:
-            self.stores = self._stores([self.stores[0].length] * self.batch)
+            self.stores = self._stores([(self.stores[0].length, self.stores[0].laid)] * self.batch)
 
     def _select(self, indices: torch.Tensor) -> None:
         if not self.is_initialized or self.buffers is None:
@@ -208,11 +211,9 @@ class PagedLayer(CacheLayerMixin):
         indices = indices.to(self.device)
         heads = torch.arange(self.kv_heads, device=self.device)
         self.buffers = self.buffers.select((indices[:, None] * self.kv_heads + heads).flatten())
-        lengths = [self.stores[0].length]
-        if len(self.stores) > 1:
-            lengths = [self.stores[i].length for i in indices.tolist()]
+        held = [(store.length, store.laid) for store in self.stores]
         self.batch = len(indices)
-        self.stores = self._stores(lengths)
+        self.stores = self._stores(held if len(held) == 1 else [held[i] for i in indices.tolist()])
         self._device_lengths = None
 
     def get_seq_length(self) -> int:

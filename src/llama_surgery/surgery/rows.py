@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from llama_surgery.config import SurgeryConfig
+from llama_surgery.topology.geometry import first_far
 
 
 class Part(NamedTuple):
@@ -43,3 +44,8 @@ def parts_of(
         if start < end:
             yield Part(start, end, 1 if index else tile)
             start = end
+
+
+def sees_everything(part: Part, config: SurgeryConfig) -> bool:
+    """Does every row of a part see all positions up to its own?"""
+    return not config.theta_for(part.tile) or part.stop <= first_far(config)

@@ -10,7 +10,7 @@ from llama_surgery.attention.result import AttentionResult
 from llama_surgery.config import SurgeryConfig
 from llama_surgery.surgery.buffers import writable
 from llama_surgery.surgery.rows import Part
-from llama_surgery.topology.geometry import causal_pairs, closed_in_all
+from llama_surgery.topology.geometry import causal_pairs, closed_in_all, query_blocks
 
 #: Held while counts are changed, by whatever thread: for additions alone, on the host. One for all counters,
 #: since they are copied and pickled with a model, and a lock cannot be.
@@ -34,6 +34,8 @@ class Counters:
         self.far_pairs: torch.Tensor | None = None  # (kv_heads,) int64
         self.visible_pairs: torch.Tensor | None = None
         self.pages: torch.Tensor | None = None
+        #: {KV heads: (pairs, pages)} of each, read by rows that saw everything.
+        self.whole: dict[int, tuple[int, int]] = {}
         self._tally: torch.Tensor | None = None  # (2, kv_heads) int64, pages opened and read
         self._page_size = 0
 
@@ -85,6 +87,7 @@ class Counters:
             opened, read = self._tally.tolist()
             pages = opened if name == "visible_pairs" else read
             parts.append([n * (1 if name == "pages" else self._page_size) for n in pages])
+        parts += [[counts[name == "pages"]] * kv_heads for kv_heads, counts in self.whole.items()]
         return [sum(column) for column in zip(*parts, strict=True)]
 
     def add(self, result: AttentionResult, kv_heads: int, config: SurgeryConfig, part: Part) -> None:
@@ -105,6 +108,20 @@ class Counters:
             self._add("far_pairs", far_pairs)
             self._add("visible_pairs", visible_pairs)
             self._add("pages", pages)
+
+    def add_whole(self, part: Part, config: SurgeryConfig, sequences: int, kv_heads: int, heads: int) -> None:
+        """Count rows that saw everything, with the pages of their closed chunks, all opened."""
+        choosers = 1 if part.tile == 1 else heads // kv_heads
+        blocks = list(query_blocks(part.start, part.stop, config, part.tile))
+        each = config.pages_per_chunk * sequences * choosers
+        tiles = [(b.closed, -(-b.stop // part.tile) - b.start // part.tile) for b in blocks]
+        pairs = each * config.page_size * sum(b.closed * (b.stop - b.start) for b in blocks)
+        with COUNTING:
+            self.choosers = max(self.choosers, choosers)
+            self.count_rows(part.start, part.stop, config, part.tile, sequences)
+            before = self.whole.get(kv_heads, (0, 0))
+            pages = each * sum(closed * count for closed, count in tiles)
+            self.whole = {**self.whole, kv_heads: (before[0] + pairs, before[1] + pages)}
 
     def _add(self, name: str, counts: torch.Tensor) -> None:
         """Add (kv_heads,) int64, on their device: the model may have moved."""

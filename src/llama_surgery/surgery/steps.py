@@ -103,7 +103,8 @@ class GraphedSteps:
             self._ids, self._replay = torch.zeros_like(ids, dtype=torch.int64, device=self._ids.device), None
             self._positions, self._known_positions = torch.zeros_like(self._ids), []
         lengths = paged_layers[0].lengths
-        for paged in paged_layers:
+        for layer, paged in self._layers():
+            paged.lay_out(layer.router)
             paged.device_lengths()
             assert paged.buffers is not None
             if max(lengths) + self._rows > paged.buffers.capacity:

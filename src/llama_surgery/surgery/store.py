@@ -17,17 +17,20 @@ CHECKED_DEVICES = ("cpu",)
 class SequenceStore:
     """What a layer remembers of one or more sequences that have equally many tokens.
 
-    A chunk is rewritten in tree order once, in the call that fills it, whatever call that is (law 1).
+    A full chunk is rewritten in tree order once, from its own keys alone, when its layout is first asked for
+    (law 1): rows that see everything do not ask.
 
     Args:
         config: The topology.
         buffers: Tensors of the layer, of which ``streams`` are the store's own; its own if None.
         streams: Streams are (sequence, KV head) flattened.
         length: Tokens that are there already.
+        laid: How many of them are in tree order.
         keep: False for a single call, after which nothing is remembered: nothing is copied either.
 
     Attributes:
         length: Tokens of each sequence.
+        laid: How many of them are in tree order, a multiple of ``chunk_size``.
     """
 
     def __init__(
@@ -36,23 +39,37 @@ class SequenceStore:
         buffers: PageBuffers | None = None,
         streams: slice = slice(None),
         length: int = 0,
+        laid: int = 0,
         *,
         keep: bool = True,
     ) -> None:
         self.config = config
-        self.length = length
+        self.length, self.laid = length, laid
         self._buffers = buffers
         self._streams = streams
         self._keep = keep
         self._passing: Layout | None = None
+        self._router: PageRouter | None = None  # of the last call, for what is laid out later
+
+    @property
+    def kept(self) -> bool:
+        """Are tokens remembered after a call?"""
+        return self._keep
 
     @property
     def layout(self) -> Layout | None:
-        """Full chunks, or None where there is none."""
-        chunks = self.length // self.config.chunk_size
-        if not self._keep or not chunks or self._buffers is None:
+        """Full chunks in tree order, or None where there is none."""
+        if not self._keep or self._buffers is None:
             return self._passing
-        return self._buffers.layout(self._streams, chunks)
+        self.lay_out(self._router)
+        return self._buffers.layout(self._streams, self.laid // self.config.chunk_size) if self.laid else None
+
+    def lay_out(self, router: PageRouter | None = None) -> None:
+        """Bring full chunks into tree order that are not yet."""
+        begin, full = self.laid, self.length // self.config.chunk_size * self.config.chunk_size
+        if begin < full and self._keep and self._buffers is not None:
+            with self._buffers.recording():
+                self._lay_out(begin, *self._buffers.read(self._streams, begin, full), router)
 
     def append(
         self, keys: torch.Tensor, values: torch.Tensor, since: int, router: PageRouter | None = None
@@ -72,11 +89,8 @@ class SequenceStore:
             SurgeryError: NaN or infinite keys on a CPU. On other devices nothing is raised: once the chunk of
                 such a key is full, every query of its stream that has a far field gets NaN.
         """
-        if keys.device.type in CHECKED_DEVICES and not torch.isfinite(keys).all():
-            raise SurgeryError(
-                "the keys hold NaN or infinity: no order can be made of them. Check the weights and "
-                "the inputs, and that the dtype has the range the model needs."
-            )
+        check_finite(keys)
+        self._router = router
         keys, values = keys.flatten(0, 1), values.flatten(0, 1)
         near = self._near(keys, values, since)
         size, stop = self.config.chunk_size, self.length + keys.shape[1]
@@ -90,13 +104,38 @@ class SequenceStore:
                     self._passing.keys.data[:, :size].add_(nan_where_not_finite(keys[:, :full]))
             self.length = stop
             return near
-        if self._buffers is None:
-            self._buffers = PageBuffers(self.config, keys.shape[0], keys.device)
-        self._buffers.reserve(stop)
-        with self._buffers.recording():
+        buffers = self._reserve(keys)
+        self.lay_out(router)
+        with buffers.recording():
             self._keep_states(keys, values, router)
         self.length = stop
         return near
+
+    def extend(
+        self, keys: torch.Tensor, values: torch.Tensor, router: PageRouter | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Add tokens, of which no row needs a layout yet; see :meth:`append`.
+
+        Returns:
+            Views (sequences, kv_heads, length, dim) of all keys and values: full chunks in whatever order
+            they are in, the rest in order of position.
+        """
+        check_finite(keys)
+        self._router = router
+        (sequences, _, new, _), states = keys.shape, (keys.flatten(0, 1), values.flatten(0, 1))
+        buffers = self._reserve(states[0])
+        with buffers.recording():
+            buffers.write(self._streams, self.length, *states)
+        self.length += new
+        held = buffers.read(self._streams, 0, self.length)
+        return held[0].unflatten(0, (sequences, -1)), held[1].unflatten(0, (sequences, -1))
+
+    def _reserve(self, keys: torch.Tensor) -> PageBuffers:
+        """Room for ``keys`` (streams, new, head_dim)."""
+        if self._buffers is None:
+            self._buffers = PageBuffers(self.config, keys.shape[0], keys.device)
+        self._buffers.reserve(self.length + keys.shape[1])
+        return self._buffers
 
     def _keep_states(self, keys: torch.Tensor, values: torch.Tensor, router: PageRouter | None) -> None:
         assert self._buffers is not None
@@ -115,14 +154,8 @@ class SequenceStore:
 
     def advance(self, new: int, router: PageRouter | None = None) -> None:
         """Count ``new`` tokens that were written into the buffers; chunks that are full now are laid out."""
-        size = self.config.chunk_size
-        begin = self.length // size * size
         self.length += new
-        full = self.length // size * size
-        if full > begin:
-            assert self._buffers is not None
-            with self._buffers.recording():
-                self._lay_out(begin, *self._buffers.read(self._streams, begin, full), router)
+        self.lay_out(router)
 
     def _lay_out(
         self, start: int, keys: torch.Tensor, values: torch.Tensor, router: PageRouter | None
@@ -133,6 +166,7 @@ class SequenceStore:
         self._buffers.write_chunks(self._streams, start, layout)
         if keys.device.type not in CHECKED_DEVICES:
             self._buffers.taint(self._streams, nan_where_not_finite(keys))
+        self.laid = start + keys.shape[1]
 
     def _near(
         self, keys: torch.Tensor, values: torch.Tensor, since: int
@@ -141,11 +175,10 @@ class SequenceStore:
             skip = since - self.length
             return keys[:, skip:], values[:, skip:]
         assert self._buffers is not None
-        parts, size = [], self.config.chunk_size
-        full = self.length // size * size
-        if since < full:
-            parts.append(self._restored(since, full))
-        parts.append(self._buffers.read(self._streams, max(since, full), self.length))
+        parts = []
+        if since < self.laid:
+            parts.append(self._restored(since, self.laid))
+        parts.append(self._buffers.read(self._streams, max(since, self.laid), self.length))
         parts.append((keys, values))
         near_keys, near_values = (torch.cat(states, 1) for states in zip(*parts, strict=True))
         return near_keys, near_values
@@ -166,10 +199,22 @@ class SequenceStore:
         begin = length // size * size
         self._buffers.renew(begin)
         with self._buffers.recording():
-            if begin < length and begin < self.length // size * size:
+            if begin < length and begin < self.laid:
                 self._buffers.write(self._streams, begin, *self._restored(begin, begin + size))
             self._buffers.forget(self._streams, length)
-        self.length = length
+        self.length, self.laid = length, min(self.laid, begin)
+
+
+def check_finite(keys: torch.Tensor) -> None:
+    """
+    Raises:
+        SurgeryError: NaN or infinite keys, where they are looked at.
+    """
+    if keys.device.type in CHECKED_DEVICES and not torch.isfinite(keys).all():
+        raise SurgeryError(
+            "the keys hold NaN or infinity: no order can be made of them. Check the weights and "
+            "the inputs, and that the dtype has the range the model needs."
+        )
 
 
 def nan_where_not_finite(keys: torch.Tensor) -> torch.Tensor:
