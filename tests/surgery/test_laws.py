@@ -29,9 +29,10 @@ EXACT = {"rtol": 1e-9, "atol": 1e-9}
 @st.composite
 def configurations(draw):
     """Options under which all laws must hold, each with tiles of 8 or 1."""
-    config = draw(st.sampled_from([SPARSE, SINGLE]))
+    config = draw(st.sampled_from([SPARSE, SINGLE, dataclasses.replace(SPARSE, theta_decode=0.0)]))
     return dataclasses.replace(
         config,
+        backend=draw(st.sampled_from(["gather", "auto"])),
         dense_until=draw(st.sampled_from([0, 0, 128])),
         window=draw(st.sampled_from([0, 32])),
     )

@@ -50,6 +50,12 @@ def operate(
         "Tokens of a calibration window. The model's context, at most 8192, if left out.",
         **TOKENS,
     ) = None,
+    dense_until: topology_option(
+        int | None,
+        "Queries below this position see everything. If left out, where thresholds are set on a GPU, the "
+        "position from which on prompts are read faster there; else 0.",
+        min=0,
+    ) = None,
     tile: TileOption = 64,
     device: DeviceOption = "auto",
     dtype: DtypeOption = Dtype.auto,
@@ -71,7 +77,7 @@ def operate(
         )
     if decode_density is not None and density is None:
         raise typer.BadParameter("--decode-density needs --density and --text.")
-    config = config_for(settings, tile)
+    config = config_for(settings if dense_until is None else {**settings, "dense_until": dense_until}, tile)
     from llama_surgery.text import read_texts
 
     texts = None if text is None else read_texts(text)
@@ -99,6 +105,7 @@ def operate(
                 tokenizer=tokenizer,
                 length=length,
                 decode_density=decode_density,
+                measure_speed=llm.device.type == "cuda" and dense_until is None,
             )
     save_adapter(llm, out_folder)
     config, measured = config_of(llm), measured_loss(llm)
@@ -108,6 +115,11 @@ def operate(
         return
     if config.topology == "pages":
         out.print(f"Thresholds: {thresholds(config)}.")
+        if config.dense_until:
+            out.print(
+                f"Dense below position {config.dense_until:,}, from which on sparse is faster here.",
+                highlight=False,
+            )
     if measured is not None:
         out.print(f"Loss: {measured}.", soft_wrap=True, highlight=False)
     out.print(f"Adapter: {out_folder.resolve()}", soft_wrap=True, highlight=False)

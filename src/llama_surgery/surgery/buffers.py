@@ -237,10 +237,14 @@ class PageBuffers:
         if name not in self._tensors:
             self._units[name] = tokens // new.shape[-2]
             self._tensors[name] = self._empty(name, new)
-        held = self._tensors[name]
+        held, start = self._tensors[name], start // self._units[name]
         if not writable(held):
             held = held.clone()
-        self._tensors[name] = _Written.apply(held, new, streams, start // self._units[name])
+        if held.requires_grad or (torch.is_grad_enabled() and new.requires_grad):
+            held = _Written.apply(held, new, streams, start)
+        else:
+            held.data[streams].narrow(-2, start, new.shape[-2]).copy_(new)
+        self._tensors[name] = held
 
     def _span(self, name: str, streams: slice, stop: int) -> torch.Tensor:
         return self._tensors[name][streams].narrow(-2, 0, stop // self._units[name])

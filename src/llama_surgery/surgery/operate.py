@@ -35,6 +35,7 @@ from llama_surgery.surgery.operation import (
     statistics,
     surgery_of,
 )
+from llama_surgery.surgery.pays import measured_dense_until
 from llama_surgery.surgery.replace import check_replaceable, replace
 from llama_surgery.surgery.supported import attention_modules, head_shape, inner_model
 from llama_surgery.topology.router import PageRouter
@@ -67,6 +68,7 @@ def operate(
     tokenizer: Any = None,
     length: int | None = None,
     decode_density: float | None = None,
+    measure_speed: bool | None = None,
 ) -> Model:
     """Give every full-attention layer of ``model`` the configured topology. No weight changes.
 
@@ -91,6 +93,10 @@ def operate(
         length: Tokens of a calibration window; the model's context, at most 8,192, if None.
         decode_density: Largest executed far density of decode steps; needs ``density``. Without, their θ
             stays as ``config`` has it: by default they read everything.
+        measure_speed: Read prompts of rising length, dense and sparse, for half a minute at most, and set
+            ``dense_until`` to the position from which on sparse is faster here, so that no prompt is read
+            slower than by the dense model. If None, on a GPU where thresholds are set on text and no
+            ``config`` is given. Needs ``text``.
 
     Raises:
         UnsupportedModelError: The model cannot be operated, with the reason.
@@ -98,8 +104,10 @@ def operate(
             within ``max_loss``.
         TextError: The text is too short.
     """
-    config = SurgeryConfig() if config is None else config
     inner = inner_model(model)
+    if measure_speed is None:
+        measure_speed = config is None and text is not None and inner.device.type == "cuda"
+    config = SurgeryConfig() if config is None else config
     if is_operated(model):
         raise SurgeryError("the model is operated already: eject(model) first.")
     if max_loss is not None and (density is not None or decode_density is not None):
@@ -112,6 +120,8 @@ def operate(
         raise SurgeryError(
             "density or max_loss, decode_density and text go together: thresholds are calibrated on text."
         )
+    if measure_speed and text is None:
+        raise SurgeryError("measure_speed=True without text: what is timed is how fast text is read.")
     modules, measured, passes = attention_modules(inner), None, PASSES
     if text is not None and max_loss is not None:
         # By name: the room that measures losses stands on this one.
@@ -139,6 +149,10 @@ def operate(
         hook(inner, operation)
         if text is not None and density is not None:
             set_config(model, calibrate(model, ids, density, passes, decode_density=decode_density))
+        if measure_speed and text is not None:
+            ids = calibration_windows(model, tokenizer, text, length, config)
+            until = measured_dense_until(inner, ids)
+            operation.use(dataclasses.replace(operation.config, dense_until=until))
     except BaseException:
         eject(model)
         raise

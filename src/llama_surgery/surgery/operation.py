@@ -84,6 +84,12 @@ class Operation:
             part.__dict__.pop(name, None)
             part.__dict__.update(before)
 
+    def use(self, config: SurgeryConfig) -> None:
+        """Have all layers run with a configuration."""
+        self.config = config
+        for layer in self.layers.values():
+            layer.config = config
+
     @property
     def layers(self) -> dict[int, Any]:
         return {index: module.__dict__[ATTRIBUTE] for index, module in self.modules.items()}
@@ -127,9 +133,7 @@ def set_config(model: torch.nn.Module, config: SurgeryConfig) -> None:
         raise SurgeryError(f"the model is operated with {old}, not {new}: eject(model) and operate again.")
     if config != operation.config:
         operation.measured = None
-    operation.config = config
-    for layer in operation.layers.values():
-        layer.config = config
+    operation.use(config)
 
 
 def _trees(config: SurgeryConfig) -> tuple[Any, ...]:

@@ -152,8 +152,9 @@ class PagedLayer(CacheLayerMixin):
         """
         if self.buffers is None or self.buffers.empty:
             return
-        held = (x.unflatten(0, (self.batch, -1)) for x in (self.buffers.keys, self.buffers.values))
-        got, holds = _kind(keys, values), _kind(*held)
+        held = self.buffers.keys, self.buffers.values
+        got = keys.shape[1], *_kind(keys, values)
+        holds = len(held[0]) // self.batch, *_kind(*held)
         if got != holds:
             what = "{} KV heads of {} and {} channels, {} on {}"
             raise SurgeryError(
@@ -255,4 +256,4 @@ class PagedLayer(CacheLayerMixin):
 
 
 def _kind(keys: torch.Tensor, values: torch.Tensor) -> tuple[object, ...]:
-    return keys.shape[1], keys.shape[-1], values.shape[-1], keys.dtype, keys.device
+    return keys.shape[-1], values.shape[-1], keys.dtype, keys.device
