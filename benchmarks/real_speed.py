@@ -3,16 +3,18 @@
     python benchmarks/real_speed.py MODEL --text books-val --lengths 1k 4k 8k --device cuda --seconds 60
 
 MODEL is the folder of a checkpoint or a GGUF file. It is operated once, with the defaults calibrated to
---density on every other document of the text (or with --theta, or as an --adapter has it), and reads windows
-of the other documents. The dense side has the same weights, a preallocated cache and the fastest backend of
-PyTorch's SDPA for the very shapes. Sides take turns, and medians over turns are kept. Before that, with
-everything open, the operated model's logits must be the dense model's but for rounding.
+--density on every other document of the text (or with --theta, or as an --adapter has it), dense below the
+position that operate() finds by times of whole prompts, and reads windows of the other documents. The dense
+side has the same weights, a preallocated cache and the fastest backend of PyTorch's SDPA for the very shapes.
+Sides take turns, and medians over turns are kept. Before that, with everything open, the operated model's
+logits must be the dense model's but for rounding.
 
-Rows go to --out as soon as they are there, beside what the same settings lose by real_quality.csv. The same
-command goes on where the last one stopped; --again measures anew.
+Rows go to --out as soon as they are there, beside what the same thresholds lose by real_quality.csv where no
+row is dense. The same command goes on where the last one stopped; --again measures anew.
 """
 
 import argparse
+import dataclasses
 import sys
 from pathlib import Path
 from typing import Any
@@ -31,7 +33,10 @@ from timing.parts import GRAPHED, PARTS
 from llama_surgery.bench.measure import Deadline, environment, say
 from llama_surgery.errors import SurgeryError, TextError
 from llama_surgery.lengths import parse_length
+from llama_surgery.surgery.calibrate import calibration_windows
 from llama_surgery.surgery.context import USUAL_LENGTH, context_length
+from llama_surgery.surgery.operation import config_of, set_config
+from llama_surgery.surgery.pays import measured_dense_until
 from llama_surgery.surgery.supported import inner_model
 from llama_surgery.text import windows
 
@@ -52,6 +57,7 @@ def options() -> argparse.Namespace:
     setting.add_argument("--adapter", type=Path, metavar="FOLDER", help="its θ and corrections instead")
     add("--calibration-length", metavar="TOKENS", help="of a window; the longest prompt's, at most 8k")
     add("--set", nargs="+", default=[], metavar="NAME=VALUE", help="fields of SurgeryConfig")
+    add("--dense-until", type=int, help="position; as operate() finds it if left out: by times on a GPU")
     add("--dtype", choices=("float32", "bfloat16", "float16"), default=DTYPE)
     add("--device", default="auto")
     add("--seconds", type=float, default=600.0, help="begin no part after these")
@@ -125,11 +131,23 @@ class Run:
         say(f"everything open, logits differ by {error:.2e}, of two dense backends {own:.2e}")
         rival = twin(inner)
         with form.running() as read:
+            self._set_dense_until(length)
             for index, (n, parts) in enumerate(missing):
                 if self._deadline.passed(f"{n:,} tokens"):
                     break
                 left = sum(len(parts) for _, parts in missing[index:])
                 self._length(n, parts, left, InTurns(inner, rival, self._prompts[n], read), form)
+
+    def _set_dense_until(self, length: int) -> None:
+        """As operate() does by itself, unless it is given."""
+        real, until = self._real, self._given.dense_until
+        inner = inner_model(real.model)
+        if until is None and inner.device.type == "cuda":
+            ids = calibration_windows(real.model, real.tokenizer, self._calibration, length, real.config)
+            until = measured_dense_until(inner, ids)
+        if until is not None:
+            set_config(real.model, dataclasses.replace(config_of(real.model), dense_until=until))
+        say(f"dense below position {config_of(real.model).dense_until:,}, {self._deadline.spent:.0f} s")
 
     def _form(self, length: int) -> Form:
         """The operated model, calibrated where that was asked for."""
@@ -168,7 +186,7 @@ class Run:
         row |= {"model": name, "length": length, "text": self._text, "settings": canonical(form.settings)}
         row |= {name: value for name, value in found._asdict().items() if name in COLUMNS}
         row |= {f"{what}_density": value for what, value in found.densities.items()}
-        row |= {"speedup": found.rival_ms / found.ms, "dense_until": real.config.dense_until}
+        row |= {"speedup": found.rival_ms / found.ms, "dense_until": config_of(real.model).dense_until}
         quality = quality_of(self._quality, name, length, self._text, form.settings, self._density)
         if quality is not None:
             row |= {f"quality_{what}": quality[what] for what in ("model", "length", "settings")}
