@@ -111,9 +111,10 @@ class PageBuffers:
 
     def reserve(self, tokens: int) -> None:
         """Make room for ``tokens`` tokens a sequence, in tensors that this call can write and record."""
-        for name, held in self._tensors.items():
-            if not writable(held):
-                self._tensors[name] = held.clone()
+        if not torch.is_inference_mode_enabled():
+            for name, held in self._tensors.items():
+                if not writable(held):
+                    self._tensors[name] = held.clone()
         if tokens <= self.capacity:
             return
         wanted = tokens + tokens // GROWTH

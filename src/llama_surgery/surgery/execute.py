@@ -14,7 +14,7 @@ from llama_surgery.surgery.cache import PagedCache, PagedLayer
 from llama_surgery.surgery.calls import untraced
 from llama_surgery.surgery.decoding import decode_step, grouped_sinks, kernels_decode
 from llama_surgery.surgery.layer import LayerSurgery
-from llama_surgery.surgery.rows import Part, parts_of, sees_everything
+from llama_surgery.surgery.rows import Part, parts_of, whole_rows
 from llama_surgery.surgery.store import SequenceStore
 from llama_surgery.topology.geometry import closed_chunks
 from llama_surgery.topology.layout import Layout
@@ -123,19 +123,17 @@ def _own_rows(
 ) -> torch.Tensor | None:  # fmt: skip
     """The first rows of a call by the model's own attention: all if they see everything, else those below
     ``dense_until``. Stores their keys. Returns (batch, rows, heads, value_dim), None if there are none."""
-    config, stop = layer.config, store.length + key.shape[2]
+    stop = store.length + key.shape[2]
     start = stop - query.shape[2]
-    options = {"step": step, "prompt_end": end}
-    if not all(sees_everything(part, config) for part in parts_of(start, stop, config, **options)):
-        stop = min(stop, config.dense_until)
-    rows, keys = stop - start, stop - store.length
-    attention = own(rows, stop) if rows > 0 else None
+    parts = whole_rows(start, stop, layer.config, step=step, prompt_end=end)
+    attention = own(parts[-1].stop - start, parts[-1].stop) if parts else None
     if attention is None:
         return None
+    rows, keys = parts[-1].stop - start, parts[-1].stop - store.length
     key, value = key[:, :, :keys], value[:, :, :keys]
     states = store.extend(key, value, layer.router) if store.kept else (key, value)
-    for part in parts_of(start, stop, config, **options):
-        layer.counts(part.tile).add_whole(part, config, query.shape[0], key.shape[1], query.shape[1])
+    for part in parts:
+        layer.counts(part.tile).add_whole(part, layer.config, query.shape[0], key.shape[1], query.shape[1])
     return attention(query[:, :, :rows], *states)
 
 

@@ -30,6 +30,10 @@ INTERFACE_NAMES = {
 }
 _BASES = {name: base for base, name in INTERFACE_NAMES.items()}
 
+#: Most (row, key) pairs of a call that is kept from cuDNN, which PyTorch prefers on Hopper: it plans on the
+#: host for every new shape, 2 ms a layer (an H200, PyTorch 2.11), and each decode step has a new one.
+PLANNED = 1 << 24
+
 #: Why caches of transformers that have all their room from the start are refused.
 FIXED_SIZE = "caches of fixed size are not supported. Leave cache_implementation and the cache unset."
 
@@ -214,7 +218,19 @@ def _own_attention(
     found, mask = call.mask_of_part(ALL_MASK_ATTENTION_FUNCTIONS[base], rows, keys)
     if not found:
         return None
-    return lambda *states: _run_dense(base, module, *states, mask, keywords)[0]
+    run = functools.partial(_run_dense, base, module)
+    if base != "sdpa" or rows * keys > PLANNED:
+        return lambda *states: run(*states, mask, keywords)[0]
+
+    def without_plans(*states: torch.Tensor) -> torch.Tensor:
+        planned = torch.backends.cuda.cudnn_sdp_enabled()
+        torch.backends.cuda.enable_cudnn_sdp(False)
+        try:
+            return run(*states, mask, keywords)[0]
+        finally:
+            torch.backends.cuda.enable_cudnn_sdp(planned)
+
+    return without_plans
 
 
 def _run_dense(

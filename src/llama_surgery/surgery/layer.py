@@ -37,6 +37,7 @@ class LayerSurgery:
     counters: dict[int, Counters] = dataclasses.field(default_factory=dict)
     listener: Callable[[int, ShareListener], None] | None = None
     executed: SurgeryConfig | None = None
+    placed: tuple[int, torch.device] | None = None  # which router is known to be where
 
     def call(
         self, paged: PagedLayer, tile: int, query: torch.Tensor, value: torch.Tensor, keywords: dict[str, Any]
@@ -69,8 +70,11 @@ class LayerSurgery:
 
     def move_router(self, device: torch.device) -> None:
         """Have the router where the layer is computed: where weights are offloaded, only a call tells."""
-        if self.router is not None and any(t.device != device for t in self.router.tensors().values()):
+        if self.router is None or self.placed == (id(self.router), device):
+            return
+        if any(tensor.device != device for tensor in self.router.tensors().values()):
             self.router = self.router.to(device)
+        self.placed = id(self.router), device
 
 
 @contextlib.contextmanager

@@ -1,5 +1,6 @@
 """How the rows of a call are computed: in tiles, or one by one."""
 
+import functools
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -46,6 +47,15 @@ def parts_of(
             start = end
 
 
-def sees_everything(part: Part, config: SurgeryConfig) -> bool:
-    """Does every row of a part see all positions up to its own?"""
-    return not config.theta_for(part.tile) or part.stop <= first_far(config)
+@functools.lru_cache(maxsize=256)  # every layer of a model asks the same
+def whole_rows(
+    start: int, stop: int, config: SurgeryConfig, *, step: bool = False, prompt_end: int | None = None
+) -> tuple[Part, ...]:
+    """The first rows of a call that see every position up to their own: all, or those below ``dense_until``.
+
+    Arguments are those of :func:`parts_of`.
+    """
+    parts = tuple(parts_of(start, stop, config, step=step, prompt_end=prompt_end))
+    if all(not config.theta_for(part.tile) or part.stop <= first_far(config) for part in parts):
+        return parts
+    return tuple(parts_of(start, min(stop, config.dense_until), config, step=step, prompt_end=prompt_end))

@@ -1,6 +1,7 @@
 """What operated layers really read, counted where it is read."""
 
 import dataclasses
+import functools
 import threading
 from typing import Any
 
@@ -10,7 +11,7 @@ from llama_surgery.attention.result import AttentionResult
 from llama_surgery.config import SurgeryConfig
 from llama_surgery.surgery.buffers import writable
 from llama_surgery.surgery.rows import Part
-from llama_surgery.topology.geometry import causal_pairs, closed_in_all, query_blocks
+from llama_surgery.topology.geometry import causal_pairs, query_blocks
 
 #: Held while counts are changed, by whatever thread: for additions alone, on the host. One for all counters,
 #: since they are copied and pickled with a model, and a lock cannot be.
@@ -58,11 +59,7 @@ class Counters:
 
     def count_rows(self, start: int, stop: int, config: SurgeryConfig, tile: int, sequences: int = 1) -> None:
         """Count rows ``start … stop - 1`` of sequences, and their pairs but for those of pages."""
-        causal, closed = causal_pairs(start, stop), closed_in_all(start, stop, config, tile)
-        near = causal - closed * config.chunk_size
-        summary = closed * config.pages_per_chunk / 2 if config.summarises(tile) else 0.0
-        rows = (stop - start) * sequences
-        self.count(rows, near * sequences, causal * sequences, summary * sequences)
+        self.count(*(count * sequences for count in _whole(Part(start, stop, tile), config)[:4]))
 
     def count(self, rows: int, near_pairs: int, causal_pairs: int, summary_pairs: float = 0.0) -> None:
         """Count rows of all sequences, and their pairs, whose pages are tallied."""
@@ -112,21 +109,30 @@ class Counters:
     def add_whole(self, part: Part, config: SurgeryConfig, sequences: int, kv_heads: int, heads: int) -> None:
         """Count rows that saw everything, with the pages of their closed chunks, all opened."""
         choosers = 1 if part.tile == 1 else heads // kv_heads
-        blocks = list(query_blocks(part.start, part.stop, config, part.tile))
-        each = config.pages_per_chunk * sequences * choosers
-        tiles = [(b.closed, -(-b.stop // part.tile) - b.start // part.tile) for b in blocks]
-        pairs = each * config.page_size * sum(b.closed * (b.stop - b.start) for b in blocks)
+        rows, near, causal, summary, pairs, pages = _whole(part, config)
+        each = sequences * choosers
         with COUNTING:
             self.choosers = max(self.choosers, choosers)
-            self.count_rows(part.start, part.stop, config, part.tile, sequences)
+            self.count(rows * sequences, near * sequences, causal * sequences, summary * sequences)
             before = self.whole.get(kv_heads, (0, 0))
-            pages = each * sum(closed * count for closed, count in tiles)
-            self.whole = {**self.whole, kv_heads: (before[0] + pairs, before[1] + pages)}
+            self.whole[kv_heads] = before[0] + pairs * each, before[1] + pages * each
 
     def _add(self, name: str, counts: torch.Tensor) -> None:
         """Add (kv_heads,) int64, on their device: the model may have moved."""
         total = getattr(self, name)
         setattr(self, name, counts if total is None else total.to(counts.device) + counts)
+
+
+@functools.lru_cache(maxsize=256)  # every layer of a model asks the same
+def _whole(part: Part, config: SurgeryConfig) -> tuple[int, int, int, float, int, int]:
+    """Rows, near, causal and summary pairs of a part; pairs and pages of its far field, if it reads all."""
+    blocks = list(query_blocks(part.start, part.stop, config, part.tile))
+    causal = causal_pairs(part.start, part.stop)
+    closed = sum(block.closed * (block.stop - block.start) for block in blocks)
+    tiles = sum(b.closed * (-(-b.stop // part.tile) - b.start // part.tile) for b in blocks)
+    far, pages = closed * config.chunk_size, tiles * config.pages_per_chunk
+    summary = closed * config.pages_per_chunk / 2 if config.summarises(part.tile) else 0.0
+    return part.stop - part.start, causal - far, causal, summary, far, pages
 
 
 @dataclasses.dataclass(frozen=True)
