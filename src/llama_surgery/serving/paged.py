@@ -15,6 +15,7 @@ from llama_surgery.attention.call import AttentionCall
 from llama_surgery.attention.executor import build_layout, kernel_features
 from llama_surgery.attention.result import AttentionResult
 from llama_surgery.config import SurgeryConfig
+from llama_surgery.serving.moves import in_a_row, put, take, take_rows
 from llama_surgery.surgery.rows import Part, parts_of
 from llama_surgery.topology.geometry import closed_chunks, first_far
 from llama_surgery.topology.layout import Layout, Moments
@@ -195,7 +196,7 @@ class PagedStates:
             return
         heads = self.keys.shape[1]
         # (n * kv_heads, chunk_size, head_dim)
-        keys, values = self.keys[blocks].flatten(0, 1), self.values[blocks].flatten(0, 1)
+        keys, values = take(self.keys, blocks).flatten(0, 1), take(self.values, blocks).flatten(0, 1)
         layout = build_layout(keys, values, self.config, router)
         if self.kernels:
             scores = kernel_features(layout.moments, self.keys.dtype)
@@ -210,7 +211,7 @@ class PagedStates:
             (self.first_pages, layout.sink_pages(self.config.page_size)),
         ):
             if held is not None and found is not None:
-                held[blocks] = found.unflatten(0, (-1, heads)).to(held.dtype)
+                put(held, blocks, found.unflatten(0, (-1, heads)))
 
     def order(self, blocks: torch.Tensor) -> torch.Tensor:
         """(kv_heads, n, chunk_size) int16: original offsets of the slots of full chunks."""
@@ -245,16 +246,10 @@ class PagedStates:
         since = closed_chunks(part.start, self.config, part.tile) * size
         if since >= entry.start:
             rows = slice(entry.row + since - entry.start, entry.row + part.stop - entry.start)
-            found = keys[rows].to(self.keys.dtype), values[rows].to(self.keys.dtype)
-        else:
-            block, row = entry.places(since, part.stop, size)
-            found = self.keys[block, :, row], self.values[block, :, row]
-        return found[0].transpose(0, 1), found[1].transpose(0, 1)
-
-
-def in_a_row(held: torch.Tensor, blocks: torch.Tensor) -> torch.Tensor:
-    """(blocks, kv_heads, rows, …) of one sequence as (kv_heads, n * rows, …), contiguous."""
-    return held.transpose(0, 1)[:, blocks].flatten(1, 2)
+            kind = self.keys.dtype
+            return keys[rows].transpose(0, 1).to(kind), values[rows].transpose(0, 1).to(kind)
+        block, row = entry.places(since, part.stop, size)
+        return take_rows(self.keys, block, row), take_rows(self.values, block, row)
 
 
 def attend_piece(

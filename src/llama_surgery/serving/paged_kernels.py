@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from llama_surgery.errors import SurgeryError
-from llama_surgery.serving.paged import PagedStates, in_a_row
+from llama_surgery.serving.moves import in_a_row
+from llama_surgery.serving.paged import PagedStates
 from llama_surgery.topology.router import PageRouter
 
 if TYPE_CHECKING:
