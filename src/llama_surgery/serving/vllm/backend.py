@@ -23,12 +23,12 @@ class SurgeryMetadata(AttentionMetadata):
 
     Attributes:
         batch: The scheduled batch, and what of it is computed here.
-        rows: (n,) int64, the rows that the engine's own attention computes.
+        rows: The rows that the engine's own attention computes: (n,) int64, or a slice.
         dense: Its metadata for them; None where there are none.
     """
 
     batch: Batch
-    rows: torch.Tensor | None = None
+    rows: torch.Tensor | slice | None = None
     dense: Any = None
 
 
@@ -85,7 +85,10 @@ def _operated(base: type[AttentionBackend]) -> type[AttentionBackend]:
             if rows is not None:
                 # Before chunks are laid out: the engine masks by the place of a key in its block.
                 parts = query[rows], key[rows], value[rows], kv_cache, attn_metadata.dense
-                output[rows] = super().forward(layer, *parts, torch.empty_like(output[: len(rows)]))
+                if isinstance(rows, slice):
+                    super().forward(layer, *parts, output[rows])
+                else:
+                    output[rows] = super().forward(layer, *parts, torch.empty_like(output[: len(rows)]))
                 surgery.counters.add_rows(batch.dense_rows, batch.config.tile)
             router = surgery.shard.router()
             states = compat.keys_and_values(base.get_name(), kv_cache)
@@ -184,18 +187,20 @@ def _operated(base: type[AttentionBackend]) -> type[AttentionBackend]:
             self._mark(left, unsorted=False)
             return torch.cat((*now, left))
 
-        def _dense(self, common: Any, sequences: list[Scheduled]) -> tuple[torch.Tensor | None, Any]:
+        def _dense(self, common: Any, sequences: list[Scheduled]) -> tuple[torch.Tensor | slice | None, Any]:
             """Rows that see everything, and the engine's metadata for them alone."""
             runs = [(i, s, *run) for i, s in enumerate(sequences) for run in s.dense(self.surgery)]
             if not runs:
                 return None, None
             ends, counts = [stop for *_, stop in runs], [stop - start for *_, start, stop in runs]
             first = [s.row + start - s.start for _, s, start, _ in runs]
-            rows = torch.cat([torch.arange(a, a + n) for a, n in zip(first, counts, strict=True)])
-            where = torch.tensor([index for index, *_ in runs])
+            rows: torch.Tensor | slice = slice(first[0], first[-1] + counts[-1])
+            if rows.stop - rows.start > sum(counts):
+                rows = torch.cat([torch.arange(a, a + n) for a, n in zip(first, counts, strict=True)])
+                rows = rows.to(self.device, non_blocking=True)
+            where = torch.tensor([index for index, *_ in runs]).to(self.device, non_blocking=True)
             starts = torch.tensor([0, *accumulate(counts)], dtype=torch.int32)
             lengths = torch.tensor(ends, dtype=torch.int32)
-            rows, where = (index.to(self.device, non_blocking=True) for index in (rows, where))
             part = compat.part_of(common, starts, lengths, where, rows)
             return rows, self.beside.build(0, part)
 

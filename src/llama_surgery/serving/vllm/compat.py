@@ -123,7 +123,7 @@ def graph_support(support: Any = None) -> Any:
 
 
 def part_of(
-    common: Any, starts: torch.Tensor, lengths: torch.Tensor, where: torch.Tensor, rows: torch.Tensor
+    common: Any, starts: torch.Tensor, lengths: torch.Tensor, where: torch.Tensor, rows: torch.Tensor | slice
 ) -> Any:
     """The engine's description of a step, for some rows of it.
 
@@ -132,7 +132,7 @@ def part_of(
         starts: (n + 1,) int32 on the host, first row of every run of rows among ``rows``.
         lengths: (n,) int32 on the host, keys that the last row of every run sees.
         where: (n,) int64, sequence of every run.
-        rows: int64, the rows.
+        rows: int64, the rows, or a slice.
     """
     device = common.seq_lens.device
     changed = {
@@ -141,7 +141,7 @@ def part_of(
         "seq_lens": lengths.to(device, non_blocking=True),
         "seq_lens_cpu_upper_bound": lengths,
         "num_reqs": len(lengths),
-        "num_actual_tokens": len(rows),
+        "num_actual_tokens": int(starts[-1]),
         "max_query_len": int(starts.diff().max()),
         "max_seq_len": int(lengths.max()),
         "block_table_tensor": common.block_table_tensor[where],
