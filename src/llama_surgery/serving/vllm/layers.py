@@ -19,6 +19,7 @@ from llama_surgery.serving.families import read_block
 from llama_surgery.serving.sharding import RouterShard
 from llama_surgery.serving.vllm import compat
 from llama_surgery.serving.vllm.backend import SideBackend, backend_for
+from llama_surgery.topology.geometry import first_far
 
 logger = init_logger("vllm.llama_surgery")
 
@@ -108,12 +109,13 @@ def operate_layers(model: torch.nn.Module, vllm_config: Any) -> None:
             "silence; serve the dense checkpoint instead."
         )
     logger.info(
-        "llama-surgery is active: %d layers operated, topology %s, chunks of %d, θ %.4g in prefill, %.4g in "
-        "decode",
+        "llama-surgery is active: %d layers operated, topology %s, chunks of %d, θ %.4g in prefill from "
+        "position %d on, %.4g in decode",
         operated,
         config.topology,
         config.chunk_size,
         config.theta,
+        first_far(config),
         config.theta_decode,
     )
     for (name, reason), count in executors.items():
