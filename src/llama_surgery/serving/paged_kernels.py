@@ -10,15 +10,15 @@ import torch
 
 from llama_surgery.errors import SurgeryError
 from llama_surgery.serving.moves import in_a_row
-from llama_surgery.serving.paged import PagedStates
 from llama_surgery.topology.router import PageRouter
 
 if TYPE_CHECKING:
     from llama_surgery.attention.impl.triton.decode.cache import DecodeCache
     from llama_surgery.attention.impl.triton.job import PooledLayout
+    from llama_surgery.serving.paged import PagedStates
 
 
-def pooled(cache: PagedStates, blocks: torch.Tensor) -> "PooledLayout":
+def pooled(cache: "PagedStates", blocks: torch.Tensor) -> "PooledLayout":
     """Full chunks of one sequence, ``blocks`` (n,) int64: what pages are scored by copied, the rest not."""
     from llama_surgery.attention.impl.triton.job import PooledLayout
 
@@ -48,7 +48,7 @@ def _slots(held: torch.Tensor) -> tuple[torch.Tensor, int]:
 
 def decode_rows(
     queries: torch.Tensor,
-    cache: PagedStates,
+    cache: "PagedStates",
     tables: torch.Tensor,
     positions: torch.Tensor,
     *,
@@ -102,7 +102,7 @@ def decode_rows(
     return result.out.view(sequences, heads, dim)
 
 
-def kernel_view(cache: PagedStates, tables: torch.Tensor, positions: torch.Tensor) -> "DecodeCache":
+def kernel_view(cache: "PagedStates", tables: torch.Tensor, positions: torch.Tensor) -> "DecodeCache":
     """The caches as the decode kernels take them, copied nowhere; arguments as in :func:`decode_rows`."""
     from llama_surgery.attention.impl.triton.decode.cache import DecodeCache
 
