@@ -1,6 +1,8 @@
 """The tables of quality: what an operated model loses, beside other rules, with learned corrections."""
 
 import json
+from collections.abc import Iterator
+from typing import Any
 
 from csv_tables import Row, markdown, percent, read, tokens
 
@@ -9,16 +11,22 @@ REAL = {"operated": "operated", "tokens": "oracle of keys", "blocks": "oracle of
 
 
 def real() -> str:
-    """Real models: of every form, way to decode and kind of threshold the row that was measured last."""
+    """Real models: of every form, way to decode and kind of threshold the row that was measured last.
+
+    Of those of one day the one of most windows, and with budgets by head, which is the default.
+    """
     newest: dict[tuple[str, ...], tuple[str, Row]] = {}
+
+    def age(row: Row) -> tuple[str, int, bool]:
+        return row["date"], int(row["windows"]), "budgets" in json.loads(row["settings"])
+
     for row in read("real_quality.csv"):
         if row["form"] not in REAL:
             continue
         settings = json.loads(row["settings"])
-        form = REAL[row["form"]] + (", thresholds of `max_loss`" if "adapter" in settings else "")
-        form += ", sparse decode" if settings.get("decode") == "sparse" else ""
+        form = ", ".join([REAL[row["form"]], *_apart(settings)])
         key = row["model"], row["length"], row["text"], form
-        if key not in newest or row["date"] >= newest[key][1]["date"]:
+        if key not in newest or age(row) >= age(newest[key][1]):
             newest[key] = form, row
     cells = []
     for form, row in newest.values():
@@ -39,6 +47,22 @@ def real() -> str:
     devices = ", ".join(sorted({row["device"].removeprefix("cuda: ") for row in rows}))
     seeds = ", ".join(sorted({row["seed"] for row in rows}))
     return markdown(names, cells) + f"\n\nSeed {seeds}, {devices}, until {max(row['date'] for row in rows)}."
+
+
+def _apart(settings: dict[str, Any]) -> Iterator[str]:
+    """What tells a row's settings from the default ones, in words."""
+    if "learned" in settings:
+        yield "learned"
+    elif "adapter" in settings:
+        yield "thresholds of `max_loss`"
+    if "page_size" in settings:
+        yield f"pages of {settings['page_size']}"
+    if "tile" in settings:
+        yield f"tiles of {settings['tile']}"
+    if "dense_until" in settings:
+        yield f"dense below {settings['dense_until']:,}"
+    if settings.get("decode") == "sparse":
+        yield "sparse decode"
 
 
 def quality() -> str:

@@ -273,6 +273,9 @@ class Maker:
         described = {**self._shared, **changes(self._config), **(by_hand or {"density": self._density})}
         if self._routers:
             described["adapter"] = adapter_digest(SurgeryConfig(), self._routers)
+            names = {name for router in self._routers.values() for name in router.tensors()}
+            if learned := sorted(names - {"key_weight", "offset"}):  # metric and budgets need no learning
+                described["learned"] = learned
         return described
 
     def _operated(self, found: Calibrated, decode: str) -> Operated:
