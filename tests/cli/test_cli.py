@@ -12,6 +12,7 @@ from tests.cli.runner import SMALL, run
 
 from llama_surgery.cli.demo import pays
 from llama_surgery.cli.demo_model import cases, fetch
+from llama_surgery.cli.operate import _speed
 from llama_surgery.cli.topology import SINGLE_THETA, config_for
 from llama_surgery.config import SurgeryConfig
 
@@ -48,6 +49,17 @@ def test_help_loads_nothing_heavy() -> None:
         [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True
     )
     assert done.stdout.splitlines()[-1] == "[]"
+
+
+def test_dense_until_is_told(model: Path, tmp_path: Path) -> None:
+    """A position of one's own is saved, and not measured; what was measured is said in words."""
+    made = run("operate", model, "--out", tmp_path / "adapter", "--dense-until", "512", *SMALL)
+    assert made.exit_code == 0, made.output
+    assert "dense below position 512, from which on" in " ".join(made.output.split())
+    saved = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert saved["surgery"]["dense_until"] == 512
+    assert "not faster at any length" in _speed(8192, 8192)
+    assert run("operate", model, "--out", tmp_path / "other", "--dense-until", "0", *SMALL).exit_code == 0
 
 
 def test_operate_evaluate_report(model: Path, text: Path, tmp_path: Path) -> None:

@@ -29,6 +29,16 @@ from llama_surgery.cli.run import counted, thresholds
 from llama_surgery.cli.topology import config_for, topology_options
 
 
+def _speed(until: int, context: int | None) -> str:
+    """From where on prompts are sparse, and why not before."""
+    if context is None or until < context:
+        return f"Prompts are dense below position {until:,}, from which on sparse ones are read faster here."
+    return (
+        f"On this device sparse prompts are not faster at any length that the model was made for ({context:,}"
+        " tokens), so all is read densely. --dense-until 0 has them sparse all the same."
+    )
+
+
 @functools.partial(topology_options, gumbel=True)
 def operate(
     *,
@@ -83,6 +93,7 @@ def operate(
     texts = None if text is None else read_texts(text)
     llm, tokenizer = load_model(model, device, dtype, longest=length)
     from llama_surgery.surgery.adapter import save_adapter
+    from llama_surgery.surgery.context import context_length
     from llama_surgery.surgery.operate import operate as operate_on
     from llama_surgery.surgery.operation import config_of, measured_loss
 
@@ -116,10 +127,7 @@ def operate(
     if config.topology == "pages":
         out.print(f"Thresholds: {thresholds(config)}.")
         if config.dense_until:
-            out.print(
-                f"Dense below position {config.dense_until:,}, from which on sparse is faster here.",
-                highlight=False,
-            )
+            out.print(_speed(config.dense_until, context_length(llm)), highlight=False, soft_wrap=True)
     if measured is not None:
         out.print(f"Loss: {measured}.", soft_wrap=True, highlight=False)
     out.print(f"Adapter: {out_folder.resolve()}", soft_wrap=True, highlight=False)
