@@ -132,6 +132,7 @@ class Bench:
         for layer in self._layers() if self.given.mode == "operated" else []:
             layer.engine.next_turn = lambda: None
             layer.counters.resting = not on
+            layer.counters.reset()  # the engine counts its own trial steps as it starts
 
     def read(self) -> float:
         """Executed far density since the last time."""
