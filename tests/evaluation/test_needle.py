@@ -232,8 +232,8 @@ def test_only_what_the_dense_model_answers_is_compared() -> None:
     prompts = [prompt("four-facts", "treasure")] * 10 + [prompt("one-fact", "secret number")] * 2
     dense = [True] * 8 + [False] * 2 + [False, False]
     sparse = [True] * 6 + [False] * 2 + [True, False] + [True, False]
-    rows = compare_needles(prompts, dense, {"sparse": sparse}, [("variant",), ("variant", "kind")])
-    assert [row["variant"] for row in rows] == ["one-fact", "four-facts"] * 2
+    rows = compare_needles(prompts, dense, {"sparse": sparse})
+    assert [row["variant"] for row in rows] == ["one-fact", "four-facts"] * 4
     assert rows[3]["kind"] == "word" and "kind" not in rows[1]
     four = rows[1]
     assert four["count"] == 10 and four["dense"] == 0.8 and 0.4 < four["dense_low"] < 0.8 < four["dense_high"]

@@ -238,13 +238,13 @@ def solve(density: Callable[[float], float], target: float) -> float:
     return nearest()
 
 
-def densities_between(floor: float, requested: Sequence[float], fewest: int = 5) -> list[float]:
+def densities_between(floor: float, requested: Sequence[float]) -> list[float]:
     """Total densities at which a form is measured: its floor, the requested ones above it, and between them
-    further ones until there are ``fewest``."""
+    further ones until there are five."""
     points = [floor, *sorted({t for t in requested if 1 > t > 1.03 * floor})]
     if len(points) == 1:
         points.append((1 + floor) / 2)
-    while len(points) < fewest:
+    while len(points) < 5:
         gaps = [b / a for a, b in itertools.pairwise(points)]
         widest = gaps.index(max(gaps))
         points.insert(widest + 1, math.sqrt(points[widest] * points[widest + 1]))

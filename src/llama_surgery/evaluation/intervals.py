@@ -10,15 +10,14 @@ from llama_surgery.errors import SurgeryError
 CONFIDENCE = 0.95
 
 
-def mean_interval(scores: Sequence[float], confidence: float = CONFIDENCE) -> tuple[float, float, float]:
-    """Mean of scores with its two-sided interval.
+def mean_interval(scores: Sequence[float]) -> tuple[float, float, float]:
+    """Mean of scores with its two-sided interval of :data:`CONFIDENCE`.
 
     Wilson's (1927) score interval of a proportion, with the mean in its place. Scores within 0…1 vary at
     most as much as right and wrong answers of the same mean, so for partial scores it is rather too wide.
 
     Args:
         scores: Each 0…1.
-        confidence: Of the interval.
 
     Returns:
         Mean, low, high.
@@ -29,12 +28,12 @@ def mean_interval(scores: Sequence[float], confidence: float = CONFIDENCE) -> tu
     if not scores:
         raise SurgeryError("no score: at least one sample is needed.")
     mean = math.fsum(scores) / len(scores)
-    return mean, *wilson(mean, len(scores), confidence)
+    return mean, *wilson(mean, len(scores))
 
 
-def wilson(mean: float, count: int, confidence: float = CONFIDENCE) -> tuple[float, float]:
+def wilson(mean: float, count: int) -> tuple[float, float]:
     """The interval of :func:`mean_interval`, for ``count`` scores."""
-    z = _quantile(confidence)
+    z = _quantile(CONFIDENCE)
     centre = (mean + z**2 / (2 * count)) / (1 + z**2 / count)
     half = z / (1 + z**2 / count) * math.sqrt(mean * (1 - mean) / count + z**2 / (4 * count**2))
     return max(0.0, centre - half), min(1.0, centre + half)

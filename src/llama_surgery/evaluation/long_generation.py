@@ -88,13 +88,13 @@ def write_on(
     return texts
 
 
-def repetition(tokens: Sequence[int], run: int = RUN) -> float:
-    """Share of runs of ``run`` tokens that have occurred before in the text; 0 for shorter texts.
+def repetition(tokens: Sequence[int]) -> float:
+    """Share of runs of ``RUN`` tokens that have occurred before in the text; 0 for shorter texts.
 
     The measure "seq-rep-n" of Welleck et al. (2020), "Neural Text Generation with Unlikelihood
     Training", arXiv:1908.04319.
     """
-    runs = [tuple(tokens[start : start + run]) for start in range(len(tokens) - run + 1)]
+    runs = [tuple(tokens[start : start + RUN]) for start in range(len(tokens) - RUN + 1)]
     return 1 - len(set(runs)) / len(runs) if runs else 0.0
 
 

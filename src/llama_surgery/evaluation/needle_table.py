@@ -17,7 +17,6 @@ def compare_needles(
     prompts: "Sequence[NeedlePrompt]",
     dense: Sequence[bool],
     operated: Mapping[str, Sequence[bool]],
-    groupings: Sequence[Sequence[str]] = GROUPINGS,
 ) -> list[dict[str, Any]]:
     """Accuracies by properties of the prompts.
 
@@ -30,16 +29,15 @@ def compare_needles(
         prompts: What was asked.
         dense: Whether the dense model answered each.
         operated: The same for each operated model, by name.
-        groupings: Properties of a prompt: ``variant``, ``kind``, ``form``, ``length``, ``depth``.
 
     Returns:
-        One row for each combination that occurs, grouping by grouping: its properties, ``count``, ``dense``
+        One row for each combination that occurs, by :data:`GROUPINGS`: its properties, ``count``, ``dense``
         (accuracy) with its 95% interval ``dense_low``, ``dense_high``, and ``operated``: for each name
         ``accuracy``, ``compared`` (prompts that the dense model answered), ``difference``, ``low`` and
         ``high`` (None where nothing is compared), ``lost`` and ``won``.
     """
     rows = []
-    for keys in groupings:
+    for keys in GROUPINGS:
         cells: dict[tuple[Any, ...], list[int]] = {}
         for index, prompt in enumerate(prompts):
             cells.setdefault(tuple(getattr(prompt, key) for key in keys), []).append(index)

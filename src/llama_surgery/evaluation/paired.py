@@ -52,16 +52,15 @@ class RatioInterval:
     count: int
 
 
-def perplexity_ratio(
-    dense: Sequence[float], operated: Sequence[float], seed: int, confidence: float = CONFIDENCE
-) -> RatioInterval:
+def perplexity_ratio(dense: Sequence[float], operated: Sequence[float], seed: int) -> RatioInterval:
     """Ratio of two perplexities with a bootstrap over windows (percentiles).
+
+    With fewer than about ten windows its interval, of :data:`CONFIDENCE`, is too narrow.
 
     Args:
         dense: Mean loss of the dense model on each window, nats per token; windows of one length.
         operated: The same for the operated model, in the same order.
         seed: Of the bootstrap.
-        confidence: Of the two-sided interval. With fewer than about ten windows it is too narrow.
 
     Raises:
         SurgeryError: The two differ in length or are empty.
@@ -73,13 +72,13 @@ def perplexity_ratio(
         )
     change = np.asarray(operated, dtype=np.float64) - np.asarray(dense, dtype=np.float64)
     picks = _generator(seed).integers(0, len(change), size=(RESAMPLES, len(change)))
-    tail = (1 - confidence) / 2
+    tail = (1 - CONFIDENCE) / 2
     low, high = np.exp(np.quantile(change[picks].mean(axis=1), [tail, 1 - tail]))
     return RatioInterval(
         ratio=math.exp(change.mean()),
         low=float(low),
         high=float(high),
-        confidence=confidence,
+        confidence=CONFIDENCE,
         count=len(change),
     )
 

@@ -12,11 +12,14 @@ from tests.attention.triton.calls import called
 from llama_surgery.attention import api
 from llama_surgery.attention.impl.triton import job
 from llama_surgery.attention.impl.triton.prefill import launch as prefill
+from llama_surgery.attention.impl.triton.tiled_plan import TiledPlan
 from llama_surgery.attention.impl.triton.tuning import Tuning
 from llama_surgery.attention.result import AttentionResult
 from llama_surgery.config import SurgeryConfig
 from llama_surgery.errors import SurgeryError
+from llama_surgery.topology.geometry import query_blocks
 from llama_surgery.topology.layout import Layout, build_layout
+from llama_surgery.topology.plan import Plan, plan_from_first_open
 from llama_surgery.topology.router import PageRouter
 
 CONFIG = SurgeryConfig(chunk_size=64, page_size=16, window=32, tile=16, theta=0.06, theta_decode=0.03)
@@ -96,6 +99,18 @@ def check_pool(given: dict[str, object], config: SurgeryConfig) -> None:
     assert got.out is out and torch.equal(got.lse, want.lse) and torch.equal(out, want.out)
 
 
+def block_plans(tiled: TiledPlan, config: SurgeryConfig) -> list[Plan]:
+    """The same plan, cut into the blocks of rows of equal closed chunks."""
+    first_open, plans = tiled.first_open(), []
+    for block in query_blocks(tiled.start, tiled.stop, config, tiled.tile):
+        if block.closed:
+            first = block.start // tiled.tile - tiled.start // tiled.tile
+            last = (block.stop - 1) // tiled.tile - tiled.start // tiled.tile
+            opened = first_open[:, first : last + 1, : block.closed * config.pages_per_chunk]
+            plans.append(plan_from_first_open(opened, block, tiled.tile))
+    return plans
+
+
 def check(
     case: Case, config: SurgeryConfig, device: torch.device, router: PageRouter | None = None
 ) -> AttentionResult:
@@ -104,7 +119,7 @@ def check(
     result = called(prefill.attend, **given, config=config, keep_lists=True)  # type: ignore[arg-type]
     oracle = dataclasses.replace(config, backend="reference")
     expected = api.attend(**given, config=oracle)  # type: ignore[arg-type]
-    plans = [plan for tiled in result.plans for plan in tiled.block_plans(config)]
+    plans = [plan for tiled in result.plans for plan in block_plans(tiled, config)]
     assert len(plans) >= len(expected.plans)
     page = config.page_size
     for name in ("executed_pairs", "visible_pairs"):

@@ -30,9 +30,7 @@ class _CopyRecorder(Everything):
         self.sums[call.layer] = self.sums.get(call.layer, 0) + score
 
 
-def retrieval_scores(
-    model: nn.Module, ids: torch.Tensor, kv_heads: int, seed: int = 0
-) -> dict[str, torch.Tensor]:
+def retrieval_scores(model: nn.Module, ids: torch.Tensor, kv_heads: int) -> dict[str, torch.Tensor]:
     """Mean attention of a copied passage's rows to the tokens they should write next, by KV head.
 
     The last tokens of every window become a copy of an earlier passage. The score is that of Wu et al.,
@@ -43,7 +41,6 @@ def retrieval_scores(
         model: A dense causal language model of transformers.
         ids: (windows, length) int64, calibration text, more than four passages long.
         kv_heads: KV heads of a layer.
-        seed: Of the passages' places.
 
     Returns:
         ``scores``: (layers, kv_heads) float32, on the CPU; 1 at layers that are not full-attention ones.
@@ -51,7 +48,7 @@ def retrieval_scores(
     inner = inner_model(model)
     heads = inner.config.get_text_config().num_attention_heads
     recorder = _CopyRecorder(heads // kv_heads)
-    rng = random.Random(seed)
+    rng = random.Random(0)
     with torch.no_grad(), running(model, recorder):
         for window in ids:
             recorder.source = rng.randrange(len(window) - 3 * PASSAGE)

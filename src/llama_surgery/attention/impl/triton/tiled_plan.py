@@ -4,9 +4,7 @@ import dataclasses
 
 import torch
 
-from llama_surgery.config import SurgeryConfig
-from llama_surgery.topology.geometry import Block, query_blocks
-from llama_surgery.topology.plan import Plan, plan_from_first_open
+from llama_surgery.topology.geometry import Block
 
 #: A list entry is ``page * ENTRY + first_open``.
 ENTRY = 256
@@ -85,15 +83,3 @@ class TiledPlan:
         row = torch.arange(block.start, block.stop, device=self.counts.device)
         first_open = of_block.first_open()[..., :pages]
         return first_open[:, row // self.tile - first] <= (row % self.tile)[:, None]
-
-    def block_plans(self, config: SurgeryConfig) -> list[Plan]:
-        """The same plan, cut into the blocks of rows of equal closed chunks. Synchronises the device."""
-        first_open, plans = self.first_open(), []
-        for block in query_blocks(self.start, self.stop, config, self.tile):
-            if block.closed:
-                first = block.start // self.tile - self.start // self.tile
-                last = (block.stop - 1) // self.tile - self.start // self.tile
-                closed = block.closed * config.pages_per_chunk
-                opened = first_open[:, first : last + 1, :closed]
-                plans.append(plan_from_first_open(opened, block, self.tile))
-        return plans
