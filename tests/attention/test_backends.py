@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from tests.topology.key_mask import key_mask
 
 from llama_surgery.attention.api import attend
 from llama_surgery.attention.call import AttentionCall
@@ -14,7 +15,6 @@ from llama_surgery.config import SurgeryConfig
 from llama_surgery.errors import SurgeryError
 from llama_surgery.topology.geometry import Block, causal_pairs, near_pairs
 from llama_surgery.topology.layout import build_layout
-from llama_surgery.topology.mask import key_mask
 from llama_surgery.topology.plan import plan_from_first_open, tiles_of
 
 BASE = SurgeryConfig(chunk_size=32, page_size=8, window=16, tile=8, theta=0.05, theta_decode=0.05)
