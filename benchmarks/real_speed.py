@@ -119,12 +119,8 @@ class Run:
             length = parse_length(given.calibration_length)
         form = self._form(length)
         say(f"{canonical(form.settings)}, {self._deadline.spent:.0f} s")
-        has = set() if given.again else measured(given.out, canonical(form.settings), real.name, self._text)
         inner = inner_model(real.model)
-        possible = [part for part in PARTS if inner.device.type == "cuda" or part != GRAPHED]
-        missing = [(n, [part for part in possible if (n, part) not in has]) for n in self._prompts]
-        missing = [(n, parts) for n, parts in missing if parts]
-        if not missing or self._deadline.passed("the check"):
+        if self._deadline.passed("the check"):
             return
         ids = self._window(min(CHECKED, longest) + models.STEPS)
         error, own = models.check_against_dense(inner, real.config, ids, real.routers)
@@ -132,11 +128,22 @@ class Run:
         rival = twin(inner)
         with form.running() as read:
             self._set_dense_until(length)
+            missing = self._missing(canonical(form.settings))
             for index, (n, parts) in enumerate(missing):
                 if self._deadline.passed(f"{n:,} tokens"):
                     break
                 left = sum(len(parts) for _, parts in missing[index:])
                 self._length(n, parts, left, InTurns(inner, rival, self._prompts[n], read), form)
+
+    def _missing(self, settings: str) -> list[tuple[int, list[str]]]:
+        """Lengths and parts that the CSV has not."""
+        given, real = self._given, self._real
+        until = config_of(real.model).dense_until
+        has = set() if given.again else measured(given.out, settings, until, real.name, self._text)
+        cuda = inner_model(real.model).device.type == "cuda"
+        possible = [part for part in PARTS if cuda or part != GRAPHED]
+        missing = [(n, [part for part in possible if (n, part) not in has]) for n in self._prompts]
+        return [(n, parts) for n, parts in missing if parts]
 
     def _set_dense_until(self, length: int) -> None:
         """As operate() does by itself, unless it is given."""

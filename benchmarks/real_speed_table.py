@@ -15,7 +15,7 @@ COLUMNS = (
     *("device", "torch", "triton", "transformers", "date"),
 )
 #: What tells rows apart.
-KEYS = COLUMNS[:5]
+KEYS = (*COLUMNS[:5], "dense_until")
 #: What calibration finds, so that it may differ by the length and the state of the code.
 _FOUND = ("theta", "theta_decode", "budgets")
 #: Share by which the far density of other text than θ was set on may miss the one asked for.
@@ -60,16 +60,17 @@ def update(file: Path, rows: Sequence[dict[str, Any]]) -> None:
     """Puts rows into the CSV in place of those of the same name; others stay."""
 
     def place(key: tuple[str, ...]) -> tuple[Any, ...]:
-        model, length, text, part, settings = key
-        return model, text, settings, int(length), PARTS.index(part)
+        model, length, text, part, settings, until = key
+        return model, text, settings, int(length), int(until), PARTS.index(part)
 
     merge(file, rows, COLUMNS, KEYS, place)
 
 
-def measured(file: Path, settings: str, model: str, text: str) -> set[tuple[int, str]]:
+def measured(file: Path, settings: str, dense_until: int, model: str, text: str) -> set[tuple[int, str]]:
     """Length and part of what the CSV has of a model with these settings."""
+    wanted = settings, str(dense_until), model, text
     rows = rows_of(file) if file.exists() else []
-    same = [r for r in rows if (r["settings"], r["model"], r["text"]) == (settings, model, text)]
+    same = [r for r in rows if (r["settings"], r["dense_until"], r["model"], r["text"]) == wanted]
     return {(int(row["length"]), row["part"]) for row in same}
 
 
@@ -80,14 +81,15 @@ def real_speed() -> str:
         peak = float(row["peak_bytes"]) / float(row["rival_peak_bytes"]) if row["peak_bytes"] else None
         cells.append(
             [
-                _model(row), tokens(row["length"]), row["part"], percent(row["total_density"]),
+                _model(row), tokens(row["length"]), row["part"], tokens(row["dense_until"]),
+                percent(row["total_density"]),
                 milliseconds(row["ms"]), milliseconds(row["rival_ms"]), row["rival"],
                 f"{float(row['speedup']):.2f} ×", "–" if peak is None else f"{peak:.2f}", row["alternations"],
             ]
         )  # fmt: skip
     names = (
-        "model", "tokens", "", "total density", "milliseconds", "dense, milliseconds", "by", "faster",
-        "peak memory ÷ dense", "turns",
+        "model", "tokens", "", "dense below", "total density", "milliseconds", "dense, milliseconds", "by",
+        "faster", "peak memory ÷ dense", "turns",
     )  # fmt: skip
     return markdown(names, cells) + f"\n\n{_conditions(rows)}" if rows else _NOTHING
 
@@ -96,7 +98,7 @@ def lost_and_won() -> str:
     """A row a model, one configuration: what it loses, and how much faster it is.
 
     Of the newest settings the longest prompt whose quality was measured; what was measured at a shorter
-    length says so.
+    length, or with no row dense, says so.
     """
     rows, quality = _rows(), rows_of(RESULTS / "real_quality.csv")
     cells = []
@@ -105,11 +107,11 @@ def lost_and_won() -> str:
         known = [row for row in first if row["quality_model"]] or first
         if not known:
             continue
-        row = max(known, key=lambda row: (row["date"], int(row["length"])))
+        row = max(known, key=lambda row: (row["date"], int(row["length"]), int(row["dense_until"])))
         cells.append(_line(row, rows, quality))
     names = (
-        "model", "tokens", "pairs read, of all", "perplexity ÷ dense (95% interval)", "facts kept",
-        "RULER, points", "first token", "decode step",
+        "model", "tokens", "dense below", "pairs read, of all", "perplexity ÷ dense (95% interval)",
+        "facts kept", "RULER, points", "first token", "decode step",
     )  # fmt: skip
     return markdown(names, cells) + f"\n\n{_conditions(rows)}" if rows else _NOTHING
 
@@ -119,6 +121,10 @@ def _line(row: Row, rows: list[Row], quality: list[Row]) -> list[str]:
         found = [r for r in rows if r["part"] == part and all(r[k] == row[k] for k in KEYS if k != "part")]
         return f"{float(found[0]['speedup']):.2f} ×" if found else ""
 
+    steps, until = same(GRAPHED) or same(STEP) or "–", int(row["dense_until"])
+    shown = [_model(row), tokens(row["length"]), tokens(str(until)), percent(row["total_density"])]
+    if until >= int(row["length"]):
+        return [*shown, "1: all is dense", "all", "–", same(FIRST), steps]
     kept = ["–"] * 3
     wanted = [row[f"quality_{name}"] for name in ("model", "length", "settings")]
     for one in quality:
@@ -126,12 +132,10 @@ def _line(row: Row, rows: list[Row], quality: list[Row]) -> list[str]:
             continue
         ratio, low, high = (f"{float(one[name]):.4f}" for name in ("ratio", "ratio_low", "ratio_high"))
         at = "" if one["length"] == row["length"] else f", at {tokens(one['length'])} tokens"
+        at += ", no row dense" if until else ""
         points = f"{float(one['ruler']) - float(one['ruler_dense']):+.1f}" if one["ruler"] else "–"
         kept = [f"{ratio} ({low} … {high}){at}", percent(one["needles_kept"]), points]
-    steps = same(GRAPHED) or same(STEP) or "–"
-    return [
-        _model(row), tokens(row["length"]), percent(row["total_density"]), *kept, same(FIRST), steps,
-    ]  # fmt: skip
+    return [*shown, *kept, same(FIRST), steps]
 
 
 def _rows() -> list[Row]:
