@@ -121,6 +121,12 @@ class TestEmulated:
 @hopper_only
 @pytest.mark.usefixtures("poisoned")
 class TestAgainstPortableKernels:
+    @pytest.mark.parametrize("page", [16, 32, 64])
+    def test_chunks_in_blocks_of_a_pool(self, page: int, device: torch.device) -> None:
+        config = dataclasses.replace(CONFIG, page_size=page)
+        case = test_prefill.Case(517, 1111, 4, 128, dtype=torch.bfloat16)
+        test_prefill.check_pool(test_prefill.inputs(case, config, device), config)
+
     @pytest.mark.parametrize(
         ("heads", "dim", "dtype", "page"),
         [
