@@ -4,7 +4,7 @@ import enum
 import functools
 import json
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
@@ -22,10 +22,10 @@ from rich.progress import (
 )
 
 from llama_surgery import __version__
+from llama_surgery.cli.values import SHARE
 from llama_surgery.config import SurgeryConfig
 from llama_surgery.errors import SurgeryError
 from llama_surgery.folders import check_complete
-from llama_surgery.lengths import parse_length
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -59,33 +59,6 @@ def option(panel: str | None, kind: Any, help: str, *names: str, **checks: Any) 
     """The annotation of a command's option, shown under ``panel``."""
     return Annotated[kind, typer.Option(*names, help=help, rich_help_panel=panel, **checks)]
 
-
-def _share(given: object) -> float:
-    """The share that ``6%`` or ``0.06`` stands for.
-
-    Raises:
-        BadParameter: It is no number, or not one between 0 and 1.
-    """
-    text = str(given)
-    try:
-        found = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
-    except ValueError:
-        found = -1.0
-    if not 0 < found < 1:
-        raise typer.BadParameter(f"{text!r}: give a share above 0 and below 1, such as 1% or 0.01.")
-    return found
-
-
-def _tokens(given: object) -> int:
-    try:
-        return parse_length(str(given))
-    except SurgeryError as error:
-        raise typer.BadParameter(str(error)) from error
-
-
-#: What an option that takes a share is declared with, and one that takes a number of tokens, as 8192 or 8k.
-SHARE = {"parser": _share, "metavar": "SHARE"}
-TOKENS = {"parser": _tokens, "metavar": "TOKENS"}
 
 #: Options of their own panel, and those under the panel of the model, the topology and the samples.
 own_option = functools.partial(option, None)
@@ -148,24 +121,6 @@ def status(what: str) -> Iterator[None]:
         return
     with err.status(what):
         yield
-
-
-def split_values(given: Sequence[str]) -> list[str]:
-    """Values of an option that may be repeated and may hold several after commas, each once."""
-    parts = [part.strip() for item in given for part in item.split(",")]
-    return list(dict.fromkeys(part for part in parts if part))
-
-
-def token_counts(given: Sequence[str]) -> list[int]:
-    """Numbers of tokens such as ``8192`` or ``8k`` (1,024 tokens each), ascending.
-
-    Raises:
-        SurgeryError: One is no such number.
-    """
-    counts = sorted({parse_length(part) for part in split_values(given)})
-    if not counts:
-        raise SurgeryError("no length: give a number of tokens, such as 8192 or 8k.")
-    return counts
 
 
 def escape(text: str) -> str:

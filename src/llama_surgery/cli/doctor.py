@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING
 import typer
 
 from llama_surgery.cli.common import (
-    SHARE,
     AdapterOption,
     DeviceOption,
     Dtype,
@@ -19,9 +18,9 @@ from llama_surgery.cli.common import (
     own_option,
     print_json,
     status,
-    token_counts,
 )
 from llama_surgery.cli.tables import make_table
+from llama_surgery.cli.values import SHARE, token_counts
 
 if TYPE_CHECKING:
     import torch

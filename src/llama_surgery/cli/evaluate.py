@@ -8,7 +8,6 @@ from typing import Any
 import typer
 
 from llama_surgery.cli.common import (
-    TOKENS,
     AdapterOption,
     BatchOption,
     CalibrationOption,
@@ -27,14 +26,13 @@ from llama_surgery.cli.common import (
     own_option,
     progress,
     sample_option,
-    split_values,
-    token_counts,
     topology_of,
     topology_option,
 )
 from llama_surgery.cli.evaluate_output import write_and_print
 from llama_surgery.cli.evaluate_parts import Parts
 from llama_surgery.cli.topology import config_for, topology_options
+from llama_surgery.cli.values import TOKENS, split_values, token_counts
 
 #: Exit code of a gate that does not let pass.
 CLOSED = 3

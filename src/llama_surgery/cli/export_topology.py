@@ -3,7 +3,6 @@
 from pathlib import Path
 
 from llama_surgery.cli.common import (
-    TOKENS,
     AdapterArgument,
     DeviceOption,
     Dtype,
@@ -17,6 +16,7 @@ from llama_surgery.cli.common import (
     status,
     topology_of,
 )
+from llama_surgery.cli.values import TOKENS
 
 
 def export_topology(

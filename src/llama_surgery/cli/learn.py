@@ -9,8 +9,6 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from llama_surgery.cli.common import (
-    SHARE,
-    TOKENS,
     DeviceOption,
     Dtype,
     DtypeOption,
@@ -29,6 +27,7 @@ from llama_surgery.cli.common import (
 from llama_surgery.cli.learn_report import Asked, reporter, silent, told
 from llama_surgery.cli.run import counted
 from llama_surgery.cli.topology import STEPS, config_for, learned_parts, topology_options
+from llama_surgery.cli.values import SHARE, TOKENS
 from llama_surgery.config import SurgeryConfig
 from llama_surgery.errors import SurgeryError
 

@@ -8,8 +8,6 @@ from typing import Any
 import typer
 
 from llama_surgery.cli.common import (
-    SHARE,
-    TOKENS,
     DecodeDensityOption,
     DensityOption,
     DeviceOption,
@@ -27,6 +25,7 @@ from llama_surgery.cli.common import (
 )
 from llama_surgery.cli.run import counted, thresholds
 from llama_surgery.cli.topology import config_for, topology_options
+from llama_surgery.cli.values import SHARE, TOKENS
 
 
 def _speed(until: int, context: int | None) -> str:

@@ -5,7 +5,6 @@ import functools
 from typing import TYPE_CHECKING, Any
 
 from llama_surgery.cli.common import (
-    SHARE,
     JsonOption,
     ShapeArgument,
     TileOption,
@@ -15,11 +14,11 @@ from llama_surgery.cli.common import (
     own_option,
     print_json,
     status,
-    token_counts,
     topology_option,
 )
 from llama_surgery.cli.tables import make_table
 from llama_surgery.cli.topology import STEPS, config_for, learned_parts, topology_options
+from llama_surgery.cli.values import SHARE, token_counts
 
 if TYPE_CHECKING:
     from llama_surgery.learning.forecast import Learning, Length, Shape

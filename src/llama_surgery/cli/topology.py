@@ -5,7 +5,8 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
-from llama_surgery.cli.common import split_values, topology_option
+from llama_surgery.cli.common import topology_option
+from llama_surgery.cli.values import split_values
 from llama_surgery.config import SurgeryConfig
 
 #: Steps of learning, unless told otherwise: what docs/learning.md was measured with.
