@@ -1,6 +1,7 @@
 """Rows that see everything are the model's own attention: the same answers and counts, and no layout."""
 
 import dataclasses
+import threading
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from tests.surgery.tiny import SPARSE, build, in_pieces, llama, logits, pad, pos
 from llama_surgery import operated, paged_cache, statistics
 from llama_surgery.surgery import store as store_module
 from llama_surgery.surgery.compat import CACHE_NAME
+from llama_surgery.surgery.cudnn import without_cudnn
 from llama_surgery.surgery.operate import reset_statistics
 
 EXACT = {"rtol": 1e-9, "atol": 1e-9}
@@ -158,3 +160,25 @@ def test_a_cache_of_another_call():
         cache = paged_cache(model)
         one = in_pieces(model, tokens(120), [60], cache)[0]
         torch.testing.assert_close(one, in_pieces(model, tokens(120), [60])[0], **EXACT)
+
+
+def test_the_switch_is_turned_back_whoever_leaves_last():
+    """Threads overlap: neither may leave cuDNN's attention off for good."""
+    enabled = torch.backends.cuda.cudnn_sdp_enabled
+    before = enabled()
+    inside, leave = threading.Event(), threading.Event()
+
+    def other() -> None:
+        with without_cudnn:
+            inside.set()
+            leave.wait(10)
+
+    thread = threading.Thread(target=other)
+    with without_cudnn:
+        thread.start()
+        assert inside.wait(10)
+        assert not enabled()
+    assert not enabled()  # the other one is still inside
+    leave.set()
+    thread.join()
+    assert enabled() == before

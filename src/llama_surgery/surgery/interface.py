@@ -13,6 +13,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from llama_surgery.errors import SurgeryError, UnsupportedModelError
 from llama_surgery.surgery.calls import current_call
+from llama_surgery.surgery.cudnn import PLANNED, without_cudnn
 from llama_surgery.surgery.execute import run_layer
 from llama_surgery.surgery.layer import ATTRIBUTE, LayerSurgery
 from llama_surgery.surgery.supported import crosses
@@ -29,10 +30,6 @@ INTERFACE_NAMES = {
     "flex_attention": "surgery_over_fx",
 }
 _BASES = {name: base for base, name in INTERFACE_NAMES.items()}
-
-#: Most (row, key) pairs of a call that is kept from cuDNN, which PyTorch prefers on Hopper: it plans on the
-#: host for every new shape, 2 ms a layer (an H200, PyTorch 2.11), and each decode step has a new one.
-PLANNED = 1 << 24
 
 #: Why caches of transformers that have all their room from the start are refused.
 FIXED_SIZE = "caches of fixed size are not supported. Leave cache_implementation and the cache unset."
@@ -222,15 +219,11 @@ def _own_attention(
     if base != "sdpa" or rows * keys > PLANNED:
         return lambda *states: run(*states, mask, keywords)[0]
 
-    def without_plans(*states: torch.Tensor) -> torch.Tensor:
-        planned = torch.backends.cuda.cudnn_sdp_enabled()
-        torch.backends.cuda.enable_cudnn_sdp(False)
-        try:
+    def unplanned(*states: torch.Tensor) -> torch.Tensor:
+        with without_cudnn:
             return run(*states, mask, keywords)[0]
-        finally:
-            torch.backends.cuda.enable_cudnn_sdp(planned)
 
-    return without_plans
+    return unplanned
 
 
 def _run_dense(
