@@ -162,6 +162,29 @@ def test_a_cache_of_another_call():
         torch.testing.assert_close(one, in_pieces(model, tokens(120), [60])[0], **EXACT)
 
 
+def test_gradients_of_an_earlier_call():
+    """Reach its inputs through later calls that record none of their own, also when chunks fill meanwhile."""
+
+    def run(model):
+        parameters = [p for p in model.parameters() if p.requires_grad]
+        for parameter in parameters:
+            parameter.requires_grad_(False)
+        try:
+            states = model.get_input_embeddings()(tokens(1, 60)).requires_grad_()
+            out = model(inputs_embeds=states, use_cache=True)
+            cache, loss = out[CACHE_NAME], out.logits[:, -1].square().sum()
+            for step in range(8):
+                out = model(tokens(1, 1 + 40 * (step == 5), seed=step), **{CACHE_NAME: cache}, use_cache=True)
+                loss = loss + out.logits[:, -1].square().sum()
+            loss.backward()
+            return states.grad
+        finally:
+            for parameter in parameters:
+                parameter.requires_grad_(True)
+
+    same(run)
+
+
 def test_the_switch_is_turned_back_whoever_leaves_last():
     """Threads overlap: neither may leave cuDNN's attention off for good."""
     enabled = torch.backends.cuda.cudnn_sdp_enabled

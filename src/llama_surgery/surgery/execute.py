@@ -114,7 +114,8 @@ def _own_may_run(
     """May rows that see everything be left to the model's own attention? Not where a backend was asked for by
     name, shares are listened to, a graph is captured, or gradients are recorded."""
     asked = layer.config.backend != "auto" or layer.listener is not None or paged.recording
-    return not asked and not differentiable(query, key, value)
+    recorded = paged.buffers is not None and paged.buffers.recorded  # by an earlier call
+    return not asked and not recorded and not differentiable(query, key, value)
 
 
 def _own_rows(
