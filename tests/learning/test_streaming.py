@@ -137,8 +137,14 @@ def test_a_model_larger_than_memory(tmp_path: Path) -> None:
             str(allowed),
             how,
         ]
-        # One heap for all threads: how many there would be, and what they keep, is a matter of chance.
-        environment = os.environ | {"MALLOC_ARENA_MAX": "1"}
+        # One heap for all threads: how many there would be, and what they keep, is a matter of chance. So is what
+        # the heap keeps of freed tensors, unless the size from which on they are given back at once is fixed.
+        fixed = {
+            "MALLOC_ARENA_MAX": "1",
+            "MALLOC_MMAP_THRESHOLD_": "262144",
+            "MALLOC_TRIM_THRESHOLD_": "262144",
+        }
+        environment = os.environ | fixed
         return subprocess.Popen(
             command, cwd=root, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
         )
