@@ -137,8 +137,8 @@ def test_a_model_larger_than_memory(tmp_path: Path) -> None:
             str(allowed),
             how,
         ]
-        # One heap for all threads: how many there would be, and what they keep, is a matter of chance. So is what
-        # the heap keeps of freed tensors, unless the size from which on they are given back at once is fixed.
+        # One heap for all threads: how many there would be, and what they keep, is a matter of chance. So is
+        # what a heap keeps of freed tensors, unless the size is fixed from which on they are given back.
         fixed = {
             "MALLOC_ARENA_MAX": "1",
             "MALLOC_MMAP_THRESHOLD_": "262144",
