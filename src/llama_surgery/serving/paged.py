@@ -16,8 +16,8 @@ from llama_surgery.attention.executor import build_layout, kernel_features
 from llama_surgery.attention.result import AttentionResult
 from llama_surgery.config import SurgeryConfig
 from llama_surgery.serving.moves import in_a_row, put, take, take_rows
-from llama_surgery.surgery.rows import Part, parts_of
-from llama_surgery.topology.geometry import closed_chunks, first_far
+from llama_surgery.surgery.rows import Part, parts_of, sparse_parts
+from llama_surgery.topology.geometry import closed_chunks
 from llama_surgery.topology.layout import Layout, Moments
 from llama_surgery.topology.router import PageRouter
 
@@ -56,8 +56,7 @@ class Scheduled:
 
     def sparse(self, config: SurgeryConfig) -> list[Part]:
         """Of :meth:`parts`, the rows that have a far field and do not read all of it."""
-        parts = [part._replace(start=max(part.start, first_far(config))) for part in self.parts(config)]
-        return [part for part in parts if part.start < part.stop and config.theta_for(part.tile)]
+        return sparse_parts(self.parts(config), config)
 
     def far_chunks(self, config: SurgeryConfig) -> int:
         """Chunks that :meth:`sparse` rows have in their far fields: those that must be laid out for them."""

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-#: Most (row, key) pairs of a call that is kept from it: a plan takes the host 2 ms (an H200, PyTorch 2.11),
+#: Most (row, key) pairs of a call that is kept from it: to plan takes the host longer than such a call takes,
 #: and each decode step has a new shape.
 PLANNED = 1 << 24
 

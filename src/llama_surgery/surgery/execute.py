@@ -132,7 +132,7 @@ def _own_rows(
         return None
     rows, keys = parts[-1].stop - start, parts[-1].stop - store.length
     key, value = key[:, :, :keys], value[:, :, :keys]
-    states = store.extend(key, value, layer.router) if store.kept else (key, value)
+    states = store.extend(key, value, layer.router) if store.keep else (key, value)
     for part in parts:
         layer.counts(part.tile).add_whole(part, layer.config, query.shape[0], key.shape[1], query.shape[1])
     return attention(query[:, :, :rows], *states)

@@ -130,8 +130,9 @@ def operate(
             model, tokenizer, text, max_loss, length, config, routers
         )
     base = check_replaceable(inner, modules.values())
-    if text is not None and density is not None:
+    if density is not None:
         check_densities(config, density, decode_density)
+    if text is not None and (density is not None or measure_speed):
         ids = calibration_windows(model, tokenizer, text, length, config)
     if config.topology == "pages" and routers is None:
         routers = {index: PageRouter(key_weight=weight) for index, weight in metric_of(inner).items()}
@@ -149,8 +150,7 @@ def operate(
         hook(inner, operation)
         if text is not None and density is not None:
             set_config(model, calibrate(model, ids, density, passes, decode_density=decode_density))
-        if measure_speed and text is not None:
-            ids = calibration_windows(model, tokenizer, text, length, config)
+        if measure_speed:
             until = measured_dense_until(inner, ids)
             operation.use(dataclasses.replace(operation.config, dense_until=until))
     except BaseException:

@@ -1,7 +1,7 @@
 """How the rows of a call are computed: in tiles, or one by one."""
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 from llama_surgery.config import SurgeryConfig
@@ -47,6 +47,12 @@ def parts_of(
             start = end
 
 
+def sparse_parts(parts: Iterable[Part], config: SurgeryConfig) -> list[Part]:
+    """Of ``parts``, the rows that have a far field and do not read all of it."""
+    far = (part._replace(start=max(part.start, first_far(config))) for part in parts)
+    return [part for part in far if part.start < part.stop and config.theta_for(part.tile)]
+
+
 @functools.lru_cache(maxsize=256)  # every layer of a model asks the same
 def whole_rows(
     start: int, stop: int, config: SurgeryConfig, *, step: bool = False, prompt_end: int | None = None
@@ -56,6 +62,6 @@ def whole_rows(
     Arguments are those of :func:`parts_of`.
     """
     parts = tuple(parts_of(start, stop, config, step=step, prompt_end=prompt_end))
-    if all(not config.theta_for(part.tile) or part.stop <= first_far(config) for part in parts):
+    if not sparse_parts(parts, config):
         return parts
     return tuple(parts_of(start, min(stop, config.dense_until), config, step=step, prompt_end=prompt_end))

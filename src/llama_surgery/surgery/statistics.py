@@ -11,7 +11,7 @@ from llama_surgery.attention.result import AttentionResult
 from llama_surgery.config import SurgeryConfig
 from llama_surgery.surgery.buffers import writable
 from llama_surgery.surgery.rows import Part
-from llama_surgery.topology.geometry import causal_pairs, query_blocks
+from llama_surgery.topology.geometry import causal_pairs, near_pairs, query_blocks, summary_pairs
 
 #: Held while counts are changed, by whatever thread: for additions alone, on the host. One for all counters,
 #: since they are copied and pickled with a model, and a lock cannot be.
@@ -109,11 +109,11 @@ class Counters:
     def add_whole(self, part: Part, config: SurgeryConfig, sequences: int, kv_heads: int, heads: int) -> None:
         """Count rows that saw everything, with the pages of their closed chunks, all opened."""
         choosers = 1 if part.tile == 1 else heads // kv_heads
-        rows, near, causal, summary, pairs, pages = _whole(part, config)
+        pairs, pages = _whole(part, config)[4:]
         each = sequences * choosers
         with COUNTING:
             self.choosers = max(self.choosers, choosers)
-            self.count(rows * sequences, near * sequences, causal * sequences, summary * sequences)
+            self.count_rows(part.start, part.stop, config, part.tile, sequences)
             before = self.whole.get(kv_heads, (0, 0))
             self.whole[kv_heads] = before[0] + pairs * each, before[1] + pages * each
 
@@ -126,13 +126,12 @@ class Counters:
 @functools.lru_cache(maxsize=256)  # every layer of a model asks the same
 def _whole(part: Part, config: SurgeryConfig) -> tuple[int, int, int, float, int, int]:
     """Rows, near, causal and summary pairs of a part; pairs and pages of its far field, if it reads all."""
-    blocks = list(query_blocks(part.start, part.stop, config, part.tile))
-    causal = causal_pairs(part.start, part.stop)
-    closed = sum(block.closed * (block.stop - block.start) for block in blocks)
-    tiles = sum(b.closed * (-(-b.stop // part.tile) - b.start // part.tile) for b in blocks)
-    far, pages = closed * config.chunk_size, tiles * config.pages_per_chunk
-    summary = closed * config.pages_per_chunk / 2 if config.summarises(part.tile) else 0.0
-    return part.stop - part.start, causal - far, causal, summary, far, pages
+    start, stop, tile = part
+    causal, near = causal_pairs(start, stop), near_pairs(start, stop, config, tile)
+    blocks = query_blocks(start, stop, config, tile)
+    tiles = sum(b.closed * (-(-b.stop // tile) - b.start // tile) for b in blocks)
+    summary = summary_pairs(start, stop, config, tile)
+    return stop - start, near, causal, summary, causal - near, tiles * config.pages_per_chunk
 
 
 @dataclasses.dataclass(frozen=True)

@@ -31,6 +31,7 @@ class SequenceStore:
     Attributes:
         length: Tokens of each sequence.
         laid: How many of them are in tree order, a multiple of ``chunk_size``.
+        keep: Are they remembered after a call?
     """
 
     def __init__(
@@ -47,19 +48,14 @@ class SequenceStore:
         self.length, self.laid = length, laid
         self._buffers = buffers
         self._streams = streams
-        self._keep = keep
+        self.keep = keep
         self._passing: Layout | None = None
         self._router: PageRouter | None = None  # of the last call, for what is laid out later
 
     @property
-    def kept(self) -> bool:
-        """Are tokens remembered after a call?"""
-        return self._keep
-
-    @property
     def layout(self) -> Layout | None:
         """Full chunks in tree order, or None where there is none."""
-        if not self._keep or self._buffers is None:
+        if not self.keep or self._buffers is None:
             return self._passing
         self.lay_out(self._router)
         return self._buffers.layout(self._streams, self.laid // self.config.chunk_size) if self.laid else None
@@ -67,7 +63,7 @@ class SequenceStore:
     def lay_out(self, router: PageRouter | None = None) -> None:
         """Bring full chunks into tree order that are not yet."""
         begin, full = self.laid, self.length // self.config.chunk_size * self.config.chunk_size
-        if begin < full and self._keep and self._buffers is not None:
+        if begin < full and self.keep and self._buffers is not None:
             with self._buffers.recording():
                 self._lay_out(begin, *self._buffers.read(self._streams, begin, full), router)
 
@@ -94,7 +90,7 @@ class SequenceStore:
         keys, values = keys.flatten(0, 1), values.flatten(0, 1)
         near = self._near(keys, values, since)
         size, stop = self.config.chunk_size, self.length + keys.shape[1]
-        if not self._keep:
+        if not self.keep:
             full = stop // size * size
             self._passing = None
             if full:
