@@ -31,7 +31,8 @@ def quality_of(
 
     Args:
         rows: Of that file.
-        model, length, text: What was timed. A row of the same length comes first, then that of the longest.
+        model, length, text: What was timed. A row of the very settings comes first, whatever its length, then
+            one of the same length, then that of the longest.
         settings: As rows have them.
         density: Far density that θ was calibrated to: then a row with another θ will do whose own far density
             is within a quarter of it. None where θ was given: it must be the row's.
@@ -48,7 +49,7 @@ def quality_of(
             same = near and _without(own) == _without(settings)
         if same and (row["model"], row["text"], row["form"]) == (model, text, "operated"):
             exact = own == settings
-            found.append(((int(row["length"]) == length, int(row["length"]), exact, row["date"]), row))
+            found.append(((exact, int(row["length"]) == length, int(row["length"]), row["date"]), row))
     return max(found, key=lambda one: one[0])[1] if found else None
 
 
