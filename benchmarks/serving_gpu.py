@@ -5,9 +5,10 @@
 
 The model has the shapes of a ``config.json`` and random weights, the same in both modes: times, no answers.
 Dense is the engine as it comes, with CUDA graphs for decode steps. Parts: ``first``, the time to the first
-token of a prompt that is not cached; ``decode``, the time of a step; ``load``, tokens per second of requests
-at once. θ is set such that the executed far density of a prompt is what was asked for; each row has that
-which came out. Rows are appended.
+token of a prompt that is not cached; ``decode``, the time of a step and that to the first tokens of prompts
+that are cached; ``load``, tokens written per second of 16 requests at once, none of them cached. θ is set
+such that the executed far density of a prompt is what was asked for; each row has that which came out. Rows
+are appended.
 """
 
 import argparse
@@ -23,8 +24,8 @@ from pathlib import Path
 from typing import Any
 
 COLUMNS = (
-    "engine", "version", "model", "mode", "length", "batch", "far_density", "ttft_ms", "tpot_ms",
-    "tokens_per_s", "kv_tokens", "theta", "dense_until", "device",
+    "engine", "version", "model", "mode", "length", "batch", "far_density", "ttft_ms", "cached_ms",
+    "tpot_ms", "tokens_per_s", "kv_tokens", "theta", "dense_until", "device",
 )  # fmt: skip
 #: Tokens that a decode step's time is taken from.
 STEPS = 128
@@ -185,16 +186,18 @@ class Bench:
             self.decode(length, prompts[:batch])
 
     def decode(self, length: int, prompts: list[dict[str, list[int]]]) -> None:
-        """Time of a decode step after prompts that are cached."""
+        """Time to the first tokens of prompts that are cached, and of the decode steps that follow."""
         self.write(prompts, STEPS // 4)
-        short = [self.write(prompts, 1) for _ in range(3)]
+        short = [self.write(prompts, 1) for _ in range(5)]
         long = [self.write(prompts, STEPS + 1) for _ in range(3)]
-        step = (statistics.median(long) - statistics.median(short)) / STEPS
-        self.add(length, len(prompts), tpot_ms=1000 * step, tokens_per_s=len(prompts) / step)
-        say(f"cached prompts' first token, {length} tokens, {len(prompts)}: {1000 * min(short):.1f} ms")
+        cached = statistics.median(short)
+        step = (statistics.median(long) - cached) / STEPS
+        steps = {"tpot_ms": 1000 * step, "tokens_per_s": len(prompts) / step}
+        self.add(length, len(prompts), cached_ms=1000 * cached, **steps)
 
     def load(self, length: int, batch: int, new: int = 256) -> None:
-        """Tokens per second of ``batch`` requests at once."""
+        """Tokens written per second of ``batch`` requests at once, none of them cached."""
+        self.engine.reset_prefix_cache()
         seconds = self.write([self.prompt(length) for _ in range(batch)], new)
         self.add(length, batch, tokens_per_s=batch * new / seconds)
 

@@ -5,8 +5,13 @@ from csv_tables import RESULTS, Row, conditions, markdown, milliseconds, percent
 #: Times of the defaults, and what stands for them until they are there.
 ATTENTION, NOTHING = "attention.csv", "Not measured yet."
 
-#: Columns of serving_gpu.csv, and what they are.
-SERVED = {"ttft_ms": "first token", "tpot_ms": "a further token"}
+#: Columns of serving_gpu.csv, and what they are. Tokens per second of other rows follow from a step's time.
+SERVED = {
+    "ttft_ms": "first token, ms",
+    "cached_ms": "first token of a cached prompt, ms",
+    "tpot_ms": "a further token, ms",
+    "tokens_per_s": "tokens per second under load",
+}
 
 #: The row of a whole call in it, and what names a setting.
 WHOLE, LABEL = "attention with layout and selection", ("n", "heads", "page", "tile", "far")
@@ -120,8 +125,8 @@ def end_to_end() -> str:
 
 
 def serving() -> str:
-    """A server's first token and time per token, beside the dense engine's of the same shapes."""
-    rows = read("serving_gpu.csv")
+    """A server's first token, time per token and load, beside the dense engine's of the same shapes."""
+    rows = [row | ({"tokens_per_s": ""} if row["tpot_ms"] else {}) for row in read("serving_gpu.csv")]
     beside = [row for row in rows if row["mode"] == "dense"]
     dense = {(row["length"], row["batch"], part): row[part] for part in SERVED for row in beside if row[part]}
     cells = []
@@ -136,7 +141,7 @@ def serving() -> str:
                         f"{float(row[part]) / float(rival):.2f}",
                     ]
                 )  # fmt: skip
-    names = ("", "tokens", "batch", "far density", "dense, milliseconds", "operated, milliseconds", "÷ dense")
+    names = ("", "tokens", "batch", "far density", "dense", "operated", "÷ dense")
     room = {row["mode"]: int(row["kv_tokens"]) for row in rows}
     kept = f"{room['operated'] / room['dense']:.3f} of dense's room for keys and values"
     first = rows[0]
