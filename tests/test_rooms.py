@@ -17,7 +17,7 @@ LOWER = {
     "topology": set(),
     "attention": {"topology"},
     "surgery": {"attention", "topology"},
-    "learning": {"surgery", "topology"},
+    "learning": {"attention", "surgery", "topology"},
     "gumbel": {"attention", "learning", "surgery"},
     "serving": {"attention", "surgery", "topology"},
     "evaluation": {"surgery", "topology"},

@@ -11,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from llama_surgery.config import SurgeryConfig
 from llama_surgery.errors import SurgeryError, UnsupportedModelError
+from llama_surgery.learning import kernel_gates
 from llama_surgery.learning.corrections import Corrections
 from llama_surgery.learning.gates import Homotopy, Rows, gated_rows
 from llama_surgery.learning.reading import Reading
@@ -158,14 +159,28 @@ def gated_layer(
     Returns:
         (batch, heads, n, value_dim), the queries' dtype. Pairs are added to ``gates.reading``.
     """
-    layer = _Layer.of(query, key, value, router, gates)
-    outs = []
-    for block in query_blocks(0, query.shape[2], gates.config, gates.config.tile):
-        position = torch.arange(block.start, block.stop, device=query.device)
-        outs.append(layer.run(Rows(position, block.closed, block.stop), gates, scale))
-    layer.count(gates.reading)
-    out = torch.cat(outs, 2).unflatten(0, (query.shape[0], -1)).flatten(1, 2)
-    return out.to(query.dtype)
+    streams = key.shape[:2].numel()
+    states = query.unflatten(1, (key.shape[1], -1)).flatten(0, 1), key.flatten(0, 1), value.flatten(0, 1)
+    if kernel_gates.serves(*states[1:], router, gates.config):
+        _check_tiles(query.shape[2], gates.config)
+        corrections = router.for_streams(streams, query.device)
+        found = gates.log_theta, gates.homotopy, gates.config, scale
+        out, readings = kernel_gates.gated_window(*states, corrections, *found)
+        for gated in readings:
+            gates.reading.add(gated, 1.0)
+        gates.reading.include_causal(streams, query.shape[2])
+    else:
+        layer = _Layer.of(query, key, value, router, gates)
+        blocks = query_blocks(0, query.shape[2], gates.config, gates.config.tile)
+        rows = [Rows(torch.arange(b.start, b.stop, device=query.device), b.closed, b.stop) for b in blocks]
+        out = torch.cat([layer.run(block, gates, scale) for block in rows], 2)
+        gates.reading.include_causal(streams, query.shape[2])
+    return out.unflatten(0, (query.shape[0], -1)).flatten(1, 2).to(query.dtype)
+
+
+def _check_tiles(n: int, config: SurgeryConfig) -> None:
+    if n % config.tile:
+        raise SurgeryError(f"{n} tokens are not whole tiles of {config.tile}: choose a multiple.")
 
 
 def local_error(
@@ -211,7 +226,7 @@ def local_error(
             change = change @ projection.to(change.dtype).T
         square = square + change.float().square().sum()
         count += change.shape[0] * change.shape[1]
-    layer.count(gates.reading)
+    gates.reading.include_causal(layer.queries.shape[0], query.shape[2])
     return square / max(1, count)
 
 
@@ -242,8 +257,7 @@ class _Layer:
     ) -> "_Layer":
         batch, kv_heads, n, _ = key.shape
         config = gates.config
-        if n % gates.config.tile:
-            raise SurgeryError(f"{n} tokens are not whole tiles of {gates.config.tile}: choose a multiple.")
+        _check_tiles(n, config)
         dtype = torch.promote_types(query.dtype, torch.float32)
         queries = query.to(dtype).unflatten(1, (kv_heads, -1)).flatten(0, 1)
         keys, values = key.to(dtype).flatten(0, 1), value.to(dtype).flatten(0, 1)
@@ -274,9 +288,3 @@ class _Layer:
         )
         gates.reading.add(gated, weight)
         return gated.out
-
-    def count(self, reading: Reading) -> None:
-        """Add this layer's causal pairs and rows, by which sums are divided."""
-        streams, _, n, _ = self.queries.shape
-        reading.causal += streams * n * (n + 1) // 2
-        reading.rows += streams * n

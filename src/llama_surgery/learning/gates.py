@@ -106,24 +106,11 @@ def gated_rows(
 
     near_lse = logits[..., far:].masked_fill(hidden, -torch.inf).logsumexp(-1)
     pages = rows.closed * config.pages_per_chunk
-    scorer = Scorer(scale, None, router)
-    found = scorer(queries.flatten(1, 2), tree.moments.first(pages))
+    found = Scorer(scale, None, router)(queries.flatten(1, 2), tree.moments.first(pages))
     scores, weights = (x.unflatten(1, (heads, count)) for x in found)
-    total = torch.logaddexp(weights.logsumexp(-1), near_lse.to(weights.dtype))
-    shares = scores - total.unsqueeze(-1)
-    expected = shares.detach().exp()
-    if router.offset is not None:
-        shares = shares - router.offset.to(shares.dtype)[..., None, None]
-    if config.tile == 1:
-        shares = shares.amax(1, keepdim=True)
-    margin = (shares - log_theta).unflatten(2, (-1, config.tile)).cummax(3).values
-    # (streams, choosers, tiles, tile, pages); a chooser is a head, or all heads together.
     sink = tree.member[:, 0, 0].detach() > 0.5  # the first chunk's page that holds position 0
-    sink = torch.nn.functional.pad(sink, (0, pages - sink.shape[1]))[:, None, None, None]
-    soft, hard, slope = _pairs(margin[:, :, :, -1].masked_fill(sink[:, :, 0], math.inf), homotopy, config)
-    seen = ((margin > 0) | sink).flatten(2, 3)
-    lost = expected.masked_fill(seen, 0).sum((1, 2, 3)) / heads
-    bias = _bias(margin, sink, homotopy).flatten(2, 3)  # (streams, choosers, rows, pages)
+    sink = torch.nn.functional.pad(sink, (0, pages - sink.shape[1]))
+    bias, *pairs = page_gates(scores, weights, near_lse, sink, router, log_theta, homotopy, config)
     by_chunk = bias.flatten(1, 2).unflatten(-1, (rows.closed, -1)).transpose(1, 2)
     # Keys are in order of position: membership carries a page's bias to its keys, and gradients back.
     member = tree.member[:, : rows.closed].transpose(-1, -2)
@@ -133,40 +120,83 @@ def gated_rows(
     causal = logits[..., far:].masked_fill(hidden, -torch.inf)
     logits = torch.cat((logits[..., :far] + by_key.to(logits.dtype), causal), -1)
     if config.summary != "none":
-        means, terms = _summary(values[:, :far], weights, bias, tree, router, rows.closed, config)
+        terms = summary_terms(weights, bias, router)
+        means = (member.to(values.dtype) @ values[:, :far].unflatten(1, (rows.closed, -1))).flatten(1, 2)
+        means = means / config.page_size
         logits, values = torch.cat((terms.to(logits.dtype), logits), -1), torch.cat((means, values), 1)
     weights = torch.softmax(logits, -1)
     out = (weights.flatten(1, 2) @ values).unflatten(1, (heads, count))
-    return Gated(out, soft, hard, slope, lost)
+    return Gated(out, *pairs)
 
 
-def _summary(
-    values: torch.Tensor,
+class PageGates(NamedTuple):
+    """What :func:`page_gates` returns; see :class:`Gated` for all but the bias.
+
+    Attributes:
+        bias: (streams, choosers, rows, pages); a chooser is a head, or in tiles of one row all of them.
+    """
+
+    bias: torch.Tensor
+    soft: torch.Tensor
+    hard: torch.Tensor
+    slope: torch.Tensor
+    lost: torch.Tensor
+
+
+def page_gates(
+    scores: torch.Tensor,
     weights: torch.Tensor,
-    bias: torch.Tensor,
-    tree: Pages,
+    near_lse: torch.Tensor,
+    sink: torch.Tensor,
     router: PageRouter,
-    closed: int,
+    log_theta: float,
+    homotopy: Homotopy,
     config: SurgeryConfig,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean values of pages, and their logits, weighted by how far the page is closed.
+) -> PageGates:
+    """How far pages are open, for whole tiles of rows.
+
+    Args:
+        scores: (streams, heads, rows, pages); far below zero where a page's chunk is not closed.
+        weights: The same shape, what pages weigh in the row's total; -inf where a chunk is not closed.
+        near_lse: (streams, heads, rows).
+        sink: (streams, pages) bool, the page that is always open.
+        router: Corrections with a leading dimension of streams.
+        log_theta: Global log θ.
+        homotopy: λ and τ.
+        config: Geometry and tile.
+    """
+    total = torch.logaddexp(weights.logsumexp(-1), near_lse.to(weights.dtype))
+    shares = scores - total.unsqueeze(-1)
+    expected = shares.detach().exp()
+    if router.offset is not None:
+        shares = shares - router.offset.to(shares.dtype)[..., None, None]
+    if config.tile == 1:
+        shares = shares.amax(1, keepdim=True)
+    margin = (shares - log_theta).unflatten(2, (-1, config.tile)).cummax(3).values
+    # (streams, choosers, tiles, tile, pages)
+    sink = sink[:, None, None, None]
+    soft, hard, slope = _pairs(margin[:, :, :, -1].masked_fill(sink[:, :, 0], math.inf), homotopy, config)
+    seen = ((margin > 0) | sink).flatten(2, 3)
+    lost = expected.masked_fill(seen, 0).sum((1, 2, 3)) / scores.shape[1]
+    return PageGates(_bias(margin, sink, homotopy).flatten(2, 3), soft, hard, slope, lost)
+
+
+def summary_terms(weights: torch.Tensor, bias: torch.Tensor, router: PageRouter) -> torch.Tensor:
+    """Logits of what stands in for pages, by how far these are closed.
 
     Args:
         weights: (streams, heads, rows, pages), logs of what the pages are expected to weigh.
         bias: (streams, choosers, rows, pages).
+        router: Corrections with a leading dimension of streams.
 
     Returns:
-        (streams, pages, value_dim) and (streams, heads, rows, pages), lowered by NOTHING where all is open.
+        (streams, heads, rows, pages), lowered by NOTHING where all is open.
     """
-    member = tree.member[:, :closed]
     if router.summary is not None:
         weights = weights + router.summary.to(weights.dtype)[..., None, None]
     # A bias of b leaves a page's keys e^b of their weight; the summary has the rest, and none where b is 0.
     rest = torch.expm1(bias.where(bias < 0, -1.0)).neg().clamp_min(1e-12)
-    terms = weights + rest.log().masked_fill(bias >= 0, NOTHING)
-    chunked = values.unflatten(1, (closed, -1))
-    means = member.transpose(-1, -2).to(values.dtype) @ chunked / config.page_size
-    return means.flatten(1, 2), terms
+    return weights + rest.log().masked_fill(bias >= 0, NOTHING)
 
 
 def _bias(margin: torch.Tensor, sink: torch.Tensor, homotopy: Homotopy) -> torch.Tensor:

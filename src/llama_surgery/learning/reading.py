@@ -24,6 +24,11 @@ class Reading:
         for name in ("soft", "hard", "slope", "lost"):
             getattr(self, name).append(getattr(gated, name).sum() * weight)
 
+    def include_causal(self, streams: int, n: int) -> None:
+        """Divide what was added by the causal pairs and rows of ``streams`` texts of ``n`` tokens, too."""
+        self.causal += streams * n * (n + 1) // 2
+        self.rows += streams * n
+
     def include(self, other: "Reading") -> None:
         """Count what another pass gathered, without its gradients."""
         for name in ("soft", "hard", "slope", "lost"):

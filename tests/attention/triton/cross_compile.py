@@ -27,6 +27,7 @@ from llama_surgery.attention.impl.triton.decode import cache as decode_cache
 from llama_surgery.attention.impl.triton.decode import launch as decode
 from llama_surgery.attention.impl.triton.decode import shape as decode_shape
 from llama_surgery.attention.impl.triton.decode.tuning import decode_tuning_for
+from llama_surgery.attention.impl.triton.gated import launch as gated
 from llama_surgery.attention.impl.triton.hopper import attend_kernel as hopper_attend_kernel
 from llama_surgery.attention.impl.triton.hopper import launch as hopper
 from llama_surgery.attention.impl.triton.layout import launch as layout
@@ -74,6 +75,7 @@ KERNELS = {
         "far_gradient_kernel",
     ),
     backward_lists: ("place_kernel", "reader_kernel"),
+    gated: ("gated_kernel", "gated_query_kernel", "gated_key_kernel"),
     decode_cache: ("append_kernel",),
     decode: ("score_kernel", "open_kernel", "merge_kernel"),
     token_mask: ("window_kernel", "ball_list_kernel", "ball_kernel"),
@@ -189,6 +191,14 @@ def launch_backward(
     backward_pass.gradients(forward, passed, states, None, [True] * 8)
 
 
+def launch_gated(states: torch.Tensor, keys: torch.Tensor, config: SurgeryConfig) -> None:
+    """Biased attention to three chunks, and its gradients."""
+    far, rows = keys[:, : 3 * config.chunk_size], states.detach().requires_grad_()
+    bias = torch.zeros(*states.shape[:3], 3 * config.pages_per_chunk)
+    out, lse = gated.far_field(call_of(config, states), rows, far, far, bias, 0)
+    (out.sum() + lse.sum()).backward()
+
+
 def corrections(kv_heads: int, group: int, head_dim: int) -> PageRouter:
     """Learned corrections of every kind."""
     budgets, weights = torch.zeros(kv_heads, group), torch.zeros(kv_heads, group, head_dim)
@@ -277,6 +287,7 @@ def compile_all(
     attend(fast, 64, None)
     launch_decode(states, config, family, extra)
     launch_backward(states, keys, built, config, extra)
+    launch_gated(states, keys, config)
     balls = torch.zeros(1, 8 * heads, length, dtype=torch.int64)
     for count in (length, 1) if wide else (length,):  # a single row is no tile for matrix units
         queries = states.flatten(0, 1)[None, :, :count]
