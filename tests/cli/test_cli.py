@@ -12,7 +12,7 @@ from tests.cli.runner import SMALL, run
 
 from llama_surgery.cli.demo import pays
 from llama_surgery.cli.demo_model import cases, fetch
-from llama_surgery.cli.operate import _speed
+from llama_surgery.cli.run import speed_told
 from llama_surgery.cli.topology import SINGLE_THETA, config_for
 from llama_surgery.config import SurgeryConfig
 
@@ -58,7 +58,7 @@ def test_dense_until_is_told(model: Path, tmp_path: Path) -> None:
     assert "dense below position 512, from which on" in " ".join(made.output.split())
     saved = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
     assert saved["surgery"]["dense_until"] == 512
-    assert "not faster at any length" in _speed(8192, 8192)
+    assert "not faster at any length" in speed_told(8192, 8192)
     assert run("operate", model, "--out", tmp_path / "other", "--dense-until", "0", *SMALL).exit_code == 0
 
 

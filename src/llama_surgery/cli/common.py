@@ -105,6 +105,12 @@ DensityOption = topology_option(
     "Largest share of all (query, key) pairs that may be read from the far field, such as 6% or 0.06.",
     **SHARE,
 )
+DenseUntilOption = topology_option(
+    int | None,
+    "Queries below this position see everything. If left out, where thresholds are set on a GPU, the "
+    "position from which on prompts are read faster there; else 0.",
+    min=0,
+)
 DecodeDensityOption = topology_option(
     float | None,
     "The same share for decode steps. Left out, they read everything, as the dense model does.",

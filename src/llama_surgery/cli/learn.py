@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from llama_surgery.cli.common import (
+    DenseUntilOption,
     DeviceOption,
     Dtype,
     DtypeOption,
@@ -19,13 +20,14 @@ from llama_surgery.cli.common import (
     load_model,
     load_tokenizer,
     option,
+    out,
     own_option,
     progress,
     status,
     topology_option,
 )
 from llama_surgery.cli.learn_report import Asked, reporter, silent, told
-from llama_surgery.cli.run import counted
+from llama_surgery.cli.run import counted, speed_told
 from llama_surgery.cli.topology import STEPS, config_for, learned_parts, topology_options
 from llama_surgery.cli.values import SHARE, TOKENS
 from llama_surgery.config import SurgeryConfig
@@ -59,6 +61,7 @@ def learn(
     length: own_option(
         int | None, "Tokens of a window. The model's context, at most 8192, if left out.", **TOKENS
     ) = None,
+    dense_until: DenseUntilOption = None,
     tile: TileOption = 64,
     steps: _learning(int, "Steps, each on one window.", min=1) = STEPS,
     stage: _learning(
@@ -101,7 +104,7 @@ def learn(
     llama_surgery learn …' learns on four GPUs, four windows a step. Use the adapter with 'evaluate
     --adapter', 'generate --adapter' or load_adapter() in Python.
     """
-    config = config_for(settings, tile)
+    config = config_for(settings if dense_until is None else {**settings, "dense_until": dense_until}, tile)
     asked = Asked(
         model, text, config, out_folder, length, steps, rate, windows, seed, checkpoint_seconds, device,
         dtype, json,
@@ -150,8 +153,9 @@ def learn(
     from llama_surgery.learning.trainer import learn as learn_on
     from llama_surgery.surgery.adapter import save_adapter
     from llama_surgery.surgery.calibrate import PASSES, calibrate, calibration_windows
-    from llama_surgery.surgery.context import usual_length
+    from llama_surgery.surgery.context import context_length, usual_length
     from llama_surgery.surgery.operate import operated
+    from llama_surgery.surgery.operation import config_of
     from llama_surgery.text import windows as cut_windows
 
     length = usual_length(llm) if length is None else length
@@ -180,13 +184,20 @@ def learn(
     with (
         status("Setting thresholds …"),
         operated(
-            llm, config, routers=routers, density=density, text=texts, tokenizer=tokenizer, length=length
+            llm,
+            config,
+            routers=routers,
+            density=density,
+            text=texts,
+            tokenizer=tokenizer,
+            length=length,
+            measure_speed=llm.device.type == "cuda" and dense_until is None,
         ),
     ):
-        from llama_surgery.surgery.operation import config_of
-
         config = config_of(llm)
         save_adapter(llm, out_folder)
+    if config.dense_until and not json:
+        out.print(speed_told(config.dense_until, context_length(llm)), highlight=False, soft_wrap=True)
     told(out_folder, config, seen, json)
 
 

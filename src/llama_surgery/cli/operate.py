@@ -9,6 +9,7 @@ import typer
 
 from llama_surgery.cli.common import (
     DecodeDensityOption,
+    DenseUntilOption,
     DensityOption,
     DeviceOption,
     Dtype,
@@ -23,19 +24,9 @@ from llama_surgery.cli.common import (
     progress,
     topology_option,
 )
-from llama_surgery.cli.run import counted, thresholds
+from llama_surgery.cli.run import counted, speed_told, thresholds
 from llama_surgery.cli.topology import config_for, topology_options
 from llama_surgery.cli.values import SHARE, TOKENS
-
-
-def _speed(until: int, context: int | None) -> str:
-    """From where on prompts are sparse, and why not before."""
-    if context is None or until < context:
-        return f"Prompts are dense below position {until:,}, from which on sparse ones are read faster here."
-    return (
-        f"On this device sparse prompts are not faster at any length that the model was made for ({context:,}"
-        " tokens), so all is read densely. --dense-until 0 has them sparse all the same."
-    )
 
 
 @functools.partial(topology_options, gumbel=True)
@@ -59,12 +50,7 @@ def operate(
         "Tokens of a calibration window. The model's context, at most 8192, if left out.",
         **TOKENS,
     ) = None,
-    dense_until: topology_option(
-        int | None,
-        "Queries below this position see everything. If left out, where thresholds are set on a GPU, the "
-        "position from which on prompts are read faster there; else 0.",
-        min=0,
-    ) = None,
+    dense_until: DenseUntilOption = None,
     tile: TileOption = 64,
     device: DeviceOption = "auto",
     dtype: DtypeOption = Dtype.auto,
@@ -126,7 +112,7 @@ def operate(
     if config.topology == "pages":
         out.print(f"Thresholds: {thresholds(config)}.")
         if config.dense_until:
-            out.print(_speed(config.dense_until, context_length(llm)), highlight=False, soft_wrap=True)
+            out.print(speed_told(config.dense_until, context_length(llm)), highlight=False, soft_wrap=True)
     if measured is not None:
         out.print(f"Loss: {measured}.", soft_wrap=True, highlight=False)
     out.print(f"Adapter: {out_folder.resolve()}", soft_wrap=True, highlight=False)

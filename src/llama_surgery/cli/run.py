@@ -31,6 +31,16 @@ def counted(model: Any, stage: str, total: int, progress: Progress) -> Iterator[
         hook.remove()
 
 
+def speed_told(until: int, context: int | None) -> str:
+    """From where on prompts are sparse, and why not before."""
+    if context is None or until < context:
+        return f"Prompts are dense below position {until:,}, from which on sparse ones are read faster here."
+    return (
+        f"On this device sparse prompts are not faster at any length that the model was made for ({context:,}"
+        " tokens), so all is read densely. --dense-until 0 has them sparse all the same."
+    )
+
+
 def thresholds(config: SurgeryConfig) -> str:
     """The thresholds in words."""
     decode = f"{config.theta_decode:.3%} in decode" if config.theta_decode else "decode steps read everything"
