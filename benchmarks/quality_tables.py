@@ -30,18 +30,22 @@ def real() -> str:
             newest[key] = form, row
     cells = []
     for form, row in newest.values():
-        ratio, low, high = (float(row[name]) for name in ("ratio", "ratio_low", "ratio_high"))
+        lost = "–"
+        if row["ratio"]:
+            ratio, low, high = (float(row[name]) for name in ("ratio", "ratio_low", "ratio_high"))
+            lost = f"{ratio:.4f} ({low:.4f} … {high:.4f})"
+        ruler = f"{float(row['ruler_dense']):.1f} → {float(row['ruler']):.1f}" if row["ruler"] else "–"
         cells.append(
             [
                 row["model"].removesuffix(".gguf"), tokens(row["length"]), row["text"], form,
-                percent(row["far_density"]), percent(row["total_density"]),
-                f"{ratio:.4f} ({low:.4f} … {high:.4f})", percent(row["needles_dense"]),
-                percent(row["needles_kept"]), row["windows"],
+                percent(row["far_density"]), percent(row["total_density"]), lost,
+                percent(row["needles_dense"]), percent(row["needles_kept"]), ruler, row["windows"],
             ]
         )  # fmt: skip
     names = (
         "model", "tokens", "text", "form", "far density", "total density",
-        "perplexity ÷ dense (95% interval)", "needles that dense answers", "of these kept", "windows",
+        "perplexity ÷ dense (95% interval)", "needles that dense answers", "of these kept", "RULER",
+        "windows",
     )  # fmt: skip
     rows = [row for _, row in newest.values()]
     devices = ", ".join(sorted({row["device"].removeprefix("cuda: ") for row in rows}))

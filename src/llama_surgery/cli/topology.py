@@ -10,7 +10,7 @@ from llama_surgery.cli.values import split_values
 from llama_surgery.config import SurgeryConfig
 
 #: Steps of learning, unless told otherwise: what docs/learning.md was measured with.
-STEPS = 50
+STEPS = 200
 _DEFAULT = SurgeryConfig()
 
 
