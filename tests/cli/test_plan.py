@@ -60,7 +60,7 @@ def test_plan_reads_no_weights(model: Path, tmp_path: Path) -> None:
     assert learned["states"] == 16 * 2 * 8192 * 2 * (32 + 16) * told["model"]["dtype_bytes"]
     assert learned["corrections_share"] == learned["corrections"] / told["model"]["parameters"]
     attention = 5 * 2 * 2 * 32 * 8192 * 8193 / 2  # passes × layers × products × query width × pairs
-    assert learned["logits_multiplications"] == 50 * (4 * told["model"]["parameters"] * 8192 + attention)
+    assert learned["logits_multiplications"] == 200 * (4 * told["model"]["parameters"] * 8192 + attention)
     assert learned["logits_seconds"] == pytest.approx(2 * learned["logits_multiplications"] / 1e13)
     described = run("plan", model)
     assert described.exit_code == 0 and "assumptions" in described.output
