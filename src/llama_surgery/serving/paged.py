@@ -6,6 +6,7 @@ Both depend on the chunk's own tokens alone, so blocks may be shared between seq
 """
 
 import dataclasses
+import functools
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from llama_surgery.attention.call import AttentionCall
 from llama_surgery.attention.executor import build_layout, kernel_features
 from llama_surgery.attention.result import AttentionResult
 from llama_surgery.config import SurgeryConfig
-from llama_surgery.serving.moves import in_a_row, put, take, take_rows
+from llama_surgery.serving.moves import in_a_row, put, slots, take, take_rows
 from llama_surgery.surgery.rows import Part, parts_of, sparse_parts
 from llama_surgery.topology.geometry import closed_chunks
 from llama_surgery.topology.layout import Layout, Moments
@@ -146,34 +147,39 @@ class PagedStates:
     def _dtype(self) -> torch.dtype | None:
         return self.keys.dtype if self.kernels else None
 
-    def _numbers(self, first: int, rows: int, width: int) -> torch.Tensor:
-        """(blocks, kv_heads, rows, width) of the side cache's numbers, from the one at ``first`` on."""
-        numbers = self.side.view(self._dtype or torch.float32)[..., first : first + rows * width]
-        return numbers.unflatten(-1, (rows, width))
+    @functools.cached_property
+    def slots(self) -> tuple[torch.Tensor, torch.Tensor, int] | None:
+        """See :func:`~.moves.slots`."""
+        return slots(self.keys, self.values)
 
-    @property
+    @functools.cached_property
+    def pages(self) -> torch.Tensor:
+        """(blocks, kv_heads, pages of a chunk, …): :attr:`scores` and, if kept, :attr:`mean_values`."""
+        pages, width = (
+            self.config.pages_per_chunk,
+            (2 if self.config.summary == "none" else 3) * self.head_dim,
+        )
+        numbers = self.side.view(self._dtype or torch.float32)[..., : pages * width]
+        return numbers.unflatten(-1, (pages, width))
+
+    @functools.cached_property
     def scores(self) -> torch.Tensor:
-        """(blocks, kv_heads, pages of a chunk, …): what pages are scored by, means first."""
-        width = 2 * self.head_dim
-        return self._numbers(0, self.config.pages_per_chunk, width)
+        """(blocks, kv_heads, pages of a chunk, 2 · head_dim): what pages are scored by, means first."""
+        return self.pages[..., : 2 * self.head_dim]
 
-    @property
+    @functools.cached_property
     def mean_values(self) -> torch.Tensor | None:
         """(blocks, kv_heads, pages of a chunk, head_dim): mean values of full chunks' pages, if kept."""
-        if self.config.summary == "none":
-            return None
-        pages = self.config.pages_per_chunk
-        first = 2 * pages * self.head_dim
-        return self._numbers(first, pages, self.head_dim)
+        return None if self.config.summary == "none" else self.pages[..., 2 * self.head_dim :]
 
-    @property
+    @functools.cached_property
     def _orders(self) -> torch.Tensor:
         """(blocks, kv_heads, chunk_size) int16."""
         size = self.config.chunk_size
         stop = _order_end(self.config, self.head_dim, self._dtype) // 2 - size % 2
         return self.side.view(torch.int16)[..., stop - size : stop]
 
-    @property
+    @functools.cached_property
     def first_pages(self) -> torch.Tensor:
         """(blocks, kv_heads) int32: the page that holds a chunk's first token."""
         return self.side.view(torch.int32)[..., _order_end(self.config, self.head_dim, self._dtype) // 4]
@@ -248,7 +254,7 @@ class PagedStates:
             kind = self.keys.dtype
             return keys[rows].transpose(0, 1).to(kind), values[rows].transpose(0, 1).to(kind)
         block, row = entry.places(since, part.stop, size)
-        return take_rows(self.keys, block, row), take_rows(self.values, block, row)
+        return take_rows(self.keys, self.values, block, row)
 
 
 def attend_piece(

@@ -22,28 +22,18 @@ def pooled(cache: "PagedStates", blocks: torch.Tensor) -> "PooledLayout":
     """Full chunks of one sequence, ``blocks`` (n,) int64: what pages are scored by copied, the rest not."""
     from llama_surgery.attention.impl.triton.job import PooledLayout
 
-    means, (keys, apart), (values, also) = cache.mean_values, _slots(cache.keys), _slots(cache.values)
-    states: tuple[torch.Tensor, torch.Tensor, torch.Tensor | None] = keys, values, blocks
-    if not apart or apart != also:
-        states = in_a_row(cache.keys, blocks), in_a_row(cache.values, blocks), None
+    pages, width = in_a_row(cache.pages, blocks), 2 * cache.head_dim
+    states = cache.slots
+    keys, values, apart = states or (in_a_row(cache.keys, blocks), in_a_row(cache.values, blocks), 0)
     return PooledLayout(
-        *states,
+        keys,
+        values,
+        blocks if states else None,
         apart,
-        in_a_row(cache.scores, blocks),
-        None if means is None else in_a_row(means, blocks),
+        pages[..., :width],
+        None if cache.mean_values is None else pages[..., width:],
         cache.first_pages[blocks[:1]][0],
     )
-
-
-def _slots(held: torch.Tensor) -> tuple[torch.Tensor, int]:
-    """A cache (blocks, kv_heads, chunk_size, head_dim) as (kv_heads, slots, head_dim), and from one block's
-    first slot to the next one's; 0 where such a view cannot be."""
-    blocks, heads, size, dim = held.shape
-    block, head, row, channel = held.stride()
-    if channel != 1 or block % row:
-        return held, 0
-    slots = (blocks - 1) * (block // row) + size
-    return held.as_strided((heads, slots, dim), (head, row, 1)), block // row
 
 
 def decode_rows(

@@ -11,10 +11,11 @@ from vllm.v1.attention.backend import AttentionBackend, AttentionMetadata, Atten
 from llama_surgery.errors import UnsupportedModelError
 from llama_surgery.serving.execution import Batch, warm_up
 from llama_surgery.serving.families import read_block
-from llama_surgery.serving.paged import Scheduled, filled_blocks
+from llama_surgery.serving.paged import PagedStates, Scheduled, filled_blocks
 from llama_surgery.serving.vllm import compat
 from llama_surgery.serving.vllm.counters import report
 from llama_surgery.serving.vllm.plain import PlainBackend
+from llama_surgery.topology.router import PageRouter
 
 
 @dataclasses.dataclass
@@ -90,9 +91,7 @@ def _operated(base: type[AttentionBackend]) -> type[AttentionBackend]:
                 else:
                     output[rows] = super().forward(layer, *parts, torch.empty_like(output[: len(rows)]))
                 surgery.counters.add_rows(batch.dense_rows, batch.config.tile)
-            router = surgery.shard.router()
-            states = compat.keys_and_values(base.get_name(), kv_cache)
-            cache = surgery.executor.states(*states, surgery.side.kv_cache.flatten(2))
+            cache, router = self._caches(surgery, kv_cache)
             surgery.executor.attend(
                 query,
                 key,
@@ -105,6 +104,16 @@ def _operated(base: type[AttentionBackend]) -> type[AttentionBackend]:
                 counters=surgery.counters,
             )
             return output
+
+        def _caches(self, surgery: Any, kv_cache: torch.Tensor) -> tuple[PagedStates, PageRouter | None]:
+            """The layer's caches and corrections, put together once for as long as they stay in place."""
+            side = surgery.side.kv_cache
+            place = kv_cache.data_ptr(), kv_cache.shape, kv_cache.stride(), side.data_ptr(), side.shape
+            if self.__dict__.get("surgery_place") != place:
+                states = compat.keys_and_values(base.get_name(), kv_cache)
+                made = surgery.executor.states(*states, side.flatten(2)), surgery.shard.router()
+                self.surgery_place, self.surgery_caches = place, made
+            return self.surgery_caches
 
     class SurgeryMetadataBuilder(base.get_builder_cls()):  # type: ignore[misc]
         """The engine's own metadata, unless rows of the step do not see everything."""
@@ -145,13 +154,13 @@ def _operated(base: type[AttentionBackend]) -> type[AttentionBackend]:
             return SurgeryMetadata(batch, *(self._dense(common, sequences) if own else ()))
 
         def _scheduled(self, common: Any, lengths: torch.Tensor) -> list[Scheduled]:
-            rows, tables = common.query_start_loc_cpu.tolist(), common.block_table_tensor
+            rows, tables = common.query_start_loc_cpu.tolist(), common.block_table_tensor.long()
             prefilling, size, found = common.is_prefilling.tolist(), self.surgery.chunk_size, []
             for index, stop in enumerate(lengths.tolist()):
                 count = rows[index + 1] - rows[index]
                 if count <= 0:  # what only pads the batch comes last
                     break
-                blocks = tables[index, : -(-stop // size)].long()
+                blocks = tables[index, : -(-stop // size)]
                 found.append(Scheduled(stop - count, stop, rows[index], prefilling[index], blocks))
             return found
 
@@ -183,7 +192,8 @@ def _operated(base: type[AttentionBackend]) -> type[AttentionBackend]:
             if not any(first):
                 return torch.cat(now)
             earlier = torch.cat([s.blocks[:count] for s, count in zip(sequences, first, strict=True)])
-            left = earlier[self.unsorted[earlier]].unique()  # type: ignore[index]
+            read = torch.zeros_like(self.unsorted).index_fill_(0, earlier, True)  # type: ignore[arg-type]
+            left = (read & self.unsorted).nonzero()[:, 0]  # waits for the device
             self._mark(left, unsorted=False)
             return torch.cat((*now, left))
 

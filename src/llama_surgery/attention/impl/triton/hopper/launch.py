@@ -59,12 +59,18 @@ def _known_triton() -> bool:
 
 
 def _described(states: torch.Tensor, *block: int) -> object:
-    from triton.experimental.gluon import language as gl
     from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-    dtype = gl.bfloat16 if states.dtype == torch.bfloat16 else gl.float16
-    layout = gl.NVMMASharedLayout.get_default_for([1, *block], dtype)
+    layout = _shared_layout(states.dtype, *block)
     return TensorDescriptor.from_tensor(aligned(states, block[-1]), [1, *block], layout)
+
+
+@functools.cache  # to find it takes the host as long as a launch
+def _shared_layout(dtype: torch.dtype, *block: int) -> object:
+    from triton.experimental.gluon import language as gl
+
+    kind = gl.bfloat16 if dtype == torch.bfloat16 else gl.float16
+    return gl.NVMMASharedLayout.get_default_for([1, *block], kind)
 
 
 def attend_strip(
