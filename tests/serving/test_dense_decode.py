@@ -12,6 +12,7 @@ pytest.importorskip("vllm", reason="needs vLLM: make serve-test")
 from tests.serving.harness import NEW, SPARSE, Reference, Server, complete, exported
 
 from llama_surgery import eject, operate
+from llama_surgery.surgery.compat import CACHE_NAME
 
 pytestmark = [pytest.mark.serve, pytest.mark.timeout(1800)]
 
@@ -31,10 +32,10 @@ def second_turn(reference: Reference, prompt: list[int], new: int, more: list[in
             "return_dict_in_generate": True,
         }
         first = reference.model.generate(ids, max_new_tokens=new, min_new_tokens=new, **options)
-        cache, answer = first.past_key_values, first.sequences[0, len(prompt) :].tolist()
+        cache, answer = first[CACHE_NAME], first.sequences[0, len(prompt) :].tolist()
         cache.crop((len(prompt) + new - 1) // CONFIG.chunk_size * CONFIG.chunk_size)
         talk = torch.tensor([prompt + answer + more])
-        options |= {"past_key_values": cache, "max_new_tokens": NEW, "min_new_tokens": NEW}
+        options |= {CACHE_NAME: cache, "max_new_tokens": NEW, "min_new_tokens": NEW}
         second = reference.model.generate(talk, **options)
     finally:
         eject(reference.model)
