@@ -21,6 +21,8 @@ from llama_surgery.report.style import (
 )
 from llama_surgery.report.tree import HeadTree
 
+#: The ratio axis spans at least this much above 1: a loss of a thousandth must not look like a cliff.
+RATIO_SHOWN = 0.01
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 
 
@@ -172,6 +174,8 @@ def position_perplexity(
             ratios = [v / d for v, d in zip(values, dense, strict=True)]
             right.plot(places, ratios, color=colour, marker="o", ms=5, label=name)
         right.axhline(1, color=GREY, lw=1.8)
+        low, high = right.get_ylim()
+        right.set_ylim(min(low, 1 - RATIO_SHOWN / 5), max(high, 1 + RATIO_SHOWN))
         left.set_title("Perplexity")
         right.set_title("Perplexity ÷ dense")
         for panel in (left, right):
@@ -225,6 +229,10 @@ def _heat(panel: Axes, values: Sequence[Sequence[float | None]], texts: list[lis
     panel.set_facecolor(PALE)  # where nothing was measured: not to be taken for zero
     image = panel.imshow(shown, cmap=AMOUNT, vmin=0, vmax=top, aspect="auto")
     panel.grid(visible=False)
+    for row in range(1, len(shown)):  # cells of one colour are still cells
+        panel.axhline(row - 0.5, color=PALE, lw=1)
+    for column in range(1, len(shown[0])):
+        panel.axvline(column - 0.5, color=PALE, lw=1)
     panel.tick_params(length=0)
     for spine in panel.spines.values():
         spine.set_visible(False)

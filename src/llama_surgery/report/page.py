@@ -84,10 +84,10 @@ def _page(results: dict[str, Any], points: list[FrontierPoint]) -> dict[str, Any
 
 
 def _conditions(results: dict[str, Any]) -> list[tuple[str, str]]:
-    environment = results["environment"]
+    environment, threads = results["environment"], results["environment"]["threads"]
     listed = [
         ("model", f"{results['model']}, {environment['dtype']}"),
-        ("device", f"{environment['device']}, {environment['threads']} threads"),
+        ("device", f"{environment['device']}, {threads} thread{'s' * (threads != 1)}"),
         ("perplexity", f"{results['windows']} windows of {results['length']:,} tokens"),
     ]
     if results["needles"]:
