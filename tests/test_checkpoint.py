@@ -114,6 +114,10 @@ def test_a_folder_is_taken_before_a_name_on_the_hub(
 ) -> None:
     (tmp_path / "owner" / "name").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
+    with pytest.raises(SurgeryError, match=r"owner/name: no config.json is in this folder"):
+        located("owner/name")
+    for folder in (tmp_path / "owner", tmp_path / "owner" / "name"):
+        (folder / "config.json").touch()
     assert located("owner/name") == ("owner/name", {})
     assert located(Path("owner")) == ("owner", {})
     assert not network

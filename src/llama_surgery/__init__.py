@@ -1,13 +1,12 @@
 """Learned block-sparse attention for pre-trained decoders, after the fact and without weight changes."""
 
 import importlib
-from typing import TYPE_CHECKING, Any
 
-from llama_surgery.config import SurgeryConfig
-from llama_surgery.errors import AdapterError, SurgeryError, TextError, UnsupportedModelError
-from llama_surgery.gumbel_config import GumbelConfig
-
+TYPE_CHECKING = False  # the name that type checkers know; importing typing would take the longest here
 if TYPE_CHECKING:
+    from llama_surgery.config import SurgeryConfig
+    from llama_surgery.errors import AdapterError, SurgeryError, TextError, UnsupportedModelError
+    from llama_surgery.gumbel_config import GumbelConfig
     from llama_surgery.surgery.adapter import load_adapter, save_adapter
     from llama_surgery.surgery.cache import PagedCache
     from llama_surgery.surgery.operate import eject, operate, operated
@@ -47,10 +46,12 @@ __all__ = [
 
 #: Names loaded on first use, so that importing the package stays light.
 _LAZY = {
+    "GumbelConfig": "gumbel_config",
     "PagedCache": "surgery.cache",
     "Statistics": "surgery.statistics",
-    "load_adapter": "surgery.adapter",
-    "save_adapter": "surgery.adapter",
+    "SurgeryConfig": "config",
+    **dict.fromkeys(("AdapterError", "SurgeryError", "TextError", "UnsupportedModelError"), "errors"),
+    **dict.fromkeys(("load_adapter", "save_adapter"), "surgery.adapter"),
     **dict.fromkeys(("eject", "operate", "operated"), "surgery.operate"),
     **dict.fromkeys(
         ("config_of", "is_operated", "measured_loss", "paged_cache", "reset_statistics", "statistics"),
@@ -59,7 +60,7 @@ _LAZY = {
 }
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> object:
     if name not in _LAZY:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(importlib.import_module(f"{__name__}.{_LAZY[name]}"), name)

@@ -44,7 +44,7 @@ def located(given: str | Path) -> tuple[str, dict[str, Any]]:
     if is_gguf(Path(name)):
         return _in_gguf(Path(name))
     if name and os.path.exists(name):
-        _check_adapter(Path(name))
+        _check_folder(Path(name))
         return name, {}
     lost = f"could not load {name!r}: there is no such folder or file"
     if not _may_be_on_hub(name):
@@ -191,12 +191,17 @@ def told(error: Exception) -> str:
     return (first if known else f"{type(error).__name__}: {first}").rstrip(" .:")
 
 
-def _check_adapter(folder: Path) -> None:
+def _check_folder(folder: Path) -> None:
     """
     Raises:
-        SurgeryError: The folder holds an adapter of this package, which transformers would stumble over.
+        SurgeryError: The folder holds no model, or an adapter of this package beside it, which transformers
+            would stumble over.
     """
-    if not folder.is_dir() or not is_own_adapter(folder):
+    if not folder.is_dir():
+        return
+    if not is_own_adapter(folder):
+        if not (folder / MODEL_CONFIG).exists():
+            raise SurgeryError(f"{folder}: no {MODEL_CONFIG} is in this folder. {_HOW}")
         return
     if not (folder / MODEL_CONFIG).exists():
         raise SurgeryError(

@@ -219,9 +219,11 @@ class SurgeryConfig:
         Fields may be left out; where there is a version, it is what releases without them executed.
 
         Raises:
-            SurgeryError: Unknown fields, a newer version, or something that is gone
+            SurgeryError: No fields, unknown ones, a newer version, or something that is gone
                 (:data:`llama_surgery.removed.REMOVED`).
         """
+        if not isinstance(values, dict):
+            raise SurgeryError(f"a configuration is a table of fields, not {values!r}.")
         values = {**BEFORE, **values} if "version" in values else dict(values)
         version = values.pop("version", CONFIG_VERSION)
         check_version("configuration version", version, CONFIG_VERSION)

@@ -83,17 +83,26 @@ _ANOTHER = "Give the name of another file to write."
 
 
 def check_complete(folder: Path) -> Path:
-    """``folder``, if the files of an adapter are in it; whose they are is for those who read them.
+    """``folder``, if the files of an adapter are in it and their description is one of this package.
 
     Raises:
-        AdapterError: One is missing.
+        AdapterError: One is missing, or of somebody else.
     """
     absent = [name for name in (CONFIG_FILE, TENSOR_FILE) if not os.path.exists(folder / name)]
-    if absent and not os.path.isfile(folder):
+    if absent:
+        lacking = f"{folder} is a file" if os.path.isfile(folder) else f"{folder / absent[0]} is missing"
         raise AdapterError(
-            f"{folder / absent[0]} is missing: an adapter is a folder with {CONFIG_FILE} and {TENSOR_FILE}, "
+            f"{lacking}: an adapter is a folder with {CONFIG_FILE} and {TENSOR_FILE}, "
             "as 'llama-surgery operate' and save_adapter write it. Adapters are not looked for on the Hub."
         )
+    try:
+        described = _described(folder)
+    except OSError as error:
+        raise AdapterError(f"{folder}: cannot be read ({error.strerror or error}).") from error
+    if described == "":
+        raise AdapterError(f"the adapter in {folder} is damaged: {CONFIG_FILE} is not JSON. Save it again.")
+    if described != FORMAT:
+        raise AdapterError(f"{folder / CONFIG_FILE} does not describe a {FORMAT} adapter.")
     return folder
 
 

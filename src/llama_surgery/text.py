@@ -212,6 +212,11 @@ def windows(
             f"the text holds {len(chosen)} windows of {length:,} tokens, fewer than the usual {count}: these "
             "are taken."
         )
+    elif not exact and not chosen:
+        raise TextError(
+            f"the text is too short for windows of {length} tokens: {len(texts)} document(s) with {found:,} "
+            "tokens hold no whole one. Give longer text, or ask for shorter windows."
+        )
     elif len(chosen) < count:
         raise TextError(
             f"{count} windows of {length} tokens were asked for; {len(texts)} documents with {found} "

@@ -6,7 +6,7 @@ from typing import Any
 from typer.testing import CliRunner
 
 from llama_surgery.cli import app
-from llama_surgery.cli.common import err, out
+from llama_surgery.cli.console import err, out
 
 #: A topology that has a far field within a few hundred tokens.
 SMALL = ["--chunk-size", "64", "--page-size", "16", "--window", "32", "--tile", "16"]

@@ -1,6 +1,7 @@
 """The command line: help, results, errors in one line, exit codes."""
 
 import json
+import os
 import subprocess
 import sys
 import zipfile
@@ -49,6 +50,26 @@ def test_help_loads_nothing_heavy() -> None:
         [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True
     )
     assert done.stdout.splitlines()[-1] == "[]"
+
+
+def started(*arguments: object, **options: Any) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "llama_surgery", *map(str, arguments)]
+    return subprocess.run(command, stderr=subprocess.PIPE, text=True, timeout=120, **options)
+
+
+def test_output_in_an_encoding_that_lacks_signs(model: Path) -> None:
+    done = started("plan", model, stdout=subprocess.PIPE, env={**os.environ, "PYTHONIOENCODING": "ascii"})
+    assert done.returncode == 0 and "?: multiplications" in done.stdout, done.stderr
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="a device of Linux")
+def test_output_that_cannot_be_written_ends_in_one_line(model: Path) -> None:
+    for more in ([], ["--json"]):
+        with open("/dev/full", "w") as full:
+            done = started("plan", model, *more, stdout=full)
+        last = done.stderr.strip().splitlines()[-1]
+        assert done.returncode == 1 and "No space left on device" in last and "Error:" in last, done.stderr
+        assert "Traceback" not in done.stderr
 
 
 def test_dense_until_is_told(model: Path, tmp_path: Path) -> None:

@@ -27,7 +27,7 @@ def test_the_command_explains_itself() -> None:
 def test_what_cannot_be_measured_is_said_in_a_line(shapes: Path, tmp_path: Path) -> None:
     for arguments, message in (
         (["doctor", tmp_path / "none.json"], "no such folder or file"),
-        (["doctor", shapes, "--adapter", tmp_path], "no adapter"),
+        (["doctor", shapes, "--adapter", tmp_path], "an adapter is a folder with"),
     ):
         result = run(*arguments)
         assert result.exit_code == 1 and message in result.output, result.output

@@ -243,3 +243,25 @@ def test_ctrl_c_at_the_first_line_which_comes_soon(
     assert "Traceback" not in output and output.strip().splitlines()[-1].startswith("Interrupted")
     # Of this process, whatever else runs beside it.
     assert spent.user + spent.system < 3
+
+
+#: Starts the command line and sends Ctrl-C where a module begins to be imported.
+AT_IMPORT = """
+import runpy, signal, sys
+
+class Interrupting:
+    def find_spec(self, name, *_):
+        if name == sys.argv[1]:
+            signal.raise_signal(signal.SIGINT)
+
+signal.signal(signal.SIGINT, signal.default_int_handler)
+sys.meta_path.insert(0, Interrupting())
+runpy.run_module("llama_surgery", run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize("module", ["llama_surgery.cli", "typer", "rich.console", "llama_surgery.cli.report"])
+def test_ctrl_c_while_python_imports(module: str) -> None:
+    done = subprocess.run([sys.executable, "-c", AT_IMPORT, module], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (130, "")
+    assert done.stderr == "Interrupted: nothing was written.\n"

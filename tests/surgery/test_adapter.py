@@ -155,7 +155,7 @@ def test_a_missing_folder_is_named(tmp_path):
 
 def test_a_file_instead_of_a_folder_is_refused(tmp_path):
     (tmp_path / "file").touch()
-    refused(tmp_path / "file", "damaged")
+    refused(tmp_path / "file", "is a file: an adapter is a folder with")
 
 
 @pytest.mark.parametrize("text", ["", "{", '{"peft_type": "llama-surgery"', "\x00\xff", "nonsense"])

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -230,3 +231,27 @@ def test_a_model_without_gradients_has_one_threshold_and_says_so(
         assert all(router.offset is None for router in routers_of(model).values())
         assert surgery.config_of(model).theta != SPARSE.theta
     assert "no backward pass" in caplog.text
+
+
+def test_every_pass_is_told_to_whom_asks() -> None:
+    given = {"density": 0.2, "text": TEXT, "tokenizer": Letters(), "length": LENGTH}
+    told: list[tuple[str, int, int]] = []
+    model = build("Llama")
+    with surgery.operated(model, SPARSE, progress=lambda *step: told.append(step), **given):
+        pass
+    assert not model._forward_hooks
+    assert list(dict.fromkeys(stage for stage, *_ in told)) == ["budgets of heads", "thresholds"]
+    for stage, total in (("budgets of heads", 3), ("thresholds", 8)):
+        steps = [(done, of) for name, done, of in told if name == stage]
+        assert steps == [(done, total) for done in [*range(total + 1), total]]
+
+
+@pytest.mark.parametrize(("terminal", "enabled"), [(True, True), (True, False), (False, True)])
+def test_bars_are_shown_on_terminals_unless_turned_off(
+    terminal: bool, enabled: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("transformers.utils.logging._tqdm_active", enabled)
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal, raising=False)
+    with surgery.operated(build("Llama"), SPARSE, density=0.2, text=TEXT, tokenizer=Letters(), length=LENGTH):
+        shown = capsys.readouterr().err
+    assert ("thresholds: 100%" in shown) == (terminal and enabled) and bool(shown) == (terminal and enabled)

@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 import itertools
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,10 +16,7 @@ from llama_surgery.bench.dense import fastest
 from llama_surgery.bench.measure import Deadline, Rows, graphed, nearest_theta, times
 from llama_surgery.bench.states import clustered_states
 from llama_surgery.config import SurgeryConfig
-from llama_surgery.errors import AdapterError, SurgeryError
-from llama_surgery.files import write_json
-from llama_surgery.surgery.adapter import CONFIG_FILE, described
-from llama_surgery.surgery.operation import MeasuredLoss
+from llama_surgery.errors import SurgeryError
 from llama_surgery.topology.geometry import causal_pairs, near_pairs, summary_density
 
 #: How near the density, as a share of it, is near enough.
@@ -140,37 +136,6 @@ def measure_crossover(
             total_density=far + near + summary_density(config, length),
         )  # fmt: skip
     return recommend(points, config.tile), points
-
-
-def write_dense_until(folder: Path, dense_until: int) -> None:
-    """Set ``dense_until`` in a saved adapter.
-
-    Raises:
-        AdapterError: There is no adapter in ``folder``.
-        SurgeryError: The position does not fit its tile, or the file cannot be written.
-    """
-    path = folder / CONFIG_FILE
-    try:
-        description = json.loads(path.read_text(encoding="utf-8"))
-        surgery = SurgeryConfig.from_dict(description["surgery"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise AdapterError(
-            f"{path}: no adapter to write to ({error}). Make one with 'llama-surgery operate'."
-        ) from error
-    description["surgery"] = dataclasses.replace(surgery, dense_until=dense_until).to_dict()
-    write_json(path, description, own=True)
-
-
-def adapter_config(folder: Path) -> tuple[SurgeryConfig, MeasuredLoss | None]:
-    """The topology of a saved adapter, and what the model loses with it if that was measured.
-
-    Raises:
-        AdapterError: There is none in ``folder``.
-    """
-    try:
-        return described(json.loads((folder / CONFIG_FILE).read_text("utf-8")))
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise AdapterError(f"{folder}: no adapter ({error}).") from error
 
 
 def _dense(config: SurgeryConfig, length: int) -> SurgeryConfig:

@@ -1,7 +1,9 @@
 """What every command does before and after its work: outputs checked, errors and Ctrl-C told in one line."""
 
+import errno
 import logging
 import os
+import signal
 import time
 from pathlib import Path
 from typing import Any
@@ -9,7 +11,7 @@ from typing import Any
 import typer
 from typer.core import TyperCommand, TyperGroup
 
-from llama_surgery.cli.common import err, escape
+from llama_surgery.cli.console import err, escape
 from llama_surgery.errors import SurgeryError
 from llama_surgery.folders import check_file, check_folder
 
@@ -38,13 +40,18 @@ class Commands(TyperGroup):
     """Commands whose expected errors end in one clear line instead of a traceback."""
 
     def invoke(self, ctx: Any) -> Any:
-        """Run a command; exit with 1 when it raises one of the package's own errors."""
+        """Run a command; exit with 1 when it raises one of the package's own errors, or cannot write."""
         log, notes = logging.getLogger("llama_surgery"), _Notes()
         log.addHandler(notes)
         try:
             return super().invoke(ctx)
-        except SurgeryError as error:
-            err.print(f"[bold red]Error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
+        except (SurgeryError, OSError) as error:
+            if isinstance(error, OSError) and error.errno == errno.EPIPE:
+                raise  # whoever read the output has read enough
+            why = (
+                f"{error}. Check the disk and the permissions." if isinstance(error, OSError) else str(error)
+            )
+            err.print(f"[bold red]Error:[/] {escape(why)}", highlight=False, soft_wrap=True)
             raise typer.Exit(1) from error
         finally:
             log.removeHandler(notes)
@@ -74,23 +81,25 @@ class Command(TyperCommand):
     """A command that looks at where it will write before it works, and says what is left when interrupted."""
 
     def invoke(self, ctx: Any) -> Any:
-        """Run the command; exit with 130 on Ctrl-C.
+        """Run the command; exit with 130 on Ctrl-C. The context may hold how that is to be answered.
 
         Raises:
             SurgeryError: What it is to write cannot be written, or is not to be replaced.
         """
+        began = time.time()
         named = {p.name for p in self.params if _OUTPUTS & set(p.opts)}
         given = {name: value for name, value in ctx.params.items() if name in named and value is not None}
         # Of what type they are here depends on the release of typer.
         outputs = {n: Path(v[-1] if isinstance(v, (list, tuple)) else v) for n, v in given.items()}
-        for name, path in outputs.items():
-            checked_output(path, folder="folder" in name)
-        inputs = [v for n, v in ctx.params.items() if n not in named and isinstance(v, (str, Path))]
-        for name, path in outputs.items():
-            if "folder" not in name and any(_same(path, Path(other)) for other in inputs):
-                raise SurgeryError(f"{path} is named twice, and would be overwritten: name another file.")
-        began = time.time()
         try:
+            if ctx.obj is not None:
+                signal.signal(signal.SIGINT, ctx.obj)
+            for name, path in outputs.items():
+                checked_output(path, folder="folder" in name)
+            inputs = [v for n, v in ctx.params.items() if n not in named and isinstance(v, (str, Path))]
+            for name, path in outputs.items():
+                if "folder" not in name and any(_same(path, Path(other)) for other in inputs):
+                    raise SurgeryError(f"{path} is named twice, and would be overwritten: name another file.")
             return super().invoke(ctx)
         except KeyboardInterrupt as error:
             if _speaks():

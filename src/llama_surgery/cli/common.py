@@ -1,38 +1,24 @@
-"""What all commands share: options, consoles, errors, loading a model, progress."""
+"""What all commands share: options, loading a model."""
 
 import enum
 import functools
-import json
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    SpinnerColumn,
-    TextColumn,
-    TimeElapsedColumn,
-)
 
 from llama_surgery import __version__
-from llama_surgery.cli.values import SHARE
+from llama_surgery.cli.console import escape, status
+from llama_surgery.cli.values import SEED, SHARE
 from llama_surgery.config import SurgeryConfig
 from llama_surgery.errors import SurgeryError
 from llama_surgery.folders import check_complete
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-#: Results go to standard output; progress, hints and errors to standard error.
-out = Console()
-err = Console(stderr=True)
 
 
 class Dtype(enum.StrEnum):
@@ -93,7 +79,7 @@ DtypeOption = model_option(
     Dtype, "Precision. 'auto' is float32 on a CPU and what the checkpoint holds elsewhere."
 )
 JsonOption = own_option(bool, "Print JSON instead of tables (progress goes to standard error).", "--json")
-SeedOption = sample_option(int, "Same seed, same samples.")
+SeedOption = sample_option(int, "Same seed, same samples.", **SEED)
 BatchOption = sample_option(int, "Samples answered together: more is faster on a GPU.", min=1)
 AdapterOption = topology_option(Path | None, "Adapter folder written by 'llama-surgery operate'.")
 TileOption = topology_option(int, "Neighbouring tokens that share what they read in prefill.", min=1)
@@ -118,24 +104,6 @@ DecodeDensityOption = topology_option(
 )
 
 
-@contextmanager
-def status(what: str) -> Iterator[None]:
-    """Says what is going on: a spinner on a terminal, a line elsewhere, on standard error."""
-    if not err.is_terminal:
-        err.print(what, soft_wrap=True, highlight=False)
-        yield
-        return
-    with err.status(what):
-        yield
-
-
-def escape(text: str) -> str:
-    """``text`` with nothing in it that rich takes for markup."""
-    from rich.markup import escape as rich_escape
-
-    return rich_escape(text)
-
-
 def load_model(
     path: str, device: str, dtype: Dtype, *, adapter: Path | None = None, longest: int | None = None
 ) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
@@ -149,7 +117,8 @@ def load_model(
         longest: Tokens of the longest text that was asked for.
 
     Raises:
-        SurgeryError: There is none at ``path``, the device cannot be used, or the model cannot read so far.
+        SurgeryError: There is none at ``path`` or a part of it is missing, the device cannot be used, or the
+            model cannot read so far.
         AdapterError: There is no adapter.
     """
     from llama_surgery.checkpoint import read_once, unpacked
@@ -177,10 +146,17 @@ def load_model(
         wanted = getattr(torch, dtype.value)
     with status(f"Loading {escape(path)} …"), _loading(path), read_once(options):
         tokenizer = AutoTokenizer.from_pretrained(name, **options)
-        model = AutoModelForCausalLM.from_pretrained(name, dtype=wanted, **unpacked(options), **placed)
+        model, found = AutoModelForCausalLM.from_pretrained(
+            name, dtype=wanted, output_loading_info=True, **unpacked(options), **placed
+        )
         if "gguf_file" in options:
             model.config._name_or_path = path  # transformers keeps the folder's
         model = (model if placed else model.to(target)).eval()
+    if lost := sorted(found["missing_keys"]):
+        raise SurgeryError(
+            f"{path} holds no values for {len(lost)} of the model's parameters, such as {lost[0]}: they "
+            "would be random. Give a complete checkpoint of a causal language model."
+        )
     if longest is not None:
         from llama_surgery.surgery.context import check_length
 
@@ -265,29 +241,3 @@ def _device(name: str) -> Any:
             "to take a GPU if there is one."
         ) from error
     return device
-
-
-@contextmanager
-def progress() -> Iterator[Callable[[str, int, int], None]]:
-    """Progress bars on standard error: a function to call with (stage, steps done, steps in all)."""
-    columns = (
-        SpinnerColumn(),
-        TextColumn("{task.description}", table_column=None),
-        BarColumn(bar_width=28),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-    )
-    tasks: dict[str, Any] = {}
-    with Progress(*columns, console=err) as bars:
-
-        def tell(stage: str, done: int, total: int) -> None:
-            if stage not in tasks:
-                tasks[stage] = bars.add_task(escape(stage), total=total)
-            bars.update(tasks[stage], completed=done, total=total)
-
-        yield tell
-
-
-def print_json(value: Any) -> None:
-    """Write ``value`` to standard output as JSON."""
-    sys.stdout.write(json.dumps(value, indent=2, ensure_ascii=False) + "\n")

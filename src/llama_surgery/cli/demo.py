@@ -10,17 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
-from llama_surgery.cli.common import (
-    DeviceOption,
-    Dtype,
-    JsonOption,
-    escape,
-    load_model,
-    out,
-    own_option,
-    print_json,
-    progress,
-)
+from llama_surgery.cli.common import DeviceOption, Dtype, JsonOption, load_model, own_option
+from llama_surgery.cli.console import escape, out, print_json, progress
 from llama_surgery.cli.demo_model import Fact, cases, fetch, planted
 from llama_surgery.cli.tables import make_table
 from llama_surgery.errors import SurgeryError

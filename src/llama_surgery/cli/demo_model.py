@@ -11,7 +11,7 @@ import zipfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llama_surgery.cli.common import err, escape
+from llama_surgery.cli.console import err, escape
 from llama_surgery.errors import SurgeryError
 
 if TYPE_CHECKING:

@@ -1,5 +1,6 @@
 """``llama-surgery doctor``."""
 
+import dataclasses
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,15 +13,13 @@ from llama_surgery.cli.common import (
     Dtype,
     JsonOption,
     ShapeArgument,
-    escape,
     look_for,
-    out,
     own_option,
-    print_json,
-    status,
 )
+from llama_surgery.cli.console import escape, out, print_json, status
 from llama_surgery.cli.tables import make_table
 from llama_surgery.cli.values import SHARE, token_counts
+from llama_surgery.folders import check_complete
 
 if TYPE_CHECKING:
     import torch
@@ -54,15 +53,18 @@ def doctor(
     """
     if write and adapter is None:
         raise typer.BadParameter("--write needs --adapter.")
+    if adapter is not None:
+        check_complete(adapter)
     look_for(model)
     with status("Loading PyTorch and transformers …"):
         import torch
 
-        from llama_surgery.bench.crossover import adapter_config, measure_crossover, write_dense_until
+        from llama_surgery.bench.crossover import measure_crossover
         from llama_surgery.cli.common import _device
         from llama_surgery.config import SurgeryConfig
+        from llama_surgery.surgery.adapter import read_config, write_config
 
-        config, measured = (SurgeryConfig(), None) if adapter is None else adapter_config(adapter)
+        config, measured = (SurgeryConfig(), None) if adapter is None else read_config(adapter)
         target = _device(device)
         if dtype is Dtype.auto:
             precision = torch.bfloat16 if target.type == "cuda" else torch.float32
@@ -87,7 +89,7 @@ def doctor(
         dtype=precision,
     )
     if write and adapter is not None:
-        write_dense_until(adapter, until)
+        write_config(adapter, dataclasses.replace(config, dense_until=until))
     advice = _advice(until, points)
     if json:
         points_told = [p._asdict() for p in points]

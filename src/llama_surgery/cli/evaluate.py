@@ -24,11 +24,11 @@ from llama_surgery.cli.common import (
     model_option,
     option,
     own_option,
-    progress,
     sample_option,
     topology_of,
     topology_option,
 )
+from llama_surgery.cli.console import progress
 from llama_surgery.cli.evaluate_output import write_and_print
 from llama_surgery.cli.evaluate_parts import Parts
 from llama_surgery.cli.topology import config_for, topology_options
@@ -182,6 +182,15 @@ def evaluate(
             "--against sets thresholds for every density, and has samples of its own: leave --density, "
             "--also-tile, --gate, --domain and --continuations out."
         )
+    for needed, asked, options in (
+        ("--ruler", ruler, {"--ruler-length": ruler_length, "--ruler-task": ruler_task}),
+        ("--ruler", ruler, {"--qa-1": qa_1, "--qa-2": qa_2, "--haystack": haystack, "--chat": chat}),
+        ("--lm-eval", lm_eval, {"--lm-eval-include": lm_eval_include, "--lm-eval-limit": lm_eval_limit}),
+        ("--lm-eval", lm_eval, {"--lm-eval-shots": lm_eval_shots}),
+        ("--against", against, {"--total-density": total_density}),
+    ):
+        if idle := [name for name, value in options.items() if value is not None and not asked]:
+            raise typer.BadParameter(f"{', '.join(idle)}: give {needed} too.")
     tiles = dict.fromkeys([tile, *(also_tile or [])])
     from llama_surgery.evaluation.needle_variants import PLAIN, VARIANTS, check_variants
     from llama_surgery.evaluation.texts import read_domains, split_texts

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from llama_surgery.cli import tables
-from llama_surgery.cli.common import err, out, print_json
+from llama_surgery.cli.console import err, out, print_json
 from llama_surgery.cli.evaluate_parts import Parts
 
 #: What a verdict means.

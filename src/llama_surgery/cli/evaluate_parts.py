@@ -5,12 +5,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llama_surgery.cli.common import err
-from llama_surgery.cli.run import Progress, besides, counted
+from llama_surgery.cli.console import err
+from llama_surgery.cli.run import besides
 from llama_surgery.config import SurgeryConfig
 
 if TYPE_CHECKING:
     from llama_surgery.evaluation.verdict import Limits
+    from llama_surgery.surgery.progress import Progress
 
 
 @dataclasses.dataclass
@@ -50,7 +51,7 @@ class Parts:
     tokenizer: Any = None
     kept: Any = None
     ruler: Any = None
-    tell: Progress = lambda stage, done, total: None
+    tell: "Progress" = lambda stage, done, total: None
 
     def read_ruler(self, tasks: list[str], questions: dict[str, Path | None], haystack: Path | None) -> None:
         """Read what RULER's samples are made of, before a model is loaded."""
@@ -78,8 +79,8 @@ class Parts:
 
     def calibrate(self, density: float, decode_density: float | None) -> None:
         """Set the thresholds of all topologies, and budgets by head where none were learned."""
+        from llama_surgery.evaluation.evaluate import named_progress
         from llama_surgery.evaluation.kept import adapter_digest, digest, found_parts, with_parts
-        from llama_surgery.surgery.calibrate import PASSES, WINDOWS
         from llama_surgery.surgery.operate import operated
         from llama_surgery.surgery.operation import config_of, routers_of
 
@@ -94,11 +95,9 @@ class Parts:
             def found(
                 config: SurgeryConfig = config, routers: Any = routers, asked: dict[str, Any] = asked
             ) -> dict[str, Any]:
-                given = {"text": self.calibration, "tokenizer": self.tokenizer, **asked}
-                with (
-                    counted(self.model, f"T = {config.tile}: thresholds", PASSES * WINDOWS, self.tell),
-                    operated(self.model, config, routers=routers, **given),
-                ):
+                tell = named_progress(self.tell, f"T = {config.tile}")
+                given = {"text": self.calibration, "tokenizer": self.tokenizer, "progress": tell, **asked}
+                with operated(self.model, config, routers=routers, **given):
                     parts = found_parts(routers_of(self.model))
                     return {"config": config_of(self.model).to_dict(), "routers": parts}
 

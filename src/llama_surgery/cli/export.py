@@ -5,7 +5,8 @@ from typing import Annotated
 
 import typer
 
-from llama_surgery.cli.common import JsonOption, escape, out, print_json, status
+from llama_surgery.cli.common import JsonOption
+from llama_surgery.cli.console import escape, out, print_json, status
 from llama_surgery.cli.run import thresholds
 
 

@@ -10,12 +10,10 @@ from llama_surgery.cli.common import (
     JsonOption,
     ModelArgument,
     load_model,
-    out,
     own_option,
-    print_json,
-    status,
     topology_of,
 )
+from llama_surgery.cli.console import out, print_json, status
 from llama_surgery.cli.values import TOKENS
 
 

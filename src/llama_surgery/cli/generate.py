@@ -1,7 +1,7 @@
 """``llama-surgery generate``."""
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 
@@ -13,12 +13,15 @@ from llama_surgery.cli.common import (
     JsonOption,
     ModelArgument,
     load_model,
-    out,
     own_option,
-    print_json,
 )
+from llama_surgery.cli.console import out, print_json
 from llama_surgery.cli.tables import make_table
+from llama_surgery.cli.values import SEED
 from llama_surgery.errors import SurgeryError
+
+if TYPE_CHECKING:
+    import torch
 
 
 def generate(
@@ -29,7 +32,7 @@ def generate(
     max_new_tokens: own_option(int, "How many tokens to write at most.", min=1) = 64,
     sample: own_option(bool, "Draw tokens instead of the likeliest.", "--sample") = False,
     temperature: own_option(float, "With --sample: lower is safer.", min=0.01) = 1.0,
-    seed: own_option(int, "With --sample: same seed, same text.") = 0,
+    seed: own_option(int, "With --sample: same seed, same text.", **SEED) = 0,
     device: DeviceOption = "auto",
     dtype: DtypeOption = Dtype.auto,
     json: JsonOption = False,
@@ -43,7 +46,7 @@ def generate(
     llm, tokenizer = load_model(model, device, dtype, adapter=adapter)
 
     import torch
-    from transformers import TextStreamer
+    from transformers import LogitsProcessorList, TextStreamer
 
     from llama_surgery.surgery.adapter import load_adapter
     from llama_surgery.surgery.context import check_length
@@ -68,6 +71,7 @@ def generate(
         max_new_tokens=max_new_tokens,
         pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
         streamer=streamer,
+        logits_processor=LogitsProcessorList([_finite]),
         **options,
     )
     new = ids[0, prompt_tokens:]
@@ -79,6 +83,16 @@ def generate(
         )
         return
     out.print(_table(read, prompt_tokens, len(new)))
+
+
+def _finite(_: Any, scores: "torch.Tensor") -> "torch.Tensor":
+    """The scores of the next token, of which the likeliest would be the first one where they are NaN."""
+    if bool(scores.isnan().any()):
+        raise SurgeryError(
+            "the model gives logits that are not finite. Check its weights, or load it in float32 or "
+            "bfloat16."
+        )
+    return scores
 
 
 def _prompt(prompt: str | None, file: Path | None) -> str:

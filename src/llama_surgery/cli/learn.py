@@ -20,16 +20,14 @@ from llama_surgery.cli.common import (
     load_model,
     load_tokenizer,
     option,
-    out,
     own_option,
-    progress,
-    status,
     topology_option,
 )
+from llama_surgery.cli.console import out, progress, status
 from llama_surgery.cli.learn_report import Asked, reporter, silent, told
-from llama_surgery.cli.run import counted, speed_told
+from llama_surgery.cli.run import speed_told
 from llama_surgery.cli.topology import STEPS, config_for, learned_parts, topology_options
-from llama_surgery.cli.values import SHARE, TOKENS
+from llama_surgery.cli.values import SEED, SHARE, TOKENS
 from llama_surgery.config import SurgeryConfig
 from llama_surgery.errors import SurgeryError
 
@@ -89,7 +87,7 @@ def learn(
         "disk; or as many as the text holds.",
         min=1,
     ) = None,
-    seed: _learning(int, "Of windows and starting values.") = 0,
+    seed: _learning(int, "Of windows and starting values.", **SEED) = 0,
     checkpoint_seconds: _learning(float, "Time between checkpoints.", min=0) = 30.0,
     device: DeviceOption = "auto",
     dtype: DtypeOption = Dtype.auto,
@@ -156,6 +154,7 @@ def learn(
     from llama_surgery.surgery.context import context_length, usual_length
     from llama_surgery.surgery.operate import operated
     from llama_surgery.surgery.operation import config_of
+    from llama_surgery.surgery.progress import counted
     from llama_surgery.text import windows as cut_windows
 
     length = usual_length(llm) if length is None else length
@@ -165,7 +164,7 @@ def learn(
     with progress() if processes.main else contextlib.nullcontext(silent) as tell:
         # One threshold for all heads: their budgets are learned.
         few = calibration_windows(llm, tokenizer, texts, length, config)
-        with counted(llm, f"T = {tile}: thresholds", PASSES * len(few), tell), operated(llm, config):
+        with counted(llm, "first threshold", PASSES * len(few), tell), operated(llm, config):
             config = calibrate(llm, few, density)
         config = processes.agreed(config)  # to the last digit: GPUs may round differently
         report, seen = reporter(stage, steps, tell)
@@ -178,24 +177,21 @@ def learn(
             processes=processes,
             **asked.keeping(stage),
         )
-    if not processes.main:
-        return
-    routers = scorer_parameters(corrections)
-    with (
-        status("Setting thresholds …"),
-        operated(
+        if not processes.main:
+            return
+        with operated(
             llm,
             config,
-            routers=routers,
+            routers=scorer_parameters(corrections),
             density=density,
             text=texts,
             tokenizer=tokenizer,
             length=length,
             measure_speed=llm.device.type == "cuda" and dense_until is None,
-        ),
-    ):
-        config = config_of(llm)
-        save_adapter(llm, out_folder)
+            progress=tell,
+        ):
+            config = config_of(llm)
+            save_adapter(llm, out_folder)
     if config.dense_until and not json:
         out.print(speed_told(config.dense_until, context_length(llm)), highlight=False, soft_wrap=True)
     told(out_folder, config, seen, json)

@@ -1,6 +1,7 @@
 """``llama-surgery learn --topology gumbel``."""
 
-from llama_surgery.cli.common import load_model, progress, status
+from llama_surgery.cli.common import load_model
+from llama_surgery.cli.console import progress, status
 from llama_surgery.cli.learn_report import Asked, reporter, told
 from llama_surgery.errors import SurgeryError
 

@@ -5,7 +5,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from llama_surgery.cli.common import Dtype, err, out, print_json
+from llama_surgery.cli.common import Dtype
+from llama_surgery.cli.console import err, out, print_json
 from llama_surgery.config import SurgeryConfig
 
 

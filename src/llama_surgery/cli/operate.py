@@ -18,13 +18,11 @@ from llama_surgery.cli.common import (
     ModelArgument,
     TileOption,
     load_model,
-    out,
     own_option,
-    print_json,
-    progress,
     topology_option,
 )
-from llama_surgery.cli.run import counted, speed_told, thresholds
+from llama_surgery.cli.console import out, print_json, progress
+from llama_surgery.cli.run import speed_told, thresholds
 from llama_surgery.cli.topology import config_for, topology_options
 from llama_surgery.cli.values import SHARE, TOKENS
 
@@ -85,13 +83,7 @@ def operate(
     if texts is None:
         operate_on(llm, config)
     else:
-        from llama_surgery.evaluation import loss_budget
-        from llama_surgery.surgery import calibrate
-
-        passes = calibrate.PASSES * calibrate.WINDOWS
-        if max_loss is not None:
-            passes = (1 + loss_budget.TRIES) * loss_budget.WINDOWS
-        with progress() as tell, counted(llm, f"T = {config.tile}: thresholds", passes, tell):
+        with progress() as tell:
             operate_on(
                 llm,
                 config,
@@ -102,6 +94,7 @@ def operate(
                 length=length,
                 decode_density=decode_density,
                 measure_speed=llm.device.type == "cuda" and dense_until is None,
+                progress=tell,
             )
     save_adapter(llm, out_folder)
     config, measured = config_of(llm), measured_loss(llm)

@@ -10,12 +10,10 @@ from llama_surgery.cli.common import (
     TileOption,
     look_for,
     option,
-    out,
     own_option,
-    print_json,
-    status,
     topology_option,
 )
+from llama_surgery.cli.console import out, print_json, status
 from llama_surgery.cli.tables import make_table
 from llama_surgery.cli.topology import STEPS, config_for, learned_parts, topology_options
 from llama_surgery.cli.values import SHARE, token_counts

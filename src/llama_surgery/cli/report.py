@@ -5,7 +5,8 @@ from typing import Annotated
 
 import typer
 
-from llama_surgery.cli.common import out, own_option, status
+from llama_surgery.cli.common import own_option
+from llama_surgery.cli.console import out, status
 
 
 def report(

@@ -1,10 +1,7 @@
 """What commands measure beside an evaluation: thresholds, decode times, a tree."""
 
-import contextlib
-import itertools
 import statistics
 import time
-from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from llama_surgery.config import SurgeryConfig
@@ -12,23 +9,10 @@ from llama_surgery.config import SurgeryConfig
 if TYPE_CHECKING:
     import torch
 
+    from llama_surgery.surgery.progress import Progress
+
 #: Decode steps that are timed, after a few that are not.
 STEPS, WARM_UP = 24, 4
-
-Progress = Callable[[str, int, int], None]
-
-
-@contextlib.contextmanager
-def counted(model: Any, stage: str, total: int, progress: Progress) -> Iterator[None]:
-    """Tell of the model's passes, of which there may be fewer than ``total``."""
-    passes = itertools.count(1)
-    progress(stage, 0, total)
-    hook = model.register_forward_hook(lambda *_: progress(stage, min(next(passes), total), total))
-    try:
-        yield
-        progress(stage, total, total)
-    finally:
-        hook.remove()
 
 
 def speed_told(until: int, context: int | None) -> str:
@@ -54,7 +38,7 @@ def besides(
     configs: dict[str, SurgeryConfig],
     routers: dict[str, Any],
     texts: list[str],
-    progress: Progress,
+    progress: "Progress",
 ) -> dict[str, Any]:
     """What a report shows beside an evaluation's ``result``: times of decode steps, and a head's tree."""
     from llama_surgery.report.extract import head_tree

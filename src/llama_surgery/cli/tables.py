@@ -1,12 +1,14 @@
 """Tables of an evaluation, for the terminal."""
 
+import functools
 import statistics
+import textwrap
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from rich.table import Table
 
-from llama_surgery.cli.common import escape
+from llama_surgery.cli.console import escape, out
 
 _STYLES = {"kept": "green", "exceeded": "red", "open": "yellow"}
 
@@ -16,6 +18,15 @@ def make_table(
 ) -> Table:
     """A table whose first column is text and whose others are figures; an empty row is a line."""
     table = Table(title=escape(title), caption=caption, title_justify="left", caption_justify="left")
+    widest = [max((len(row[n]) for row in rows if len(row) > n), default=0) for n in range(len(columns))]
+    needed = [max(len(line) for line in (name.split("\n"))) for name in columns]
+    if sum(map(max, needed, widest)) + 3 * len(columns) + 1 > out.width:
+        # Names of several words are broken where their figures are narrower: 80 characters are soon full.
+        wrap = functools.partial(textwrap.wrap, break_long_words=False)
+        columns = [
+            "\n".join(line for part in name.split("\n") for line in wrap(part, max(width, 1)))
+            for name, width in zip(columns, widest, strict=True)
+        ]
     for number, name in enumerate(columns):
         table.add_column(name, justify="right" if number else "left", no_wrap=bool(name))
     for row in rows:

@@ -34,6 +34,8 @@ def _tokens(given: object) -> int:
 #: What an option that takes a share is declared with, and one that takes a number of tokens, as 8192 or 8k.
 SHARE = {"parser": _share, "metavar": "SHARE"}
 TOKENS = {"parser": _tokens, "metavar": "TOKENS"}
+#: What PyTorch and random take.
+SEED = {"min": 0, "max": 2**63 - 1}
 
 
 def split_values(given: Sequence[str]) -> list[str]:

@@ -20,7 +20,6 @@ from llama_surgery.evaluation.compare_forms import (
 )
 from llama_surgery.evaluation.compare_result import row
 from llama_surgery.evaluation.evaluate import check_dense, environment, model_name, named_progress
-from llama_surgery.evaluation.io import Progress
 from llama_surgery.evaluation.kept import Kept, adapter_digest, digest
 from llama_surgery.evaluation.logits import Head
 from llama_surgery.evaluation.needle import needle_prompts, score_needles
@@ -28,6 +27,7 @@ from llama_surgery.evaluation.needle_variants import VARIANTS
 from llama_surgery.evaluation.peers.registry import PEERS
 from llama_surgery.evaluation.perplexity import perplexity
 from llama_surgery.evaluation.result import DENSE
+from llama_surgery.surgery.progress import Progress
 from llama_surgery.text import windows as cut_windows
 from llama_surgery.topology.router import PageRouter
 
@@ -211,7 +211,11 @@ class Comparison:
 
         def made() -> dict[str, Any]:
             tell, began = named_progress(progress, f"{form.name} at {target:.3f}"), time.perf_counter()
+            if tell is not None:
+                tell("calibration", 0, 1)
             setting = form.setting(target)
+            if tell is not None:
+                tell("calibration", 1, 1)
             try:
                 with form.running(setting) as reading:
                     losses = perplexity(self._model, self._ids, tell, head=self._head).per_window

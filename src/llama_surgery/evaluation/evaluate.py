@@ -16,7 +16,6 @@ from llama_surgery import __version__
 from llama_surgery.config import SurgeryConfig
 from llama_surgery.errors import SurgeryError
 from llama_surgery.evaluation.divergence import Divergence, token_divergence
-from llama_surgery.evaluation.io import Progress
 from llama_surgery.evaluation.logits import Head
 from llama_surgery.evaluation.needle import needle_prompts, score_needles
 from llama_surgery.evaluation.needle_variants import PLAIN
@@ -31,6 +30,7 @@ from llama_surgery.evaluation.result import (
 )
 from llama_surgery.surgery import operate as surgery
 from llama_surgery.surgery.context import check_length
+from llama_surgery.surgery.progress import Progress
 from llama_surgery.surgery.supported import inner_model
 from llama_surgery.text import windows as cut_windows
 from llama_surgery.topology.router import PageRouter

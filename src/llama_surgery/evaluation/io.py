@@ -1,14 +1,11 @@
-"""Tables of results as files, and the shape of a progress report."""
+"""Tables of results as files."""
 
 import csv
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from llama_surgery.files import write_atomically
-
-#: Called as ``progress(stage, done, total)`` after each step of a stage.
-Progress = Callable[[str, int, int], None]
 
 
 def write_csv(path: str | Path, rows: Sequence[Mapping[str, Any]]) -> None:

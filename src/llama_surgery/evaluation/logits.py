@@ -93,7 +93,7 @@ class Head:
         if not torch.isfinite(logits).all():
             raise SurgeryError(
                 f"{type(model).__name__} gives logits that are not finite in {logits.dtype}. "
-                "Load it in float32 or bfloat16."
+                "Check its weights, or load it in float32 or bfloat16."
             )
         ours = self._logits(states[-1])
         theirs = logits.to(ours)

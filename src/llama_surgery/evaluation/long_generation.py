@@ -12,9 +12,9 @@ from llama_surgery.config import SurgeryConfig
 from llama_surgery.errors import SurgeryError
 from llama_surgery.evaluation.evaluate import check_dense, named_progress
 from llama_surgery.evaluation.generation import continue_greedily
-from llama_surgery.evaluation.io import Progress
 from llama_surgery.evaluation.result import DENSE
 from llama_surgery.surgery import operate as surgery
+from llama_surgery.surgery.progress import Progress
 from llama_surgery.text import windows as cut_windows
 from llama_surgery.topology.router import PageRouter
 

@@ -22,6 +22,8 @@ from llama_surgery.surgery.operation import (
     set_config,
     statistics,
 )
+from llama_surgery.surgery.progress import Progress, counted
+from llama_surgery.surgery.supported import inner_model
 
 #: Windows of text, spread over the documents: more than for a density, since losses vary more than shares.
 WINDOWS = 8
@@ -57,6 +59,7 @@ def config_within(
     length: int | None,
     config: SurgeryConfig,
     routers: Mapping[int, Any] | None,
+    progress: Progress | None = None,
 ) -> Within:
     """The highest θ at which perplexity rises by ``max_loss`` at most, with budgets by head where these help.
 
@@ -76,6 +79,7 @@ def config_within(
         length: Tokens of a window; the model's context, at most 8,192 and what the text holds, if None.
         config: The topology; the search begins at its θ.
         routers: Learned corrections, as ``operate()`` takes them.
+        progress: As ``operate()`` takes it.
 
     Raises:
         SurgeryError: ``max_loss`` is out of range, or the model cannot be made sparse within it.
@@ -85,10 +89,14 @@ def config_within(
         raise SurgeryError(f"max_loss={max_loss}: must lie between 0 and 1; 0.01 is one per cent.")
     check_dense(model, {})
     ids = calibration_windows(model, tokenizer, text, length, config, WINDOWS)
-    dense = perplexity(model, ids)
+    with counted(inner_model(model), "dense model", len(ids), progress):
+        dense = perplexity(model, ids)
 
-    def search(given: Mapping[int, Any] | None, start: float) -> Within:
-        with operated(model, config, routers=given):
+    def search(given: Mapping[int, Any] | None, start: float, stage: str) -> Within:
+        with (
+            operated(model, config, routers=given),
+            counted(inner_model(model), stage, TRIES * len(ids), progress),
+        ):
 
             def measure(theta: float) -> MeasuredLoss:
                 set_config(model, _with_theta(config, theta))
@@ -109,17 +117,17 @@ def config_within(
             theta, measured = highest_theta(measure, max_loss, start)
             return Within(_with_theta(config, theta), routers_of(model), measured)
 
-    found = search(routers, config.theta)
+    found = search(routers, config.theta, "thresholds")
     if not _sparse(found.measured):
         raise SurgeryError(
             f"max_loss={max_loss}: the model cannot be made sparse within that loss, and is left dense. The "
             f"nearest was {found.measured}. Allow more, or give longer windows if most of that density is "
             "the near field, which is always read."
         )
-    budgets = budgets_where_none(model, ids, config, found.routers, found.measured.far_density)
+    budgets = budgets_where_none(model, ids, config, found.routers, found.measured.far_density, progress)
     if budgets is None:
         return found
-    by_head = search(budgets.routers, budgets.theta)
+    by_head = search(budgets.routers, budgets.theta, "thresholds with budgets")
     better = _sparse(by_head.measured) and by_head.measured.total_density < found.measured.total_density
     return by_head if better else found
 

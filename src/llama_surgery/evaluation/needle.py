@@ -10,7 +10,6 @@ from transformers import PreTrainedTokenizerBase
 
 from llama_surgery.errors import TextError
 from llama_surgery.evaluation.generation import continue_greedily
-from llama_surgery.evaluation.io import Progress
 from llama_surgery.evaluation.needle_forms import FORMS
 from llama_surgery.evaluation.needle_haystack import SPARE, Document, choose_haystack
 from llama_surgery.evaluation.needle_variants import (
@@ -22,6 +21,7 @@ from llama_surgery.evaluation.needle_variants import (
     invent_value,
     other_facts,
 )
+from llama_surgery.surgery.progress import Progress
 from llama_surgery.text import encode, leading_tokens
 
 #: Depths of the fact, as shares of the context before it.

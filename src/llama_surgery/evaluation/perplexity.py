@@ -12,8 +12,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from llama_surgery.errors import SurgeryError
-from llama_surgery.evaluation.io import Progress
 from llama_surgery.evaluation.logits import Head, final_states
+from llama_surgery.surgery.progress import Progress
 
 #: Upper end of the first position bin; each further bin ends at twice the one before.
 FIRST_BIN = 256
@@ -97,7 +97,7 @@ def token_nll(head: Head, states: torch.Tensor, input_ids: torch.Tensor) -> torc
         position = int((~torch.isfinite(losses)).nonzero()[0]) + 1
         raise SurgeryError(
             f"the loss is not finite (first at position {position} of {len(input_ids)}, model in "
-            f"{states.dtype}). Load the model in float32 or bfloat16."
+            f"{states.dtype}). Check its weights, or load it in float32 or bfloat16."
         )
     return losses
 

@@ -13,7 +13,7 @@ from llama_surgery.errors import SurgeryError
 from llama_surgery.gumbel.layer import GumbelLayer
 from llama_surgery.gumbel.router import ContentRouter, routers_for
 from llama_surgery.gumbel.soft import Drawing
-from llama_surgery.learning.state import read_checkpoint, write_checkpoint
+from llama_surgery.learning.state import check_loss, read_checkpoint, write_checkpoint
 from llama_surgery.learning.trainer import digest, frozen
 from llama_surgery.surgery.operate import operated
 from llama_surgery.surgery.operation import reset_statistics, statistics, surgery_of
@@ -144,6 +144,7 @@ def _step(
     reset_statistics(model)
     ids = window[None].to(inner_model(model).device)
     loss = model(ids, labels=ids, use_cache=False).loss.float()
+    check_loss(float(loss.detach()), step)
     balance = torch.stack([part.to(loss.device) for part in drawing.balances]).mean()
     optimiser.zero_grad(set_to_none=True)
     (loss + settings.balance * done * balance).backward()

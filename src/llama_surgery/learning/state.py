@@ -2,6 +2,7 @@
 
 import dataclasses
 import io
+import math
 from pathlib import Path
 from typing import Any
 
@@ -103,6 +104,18 @@ def write_checkpoint(path: Path, about: dict[str, Any], content: dict[str, Any])
     state = io.BytesIO()  # the library's own writing does not raise OSError where the disk is full
     torch.save({"about": about, **content}, state)
     write_atomically(path, lambda file: file.write_bytes(state.getvalue()), own=True)
+
+
+def check_loss(loss: float, step: int) -> None:
+    """
+    Raises:
+        SurgeryError: The loss is NaN or infinite, and so would be what is learned from it.
+    """
+    if not math.isfinite(loss):
+        raise SurgeryError(
+            f"the loss of step {step + 1} is not finite. Check the model's weights, learn in float32 or "
+            "bfloat16, or at a lower rate."
+        )
 
 
 def read_checkpoint(path: Path, about: dict[str, Any]) -> dict[str, Any] | None:

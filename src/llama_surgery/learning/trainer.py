@@ -18,7 +18,7 @@ from llama_surgery.learning.corrections import Corrections
 from llama_surgery.learning.processes import ALONE, Processes
 from llama_surgery.learning.reading import Reading
 from llama_surgery.learning.settings import LearningSettings, homotopy_at, rate_at
-from llama_surgery.learning.state import LearningState, first_state
+from llama_surgery.learning.state import LearningState, check_loss, first_state
 from llama_surgery.surgery.metric import metric_of
 from llama_surgery.surgery.supported import attention_modules, head_shape, inner_model
 from llama_surgery.topology.geometry import closed_chunks
@@ -193,6 +193,7 @@ def _step(
         ],
         loss.device,
     )
+    check_loss(mean_loss, state.step)
     if state.unscale():
         state.price.account(state.offset_gradient(), slope)
         state.set_rate(rate_at(state.step, settings))

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save
 
 from llama_surgery.config import SurgeryConfig
 from llama_surgery.errors import AdapterError, check_version
-from llama_surgery.files import as_json, write_together
+from llama_surgery.files import as_json, write_json, write_together
 from llama_surgery.folders import CONFIG_FILE, FINGERPRINT, FORMAT, TENSOR_FILE, check_complete, check_folder
 from llama_surgery.surgery.operate import operate
 from llama_surgery.surgery.operation import (
@@ -104,23 +104,38 @@ def load_adapter(model: Model, folder: str | Path) -> Model:
             f"the adapter in {folder} was made for a model of this shape with other weights: its "
             "thresholds do not fit. Calibrate on this model instead."
         )
-    try:
-        config, measured = described(description)
-    except (ValueError, TypeError) as error:
-        raise AdapterError(f"{folder / CONFIG_FILE}: {error}") from error
+    config, measured = _operation(folder, description)
     operate(model, config, routers=_routers(folder, tensors, config, model))
     operation_of(model).measured = measured
     return model
 
 
-def described(description: dict[str, Any]) -> tuple[SurgeryConfig, MeasuredLoss | None]:
-    """Topology and measured loss in the description of an adapter.
+def read_config(folder: Path) -> tuple[SurgeryConfig, MeasuredLoss | None]:
+    """The topology of a saved adapter, and what the model loses with it if that was measured.
 
     Raises:
-        ValueError, KeyError, TypeError: It is damaged, or of a newer release.
+        AdapterError: The folder is missing, damaged or newer than this release.
     """
-    measured = MeasuredLoss(**description[MEASURED]) if MEASURED in description else None
-    return SurgeryConfig.from_dict(description["surgery"]), measured
+    return _operation(folder, _read(folder)[0])
+
+
+def write_config(folder: Path, config: SurgeryConfig) -> None:
+    """Give a saved adapter another topology.
+
+    Raises:
+        AdapterError: The folder is missing, damaged or newer than this release.
+        SurgeryError: It cannot be written.
+    """
+    write_json(folder / CONFIG_FILE, {**_read(folder)[0], "surgery": config.to_dict()}, own=True)
+
+
+def _operation(folder: Path, description: dict[str, Any]) -> tuple[SurgeryConfig, MeasuredLoss | None]:
+    """Topology and measured loss in the description of an adapter."""
+    try:
+        measured = MeasuredLoss(**description[MEASURED]) if MEASURED in description else None
+        return SurgeryConfig.from_dict(description["surgery"]), measured
+    except (ValueError, TypeError) as error:
+        raise AdapterError(f"{folder / CONFIG_FILE}: {error}") from error
 
 
 def _routers(
@@ -150,8 +165,6 @@ def _read(folder: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
         tensors = load_file(folder / TENSOR_FILE)
     except (OSError, ValueError, SafetensorError) as error:
         raise AdapterError(f"the adapter in {folder} is damaged: {error}. Save it again.") from error
-    if not isinstance(description, dict) or description.get("peft_type") != FORMAT:
-        raise AdapterError(f"{folder / CONFIG_FILE} does not describe a {FORMAT} adapter.")
     what, version = f"the adapter in {folder} has format version", description.get("format_version")
     check_version(what, version, FORMAT_VERSION, AdapterError)
     missing = {"base_model", "surgery"} - description.keys() | {FINGERPRINT} - tensors.keys()

@@ -42,7 +42,16 @@ class ShareHistogram:
         self.bins = torch.zeros(round((_HIGHEST - _LOWEST) / _BIN) + 1, dtype=torch.float64)
 
     def add(self, shares: torch.Tensor, pairs: torch.Tensor) -> None:
-        """Count log shares (…, tiles, pages), each standing for ``pairs`` (tiles,) pairs."""
+        """Count log shares (…, tiles, pages), each standing for ``pairs`` (tiles,) pairs.
+
+        Raises:
+            SurgeryError: A share is NaN.
+        """
+        if bool(shares.isnan().any()):
+            raise SurgeryError(
+                "the queries hold NaN or infinity: no page can be weighed. Check the weights, and that the "
+                "dtype has the range the model needs."
+            )
         index = ((shares.double() - _LOWEST) / _BIN).ceil().clamp(0, len(self.bins) - 1).long()
         weight = pairs.to(shares.device, torch.float64)[:, None].expand(shares.shape)
         self.bins += torch.bincount(index.flatten(), weight.flatten(), len(self.bins)).cpu()

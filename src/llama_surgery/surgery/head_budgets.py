@@ -15,6 +15,7 @@ from llama_surgery.attention.executor import build_layout
 from llama_surgery.checkpoint import told
 from llama_surgery.config import SurgeryConfig
 from llama_surgery.surgery.interface import dense_attention
+from llama_surgery.surgery.progress import Progress, counted
 from llama_surgery.surgery.replace import attention_replaced
 from llama_surgery.surgery.supported import attention_modules, head_shape, inner_model
 from llama_surgery.topology.router import PageRouter
@@ -46,6 +47,7 @@ def budgets_where_none(
     config: SurgeryConfig,
     routers: Mapping[int, PageRouter],
     density: float,
+    progress: Progress | None = None,
 ) -> Budgets | None:
     """:func:`head_budgets`, or None where heads keep what they have.
 
@@ -54,8 +56,10 @@ def budgets_where_none(
     """
     if config.tile == 1 or any(router.offset is not None for router in routers.values()):
         return None
+    passes = 1 + len(windows[:WINDOWS])
     try:
-        return head_budgets(model, windows, config, routers, density)
+        with counted(inner_model(model), "budgets of heads", passes, progress):
+            return head_budgets(model, windows, config, routers, density)
     except (RuntimeError, NotImplementedError) as error:  # of kernels without a backward pass, say
         _log.warning(f"all heads share one threshold, as no gradients could be had: {told(error)}.")
         return None

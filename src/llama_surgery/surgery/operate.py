@@ -36,6 +36,7 @@ from llama_surgery.surgery.operation import (
     surgery_of,
 )
 from llama_surgery.surgery.pays import measured_dense_until
+from llama_surgery.surgery.progress import Progress, counted
 from llama_surgery.surgery.replace import check_replaceable, replace
 from llama_surgery.surgery.supported import attention_modules, head_shape, inner_model
 from llama_surgery.topology.router import PageRouter
@@ -69,6 +70,7 @@ def operate(
     length: int | None = None,
     decode_density: float | None = None,
     measure_speed: bool | None = None,
+    progress: Progress | None = None,
 ) -> Model:
     """Give every full-attention layer of ``model`` the configured topology. No weight changes.
 
@@ -97,6 +99,10 @@ def operate(
             ``dense_until`` to the position from which on sparse is faster here, so that no prompt is read
             slower than by the dense model. If None, on a GPU where thresholds are set on text and no
             ``config`` is given. Needs ``text``.
+        progress: With ``text``, whose reading takes seconds to minutes: called as ``progress(stage, done,
+            total)`` after each pass of the model. If None, there are bars like transformers' own, on
+            terminals and in notebooks alone; ``transformers.utils.logging.disable_progress_bar()`` turns
+            them off.
 
     Raises:
         UnsupportedModelError: The model cannot be operated, with the reason.
@@ -127,7 +133,7 @@ def operate(
         # By name: the room that measures losses stands on this one.
         budget = importlib.import_module("llama_surgery.evaluation.loss_budget")
         config, routers, measured = budget.config_within(
-            model, tokenizer, text, max_loss, length, config, routers
+            model, tokenizer, text, max_loss, length, config, routers, progress
         )
     base = check_replaceable(inner, modules.values())
     if density is not None:
@@ -138,7 +144,7 @@ def operate(
         routers = {index: PageRouter(key_weight=weight) for index, weight in metric_of(inner).items()}
     layers = _layers(inner, modules, config, routers or {})
     if text is not None and density is not None:
-        budgets = budgets_where_none(model, ids, config, routers or {}, density)
+        budgets = budgets_where_none(model, ids, config, routers or {}, density, progress)
         if budgets is not None:
             config, passes = dataclasses.replace(config, theta=budgets.theta), PASSES_FROM_NEAR
             layers = _layers(inner, modules, config, budgets.routers)
@@ -149,9 +155,10 @@ def operate(
             module.__dict__[ATTRIBUTE] = layers[index]
         hook(inner, operation)
         if text is not None and density is not None:
-            set_config(model, calibrate(model, ids, density, passes, decode_density=decode_density))
+            with counted(inner, "thresholds", passes * len(ids), progress):
+                set_config(model, calibrate(model, ids, density, passes, decode_density=decode_density))
         if measure_speed:
-            until = measured_dense_until(inner, ids)
+            until = measured_dense_until(inner, ids, progress=progress)
             operation.use(dataclasses.replace(operation.config, dense_until=until))
     except BaseException:
         eject(model)

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from llama_surgery.config import SurgeryConfig
 from llama_surgery.surgery.context import context_length
 from llama_surgery.surgery.operation import operation_of, reset_statistics
+from llama_surgery.surgery.progress import Progress, counted
 
 #: Tokens of the shortest and of the longest prompt that is timed.
 SHORTEST, LONGEST = 2048, 131072
@@ -23,7 +24,10 @@ UNIT = 1024
 
 
 def measured_dense_until(
-    model: PreTrainedModel, ids: torch.Tensor, clock: Callable[[], float] = time.perf_counter
+    model: PreTrainedModel,
+    ids: torch.Tensor,
+    clock: Callable[[], float] = time.perf_counter,
+    progress: Progress | None = None,
 ) -> int:
     """Time whole prompts of rising length, all rows dense and as few as may be, until sparse is faster.
 
@@ -31,6 +35,7 @@ def measured_dense_until(
         model: An operated model with its thresholds, on the device that it will run on.
         ids: (windows, length) int64, text like what it will read. Longer prompts are windows in a row.
         clock: Seconds.
+        progress: As ``operate()`` takes it.
 
     Returns:
         The position from which on a prompt is read faster sparse than dense, between the lengths timed; the
@@ -43,16 +48,17 @@ def measured_dense_until(
     sparse = dataclasses.replace(config, dense_until=0)
     dense = dataclasses.replace(config, dense_until=-(-most // config.tile) * config.tile)
     times: list[tuple[int, float, float]] = []
-    began = clock()
+    began, lengths = clock(), _lengths(most)
     try:
-        for length in _lengths(most):
-            if times and clock() - began > SECONDS:
-                break
-            row = tokens[None, :length]
-            each = [_seconds(model, row, c, clock) for c in (dense, sparse)]
-            times.append((length, each[0], each[1]))
-            if each[1] <= each[0]:
-                break
+        with counted(model, "timing prompts", 2 * (1 + READINGS) * len(lengths), progress):
+            for length in lengths:
+                if times and clock() - began > SECONDS:
+                    break
+                row = tokens[None, :length]
+                each = [_seconds(model, row, c, clock) for c in (dense, sparse)]
+                times.append((length, each[0], each[1]))
+                if each[1] <= each[0]:
+                    break
     except torch.OutOfMemoryError:
         pass  # so long a prompt cannot be read at all
     finally:

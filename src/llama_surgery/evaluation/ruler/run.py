@@ -14,7 +14,6 @@ from llama_surgery.config import SurgeryConfig
 from llama_surgery.errors import SurgeryError
 from llama_surgery.evaluation.evaluate import check_dense, model_name, versions
 from llama_surgery.evaluation.generation import continue_greedily, end_tokens
-from llama_surgery.evaluation.io import Progress
 from llama_surgery.evaluation.kept import Kept, adapter_digest, digest
 from llama_surgery.evaluation.result import DENSE
 from llama_surgery.evaluation.ruler.reading import questions_for
@@ -23,6 +22,7 @@ from llama_surgery.evaluation.ruler.samples import RulerSample, Sampler
 from llama_surgery.evaluation.ruler.tasks import READING, task_of
 from llama_surgery.surgery import operate as surgery
 from llama_surgery.surgery.context import context_length
+from llama_surgery.surgery.progress import Progress
 from llama_surgery.topology.router import PageRouter
 
 #: Samples of a cell that are answered, and kept, before the next cell has its turn.

@@ -1,0 +1,93 @@
+"""What commands print, and where: results, what is going on, progress."""
+
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    SpinnerColumn,
+    TextColumn,
+    TimeElapsedColumn,
+)
+
+#: Results go to standard output; progress, hints and errors to standard error.
+out = Console()
+err = Console(stderr=True)
+#: Seconds between two lines of progress where there is no terminal.
+INTERVAL = 10.0
+
+
+@contextmanager
+def status(what: str) -> Iterator[None]:
+    """Says what is going on: a spinner on a terminal, a line elsewhere, on standard error."""
+    if not err.is_terminal:
+        err.print(what, soft_wrap=True, highlight=False)
+        yield
+        return
+    with err.status(what):
+        yield
+
+
+def escape(text: str) -> str:
+    """``text`` with nothing in it that rich takes for markup."""
+    from rich.markup import escape as rich_escape
+
+    return rich_escape(text)
+
+
+@contextmanager
+def progress() -> Iterator[Callable[[str, int, int], None]]:
+    """A function to call with (stage, steps done, steps in all).
+
+    On a terminal there are bars, on standard error. Elsewhere a line where a stage begins, and then one every
+    ``INTERVAL`` seconds at most.
+    """
+    if not err.is_terminal:
+        yield _lines()
+        return
+    columns = (
+        SpinnerColumn(),
+        TextColumn("{task.description}", table_column=None),
+        BarColumn(bar_width=28),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+    )
+    tasks: dict[str, Any] = {}
+    with Progress(*columns, console=err) as bars:
+
+        def tell(stage: str, done: int, total: int) -> None:
+            if stage not in tasks:
+                tasks[stage] = bars.add_task(escape(stage), total=total)
+            bars.update(tasks[stage], completed=done, total=total)
+
+        yield tell
+
+
+def _lines() -> Callable[[str, int, int], None]:
+    begun: dict[str, float] = {}
+    last = 0.0
+
+    def tell(stage: str, done: int, total: int) -> None:
+        nonlocal last
+        now = time.monotonic()
+        if stage in begun and now - last < INTERVAL:
+            return
+        began, last = begun.setdefault(stage, now), now
+        err.print(
+            f"{stage}: {done}/{total}, {now - began:.0f} s", soft_wrap=True, highlight=False, markup=False
+        )
+
+    return tell
+
+
+def print_json(value: Any) -> None:
+    """Write ``value`` to standard output as JSON."""
+    sys.stdout.write(json.dumps(value, indent=2) + "\n")
+    sys.stdout.flush()
