@@ -7,6 +7,7 @@ if TYPE_CHECKING:
     from llama_surgery.config import SurgeryConfig
     from llama_surgery.errors import AdapterError, SurgeryError, TextError, UnsupportedModelError
     from llama_surgery.gumbel_config import GumbelConfig
+    from llama_surgery.learning.learned import learn
     from llama_surgery.surgery.adapter import load_adapter, save_adapter
     from llama_surgery.surgery.cache import PagedCache
     from llama_surgery.surgery.operate import eject, operate, operated
@@ -34,6 +35,7 @@ __all__ = [
     "config_of",
     "eject",
     "is_operated",
+    "learn",
     "load_adapter",
     "measured_loss",
     "operate",
@@ -49,6 +51,7 @@ _LAZY = {
     "GumbelConfig": "gumbel_config",
     "PagedCache": "surgery.cache",
     "Statistics": "surgery.statistics",
+    "learn": "learning.learned",
     "SurgeryConfig": "config",
     **dict.fromkeys(("AdapterError", "SurgeryError", "TextError", "UnsupportedModelError"), "errors"),
     **dict.fromkeys(("load_adapter", "save_adapter"), "surgery.adapter"),

@@ -34,8 +34,6 @@ from llama_surgery.errors import SurgeryError
 if TYPE_CHECKING:
     from llama_surgery.learning.settings import LearningSettings
 
-#: Training windows unless others are asked for.
-WINDOWS = 200
 #: Windows whose attention states are kept on disk unless more are asked for: at 8,192 tokens a window of a
 #: model of 70 billion parameters takes about 24 GB.
 STREAMED_WINDOWS = 16
@@ -115,7 +113,7 @@ def learn(
             )
         from llama_surgery.cli.learn_gumbel import learn_routers
 
-        learn_routers(asked, WINDOWS)
+        learn_routers(asked)
         return
     if density is None:
         raise typer.BadParameter("--density is needed: how much may be read.", param_hint="--density")
@@ -147,51 +145,36 @@ def learn(
         told(out_folder, *_streamed(asked, texts, planned), json)
         return
     llm, tokenizer = load_model(model, device, dtype, longest=length)
-    from llama_surgery.learning.corrections import scorer_parameters
-    from llama_surgery.learning.trainer import learn as learn_on
+    from llama_surgery.learning.learned import learn as learn_on
     from llama_surgery.surgery.adapter import save_adapter
-    from llama_surgery.surgery.calibrate import PASSES, calibrate, calibration_windows
-    from llama_surgery.surgery.context import context_length, usual_length
-    from llama_surgery.surgery.operate import operated
+    from llama_surgery.surgery.context import context_length
     from llama_surgery.surgery.operation import config_of
-    from llama_surgery.surgery.progress import counted
-    from llama_surgery.text import windows as cut_windows
 
-    length = usual_length(llm) if length is None else length
-    length -= length % tile
-    planned = dataclasses.replace(planned, length=length)
-    ids = cut_windows(tokenizer, texts, length, windows, seed, usual=WINDOWS)
     with progress() if processes.main else contextlib.nullcontext(silent) as tell:
-        # One threshold for all heads: their budgets are learned.
-        few = calibration_windows(llm, tokenizer, texts, length, config)
-        with counted(llm, "first threshold", PASSES * len(few), tell), operated(llm, config):
-            config = calibrate(llm, few, density)
-        config = processes.agreed(config)  # to the last digit: GPUs may round differently
-        report, seen = reporter(stage, steps, tell)
-        corrections = learn_on(
+        report, seen = reporter(stage, steps)
+        learn_on(
             llm,
             config,
-            ids,
-            planned,
-            progress=report,
-            processes=processes,
-            **asked.keeping(stage),
-        )
-        if not processes.main:
-            return
-        with operated(
-            llm,
-            config,
-            routers=scorer_parameters(corrections),
             density=density,
             text=texts,
             tokenizer=tokenizer,
             length=length,
+            steps=steps,
+            parts=planned.parts,
+            stage=planned.stage,
+            rate=planned.rate,
+            windows=windows,
+            seed=seed,
             measure_speed=llm.device.type == "cuda" and dense_until is None,
             progress=tell,
-        ):
-            config = config_of(llm)
-            save_adapter(llm, out_folder)
+            report=report,
+            processes=processes,
+            **asked.keeping(stage),
+        )
+    if not processes.main:
+        return
+    config = config_of(llm)
+    save_adapter(llm, out_folder)
     if config.dense_until and not json:
         out.print(speed_told(config.dense_until, context_length(llm)), highlight=False, soft_wrap=True)
     told(out_folder, config, seen, json)

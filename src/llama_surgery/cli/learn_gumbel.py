@@ -6,8 +6,8 @@ from llama_surgery.cli.learn_report import Asked, reporter, told
 from llama_surgery.errors import SurgeryError
 
 
-def learn_routers(asked: Asked, usual: int) -> None:
-    """Train content routers on a text and save the adapter; ``usual`` windows where none are asked for.
+def learn_routers(asked: Asked) -> None:
+    """Train content routers on a text and save the adapter.
 
     Raises:
         SurgeryError: Windows longer than the routers' trees are for, or a checkpoint of another run.
@@ -21,6 +21,7 @@ def learn_routers(asked: Asked, usual: int) -> None:
     texts = read_texts(asked.text)
     llm, tokenizer = load_model(asked.model, asked.device, asked.dtype, longest=asked.length)
     from llama_surgery.gumbel.learn import GumbelLearning, learn_gumbel
+    from llama_surgery.learning.learned import WINDOWS
     from llama_surgery.surgery.adapter import save_adapter
     from llama_surgery.surgery.context import usual_length
     from llama_surgery.surgery.operate import operated
@@ -29,7 +30,7 @@ def learn_routers(asked: Asked, usual: int) -> None:
     rate = GumbelLearning.rate if asked.rate is None else asked.rate
     settings = GumbelLearning(steps=asked.steps, rate=rate, seed=asked.seed)
     length = usual_length(llm) if asked.length is None else asked.length
-    ids = cut_windows(tokenizer, texts, length, asked.windows, asked.seed, usual=usual)
+    ids = cut_windows(tokenizer, texts, length, asked.windows, asked.seed, usual=WINDOWS)
     with progress() as tell:
         report, seen = reporter("gumbel", asked.steps, tell)
         routers = learn_gumbel(llm, asked.config, ids, settings, report, **asked.keeping("gumbel"))

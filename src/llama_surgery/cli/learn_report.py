@@ -50,14 +50,15 @@ def silent(stage: str, done: int, total: int) -> None:
 
 
 def reporter(
-    stage: str, steps: int, tell: Callable[[str, int, int], None]
+    stage: str, steps: int, tell: Callable[[str, int, int], None] | None = None
 ) -> tuple[Callable[[Any], None], list[Any]]:
-    """A listener for learning, and the list of steps it keeps: a bar for them, a line ten times a stage."""
+    """A listener for learning, and the list of steps it keeps: ten lines a stage, and a bar by ``tell``."""
     seen: list[Any] = []
 
     def report(step: Any) -> None:
         seen.append(step)
-        tell(f"learning ({stage})", step.step, steps)
+        if tell is not None:
+            tell(f"learning ({stage})", step.step, steps)
         if step.step % max(1, steps // 10) == 0:
             err.print(f"{stage} {step.step}/{steps}: {_described(step)}", highlight=False)
 

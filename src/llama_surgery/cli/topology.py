@@ -116,4 +116,6 @@ def learned_parts(given: list[str] | None, config: SurgeryConfig) -> tuple[Any, 
     """What is learned beside budgets: as given, else weights of channels, and of summaries if any."""
     if given:
         return tuple(split_values(given))
-    return ("channels",) if config.summary == "none" else ("channels", "summary")
+    from llama_surgery.learning.learned import usual_parts
+
+    return usual_parts(config)

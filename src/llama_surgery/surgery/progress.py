@@ -24,15 +24,25 @@ def counted(
         progress: Told before the first pass, after each and at the end. If None there is a bar as
             transformers has them, where standard error is a terminal (or the code runs in a notebook).
     """
-    with contextlib.ExitStack() as held:
-        if progress is None:
-            progress = _Bar(held.enter_context(tqdm(desc=stage, total=total, disable=None)))
-        tell, passes = progress, itertools.count(1)
+    passes = itertools.count(1)
+    with told_or_shown(stage, total, progress) as tell:
         hook = model.register_forward_hook(lambda *_: tell(stage, min(next(passes), total), total))
-        held.callback(hook.remove)
-        tell(stage, 0, total)
-        yield
-        tell(stage, total, total)
+        try:
+            tell(stage, 0, total)
+            yield
+            tell(stage, total, total)
+        finally:
+            hook.remove()
+
+
+@contextlib.contextmanager
+def told_or_shown(stage: str, total: int, progress: Progress | None) -> Iterator[Progress]:
+    """Whom to tell of a stage's steps: ``progress``, or where that is None a bar as of :func:`counted`."""
+    if progress is not None:
+        yield progress
+        return
+    with tqdm(desc=stage, total=total, disable=None) as bar:
+        yield _Bar(bar)
 
 
 class _Bar:
