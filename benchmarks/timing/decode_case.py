@@ -12,7 +12,7 @@ import torch
 
 from llama_surgery.attention.impl.triton.decode.cache import DecodeCache, append_tokens
 from llama_surgery.attention.impl.triton.decode.launch import DecodeResult
-from llama_surgery.attention.impl.triton.job import moments_from
+from llama_surgery.attention.impl.triton.job import KeptMoments
 from llama_surgery.attention.summary import summary_logits
 from llama_surgery.bench.states import plain_attention
 from llama_surgery.config import SurgeryConfig
@@ -178,7 +178,7 @@ def place_theta(setting: Setting, layers: list[Layer]) -> tuple[float, float]:
             if len(planted) == pages:  # nothing is to stay closed, or there is nothing
                 continue
             q = layer.queries[stream].flatten(0, 1).float() * DIM**-0.5
-            moments = moments_from(features[stream, None, :pages], config.page_size)
+            moments = KeptMoments(features[stream, None, :pages], config.page_size)
             scores, weights = Scorer(1.0)(q[None], moments)
             scores, weights = scores[0], weights[0]
             near = keys[stream, length - setting.near(length) : length]
@@ -242,7 +242,7 @@ def _unread(layer: Layer, stream: int, closed: int) -> tuple[torch.Tensor, torch
     """Logits (heads, rows, pages) of what stands in for the first ``closed`` keys, and mean values."""
     cache = layer.cache
     pages = closed // cache.config.page_size
-    moments = moments_from(by_slot(cache.features)[stream, None, :pages], cache.config.page_size)
+    moments = KeptMoments(by_slot(cache.features)[stream, None, :pages], cache.config.page_size)
     logits = summary_logits(layer.queries[stream, None], moments, Scorer(DIM**-0.5))[0]
     logits[..., layer.pages[stream].to(logits.device)] = -math.inf
     assert cache.mean_values is not None

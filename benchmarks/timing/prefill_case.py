@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from llama_surgery.attention.call import AttentionCall
-from llama_surgery.attention.impl.triton.job import Job, moments_from
+from llama_surgery.attention.impl.triton.job import Job, KeptMoments
 from llama_surgery.attention.impl.triton.select import launch as selection
 from llama_surgery.attention.impl.triton.tiled_plan import ENTRY, TiledPlan
 from llama_surgery.attention.summary import summary_logits
@@ -122,7 +122,7 @@ def check_tiles(job: Job, plans: list[TiledPlan], out: torch.Tensor, samples: in
             visible = torch.cat((visible, seen), 1)
             if config.summarises(size) and job.features is not None and layout.mean_values is not None:
                 pages = closed * config.pages_per_chunk
-                moments = moments_from(job.features[stream, None, :pages], config.page_size)
+                moments = KeptMoments(job.features[stream, None, :pages], config.page_size)
                 scorer = Scorer(job.scale, job.softcap)
                 logits = summary_logits(q[None], moments, scorer)[0]
                 block = Block(rows.start, rows.stop, closed)

@@ -6,8 +6,9 @@ import threading
 import pytest
 import torch
 from tests.surgery.tiny import SPARSE, build, in_pieces, llama, logits, pad, positions, tokens
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from llama_surgery import operated, paged_cache, statistics
+from llama_surgery import operate, operated, paged_cache, statistics
 from llama_surgery.surgery import store as store_module
 from llama_surgery.surgery.compat import CACHE_NAME
 from llama_surgery.surgery.cudnn import without_cudnn
@@ -205,3 +206,37 @@ def test_the_switch_is_turned_back_whoever_leaves_last():
     leave.set()
     thread.join()
     assert enabled() == before
+
+
+class Operations(TorchDispatchMode):
+    """Counts operations of PyTorch."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += 1
+        return function(*args, **(kwargs or {}))
+
+
+def test_a_layer_that_follows_the_first_costs_few_operations(monkeypatch):
+    """Appending to buffers takes views of them, where transformers' own cache makes longer tensors."""
+    monkeypatch.setattr(store_module, "CHECKED_DEVICES", ())  # nor are keys looked at on a GPU
+
+    def of_a_layer(model):
+        """Operations of a prompt on an empty cache, and of a step on it."""
+        cache, found = model(tokens(1, 2))[CACHE_NAME], []
+        cache.reset()
+        for ids in (tokens(1, 60), tokens(1, 1)):
+            with torch.no_grad(), Operations() as operations:
+                model(ids, **{CACHE_NAME: cache})
+            found.append(operations.count)
+        return torch.tensor(found)
+
+    layers = torch.tensor([2, 6])
+    models = [build("Llama", num_hidden_layers=int(count)) for count in layers]
+    dense = torch.stack([of_a_layer(model) for model in models])
+    for model in models:
+        operate(model, OWN, routers={})
+    more = torch.stack([of_a_layer(model) for model in models]) - dense
+    prompt, step = (more[1] - more[0]).div(4).tolist()
+    assert prompt <= 9 and step <= 4

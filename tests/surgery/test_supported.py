@@ -150,11 +150,6 @@ class OwnIndex(Module):
         return eager_attention_forward(self, query, key, value, attention_mask, **kwargs)
 
 
-class NoKeywords(Module):
-    def forward(self, query, attention_mask=None, **kwargs):
-        return eager_attention_forward(self, query, query, query, attention_mask, scaling=1.0)
-
-
 class Elsewhere(Module):
     def forward(self, query, attention_mask=None, **kwargs):
         functions = dict(ALL_ATTENTION_FUNCTIONS)
@@ -172,7 +167,6 @@ READ = {
     OwnMask: AttentionSource(1, own_mask=True),
     RenamedMask: AttentionSource(1),
     OwnIndex: AttentionSource(1, own_index=True),
-    NoKeywords: AttentionSource(1, keywords=False),
     Elsewhere: None,
 }
 

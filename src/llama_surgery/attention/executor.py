@@ -170,6 +170,6 @@ def kernel_features(moments: Moments, dtype: torch.dtype) -> torch.Tensor:
 
 def kernel_moments(features: torch.Tensor, page_size: int) -> Moments:
     """Moments of pages back from :func:`kernel_features`, as exactly as those were kept."""
-    from llama_surgery.attention.impl.triton.job import moments_from
+    from llama_surgery.attention.impl.triton.job import KeptMoments
 
-    return moments_from(features, page_size)
+    return KeptMoments(features, page_size)

@@ -15,7 +15,7 @@ from llama_surgery.gumbel.router import ContentRouter
 from llama_surgery.gumbel.soft import Drawing, balls_of, gumbel_digits, load_balance, soft_attention
 from llama_surgery.gumbel_config import GumbelConfig
 from llama_surgery.surgery.calls import untraced
-from llama_surgery.surgery.interface import refuse
+from llama_surgery.surgery.execute import refuse
 from llama_surgery.surgery.statistics import Counters
 
 #: Keyword by which the pre-forward hook hands on what the router said.

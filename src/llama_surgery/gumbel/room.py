@@ -13,7 +13,6 @@ from llama_surgery.gumbel.layer import ROUTED, GumbelLayer
 from llama_surgery.gumbel.router import ContentRouter, routers_for
 from llama_surgery.surgery.calls import untraced
 from llama_surgery.surgery.layer import ATTRIBUTE
-from llama_surgery.surgery.replace import Replacement
 
 cache = BallCache
 
@@ -49,11 +48,8 @@ def layers(
 
 
 @untraced
-def hook(
-    replacement: Replacement, module: torch.nn.Module, args: tuple, kwargs: dict[str, Any]
-) -> tuple[tuple, dict[str, Any]]:
+def hook(module: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
     """Pre-forward hook of operated modules: asks the router, and hands on what it says."""
-    replacement.check(module)
     layer: GumbelLayer = module.__dict__[ATTRIBUTE]
     given = next((value for value in (*kwargs.values(), *args) if isinstance(value, Cache)), None)
     index: Any = module.layer_idx

@@ -56,7 +56,7 @@ class PageBuffers:
 
     Slots up to a sequence's last full chunk are in tree order; behind them slot and position are one. What a
     chunk's layout found is written once, when the chunk is full. Pages are known in one form for good,
-    decided by the first write: where the Triton kernels serve keys of this kind, by the features they score
+    decided by the first chunk: where the Triton kernels serve keys of this kind, by the features they score
     pages by, in the keys' dtype; elsewhere by their moments, in full precision.
 
     Tensors are written in place, also where gradients are recorded: a call only ever hands out views of
@@ -66,8 +66,7 @@ class PageBuffers:
     Attributes:
         capacity: Tokens a sequence has room for, a multiple of ``chunk_size``.
         maximum: Tokens that will never be exceeded, as far as is known: growing goes no further.
-        sink_page: (streams,) int32, the page that holds position 0.
-        kernels: Are pages known by the kernels' features, not by moments? None before the first write.
+        kernels: Are pages known by the kernels' features, not by moments? None before that was asked.
     """
 
     def __init__(self, config: SurgeryConfig, streams: int, device: torch.device) -> None:
@@ -75,12 +74,26 @@ class PageBuffers:
         self.streams = streams
         self.capacity = 0
         self.maximum: int | None = None
-        self.sink_page = torch.zeros(streams, dtype=torch.int32, device=device)
+        self.device = device
         self.kernels: bool | None = None
+        self._sink_page: torch.Tensor | None = None
         self._lent = 0  # slots before this one may be needed as they are by a backward pass
         #: Tensors by name, and tokens that an element along their second last dimension stands for.
         self._tensors: dict[str, torch.Tensor] = {}
         self._units: dict[str, int] = {}
+        self._inference = False  # were some made in inference mode?
+        #: Keys and values (sequences, kv_heads, capacity, dim) as :meth:`extend` writes them, after whether
+        #: it does in inference mode.
+        self._whole: tuple[bool, torch.Tensor, torch.Tensor] | None = None
+
+    @property
+    def sink_page(self) -> torch.Tensor:
+        """(streams,) int32, the page that holds position 0."""
+        if self._sink_page is None or not writable(self._sink_page):
+            old = self._sink_page
+            zeros = torch.zeros(self.streams, dtype=torch.int32, device=self.device)
+            self._sink_page = zeros if old is None else zeros.copy_(old)
+        return self._sink_page
 
     @property
     def empty(self) -> bool:
@@ -111,10 +124,11 @@ class PageBuffers:
 
     def reserve(self, tokens: int) -> None:
         """Make room for ``tokens`` tokens a sequence, in tensors that this call can write and record."""
-        if not torch.is_inference_mode_enabled():
+        if self._inference and not torch.is_inference_mode_enabled():
             for name, held in self._tensors.items():
                 if not writable(held):
-                    self._tensors[name] = held.clone()
+                    self._set(name, held.clone())
+            self._inference = False
         if tokens <= self.capacity:
             return
         wanted = tokens + tokens // GROWTH
@@ -122,11 +136,38 @@ class PageBuffers:
             wanted = min(wanted, self.maximum)
         size = self.config.chunk_size
         self.capacity = -(-wanted // size) * size
+        if not self._tensors:
+            return
         with self.recording():
             for name, old in self._tensors.items():  # one after the other: only one is there twice at a time
-                new = self._empty(name, old)
+                new = self._empty(name, old, old.shape[-1])
                 new.narrow(-2, 0, old.shape[-2]).copy_(old)
-                self._tensors[name] = new
+                self._set(name, new)
+
+    def extend(
+        self, start: int, keys: torch.Tensor, values: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Write states (sequences, kv_heads, new, dim) of all streams from slot ``start`` on, unrecorded.
+
+        Returns:
+            Keys and values (sequences, kv_heads, start + new, dim) of all slots so far, views.
+        """
+        new, inference = keys.shape[2], torch.is_inference_mode_enabled()
+        self.reserve(start + new)
+        if self._whole is None or self._whole[0] is not inference:
+            held = (
+                self._held(name, 1, like, like.shape[-1]).data.view(*like.shape[:2], -1, like.shape[-1])
+                for name, like in (("keys", keys), ("values", values))
+            )
+            self._whole = inference, *held
+        _, held_keys, held_values = self._whole
+        held_keys.narrow(2, start, new).copy_(keys)
+        held_values.narrow(2, start, new).copy_(values)
+        return held_keys.narrow(2, 0, start + new), held_values.narrow(2, 0, start + new)
+
+    def _set(self, name: str, tensor: torch.Tensor) -> None:
+        self._tensors[name], self._whole = tensor, None
+        self._inference = self._inference or tensor.is_inference()
 
     def read(self, streams: slice, start: int, stop: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values of slots ``start … stop - 1``, views."""
@@ -179,8 +220,6 @@ class PageBuffers:
             means = layout.mean_values.to(layout.keys.dtype) if self.kernels else layout.mean_values
             self._put(MEAN_VALUES, streams, start, tokens, means)
         if start == 0:
-            if not writable(self.sink_page):
-                self.sink_page = self.sink_page.clone()
             self.sink_page[streams] = layout.sink_pages(self.config.page_size).int()
 
     def taint(self, streams: slice, addend: torch.Tensor) -> None:
@@ -191,7 +230,8 @@ class PageBuffers:
         """Go on with copies if slots from ``start`` on, soon to be written again, may still be needed."""
         if start < self._lent:
             with self.recording():
-                self._tensors = {name: tensor.clone() for name, tensor in self._tensors.items()}
+                for name, tensor in self._tensors.items():
+                    self._set(name, tensor.clone())
             self._lent = 0
 
     def forget(self, streams: slice, start: int) -> None:
@@ -200,7 +240,7 @@ class PageBuffers:
             first = -(-start // self._units[name])
             if held.requires_grad and first < held.shape[-2]:
                 stale = held.data[streams].narrow(-2, first, held.shape[-2] - first)
-                self._tensors[name] = _Written.apply(held, stale, streams, first)
+                self._set(name, _Written.apply(held, stale, streams, first))
 
     def layout(self, streams: slice, chunks: int) -> Layout:
         """The first ``chunks`` chunks, views."""
@@ -212,16 +252,16 @@ class PageBuffers:
             moments = kernel_moments(read[FEATURES], self.config.page_size)
         else:
             moments = Moments(read["mean"], read["variance"], self.config.page_size)
-        return Layout(
-            read["keys"], read["values"], read["order"], moments, read.get(FEATURES), read.get(MEAN_VALUES)
-        )
+        kept = read.get(FEATURES), read.get(MEAN_VALUES), self.sink_page[streams]
+        return Layout(read["keys"], read["values"], read["order"], moments, *kept)
 
     def select(self, streams: torch.Tensor) -> "PageBuffers":
         """Buffers of the given streams (int64 indices, repeats allowed), copied."""
-        chosen = PageBuffers(self.config, len(streams), self.sink_page.device)
+        chosen = PageBuffers(self.config, len(streams), self.device)
         chosen.capacity, chosen.maximum, chosen.kernels = self.capacity, self.maximum, self.kernels
-        chosen.sink_page = self.sink_page.index_select(0, streams)
-        chosen._tensors = {name: t.index_select(0, streams) for name, t in self._tensors.items()}
+        chosen._sink_page = self.sink_page.index_select(0, streams)
+        for name, tensor in self._tensors.items():
+            chosen._set(name, tensor.index_select(0, streams))
         chosen._units = dict(self._units)
         return chosen
 
@@ -229,7 +269,7 @@ class PageBuffers:
         """A tensor by name; where nothing was written yet, one to be written to later."""
         if name not in self._tensors:
             self._units[name] = unit
-            self._tensors[name] = self._empty(name, like[..., :1].expand(*like.shape[:-1], width))
+            self._set(name, self._empty(name, like, width))
         return self._tensors[name]
 
     def _put(self, name: str, streams: slice, start: int, tokens: int, new: torch.Tensor) -> None:
@@ -237,7 +277,7 @@ class PageBuffers:
             return
         if name not in self._tensors:
             self._units[name] = tokens // new.shape[-2]
-            self._tensors[name] = self._empty(name, new)
+            self._set(name, self._empty(name, new, new.shape[-1]))
         held, start = self._tensors[name], start // self._units[name]
         if not writable(held):
             held = held.clone()
@@ -245,11 +285,11 @@ class PageBuffers:
             held = _Written.apply(held, new, streams, start)
         else:
             held.data[streams].narrow(-2, start, new.shape[-2]).copy_(new)
-        self._tensors[name] = held
+        if held is not self._tensors[name]:
+            self._set(name, held)
 
     def _span(self, name: str, streams: slice, stop: int) -> torch.Tensor:
         return self._tensors[name][streams].narrow(-2, 0, stop // self._units[name])
 
-    def _empty(self, name: str, like: torch.Tensor) -> torch.Tensor:
-        shape = (self.streams, *like.shape[1:-2], self.capacity // self._units[name], like.shape[-1])
-        return like.new_empty(shape)
+    def _empty(self, name: str, like: torch.Tensor, width: int) -> torch.Tensor:
+        return like.new_empty(self.streams, self.capacity // self._units[name], width)

@@ -2,12 +2,14 @@
 
 import contextlib
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from transformers import DynamicCache, PretrainedConfig
 
 from llama_surgery.config import SurgeryConfig
 from llama_surgery.errors import SurgeryError
+from llama_surgery.surgery.calls import current_call
 from llama_surgery.surgery.paged_layer import PagedLayer
 
 __all__ = ["Generation", "PagedCache", "PagedLayer"]
@@ -87,8 +89,9 @@ class PagedCache(DynamicCache):
         Raises:
             SurgeryError: The last one ended halfway, with an exception, or ran only some of the layers.
         """
+        paged = self.paged
         held = [layer.slots if isinstance(layer, PagedLayer) else _length(layer) for layer in self.layers]
-        if self._begun not in (None, held) or len({layer.slots for layer in self.paged}) > 1:
+        if self._begun not in (None, held) or len({layer.slots for layer in paged}) > 1:
             before = "" if self._begun is None else f", {_several(self._begun)} before it"
             raise SurgeryError(
                 f"the last call on this cache did not end: its layers hold {_several(held)} tokens{before}. "
@@ -99,6 +102,20 @@ class PagedCache(DynamicCache):
     def end(self) -> None:
         """The call ended as it should."""
         self._begun = None
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Hand new states through: the attention function, which knows the padding, stores them.
+
+        Raises:
+            UnsupportedModelError: The attention that called is not operated.
+        """
+        layer, call = self.layers[layer_idx], current_call()
+        if not isinstance(layer, PagedLayer) or call is None or call.cache is not self:
+            return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+        call.handed = layer
+        return key_states, value_states
 
     def expect_length(self, tokens: int) -> None:
         """Say that no sequence will exceed ``tokens`` tokens: memory is then kept for those, and not more."""

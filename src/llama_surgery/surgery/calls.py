@@ -3,10 +3,15 @@
 import dataclasses
 from collections.abc import Callable
 from contextvars import ContextVar
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import PretrainedConfig
+
+if TYPE_CHECKING:
+    from llama_surgery.surgery.cache import PagedCache
+    from llama_surgery.surgery.paged_layer import PagedLayer
+    from llama_surgery.surgery.whole import Whole
 
 _current: ContextVar["Call | None"] = ContextVar("llama_surgery_call", default=None)
 
@@ -25,11 +30,17 @@ class Call:
         model: The model that was called: it, or a part of it that was called by itself.
         owner: Who replaced its attention.
         text: The configuration that its masks are made by.
+        cache: The paged cache that it was given, if any.
+        handed: The layer of the cache that has new states, between its update and its attention.
+        whole: What all operated layers do, if all rows see everything: as the first of them found.
     """
 
     model: torch.nn.Module
     owner: object
     text: PretrainedConfig
+    cache: "PagedCache | None" = None
+    handed: "PagedLayer | None" = None
+    whole: "Whole | None" = None
     _arguments: dict[str, Any] | None = None
     _dense: Any = None
 
@@ -64,6 +75,11 @@ class Call:
         return True, make(**{**self._arguments, **lengths})
 
 
+def running_call() -> Call | None:
+    """:func:`current_call`, for code that is not traced."""
+    return _current.get()
+
+
 @untraced
 def current_call() -> Call | None:
     """The call that is running in this thread, of any model whose attention is replaced."""
@@ -80,8 +96,8 @@ def enter(model: torch.nn.Module, owner: object, text: PretrainedConfig) -> None
 
 
 @untraced
-def leave(model: torch.nn.Module) -> None:
-    """End the call, if it is one of ``model``."""
+def leave(*, model: torch.nn.Module | None = None, owner: object = None) -> None:
+    """End the call, if it is one of ``model`` or ``owner``."""
     call = _current.get()
-    if call is not None and call.model is model:
+    if call is not None and (call.model is model or call.owner is owner):
         _current.set(None)

@@ -35,7 +35,9 @@ def kernels_decode(
         value: (batch, kv_heads, new, value_dim).
     """
     buffers = paged.buffers
-    if call.executor != "triton" or buffers is None or buffers.empty or not buffers.kernels:
+    if call.executor != "triton" or buffers is None or buffers.empty:
+        return False
+    if not buffers.decide(buffers.keys, buffers.values):
         return False
     from llama_surgery.attention.impl.triton.decode.launch import decode_obstacle
 

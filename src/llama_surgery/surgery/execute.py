@@ -9,18 +9,26 @@ import torch
 from llama_surgery.attention.executor import executor_of
 from llama_surgery.attention.heard import heard_layout
 from llama_surgery.attention.impl.common import differentiable
-from llama_surgery.errors import SurgeryError
-from llama_surgery.surgery.cache import PagedCache, PagedLayer
-from llama_surgery.surgery.calls import untraced
+from llama_surgery.errors import SurgeryError, UnsupportedModelError
+from llama_surgery.surgery.cache import PagedLayer
+from llama_surgery.surgery.calls import running_call, untraced
 from llama_surgery.surgery.decoding import decode_step, grouped_sinks, kernels_decode
 from llama_surgery.surgery.layer import LayerSurgery
 from llama_surgery.surgery.rows import Part, parts_of, whole_rows
+from llama_surgery.surgery.statistics import count_whole
 from llama_surgery.surgery.store import SequenceStore
+from llama_surgery.surgery.whole import Own, Whole
 from llama_surgery.topology.geometry import closed_chunks
 from llama_surgery.topology.layout import Layout
 
 #: The model's own attention for the last rows of so many keys, if it has any.
-Own = Callable[[int, int], Callable[..., torch.Tensor] | None]
+FindOwn = Callable[[int, int], Own | None]
+
+_REFUSED_KEYWORDS = {
+    "cu_seq_lens_q": "packed rows",
+    "cu_seq_lens_k": "packed rows",
+    "position_bias": "additive position biases",
+}
 
 
 @untraced
@@ -31,36 +39,61 @@ def run_layer(
     key: torch.Tensor,
     value: torch.Tensor,
     mask: torch.Tensor | None,
-    cache: PagedCache | None,
     keywords: dict[str, Any],
-    own: Own,
+    own: FindOwn,
 ) -> torch.Tensor:
     """Attention of an operated layer; arguments are those of an attention function.
 
     Rows that see everything are computed by the model's own attention, which needs no layout, where ``own``
-    has it: those below ``dense_until``, and calls that have no other.
+    has it: those below ``dense_until``, and calls that have no other, of which the other layers are told.
 
     Returns:
         (batch, new, heads, value_dim), contiguous.
+
+    Raises:
+        UnsupportedModelError: A feature the topology cannot honour.
     """
+    call, given = running_call(), None
+    if call is not None and call.cache is not None:
+        given, call.handed = call.handed, None
+        if given is None:
+            raise UnsupportedModelError(
+                f"{type(module).__name__} calls its attention function twice for one update of the cache, or "
+                "fills another cache than the model was given: not supported."
+            )
+    if call is not None and call.whole is not None:
+        out = call.whole.attend(module, layer, given, query, key, value, mask, keywords)
+        if out is not None:
+            return out
+    refuse(module, mask, keywords)
+    if given is not None and key.shape[2] != query.shape[2]:
+        raise UnsupportedModelError(
+            f"{type(module).__name__} has {query.shape[2]} new tokens attend to {key.shape[2]} new keys, so "
+            "to something else than the text before them. Only self-attention can be operated."
+        )
     kind = query.device.type
     if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
         # As in PyTorch's own attention the states are cast, and nothing that is computed of them.
         dtype = torch.get_autocast_dtype(kind)
         states = (x if x.dtype == torch.float64 else x.to(dtype) for x in (query, key, value))
+        if call is not None:
+            call.handed = given
         with torch.autocast(kind, enabled=False):
-            return run_layer(module, layer, *states, mask, cache, keywords, own)
+            out = run_layer(module, layer, *states, mask, keywords, own)
+        if call is not None:
+            call.whole = None  # the other layers' states are not cast yet
+        return out
     layer.move_router(query.device)
     batch, heads, new, _ = query.shape
     kv_heads = key.shape[1]
-    ends = None if cache is None else cache.prompt_ends
-    if cache is not None:
-        paged = cache.layers[module.layer_idx]
+    ends = None
+    if given is not None:
+        assert call is not None and call.cache is not None
+        paged, ends = given, call.cache.prompt_ends
         step = paged.recording or (ends is None and paged.slots > 0 and new == 1)
     else:
         # Without a cache all keys are new: a fresh one holds them for this call alone.
         paged = PagedLayer(layer.config, keep=False)
-        paged.expect()
         step = key.shape[2] > new and new == 1
     taken = paged.take(mask, batch, key.shape[2], (key, value), apart=ends is not None and len(ends) > 1)
     ends = [None] if ends is None else ends
@@ -72,39 +105,48 @@ def run_layer(
     )
     real = all(columns is None for _, _, columns in taken)
     alone = real and len(taken) == 1 and _own_may_run(layer, paged, query, key, value)
-    done = _own_rows(layer, taken[0][0], own, query, key, value, step=step, end=ends[0]) if alone else None
-    if done is not None and done.shape[1] == new:
-        return done
-    if done is None and steps and cache is not None and real:
-        call = layer.call(paged, 1, query, value, keywords)
-        if kernels_decode(call, paged, query, key, value):
+    done = None
+    if alone:
+        end = ends[0]
+        done, whole = _own_rows(module, layer, paged, own, query, key, value, mask, keywords, step, end)
+        if whole is not None:
+            if call is not None:
+                call.whole = whole
+            return done
+    if done is None and steps and given is not None and real:
+        how = layer.call(paged, 1, query, value, keywords)
+        if kernels_decode(how, paged, query, key, value):
             sinks = grouped_sinks(keywords, kv_heads, batch)
-            return decode_step(layer, call, paged, query, key, value, sinks)
+            return decode_step(layer, how, paged, query, key, value, sinks)
     if paged.recording:
         raise SurgeryError(
             "a step can be captured only where the decode kernels run it: a GPU, no float64, no gradients."
         )
-    # Allocated as it is returned, so that it is contiguous: some architectures take views of it.
-    returned = query.new_zeros(batch, new, heads, value.shape[-1])
-    rest = returned
-    if done is not None:
-        first = done.shape[1]
-        returned[:, :first], rest = done, returned[:, first:]
-        query = query[:, :, first:]
-        if paged.keep:
-            key, value = key[:, :, first:], value[:, :, first:]
+    first = 0 if done is None else done.shape[1]
+    query = query[:, :, first:]
+    if done is not None and paged.keep:
+        key, value = key[:, :, first:], value[:, :, first:]
+    found = []
     for (store, rows, columns), end in zip(taken, ends, strict=True):
         piece = _stored(layer, store, query[rows], key[rows], value[rows], columns, step=step, end=end)
         sinks = grouped_sinks(keywords, kv_heads, len(piece.query))
         for part in piece.parts:
-            call = layer.call(paged, part.tile, query, value, keywords)
+            how = layer.call(paged, part.tile, query, value, keywords)
             states = piece.states(layer, part, kv_heads)
-            execute = executor_of(call, *states, sinks)
+            execute = executor_of(how, *states, sinks)
             result = execute(*states, start=part.start, sink_logit=sinks)
             layer.counts(part.tile).add(result, kv_heads, layer.config, part)
-            out = result.out.unflatten(0, (-1, kv_heads)).flatten(1, 2).transpose(1, 2)
             places = piece.rows(part) if piece.columns is None else piece.columns[piece.rows(part)]
-            rest[rows][:, places] = out
+            out = result.out.reshape(-1, heads, *result.out.shape[2:]).transpose(1, 2)
+            found.append((rows, places, out))
+    if done is None and real and len(found) == 1:
+        return out.contiguous()
+    # Allocated as it is returned, so that it is contiguous: some architectures take views of it.
+    returned = query.new_zeros(batch, new, heads, value.shape[-1])
+    if done is not None:
+        returned[:, :first] = done
+    for rows, places, out in found:
+        returned[:, first:][rows][:, places] = out
     return returned
 
 
@@ -119,23 +161,29 @@ def _own_may_run(
 
 
 def _own_rows(
-    layer: LayerSurgery, store: SequenceStore, own: Own, query: torch.Tensor, key: torch.Tensor,
-    value: torch.Tensor, *, step: bool, end: int | None,
-) -> torch.Tensor | None:  # fmt: skip
+    module: torch.nn.Module, layer: LayerSurgery, paged: PagedLayer, own: FindOwn, query: torch.Tensor,
+    key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, keywords: dict[str, Any], step: bool,
+    end: int | None,
+) -> tuple[torch.Tensor | None, Whole | None]:  # fmt: skip
     """The first rows of a call by the model's own attention: all if they see everything, else those below
-    ``dense_until``. Stores their keys. Returns (batch, rows, heads, value_dim), None if there are none."""
-    stop = store.length + key.shape[2]
-    start = stop - query.shape[2]
-    parts = whole_rows(start, stop, layer.config, step=step, prompt_end=end)
-    attention = own(parts[-1].stop - start, parts[-1].stop) if parts else None
+    ``dense_until``. Stores their keys. Returns (batch, rows, heads, value_dim), None if there are none, and
+    what other layers do if they are all."""
+    (batch, heads, new, _), kv_heads = query.shape, key.shape[1]
+    length = paged.stores[0].length
+    start = length + key.shape[2] - new
+    parts = whole_rows(start, start + new, layer.config, step=step, prompt_end=end)
+    stop = parts[-1].stop if parts else start
+    attention = own(stop - start, stop) if parts else None
     if attention is None:
-        return None
-    rows, keys = parts[-1].stop - start, parts[-1].stop - store.length
-    key, value = key[:, :, :keys], value[:, :, :keys]
-    states = store.extend(key, value, layer.router) if store.keep else (key, value)
-    for part in parts:
-        layer.counts(part.tile).add_whole(part, layer.config, query.shape[0], key.shape[1], query.shape[1])
-    return attention(query[:, :, :rows], *states)
+        return None, None
+    counted = tuple(count_whole(part, layer.config, batch, kv_heads, heads) for part in parts)
+    layer.count_whole(counted)
+    states = key[:, :, : stop - length], value[:, :, : stop - length]
+    if paged.keep:
+        states = paged.extend(*states, layer.router)
+    whole = Whole(layer.config, start, mask, query.shape, key.shape, attention, counted)
+    out = attention(module, keywords, query[:, :, : stop - start], *states)
+    return out, whole if stop == start + new else None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -196,3 +244,28 @@ def _stored(
     since = closed_chunks(start, layer.config, parts[0].tile) if parts else store.length // size
     near = store.append(key, value, since * size, layer.router)
     return _Piece(query, near, store.layout, parts, columns)
+
+
+def refuse(module: torch.nn.Module, mask: Any, keywords: dict[str, Any]) -> None:
+    """
+    Raises:
+        UnsupportedModelError: What no topology can honour.
+    """
+    name = type(module).__name__
+    if mask is not None and (not isinstance(mask, torch.Tensor) or mask.dim() != 2):
+        raise UnsupportedModelError(
+            f"{name} was given a mask that is not plainly causal (packed rows, bidirectional image tokens "
+            "or a mask of your own): operated layers support causal attention with padding only. Pass a "
+            "2-D attention_mask, one sequence a row."
+        )
+    if keywords.get("is_causal") is False:
+        raise UnsupportedModelError(
+            f"{name} was asked for bidirectional attention (is_causal=False). Eject first."
+        )
+    if keywords.get("output_attentions"):
+        raise UnsupportedModelError("output_attentions: attention weights are never formed. Eject first.")
+    if keywords.get("dropout"):
+        raise UnsupportedModelError("attention dropout: set attention_dropout=0 or call model.eval().")
+    for keyword, what in _REFUSED_KEYWORDS.items():
+        if keywords.get(keyword) is not None:
+            raise UnsupportedModelError(f"{keyword} ({what}) is not supported by operated layers.")

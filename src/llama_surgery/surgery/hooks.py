@@ -4,8 +4,7 @@ import functools
 import inspect
 from typing import Any
 
-import torch
-from transformers import Cache, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.generation.continuous_batching.cache import PagedAttentionCache
 
 from llama_surgery.errors import SurgeryError, UnsupportedModelError
@@ -13,20 +12,17 @@ from llama_surgery.surgery.cache import PagedCache, PagedLayer
 from llama_surgery.surgery.calls import current_call
 from llama_surgery.surgery.compat import CACHE_NAME, cache_name, given_cache, with_cache
 from llama_surgery.surgery.generation import generate, running_of
-from llama_surgery.surgery.interface import CACHE_KEYWORD, FIXED_SIZE
-from llama_surgery.surgery.layer import ATTRIBUTE
+from llama_surgery.surgery.interface import FIXED_SIZE
 from llama_surgery.surgery.operation import Operation, room_of
-from llama_surgery.surgery.replace import Replacement, parts_around
+from llama_surgery.surgery.replace import parts_around
 
 
 def hook(inner: PreTrainedModel, operation: Operation) -> None:
     """Put the hooks on ``inner``, the models inside it and its operated modules."""
-    handles, replacement = operation.replacement.handles, operation.replacement
-    room = room_of(operation.config)
-    of_module = cache_hook if room is None else room.hook
-    for module in operation.modules.values():
-        before = functools.partial(of_module, replacement)
-        handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
+    handles, room = operation.replacement.handles, room_of(operation.config)
+    if room is not None:
+        for module in operation.modules.values():
+            handles.append(module.register_forward_pre_hook(room.hook, with_kwargs=True))
     for part in parts_around(inner, operation.modules.values()):
         before = functools.partial(model_hook, operation)
         handles.append(part.register_forward_pre_hook(before, with_kwargs=True))
@@ -72,6 +68,8 @@ def model_hook(
     given = given_cache(kwargs)
     if isinstance(given, PagedAttentionCache):
         refuse_batching()
+    if getattr(given, "is_compileable", False):
+        raise UnsupportedModelError(f"{type(given).__name__}: {FIXED_SIZE}")
     counted = counted and not (isinstance(given, PagedCache) and given.recording)  # no questions in a graph
     if counted and bool((position_ids.diff(dim=-1) < 1).any()):
         # Without a cache transformers would make a mask of them; with one, it mixes the sequences in silence.
@@ -91,8 +89,26 @@ def model_hook(
             running.adopt(given)  # the model's own code has dropped the cache that generate() was given
         kwargs = with_cache(kwargs, cache_name(model), given)
     if isinstance(given, PagedCache):
+        check_fits(operation, given)
         given.begin()
+        if call is not None:
+            call.cache = given
     return args, kwargs
+
+
+def check_fits(operation: Operation, cache: PagedCache) -> None:
+    """
+    Raises:
+        SurgeryError: The cache was made for other layers, or another configuration.
+    """
+    for index, layer in enumerate(cache.layers):
+        paged = isinstance(layer, PagedLayer)
+        # Most often it is the same object, and compilers cannot compare configurations.
+        alike = not paged or layer.config is operation.config or layer.config == operation.config
+        if paged != (index in operation.modules) or not alike:
+            raise SurgeryError(
+                "the paged cache was made for another model or configuration: start with a new one."
+            )
 
 
 def done_hook(model: PreTrainedModel, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
@@ -125,27 +141,3 @@ def prepare_cache(
         running.prepare(model_kwargs.get("attention_mask"), max_cache_length)
         if isinstance(cache, PagedCache):
             running.adopt(cache)
-
-
-def cache_hook(
-    replacement: Replacement, module: torch.nn.Module, args: tuple, kwargs: dict[str, Any]
-) -> tuple[tuple, dict]:
-    """Pre-forward hook of operated modules: hands the paged cache on to the attention function."""
-    replacement.check(module)
-    # Its keyword differs between versions and architectures, and some pass it by place.
-    cache = next((value for value in (*kwargs.values(), *args) if isinstance(value, Cache)), None)
-    if cache is not None and not isinstance(cache, PagedCache):
-        if getattr(cache, "is_compileable", False):
-            raise UnsupportedModelError(f"{type(cache).__name__}: {FIXED_SIZE}")
-        cache = None
-    if cache is not None:
-        paged = cache.layers[module.layer_idx]
-        config = getattr(module, ATTRIBUTE).config
-        # Most often it is the same object, and compilers cannot compare configurations.
-        fits = isinstance(paged, PagedLayer) and (paged.config is config or paged.config == config)
-        if not fits:
-            raise SurgeryError(
-                "the paged cache was made for another model or configuration: start with a new one."
-            )
-        paged.expect()
-    return args, {**kwargs, CACHE_KEYWORD: cache}

@@ -12,14 +12,12 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, causal_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from llama_surgery.errors import SurgeryError, UnsupportedModelError
-from llama_surgery.surgery.calls import current_call
+from llama_surgery.surgery.calls import current_call, running_call
 from llama_surgery.surgery.cudnn import PLANNED, without_cudnn
 from llama_surgery.surgery.execute import run_layer
 from llama_surgery.surgery.layer import ATTRIBUTE, LayerSurgery
 from llama_surgery.surgery.supported import crosses
-
-#: Keyword by which an operated module's pre-forward hook hands the cache to the attention function.
-CACHE_KEYWORD = "llama_surgery_cache"
+from llama_surgery.surgery.whole import Own
 
 #: Interface name for each implementation of the dense model. Names must avoid the library's own words.
 INTERFACE_NAMES = {
@@ -36,12 +34,6 @@ FIXED_SIZE = "caches of fixed size are not supported. Leave cache_implementation
 
 #: Attribute of a mask in full that is plainly causal: the padding mask that says the same, or None.
 _PLAIN = "_llama_surgery_plain"
-
-_REFUSED_KEYWORDS = {
-    "cu_seq_lens_q": "packed rows",
-    "cu_seq_lens_k": "packed rows",
-    "position_bias": "additive position biases",
-}
 
 
 class InterfaceName(str):
@@ -153,29 +145,14 @@ def surgery_attention(
     Raises:
         UnsupportedModelError: A feature the topology cannot honour.
     """
-    cache = keywords.pop(CACHE_KEYWORD, _ABSENT)
     layer: LayerSurgery | Callable[..., Any] | None = module.__dict__.get(ATTRIBUTE)
-    if layer is None:
-        return dense_attention(base, module, query, key, value, attention_mask, **keywords)
-    if not isinstance(layer, LayerSurgery):
-        return layer(module, query, key, value, attention_mask, **keywords)
-    (attention_mask,) = getattr(attention_mask, _PLAIN, (attention_mask,))
-    refuse(module, attention_mask, keywords)
-    if cache is _ABSENT:
-        raise UnsupportedModelError(
-            f"{type(module).__name__} does not pass keywords on to its attention function, so that the "
-            "cache cannot be reached. This architecture is not supported."
-        )
-    if cache is not None and key.shape[2] != query.shape[2]:
-        raise UnsupportedModelError(
-            f"{type(module).__name__} has {query.shape[2]} new tokens attend to {key.shape[2]} new keys, so "
-            "to something else than the text before them. Only self-attention can be operated."
-        )
-    own = functools.partial(_own_attention, base, module, keywords)
-    return run_layer(module, layer, query, key, value, attention_mask, cache, keywords, own), None
+    if isinstance(layer, LayerSurgery):
+        (attention_mask,) = getattr(attention_mask, _PLAIN, (attention_mask,))
+        own = functools.partial(_own_attention, base)
+        return run_layer(module, layer, query, key, value, attention_mask, keywords, own), None
+    attend = functools.partial(dense_attention, base) if layer is None else layer
+    return attend(module, query, key, value, attention_mask, **keywords)
 
-
-_ABSENT = object()
 
 for _base, _name in INTERFACE_NAMES.items():
     AttentionInterface.register(_name, functools.partial(surgery_attention, _base))
@@ -200,30 +177,30 @@ def dense_attention(
     return _run_dense(base, module, query, key, value, attention_mask, keywords)
 
 
-def _own_attention(
-    base: str, module: torch.nn.Module, keywords: dict[str, Any], rows: int, keys: int
-) -> Callable[..., torch.Tensor] | None:
+def _own_attention(base: str, rows: int, keys: int) -> Own | None:
     """The dense model's attention of the last ``rows`` of ``keys`` tokens without padding.
 
     Returns:
-        A function of query (batch, heads, rows, head_dim), key and value (batch, kv_heads, keys, dim), which
-        returns (batch, rows, heads, value_dim); None if there is none that can be relied on.
+        A function of a module, keywords, query (batch, heads, rows, head_dim), key and value (batch,
+        kv_heads, keys, dim), which returns (batch, rows, heads, value_dim); None if none can be relied on.
     """
-    call = current_call()
+    call = running_call()
     if call is None or base == "eager":  # that one holds all weights in memory at once
         return None
     found, mask = call.mask_of_part(ALL_MASK_ATTENTION_FUNCTIONS[base], rows, keys)
     if not found:
         return None
-    run = functools.partial(_run_dense, base, module)
-    if base != "sdpa" or rows * keys > PLANNED:
-        return lambda *states: run(*states, mask, keywords)[0]
+    if base != "sdpa":
+        return lambda module, keywords, *states: _run_dense(base, module, *states, mask, keywords)[0]
+    run, planned = ALL_ATTENTION_FUNCTIONS[base], rows * keys > PLANNED
 
-    def unplanned(*states: torch.Tensor) -> torch.Tensor:
+    def attend(module: torch.nn.Module, keywords: dict[str, Any], *states: torch.Tensor) -> torch.Tensor:
+        if planned or not states[0].is_cuda:
+            return run(module, *states, mask, **keywords)[0]
         with without_cudnn:
-            return run(*states, mask, keywords)[0]
+            return run(module, *states, mask, **keywords)[0]
 
-    return unplanned
+    return attend
 
 
 def _run_dense(
@@ -246,28 +223,3 @@ class _Dense:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._module, name)
-
-
-def refuse(module: torch.nn.Module, mask: Any, keywords: dict[str, Any]) -> None:
-    """
-    Raises:
-        UnsupportedModelError: What no topology can honour.
-    """
-    name = type(module).__name__
-    if mask is not None and (not isinstance(mask, torch.Tensor) or mask.dim() != 2):
-        raise UnsupportedModelError(
-            f"{name} was given a mask that is not plainly causal (packed rows, bidirectional image tokens "
-            "or a mask of your own): operated layers support causal attention with padding only. Pass a "
-            "2-D attention_mask, one sequence a row."
-        )
-    if keywords.get("is_causal") is False:
-        raise UnsupportedModelError(
-            f"{name} was asked for bidirectional attention (is_causal=False). Eject first."
-        )
-    if keywords.get("output_attentions"):
-        raise UnsupportedModelError("output_attentions: attention weights are never formed. Eject first.")
-    if keywords.get("dropout"):
-        raise UnsupportedModelError("attention dropout: set attention_dropout=0 or call model.eval().")
-    for keyword, what in _REFUSED_KEYWORDS.items():
-        if keywords.get(keyword) is not None:
-            raise UnsupportedModelError(f"{keyword} ({what}) is not supported by operated layers.")

@@ -3,7 +3,7 @@
 import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from llama_surgery.attention.call import AttentionCall
 from llama_surgery.attention.executor import resolve
 from llama_surgery.config import SurgeryConfig
 from llama_surgery.surgery.paged_layer import PagedLayer
-from llama_surgery.surgery.statistics import Counters
+from llama_surgery.surgery.statistics import Counted, Counters
 from llama_surgery.topology.router import PageRouter
 from llama_surgery.topology.selection import ShareListener
 
@@ -67,6 +67,11 @@ class LayerSurgery:
     def counts(self, tile: int) -> Counters:
         """Counts of tiles of this size."""
         return self.counters.setdefault(tile, Counters())
+
+    def count_whole(self, counted: Iterable[Counted]) -> None:
+        """Count what rows that saw everything have read."""
+        for read in counted:
+            self.counts(read.tile).add_whole(read)
 
     def move_router(self, device: torch.device) -> None:
         """Have the router where the layer is computed: where weights are offloaded, only a call tells."""

@@ -8,7 +8,7 @@ from llama_surgery.config import SurgeryConfig
 from llama_surgery.errors import SurgeryError, UnsupportedModelError
 from llama_surgery.surgery.buffers import PageBuffers, writable
 from llama_surgery.surgery.columns import columns_of
-from llama_surgery.surgery.store import SequenceStore
+from llama_surgery.surgery.store import SequenceStore, check_finite
 from llama_surgery.topology.router import PageRouter
 
 
@@ -41,7 +41,6 @@ class PagedLayer(CacheLayerMixin):
         self.kv_heads = 0
         self.calls: dict[int, tuple[tuple[object, ...], AttentionCall]] = {}  # of LayerSurgery, by tile
         self.recording = False  # a CUDA graph is being captured: what happens on the host is done at replays
-        self._expected = False
         self._device_lengths: torch.Tensor | None = None
         self._known_lengths: list[int] = []  # what the device holds
 
@@ -49,7 +48,7 @@ class PagedLayer(CacheLayerMixin):
         self.batch, self.kv_heads = key_states.shape[:2]
         self.dtype, self.device = key_states.dtype, key_states.device
         # Model code asks whether a layer holds any: the tensors of a dense layer, of which there are none.
-        self.keys, self.values = key_states.new_empty(0), value_states.new_empty(0)
+        self.keys = self.values = key_states.new_empty(0)
         self.buffers = PageBuffers(self.config, self.batch * self.kv_heads, self.device)
         self.stores = self._stores([(0, 0)])
         self.is_initialized = True
@@ -62,24 +61,58 @@ class PagedLayer(CacheLayerMixin):
             for i, each in enumerate(held)
         ]
 
-    def expect(self) -> None:
-        """Announce a call: an attention function of ours will take what the next update hands through."""
-        self._expected = True
-
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: object, **kwargs: object
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Hand the new states through: the attention function, which knows the padding, stores them.
+        """
+        Raises:
+            UnsupportedModelError: Always: operated attention fills the layer, see :meth:`PagedCache.update`.
+        """
+        raise UnsupportedModelError(
+            "a paged cache, but the attention that fills it is not operated: after eject(model), start "
+            "with a new cache. (On an operated model: this architecture hides its cache, not supported.)"
+        )
+
+    def extend(
+        self, keys: torch.Tensor, values: torch.Tensor, router: PageRouter | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Add tokens to the only store, unrecorded, of which no row needs a layout yet.
+
+        Args:
+            keys: (batch, kv_heads, new, head_dim).
+            values: (batch, kv_heads, new, value_dim).
+            router: The layer's learned corrections, or None.
+
+        Returns:
+            Views (batch, kv_heads, length, dim) of all keys and values: full chunks in whatever order they
+            are in, the rest in order of position.
 
         Raises:
-            UnsupportedModelError: The attention that called is not operated.
+            SurgeryError: NaN or infinite keys on a CPU, see :meth:`SequenceStore.append`.
         """
-        if not self._expected:
-            raise UnsupportedModelError(
-                "a paged cache, but the attention that fills it is not operated: after eject(model), start "
-                "with a new cache. (On an operated model: this architecture hides its cache, not supported.)"
-            )
-        return key_states, value_states
+        check_finite(keys)
+        (store,), buffers = self.stores, self.buffers
+        assert buffers is not None
+        held = buffers.extend(store.length, keys, values)
+        store.length += keys.shape[2]
+        store.router = router
+        return held
+
+    def follow(
+        self, start: int, keys: torch.Tensor, values: torch.Tensor, router: PageRouter | None
+    ) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """:meth:`take` and :meth:`extend` by columns that another layer has taken just so.
+
+        None, with nothing done, where this layer does not hold ``start`` tokens of all sequences.
+        """
+        if not self.is_initialized:
+            self.lazy_initialization(keys, values)
+        if len(self.stores) > 1 or not self.stores[0].length == self.slots == start:
+            return None
+        if self.buffers is not None:
+            self.buffers.maximum = self.maximum
+        self.slots += keys.shape[2]
+        return self.extend(keys, values, router)
 
     def take(
         self,
@@ -104,14 +137,7 @@ class PagedLayer(CacheLayerMixin):
 
         Raises:
             SurgeryError: The batch, or the mask, does not fit what the cache holds.
-            UnsupportedModelError: The call was not announced.
         """
-        if not self._expected:
-            raise UnsupportedModelError(
-                "an attention module calls its attention function twice for one update of the cache: "
-                "not supported."
-            )
-        self._expected = False
         if not self.is_initialized:
             self.lazy_initialization(*like)
         self._check_kind(*like)

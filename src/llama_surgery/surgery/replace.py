@@ -41,26 +41,25 @@ class Replacement:
         _live.add(self)
         self.text._attn_implementation_internal = InterfaceName(INTERFACE_NAMES[self.base])
 
-    def check(self, module: torch.nn.Module) -> None:
-        """
+    def enter(self, model: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        """Pre-forward hook of a model that holds replaced modules.
+
         Raises:
-            SurgeryError: ``module`` is about to call another implementation than the one it was given.
+            SurgeryError: They are about to call another implementation than the one they were given.
         """
-        name, own = str(module.config._attn_implementation), INTERFACE_NAMES[self.base]
+        name, own = str(self.text._attn_implementation), INTERFACE_NAMES[self.base]
         if name != own:
             raise SurgeryError(
                 f"the attention implementation was changed to {name!r} while the model is operated: "
                 "eject(model) first, set it, and operate again."
             )
 
-    def enter(self, model: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        """Pre-forward hook of a model that holds replaced modules."""
         enter(model, self, self.text)
-        _rename(self.text, INTERFACE_NAMES[self.base], str)
+        _rename(self.text, own, str)
 
     def leave(self, model: torch.nn.Module, args: tuple, result: Any) -> None:
         """Forward hook of it, also where the call failed."""
-        leave(model)
+        leave(model=model)
         if current_call() is None:
             _rename(self.text, INTERFACE_NAMES[self.base], InterfaceName)
 
@@ -68,6 +67,7 @@ class Replacement:
         """Remove the hooks and give the configuration its implementation back."""
         for handle in self.handles:
             handle.remove()
+        leave(owner=self)  # a call that was interrupted
         _live.discard(self)
         if not any(other.text is self.text for other in _live):
             self.text._attn_implementation_internal = self.base

@@ -1,6 +1,5 @@
 """How the rows of a call are computed: in tiles, or one by one."""
 
-import functools
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
@@ -53,7 +52,6 @@ def sparse_parts(parts: Iterable[Part], config: SurgeryConfig) -> list[Part]:
     return [part for part in far if part.start < part.stop and config.theta_for(part.tile)]
 
 
-@functools.lru_cache(maxsize=256)  # every layer of a model asks the same
 def whole_rows(
     start: int, stop: int, config: SurgeryConfig, *, step: bool = False, prompt_end: int | None = None
 ) -> tuple[Part, ...]:

@@ -22,13 +22,11 @@ class AttentionSource:
 
     Attributes:
         calls: How often it calls the attention function: the branch with most calls, twice for a loop.
-        keywords: Does every call pass on the keywords that the module was given?
         own_mask: Is the mask made, or changed, by the module whatever the call?
         own_index: Are keys cached under another index than the module's ``layer_idx``?
     """
 
     calls: int = 0
-    keywords: bool = True
     own_mask: bool = False
     own_index: bool = False
 
@@ -41,19 +39,18 @@ def attention_source(kind: type[nn.Module]) -> AttentionSource | None:
     except (OSError, TypeError, SyntaxError):
         return None
     calls = 0
-    keywords, own_mask, own_index = True, False, False
+    own_mask, own_index = False, False
     for function in functions:
         names = _attention_names(function)
         calls += _most_calls(function.body, names)
         for call in _calls(function):
             if _is_attention(call, names):
-                keywords &= any(keyword.arg is None for keyword in call.keywords)
                 own_mask |= _makes_mask(function, call)
             elif isinstance(call.func, ast.Attribute) and call.func.attr == "update" and len(call.args) > 2:
                 own_index |= ast.unparse(call.args[2]) != "self.layer_idx"
     if not calls and any(_TABLE in ast.unparse(function) for function in functions):
         return None
-    return AttentionSource(calls, keywords, own_mask, own_index)
+    return AttentionSource(calls, own_mask, own_index)
 
 
 def _reachable(kind: type[nn.Module]) -> list[ast.FunctionDef]:

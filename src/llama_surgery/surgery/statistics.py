@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import threading
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -32,9 +32,8 @@ class Counters:
         self.near_pairs = 0
         self.causal_pairs = 0
         self.summary_pairs = 0.0
-        self.far_pairs: torch.Tensor | None = None  # (kv_heads,) int64
-        self.visible_pairs: torch.Tensor | None = None
-        self.pages: torch.Tensor | None = None
+        #: (3, kv_heads) int64: far pairs, those that rows saw, and pages.
+        self._read: torch.Tensor | None = None
         #: {KV heads: (pairs, pages)} of each, read by rows that saw everything.
         self.whole: dict[int, tuple[int, int]] = {}
         self._tally: torch.Tensor | None = None  # (2, kv_heads) int64, pages opened and read
@@ -46,9 +45,7 @@ class Counters:
             held = self._tally
             if held is not None and (self._page_size, held.device) != (page_size, device):
                 opened, read = held
-                self._add("far_pairs", read * self._page_size)
-                self._add("visible_pairs", opened * self._page_size)
-                self._add("pages", read)
+                self._add(torch.stack((read * self._page_size, opened * self._page_size, read)))
                 held = None
             if held is None:
                 held = torch.zeros(2, kv_heads, dtype=torch.int64, device=device)
@@ -72,14 +69,13 @@ class Counters:
     def count_far(self, read: torch.Tensor, seen: torch.Tensor) -> None:
         """Count far pairs (heads,) int64 that were read, and that rows saw, where there are no pages."""
         with COUNTING:
-            self._add("far_pairs", read)
-            self._add("visible_pairs", seen)
-            self._add("pages", torch.zeros_like(read))
+            self._add(torch.stack((read, seen, torch.zeros_like(read))))
 
     def totals(self, name: str) -> list[int]:
         """``far_pairs``, ``visible_pairs`` or ``pages`` of every KV head, over all its choosers; empty before
         the first call."""
-        parts = [] if getattr(self, name) is None else [getattr(self, name).tolist()]
+        place = ("far_pairs", "visible_pairs", "pages").index(name)
+        parts = [] if self._read is None else [self._read[place].tolist()]
         if self._tally is not None:
             opened, read = self._tally.tolist()
             pages = opened if name == "visible_pairs" else read
@@ -91,36 +87,58 @@ class Counters:
         """Count one call: ``result`` of the rows ``part`` of (sequences * kv_heads) streams."""
         streams, page_size = len(result.out), config.page_size
         sequences = streams // kv_heads
-
-        def heads(counts: list[torch.Tensor]) -> torch.Tensor:
-            none = torch.zeros(kv_heads, dtype=torch.int64, device=result.out.device)
-            return sum((count.unflatten(0, (sequences, kv_heads, -1)).sum((0, 2)) for count in counts), none)
-
-        far_pairs = heads([p.executed_pairs(page_size) for p in result.plans])
-        visible_pairs = heads([p.visible_pairs(page_size) for p in result.plans])
-        pages = heads([p.counts.sum(1) for p in result.plans])
+        read = [
+            torch.stack((p.executed_pairs(page_size), p.visible_pairs(page_size), p.counts.sum(1)))
+            .view(3, sequences, kv_heads, -1)
+            .sum((1, 3))
+            for p in result.plans
+        ]
         with COUNTING:
             self.choosers = max([self.choosers, *(len(p.counts) // streams for p in result.plans)])
             self.count_rows(part.start, part.stop, config, part.tile, sequences)
-            self._add("far_pairs", far_pairs)
-            self._add("visible_pairs", visible_pairs)
-            self._add("pages", pages)
+            for counts in read or [torch.zeros(3, kv_heads, dtype=torch.int64, device=result.out.device)]:
+                self._add(counts)
 
-    def add_whole(self, part: Part, config: SurgeryConfig, sequences: int, kv_heads: int, heads: int) -> None:
-        """Count rows that saw everything, with the pages of their closed chunks, all opened."""
-        choosers = 1 if part.tile == 1 else heads // kv_heads
-        pairs, pages = _whole(part, config)[4:]
-        each = sequences * choosers
+    def add_whole(self, read: "Counted") -> None:
+        """Count rows that saw everything."""
         with COUNTING:
-            self.choosers = max(self.choosers, choosers)
-            self.count_rows(part.start, part.stop, config, part.tile, sequences)
-            before = self.whole.get(kv_heads, (0, 0))
-            self.whole[kv_heads] = before[0] + pairs * each, before[1] + pages * each
+            self.choosers = max(self.choosers, read.choosers)
+            self.count(*read.counts)
+            pairs, pages = self.whole.get(read.kv_heads, (0, 0))
+            self.whole[read.kv_heads] = pairs + read.pairs, pages + read.pages
 
-    def _add(self, name: str, counts: torch.Tensor) -> None:
-        """Add (kv_heads,) int64, on their device: the model may have moved."""
-        total = getattr(self, name)
-        setattr(self, name, counts if total is None else total.to(counts.device) + counts)
+    def _add(self, counts: torch.Tensor) -> None:
+        """Add (3, kv_heads) int64, on their device: the model may have moved."""
+        total = self._read
+        self._read = counts if total is None else total.to(counts.device) + counts
+
+
+class Counted(NamedTuple):
+    """What rows that saw everything have read in a layer, the pages of their closed chunks all opened.
+
+    Attributes:
+        tile: Queries of a tile.
+        kv_heads: KV heads.
+        choosers: Sets of pages that a KV head has.
+        counts: Arguments of :meth:`Counters.count`.
+        pairs: Far pairs of a KV head.
+        pages: Far pages of a KV head.
+    """
+
+    tile: int
+    kv_heads: int
+    choosers: int
+    counts: tuple[int, int, int, float]
+    pairs: int
+    pages: int
+
+
+def count_whole(part: Part, config: SurgeryConfig, sequences: int, kv_heads: int, heads: int) -> Counted:
+    """Count rows ``part`` of sequences that saw everything."""
+    choosers = 1 if part.tile == 1 else heads // kv_heads
+    *counts, pairs, pages = _whole(part, config)
+    each, all_counts = sequences * choosers, tuple(count * sequences for count in counts)
+    return Counted(part.tile, kv_heads, choosers, all_counts, pairs * each, pages * each)
 
 
 @functools.lru_cache(maxsize=256)  # every layer of a model asks the same

@@ -32,6 +32,7 @@ class SequenceStore:
         length: Tokens of each sequence.
         laid: How many of them are in tree order, a multiple of ``chunk_size``.
         keep: Are they remembered after a call?
+        router: The layer's learned corrections in the last call, for what is laid out later.
     """
 
     def __init__(
@@ -49,15 +50,15 @@ class SequenceStore:
         self._buffers = buffers
         self._streams = streams
         self.keep = keep
+        self.router: PageRouter | None = None
         self._passing: Layout | None = None
-        self._router: PageRouter | None = None  # of the last call, for what is laid out later
 
     @property
     def layout(self) -> Layout | None:
         """Full chunks in tree order, or None where there is none."""
         if not self.keep or self._buffers is None:
             return self._passing
-        self.lay_out(self._router)
+        self.lay_out(self.router)
         return self._buffers.layout(self._streams, self.laid // self.config.chunk_size) if self.laid else None
 
     def lay_out(self, router: PageRouter | None = None) -> None:
@@ -86,7 +87,7 @@ class SequenceStore:
                 such a key is full, every query of its stream that has a far field gets NaN.
         """
         check_finite(keys)
-        self._router = router
+        self.router = router
         keys, values = keys.flatten(0, 1), values.flatten(0, 1)
         near = self._near(keys, values, since)
         size, stop = self.config.chunk_size, self.length + keys.shape[1]
@@ -106,25 +107,6 @@ class SequenceStore:
             self._keep_states(keys, values, router)
         self.length = stop
         return near
-
-    def extend(
-        self, keys: torch.Tensor, values: torch.Tensor, router: PageRouter | None = None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Add tokens, of which no row needs a layout yet; see :meth:`append`.
-
-        Returns:
-            Views (sequences, kv_heads, length, dim) of all keys and values: full chunks in whatever order
-            they are in, the rest in order of position.
-        """
-        check_finite(keys)
-        self._router = router
-        (sequences, _, new, _), states = keys.shape, (keys.flatten(0, 1), values.flatten(0, 1))
-        buffers = self._reserve(states[0])
-        with buffers.recording():
-            buffers.write(self._streams, self.length, *states)
-        self.length += new
-        held = buffers.read(self._streams, 0, self.length)
-        return held[0].unflatten(0, (sequences, -1)), held[1].unflatten(0, (sequences, -1))
 
     def _reserve(self, keys: torch.Tensor) -> PageBuffers:
         """Room for ``keys`` (streams, new, head_dim)."""
@@ -219,5 +201,4 @@ def nan_where_not_finite(keys: torch.Tensor) -> torch.Tensor:
     Added to the keys of the first chunk, whose first page is open to every query with a far field, it keeps
     pages from being chosen by scores that are not numbers in silence.
     """
-    largest = torch.linalg.vector_norm(keys.detach(), torch.inf, (1, 2), keepdim=True)
-    return torch.where(largest.isfinite(), 0.0, torch.nan).to(keys.dtype)
+    return torch.linalg.vector_norm(keys.detach(), torch.inf, (1, 2), keepdim=True) * 0

@@ -186,11 +186,6 @@ def _check_module(name: str, module: torch.nn.Module) -> None:
             f"{name} runs its layers several times for a token, each time with keys of its own ({kind}): "
             "not supported."
         )
-    if not source.keywords:
-        raise UnsupportedModelError(
-            f"{name} does not pass keywords on to its attention function ({kind}), so that the cache cannot "
-            "be reached: not supported."
-        )
 
 
 def _why(kind: str) -> str:

@@ -71,6 +71,7 @@ class Layout:
             (streams, pages, 2 * head_dim).
         mean_values: From :func:`mean_values`, where kernels read them in the values' dtype; None without
             summaries.
+        sink_page: (streams,) int32, the page that holds position 0, where it was kept.
     """
 
     keys: torch.Tensor
@@ -79,13 +80,16 @@ class Layout:
     moments: Moments
     features: torch.Tensor | None = None
     mean_values: torch.Tensor | None = None
+    sink_page: torch.Tensor | None = None
 
     @property
     def chunks(self) -> int:
         return self.order.shape[1]
 
     def sink_pages(self, page_size: int) -> torch.Tensor:
-        """(streams,) int64: the page that holds position 0."""
+        """(streams,) integers: the page that holds position 0."""
+        if self.sink_page is not None:
+            return self.sink_page
         return (self.order[:, 0] == 0).int().argmax(-1) // page_size
 
 

@@ -147,7 +147,7 @@ def select(
     """
     streams, heads = queries.shape[:2]
     choosers = 1 if tile == 1 else heads
-    sinks = layout.sink_pages(config.page_size)
+    sinks = layout.sink_pages(config.page_size).long()
     if config.theta_for(tile) == 0 and listener is None:
         # Nothing to choose: no page needs a score.
         pages = block.closed * config.pages_per_chunk

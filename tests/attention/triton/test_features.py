@@ -6,7 +6,7 @@ import torch
 pytest.importorskip("triton")
 
 from llama_surgery.attention.heard import rounded_moments
-from llama_surgery.attention.impl.triton.job import LARGEST_SQUARE, moments_from, page_features
+from llama_surgery.attention.impl.triton.job import LARGEST_SQUARE, KeptMoments, page_features
 from llama_surgery.topology.layout import moments_of
 
 
@@ -24,7 +24,7 @@ def test_features_are_moments_side_by_side(dim: int, device: torch.device) -> No
 
 def test_moments_come_back(device: torch.device) -> None:
     moments = moments_of(torch.randn(2, 64, 16, device=device), 8)
-    back = moments_from(page_features(moments, torch.float32), 8)
+    back = KeptMoments(page_features(moments, torch.float32), 8)
     torch.testing.assert_close(back.mean, moments.mean)
     torch.testing.assert_close(back.variance, moments.variance)
     assert back.size == 8
@@ -35,7 +35,7 @@ def test_plain_pytorch_rounds_as_the_kernel_does(dtype: torch.dtype, device: tor
     keys = torch.randn(2, 64, 16, device=device)
     keys[0, :8, 3] = 1e4 * torch.arange(8, device=device)
     moments = moments_of(keys, 8)
-    kept = moments_from(page_features(moments, dtype), 8)
+    kept = KeptMoments(page_features(moments, dtype), 8)
     rounded = rounded_moments(moments, dtype)
     if dtype == torch.float16 or keys.is_cuda:  # the interpreter cuts bfloat16 off where a GPU rounds
         assert torch.equal(rounded.mean, kept.mean)

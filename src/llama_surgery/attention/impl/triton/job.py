@@ -1,6 +1,7 @@
 """One call of the kernels: its tensors, its tiles, and what is prepared for it."""
 
 import dataclasses
+import functools
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -224,7 +225,16 @@ def page_features(moments: Moments, dtype: torch.dtype) -> torch.Tensor:
     return features
 
 
-def moments_from(features: torch.Tensor, page_size: int) -> Moments:
-    """Moments back from :func:`page_features`, float32."""
-    mean, spread = features.float().chunk(2, -1)
-    return Moments(mean, 2 * spread, page_size)
+class KeptMoments(Moments):
+    """Moments back from :func:`page_features`, float32, made when they are asked for: kernels do not."""
+
+    def __init__(self, features: torch.Tensor, size: int) -> None:
+        self.__dict__.update(features=features, size=size)
+
+    @functools.cached_property
+    def mean(self) -> torch.Tensor:
+        return self.__dict__["features"].chunk(2, -1)[0].float()
+
+    @functools.cached_property
+    def variance(self) -> torch.Tensor:
+        return 2 * self.__dict__["features"].chunk(2, -1)[1].float()

@@ -50,14 +50,15 @@ class TiledPlan:
 
     def executed_pairs(self, page_size: int) -> torch.Tensor:
         """(choosers,) int64: (query, key) pairs the far pass reads for one query head."""
-        first = self.start // self.tile * self.tile
-        anchors = torch.arange(first, self.stop, self.tile, device=self.counts.device)
-        rows = (anchors + self.tile).clamp_max(self.stop) - anchors.clamp_min(self.start)
-        return (self.counts.long() * rows).sum(1) * page_size
+        pairs = self.counts.sum(1) * (self.tile * page_size)
+        for place, missing in ((0, self.start % self.tile), (-1, -self.stop % self.tile)):
+            if missing:  # rows of the first or last tile
+                pairs = pairs - self.counts[:, place].long() * (missing * page_size)
+        return pairs
 
     def visible_pairs(self, page_size: int) -> torch.Tensor:
         """(choosers,) int64: pairs that the rows may see, first-open rows respected."""
-        return self.rows_seen.long().sum(1) * page_size
+        return self.rows_seen.sum(1) * page_size
 
     def first_open(self) -> torch.Tensor:
         """(choosers, tiles, pages) int64: first row that opened each page, ``tile`` where none did."""

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-from llama_surgery.attention.impl.triton.job import Job, moments_from
+from llama_surgery.attention.impl.triton.job import Job, KeptMoments
 from llama_surgery.attention.impl.triton.tiled_plan import TiledPlan
 from llama_surgery.attention.summary import summary_logits
 from llama_surgery.topology.geometry import Block, query_blocks
@@ -53,7 +53,7 @@ def summary_gradients(
             q = queries[:, :, rows].float().requires_grad_()
             f = features[:, : block.closed * config.pages_per_chunk].float().requires_grad_(by_features)
             with torch.enable_grad():
-                logits = summary_logits(q, moments_from(f, config.page_size), scorer)
+                logits = summary_logits(q, KeptMoments(f, config.page_size), scorer)
             seen = plan.seen(block, pages).unflatten(0, (len(q), -1))
             weights = (logits.detach() - lse[:, :, rows, None]).exp().masked_fill(seen, 0.0)
             d_rows, m = d_out[:, :, rows].float(), means[:, None, :pages].float()

@@ -139,13 +139,15 @@ def _mapped(keys: torch.Tensor, router: PageRouter | None) -> torch.Tensor:
     """Keys as the tree is to see them, in their own dtype, so that splits go through the matrix units."""
     if router is not None and router.key_weight is not None:
         weight = router.key_weight.to(keys.device)
-        weight = weight.repeat(len(keys) // max(1, len(weight)), 1)
+        if len(weight) != len(keys):
+            weight = weight.repeat(len(keys) // max(1, len(weight)), 1)
         if weight.shape != (len(keys), keys.shape[-1]):
             raise SurgeryError(
                 f"key_weight {tuple(router.key_weight.shape)} for keys {tuple(keys.shape)}: expected "
                 f"(kv_heads, {keys.shape[-1]})."
             )
-        keys = (keys * weight[:, None]).to(keys.dtype)
+        # Rounded as it is written: a copy in the weights' precision would be many times the tensor.
+        keys = torch.mul(keys, weight[:, None], out=torch.empty_like(keys))
     if router is None or router.key_map is None:
         return keys
     (streams, slots, dim), key_map = keys.shape, router.key_map.to(keys.device).contiguous()
