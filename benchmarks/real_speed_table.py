@@ -112,7 +112,7 @@ def lost_and_won() -> str:
         cells.append(_line(row, rows, quality))
     names = (
         "model", "tokens", "dense below", "pairs read, of all", "perplexity ÷ dense (95% interval)",
-        "facts kept", "RULER, points", "first token", "decode step",
+        "facts kept", "RULER, points", "first token", "decode step", "the same in a CUDA graph",
     )  # fmt: skip
     return markdown(names, cells) + f"\n\n{_conditions(rows)}" if rows else _NOTHING
 
@@ -120,12 +120,12 @@ def lost_and_won() -> str:
 def _line(row: Row, rows: list[Row], quality: list[Row]) -> list[str]:
     def same(part: str) -> str:
         found = [r for r in rows if r["part"] == part and all(r[k] == row[k] for k in KEYS if k != "part")]
-        return f"{float(found[0]['speedup']):.2f} ×" if found else ""
+        return f"{float(found[0]['speedup']):.2f} ×" if found else "–"
 
-    steps, until = same(GRAPHED) or same(STEP) or "–", int(row["dense_until"])
+    times, until = [same(part) for part in (FIRST, STEP, GRAPHED)], int(row["dense_until"])
     shown = [_model(row), tokens(row["length"]), tokens(str(until)), percent(row["total_density"])]
     if until >= int(row["length"]):
-        return [*shown, "1: all is dense", "all", "–", same(FIRST), steps]
+        return [*shown, "1: all is dense", "all", "–", *times]
     kept = ["–"] * 3
     wanted = [row[f"quality_{name}"] for name in ("model", "length", "settings")]
     for one in quality:
@@ -136,7 +136,7 @@ def _line(row: Row, rows: list[Row], quality: list[Row]) -> list[str]:
         at += ", no row dense" if until else ""
         points = f"{float(one['ruler']) - float(one['ruler_dense']):+.1f}" if one["ruler"] else "–"
         kept = [f"{ratio} ({low} … {high}){at}", percent(one["needles_kept"]), points]
-    return [*shown, *kept, same(FIRST), steps]
+    return [*shown, *kept, *times]
 
 
 def _rows() -> list[Row]:
