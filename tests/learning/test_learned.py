@@ -7,7 +7,7 @@ import torch
 from tests.surgery.test_calibrate import LENGTH, TEXT, Letters
 from tests.surgery.tiny import SPARSE, build, llama
 
-from llama_surgery import SurgeryError, config_of, eject, is_operated, learn, statistics
+from llama_surgery import SurgeryConfig, SurgeryError, config_of, eject, is_operated, learn, statistics
 from llama_surgery.learning.learned import usual_parts
 from llama_surgery.learning.trainer import Step
 from llama_surgery.surgery.operation import routers_of
@@ -46,6 +46,8 @@ def test_a_model_that_is_operated_or_trained_is_refused() -> None:
     model = llama()
     with pytest.raises(SurgeryError, match="training mode"):
         learn(model.train(), SPARSE, steps=1, **GIVEN)
+    with pytest.raises(SurgeryError, match="learn_gumbel"):
+        learn(model.eval(), SurgeryConfig(topology="gumbel"), steps=1, **GIVEN)
     assert not is_operated(model)
 
 

@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 import torch
 
 from llama_surgery.config import SurgeryConfig
+from llama_surgery.errors import SurgeryError
 from llama_surgery.learning.corrections import Part, scorer_parameters
 from llama_surgery.learning.processes import ALONE, Processes
 from llama_surgery.learning.settings import LearningSettings, Stage
@@ -81,6 +82,11 @@ def learn(
     if measure_speed is None:
         measure_speed = config is None and inner.device.type == "cuda"
     config = SurgeryConfig() if config is None else config
+    if config.topology != "pages":
+        raise SurgeryError(
+            f"topology={config.topology!r}: learn() corrects pages. Content routers are learned by "
+            "llama_surgery.gumbel.learn.learn_gumbel, or 'llama-surgery learn --topology gumbel'."
+        )
     length = usual_length(model) if length is None else length
     length -= length % config.tile
     if parts is None:
