@@ -30,6 +30,7 @@ def learned() -> PageRouter:
         offset=torch.randn(KV_HEADS, GROUP, generator=generator),
         variance_weight=torch.rand(KV_HEADS, GROUP, DIM, generator=generator),
         key_map=torch.eye(DIM) + 0.3 * torch.randn(KV_HEADS, DIM, DIM, generator=generator),
+        summary=0.5 * torch.randn(KV_HEADS, GROUP, generator=generator),
     )
 
 

@@ -22,6 +22,7 @@ def corrections() -> dict[str, torch.Tensor]:
         "offset": torch.randn(KV_HEADS, GROUP, generator=generator),
         "mean_weight": 1 + 0.2 * torch.randn(KV_HEADS, GROUP, DIM, generator=generator),
         "key_map": torch.eye(DIM) + 0.3 * torch.randn(KV_HEADS, DIM, DIM, generator=generator),
+        "summary": 0.5 * torch.randn(KV_HEADS, GROUP, generator=generator),
     }
 
 
@@ -82,5 +83,5 @@ def test_heads_that_cannot_be_dealt_out(ranks: int) -> None:
 
 
 def test_unknown_part() -> None:
-    with pytest.raises(SurgeryError, match="summary are not served"):
-        RouterShard(["summary"], KV_HEADS, GROUP, DIM, 0, 1)
+    with pytest.raises(SurgeryError, match="gates are not served"):
+        RouterShard(["gates"], KV_HEADS, GROUP, DIM, 0, 1)

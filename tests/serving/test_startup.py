@@ -25,6 +25,7 @@ def learned(layers: int) -> dict[int, PageRouter]:
             mean_weight=1 + 0.1 * torch.randn(4, 2, 64, generator=generator),
             variance_weight=1 + 0.1 * torch.randn(4, 2, 64, generator=generator),
             key_map=torch.eye(64) + 0.05 * torch.randn(4, 64, 64, generator=generator),
+            summary=0.3 * torch.randn(4, 2, generator=generator),
         )
         for layer in range(1, layers)
     }

@@ -14,7 +14,6 @@ from llama_surgery.learning.settings import LearningSettings, Stage
 from llama_surgery.learning.trainer import Step
 from llama_surgery.learning.trainer import learn as learn_corrections
 from llama_surgery.surgery.calibrate import PASSES, calibrate, calibration_windows
-from llama_surgery.surgery.context import usual_length
 from llama_surgery.surgery.operate import operate, operated
 from llama_surgery.surgery.progress import Progress, counted, told_or_shown
 from llama_surgery.surgery.supported import inner_model
@@ -49,7 +48,7 @@ def learn(
 ) -> Model:
     """:func:`~llama_surgery.operate` on a model with corrections that are learned on text first.
 
-    The weights stay as they are. Some minutes on a GPU for a model of a billion parameters, hours on a CPU.
+    The weights stay as they are. Some minutes on a GPU for half a billion parameters, hours on a CPU.
     :func:`~llama_surgery.save_adapter` keeps what was learned.
 
     Args:
@@ -87,8 +86,8 @@ def learn(
             f"topology={config.topology!r}: learn() corrects pages. Content routers are learned by "
             "llama_surgery.gumbel.learn.learn_gumbel, or 'llama-surgery learn --topology gumbel'."
         )
-    length = usual_length(model) if length is None else length
-    length -= length % config.tile
+    few = calibration_windows(model, tokenizer, text, length, config)
+    length = few.shape[1] - few.shape[1] % config.tile
     if parts is None:
         parts = usual_parts(config)
     settings = LearningSettings(
@@ -96,7 +95,6 @@ def learn(
     )
     ids = cut_windows(tokenizer, text, length, windows, seed, usual=WINDOWS)
     # One threshold for all heads: their budgets are learned.
-    few = calibration_windows(model, tokenizer, text, length, config)
     with counted(inner, "first threshold", PASSES * len(few), progress), operated(model, config):
         config = calibrate(model, few, density)
     config = processes.agreed(config)  # to the last digit: GPUs may round differently

@@ -21,7 +21,7 @@ from llama_surgery.learning.settings import LearningSettings, homotopy_at, rate_
 from llama_surgery.learning.state import LearningState, check_loss, first_state
 from llama_surgery.surgery.metric import metric_of
 from llama_surgery.surgery.supported import attention_modules, head_shape, inner_model
-from llama_surgery.topology.geometry import closed_chunks
+from llama_surgery.topology.geometry import first_far
 
 #: Rows whose logits are compared at a time.
 LOGIT_ROWS = 1024
@@ -220,7 +220,7 @@ def _divergence(
     Only rows with a far field are compared: the others are the same in both.
     """
     length = ids.shape[1]
-    first = next(p for p in range(length) if closed_chunks(p, gates.config, gates.config.tile))
+    first = first_far(gates.config)
     kept = torch.arange(first, length, device=ids.device)
     gates.mode = "dense"
     with torch.no_grad():
@@ -272,10 +272,10 @@ def check_settings(config: SurgeryConfig, windows: torch.Tensor, settings: Learn
             f"windows {tuple(windows.shape)}: expected (count, {settings.length}), a multiple of "
             f"tile={config.tile}."
         )
-    if settings.length <= config.window + config.chunk_size:
+    if settings.length <= (least := first_far(config)):
+        name = "dense_until" if config.dense_until == least else "window + chunk_size"
         raise SurgeryError(
-            f"length={settings.length}: a window needs more than window + chunk_size = "
-            f"{config.window + config.chunk_size} tokens to have a far field."
+            f"length={settings.length}: a window needs more than {name} = {least} tokens to have a far field."
         )
 
 

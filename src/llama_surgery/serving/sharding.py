@@ -47,6 +47,7 @@ class RouterShard(torch.nn.Module):
             "variance_weight": (group, head_dim),
             "key_weight": (head_dim,),
             "key_map": (head_dim, head_dim),
+            "summary": (group,),
         }
         unknown = sorted(set(parts) - shapes.keys())
         if unknown:

@@ -14,7 +14,7 @@ from llama_surgery.surgery.layer import listening
 from llama_surgery.surgery.operation import config_of, reset_statistics, set_config, statistics, surgery_of
 from llama_surgery.surgery.supported import inner_model
 from llama_surgery.text import windows
-from llama_surgery.topology.geometry import Block
+from llama_surgery.topology.geometry import Block, first_far
 
 _log = logging.getLogger(__name__)
 #: Windows of calibration text, spread over the documents.
@@ -168,11 +168,11 @@ def calibration_windows(
     usual = length is None
     length = usual_length(model) if length is None else length
     check_length(model, length)
-    least = config.window + config.chunk_size
+    least = first_far(config)
     if length <= least:
+        name = "dense_until" if config.dense_until == least else "window + chunk_size"
         raise TextError(
-            f"length={length}: a window needs more than window + chunk_size = {least} tokens to have a far "
-            "field."
+            f"length={length}: a window needs more than {name} = {least} tokens to have a far field."
         )
     shorter = [length >> halved for halved in range(1, length.bit_length())] if usual else []
     lengths = [n for n in (length, *shorter) if n > least]

@@ -59,7 +59,7 @@ def run_layer(
         if given is None:
             raise UnsupportedModelError(
                 f"{type(module).__name__} calls its attention function twice for one update of the cache, or "
-                "fills another cache than the model was given: not supported."
+                "fills none or another than the model was given: not supported."
             )
     if call is not None and call.whole is not None:
         out = call.whole.attend(module, layer, given, query, key, value, mask, keywords)
@@ -181,7 +181,7 @@ def _own_rows(
     states = key[:, :, : stop - length], value[:, :, : stop - length]
     if paged.keep:
         states = paged.extend(*states, layer.router)
-    whole = Whole(layer.config, start, mask, query.shape, key.shape, attention, counted)
+    whole = Whole(layer.config, start, mask, query.shape, key.shape, query.dtype, attention, counted)
     out = attention(module, keywords, query[:, :, : stop - start], *states)
     return out, whole if stop == start + new else None
 

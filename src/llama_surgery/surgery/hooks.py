@@ -18,7 +18,7 @@ from llama_surgery.surgery.replace import parts_around
 
 
 def hook(inner: PreTrainedModel, operation: Operation) -> None:
-    """Put the hooks on ``inner``, the models inside it and its operated modules."""
+    """Put the hooks on ``inner``, the models inside it and, where a room asks for it, operated modules."""
     handles, room = operation.replacement.handles, room_of(operation.config)
     if room is not None:
         for module in operation.modules.values():
@@ -91,7 +91,7 @@ def model_hook(
     if isinstance(given, PagedCache):
         check_fits(operation, given)
         given.begin()
-        if call is not None:
+        if call is not None and not recomputed:  # else the model's own code drops the cache
             call.cache = given
     return args, kwargs
 

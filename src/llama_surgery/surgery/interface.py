@@ -190,15 +190,13 @@ def _own_attention(base: str, rows: int, keys: int) -> Own | None:
     found, mask = call.mask_of_part(ALL_MASK_ATTENTION_FUNCTIONS[base], rows, keys)
     if not found:
         return None
-    if base != "sdpa":
-        return lambda module, keywords, *states: _run_dense(base, module, *states, mask, keywords)[0]
-    run, planned = ALL_ATTENTION_FUNCTIONS[base], rows * keys > PLANNED
+    run, planned = functools.partial(_run_dense, base), base != "sdpa" or rows * keys > PLANNED
 
     def attend(module: torch.nn.Module, keywords: dict[str, Any], *states: torch.Tensor) -> torch.Tensor:
         if planned or not states[0].is_cuda:
-            return run(module, *states, mask, **keywords)[0]
+            return run(module, *states, mask, keywords)[0]
         with without_cudnn:
-            return run(module, *states, mask, **keywords)[0]
+            return run(module, *states, mask, keywords)[0]
 
     return attend
 
@@ -211,6 +209,8 @@ def _run_dense(
     else:
         function = ALL_ATTENTION_FUNCTIONS[base]
     seen: Any = _Dense(module, base) if base.startswith("flash") else module
+    if isinstance(mask, torch.Tensor) and mask.device != query.device:
+        mask = mask.to(query.device)  # made once for all layers, which may lie on several devices
     return function(seen, query, key, value, mask, **keywords)
 
 

@@ -25,6 +25,7 @@ class Whole:
         mask: As transformers gave it.
         query: Shape of the queries.
         key: Shape of the new keys.
+        dtype: Of both.
         attention: The model's own attention.
         counted: What a layer has read.
     """
@@ -34,6 +35,7 @@ class Whole:
     mask: Any
     query: torch.Size
     key: torch.Size
+    dtype: torch.dtype
     attention: Own
     counted: tuple[Counted, ...]
 
@@ -54,6 +56,7 @@ class Whole:
             or layer.config is not self.config
             or query.shape != self.query
             or key.shape != self.key
+            or query.dtype != self.dtype
             or torch.is_grad_enabled()
         ):
             return None

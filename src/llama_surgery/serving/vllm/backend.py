@@ -15,7 +15,6 @@ from llama_surgery.serving.paged import PagedStates, Scheduled, filled_blocks
 from llama_surgery.serving.vllm import compat
 from llama_surgery.serving.vllm.counters import report
 from llama_surgery.serving.vllm.plain import PlainBackend
-from llama_surgery.topology.router import PageRouter
 
 
 @dataclasses.dataclass
@@ -91,7 +90,7 @@ def _operated(base: type[AttentionBackend]) -> type[AttentionBackend]:
                 else:
                     output[rows] = super().forward(layer, *parts, torch.empty_like(output[: len(rows)]))
                 surgery.counters.add_rows(batch.dense_rows, batch.config.tile)
-            cache, router = self._caches(surgery, kv_cache)
+            cache = self._caches(surgery, kv_cache)
             surgery.executor.attend(
                 query,
                 key,
@@ -100,19 +99,19 @@ def _operated(base: type[AttentionBackend]) -> type[AttentionBackend]:
                 batch,
                 output,
                 scale=self.scale,
-                router=router,
+                router=surgery.shard.router(),
                 counters=surgery.counters,
             )
             return output
 
-        def _caches(self, surgery: Any, kv_cache: torch.Tensor) -> tuple[PagedStates, PageRouter | None]:
-            """The layer's caches and corrections, put together once for as long as they stay in place."""
+        def _caches(self, surgery: Any, kv_cache: torch.Tensor) -> PagedStates:
+            """The layer's caches, put together once for as long as they stay in place."""
             side = surgery.side.kv_cache
-            place = kv_cache.data_ptr(), kv_cache.shape, kv_cache.stride(), side.data_ptr(), side.shape
+            place = [(x.data_ptr(), x.shape, x.stride(), x.dtype) for x in (kv_cache, side)]
             if self.__dict__.get("surgery_place") != place:
                 states = compat.keys_and_values(base.get_name(), kv_cache)
-                made = surgery.executor.states(*states, side.flatten(2)), surgery.shard.router()
-                self.surgery_place, self.surgery_caches = place, made
+                self.surgery_caches = surgery.executor.states(*states, side.flatten(2))
+                self.surgery_place = place
             return self.surgery_caches
 
     class SurgeryMetadataBuilder(base.get_builder_cls()):  # type: ignore[misc]
