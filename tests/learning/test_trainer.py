@@ -162,5 +162,7 @@ def test_what_cannot_be_learned_is_refused() -> None:
         learn(model, dataclasses.replace(SPARSE, theta=0.0), ids, SETTINGS)
     with pytest.raises(SurgeryError, match="multiple"):
         learn(model, SPARSE, ids[:, :190], dataclasses.replace(SETTINGS, length=190))
+    with pytest.raises(SurgeryError, match="more than dense_until"):
+        learn(model, dataclasses.replace(SPARSE, dense_until=SETTINGS.length), ids, SETTINGS)
     with operated(model, SPARSE), pytest.raises(SurgeryError, match="operated"):
         learn(model, SPARSE, ids, SETTINGS)

@@ -18,10 +18,9 @@ def take_rows(
     """(kv_heads, n, dim) of caches (blocks, kv_heads, chunk_size, dim), at blocks and rows (n,) int64."""
     dim, apart = keys.shape[-1], values.data_ptr() - keys.data_ptr()
     side_by_side = apart == dim * keys.element_size() and keys.stride(-1) == 1
+    alike = keys.shape == values.shape and keys.stride() == values.stride()
     held = [keys, values]
-    if (
-        side_by_side and keys.shape == values.shape and keys.stride() == values.stride()
-    ):  # one copy takes less time to launch than two
+    if side_by_side and alike:  # one copy takes less time to launch than two
         held = [keys.as_strided((*keys.shape[:-1], 2 * dim), keys.stride())]
     found = [_wide(states)[blocks, :, rows].view(states.dtype).transpose(0, 1) for states in held]
     return tuple(found) if len(found) == 2 else found[0].chunk(2, -1)  # type: ignore[return-value]

@@ -70,8 +70,8 @@ class PagedLayer(CacheLayerMixin):
         """
         raise UnsupportedModelError(
             "a paged cache, but the attention that fills it is not operated: after eject(model), start "
-            "with a new cache. (On an operated model: call the model, neither its forward() nor a layer by itself; "
-            "or this architecture hides its cache, which is not supported.)"
+            "with a new cache. (On an operated model: call the model, neither its forward() nor a layer by "
+            "itself; or this architecture hides its cache, which is not supported.)"
         )
 
     def extend(
