@@ -66,10 +66,10 @@ def gated_window(
     full = n // config.chunk_size * config.chunk_size
     keys, values = keys[:, :full], values[:, :full]
     with torch.no_grad():
-        order = build_layout(keys, values, config, router).order
-    keys, values = reorder(keys, order), reorder(values, order)
-    sink = (order[:, 0] == 0).int().argmax(-1) // config.page_size
-    far = keys, values, moments_of(keys, config.page_size), mean_values(values, config), sink
+        laid = build_layout(keys, values, config, router)
+    keys, values = reorder(keys, laid.order), reorder(values, laid.order)
+    sinks = laid.sink_pages(config.page_size)
+    far = keys, values, moments_of(keys, config.page_size), mean_values(values, config), sinks
     outs, readings = [out[:, :, :begin]], []
     while begin < n:
         pages = closed_chunks(n - 1, config, config.tile) * config.pages_per_chunk

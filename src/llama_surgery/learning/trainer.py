@@ -19,6 +19,7 @@ from llama_surgery.learning.processes import ALONE, Processes
 from llama_surgery.learning.reading import Reading
 from llama_surgery.learning.settings import LearningSettings, homotopy_at, rate_at
 from llama_surgery.learning.state import LearningState, check_loss, first_state
+from llama_surgery.surgery.context import check_far_field
 from llama_surgery.surgery.metric import metric_of
 from llama_surgery.surgery.supported import attention_modules, head_shape, inner_model
 from llama_surgery.topology.geometry import first_far
@@ -272,11 +273,7 @@ def check_settings(config: SurgeryConfig, windows: torch.Tensor, settings: Learn
             f"windows {tuple(windows.shape)}: expected (count, {settings.length}), a multiple of "
             f"tile={config.tile}."
         )
-    if settings.length <= (least := first_far(config)):
-        name = "dense_until" if config.dense_until == least else "window + chunk_size"
-        raise SurgeryError(
-            f"length={settings.length}: a window needs more than {name} = {least} tokens to have a far field."
-        )
+    check_far_field(settings.length, config)
 
 
 def digest(windows: torch.Tensor) -> list[int]:

@@ -9,7 +9,7 @@ import torch
 
 from llama_surgery.config import SurgeryConfig
 from llama_surgery.errors import SurgeryError, TextError
-from llama_surgery.surgery.context import check_length, usual_length
+from llama_surgery.surgery.context import check_far_field, check_length, usual_length
 from llama_surgery.surgery.layer import listening
 from llama_surgery.surgery.operation import config_of, reset_statistics, set_config, statistics, surgery_of
 from llama_surgery.surgery.supported import inner_model
@@ -168,14 +168,9 @@ def calibration_windows(
     usual = length is None
     length = usual_length(model) if length is None else length
     check_length(model, length)
-    least = first_far(config)
-    if length <= least:
-        name = "dense_until" if config.dense_until == least else "window + chunk_size"
-        raise TextError(
-            f"length={length}: a window needs more than {name} = {least} tokens to have a far field."
-        )
+    check_far_field(length, config)
     shorter = [length >> halved for halved in range(1, length.bit_length())] if usual else []
-    lengths = [n for n in (length, *shorter) if n > least]
+    lengths = [n for n in (length, *shorter) if n > first_far(config)]
     errors = []
     for length in lengths:
         try:

@@ -1,11 +1,13 @@
-"""How long a text a model was made for, and what is said about longer ones."""
+"""How long a text a model was made for, and what is said about longer and about too short ones."""
 
 import logging
 
 from torch import nn
 
-from llama_surgery.errors import SurgeryError
+from llama_surgery.config import SurgeryConfig
+from llama_surgery.errors import SurgeryError, TextError
 from llama_surgery.surgery.supported import inner_model
+from llama_surgery.topology.geometry import first_far
 
 #: Tokens of a window where nothing else is asked for, if the model's context allows.
 USUAL_LENGTH = 8192
@@ -49,6 +51,18 @@ def check_length(model: nn.Module, longest: int, *, read: bool = True) -> None:
     if read and _has_table(model):
         raise SurgeryError(f"{told} and knows no others. Ask for shorter texts.")
     _log.warning(f"{told}. Beyond them the dense model itself may fail, and what is measured says little.")
+
+
+def check_far_field(length: int, config: SurgeryConfig) -> None:
+    """
+    Raises:
+        TextError: No row of a text of ``length`` tokens has a far field.
+    """
+    if length <= (least := first_far(config)):
+        name = "dense_until" if config.dense_until == least else "window + chunk_size"
+        raise TextError(
+            f"length={length}: a window needs more than {name} = {least} tokens to have a far field."
+        )
 
 
 def _has_table(model: nn.Module) -> bool:
