@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from benchmarks.timing.measure import Deadline, Rows, graphed, times
 from benchmarks.timing.prefill_case import (
     DIM,
     HEADS,
@@ -28,7 +29,6 @@ from llama_surgery.attention.impl.triton.job import make_job
 from llama_surgery.attention.impl.triton.layout.launch import build_layout
 from llama_surgery.attention.impl.triton.prefill import launch as prefill
 from llama_surgery.attention.result import AttentionResult
-from llama_surgery.bench.measure import Deadline, Rows, graphed, times
 from llama_surgery.config import SurgeryConfig
 from llama_surgery.errors import SurgeryError
 from llama_surgery.lengths import parse_length

@@ -17,12 +17,12 @@ from pathlib import Path
 import torch
 from timing.decode import PAGED_SETTINGS, SETTINGS, bench_decode, copies_for, measure
 from timing.decode_case import Layer, Setting, build, check
+from timing.measure import Deadline, capture
 from timing.plot import plot_decode
 
 from llama_surgery.attention.impl.triton.decode.launch import DecodeResult, decode
 from llama_surgery.attention.impl.triton.decode.tuning import DecodeTuning, decode_tuning_for
 from llama_surgery.attention.impl.triton.tuning import family_of
-from llama_surgery.bench.measure import Deadline, capture
 
 RESULTS = Path(__file__).parent / "results" / "decode.csv"
 CUDA = torch.device("cuda")

@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
+from timing.measure import Deadline, say, times
 from timing.plot import plot_prefill
 from timing.prefill import Setting, bench_prefill
 from timing.prefill_case import Data, calibrate, call_of, make_data, outputs_of
@@ -29,7 +30,6 @@ from llama_surgery.attention.impl.triton.layout.launch import build_layout
 from llama_surgery.attention.impl.triton.prefill import launch as prefill
 from llama_surgery.attention.impl.triton.select import launch as selection
 from llama_surgery.attention.impl.triton.tuning import TABLE
-from llama_surgery.bench.measure import Deadline, say, times
 from llama_surgery.config import SurgeryConfig
 from llama_surgery.lengths import parse_length
 from llama_surgery.topology.geometry import causal_pairs, near_pairs, summary_density

@@ -28,9 +28,9 @@ from real_samples import split
 from real_speed_table import COLUMNS, FILE, measured, quality_of, update
 from timing import model as models
 from timing.in_turns import InTurns, Turns, twin
+from timing.measure import Deadline, environment, say
 from timing.parts import GRAPHED, PARTS
 
-from llama_surgery.bench.measure import Deadline, environment, say
 from llama_surgery.errors import SurgeryError, TextError
 from llama_surgery.lengths import parse_length
 from llama_surgery.surgery.calibrate import calibration_windows

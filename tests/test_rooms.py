@@ -23,10 +23,8 @@ LOWER = {
     "evaluation": {"surgery", "topology"},
     "export": {"attention", "evaluation", "surgery", "topology"},
     "report": {"evaluation", "surgery", "topology"},
-    "bench": {"attention", "evaluation", "surgery", "topology"},
     "cli": {
         "attention",
-        "bench",
         "evaluation",
         "export",
         "gumbel",

@@ -17,13 +17,13 @@ import torch
 
 from llama_surgery.attention.impl.triton.decode.cache import append_tokens
 from llama_surgery.attention.impl.triton.decode.launch import decode
-from llama_surgery.bench.dense import ways
-from llama_surgery.bench.measure import Deadline, Rows, graphed, say, synchronise, times
 from llama_surgery.surgery.store import SequenceStore
 
 from . import decode_case as case
 from .decode_case import Layer, Setting
 from .decode_paged import block_tables, paged, same
+from .dense import ways
+from .measure import Deadline, Rows, graphed, say, synchronise, times
 from .quantities import quantiles
 
 SETTINGS = (

@@ -14,7 +14,6 @@ from llama_surgery.attention.impl.triton.decode.cache import DecodeCache, append
 from llama_surgery.attention.impl.triton.decode.launch import DecodeResult
 from llama_surgery.attention.impl.triton.job import KeptMoments
 from llama_surgery.attention.summary import summary_logits
-from llama_surgery.bench.states import plain_attention
 from llama_surgery.config import SurgeryConfig
 from llama_surgery.errors import SurgeryError
 from llama_surgery.surgery.buffers import PageBuffers
@@ -22,6 +21,8 @@ from llama_surgery.surgery.decoding import cache_view
 from llama_surgery.topology.geometry import closed_chunks
 from llama_surgery.topology.layout import Layout, mean_values, moments_of
 from llama_surgery.topology.selection import Scorer
+
+from .states import plain_attention
 
 KV_HEADS, HEADS, DIM = 8, 4, 128
 #: Length of the planted part of a key, and logit that it gets from the planted part of a query.

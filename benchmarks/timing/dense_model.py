@@ -6,8 +6,9 @@ from typing import Any
 import torch
 from transformers import AttentionInterface, PreTrainedModel, StaticCache
 
-from llama_surgery.bench.dense import Way
 from llama_surgery.surgery.compat import cache_name
+
+from .dense import Way
 
 #: Name of the dense attention function in transformers' table; it must avoid the library's own words.
 INTERFACE = "surgery_dense_rival"

@@ -16,8 +16,6 @@ import torch
 from transformers import PreTrainedModel
 
 from llama_surgery.attention.executor import backend_name
-from llama_surgery.bench.dense import fastest
-from llama_surgery.bench.measure import Deadline, Rows, graphed, once, say, times
 from llama_surgery.config import SurgeryConfig
 from llama_surgery.errors import SurgeryError
 from llama_surgery.surgery.compat import cache_name
@@ -26,7 +24,9 @@ from llama_surgery.surgery.operation import config_of, reset_statistics, set_con
 from llama_surgery.surgery.steps import GraphedSteps
 
 from . import model as models
+from .dense import fastest
 from .dense_model import DenseModel, repeat_static
+from .measure import Deadline, Rows, graphed, once, say, times
 from .quantities import forget_peak, peak_gib, quantiles
 
 #: Tokens of the prompt on which the operated model is checked.

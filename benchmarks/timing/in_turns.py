@@ -9,14 +9,14 @@ from typing import Any, NamedTuple
 import torch
 from transformers import PreTrainedModel
 
-from llama_surgery.bench.dense import fastest
-from llama_surgery.bench.measure import graphed, once, say
 from llama_surgery.errors import SurgeryError
 from llama_surgery.surgery.compat import cache_name
 from llama_surgery.surgery.steps import GraphedSteps
 
 from . import model as models
+from .dense import fastest
 from .dense_model import DenseModel
+from .measure import graphed, once, say
 from .parts import FIRST, GRAPHED, STEP
 from .quantities import allocated, forget_peak, peak_bytes
 

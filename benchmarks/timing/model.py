@@ -10,7 +10,6 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from llama_surgery.bench.measure import nearest_theta
 from llama_surgery.checkpoint import configuration, unreadable
 from llama_surgery.config import SurgeryConfig
 from llama_surgery.errors import SurgeryError
@@ -19,6 +18,8 @@ from llama_surgery.surgery.compat import CACHE_NAME, cache_name
 from llama_surgery.surgery.operate import operated
 from llama_surgery.surgery.operation import config_of, paged_cache, reset_statistics, set_config, statistics
 from llama_surgery.surgery.supported import attention_modules
+
+from .measure import nearest_theta
 
 #: Layers that are run to find θ of a prefill.
 LAYERS = 2

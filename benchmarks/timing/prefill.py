@@ -15,13 +15,13 @@ from llama_surgery.attention.impl.triton.prefill import launch as prefill
 from llama_surgery.attention.impl.triton.select import launch as selection
 from llama_surgery.attention.impl.triton.tiled_plan import ENTRY, TiledPlan
 from llama_surgery.attention.result import AttentionResult
-from llama_surgery.bench.dense import check, ways
-from llama_surgery.bench.measure import Deadline, Rows, capture, once, say, times
 from llama_surgery.config import SurgeryConfig
 from llama_surgery.errors import SurgeryError
 from llama_surgery.topology.geometry import causal_pairs, near_pairs, summary_density
 
 from . import prefill_case as case
+from .dense import check, ways
+from .measure import Deadline, Rows, capture, once, say, times
 from .quantities import quantiles
 
 #: Length from which on FlexAttention is left out: its block mask has an entry for every tile and page.

@@ -16,14 +16,15 @@ from llama_surgery.attention.impl.triton.job import Job, KeptMoments
 from llama_surgery.attention.impl.triton.select import launch as selection
 from llama_surgery.attention.impl.triton.tiled_plan import ENTRY, TiledPlan
 from llama_surgery.attention.summary import summary_logits
-from llama_surgery.bench.measure import nearest_theta
-from llama_surgery.bench.states import clustered_states, plain_attention
 from llama_surgery.config import SurgeryConfig
 from llama_surgery.errors import SurgeryError
 from llama_surgery.topology.geometry import Block, causal_pairs, closed_chunks
 from llama_surgery.topology.layout import Moments
 from llama_surgery.topology.router import PageRouter
 from llama_surgery.topology.selection import Scorer
+
+from .measure import nearest_theta
+from .states import clustered_states, plain_attention
 
 STREAMS, HEADS, DIM = 8, 4, 128
 

@@ -100,7 +100,7 @@ def test_a_damaged_adapter_ends_in_one_line(damage: str, model: Path, text: Path
     for command, *options in (
         ["generate", model, "--adapter", adapter, "--prompt", "a", "--max-new-tokens", "1"],
         ["evaluate", model, "--adapter", adapter, "--text", text, "--length", "256", "--windows", "1"],
-        ["doctor", model, "--adapter", adapter, "--length", "256", "--device", "cpu", "--write"],
+        ["doctor", model, "--adapter", adapter, "--device", "cpu", "--text", text, "--write"],
         ["export", model, adapter, tmp_path / "served"],
     ):
         result = run(command, *options)

@@ -32,13 +32,11 @@ def contents(folder: Path) -> dict[str, bytes]:
         ["evaluate", "MODEL", "--text", "TEXT", "--out", "MODEL"],
         ["demo", "--out", "MODEL"],
         ["export", "MODEL", "MODEL"],
-        ["doctor", "MODEL", "--csv", "MODEL/model.safetensors"],
         ["report", "TEXT", "--out", "MODEL/adapter_config.json"],
         ["report", "TEXT", "--out", "MODEL/tokenizer.json"],
         ["export-topology", "MODEL", "--text", "TEXT", "--out", "MODEL/model.safetensors"],
         ["export-topology", "MODEL", "--text", "TEXT", "--out", "MODEL/generation_config.json"],
         ["report", "TEXT", "--out", "MODEL/config.json"],
-        ["doctor", "MODEL", "--csv", "MODEL/config.json"],
     ],
     ids=lambda arguments: " ".join(arguments[-3:]),
 )
@@ -70,7 +68,6 @@ def test_an_adapter_within_the_folder_of_its_model(copy: Path) -> None:
         ["export-topology", "MODEL", "--text", "TEXT", "--out", "TEXT"],
         ["export-topology", "MODEL", "--text", "LINK", "--out", "TEXT"],
         ["report", "TEXT", "--out", "LINK"],
-        ["doctor", "TEXT", "--csv", "TEXT"],
     ],
 )
 def test_what_is_read_is_not_written_over(arguments: list[str], model: Path, tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from llama_surgery.errors import SurgeryError
 from llama_surgery.folders import check_file, check_folder
 
 #: What names outputs, the last of several values; parameters that mean a folder are called after it.
-_OUTPUTS = {"--out", "--csv", "folders"}
+_OUTPUTS = {"--out", "folders"}
 #: Commands that go on where they stopped, and what they go on from.
 _RESUMED = {
     "evaluate": ("kept/*.json",),

@@ -17,6 +17,8 @@ STEPS, WARM_UP = 24, 4
 
 def speed_told(until: int, context: int | None) -> str:
     """From where on prompts are sparse, and why not before."""
+    if not until:
+        return "Sparse prompts are read faster here at every length that was timed."
     if context is None or until < context:
         return f"Prompts are dense below position {until:,}, from which on sparse ones are read faster here."
     return (

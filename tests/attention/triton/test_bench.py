@@ -9,8 +9,8 @@ import torch
 pytest.importorskip("triton")
 
 from benchmarks.timing import prefill, prefill_case
+from benchmarks.timing.measure import Deadline, environment
 
-from llama_surgery.bench.measure import Deadline, environment
 from llama_surgery.config import SurgeryConfig
 
 

@@ -8,9 +8,9 @@ import torch
 pytest.importorskip("triton")
 
 from benchmarks.timing import prefill_case
+from benchmarks.timing.measure import Deadline
 
 from benchmarks import corrections
-from llama_surgery.bench.measure import Deadline
 from llama_surgery.config import SurgeryConfig
 from llama_surgery.errors import SurgeryError
 

@@ -8,8 +8,8 @@ import torch
 pytest.importorskip("triton")
 
 from benchmarks.timing import decode, decode_case, decode_paged
+from benchmarks.timing.measure import Deadline
 
-from llama_surgery.bench.measure import Deadline
 from llama_surgery.errors import SurgeryError
 
 

@@ -4,8 +4,8 @@ import math
 
 import pytest
 import torch
+from benchmarks.timing.states import clustered_states
 
-from llama_surgery.bench.states import clustered_states
 from llama_surgery.config import SurgeryConfig
 from llama_surgery.topology.geometry import closed_chunks
 

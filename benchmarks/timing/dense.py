@@ -8,8 +8,9 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
-from llama_surgery.bench.measure import capture, say, times
 from llama_surgery.errors import SurgeryError
+
+from .measure import capture, say, times
 
 #: Largest relative error of half precision that counts as right.
 TOLERANCE = 0.02

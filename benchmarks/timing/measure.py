@@ -105,19 +105,14 @@ def capture(run: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
 
 
 def nearest_theta(
-    density: Callable[[float], float], wanted: float, what: str, *, halvings: int = 12, near: float = 0.0
+    density: Callable[[float], float], wanted: float, what: str, *, halvings: int = 12
 ) -> float:
-    """θ at which a falling ``density`` comes nearest to ``wanted``, by halving an interval of log θ.
-
-    ``near``: how near is near enough, as a share of it.
-    """
+    """θ at which a falling ``density`` comes nearest to ``wanted``, by halving an interval of log θ."""
     low, high, tried = math.log(1e-7), 0.0, dict[float, float]()
     for _ in range(halvings):
         middle = math.exp((low + high) / 2)
         tried[middle] = density(middle)
         low, high = (math.log(middle), high) if tried[middle] > wanted else (low, math.log(middle))
-        if abs(tried[middle] - wanted) < near * wanted:
-            break
     best = min(tried, key=lambda theta: abs(tried[theta] - wanted))
     say(f"θ {best:.3e}: far density {tried[best]:.4f} for {wanted} {what}")
     return best

@@ -1,1 +1,0 @@
-"""What ``llama-surgery doctor`` measures."""
