@@ -7,13 +7,23 @@ from typing import Any, Literal, get_args
 
 from llama_surgery.errors import SurgeryError, check_version
 from llama_surgery.gumbel_config import GumbelConfig
-from llama_surgery.removed import BEFORE, REMOVED_CHOICES, without_removed
 
 Topology = Literal["pages", "gumbel"]
 Summary = Literal["none", "page"]
 Backend = Literal["auto", "reference", "gather", "triton"]
 
 CONFIG_VERSION = 1
+#: Fields of earlier versions, and the value at which a stored configuration means the same without them.
+REMOVED: dict[str, Any] = {
+    "arity": 2,
+    "directions": "principal",
+    "pages_per_row": None,
+    "score_stride": 1,
+    "coarse_to_fine": False,
+    "coarse_totals": False,
+    "variance_pool": 1,
+    "alpha": 1.0,
+}
 
 
 #: Stands for a ``theta_decode`` that the constructor was not given at all: None is given, to have it derived.
@@ -114,12 +124,8 @@ class SurgeryConfig:
             ("backend", Backend),
         ):
             value = getattr(self, name)
-            if value in get_args(allowed):
-                continue
-            why = REMOVED_CHOICES.get((name, value)) if isinstance(value, str) else None
-            if why:
-                raise SurgeryError(f"{name}={value!r} is no longer supported: {why}")
-            raise SurgeryError(f"{name}={value!r}: allowed are {', '.join(get_args(allowed))}.")
+            if value not in get_args(allowed):
+                raise SurgeryError(f"{name}={value!r}: allowed are {', '.join(get_args(allowed))}.")
 
     def _check_gumbel(self) -> None:
         gumbel = self.gumbel
@@ -216,18 +222,23 @@ class SurgeryConfig:
         """Inverse of :meth:`to_dict`.
 
         A value that is what would be derived counts as derived: ``dataclasses.replace`` then derives it anew.
-        Fields may be left out; where there is a version, it is what releases without them executed.
+        Fields may be left out; where there is a version, it is what was executed before there were summaries.
 
         Raises:
-            SurgeryError: No fields, unknown ones, a newer version, or something that is gone
-                (:data:`llama_surgery.removed.REMOVED`).
+            SurgeryError: No fields, unknown ones, a newer version, or something that is gone (``REMOVED``).
         """
         if not isinstance(values, dict):
             raise SurgeryError(f"a configuration is a table of fields, not {values!r}.")
-        values = {**BEFORE, **values} if "version" in values else dict(values)
+        values = {"summary": "none", **values} if "version" in values else dict(values)
         version = values.pop("version", CONFIG_VERSION)
         check_version("configuration version", version, CONFIG_VERSION)
-        values = without_removed(values)
+        values.pop("moment_size", None)  # pages were scored by balls of so many keys
+        for name, default in REMOVED.items():
+            if (value := values.pop(name, default)) != default:
+                raise SurgeryError(
+                    f"{name}={value!r} is no longer supported, as real models lost more by it than it saved. "
+                    "Operate and calibrate the model again."
+                )
         unknown = sorted(set(values) - set(FIELDS))
         if unknown:
             raise SurgeryError(f"unknown configuration fields: {', '.join(unknown)}.")
@@ -235,10 +246,6 @@ class SurgeryConfig:
         if config.theta_decode == _derived_theta_decode(config):
             return dataclasses.replace(config, theta_decode=None)
         return config
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        # Pickles of older releases have no record of what was given: all of it was.
-        self.__dict__.update({**BEFORE, **without_removed(state), "given": state["theta_decode"]})
 
 
 def _plain(value: Any) -> Any:

@@ -26,10 +26,10 @@ def test_everything_at_once_is_in_the_tables_and_in_the_file(
 ) -> None:
     path = tmp_path / "out"
     harder = ["--needles", "4", "--needle-variant", "two-asked", "--needle-variant", "alike-names"]
-    more = ["--domain", f"prose={text}", "--continuations", "2", "--continuation-tokens", "8"]
+    more = ["--continuations", "2", "--continuation-tokens", "8"]
     result = run(*given, *harder, *more, "--out", path)
     assert result.exit_code == 0, result.output
-    for told in ("Needles by variant", "alike-names", "By domain", "prose", "Agreement along the dense text"):
+    for told in ("Needles by variant", "alike-names", "Agreement along the dense text"):
         assert told in result.stdout
     read = json.loads((path / "results.json").read_text(encoding="utf-8"))
     assert {needle["variant"] for needle in read["needles"]} == {"two-asked", "alike-names"}
@@ -47,9 +47,7 @@ def test_everything_at_once_is_in_the_tables_and_in_the_file(
         "lost",
         "won",
     }
-    prose = read["domains"]["prose"]
-    assert prose["dense"]["perplexity"] == read["dense"]["perplexity"]
-    assert prose["operated"][0]["divergence_by_position"][-1]["to"] == 512
+    assert read["operated"][0]["divergence_by_position"][-1]["to"] == 512
     written = read["continuations"]["T = 16"]
     assert written["prompt_tokens"] == 504 and written["compared"] <= 16
 
@@ -65,8 +63,6 @@ def test_wrong_extras_are_refused(given: list[str | Path], tmp_path: Path) -> No
     assert run(*given, "--needle-variant", "all").exit_code == 2
     unknown = run(*given, "--needles", "1", "--needle-variant", "fifty")
     assert unknown.exit_code == 1 and "sixteen-facts" in unknown.stderr
-    missing = run(*given, "--domain", f"code={tmp_path / 'nowhere'}")
-    assert missing.exit_code == 1 and "no such file" in missing.stderr
     long = run(*given, "--continuations", "1", "--continuation-tokens", "512")
     assert long.exit_code == 1 and "512 new tokens of 512" in long.stderr
 
@@ -74,7 +70,7 @@ def test_wrong_extras_are_refused(given: list[str | Path], tmp_path: Path) -> No
 def test_what_is_finished_is_kept_and_read_again(
     given: list[str | Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    command = [*given, "--needles", "1", "--domain", given[3], "--continuations", "1"]
+    command = [*given, "--needles", "1", "--continuations", "1"]
     command += ["--continuation-tokens", "4", "--out", tmp_path / "out", "--json"]
     first = run(*command)
     assert first.exit_code == 0, first.output
@@ -115,12 +111,6 @@ def test_a_gate_goes_by_limits(given: list[str | Path], tmp_path: Path) -> None:
     limits.write_text('{"speed": 1}', encoding="utf-8")
     wrong = run(*command)
     assert wrong.exit_code == 1 and "ruler_single" in wrong.stderr
-
-
-@pytest.mark.parametrize("old", ["bench", "compare", "crossover", "gate", "lm-eval", "ruler", "verify"])
-def test_commands_of_earlier_releases_name_the_new_one(old: str, model: Path) -> None:
-    result, new = run(old, model, "--anything"), "doctor" if old in ("bench", "crossover") else "evaluate"
-    assert result.exit_code == 2 and f"llama-surgery {new} MODEL" in " ".join(result.stderr.split())
 
 
 @pytest.mark.parametrize(

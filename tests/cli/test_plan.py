@@ -7,8 +7,7 @@ import pytest
 from tests.cli.runner import run
 
 from llama_surgery import SurgeryConfig
-from llama_surgery.learning.corrections import Corrections
-from llama_surgery.learning.forecast import Shape, at_length, corrections_of
+from llama_surgery.learning.forecast import Shape, at_length
 from llama_surgery.topology.geometry import closed_chunks
 
 SHAPE = Shape(1_000_000, 100_000, 64, 256, {0: (2, 2, 16), 3: (2, 2, 16)}, 2)
@@ -40,16 +39,10 @@ def test_a_short_text_is_dense() -> None:
     assert text.near_density == 1 and text.far_density == text.scoring == 0 and text.attention_speedup == 1
 
 
-def test_corrections_are_counted_as_they_are_built() -> None:
-    built = Corrections.build(SHAPE.layers, ("channels", "tree", "summary"), 0)
-    count = sum(parameter.numel() for parameter in built.parameters())
-    assert corrections_of(SHAPE, ("channels", "tree", "summary")) == count
-
-
 def test_plan_reads_no_weights(model: Path, tmp_path: Path) -> None:
     config = tmp_path / "config.json"
     config.write_bytes((model / "config.json").read_bytes())
-    result = run("plan", config, "--length", "8k,32k", "--json", "--tflops", "10", "--disk", "1")
+    result = run("plan", config, "--length", "8k,32k", "--json", "--tflops", "10")
     assert result.exit_code == 0, result.output
     told = json.loads(result.stdout)
     assert [text["length"] for text in told["texts"]] == [8192, 32768]
@@ -58,12 +51,14 @@ def test_plan_reads_no_weights(model: Path, tmp_path: Path) -> None:
     assert told["model"]["parameters"] == 2 * 4096 * 32 + 2 * layer + 32
     learned = told["learning"]
     assert learned["states"] == 16 * 2 * 8192 * 2 * (32 + 16) * told["model"]["dtype_bytes"]
+    # layers × heads × (offset, weight of summaries, two weights of every channel)
+    assert learned["corrections"] == 2 * 4 * (2 + 2 * 8)
     assert learned["corrections_share"] == learned["corrections"] / told["model"]["parameters"]
     attention = 5 * 2 * 2 * 32 * 8192 * 8193 / 2  # passes × layers × products × query width × pairs
-    assert learned["logits_multiplications"] == 200 * (4 * told["model"]["parameters"] * 8192 + attention)
-    assert learned["logits_seconds"] == pytest.approx(2 * learned["logits_multiplications"] / 1e13)
+    assert learned["multiplications"] == 200 * (4 * told["model"]["parameters"] * 8192 + attention)
+    assert learned["seconds"] == pytest.approx(2 * learned["multiplications"] / 1e13)
     described = run("plan", model)
-    assert described.exit_code == 0 and "assumptions" in described.output
+    assert described.exit_code == 0 and "assumption" in described.output
 
 
 def test_what_is_no_model_ends_in_one_line(tmp_path: Path) -> None:

@@ -284,7 +284,7 @@ def test_an_adapter_of_a_rule_that_is_gone_is_refused_with_the_reason(folder):
     with loaded(build("Llama"), folder) as model:
         assert config_of(model) == SPARSE
     rewrite(folder, surgery=lambda stored: stored | {"score_stride": 4})
-    refused(folder, "score_stride=4 is no longer supported: .* Operate and calibrate the model again")
+    refused(folder, "score_stride=4 is no longer supported, .* Operate and calibrate the model again")
 
 
 def fixture_model():

@@ -22,16 +22,6 @@ _RESUMED = {
     "evaluate": ("kept/*.json",),
     "learn": ("checkpoint-*.pt", "states/*"),
 }
-#: Commands of earlier releases, and what to type instead.
-_MOVED = {
-    "bench": "doctor MODEL' for attention, and for a whole model 'python benchmarks/end_to_end.py MODEL",
-    "compare": "evaluate MODEL --text TEXT --calibration-text OTHER --against all --out FOLDER",
-    "crossover": "doctor MODEL",
-    "gate": "evaluate MODEL --text TEXT --gate LIMITS.json",
-    "lm-eval": "evaluate MODEL --adapter ADAPTER --lm-eval TASKS",
-    "ruler": "evaluate MODEL --adapter ADAPTER --ruler",
-    "verify": "evaluate MODEL --text TEXT --density 0.06 --ruler --gate LIMITS.json --out FOLDER",
-}
 #: Exit code of a command that Ctrl-C ended.
 INTERRUPTED = 130
 
@@ -55,12 +45,6 @@ class Commands(TyperGroup):
             raise typer.Exit(1) from error
         finally:
             log.removeHandler(notes)
-
-    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
-        """The command that is named; one of earlier releases is refused with what to type instead."""
-        if args and args[0] in _MOVED:
-            ctx.fail(f"'{args[0]}' is gone: type 'llama-surgery {_MOVED[args[0]]}'.")
-        return super().resolve_command(ctx, args)
 
 
 class _Notes(logging.Handler):

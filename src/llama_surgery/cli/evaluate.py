@@ -90,11 +90,6 @@ def evaluate(
         "(the default --against). May be repeated.",
     ) = None,
     batch: BatchOption = 1,
-    domain: sample_option(
-        list[str] | None,
-        "Measure perplexity and divergence on this text too, thresholds unchanged: a .txt file, a folder of "
-        "them, or name=path. May be repeated.",
-    ) = None,
     continuations: sample_option(
         int,
         "Windows of --length tokens whose end the models write themselves, greedily: agreement with the "
@@ -166,7 +161,7 @@ def evaluate(
     began = time.monotonic()
     if text is None and not ruler and lm_eval is None:
         raise typer.BadParameter("give --text, --ruler or --lm-eval: what to measure on.")
-    wanting = [n for n, v in (("--needles", needles), ("--domain", domain), ("--against", against)) if v]
+    wanting = [n for n, v in (("--needles", needles), ("--against", against)) if v]
     if text is None and (wanting or continuations or (density is not None and calibration_text is None)):
         raise typer.BadParameter(f"{', '.join(wanting) or '--density'}: give --text too.")
     if calibration_text is not None and density is None and not against:
@@ -177,10 +172,10 @@ def evaluate(
         raise typer.BadParameter(
             "--needle-variant says which needles to ask: give their number by --needles."
         )
-    if against and (density is not None or also_tile or gate or domain or continuations):
+    if against and (density is not None or also_tile or gate or continuations):
         raise typer.BadParameter(
             "--against sets thresholds for every density, and has samples of its own: leave --density, "
-            "--also-tile, --gate, --domain and --continuations out."
+            "--also-tile, --gate and --continuations out."
         )
     for needed, asked, options in (
         ("--ruler", ruler, {"--ruler-length": ruler_length, "--ruler-task": ruler_task}),
@@ -193,7 +188,7 @@ def evaluate(
             raise typer.BadParameter(f"{', '.join(idle)}: give {needed} too.")
     tiles = dict.fromkeys([tile, *(also_tile or [])])
     from llama_surgery.evaluation.needle_variants import PLAIN, VARIANTS, check_variants
-    from llama_surgery.evaluation.texts import read_domains, split_texts
+    from llama_surgery.evaluation.texts import split_texts
     from llama_surgery.evaluation.verdict import read_limits
     from llama_surgery.text import read_texts
 
@@ -204,7 +199,6 @@ def evaluate(
         configs={f"T = {t}": config_for(settings, t) for t in tiles},
         texts=[] if text is None else read_texts(text),
         calibration=[] if calibration_text is None else read_texts(calibration_text),
-        domains=read_domains(domain or []),
         length=length,
         windows=windows,
         needles=needles,

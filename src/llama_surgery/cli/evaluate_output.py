@@ -38,7 +38,6 @@ def write_and_print(parts: Parts, folder: Path | None, json: bool) -> None:
         shown.append(tables.summary_table(results))
         harder = results["needles"] and len(parts.needle_variants) > 1
         shown += [tables.needle_table(results)] if harder else []
-        shown += [tables.domain_table(results)] if parts.domains else []
         shown += [tables.continuation_table(results)] if "continuations" in results else []
     if parts.ruler is not None:
         lengths = parts.ruler.settings["lengths"]

@@ -21,7 +21,6 @@ class Parts:
     Attributes:
         configs: Topologies by name.
         texts, calibration: Documents to measure on, and to set thresholds on.
-        domains: Further documents to measure on, by name.
         length, windows, seed: Of perplexity windows.
         needles, needle_lengths, needle_variants: Planted facts.
         batch: Prompts answered together.
@@ -34,7 +33,6 @@ class Parts:
     configs: dict[str, SurgeryConfig]
     texts: list[str]
     calibration: list[str]
-    domains: dict[str, list[str]]
     length: int
     windows: int | None
     needles: int | None
@@ -109,9 +107,8 @@ class Parts:
         self.conditions["thresholds"] = f"set on {told} for a far density of {density:.2%}"
 
     def measure_texts(self) -> None:
-        """Perplexity, divergence, needles and times; perplexity and divergence on other domains."""
-        from llama_surgery.errors import TextError
-        from llama_surgery.evaluation.evaluate import evaluate, named_progress
+        """Perplexity, divergence, needles and times."""
+        from llama_surgery.evaluation.evaluate import evaluate
         from llama_surgery.report.results import make_results
 
         needles = {
@@ -134,19 +131,6 @@ class Parts:
         decides = {**self._decides(self.texts), **shared}
         kept = self.kept.once("texts", found, **decides, **needles, conditions=self.conditions)
         self.results, self.rows["results"] = kept["results"] | self.results, kept["rows"]
-        for name, texts in self.domains.items():
-
-            def of_domain(name: str = name, texts: list[str] = texts) -> dict[str, Any]:
-                try:
-                    forms = {**self._forms, "progress": named_progress(self.tell, name)}
-                    return evaluate(
-                        self.model, self.tokenizer, eval_texts=texts, needles=0, **forms, **shared
-                    ).to_dict()
-                except TextError as error:
-                    raise TextError(f"domain {name!r}: {error}") from error
-
-            one = self.kept.once("domain", of_domain, **self._decides(texts), **shared)
-            self.results.setdefault("domains", {})[name] = one
 
     def write_on(self, count: int, tokens: int) -> None:
         """Long texts of the models' own."""

@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from llama_surgery.learning.forecast import Learning, Length, Shape
 
 _learning = functools.partial(option, "Learning")
-_rates = functools.partial(option, "Rates assumed")
 
 
 @topology_options
@@ -38,17 +37,16 @@ def plan(
     part: _learning(
         list[str] | None, "What is learned beside budgets. As 'learn' has it, if left out."
     ) = None,
-    windows: _learning(int, "Training windows.", min=1) = 16,
+    windows: _learning(int, "Training windows of 'learn --stream'.", min=1) = 16,
     steps: _learning(int, "Steps.", min=1) = STEPS,
-    tflops: _rates(float, "What the device computes, in TFLOP/s.", min=0.001) = 100.0,
-    disk: _rates(float, "What the disk reads, in GB/s.", min=0.001) = 2.0,
+    tflops: _learning(float, "What the device is assumed to compute, in TFLOP/s.", min=0.001) = 100.0,
     json: JsonOption = False,
     settings: dict[str, Any],
 ) -> None:
     """Say what operating on a model, and learning for it, will take, before anything runs.
 
-    Density and speed-up at several lengths, in multiplications; and for 'learn --stage local --stream'
-    memory, disk, time and the share of the model that is learned. All of it is counted from the
+    Density and speed-up at several lengths, in multiplications; the time of learning, and for a model that
+    stays on disk ('learn --stage local --stream') memory and disk. All of it is counted from the
     configuration; what is assumed is printed. Example:
 
     llama-surgery plan demo/books-26m --length 8k,32k,128k
@@ -81,7 +79,6 @@ def plan(
         sampled_tiles=learning.sampled_tiles,
         together=min(windows, TOGETHER),
         multiplications_per_second=tflops * 1e12 / 2,
-        bytes_per_second=disk * 1e9,
     )
     if json:
         print_json(
@@ -93,7 +90,7 @@ def plan(
             }
         )
         return
-    _print(shape, texts, learned, window, density, tflops, disk, steps)
+    _print(shape, texts, learned, window, density, tflops, steps)
 
 
 def _print(
@@ -103,7 +100,6 @@ def _print(
     window: int,
     density: float,
     tflops: float,
-    disk: float,
     steps: int,
 ) -> None:
     rows = [
@@ -124,16 +120,13 @@ def _print(
         "any length. Every weight is taken to be used by every token (experts are not)."
     )
     out.print(
-        f"\nlearn --stage local --stream: {learned.corrections:,} corrections, "
-        f"{learned.corrections_share:.4%} of the model; memory {_bytes(learned.memory)}; disk "
-        f"{_bytes(learned.states)} of attention states; {_bytes(learned.read)} moved to and from disk; "
-        f"{_seconds(learned.seconds)} at {tflops:g} TFLOP/s and {disk:g} GB/s, which are assumptions: give "
-        "--tflops and --disk."
+        f"\nlearn: {learned.corrections:,} corrections, {learned.corrections_share:.4%} of the model; "
+        f"{steps} steps of {window:,} tokens, {2 * learned.multiplications / 1e15:.3g} PFLOP, "
+        f"{_seconds(learned.seconds)} at {tflops:g} TFLOP/s, which is an assumption: give --tflops."
     )
     out.print(
-        f"\nlearn, the model in memory: {steps} steps of {window:,} tokens, "
-        f"{2 * learned.logits_multiplications / 1e15:.3g} PFLOP, {_seconds(learned.logits_seconds)} at "
-        f"{tflops:g} TFLOP/s."
+        f"\nlearn --stage local --stream, the model on disk: memory {_bytes(learned.memory)}; "
+        f"{_bytes(learned.states)} of attention states on disk."
     )
 
 

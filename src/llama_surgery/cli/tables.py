@@ -86,17 +86,6 @@ def _points(middle: float, low: float, high: float) -> str:
     return f"{100 * middle:+.1f} ({100 * low:+.1f} … {100 * high:+.1f})"
 
 
-def domain_table(results: dict[str, Any]) -> Table:
-    """What the summary says of quality and density, for each domain; bins of positions stay in the JSON."""
-    from llama_surgery.report.summary import columns
-
-    rows: list[list[str]] = []
-    for domain, found in results["domains"].items():
-        rows += [[], [f"[bold]{escape(domain)}[/]"]]
-        rows += [[f"  {name}", *cells] for name, *cells in _summary_rows(found) if name != "Prefill"]
-    return make_table("By domain", ["", *columns(results)], rows)
-
-
 def continuation_table(results: dict[str, Any]) -> Table:
     """Long texts: the operated models' own, and what they would have written along the dense one's."""
     found = results["continuations"]

@@ -1,10 +1,8 @@
-"""Texts to measure on, by domain, and text that is set aside to set thresholds on."""
+"""Text that is set aside to set thresholds on."""
 
 from collections.abc import Sequence
-from pathlib import Path
 
 from llama_surgery.errors import TextError
-from llama_surgery.text import read_texts
 
 #: Share of a text that thresholds are set on, where no other text is given for it.
 CALIBRATION_SHARE = 0.25
@@ -30,20 +28,3 @@ def split_texts(texts: Sequence[str]) -> tuple[list[str], list[str]]:
             "texts, one of them for calibration."
         )
     return [text for text in first if text], [text for text in rest if text]
-
-
-def read_domains(given: Sequence[str]) -> dict[str, list[str]]:
-    """Documents by domain, from ``name=path`` or a path alone, named after its last part.
-
-    Raises:
-        TextError: A path cannot be read, or two domains have one name.
-    """
-    domains: dict[str, list[str]] = {}
-    for item in given:
-        name, separator, path = item.partition("=")
-        if not separator or Path(item).exists():
-            name, path = Path(item).resolve().stem, item
-        if name in domains:
-            raise TextError(f"two domains are named {name!r}: give them as name=path, under different names.")
-        domains[name] = read_texts(path)
-    return domains

@@ -1,7 +1,7 @@
 """What operating on a model and learning for it will take, said before anything runs.
 
-Everything here is counted from the model's configuration; nothing is measured. Where a rate is needed (what a
-device multiplies in a second, what a disk reads) it is an argument.
+Everything here is counted from the model's configuration; nothing is measured. What a device multiplies in a
+second is an argument.
 """
 
 import dataclasses
@@ -11,16 +11,14 @@ import torch
 from transformers import PreTrainedModel
 
 from llama_surgery.config import SurgeryConfig
-from llama_surgery.learning.corrections import LayerCorrections, Part
+from llama_surgery.learning.corrections import Corrections, Part
 from llama_surgery.learning.weights import parts_of
 from llama_surgery.surgery.supported import attention_modules, head_shape
 from llama_surgery.topology.geometry import causal_pairs, first_far, near_pairs, summary_density
 
-#: Multiplications that a step of the local stage takes for each of the forward pass over its sampled rows:
-#: forward, the same again while going back, and two products for every one of the way back.
-STEP_FACTOR = 4
-#: The same for a step on logits, of weights and of attention: the dense model's pass, the gated one's, that
-#: again while going back, and on the way back one product for each with a frozen weight, two for attention's.
+#: Multiplications that a step on logits takes for each of the forward pass, of weights and of attention: the
+#: dense model's pass, the gated one's, that again while going back, and on the way back one product for each
+#: with a frozen weight, two for attention's.
 LOGITS_FACTORS = (4, 5)
 #: Bytes of a correction while it is learned: itself, its gradient and Adam's two moments, in float32.
 CORRECTION_BYTES = 16
@@ -79,32 +77,25 @@ class Length:
 
 @dataclasses.dataclass(frozen=True)
 class Learning:
-    """The local stage with the model on disk, unless said otherwise.
+    """What learning takes.
 
     Attributes:
         corrections: Parameters learned.
         corrections_share: Of the model's.
-        memory: Bytes at once, as if all of it were: the largest part and the windows that pass through it
-            together, one window's states of a layer in float32, a strip of logits and what is made of it,
-            and the corrections with their gradients and moments.
-        states: Bytes on disk: attention states of all windows.
-        read: Bytes read from disk: the checkpoint once for every eight windows, and in every step the states
-            of a window and the output projections.
-        multiplications: Of the dense passes and of all steps.
-        seconds: At the given rates.
-        logits_multiplications: Of as many steps on logits instead, with the model in memory.
-        logits_seconds: Of those.
+        memory: Bytes at once where the model stays on disk, as if all of it were: the largest part and the
+            windows that pass through it together, one window's states of a layer in float32, a strip of
+            logits and what is made of it, and the corrections with their gradients and moments.
+        states: Bytes on disk there: attention states of all windows.
+        multiplications: Of all steps on logits, with the model in memory.
+        seconds: Of those, at the given rate.
     """
 
     corrections: int
     corrections_share: float
     memory: int
     states: int
-    read: int
     multiplications: float
     seconds: float
-    logits_multiplications: float
-    logits_seconds: float
 
 
 def shape_of(model: PreTrainedModel) -> Shape:
@@ -123,15 +114,6 @@ def shape_of(model: PreTrainedModel) -> Shape:
         layers={index: head_shape(model, module) for index, module in attention_modules(model).items()},
         dtype_bytes=dtype.itemsize,
     )
-
-
-def corrections_of(shape: Shape, parts: tuple[Part, ...]) -> int:
-    """Parameters that learning ``parts`` adds, over all layers."""
-    total = 0
-    for kv_heads, group, head_dim in shape.layers.values():
-        layer = LayerCorrections(kv_heads, group, head_dim, parts, seed=0)
-        total += sum(parameter.numel() for parameter in layer.parameters())
-    return total
 
 
 def at_length(shape: Shape, config: SurgeryConfig, density: float, calibrated: int, length: int) -> Length:
@@ -186,56 +168,38 @@ def learning_of(
     sampled_tiles: int,
     together: int,
     multiplications_per_second: float,
-    bytes_per_second: float,
 ) -> Learning:
-    """Costs of the local stage.
+    """Costs of learning.
 
     Args:
         parts: What is learned beside budgets.
         length: Tokens of a window.
-        windows: Training windows.
+        windows: Training windows whose states are kept on disk.
         steps: Steps, one window each.
-        sampled_tiles: Tiles of each block whose rows are compared.
+        sampled_tiles: Tiles of each block whose rows are compared where the model stays on disk.
         together: Windows that pass through a layer while it is loaded.
         multiplications_per_second: Multiply-adds that the device makes.
-        bytes_per_second: That the disk reads and writes.
     """
-    widths = {i: (kv * dim, kv * group * dim) for i, (kv, group, dim) in shape.layers.items()}
-    state = {i: length * 2 * (kv + q) * shape.dtype_bytes for i, (kv, q) in widths.items()}
-    projections = sum(q * shape.hidden for _, q in widths.values()) * shape.dtype_bytes
-    corrections = corrections_of(shape, parts)
-    pairs = length * (length + 1) / 2
-    dense = windows * (shape.parameters * length + sum(2 * q for _, q in widths.values()) * pairs)
+    corrections = sum(p.numel() for p in Corrections.build(shape.layers, parts, seed=0).parameters())
+    queries = {i: kv * group * dim for i, (kv, group, dim) in shape.layers.items()}
+    state = [2 * length * (kv * dim + queries[i]) for i, (kv, _, dim) in shape.layers.items()]
     rows = min(sampled_tiles * config.tile, config.chunk_size)
-    share = rows / config.chunk_size
-    steps_cost = steps * STEP_FACTOR * share * sum(2 * q for _, q in widths.values()) * pairs
-    sweeps = -(-windows // together)
-    read = (
-        sweeps * shape.parameters * shape.dtype_bytes
-        + windows * sum(state.values())
-        + steps * (sum(state.values()) + projections)
-    )
     heads = max(kv * group for kv, group, _ in shape.layers.values())
-    strip = rows * length * heads * 4
     memory = (
         shape.largest_part * shape.dtype_bytes
         + together * length * (4 * shape.hidden + 3 * shape.intermediate) * shape.dtype_bytes
-        + max(state.values()) * 4 // shape.dtype_bytes
-        + strip * 8
+        + max(state) * 4
+        + rows * length * heads * 4 * 8
         + corrections * CORRECTION_BYTES
     )
-    total = dense + steps_cost
     of_weights, of_attention = LOGITS_FACTORS
-    logits = steps * of_weights * shape.parameters * length
-    logits += steps * of_attention * sum(2 * q for _, q in widths.values()) * pairs
+    attention = sum(2 * width for width in queries.values()) * length * (length + 1) / 2
+    multiplications = steps * (of_weights * shape.parameters * length + of_attention * attention)
     return Learning(
         corrections=corrections,
         corrections_share=corrections / shape.parameters,
-        memory=int(memory),
-        states=windows * sum(state.values()),
-        read=int(read),
-        multiplications=total,
-        seconds=total / multiplications_per_second + read / bytes_per_second,
-        logits_multiplications=logits,
-        logits_seconds=logits / multiplications_per_second,
+        memory=memory,
+        states=windows * sum(state) * shape.dtype_bytes,
+        multiplications=multiplications,
+        seconds=multiplications / multiplications_per_second,
     )

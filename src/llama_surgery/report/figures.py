@@ -16,7 +16,6 @@ from llama_surgery.report.style import (
     shade_text,
     to_svg,
 )
-from llama_surgery.report.tree import HeadTree
 
 #: The ratio axis spans at least this much above 1: a loss of a thousandth must not look like a cliff.
 RATIO_SHOWN = 0.01
@@ -133,35 +132,6 @@ def position_perplexity(
             panel.set_xticks(places, [f"…{stop:,}" for _, stop in bins])
         left.legend()
         return to_svg(fig, "Perplexity by position in the window, dense and operated")
-
-
-def tree_distances(tree: HeadTree) -> str:
-    """Tree distance of every two tokens, in reading order and in tree order."""
-    matrix = tree.distances().numpy()
-    pages = len(matrix) // tree.page_size
-    with figure(10.4, 5.4) as fig:
-        panels = fig.subplots(1, 2)
-        sorted_matrix = matrix[tree.order][:, tree.order]
-        titles = ("In reading order", "In tree order: every ball is a contiguous block")
-        for panel, values, title in zip(panels, (matrix, sorted_matrix), titles, strict=True):
-            image = panel.imshow(
-                tree.depth - values, cmap=AMOUNT, vmin=0, vmax=tree.depth, interpolation="nearest"
-            )
-            panel.grid(visible=False)
-            panel.set_title(title)
-        panels[0].set_xlabel("token")
-        panels[0].set_ylabel("token")
-        ticks = [(p + 0.5) * tree.page_size - 0.5 for p in range(pages)]
-        if pages <= 32:
-            panels[1].set_xticks(ticks, [page_name(p) for p in range(pages)])
-            panels[1].set_yticks(ticks, [page_name(p) for p in range(pages)])
-        panels[1].tick_params(length=0)
-        panels[1].set_xlabel("page")
-        bar = fig.colorbar(image, ax=panels, ticks=range(tree.depth + 1), shrink=0.85, pad=0.02)
-        bar.ax.set_yticklabels([str(tree.depth - t) for t in range(tree.depth + 1)])
-        bar.set_label("tree distance (0: same page)")
-        bar.outline.set_visible(False)
-        return to_svg(fig, "Tree distance of every two tokens, in reading order and in tree order")
 
 
 def page_name(page: int) -> str:

@@ -5,7 +5,7 @@ from typing import Any
 from matplotlib import colormaps
 from matplotlib.colors import to_hex
 
-from llama_surgery.report.figures import page_name, tree_distances
+from llama_surgery.report.figures import page_name
 from llama_surgery.report.tree import HeadTree
 
 #: Perceptually even and safe for colour-blind readers; its dark end is left out and the rest lightened,
@@ -19,8 +19,7 @@ def forest_view(tree: HeadTree) -> dict[str, Any]:
 
     Returns:
         Plain values: ``text`` (runs of tokens of one page, in reading order), ``root`` (nested balls down
-        to pages with their runs), ``pages`` (the pages' offsets), ``distances`` (an SVG) and the tree's
-        own numbers.
+        to pages with their runs), ``pages`` (the pages' offsets) and the tree's own numbers.
     """
     colours = page_colours(tree)
     page_of = tree.page_of()
@@ -42,7 +41,6 @@ def forest_view(tree: HeadTree) -> dict[str, Any]:
         "pages": leaves,
         "text": text,
         "root": _nest(leaves),
-        "distances": tree_distances(tree),
     }
 
 

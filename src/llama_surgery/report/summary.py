@@ -93,8 +93,7 @@ def _needle(measured: dict[str, Any]) -> Cell:
     paired = measured["needle"]
     note = f"{100 * paired['difference']:+.1f} points"
     if paired["count"] >= _FEW_NEEDLES:
-        bound = paired["low"] if "low" in paired else paired["bound_closed"]  # of older releases
-        note += f"; 95% sure of ≥ {100 * bound:+.1f}"
+        note += f"; 95% sure of ≥ {100 * paired['low']:+.1f}"
     return Cell(f"{measured['needle_accuracy']:.1%}", note)
 
 

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from llama_surgery.errors import SurgeryError
-from llama_surgery.topology.tree import distances, paths
+from llama_surgery.topology.tree import paths
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,10 +45,6 @@ class HeadTree:
                 pages[offset] = page
         return pages
 
-    def distances(self) -> torch.Tensor:
-        """(tokens, tokens) int64 tree distances, by offset."""
-        return distances(self._digits())
-
     def _digits(self) -> torch.Tensor:
         return paths(torch.tensor(self.order), self.page_size)
 
@@ -63,8 +59,6 @@ class HeadTree:
         Raises:
             SurgeryError: Fields are missing or unknown, or the order is not one of the tokens.
         """
-        if values.get("arity") == 2:  # results of older releases: other trees are unknown now
-            values = {name: value for name, value in values.items() if name != "arity"}
         try:
             tree = cls(**values)
         except TypeError as error:
