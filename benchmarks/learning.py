@@ -129,7 +129,13 @@ def _learned(bench: Bench, idea: str, at: float, seed: int) -> _Learned:
     torch.set_float32_matmul_precision("high" if options.tf32 else "highest")
     begun = time.time()
     settings = LearningSettings(
-        density=at, length=length, steps=options.steps, parts=parts, rate=options.rate, seed=seed
+        density=at,
+        length=length,
+        steps=options.steps,
+        parts=parts,
+        rate=options.rate,
+        repeats=0,  # its windows are the text as it is
+        seed=seed,
     )
     file = None
     if options.adapters is not None:

@@ -85,6 +85,13 @@ def learn(
         "disk; or as many as the text holds.",
         min=1,
     ) = None,
+    repeats: _learning(
+        float,
+        "Share of a training window that copies of earlier passages are written over, so that rows look up "
+        "what is far back; 0 for the text as it is.",
+        min=0,
+        max=0.9,
+    ) = 0.25,
     seed: _learning(int, "Of windows and starting values.", **SEED) = 0,
     checkpoint_seconds: _learning(float, "Time between checkpoints.", min=0) = 30.0,
     device: DeviceOption = "auto",
@@ -127,6 +134,7 @@ def learn(
         steps=steps,
         parts=learned_parts(part, config),
         rate=LearningSettings.rate if rate is None else rate,
+        repeats=repeats,
         seed=seed,
         stage=stage,  # type: ignore[arg-type]
     )
@@ -164,6 +172,7 @@ def learn(
             stage=planned.stage,
             rate=planned.rate,
             windows=windows,
+            repeats=planned.repeats,
             seed=seed,
             measure_speed=llm.device.type == "cuda" and dense_until is None,
             progress=tell,
@@ -189,12 +198,14 @@ def _streamed(asked: Asked, texts: list[str], planned: "LearningSettings") -> tu
     import torch
 
     from llama_surgery.learning.corrections import scorer_parameters
+    from llama_surgery.learning.repeats import with_repeats
     from llama_surgery.learning.streaming import Captured, learn_streamed
     from llama_surgery.learning.weights import Weights, loaded, skeleton
     from llama_surgery.surgery.adapter import write_adapter
     from llama_surgery.surgery.context import check_length, usual_length
     from llama_surgery.surgery.supported import attention_modules
     from llama_surgery.text import windows as cut_windows
+    from llama_surgery.topology.geometry import first_far
 
     config, target = asked.config, _device(asked.device)
     precision = getattr(torch, "float32" if asked.dtype is Dtype.auto else asked.dtype.value)
@@ -207,6 +218,7 @@ def _streamed(asked: Asked, texts: list[str], planned: "LearningSettings") -> tu
     planned = dataclasses.replace(planned, length=length)
     tokenizer = load_tokenizer(asked.model)
     ids = cut_windows(tokenizer, texts, length, asked.windows, planned.seed, usual=STREAMED_WINDOWS)
+    ids = with_repeats(ids, planned.repeats, first_far(config), planned.seed)
     with progress() as tell:
         report, seen = reporter(planned.stage, planned.steps, tell)
         corrections, theta = learn_streamed(

@@ -10,6 +10,7 @@ from llama_surgery.config import SurgeryConfig
 from llama_surgery.errors import SurgeryError
 from llama_surgery.learning.corrections import Part, scorer_parameters
 from llama_surgery.learning.processes import ALONE, Processes
+from llama_surgery.learning.repeats import with_repeats
 from llama_surgery.learning.settings import LearningSettings, Stage
 from llama_surgery.learning.trainer import Step
 from llama_surgery.learning.trainer import learn as learn_corrections
@@ -18,6 +19,7 @@ from llama_surgery.surgery.operate import operate, operated
 from llama_surgery.surgery.progress import Progress, counted, told_or_shown
 from llama_surgery.surgery.supported import inner_model
 from llama_surgery.text import windows as cut_windows
+from llama_surgery.topology.geometry import first_far
 
 #: Training windows unless others are asked for, where the text holds as many.
 WINDOWS = 200
@@ -38,6 +40,7 @@ def learn(
     stage: Stage = "logits",
     rate: float = LearningSettings.rate,
     windows: int | None = None,
+    repeats: float = LearningSettings.repeats,
     seed: int = 0,
     measure_speed: bool | None = None,
     checkpoint_file: Path | None = None,
@@ -64,6 +67,7 @@ def learn(
         stage: See :class:`~llama_surgery.learning.settings.LearningSettings`, as for ``rate``.
         rate: Learning rate.
         windows: Training windows, taken in turn; 200, or as many as the text holds, if None.
+        repeats: See :class:`~llama_surgery.learning.settings.LearningSettings`; 0 for the text as it is.
         seed: Of windows and starting values.
         measure_speed: See :func:`~llama_surgery.operate`.
         checkpoint_file: Where the state is kept, so that the same call goes on from there.
@@ -91,9 +95,17 @@ def learn(
     if parts is None:
         parts = usual_parts(config)
     settings = LearningSettings(
-        density=density, length=length, steps=steps, parts=tuple(parts), stage=stage, rate=rate, seed=seed
+        density=density,
+        length=length,
+        steps=steps,
+        parts=tuple(parts),
+        stage=stage,
+        rate=rate,
+        repeats=repeats,
+        seed=seed,
     )
     ids = cut_windows(tokenizer, text, length, windows, seed, usual=WINDOWS)
+    ids = with_repeats(ids, repeats, first_far(config), seed)
     # One threshold for all heads: their budgets are learned.
     with counted(inner, "first threshold", PASSES * len(few), progress), operated(model, config):
         config = calibrate(model, few, density)

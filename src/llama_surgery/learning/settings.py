@@ -23,6 +23,8 @@ class LearningSettings:
         stage: ``logits``: KL divergence of the logits from the dense model's. ``local``: error of every
             layer's output on the dense model's own states.
         rate: Learning rate of budgets and scores, in nats a step at most; the key map's is a third of it.
+        repeats: Share of a training window that copies of earlier passages are written over; see
+            :func:`~llama_surgery.learning.repeats.with_repeats`.
         seed: Of windows, sampled tiles and starting values.
         sampled_tiles: Tiles of each block that the local stage looks at.
 
@@ -36,6 +38,7 @@ class LearningSettings:
     parts: tuple[Part, ...] = ("channels",)
     stage: Stage = "logits"
     rate: float = 0.03
+    repeats: float = 0.25
     seed: int = 0
     sampled_tiles: int = 4
 
@@ -50,6 +53,8 @@ class LearningSettings:
                 raise SurgeryError(f"{name}={getattr(self, name)}: must be at least 1.")
         if not 0 < self.rate < 1:
             raise SurgeryError(f"rate={self.rate}: must lie between 0 and 1.")
+        if not 0 <= self.repeats < 1:
+            raise SurgeryError(f"repeats={self.repeats}: must be at least 0 and below 1.")
         bad = sorted(set(self.parts) - set(get_args(Part)))
         if bad:
             raise SurgeryError(f"parts={self.parts}: allowed are {', '.join(get_args(Part))}.")
