@@ -97,7 +97,8 @@ screenshots: $(DEV_STAMP)
 	$(BIN)/python -m tests.report.screenshots
 	$(BIN)/llama-surgery evaluate demo/books-26m --adapter demo/adapters/books-26m --text demo/text/evaluation.txt \
 		--length 2048 --windows 4 --needles 12 --out out/screenshots
-	$(BIN)/llama-surgery report out/screenshots/results.json --out out/screenshots/report.html
+	$(BIN)/llama-surgery report out/screenshots/results.json --frontier benchmarks/results/frontier.csv \
+		--out out/screenshots/report.html
 	$(BIN)/python -m tests.report.screenshots out/screenshots/report.html docs
 	$(BIN)/python -m pytest -q tests/report/test_browser.py $(PYTEST_ARGS)
 

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from tests.cli.runner import SMALL, run
 
+from llama_surgery.cli.demo import pays
 from llama_surgery.cli.demo_model import cases, fetch
 from llama_surgery.cli.run import speed_told
 from llama_surgery.cli.topology import SINGLE_THETA, config_for
@@ -232,6 +233,15 @@ def test_the_demo_asks_both_models(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
     for fact in found["facts"]:
         assert fact["question"].split("?")[0][:20] in result.output
     assert "facts found" in result.output and "the dense model" in result.output
+
+
+def test_when_reading_pays_is_told_by_the_times() -> None:
+    steep, flat = [1.0, 1.0, 2.0, 3.0, 4.0], [3.0, 2.0, 2.25, 2.5, 2.75]
+    assert pays(flat, [1.0] * 5, 5000) == "The text was read 2.50 × as fast as by the dense model."
+    assert "0.88 × as fast" in pays(steep, flat, 5000) and "from some 3,000 tokens on" in pays(
+        steep, flat, 5000
+    )
+    assert "'llama-surgery doctor' measures it" in pays(flat, [5.0, 5.0, 6.0, 7.0, 8.0], 5000)
 
 
 def test_a_model_that_pip_does_not_bring_is_done_without(

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 from tests.browser import CHROMIUM, Page, browser
+from tests.report.test_frontier import POINT
 
 from llama_surgery.report.page import render
 
@@ -33,7 +34,7 @@ def report(results: dict[str, Any], tmp_path: Path) -> Path:
     """With names and texts longer than any phone is wide."""
     results["model"] = "some-organisation/a-model-whose-name-nobody-would-type-135M-Instruct"
     results["conditions"] = {"text": "a-file-without-any-spaces-" * 8}
-    (tmp_path / "report.html").write_text(render(results), encoding="utf-8")
+    (tmp_path / "report.html").write_text(render(results, [POINT]), encoding="utf-8")
     return tmp_path / "report.html"
 
 

@@ -1,6 +1,7 @@
 """Figures: they draw what they are given, at the edges too."""
 
 import pytest
+from tests.report.test_frontier import POINT
 
 from llama_surgery.report import figures
 from llama_surgery.report.figures import NeedleCell, page_name
@@ -27,6 +28,11 @@ def test_a_head_that_reads_nothing_is_drawn() -> None:
 def test_many_heads_are_drawn_without_numbers() -> None:
     wide = {0: {"far_density": [0.0123] * 32, "near_density": 0.1}}
     assert ">1.2<" not in figures.head_density(wide)
+
+
+def test_one_point_is_a_frontier() -> None:
+    svg = figures.frontier([POINT])
+    assert ">tile 32<" in svg and ">Pareto front<" in svg
 
 
 def test_descriptions_are_escaped() -> None:

@@ -1,5 +1,6 @@
 """The page: complete, self-contained, the same every time."""
 
+import dataclasses
 import json
 import re
 from html.parser import HTMLParser
@@ -7,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.report.test_frontier import POINT, write
 
 from llama_surgery.errors import SurgeryError
 from llama_surgery.report import summary
@@ -39,32 +41,32 @@ def outline(html: str) -> Outline:
 
 
 def test_every_section_is_there_and_nothing_is_loaded(results: dict[str, Any]) -> None:
-    html = render(results)
+    html = render(results, [POINT, dataclasses.replace(POINT, far_density=0.12, ppl_ratio=1.002)])
     seen = outline(html)
-    assert seen.sections == ["summary", "position", "needles", "density", "tree"]
+    assert seen.sections == ["summary", "frontier", "position", "needles", "density", "tree"]
     assert seen.loaded == []
     assert not re.search(r"@import|url\(\s*['\"]?http|<script", html)
-    assert html.count('role="img"') == 4
+    assert html.count('role="img"') == 5
 
 
 def test_what_was_not_measured_is_left_out(results: dict[str, Any]) -> None:
     results |= {"needles": [], "trees": []}
     results["dense"]["needle_accuracy"] = results["operated"][0]["needle_accuracy"] = None
-    assert outline(render(results)).sections == ["summary", "position", "density"]
+    assert outline(render(results, [])).sections == ["summary", "position", "density"]
 
 
 def test_text_from_outside_is_escaped(results: dict[str, Any]) -> None:
     results["model"] = "<script>alert(1)</script>"
-    html = render(results)
+    html = render(results, [])
     assert "<script" not in html and "&lt;b&gt;" in html
 
 
 def test_the_same_results_give_the_same_page(results: dict[str, Any]) -> None:
-    assert render(results) == render(results)
+    assert render(results, [POINT]) == render(results, [POINT])
 
 
 def test_conditions_are_complete(results: dict[str, Any]) -> None:
-    html = render(results)
+    html = render(results, [])
     for told in ("books-26m, float32", "2 threads", "1,024 tokens", "PyTorch 2.13.0", "θ = 4.000%", "seed"):
         assert told in html
 
@@ -73,8 +75,8 @@ def test_results_survive_their_file(results: dict[str, Any], tmp_path: Path) -> 
     write_results(tmp_path / "r.json", results)
     read = read_results(tmp_path / "r.json")
     assert read == results
-    write_report(read, tmp_path / "r.html")
-    assert (tmp_path / "r.html").read_text(encoding="utf-8") == render(results)
+    write_report(read, tmp_path / "r.html", frontier=write(tmp_path / "f.csv", [POINT]))
+    assert (tmp_path / "r.html").read_text(encoding="utf-8") == render(results, [POINT])
 
 
 @pytest.mark.parametrize(
@@ -96,7 +98,7 @@ def test_another_file_is_refused(tmp_path: Path, content: str, told: str) -> Non
 def test_results_that_lack_a_part_are_refused(results: dict[str, Any]) -> None:
     del results["operated"][0]["ratio"]
     with pytest.raises(SurgeryError, match="ratio"):
-        render(results)
+        render(results, [])
 
 
 def test_the_summary_says_how_sure_it_is_only_with_enough_samples(results: dict[str, Any]) -> None:

@@ -14,6 +14,11 @@ def report(
         Path, typer.Argument(help="Results file, as 'llama-surgery evaluate --out' writes it.")
     ],
     out_file: own_option(Path, "The HTML file to write.", "--out") = Path("report.html"),
+    frontier: own_option(
+        Path | None,
+        "CSV of many measured configurations, drawn as quality against density. Its columns are the "
+        "fields of llama_surgery.report.frontier.FrontierPoint.",
+    ) = None,
 ) -> None:
     """Draw a results file as one self-contained HTML page, which loads nothing from outside."""
     with status("Drawing the report …"):
@@ -22,5 +27,5 @@ def report(
         found = read_results(results)
         from llama_surgery.report.page import write_report
 
-        write_report(found, out_file)
+        write_report(found, out_file, frontier=frontier)
     out.print(f"Report: {out_file.resolve()}", soft_wrap=True, highlight=False)

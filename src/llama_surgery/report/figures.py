@@ -4,12 +4,15 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from matplotlib.axes import Axes
+from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter
 
+from llama_surgery.report.frontier import FrontierPoint, pareto
 from llama_surgery.report.style import (
     AMOUNT,
     BLUE,
     GREY,
+    INK,
     OPERATED,
     PALE,
     figure,
@@ -19,6 +22,7 @@ from llama_surgery.report.style import (
 
 #: The ratio axis spans at least this much above 1: a loss of a thousandth must not look like a cliff.
 RATIO_SHOWN = 0.01
+_MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 
 
 class NeedleCell(NamedTuple):
@@ -35,6 +39,52 @@ class NeedleCell(NamedTuple):
     depth: float
     right: int
     asked: int
+
+
+def frontier(points: Sequence[FrontierPoint]) -> str:
+    """Perplexity ratio and needle accuracy against executed far density, the Pareto front marked."""
+    front = pareto(list(points))
+    tiles = sorted({p.tile for p in points})
+    sizes = sorted({p.page_size for p in points})
+    colour = {tile: OPERATED[i % len(OPERATED)] for i, tile in enumerate(tiles)}
+    marker = {size: _MARKERS[i % len(_MARKERS)] for i, size in enumerate(sizes)}
+    with figure(10.4, 4.7) as fig:
+        left, right = fig.subplots(1, 2)
+        for panel, name in ((left, "ppl_ratio"), (right, "needle")):
+            for p in points:
+                x, y = p.far_density, getattr(p, name)
+                low, high = (p.ratio_low, p.ratio_high) if panel is left else p.needle_interval
+                span = [[max(0.0, y - low)], [max(0.0, high - y)]]
+                panel.errorbar(x, y, yerr=span, fmt="none", ecolor=colour[p.tile], elinewidth=0.8, alpha=0.35)
+                panel.plot(
+                    x, y, marker[p.page_size], color=colour[p.tile], markersize=6,
+                    markeredgecolor="white", markeredgewidth=0.6,
+                )  # fmt: skip
+            panel.plot(
+                [p.far_density for p in front], [getattr(p, name) for p in front],
+                "o", markersize=12, markerfacecolor="none", markeredgecolor=INK, markeredgewidth=1.1,
+            )  # fmt: skip
+            panel.set_xlabel("executed far density")
+            panel.set_xlim(left=0)
+            panel.xaxis.set_major_formatter(_percent)
+        left.plot([p.far_density for p in front], [p.ppl_ratio for p in front], color=INK, lw=0.9)
+        left.axhline(1, color=GREY, lw=1.2, ls="--")
+        left.set_title("Perplexity ÷ dense (lower is better)")
+        for value in {round(p.dense_needle, 4) for p in points}:
+            right.axhline(value, color=GREY, lw=1.2, ls="--")
+        right.set_title("Needles answered (higher is better)")
+        right.yaxis.set_major_formatter(_percent)
+        handles = [_key(colour[t], "o", f"tile {t}") for t in tiles]
+        handles += [_key(GREY, marker[s], f"page {s}") for s in sizes]
+        handles.append(Line2D([], [], color=GREY, ls="--", lw=1.2, label="dense"))
+        handles.append(
+            Line2D([], [], ls="none", marker="o", ms=10, mfc="none", mec=INK, label="Pareto front")
+        )
+        fig.legend(handles=handles, loc="outside lower center", ncols=min(6, len(handles)))
+        return to_svg(
+            fig,
+            f"Perplexity ratio and needle accuracy of {len(points)} configurations against density",
+        )
 
 
 def needle_grids(grids: Mapping[str, Sequence[NeedleCell]]) -> str:
@@ -165,6 +215,10 @@ def _heat(panel: Axes, values: Sequence[Sequence[float | None]], texts: list[lis
                     color=shade_text(value / top),
                 )  # fmt: skip
     return image
+
+
+def _key(colour: str, marker: str, label: str) -> Line2D:
+    return Line2D([], [], ls="none", marker=marker, color=colour, label=label)
 
 
 def _mean(values: Sequence[float]) -> float:

@@ -1,5 +1,6 @@
 """The report: one HTML page with everything in it."""
 
+import functools
 import math
 from pathlib import Path
 from typing import Any
@@ -11,23 +12,34 @@ from llama_surgery.errors import SurgeryError
 from llama_surgery.files import write_atomically
 from llama_surgery.report import figures, summary
 from llama_surgery.report.forest import forest_view
+from llama_surgery.report.frontier import FrontierPoint, pareto, read_frontier
 from llama_surgery.report.tree import HeadTree
 
 #: Depths share a row of the needle grid until its cells hold this many prompts on average.
 _PROMPTS_PER_CELL = 1.5
 
 
-def write_report(results: dict[str, Any], path: Path) -> None:
-    """Write the page of a results file to ``path``, atomically.
+def write_report(results: dict[str, Any], path: Path, *, frontier: Path | None = None) -> None:
+    """Write the page to ``path``, atomically.
+
+    Args:
+        results: Of a results file.
+        path: The HTML file.
+        frontier: CSV of many configurations, or None.
 
     Raises:
-        SurgeryError: The results are damaged, or the file cannot be written.
+        SurgeryError: The results or the frontier are damaged, or the file cannot be written.
     """
-    html = render(results)
-    write_atomically(path, lambda file: file.write_text(html, encoding="utf-8"))
+    points = [] if frontier is None else read_frontier(frontier)
+    html = render(results, points)
+
+    def write(file: Path) -> None:
+        file.write_text(html, encoding="utf-8")
+
+    write_atomically(path, write)
 
 
-def render(results: dict[str, Any]) -> str:
+def render(results: dict[str, Any], points: list[FrontierPoint]) -> str:
     """The page as HTML.
 
     Raises:
@@ -40,7 +52,7 @@ def render(results: dict[str, Any]) -> str:
         lstrip_blocks=True,
     )
     try:
-        page = _page(results)
+        page = _page(results, points)
     except (KeyError, TypeError, IndexError) as error:
         raise SurgeryError(
             f"the results are damaged ({type(error).__name__}: {error}). Write them again with "
@@ -49,7 +61,7 @@ def render(results: dict[str, Any]) -> str:
     return environment.get_template("report.html").render(page=page)
 
 
-def _page(results: dict[str, Any]) -> dict[str, Any]:
+def _page(results: dict[str, Any], points: list[FrontierPoint]) -> dict[str, Any]:
     first = results["operated"][0]
     ratio, read = first["ratio"]["ratio"], first["density"]["total_density"]
     return {
@@ -61,6 +73,7 @@ def _page(results: dict[str, Any]) -> dict[str, Any]:
         "columns": summary.columns(results),
         "summary": summary.rows(results),
         "conditions": _conditions(results),
+        "frontier": _frontier(points) if points else None,
         "position": _position(results),
         "needles": _needles(results) if results["needles"] else None,
         "densities": [_density(measured) for measured in results["operated"]],
@@ -148,3 +161,43 @@ def _density(measured: dict[str, Any]) -> dict[str, str]:
         "heads": figures.head_density(by_layer),
         "layers": figures.layer_density(by_layer),
     }
+
+
+_FRONT = {
+    "page": "page_size",
+    "chunk": "chunk_size",
+    "window": "window",
+    "tile": "tile",
+    "scoring": "scoring",
+}
+
+
+def _frontier(points: list[FrontierPoint]) -> dict[str, Any]:
+    shared = functools.partial(_shared, points)
+    return {
+        "figure": figures.frontier(points),
+        "conditions": (
+            f"{len(points)} configurations; {shared('model')}, {shared('length')} tokens, "
+            f"{shared('windows')} windows, {shared('needles')} needles, seed {shared('seed')}. "
+            "Bars are 95% intervals."
+        ),
+        "columns": [*_FRONT, "θ", "far", "total", "perplexity ÷ dense", "needles"],
+        "rows": [
+            [
+                *(str(getattr(point, name)) for name in _FRONT.values()),
+                f"{point.theta:.2%}",
+                f"{point.far_density:.2%}",
+                f"{point.total_density:.2%}",
+                f"{point.ppl_ratio:.4f}",
+                f"{point.needle:.1%} (dense {point.dense_needle:.1%})",
+            ]
+            for point in pareto(points)
+        ],
+    }
+
+
+def _shared(points: list[FrontierPoint], name: str) -> str:
+    """The value all points share, or the range they span."""
+    values = sorted({getattr(point, name) for point in points})
+    told = [f"{v:,}" if isinstance(v, int) and name != "seed" else str(v) for v in values]
+    return told[0] if len(told) == 1 else f"{told[0]} to {told[-1]}"
