@@ -105,9 +105,9 @@ def kernel_view(cache: "PagedStates", tables: torch.Tensor, positions: torch.Ten
         cache.config,
         everyone(cache.keys),
         everyone(cache.values),
+        positions,
         everyone(cache.scores),
         everyone(cache.first_pages),
-        positions,
         tables,
         None if cache.mean_values is None else everyone(cache.mean_values),
     )

@@ -110,12 +110,14 @@ class PageBuffers:
         """(streams, capacity, value_dim)."""
         return self._tensors["values"]
 
-    def read_by_kernels(self) -> tuple[torch.Tensor, ...]:
+    def read_by_kernels(self, *, whole: bool = False) -> tuple[torch.Tensor, ...]:
         """What decode kernels read, at addresses a graph holds.
 
-        Keys, values, features as ``kernel_features`` gives them for ``capacity`` tokens, sink pages, and the
-        mean values of pages where they are summarised.
+        Keys and values; unless rows see the ``whole`` of them, also features as ``kernel_features`` gives
+        them for ``capacity`` tokens, sink pages, and the mean values of pages where they are summarised.
         """
+        if whole:
+            return self.keys, self.values
         features = self._held(FEATURES, self.config.page_size, self.keys, 2 * self.keys.shape[-1])
         read = (self.keys, self.values, features, self.sink_page)
         if self.config.summary == "none":

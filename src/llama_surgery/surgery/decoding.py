@@ -11,6 +11,8 @@ from llama_surgery.config import SurgeryConfig
 from llama_surgery.surgery.buffers import PageBuffers
 from llama_surgery.surgery.cache import PagedLayer
 from llama_surgery.surgery.layer import LayerSurgery
+from llama_surgery.surgery.rows import Part, sparse_parts
+from llama_surgery.surgery.statistics import count_whole
 
 if TYPE_CHECKING:
     from llama_surgery.attention.impl.triton.decode.cache import DecodeCache
@@ -66,11 +68,12 @@ def decode_step(
     from llama_surgery.attention.impl.triton.decode.launch import decode
 
     (batch, heads, rows, _), kv_heads = query.shape, key.shape[1]
-    if not paged.recording:
+    whole = sees_everything(paged, rows)
+    if not (whole or paged.recording):
         paged.lay_out(call.router)
     buffers, lengths = paged.buffers, paged.device_lengths()
     assert buffers is not None
-    cache = cache_view(buffers, call.config, kv_heads, lengths)
+    cache = cache_view(buffers, call.config, kv_heads, lengths, whole=whole)
     append_tokens(cache, key.flatten(0, 1), value.flatten(0, 1), longest=max(paged.lengths))
     result = decode(
         query.unflatten(1, (kv_heads, heads // kv_heads)).flatten(0, 1),
@@ -79,7 +82,7 @@ def decode_step(
         softcap=call.softcap,
         sink_logit=sinks,
         router=call.router,
-        tally=tally_of(layer, paged),
+        tally=None if whole else tally_of(layer, paged),
         advance=True,
     )
     if not paged.recording:
@@ -87,8 +90,14 @@ def decode_step(
     return result.out.view(batch, heads, rows, -1).transpose(1, 2).contiguous()
 
 
+def sees_everything(paged: PagedLayer, rows: int) -> bool:
+    """Do the next ``rows`` tokens of every sequence see all before them, if they are decode steps?"""
+    longest = max(paged.lengths)
+    return not sparse_parts([Part(longest, longest + rows, 1)], paged.config)
+
+
 def cache_view(
-    buffers: PageBuffers, config: SurgeryConfig, kv_heads: int, lengths: torch.Tensor
+    buffers: PageBuffers, config: SurgeryConfig, kv_heads: int, lengths: torch.Tensor, *, whole: bool = False
 ) -> "DecodeCache":
     """A layer's tensors as the decode kernels read them. Nothing is copied.
 
@@ -97,6 +106,7 @@ def cache_view(
         config: The topology of the call.
         kv_heads: Streams of a sequence.
         lengths: (sequences,) int32 on the buffers' device, settled tokens.
+        whole: Without what is known of pages: rows see everything, and no chunk need be laid out.
     """
     from llama_surgery.attention.impl.triton.decode.cache import DecodeCache
 
@@ -104,22 +114,29 @@ def cache_view(
         """(streams, …, dim) as (sequences, kv_heads, chunks, ``of_chunk``, dim)."""
         return held.view(-1, kv_heads, held.shape[1] // of_chunk, of_chunk, held.shape[-1])
 
-    keys, values, features, sink_page, *means = buffers.read_by_kernels()
+    keys, values, *pages = buffers.read_by_kernels(whole=whole)
+    states = by_chunk(keys, config.chunk_size), by_chunk(values, config.chunk_size), lengths
+    if whole:
+        return DecodeCache(config, *states)
+    features, sink_page, *means = pages
     return DecodeCache(
         config,
-        by_chunk(keys, config.chunk_size),
-        by_chunk(values, config.chunk_size),
+        *states,
         by_chunk(features, config.pages_per_chunk),
         sink_page.view(-1, kv_heads, 1),
-        lengths,
         mean_values=by_chunk(*means, config.pages_per_chunk) if means else None,
     )
 
 
 def settle(layer: LayerSurgery, paged: PagedLayer, rows: int) -> None:
-    """What the host does about a step that is launched: count it, and lay out chunks that it filled."""
+    """What the host does about a step that is launched: count it, but for pages that are tallied."""
+    whole, kv_heads = sees_everything(paged, rows), paged.kv_heads
     for length, sequences in Counter(paged.lengths).items():
-        layer.counts(1).count_rows(length, length + rows, layer.config, 1, sequences)
+        if whole:
+            part = Part(length, length + rows, 1)
+            layer.count_whole([count_whole(part, layer.config, sequences, kv_heads, kv_heads)])
+        else:
+            layer.counts(1).count_rows(length, length + rows, layer.config, 1, sequences)
     paged.advance(rows, layer.router)
 
 

@@ -224,7 +224,7 @@ class PagedLayer(CacheLayerMixin):
             store.lay_out(router)
 
     def advance(self, new: int, router: PageRouter | None = None) -> None:
-        """Count tokens that a decode step wrote; chunks that are full now are laid out."""
+        """Count tokens that a decode step wrote."""
         for store in self.stores:
             store.advance(new, router)
         self._known_lengths = self.lengths

@@ -8,7 +8,7 @@ from llama_surgery.attention.impl.triton import MOST_QUERIES
 from llama_surgery.errors import SurgeryError
 from llama_surgery.surgery.cache import PagedCache, PagedLayer
 from llama_surgery.surgery.compat import cache_name
-from llama_surgery.surgery.decoding import settle, tally_of
+from llama_surgery.surgery.decoding import sees_everything, settle, tally_of
 from llama_surgery.surgery.layer import LayerSurgery
 from llama_surgery.surgery.operation import surgery_of
 from llama_surgery.surgery.supported import inner_model
@@ -57,7 +57,8 @@ class GraphedSteps:
         self._known_positions: list[int] = []  # first positions as the device holds them
         self._logits: torch.Tensor | None = None
         self._replay: Callable[[], object] | None = None
-        self._recorded: tuple[object, ...] = ()
+        self._recorded: list[object] = []
+        self._whole = False  # does every row of the next step see everything?
         self._modules: list[torch.nn.Module] = []  # of the model, when a step was last recorded
 
     @torch.no_grad()
@@ -103,9 +104,10 @@ class GraphedSteps:
             self._ids, self._replay = torch.zeros_like(ids, dtype=torch.int64, device=self._ids.device), None
             self._positions, self._known_positions = torch.zeros_like(self._ids), []
         lengths = paged_layers[0].lengths
+        self._whole = sees_everything(paged_layers[0], self._rows)
         for layer, paged in self._layers():
-            paged.lay_out(layer.router)
-            paged.device_lengths()
+            if not self._whole:
+                paged.lay_out(layer.router)
             assert paged.buffers is not None
             if max(lengths) + self._rows > paged.buffers.capacity:
                 paged.buffers.reserve(max(lengths) + ROOM)
@@ -127,9 +129,18 @@ class GraphedSteps:
                     "the attention mask alone. Take the next tokens in a call of the model, with its mask."
                 )
 
-    def _state(self) -> tuple[object, ...]:
-        """What a graph holds on to: addresses of tensors, and everything that its launches hung on."""
+    def _changed_by_steps(self, layer: LayerSurgery, paged: PagedLayer) -> list[torch.Tensor]:
+        """Tensors of a layer that every step adds to."""
+        lengths = paged.device_lengths()
+        return [lengths] if self._whole else [lengths, tally_of(layer, paged)]
+
+    def _state(self) -> list[object]:
+        """What a graph holds on to: addresses of tensors, and everything that its launches hung on.
+
+        Before every step, while the device waits: models have hundreds of modules.
+        """
         state: list[object] = [
+            self._whole,
             self._model.training,
             torch.get_float32_matmul_precision(),
             torch.is_autocast_enabled(self._ids.device.type),
@@ -137,17 +148,22 @@ class GraphedSteps:
         ]
         for layer, paged in self._layers():
             assert paged.buffers is not None
-            learned = {} if layer.router is None else layer.router.tensors()
-            held = (*paged.buffers.read_by_kernels(), paged.device_lengths(), tally_of(layer, paged))
-            state += map(_place, (*held, *learned.values()))
-            state += [layer.config, layer.listener, tuple(learned)]
+            learned = {} if layer.router is None or self._whole else layer.router.tensors()
+            held = paged.buffers.read_by_kernels(whole=self._whole)
+            state += map(_place, (*held, *self._changed_by_steps(layer, paged), *learned.values()))
+            state += [layer.config, layer.listener, *learned]
+        weights: list[torch.Tensor | None] = []
         for module in self._modules:
-            state += module._modules.values()
-            weights = (*module._parameters.values(), *module._buffers.values())
-            state += (weight if weight is None else (_address(weight), weight.dtype) for weight in weights)
-            if "merged_adapters" in module.__dict__:  # a layer of PEFT's
-                state += (str(module.__dict__.get(name)) for name in _SWITCHES)
-        return tuple(state)
+            attributes = module.__dict__  # much faster than to ask the module
+            if parts := attributes["_modules"]:
+                state += parts.values()
+            for held in (attributes["_parameters"], attributes["_buffers"]):
+                if held:
+                    weights += held.values()
+            if "merged_adapters" in attributes:  # a layer of PEFT's
+                state += (str(attributes.get(name)) for name in _SWITCHES)
+        there = [weight for weight in weights if weight is not None]
+        return [*state, *_addresses(there), *(weight.dtype for weight in there)]
 
     def _run(self) -> None:
         """One step, of which the host takes no notice."""
@@ -169,7 +185,7 @@ class GraphedSteps:
         """A run that changes nothing, but for the tokens it writes, which are written again."""
         held = [self._positions]
         for layer, paged in self._layers():
-            held += [paged.device_lengths(), tally_of(layer, paged)]
+            held += self._changed_by_steps(layer, paged)
         before = [tensor.clone() for tensor in held]
         try:
             self._run()
@@ -207,8 +223,10 @@ def _place(tensor: torch.Tensor) -> tuple[object, ...]:
     return tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()
 
 
-def _address(weight: torch.Tensor) -> int:
+def _addresses(weights: list[torch.Tensor]) -> list[int]:
     try:
-        return weight.data_ptr()
-    except RuntimeError:  # a quantised weight that is made of several tensors
-        return id(weight)
+        return [weight.data_ptr() for weight in weights]
+    except RuntimeError:  # quantised weights that are made of several tensors
+        if len(weights) == 1:
+            return [id(weights[0])]
+        return [address for weight in weights for address in _addresses([weight])]

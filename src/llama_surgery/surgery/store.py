@@ -131,9 +131,9 @@ class SequenceStore:
         self._buffers.write(self._streams, stop - keys.shape[1], keys, values)
 
     def advance(self, new: int, router: PageRouter | None = None) -> None:
-        """Count ``new`` tokens that were written into the buffers; chunks that are full now are laid out."""
+        """Count ``new`` tokens that were written into the buffers."""
         self.length += new
-        self.lay_out(router)
+        self.router = router
 
     def _lay_out(
         self, start: int, keys: torch.Tensor, values: torch.Tensor, router: PageRouter | None

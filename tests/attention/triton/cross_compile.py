@@ -206,22 +206,23 @@ def corrections(kv_heads: int, group: int, head_dim: int) -> PageRouter:
 
 
 def launch_decode(states: torch.Tensor, config: SurgeryConfig, family: str, extra: dict[str, Any]) -> None:
-    """Steps on caches for long texts: small pages; large ones; a block table; summaries."""
+    """Steps on caches for long texts: small pages; large ones; a block table; summaries; no pages."""
     streams = states.shape[0]
     tuning = decode_tuning_for(family)
     decode_shape.processors_of = lambda _: PROCESSORS  # type: ignore[assignment]
     coarse = dataclasses.replace(config, page_size=64)
     bare = dataclasses.replace(config, summary="none")
-    for rule, rows, paged in (
-        (bare, 1, False),
-        (config, 8, True),
-        (coarse, 4, False),
-        (coarse, 1, True),
+    for rule, rows, paged, whole in (
+        (bare, 1, False, False),
+        (config, 8, True, False),
+        (coarse, 4, False, False),
+        (coarse, 1, True, False),
+        (config, 1, False, True),
     ):
         buffers = PageBuffers(rule, streams, states.device)
         buffers.reserve(1 << 16)
         buffers.write(slice(None), 0, states[:, 0], states[:, 0])
-        cache = cache_view(buffers, rule, streams, torch.zeros(1, dtype=torch.int32))
+        cache = cache_view(buffers, rule, streams, torch.zeros(1, dtype=torch.int32), whole=whole)
         if paged:
             cache = dataclasses.replace(cache, table=torch.zeros(1, cache.chunks, dtype=torch.int32))
         queries, new = states[:, :, :rows], states[:, 0, :rows]

@@ -89,7 +89,7 @@ def test_a_chunk_that_decoding_fills_is_ordered_by_mapped_keys(device: torch.dev
     text = test_decode.make_texts(case, config, device, router)[0]
     buffers, cache = loaded(config, [test_decode.settled(text, config)], 128)
     append_tokens(cache, text.keys[:, 126:], text.values[:, 126:])
-    SequenceStore(buffers.config, buffers, length=126).advance(2, router)
+    SequenceStore(buffers.config, buffers, length=128).lay_out(router)
     expected = build_layout(text.keys, text.values, config, router)
     assert torch.equal(cache.keys.flatten(2, 3)[0], expected.keys)
     assert cache.mean_values is not None

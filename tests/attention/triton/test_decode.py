@@ -99,10 +99,14 @@ def run(
     device: torch.device,
     tuning: DecodeTuning | None = None,
     router: PageRouter | None = None,
+    *,
+    whole: bool = False,
 ) -> tuple[DecodeResult, list[AttentionResult]]:
-    """The kernels' result and, for every sequence, the reference's."""
+    """The kernels' result and, for every sequence, the reference's; ``whole``: nothing is known of pages."""
     texts = make_texts(case, config, device, router)
     cache = loaded_cache(texts, case, config)
+    if whole:
+        cache = dataclasses.replace(cache, features=None, sink_page=None, mean_values=None)
     append(cache, texts)
     sink = None
     if case.sink:
@@ -213,6 +217,24 @@ class TestAgainstReference:
         opened = check(case, dataclasses.replace(CONFIG, theta=0.0, theta_decode=0.0), device)
         dense = check(case, dataclasses.replace(CONFIG, dense_until=1 << 20), device)
         torch.testing.assert_close(opened.out, dense.out, rtol=2e-5, atol=2e-5)
+
+    @pytest.mark.parametrize(
+        "case",
+        [
+            Case((300, 0, 97, 64, 511)),
+            Case((190, 350), 8, 3, dim=40, softcap=3.0, sink=True),
+            Case((640,), 2, 7, 1, 24, 40),
+        ],
+    )
+    def test_where_nothing_is_known_of_pages_everything_is_seen(
+        self, case: Case, device: torch.device
+    ) -> None:
+        config = dataclasses.replace(CONFIG, theta=0.0, theta_decode=0.0)
+        result, expected = run(case, config, device, whole=True)
+        for name in ("out", "lse"):
+            wanted = torch.cat([getattr(text, name) for text in expected])
+            torch.testing.assert_close(getattr(result, name), wanted, rtol=2e-5, atol=2e-5)
+        assert not result.opened.any() and not result.read.any()
 
     def test_sizes_that_are_no_powers_of_two(self, device: torch.device) -> None:
         config = SurgeryConfig(chunk_size=192, page_size=24, window=24, tile=12, theta=0.03)
@@ -359,6 +381,7 @@ def test_texts_grow_by_accepted_drafts(device: torch.device) -> None:
         for index, (store, count) in enumerate(zip(stores, kept.tolist(), strict=True)):
             position[index] += count
             store.advance(count)
+            store.lay_out()
         step += 1
 
 

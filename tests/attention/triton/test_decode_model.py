@@ -222,8 +222,9 @@ def test_statistics_start_anew(device: torch.device) -> None:
 
 
 @pytest.mark.parametrize("corrected", [False, True])
+@pytest.mark.parametrize("theta", [0.0, CONFIG.theta_decode])
 def test_replayed_steps_say_what_calls_say(
-    corrected: bool, device: torch.device, monkeypatch: pytest.MonkeyPatch
+    theta: float, corrected: bool, device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Sequences of two lengths; a chunk fills, the tensors grow and the counters start anew on the way."""
     monkeypatch.setattr(steps_module, "ROOM", 32)
@@ -232,7 +233,8 @@ def test_replayed_steps_say_what_calls_say(
     mask[1, :20] = 0
     start, stop = 62, 67
     routers = {0: learned(2, 2, 16, device)} if corrected else None
-    config = dataclasses.replace(CONFIG, backend="triton", summary="page" if corrected else "none")
+    rule = {"theta_decode": theta, "summary": "page" if corrected else "none"}
+    config = dataclasses.replace(CONFIG, backend="triton", **rule)
     with surgery.operated(model, config, routers=routers), torch.no_grad():
         expected, caches = [], [surgery.paged_cache(model) for _ in range(2)]
         for cache in caches:

@@ -22,7 +22,7 @@ from llama_surgery.surgery.steps import GraphedSteps
 
 @contextlib.contextmanager
 def stepping(
-    model: PreTrainedModel, ids: torch.Tensor, **options: object
+    model: PreTrainedModel, ids: torch.Tensor, *, theta: float = CONFIG.theta_decode, **options: object
 ) -> Iterator[tuple[GraphedSteps, surgery.PagedCache, list[int]]]:
     """Steps of an operated model after a prompt, its cache, and how often a step was recorded."""
     records: list[int] = []
@@ -32,7 +32,8 @@ def stepping(
         records.append(1)
         plain(steps)
 
-    operated = surgery.operated(model, dataclasses.replace(CONFIG, backend="triton"), **options)
+    config = dataclasses.replace(CONFIG, backend="triton", theta_decode=theta)
+    operated = surgery.operated(model, config, **options)
     with operated, torch.no_grad(), mock.patch.object(GraphedSteps, "_record", record):
         cache = surgery.paged_cache(model)
         model(ids, **{CACHE_NAME: cache})
@@ -86,7 +87,7 @@ held: list[object] = []
 def test_a_step_is_recorded_anew_where_what_it_was_recorded_with_was_replaced(
     change: Callable[[PreTrainedModel], None], device: torch.device
 ) -> None:
-    model, ids = tiny(device), tokens(1, 20).to(device)
+    model, ids = tiny(device), tokens(1, 60).to(device)  # beyond the near field
     with stepping(model, ids, routers={0: learned(2, 2, 16, device)}) as (steps, cache, records):
         change(model)
         got = steps.step(ids[:, :1]).clone()
@@ -141,6 +142,29 @@ def test_steps_after_a_crop_and_a_choice_of_sequences(device: torch.device) -> N
         cache.reset()
         with pytest.raises(surgery.SurgeryError, match="the cache was reset"):
             steps.step(ids[1:, :1])
+
+
+@pytest.mark.parametrize("theta", [0.0, CONFIG.theta_decode])
+def test_chunks_are_laid_out_when_a_step_asks_for_pages(theta: float, device: torch.device) -> None:
+    """From position 48 on a row has a far field; one that reads all of it asks for no page."""
+    model, ids, found = tiny(device), tokens(1, 70).to(device), []
+    with stepping(model, ids[:, :30], theta=theta) as (steps, cache, records):
+        surgery.reset_statistics(model)
+        for at in range(32, 66):
+            found.append(steps.step(ids[:, at : at + 1]).clone())
+            assert cache.paged[0].stores[0].laid == (at // 32 * 32 if theta and at >= 48 else 0)
+        assert len(records) == (3 if theta else 2)  # the tensors grew once
+        counted = surgery.statistics(model)
+    plain = dataclasses.replace(CONFIG, backend="gather", theta_decode=theta)
+    with surgery.operated(model, plain), torch.no_grad():
+        cache = surgery.paged_cache(model)
+        model(ids[:, :30], **{CACHE_NAME: cache})
+        for _ in range(2):
+            model(ids[:, :1], **{CACHE_NAME: cache})
+        surgery.reset_statistics(model)
+        expected = [model(ids[:, at : at + 1], **{CACHE_NAME: cache}).logits for at in range(32, 66)]
+        torch.testing.assert_close(torch.cat(found, 1), torch.cat(expected, 1), rtol=1e-3, atol=1e-3)
+        assert surgery.statistics(model) == counted
 
 
 def test_a_padded_cache_that_was_cropped_needs_its_mask(device: torch.device) -> None:

@@ -29,11 +29,12 @@ class DecodeCache:
     Attributes:
         keys: (sequences, kv_heads, blocks, chunk_size, head_dim), any strides but the last, which is 1.
         values: (sequences, kv_heads, blocks, chunk_size, value_dim), likewise.
-        features: (sequences, kv_heads, blocks, pages of a chunk, 2 * head_dim), μ and ½·σ² of pages as
-            ``job.page_features`` gives them, the keys' dtype.
-        sink_page: (sequences, kv_heads, blocks) int32, page of a block that holds its first position; looked
-            up for a sequence's first chunk.
         lengths: (sequences,) int32, tokens that are settled: all before the step's new ones.
+        features: (sequences, kv_heads, blocks, pages of a chunk, 2 * head_dim), μ and ½·σ² of pages as
+            ``job.page_features`` gives them, the keys' dtype. None where nothing is known of pages: every
+            query then sees all keys, and chunks may lie in any order.
+        sink_page: (sequences, kv_heads, blocks) int32, page of a block that holds its first position; looked
+            up for a sequence's first chunk. Beside ``features``.
         table: (sequences, chunks) int32, block of every chunk, entries behind the last chunk not looked at;
             None where the blocks are the chunks.
         mean_values: (sequences, kv_heads, blocks, pages of a chunk, value_dim), the values' dtype, where the
@@ -46,9 +47,9 @@ class DecodeCache:
     config: SurgeryConfig
     keys: torch.Tensor
     values: torch.Tensor
-    features: torch.Tensor
-    sink_page: torch.Tensor
     lengths: torch.Tensor
+    features: torch.Tensor | None = None
+    sink_page: torch.Tensor | None = None
     table: torch.Tensor | None = None
     mean_values: torch.Tensor | None = None
 
@@ -73,16 +74,20 @@ class DecodeCache:
         """Tokens that a sequence has room for."""
         return self.chunks * self.config.chunk_size
 
+    @property
+    def dense_until(self) -> int:
+        """Positions below it see everything."""
+        return self.capacity if self.features is None else self.config.dense_until
+
     def strides(self) -> tuple[int, ...]:
         """What the kernels know of where keys, values and the table lie."""
         row = 0 if self.table is None else self.table.stride(0)
         return *self.keys.stride()[:4], *self.values.stride()[:4], row
 
-    def mean_strides(self) -> tuple[int | None, ...]:
-        """What the kernels know of where mean values of pages lie."""
-        if self.mean_values is None:
-            return (None,) * 4
-        return self.mean_values.stride()[:4]
+
+def page_strides(held: torch.Tensor | None) -> tuple[int | None, ...]:
+    """What the kernels know of where a tensor (sequences, kv_heads, blocks, pages of a chunk, dim) lies."""
+    return (None,) * 4 if held is None else held.stride()[:4]
 
 
 def append_tokens(

@@ -41,16 +41,21 @@ def check_cache(cache: "DecodeCache") -> None:
     pages, like = config.pages_per_chunk, (keys.dtype, keys.device)
     expect("keys", keys, (*outer, config.chunk_size, dim), *like)
     expect("values", cache.values, (*outer, config.chunk_size, cache.values.shape[-1]), *like)
-    expect("features", cache.features, (*outer, pages, 2 * dim), *like)
-    expect("sink_page", cache.sink_page, (*outer[:2], cache.sink_page.shape[-1]), torch.int32, keys.device)
     expect("lengths", cache.lengths, (outer[0],), torch.int32, keys.device)
-    rows = [keys, cache.values, cache.features]
+    rows = [keys, cache.values]
+    if cache.features is not None:
+        expect("features", cache.features, (*outer, pages, 2 * dim), *like)
+        if cache.sink_page is None:
+            raise SurgeryError("features of pages, but no sink_page: pass both, or neither.")
+        first = (*outer[:2], cache.sink_page.shape[-1])
+        expect("sink_page", cache.sink_page, first, torch.int32, keys.device)
+        rows.append(cache.features)
     if cache.table is not None:
         expect("table", cache.table, (outer[0], cache.table.shape[-1]), torch.int32, keys.device)
         rows.append(cache.table)
     if cache.mean_values is not None:
         width = cache.values.shape[-1]
-        expect("mean_values", cache.mean_values, (*outer, config.pages_per_chunk, width), *like)
+        expect("mean_values", cache.mean_values, (*outer, pages, width), *like)
         rows.append(cache.mean_values)
     if any(tensor.stride(-1) != 1 and tensor.shape[-1] > 1 for tensor in rows):
         raise SurgeryError("keys, values, what is known of them and the table: the last stride must be 1.")

@@ -7,7 +7,7 @@ import torch
 import triton
 
 from llama_surgery.attention.impl.triton import MOST_QUERIES
-from llama_surgery.attention.impl.triton.decode.cache import DecodeCache
+from llama_surgery.attention.impl.triton.decode.cache import DecodeCache, page_strides
 from llama_surgery.attention.impl.triton.decode.check import check_call
 from llama_surgery.attention.impl.triton.decode.merge_kernel import merge_kernel
 from llama_surgery.attention.impl.triton.decode.open_kernel import open_kernel
@@ -28,7 +28,8 @@ class DecodeResult:
     Attributes:
         out: (streams, heads, rows, value_dim), the queries' dtype.
         lse: (streams, heads, rows) float32, log-sum-exp of the visible logits, attention sink included.
-        opened: (streams, rows) int32, pages that the row opened: what it sees of the far field.
+        opened: (streams, rows) int32, pages that the row opened: what it sees of the far field; 0 where
+            nothing is known of pages.
         read: (streams, rows) int32, pages that were read for it: those that it or a row computed with it
             opened. Rows are computed in blocks of ``rows_block``, which read a page once.
         rows_block: Rows that are computed together.
@@ -89,10 +90,11 @@ def decode(
     def new(*size: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         return queries.new_empty(streams, *size, dtype=dtype)
 
-    pages = cache.capacity // config.page_size
-    scores = new(pages, rows, heads)
-    weights = torch.empty_like(scores) if config.summarises(1) else None
-    sums = new(shape.splits, rows, heads)
+    scores = weights = sums = None
+    if cache.features is not None:
+        scores = new(cache.capacity // config.page_size, rows, heads)
+        weights = torch.empty_like(scores) if config.summarises(1) else None
+        sums = new(shape.splits, rows, heads)
     part_out, part_lse = new(parts, rows, heads, value_dim), new(parts, rows, heads)
     counts = new(shape.far_splits, rows, 2, dtype=torch.int32)
     result = DecodeResult(
@@ -123,17 +125,18 @@ def decode(
             part_out,
             part_lse,
             *where,
-            *cache.features.stride()[:4],
+            *page_strides(cache.features),
             cache.capacity,
             shape.splits,
             parts,
-            config.dense_until,
+            cache.dense_until,
             factor,
             cap,
             **shape.constants(queries, cache, capped=softcap is not None),
             **shape.score_constants(cache),
         )
         if shape.far_splits:
+            assert cache.sink_page is not None
             theta = config.theta_for(1)
             open_kernel[(shape.far_splits, blocks)](
                 queries,
@@ -153,11 +156,11 @@ def decode(
                 counts,
                 *where,
                 *cache.sink_page.stride(),
-                *cache.mean_strides(),
+                *page_strides(cache.mean_values),
                 cache.capacity,
                 shape.splits,
                 shape.far_splits,
-                config.dense_until,
+                cache.dense_until,
                 factor,
                 cap,
                 math.log2(theta) if theta > 0 else -math.inf,
@@ -214,7 +217,8 @@ def decode_obstacle(config: SurgeryConfig, queries: torch.Tensor) -> str | None:
 
 def _check(config: SurgeryConfig, queries: torch.Tensor, cache: DecodeCache) -> None:
     problem = decode_obstacle(config, queries)
-    if problem is None and config.summarises(1) and cache.mean_values is None:
+    chosen = cache.features is not None and config.summarises(1)
+    if problem is None and chosen and cache.mean_values is None:
         problem = f"summary={config.summary!r}, but the cache holds no mean values"
     if problem is not None:
         raise SurgeryError(f"the triton kernels cannot run this: {problem}.")

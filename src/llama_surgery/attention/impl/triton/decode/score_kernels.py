@@ -194,46 +194,47 @@ def score_kernel(
     top = tl.where(length + row < capacity, top, float("nan"))
     store_part(part_out_ptr, part_lse_ptr, part, acc, total, top, seen, live, VALUE_DIM, VALUE_PAD)
 
-    top = tl.full([rows], FLOOR, tl.float32)
-    total = tl.zeros([rows], tl.float32)
-    q, squares = score_factors(
-        q, scale, mean_weight_ptr, variance_weight_ptr, kv_head, 0, HEADS, HEADS_PAD, True,
-        DIM, DIM_PAD,
-    )  # fmt: skip
-    features = feature_ptr + sequence * feature_sequence + kv_head * feature_head
-    scores_base = scores_ptr + stream * (capacity // PAGE) * ROWS * HEADS
-    if SUMMARY:
-        weights_base = weights_ptr + stream * (capacity // PAGE) * ROWS * HEADS
-        if summary_ptr is not None:
-            learned = tl.load(summary_ptr + kv_head * HEADS + head, mask=live, other=0.0) * LOG2E
-    # With a table, steps whose blocks are looked up together: loads of features would wait for a lookup.
-    at_once: tl.constexpr = LOOKUP if 2 * BLOCK_PAGES < LOOKUP else 2 * BLOCK_PAGES
-    group: tl.constexpr = (at_once - 1) * per_chunk // BLOCK_PAGES if PAGED else 1 << 30
-    for first in range(tl.maximum(first_step, near_steps) - near_steps, last_step - near_steps, group):
-        if PAGED:
-            first_chunk = first * BLOCK_PAGES // per_chunk
-            looked_up = tl.minimum(first_chunk + tl.arange(0, at_once), (pages - 1) // per_chunk)
-            blocks = tl.load(table_ptr + entry + looked_up)
-        for step in range(first, tl.minimum(first + group, last_step - near_steps)):
-            page = step * BLOCK_PAGES + tl.arange(0, BLOCK_PAGES)
-            present = page < pages
-            far_chunk = tl.minimum(page, pages - 1) // per_chunk
-            block = (tl.gather(blocks, far_chunk - first_chunk, 0) if PAGED else far_chunk).to(tl.int64)
-            cells = block * feature_block + (page % per_chunk).to(tl.int64) * feature_row
-            mean = load_rows(features, cells, 1, present, DIM, DIM_PAD, True)
-            spread = load_rows(features + DIM, cells, 1, present, DIM, DIM_PAD, True)
-            along, across = page_terms(q, squares, mean, spread, scale, softcap, CAP)
-            cells = (page[None, :] * ROWS + row[:, None]) * HEADS + head[:, None]
-            kept = live[:, None] & present[None, :]
-            scores, weights = page_scores(along, across, LOG2_PAGE)
-            tl.store(scores_base + cells, scores, mask=kept)
-            if SUMMARY:
-                standing = weights
-                if summary_ptr is not None:
-                    standing += learned[:, None]
-                tl.store(weights_base + cells, standing, mask=kept)
-            far = page[None, :] < (closed * per_chunk)[:, None]
-            total, top = sum_step(total, top, tl.where(far, weights, float("-inf")))
-    some = total > 0.0
-    summed = tl.where(some, top + tl.log2(tl.where(some, total, 1.0)), float("-inf"))
-    tl.store(sums_ptr + cell, summed, mask=live)
+    if feature_ptr is not None:
+        top = tl.full([rows], FLOOR, tl.float32)
+        total = tl.zeros([rows], tl.float32)
+        q, squares = score_factors(
+            q, scale, mean_weight_ptr, variance_weight_ptr, kv_head, 0, HEADS, HEADS_PAD, True,
+            DIM, DIM_PAD,
+        )  # fmt: skip
+        features = feature_ptr + sequence * feature_sequence + kv_head * feature_head
+        scores_base = scores_ptr + stream * (capacity // PAGE) * ROWS * HEADS
+        if SUMMARY:
+            weights_base = weights_ptr + stream * (capacity // PAGE) * ROWS * HEADS
+            if summary_ptr is not None:
+                learned = tl.load(summary_ptr + kv_head * HEADS + head, mask=live, other=0.0) * LOG2E
+        # With a table, steps whose blocks are looked up together: loads of features would wait for a lookup.
+        at_once: tl.constexpr = LOOKUP if 2 * BLOCK_PAGES < LOOKUP else 2 * BLOCK_PAGES
+        group: tl.constexpr = (at_once - 1) * per_chunk // BLOCK_PAGES if PAGED else 1 << 30
+        for first in range(tl.maximum(first_step, near_steps) - near_steps, last_step - near_steps, group):
+            if PAGED:
+                first_chunk = first * BLOCK_PAGES // per_chunk
+                looked_up = tl.minimum(first_chunk + tl.arange(0, at_once), (pages - 1) // per_chunk)
+                blocks = tl.load(table_ptr + entry + looked_up)
+            for step in range(first, tl.minimum(first + group, last_step - near_steps)):
+                page = step * BLOCK_PAGES + tl.arange(0, BLOCK_PAGES)
+                present = page < pages
+                far_chunk = tl.minimum(page, pages - 1) // per_chunk
+                block = (tl.gather(blocks, far_chunk - first_chunk, 0) if PAGED else far_chunk).to(tl.int64)
+                cells = block * feature_block + (page % per_chunk).to(tl.int64) * feature_row
+                mean = load_rows(features, cells, 1, present, DIM, DIM_PAD, True)
+                spread = load_rows(features + DIM, cells, 1, present, DIM, DIM_PAD, True)
+                along, across = page_terms(q, squares, mean, spread, scale, softcap, CAP)
+                cells = (page[None, :] * ROWS + row[:, None]) * HEADS + head[:, None]
+                kept = live[:, None] & present[None, :]
+                scores, weights = page_scores(along, across, LOG2_PAGE)
+                tl.store(scores_base + cells, scores, mask=kept)
+                if SUMMARY:
+                    standing = weights
+                    if summary_ptr is not None:
+                        standing += learned[:, None]
+                    tl.store(weights_base + cells, standing, mask=kept)
+                far = page[None, :] < (closed * per_chunk)[:, None]
+                total, top = sum_step(total, top, tl.where(far, weights, float("-inf")))
+        some = total > 0.0
+        summed = tl.where(some, top + tl.log2(tl.where(some, total, 1.0)), float("-inf"))
+        tl.store(sums_ptr + cell, summed, mask=live)

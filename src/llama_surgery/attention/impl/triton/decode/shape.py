@@ -56,9 +56,9 @@ class Shape(NamedTuple):
         keys = tuning.keys_per_step(dim, cache.values.shape[-1], queries.element_size())
         programs = streams * triton.cdiv(rows, rows_block)
         processors = processors_of(queries.device)
-        near = first_far(config) + rows
-        near, pages = min(near, cache.capacity), 0
-        if config.dense_until < cache.capacity:
+        near = min(max(first_far(config), cache.dense_until) + rows, cache.capacity)
+        pages = 0
+        if cache.dense_until < cache.capacity:
             pages = max(0, cache.capacity - config.window) // config.chunk_size * config.pages_per_chunk
         units = triton.cdiv(near, keys) + triton.cdiv(pages, keys)
         far_splits = open_splits(config, pages, programs, processors, tuning) if pages else 0
@@ -97,7 +97,7 @@ class Shape(NamedTuple):
             "LOG2_PAGE": math.log2(config.page_size),
             "BLOCK_NEAR": self.keys,
             "BLOCK_PAGES": self.keys,
-            "SUMMARY": config.summarises(1),
+            "SUMMARY": cache.features is not None and config.summarises(1),
             "num_warps": self.warps(self.tuning.score_warps),
             "num_stages": self.tuning.score_stages,
         }
