@@ -3,6 +3,7 @@
 import csv
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from tests.cli.runner import SMALL, run
 from transformers import AutoModelForCausalLM
 
 from llama_surgery import SurgeryConfig
+from llama_surgery.cli.tables import needle_table
 from llama_surgery.surgery.adapter import write_adapter
 from llama_surgery.topology.router import PageRouter
 
@@ -21,9 +23,7 @@ def given(model: Path, text: Path) -> list[str | Path]:
     return ["evaluate", model, "--text", text, "--length", "512", "--windows", "1", *SMALL]
 
 
-def test_everything_at_once_is_in_the_tables_and_in_the_file(
-    given: list[str | Path], text: Path, tmp_path: Path
-) -> None:
+def test_everything_at_once_is_in_the_tables_and_in_the_file(given: list[str | Path], tmp_path: Path) -> None:
     path = tmp_path / "out"
     harder = ["--needles", "4", "--needle-variant", "two-asked", "--needle-variant", "alike-names"]
     more = ["--continuations", "2", "--continuation-tokens", "8"]
@@ -33,23 +33,25 @@ def test_everything_at_once_is_in_the_tables_and_in_the_file(
         assert told in result.stdout
     read = json.loads((path / "results.json").read_text(encoding="utf-8"))
     assert {needle["variant"] for needle in read["needles"]} == {"two-asked", "alike-names"}
-    rows = read["needle_comparison"]
-    assert [row["variant"] for row in rows if len({"kind", "length"} & row.keys()) == 0] == [
-        "two-asked",
-        "alike-names",
-    ]
-    assert set(rows[0]["operated"]["T = 16"]) == {
-        "accuracy",
-        "compared",
-        "difference",
-        "low",
-        "high",
-        "lost",
-        "won",
-    }
     assert read["operated"][0]["divergence_by_position"][-1]["to"] == 512
     written = read["continuations"]["T = 16"]
     assert written["prompt_tokens"] == 504 and written["compared"] <= 16
+
+
+def test_only_needles_that_the_dense_model_answers_are_compared() -> None:
+    def needle(variant: str, kind: str, dense: bool, operated: bool) -> dict[str, Any]:
+        right = {"dense": dense, "sparse": operated}
+        return {"variant": variant, "kind": kind, "length": 512, "right": right}
+
+    needles = [needle("one-fact", "number", False, operated) for operated in (True, False)]
+    needles += [needle("four-facts", "word", number < 8, number < 6 or number == 8) for number in range(10)]
+    table = needle_table({"operated": [{"name": "sparse"}], "needles": needles})
+    rows = list(zip(*(column.cells for column in table.columns), strict=True))
+    assert [row[0] for row in rows[:3]] == ["[bold]one-fact[/]", "  number", "  512 tokens"]
+    assert rows[0][1:] == ("2", "0.0%", "50.0%", "–", "1")
+    # Wilson's interval of 6 right of 8.
+    assert rows[3] == ("[bold]four-facts[/]", "10", "80.0%", "70.0%", "-25.0 (-59.1 … -7.1)", "1")
+    assert rows[4][1:] == rows[3][1:] and rows[4][0] == "  word"
 
 
 def test_all_variants_can_be_asked_for(given: list[str | Path]) -> None:

@@ -8,7 +8,6 @@ from llama_surgery.errors import TextError
 from llama_surgery.evaluation.needle import DEPTHS, NeedlePrompt, needle_prompts, score_needles
 from llama_surgery.evaluation.needle_forms import FORMS
 from llama_surgery.evaluation.needle_haystack import cut_pieces
-from llama_surgery.evaluation.needle_table import compare_needles
 from llama_surgery.evaluation.needle_variants import VARIANTS
 from llama_surgery.text import encode
 
@@ -223,26 +222,3 @@ def test_unknown_variants_are_refused(tokenizer, texts, variants) -> None:
 def test_too_many_facts_for_the_length_are_refused(tokenizer, texts) -> None:
     with pytest.raises(TextError, match="16 facts of"):
         needle_prompts(tokenizer, texts, count=1, lengths=[256], variants=["sixteen-facts"], seed=0)
-
-
-def test_only_what_the_dense_model_answers_is_compared() -> None:
-    def prompt(variant: str, form: str) -> NeedlePrompt:
-        return NeedlePrompt((), (), form, 0.5, 512, "Bosera", variant)
-
-    prompts = [prompt("four-facts", "treasure")] * 10 + [prompt("one-fact", "secret number")] * 2
-    dense = [True] * 8 + [False] * 2 + [False, False]
-    sparse = [True] * 6 + [False] * 2 + [True, False] + [True, False]
-    rows = compare_needles(prompts, dense, {"sparse": sparse})
-    assert [row["variant"] for row in rows] == ["one-fact", "four-facts"] * 4
-    assert rows[3]["kind"] == "word" and "kind" not in rows[1]
-    four = rows[1]
-    assert four["count"] == 10 and four["dense"] == 0.8 and 0.4 < four["dense_low"] < 0.8 < four["dense_high"]
-    compared = four["operated"]["sparse"]
-    assert compared["accuracy"] == 0.7 and compared["compared"] == 8
-    assert (compared["lost"], compared["won"]) == (2, 1)
-    assert compared["difference"] == -0.25
-    # Wilson's interval of 6 right of 8.
-    assert compared["low"] == pytest.approx(0.4093 - 1, abs=1e-4)
-    assert compared["high"] == pytest.approx(0.9285 - 1, abs=1e-4)
-    none = rows[0]["operated"]["sparse"]
-    assert none["difference"] is None and none["compared"] == 0 and none["won"] == 1

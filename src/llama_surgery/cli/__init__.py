@@ -2,8 +2,8 @@
 
 import typer
 
+from llama_surgery.cli import options
 from llama_surgery.cli.commands import Command, Commands
-from llama_surgery.cli.common import show_version
 from llama_surgery.cli.demo import demo
 from llama_surgery.cli.doctor import doctor
 from llama_surgery.cli.evaluate import evaluate
@@ -28,7 +28,7 @@ app = typer.Typer(
 
 
 @app.callback()
-def main(version: show_version = False) -> None:
+def main(version: options.Version = False) -> None:
     """Give a pre-trained language model a sparse attention topology, and take it out again.
 
     A dense model lets every token read every earlier one. Operated, it reads what is near in full and, of

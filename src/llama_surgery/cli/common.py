@@ -1,18 +1,13 @@
-"""What all commands share: options, loading a model."""
+"""What all commands share: loading a model."""
 
 import enum
-import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
-import typer
-
-from llama_surgery import __version__
 from llama_surgery.cli.console import escape, status
-from llama_surgery.cli.values import SEED, SHARE
 from llama_surgery.config import SurgeryConfig
 from llama_surgery.errors import SurgeryError
 from llama_surgery.folders import check_complete
@@ -28,80 +23,6 @@ class Dtype(enum.StrEnum):
     float32 = "float32"
     bfloat16 = "bfloat16"
     float16 = "float16"
-
-
-def _version(value: bool) -> None:
-    if value:
-        print(f"llama-surgery {__version__}")
-        raise typer.Exit
-
-
-show_version = Annotated[
-    bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
-]
-
-
-def option(panel: str | None, kind: Any, help: str, *names: str, **checks: Any) -> Any:
-    """The annotation of a command's option, shown under ``panel``."""
-    return Annotated[kind, typer.Option(*names, help=help, rich_help_panel=panel, **checks)]
-
-
-#: Options of their own panel, and those under the panel of the model, the topology and the samples.
-own_option = functools.partial(option, None)
-model_option = functools.partial(option, "Model")
-topology_option = functools.partial(option, "Topology")
-sample_option = functools.partial(option, "Samples")
-
-ModelArgument = Annotated[
-    str,
-    typer.Argument(
-        help="Folder of a Hugging Face checkpoint with its tokenizer, a GGUF file, or a name on the Hub."
-    ),
-]
-ShapeArgument = Annotated[
-    str,
-    typer.Argument(
-        help="Folder of a checkpoint, a config.json, a GGUF file, or a name on the Hub: no weights are read."
-    ),
-]
-AdapterArgument = Annotated[
-    Path | None,
-    typer.Argument(
-        help="Adapter folder written by 'llama-surgery operate'; the default topology without.",
-    ),
-]
-DeviceOption = model_option(
-    str,
-    "Where to run: cpu, cuda, cuda:1, mps … 'auto' takes a GPU if there is one, 'split' spreads the layers "
-    "over all GPUs (needs accelerate).",
-)
-DtypeOption = model_option(
-    Dtype, "Precision. 'auto' is float32 on a CPU and what the checkpoint holds elsewhere."
-)
-JsonOption = own_option(bool, "Print JSON instead of tables (progress goes to standard error).", "--json")
-SeedOption = sample_option(int, "Same seed, same samples.", **SEED)
-BatchOption = sample_option(int, "Samples answered together: more is faster on a GPU.", min=1)
-AdapterOption = topology_option(Path | None, "Adapter folder written by 'llama-surgery operate'.")
-TileOption = topology_option(int, "Neighbouring tokens that share what they read in prefill.", min=1)
-CalibrationOption = topology_option(
-    Path | None, "Text (a .txt file or a folder of them) on which thresholds are set so that --density holds."
-)
-DensityOption = topology_option(
-    float | None,
-    "Largest share of all (query, key) pairs that may be read from the far field, such as 6% or 0.06.",
-    **SHARE,
-)
-DenseUntilOption = topology_option(
-    int | None,
-    "Queries below this position see everything. If left out, where thresholds are set on a GPU, the "
-    "position from which on prompts are read faster there; else 0.",
-    min=0,
-)
-DecodeDensityOption = topology_option(
-    float | None,
-    "The same share for decode steps. Left out, they read everything, as the dense model does.",
-    **SHARE,
-)
 
 
 def load_model(

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
-from llama_surgery.cli.common import DeviceOption, Dtype, JsonOption, load_model, own_option
+from llama_surgery.cli import options
+from llama_surgery.cli.common import Dtype, load_model
 from llama_surgery.cli.console import escape, out, print_json, progress
 from llama_surgery.cli.demo_model import Fact, cases, fetch, planted
 from llama_surgery.cli.tables import make_table
@@ -51,10 +52,10 @@ class Reading:
 
 
 def demo(
-    out_folder: own_option(Path, "Folder for the figures (demo.json).", "--out"),
-    small: own_option(bool, "The small model of the repository: nothing is downloaded.", "--small") = False,
-    device: DeviceOption = "cpu",
-    json: JsonOption = False,
+    out_folder: options.own(Path, "Folder for the figures (demo.json).", "--out"),
+    small: options.own(bool, "The small model of the repository: nothing is downloaded.", "--small") = False,
+    device: options.Device = "cpu",
+    json: options.Json = False,
 ) -> None:
     """Let a pre-trained model read 8,064 tokens, dense and operated, and ask both about them.
 

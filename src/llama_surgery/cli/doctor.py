@@ -7,18 +7,8 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from llama_surgery.cli.common import (
-    AdapterOption,
-    DeviceOption,
-    Dtype,
-    DtypeOption,
-    JsonOption,
-    ShapeArgument,
-    _device,
-    load_model,
-    look_for,
-    own_option,
-)
+from llama_surgery.cli import options
+from llama_surgery.cli.common import Dtype, _device, load_model, look_for
 from llama_surgery.cli.console import escape, out, print_json, progress, status
 from llama_surgery.cli.run import speed_told
 from llama_surgery.folders import check_complete
@@ -31,15 +21,15 @@ if TYPE_CHECKING:
 
 def doctor(
     *,
-    model: ShapeArgument,
-    adapter: AdapterOption = None,
-    text: own_option(
+    model: options.Shape,
+    adapter: options.Adapter = None,
+    text: options.own(
         Path | None, "Text to time prompts of, a .txt file or a folder: needs --adapter, reads the weights."
     ) = None,
-    write: own_option(bool, "Write the position into --adapter.", "--write") = False,
-    device: DeviceOption = "auto",
-    dtype: DtypeOption = Dtype.auto,
-    json: JsonOption = False,
+    write: options.own(bool, "Write the position into --adapter.", "--write") = False,
+    device: options.Device = "auto",
+    dtype: options.Precision = Dtype.auto,
+    json: options.Json = False,
 ) -> None:
     """Say whether a model can be operated, what will execute it here, and from which position on that pays.
 

@@ -7,27 +7,8 @@ from typing import Any
 
 import typer
 
-from llama_surgery.cli.common import (
-    AdapterOption,
-    BatchOption,
-    CalibrationOption,
-    DecodeDensityOption,
-    DensityOption,
-    DeviceOption,
-    Dtype,
-    DtypeOption,
-    JsonOption,
-    ModelArgument,
-    SeedOption,
-    TileOption,
-    load_model,
-    model_option,
-    option,
-    own_option,
-    sample_option,
-    topology_of,
-    topology_option,
-)
+from llama_surgery.cli import options
+from llama_surgery.cli.common import Dtype, load_model, topology_of
 from llama_surgery.cli.console import progress
 from llama_surgery.cli.evaluate_output import write_and_print
 from llama_surgery.cli.evaluate_parts import Parts
@@ -38,66 +19,66 @@ from llama_surgery.cli.values import TOKENS, split_values, token_counts
 CLOSED = 3
 
 
-_ruler = functools.partial(option, "RULER")
-_lm_eval = functools.partial(option, "lm-evaluation-harness")
-_against = functools.partial(option, "Other rules")
+_ruler = functools.partial(options.declared, "RULER")
+_lm_eval = functools.partial(options.declared, "lm-evaluation-harness")
+_against = functools.partial(options.declared, "Other rules")
 
 
 @functools.partial(topology_options, gumbel=True)
 def evaluate(
     *,
-    model: ModelArgument,
-    text: own_option(
+    model: options.Model,
+    text: options.own(
         Path | None, "Text to measure on: a .txt file or a folder of them. Not the calibration text."
     ) = None,
-    out_folder: own_option(
+    out_folder: options.own(
         Path | None,
         "Folder for results.json (for 'report'), tables as CSV, and all that is finished: the same command "
         "goes on there.",
         "--out",
     ) = None,
-    gate: own_option(
+    gate: options.own(
         Path | None,
         "Exit with 3 unless all losses stay within these limits: a JSON file with one or more of perplexity, "
         "needles, ruler, ruler_single (docs/evaluation.md).",
     ) = None,
-    seconds: own_option(
+    seconds: options.own(
         float | None,
         "Begin no RULER samples and no other rules after this many; the same command goes on.",
         min=0,
     ) = None,
-    adapter: AdapterOption = None,
-    calibration_text: CalibrationOption = None,
-    density: DensityOption = None,
-    decode_density: DecodeDensityOption = None,
-    tile: TileOption = 64,
-    also_tile: topology_option(
+    adapter: options.Adapter = None,
+    calibration_text: options.CalibrationText = None,
+    density: options.Density = None,
+    decode_density: options.DecodeDensity = None,
+    tile: options.Tile = 64,
+    also_tile: options.of_topology(
         list[int] | None, "Measure this tile size too, against the same dense run. May be repeated.", min=1
     ) = None,
-    length: sample_option(int, "Tokens of a perplexity window.", **TOKENS) = 8192,
-    windows: sample_option(
+    length: options.of_samples(int, "Tokens of a perplexity window.", **TOKENS) = 8192,
+    windows: options.of_samples(
         int | None, "Perplexity windows. 16 if left out (24 --against), or as many as the text holds.", min=1
     ) = None,
-    needles: sample_option(
+    needles: options.of_samples(
         int | None, "Planted facts to ask for, by real generation. None if left out, 200 --against.", min=0
     ) = None,
-    needle_length: sample_option(
+    needle_length: options.of_samples(
         list[int] | None, "Tokens of a needle prompt. May be repeated. --length if left out.", **TOKENS
     ) = None,
-    needle_variant: sample_option(
+    needle_variant: options.of_samples(
         list[str] | None,
         "Harder needles: one-fact (the default), four-facts, sixteen-facts, two-asked, alike-names, or all "
         "(the default --against). May be repeated.",
     ) = None,
-    batch: BatchOption = 1,
-    continuations: sample_option(
+    batch: options.Batch = 1,
+    continuations: options.of_samples(
         int,
         "Windows of --length tokens whose end the models write themselves, greedily: agreement with the "
         "dense text, repetition, length. 0 for none.",
         min=0,
     ) = 0,
-    continuation_tokens: sample_option(int, "Tokens of such an end.", min=1) = 1024,
-    seed: SeedOption = 0,
+    continuation_tokens: options.of_samples(int, "Tokens of such an end.", min=1) = 1024,
+    seed: options.Seed = 0,
     ruler: _ruler(bool, "Answer RULER's long-context tasks, sample by sample.", "--ruler") = False,
     ruler_length: _ruler(
         list[str] | None,
@@ -142,10 +123,10 @@ def evaluate(
     total_density: _against(
         list[float] | None, "Total density wanted of every rule, near field included. May be repeated."
     ) = None,
-    tf32: model_option(bool, "Multiply float32 matrices in TF32 on a GPU.", "--tf32") = False,
-    device: DeviceOption = "auto",
-    dtype: DtypeOption = Dtype.auto,
-    json: JsonOption = False,
+    tf32: options.of_model(bool, "Multiply float32 matrices in TF32 on a GPU.", "--tf32") = False,
+    device: options.Device = "auto",
+    dtype: options.Precision = Dtype.auto,
+    json: options.Json = False,
     settings: dict[str, Any],
 ) -> None:
     """Measure what an operated model loses to the dense one, in one run on the same samples.
@@ -177,14 +158,14 @@ def evaluate(
             "--against sets thresholds for every density, and has samples of its own: leave --density, "
             "--also-tile, --gate and --continuations out."
         )
-    for needed, asked, options in (
+    for needed, asked, given in (
         ("--ruler", ruler, {"--ruler-length": ruler_length, "--ruler-task": ruler_task}),
         ("--ruler", ruler, {"--qa-1": qa_1, "--qa-2": qa_2, "--haystack": haystack, "--chat": chat}),
         ("--lm-eval", lm_eval, {"--lm-eval-include": lm_eval_include, "--lm-eval-limit": lm_eval_limit}),
         ("--lm-eval", lm_eval, {"--lm-eval-shots": lm_eval_shots}),
         ("--against", against, {"--total-density": total_density}),
     ):
-        if idle := [name for name, value in options.items() if value is not None and not asked]:
+        if idle := [name for name, value in given.items() if value is not None and not asked]:
             raise typer.BadParameter(f"{', '.join(idle)}: give {needed} too.")
     tiles = dict.fromkeys([tile, *(also_tile or [])])
     from llama_surgery.evaluation.needle_variants import PLAIN, VARIANTS, check_variants

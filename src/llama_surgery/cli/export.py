@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from llama_surgery.cli.common import JsonOption
+from llama_surgery.cli import options
 from llama_surgery.cli.console import escape, out, print_json, status
 from llama_surgery.cli.run import thresholds
 
@@ -21,7 +21,7 @@ def export(
             help="Adapter folder written by 'operate' or 'learn', if there is one, and the folder to write.",
         ),
     ],
-    json: JsonOption = False,
+    json: options.Json = False,
 ) -> None:
     """Write an operated model as a checkpoint folder for a serving engine (docs/serving.md).
 

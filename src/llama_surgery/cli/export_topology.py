@@ -2,30 +2,21 @@
 
 from pathlib import Path
 
-from llama_surgery.cli.common import (
-    AdapterArgument,
-    DeviceOption,
-    Dtype,
-    DtypeOption,
-    JsonOption,
-    ModelArgument,
-    load_model,
-    own_option,
-    topology_of,
-)
+from llama_surgery.cli import options
+from llama_surgery.cli.common import Dtype, load_model, topology_of
 from llama_surgery.cli.console import out, print_json, status
 from llama_surgery.cli.values import TOKENS
 
 
 def export_topology(
-    model: ModelArgument,
-    text: own_option(Path, "A UTF-8 text file, read from its beginning."),
-    out_file: own_option(Path, "File to write, a NumPy archive (.npz).", "--out"),
-    adapter: AdapterArgument = None,
-    length: own_option(int, "Tokens of the text that are read, at most.", **TOKENS) = 8192,
-    device: DeviceOption = "auto",
-    dtype: DtypeOption = Dtype.auto,
-    json: JsonOption = False,
+    model: options.Model,
+    text: options.own(Path, "A UTF-8 text file, read from its beginning."),
+    out_file: options.own(Path, "File to write, a NumPy archive (.npz).", "--out"),
+    adapter: options.AdapterArgument = None,
+    length: options.own(int, "Tokens of the text that are read, at most.", **TOKENS) = 8192,
+    device: options.Device = "auto",
+    dtype: options.Precision = Dtype.auto,
+    json: options.Json = False,
 ) -> None:
     """Write what every layer and head sees of a text as block-sparse arrays, for other tools and hardware.
 

@@ -5,16 +5,8 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from llama_surgery.cli.common import (
-    AdapterOption,
-    DeviceOption,
-    Dtype,
-    DtypeOption,
-    JsonOption,
-    ModelArgument,
-    load_model,
-    own_option,
-)
+from llama_surgery.cli import options
+from llama_surgery.cli.common import Dtype, load_model
 from llama_surgery.cli.console import out, print_json
 from llama_surgery.cli.tables import make_table
 from llama_surgery.cli.values import SEED
@@ -25,17 +17,17 @@ if TYPE_CHECKING:
 
 
 def generate(
-    model: ModelArgument,
-    prompt: own_option(str | None, "The text to go on from.") = None,
-    prompt_file: own_option(Path | None, "The same, read from a UTF-8 file: for long contexts.") = None,
-    adapter: AdapterOption = None,
-    max_new_tokens: own_option(int, "How many tokens to write at most.", min=1) = 64,
-    sample: own_option(bool, "Draw tokens instead of the likeliest.", "--sample") = False,
-    temperature: own_option(float, "With --sample: lower is safer.", min=0.01) = 1.0,
-    seed: own_option(int, "With --sample: same seed, same text.", **SEED) = 0,
-    device: DeviceOption = "auto",
-    dtype: DtypeOption = Dtype.auto,
-    json: JsonOption = False,
+    model: options.Model,
+    prompt: options.own(str | None, "The text to go on from.") = None,
+    prompt_file: options.own(Path | None, "The same, read from a UTF-8 file: for long contexts.") = None,
+    adapter: options.Adapter = None,
+    max_new_tokens: options.own(int, "How many tokens to write at most.", min=1) = 64,
+    sample: options.own(bool, "Draw tokens instead of the likeliest.", "--sample") = False,
+    temperature: options.own(float, "With --sample: lower is safer.", min=0.01) = 1.0,
+    seed: options.own(int, "With --sample: same seed, same text.", **SEED) = 0,
+    device: options.Device = "auto",
+    dtype: options.Precision = Dtype.auto,
+    json: options.Json = False,
 ) -> None:
     """Let an operated model write on, and say what it read.
 
@@ -61,9 +53,7 @@ def generate(
     check_length(llm, prompt_tokens + max_new_tokens)
     torch.manual_seed(seed)
     streamer = None if json else TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
-    options: dict[str, Any] = {"do_sample": sample}
-    if sample:
-        options["temperature"] = temperature
+    drawn = {"temperature": temperature} if sample else {}
     write: Any = llm.generate
     ids = write(
         input_ids=inputs["input_ids"],
@@ -72,7 +62,8 @@ def generate(
         pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
         streamer=streamer,
         logits_processor=LogitsProcessorList([_finite]),
-        **options,
+        do_sample=sample,
+        **drawn,
     )
     new = ids[0, prompt_tokens:]
     read = statistics(llm).to_dict()

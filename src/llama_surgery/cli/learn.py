@@ -8,21 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from llama_surgery.cli.common import (
-    DenseUntilOption,
-    DeviceOption,
-    Dtype,
-    DtypeOption,
-    JsonOption,
-    ModelArgument,
-    TileOption,
-    _device,
-    load_model,
-    load_tokenizer,
-    option,
-    own_option,
-    topology_option,
-)
+from llama_surgery.cli import options
+from llama_surgery.cli.common import Dtype, _device, load_model, load_tokenizer
 from llama_surgery.cli.console import out, progress, status
 from llama_surgery.cli.learn_report import Asked, reporter, silent, told
 from llama_surgery.cli.run import speed_told
@@ -39,26 +26,26 @@ if TYPE_CHECKING:
 STREAMED_WINDOWS = 16
 
 
-_learning = functools.partial(option, "Learning")
+_learning = functools.partial(options.declared, "Learning")
 
 
 @functools.partial(topology_options, gumbel=True)
 def learn(
     *,
-    model: ModelArgument,
-    out_folder: own_option(Path, "Folder for the adapter and its checkpoints.", "--out"),
-    text: own_option(Path, "Text like what the model will read: a .txt file or a folder of them."),
-    density: topology_option(
+    model: options.Model,
+    out_folder: options.own(Path, "Folder for the adapter and its checkpoints.", "--out"),
+    text: options.own(Path, "Text like what the model will read: a .txt file or a folder of them."),
+    density: options.of_topology(
         float | None,
         "Largest share of all (query, key) pairs that may be read from the far field, such as 6% or 0.06. "
         "--topology gumbel has none, all else needs it.",
         **SHARE,
     ) = None,
-    length: own_option(
+    length: options.own(
         int | None, "Tokens of a window. The model's context, at most 8192, if left out.", **TOKENS
     ) = None,
-    dense_until: DenseUntilOption = None,
-    tile: TileOption = 64,
+    dense_until: options.DenseUntil = None,
+    tile: options.Tile = 64,
     steps: _learning(int, "Steps, each on one window.", min=1) = STEPS,
     stage: _learning(
         str,
@@ -94,9 +81,9 @@ def learn(
     ) = 0.25,
     seed: _learning(int, "Of windows and starting values.", **SEED) = 0,
     checkpoint_seconds: _learning(float, "Time between checkpoints.", min=0) = 30.0,
-    device: DeviceOption = "auto",
-    dtype: DtypeOption = Dtype.auto,
-    json: JsonOption = False,
+    device: options.Device = "auto",
+    dtype: options.Precision = Dtype.auto,
+    json: options.Json = False,
     settings: dict[str, Any],
 ) -> None:
     """Learn a topology for a model and save it as a small adapter folder.

@@ -7,20 +7,8 @@ from typing import Any
 
 import typer
 
-from llama_surgery.cli.common import (
-    DecodeDensityOption,
-    DenseUntilOption,
-    DensityOption,
-    DeviceOption,
-    Dtype,
-    DtypeOption,
-    JsonOption,
-    ModelArgument,
-    TileOption,
-    load_model,
-    own_option,
-    topology_option,
-)
+from llama_surgery.cli import options
+from llama_surgery.cli.common import Dtype, load_model
 from llama_surgery.cli.console import out, print_json, progress
 from llama_surgery.cli.run import speed_told, thresholds
 from llama_surgery.cli.topology import config_for, topology_options
@@ -30,29 +18,29 @@ from llama_surgery.cli.values import SHARE, TOKENS
 @functools.partial(topology_options, gumbel=True)
 def operate(
     *,
-    model: ModelArgument,
-    out_folder: own_option(Path, "Folder for the adapter.", "--out"),
-    text: own_option(
+    model: options.Model,
+    out_folder: options.own(Path, "Folder for the adapter.", "--out"),
+    text: options.own(
         Path | None,
         "Text like what the model will read: a .txt file or a folder. Needs --density or --max-loss.",
     ) = None,
-    density: DensityOption = None,
-    max_loss: topology_option(
+    density: options.Density = None,
+    max_loss: options.of_topology(
         float | None,
         "Instead of --density: how much perplexity may rise, as 1% or 0.01. What is read follows.",
         **SHARE,
     ) = None,
-    decode_density: DecodeDensityOption = None,
-    length: own_option(
+    decode_density: options.DecodeDensity = None,
+    length: options.own(
         int | None,
         "Tokens of a calibration window. The model's context, at most 8192, if left out.",
         **TOKENS,
     ) = None,
-    dense_until: DenseUntilOption = None,
-    tile: TileOption = 64,
-    device: DeviceOption = "auto",
-    dtype: DtypeOption = Dtype.auto,
-    json: JsonOption = False,
+    dense_until: options.DenseUntil = None,
+    tile: options.Tile = 64,
+    device: options.Device = "auto",
+    dtype: options.Precision = Dtype.auto,
+    json: options.Json = False,
     settings: dict[str, Any],
 ) -> None:
     """Operate on a model and save the operation as a small adapter folder.

@@ -4,15 +4,8 @@ import dataclasses
 import functools
 from typing import TYPE_CHECKING, Any
 
-from llama_surgery.cli.common import (
-    JsonOption,
-    ShapeArgument,
-    TileOption,
-    look_for,
-    option,
-    own_option,
-    topology_option,
-)
+from llama_surgery.cli import options
+from llama_surgery.cli.common import look_for
 from llama_surgery.cli.console import out, print_json, status
 from llama_surgery.cli.tables import make_table
 from llama_surgery.cli.topology import STEPS, config_for, learned_parts, topology_options
@@ -21,17 +14,17 @@ from llama_surgery.cli.values import SHARE, token_counts
 if TYPE_CHECKING:
     from llama_surgery.learning.forecast import Learning, Length, Shape
 
-_learning = functools.partial(option, "Learning")
+_learning = functools.partial(options.declared, "Learning")
 
 
 @topology_options
 def plan(
     *,
-    model: ShapeArgument,
-    density: topology_option(float, "Executed far density that θ is set for.", **SHARE) = 0.06,
-    calibrated: topology_option(str, "Tokens of the windows that θ is set on.") = "8k",
-    tile: TileOption = 64,
-    length: own_option(
+    model: options.Shape,
+    density: options.of_topology(float, "Executed far density that θ is set for.", **SHARE) = 0.06,
+    calibrated: options.of_topology(str, "Tokens of the windows that θ is set on.") = "8k",
+    tile: options.Tile = 64,
+    length: options.own(
         list[str] | None, "Tokens of a text, as 8192 or 8k. May be repeated, or several after commas."
     ) = None,
     part: _learning(
@@ -40,7 +33,7 @@ def plan(
     windows: _learning(int, "Training windows of 'learn --stream'.", min=1) = 16,
     steps: _learning(int, "Steps.", min=1) = STEPS,
     tflops: _learning(float, "What the device is assumed to compute, in TFLOP/s.", min=0.001) = 100.0,
-    json: JsonOption = False,
+    json: options.Json = False,
     settings: dict[str, Any],
 ) -> None:
     """Say what operating on a model, and learning for it, will take, before anything runs.

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from llama_surgery.cli.common import own_option
+from llama_surgery.cli import options
 from llama_surgery.cli.console import out, status
 
 
@@ -13,8 +13,8 @@ def report(
     results: Annotated[
         Path, typer.Argument(help="Results file, as 'llama-surgery evaluate --out' writes it.")
     ],
-    out_file: own_option(Path, "The HTML file to write.", "--out") = Path("report.html"),
-    frontier: own_option(
+    out_file: options.own(Path, "The HTML file to write.", "--out") = Path("report.html"),
+    frontier: options.own(
         Path | None,
         "CSV of many measured configurations, drawn as quality against density. Its columns are the "
         "fields of llama_surgery.report.frontier.FrontierPoint.",

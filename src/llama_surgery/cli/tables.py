@@ -56,16 +56,23 @@ def _summary_rows(results: dict[str, Any]) -> list[list[str]]:
 
 
 def needle_table(results: dict[str, Any]) -> Table:
-    """Needles by variant, by kind of value and by length; single cells of all three stay in the JSON."""
+    """Needles by variant, by kind of value and by length, compared where the dense model could answer.
+
+    What the dense model cannot do, the operation cannot lose. Where it answered its accuracy is 1, so that
+    the difference is the operated accuracy less 1, with Wilson's interval.
+    """
+    from llama_surgery.evaluation.result import DENSE
+
     names = [measured["name"] for measured in results["operated"]]
-    found = [row for row in results["needle_comparison"] if not {"kind", "length"} <= row.keys()]
-    variants = list(dict.fromkeys(row["variant"] for row in found))
     rows = []
-    for row in sorted(found, key=lambda row: variants.index(row["variant"])):
-        cells = [cell for name in names for cell in _compared(row["operated"][name])]
-        part = row.get("kind", f"{row['length']:,} tokens" if "length" in row else "")
-        label = f"  {part}" if part else f"[bold]{row['variant']}[/]"
-        rows.append([label, str(row["count"]), f"{row['dense']:.1%}", *cells])
+    for variant, needles in _grouped(results["needles"], "variant").items():
+        parts = {f"[bold]{variant}[/]": needles, **_grouped(needles, "kind")}
+        parts |= {f"{length:,} tokens": part for length, part in sorted(_grouped(needles, "length").items())}
+        for label, part in parts.items():
+            right = [needle["right"] for needle in part]
+            cells = [cell for name in names for cell in _compared(right, name)]
+            dense = statistics.fmean(answered[DENSE] for answered in right)
+            rows.append([label if part is needles else f"  {label}", str(len(part)), f"{dense:.1%}", *cells])
     each = [f"{name}\n{part}" if part else name for name in names for part in ("", "change, points", "won")]
     return make_table(
         "Needles by variant",
@@ -76,10 +83,22 @@ def needle_table(results: dict[str, Any]) -> Table:
     )
 
 
-def _compared(measured: dict[str, Any]) -> list[str]:
-    known = measured["difference"] is not None
-    change = _points(*(measured[name] for name in ("difference", "low", "high"))) if known else "–"
-    return [f"{measured['accuracy']:.1%}", change, str(measured["won"])]
+def _grouped(needles: list[dict[str, Any]], key: str) -> dict[Any, list[dict[str, Any]]]:
+    groups: dict[Any, list[dict[str, Any]]] = {}
+    for needle in needles:
+        groups.setdefault(needle[key], []).append(needle)
+    return groups
+
+
+def _compared(right: list[dict[str, bool]], name: str) -> list[str]:
+    """Accuracy, change and prompts won of an operated model, by which models answered each prompt."""
+    from llama_surgery.evaluation.intervals import mean_interval
+    from llama_surgery.evaluation.result import DENSE
+
+    kept = [float(answered[name]) for answered in right if answered[DENSE]]
+    change = _points(*(end - 1 for end in mean_interval(kept))) if kept else "–"
+    won = sum(answered[name] and not answered[DENSE] for answered in right)
+    return [f"{statistics.fmean(answered[name] for answered in right):.1%}", change, str(won)]
 
 
 def _points(middle: float, low: float, high: float) -> str:

@@ -5,7 +5,7 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
-from llama_surgery.cli.common import topology_option
+from llama_surgery.cli import options
 from llama_surgery.cli.values import split_values
 from llama_surgery.config import SurgeryConfig
 
@@ -16,36 +16,36 @@ _DEFAULT = SurgeryConfig()
 
 #: Field of the configuration → type and help of its option.
 _FIELDS: dict[str, Any] = {
-    "page_size": topology_option(int, "Keys of a page, the block that is read as a whole."),
-    "chunk_size": topology_option(int, "Tokens of a chunk: each gets a tree of its own."),
-    "window": topology_option(int, "Tokens that always stay in the near field, which is read in full."),
-    "theta": topology_option(
+    "page_size": options.of_topology(int, "Keys of a page, the block that is read as a whole."),
+    "chunk_size": options.of_topology(int, "Tokens of a chunk: each gets a tree of its own."),
+    "window": options.of_topology(int, "Tokens that always stay in the near field, which is read in full."),
+    "theta": options.of_topology(
         float | None,
         "Open a page when its expected share of a head's attention exceeds this. Set by --density.",
     ),
-    "theta_decode": topology_option(
+    "theta_decode": options.of_topology(
         float | None, "The same for decoding, token by token: 0 reads everything. Set by --decode-density."
     ),
-    "summary": topology_option(
+    "summary": options.of_topology(
         str, "What stands in for the pages that are not read: page, a mean of each, or none."
     ),
-    "backend": topology_option(str, "Who executes the plan: auto, reference, gather, triton."),
+    "backend": options.of_topology(str, "Who executes the plan: auto, reference, gather, triton."),
 }
 
 #: The same for ``topology="gumbel"``, of commands that take it.
 _GUMBEL_FIELDS: dict[str, Any] = {
-    "topology": topology_option(
+    "topology": options.of_topology(
         str, "pages, or gumbel: the preprint's content router, with the options --gumbel-…"
     ),
-    "gumbel_arities": topology_option(
+    "gumbel_arities": options.of_topology(
         list[int] | None,
         "Children of a node of its tree, 2 if left out. Repeated, one for each of equal groups of heads.",
     ),
-    "gumbel_radius": topology_option(
+    "gumbel_radius": options.of_topology(
         int | None, "Largest visible distance; half the tree's levels if left out."
     ),
-    "gumbel_window": topology_option(int | None, "Last tokens that are always visible, 128 if left out."),
-    "gumbel_length": topology_option(
+    "gumbel_window": options.of_topology(int | None, "Last tokens that are always visible, 128 if left out."),
+    "gumbel_length": options.of_topology(
         int | None, "Tokens of the longest text its tree is made for, 8192 if left out."
     ),
 }

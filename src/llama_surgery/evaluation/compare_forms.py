@@ -16,7 +16,7 @@ from llama_surgery.evaluation.kept import found_parts, with_parts
 from llama_surgery.evaluation.peers.attach import running
 from llama_surgery.evaluation.peers.registry import Learned, Peer
 from llama_surgery.evaluation.peers.rule import Rule
-from llama_surgery.evaluation.phases import Phases
+from llama_surgery.evaluation.phases import phases
 from llama_surgery.surgery import operate as surgery
 from llama_surgery.surgery.operation import routers_of
 from llama_surgery.surgery.supported import inner_model
@@ -184,10 +184,9 @@ class PagesForm:
         routers = self._routers
         if "routers" in setting:
             routers = with_parts(routers, setting["routers"])
-        with surgery.operated(self._model, config, routers=routers):
-            with Phases(self._model) as phases:
-                yield densities
-            densities.update((phase, read["total_density"]) for phase, read in phases.densities().items())
+        with surgery.operated(self._model, config, routers=routers), phases(self._model) as found:
+            yield densities
+        densities.update((phase, read["total_density"]) for phase, read in found.items())
 
     def _floor(self) -> tuple[float, float]:
         """Total density at θ = 1, and without the far field.

@@ -21,7 +21,7 @@ from llama_surgery.evaluation.needle import needle_prompts, score_needles
 from llama_surgery.evaluation.needle_variants import PLAIN
 from llama_surgery.evaluation.paired import paired_difference, perplexity_ratio
 from llama_surgery.evaluation.perplexity import Perplexity, perplexity
-from llama_surgery.evaluation.phases import Phases
+from llama_surgery.evaluation.phases import phases
 from llama_surgery.evaluation.result import (
     DENSE,
     EvaluationResult,
@@ -126,7 +126,7 @@ def evaluate(
             surgery.reset_statistics(model)
             operated = perplexity(model, ids, tell, head=head, each=compare)
             density = surgery.statistics(model).to_dict()
-            with Phases(model) as phases:
+            with phases(model) as generate_density:
                 answers, seconds = _answer(model, prompts, needle_batch, tell)
             described = surgery.config_of(model).to_dict()
         divergence = Divergence(torch.stack(kl), torch.stack(agree))
@@ -141,7 +141,7 @@ def evaluate(
                 top1=divergence.top1,
                 density=density,
                 needle=paired_difference(result.answers[DENSE], answers) if prompts else None,
-                generate_density=phases.densities(),
+                generate_density=generate_density,
             )
         )
     return result

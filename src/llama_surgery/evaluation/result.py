@@ -4,7 +4,6 @@ import dataclasses
 from typing import TYPE_CHECKING, Any
 
 from llama_surgery.evaluation.intervals import Change
-from llama_surgery.evaluation.needle_table import compare_needles
 from llama_surgery.evaluation.paired import RatioInterval
 
 if TYPE_CHECKING:
@@ -86,11 +85,6 @@ class EvaluationResult:
     needles: "list[NeedlePrompt]"
     answers: dict[str, list[bool]]
 
-    def needle_comparison(self) -> list[dict[str, Any]]:
-        """Rows of :func:`~llama_surgery.evaluation.needle_table.compare_needles`, none without needles."""
-        operated = {name: rights for name, rights in self.answers.items() if name != DENSE}
-        return compare_needles(self.needles, self.answers[DENSE], operated)
-
     def to_dict(self) -> dict[str, Any]:
         """Plain numbers, texts, lists and dicts, ready for JSON. Prompts come without their tokens."""
         properties = ("variant", "kind", "form", "depth", "length", "name")
@@ -107,7 +101,6 @@ class EvaluationResult:
             "dense": dataclasses.asdict(self.dense),
             "operated": [dataclasses.asdict(measured) for measured in self.operated],
             "needles": needles,
-            "needle_comparison": self.needle_comparison(),
         }
 
     def rows(self) -> list[dict[str, Any]]:

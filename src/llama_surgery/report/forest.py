@@ -1,5 +1,6 @@
 """A head's tree as the template draws it: coloured text, nested balls, pages of readable runs."""
 
+import itertools
 from typing import Any
 
 from matplotlib import colormaps
@@ -23,13 +24,14 @@ def forest_view(tree: HeadTree) -> dict[str, Any]:
     """
     colours = page_colours(tree)
     page_of = tree.page_of()
+    runs = [list(run) for _, run in itertools.groupby(range(len(page_of)), key=page_of.__getitem__)]
     text = [
         {
             "page": page_name(page_of[run[0]]),
             "colour": colours[page_of[run[0]]][1],
             "text": "".join(tree.tokens[i] for i in run),
         }
-        for run in _runs(list(range(len(tree.tokens))), page_of)
+        for run in runs
     ]
     leaves = [_leaf(tree, page, offsets, colours[page]) for page, offsets in enumerate(tree.pages())]
     return {
@@ -86,16 +88,6 @@ def _leaf(tree: HeadTree, page: int, offsets: list[int], colour: tuple[str, str]
 def _visible(text: str) -> str:
     """Line ends as a sign, and blanks around it trimmed: a page is a list of snippets."""
     return text.replace("\n", "¶").strip() or "␣"
-
-
-def _runs(offsets: list[int], page_of: list[int]) -> list[list[int]]:
-    runs: list[list[int]] = []
-    for offset in offsets:
-        if runs and page_of[runs[-1][-1]] == page_of[offset]:
-            runs[-1].append(offset)
-        else:
-            runs.append([offset])
-    return runs
 
 
 def _nest(nodes: list[dict[str, Any]]) -> dict[str, Any]:

@@ -48,7 +48,7 @@ def test_changes_pair_the_samples_that_both_have_answered(result) -> None:
     assert by_task["vt"].count == 6 and by_task["vt"].lost == 2
     assert by_task["vt"].difference == pytest.approx(-2 / 6)
     assert by_task["fwe"].difference == 0.25
-    assert result.to_dict()["summaries"]["T = 32"]["worst_task"] == "vt"
+    assert result.to_dict()["summaries"]["T = 32"]["by_task"]["vt"]["lost"] == 2
     at_4k = result.changes("T = 32", "task", length=4096)
     assert at_4k["vt"].difference == -0.5
     # Two intervals that hold together are wider than one.

@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from llama_surgery.evaluation.intervals import CONFIDENCE, Change, mean_interval, paired_change
+from llama_surgery.evaluation.intervals import Change, mean_interval, paired_change
 from llama_surgery.evaluation.result import DENSE
 
 
@@ -153,19 +153,16 @@ class RulerResult:
 
     def to_dict(self) -> dict[str, Any]:
         """Settings, cells and summaries, ready for JSON."""
-        summaries = {}
-        for name in self.names:
-            by_task = self.changes(name, "task")
-            average = self.average(name)
-            summaries[name] = {
-                "average": None if average is None else dataclasses.asdict(average),
-                "by_task": {task: dataclasses.asdict(change) for task, change in by_task.items()},
-                "by_length": {
-                    str(length): dataclasses.asdict(c) for length, c in self.changes(name, "length").items()
+        summaries = {
+            name: {
+                "average": None if (average := self.average(name)) is None else dataclasses.asdict(average),
+                **{
+                    f"by_{by}": {str(key): dataclasses.asdict(c) for key, c in self.changes(name, by).items()}
+                    for by in ("task", "length")
                 },
-                "worst_task": min(by_task, key=lambda task: by_task[task].difference, default=None),
-                "confidence": CONFIDENCE,
             }
+            for name in self.names
+        }
         return {
             "settings": self.settings,
             "complete": self.complete,
