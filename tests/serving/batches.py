@@ -5,9 +5,12 @@ import dataclasses
 import torch
 
 from llama_surgery.attention.api import attend
+from llama_surgery.attention.result import AttentionResult
 from llama_surgery.config import SurgeryConfig
+from llama_surgery.serving import paged
 from llama_surgery.serving.counting import LayerCounters
 from llama_surgery.serving.execution import Batch, Executor
+from llama_surgery.serving.launches import make_launch
 from llama_surgery.serving.paged import PagedStates, Scheduled, filled_blocks
 from llama_surgery.surgery.rows import Part
 from llama_surgery.surgery.store import SequenceStore
@@ -90,6 +93,21 @@ def empty_cache(blocks: int, executor: Executor | None = None, device: str = "cp
     return executor.states(states[..., :DIM], states[..., DIM:], side)
 
 
+def attend_piece(
+    queries: torch.Tensor,
+    near: tuple[torch.Tensor, torch.Tensor],
+    cache: PagedStates,
+    blocks: torch.Tensor,
+    part: Part,
+    scale: float = SCALE,
+    router: PageRouter | None = None,
+) -> AttentionResult:
+    """Attention of rows ``part`` of a sequence alone, queries (kv_heads, group, rows, dim)."""
+    piece = Scheduled(part.start, part.stop, 0, True, blocks), part
+    launch = make_launch([piece], cache.config, kernels=cache.kernels)
+    return paged.attend(queries, near, cache, launch, torch.empty_like(queries), scale=scale, router=router)
+
+
 def near_in_cache(
     cache: PagedStates, blocks: torch.Tensor, part: Part, length: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -105,20 +123,10 @@ def near_in_cache(
     return found[0], found[1]
 
 
-def step(
-    cache: PagedStates,
-    batch: list[tuple[Sequence, int]],
-    router: PageRouter | None,
-    executor: Executor | None = None,
-    counters: LayerCounters | None = None,
-) -> list[tuple[Sequence, torch.Tensor]]:
-    """Run one scheduled batch of ``new`` rows of every sequence.
-
-    Returns:
-        Each sequence with its attention (kv_heads, group, new, dim).
-    """
-    executor = executor or Executor(CONFIG, DIM, cache.keys.dtype)
-    counters = counters or LayerCounters(CONFIG, KV_HEADS)
+def schedule(
+    cache: PagedStates, batch: list[tuple[Sequence, int]]
+) -> tuple[Batch, tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+    """Write ``new`` rows of every sequence; returns them as a scheduled batch: queries, keys and values."""
     size, here = CONFIG.chunk_size, cache.keys
     tables = torch.full((len(batch), max(len(s.blocks) for s, _ in batch)), 2**30, dtype=torch.int32)
     scheduled, slots, row = [], [], 0
@@ -142,12 +150,30 @@ def step(
 
     filled = filled_blocks(scheduled, size)
     work = Batch(scheduled, tables.to(here.device), CONFIG, filled)
-    cache.write(rows("keys"), rows("values"), torch.cat(slots).to(here.device))
     queries, keys, values = (rows(name) for name in ("queries", "keys", "values"))
-    out = torch.full_like(queries, float("nan"))
-    executor.attend(queries, keys, values, cache, work, out, scale=SCALE, router=router, counters=counters)
+    cache.write(keys, values, torch.cat(slots).to(here.device))
+    return work, (queries, keys, values)
+
+
+def step(
+    cache: PagedStates,
+    batch: list[tuple[Sequence, int]],
+    router: PageRouter | None,
+    executor: Executor | None = None,
+    counters: LayerCounters | None = None,
+) -> list[tuple[Sequence, torch.Tensor]]:
+    """Run one scheduled batch of ``new`` rows of every sequence.
+
+    Returns:
+        Each sequence with its attention (kv_heads, group, new, dim).
+    """
+    executor = executor or Executor(CONFIG, DIM, cache.keys.dtype)
+    counters = counters or LayerCounters(CONFIG, KV_HEADS)
+    work, states = schedule(cache, batch)
+    out = torch.full_like(states[0], float("nan"))
+    executor.attend(*states, cache, work, out, scale=SCALE, router=router, counters=counters)
     outs = []
-    for (sequence, new), entry in zip(batch, scheduled, strict=True):
+    for (sequence, new), entry in zip(batch, work.sequences, strict=True):
         mine = out[entry.row : entry.row + new].unflatten(1, (KV_HEADS, GROUP)).permute(1, 2, 0, 3)
         sequence.done += new
         outs.append((sequence, mine.cpu()))

@@ -30,8 +30,8 @@ def part() -> AttentionResult:
 
 def test_engines_of_one_process_speak_of_their_own_layers() -> None:
     (one, its), (other, others) = engine(), engine()
-    its[0].add_part(Part(128, 136, 8), part())
-    its[1].add_part(Part(128, 136, 8), part())
+    its[0].add_parts([Part(128, 136, 8)], part())
+    its[1].add_parts([Part(128, 136, 8)], part())
     others[0].add_rows(RowCount(3, 10, 20, 3))
     assert other.take(0.0).startswith("rows 3, far density 0.0000, total density")  # type: ignore[union-attr]
     told = one.take(0.0)
@@ -84,6 +84,6 @@ def test_nothing_is_lost_between_two_reports() -> None:
 
 def test_other_ranks_count_nothing() -> None:
     quiet = LayerCounters(CONFIG, KV_HEADS, quiet=True)
-    quiet.add_part(Part(128, 136, 8), part())
+    quiet.add_parts([Part(128, 136, 8)], part())
     quiet.add_rows(RowCount(1, 1, 1, 1))
     assert quiet.tally(torch.device("cpu")) is None and quiet.reset() == ({}, 0)

@@ -1,15 +1,20 @@
 """The Triton kernels execute a scheduled batch as plain PyTorch does, and count the same."""
 
 import dataclasses
+from typing import Any
 
 import pytest
 import torch
-from tests.serving.batches import CONFIG, DIM, KV_HEADS, empty_cache, sequences, step
+from tests.serving.batches import CONFIG, DIM, KV_HEADS, SCALE, empty_cache, schedule, sequences, step
+from torch.utils._python_dispatch import TorchDispatchMode
 
 pytest.importorskip("triton")
 
 from tests.serving.test_paged import learned
 
+from llama_surgery.attention.impl.triton import job
+from llama_surgery.attention.impl.triton.prefill import launch as prefill
+from llama_surgery.attention.impl.triton.select import launch as selection
 from llama_surgery.errors import SurgeryError
 from llama_surgery.serving.counting import LayerCounters
 from llama_surgery.serving.execution import Executor, executor_for, warm_up
@@ -63,6 +68,78 @@ def test_half_precision(dtype: torch.dtype) -> None:
     plain, _, _ = run(Executor(CONFIG, DIM, dtype))
     for ours, theirs, true in zip(got, plain, want, strict=True):
         assert (ours.double() - true).abs().mean() <= 1.5 * (theirs.double() - true).abs().mean()
+
+
+def test_little_memory_for_lists(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Prompts are computed in as many launches as it takes, cut if need be."""
+    monkeypatch.setattr(job, "STRIP_BYTES", 1 << 10)
+    got, counted, want = run(Executor(CONFIG, DIM, torch.float32, kernels=True))
+    for ours, theirs in zip(got, want, strict=True):
+        torch.testing.assert_close(ours.double(), theirs, rtol=3e-5, atol=3e-5)
+    assert statistics(counted) == statistics(run(Executor(CONFIG, DIM, torch.float32))[1])
+
+
+class Operations(TorchDispatchMode):
+    """Counts PyTorch's operations, those that only make a view left out."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += not function.is_view
+        return function(*args, **(kwargs or {}))
+
+
+class Counted:
+    """A kernel whose launches are counted."""
+
+    def __init__(self, kernel: Any) -> None:
+        self.kernel, self.launches = kernel, 0
+
+    def __getitem__(self, grid: Any) -> Any:
+        self.launches += 1
+        return lambda *args, **kwargs: None
+
+
+def launched(lengths: list[int], monkeypatch: pytest.MonkeyPatch) -> tuple[list[int], int, int]:
+    """Launches of each kernel for prompts, and PyTorch's operations: in the first layer, in a later one."""
+    waiting = sequences([(length, length) for length in lengths], None)
+    executor = Executor(CONFIG, DIM, torch.float32, kernels=True)
+    cache = empty_cache(1 + sum(len(s.blocks) for s in waiting), executor)
+    step(cache, [(s, 64) for s in waiting], None, executor)
+    work, states = schedule(cache, [(s, s.length - 64) for s in waiting])
+    kernels = [Counted(prefill.attend_kernel), Counted(selection.scan_kernel)]
+    counters = LayerCounters(CONFIG, KV_HEADS, quiet=True)
+    operations = []
+    with monkeypatch.context() as patch:
+        patch.setattr(prefill, "attend_kernel", kernels[0])
+        patch.setattr(selection, "scan_kernel", kernels[1])
+        for _ in range(2):
+            with Operations() as counted:
+                given = {"scale": SCALE, "router": None, "counters": counters}
+                executor.attend(*states, cache, work, torch.empty_like(states[0]), **given)
+            operations.append(counted.count)
+    return [kernel.launches // 2 for kernel in kernels], *operations
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="PyTorch's operations are counted on the CPU")
+def test_prompts_of_a_step_are_launched_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    two, first, later = launched([192, 256], monkeypatch)
+    many, first_of_many, later_of_many = launched([192, 256, 136, 160, 224, 192, 200], monkeypatch)
+    assert two == many == [1, 1]
+    assert later == later_of_many < first == first_of_many
+
+
+def test_other_sequences_may_be_broken() -> None:
+    """A prompt whose keys, values and queries are NaN spoils no other prompt of its step."""
+    executor = Executor(CONFIG, DIM, torch.float32, kernels=True)
+    waiting = sequences([(150, 150), (200, 200), (100, 100), (180, 180)], None)
+    for broken in waiting[1::2]:
+        for states in (broken.queries, broken.keys, broken.values):
+            states.fill_(torch.nan)
+    cache = empty_cache(1 + sum(len(s.blocks) for s in waiting), executor)
+    outs = step(cache, [(s, s.length) for s in waiting], None, executor)
+    for sequence, out in outs[::2]:
+        torch.testing.assert_close(out.double(), sequence.want, rtol=3e-5, atol=3e-5)
 
 
 def choose(*, backend: str = "triton", cache: torch.dtype = torch.float32, **changes: object) -> Executor:

@@ -4,14 +4,14 @@ import dataclasses
 
 import pytest
 import torch
-from tests.serving.batches import near_in_cache
+from tests.serving.batches import attend_piece, near_in_cache
 
 pytest.importorskip("triton")
 
 from llama_surgery.attention.executor import kernel_moments
 from llama_surgery.config import SurgeryConfig
 from llama_surgery.errors import SurgeryError
-from llama_surgery.serving.paged import PagedStates, attend_piece, side_bytes
+from llama_surgery.serving.paged import PagedStates, side_bytes
 from llama_surgery.serving.paged_kernels import decode_rows
 from llama_surgery.surgery.rows import Part
 

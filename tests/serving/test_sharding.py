@@ -6,10 +6,12 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as processes
+from tests.serving.batches import attend_piece
 
 from llama_surgery.config import SurgeryConfig
 from llama_surgery.errors import SurgeryError
-from llama_surgery.serving.paged import PagedStates, Scheduled, attend_piece, filled_blocks, side_bytes
+from llama_surgery.serving.launches import make_launch
+from llama_surgery.serving.paged import PagedStates, Scheduled, filled_blocks, side_bytes
 from llama_surgery.serving.sharding import RouterShard, kv_heads_of_rank
 
 KV_HEADS, GROUP, DIM, LENGTH = 4, 2, 16, 300
@@ -47,7 +49,7 @@ def layer(rank: int, ranks: int) -> tuple[torch.Tensor, torch.Tensor]:
     cache.write(keys.transpose(0, 1), values.transpose(0, 1), slots)
     entry = Scheduled(0, LENGTH, 0, True, blocks)
     parts, rows = entry.parts(CONFIG), (keys.transpose(0, 1), values.transpose(0, 1))
-    nears = [cache.near(entry, part, *rows) for part in parts]
+    nears = [cache.near(make_launch([(entry, part)], CONFIG, kernels=False), *rows) for part in parts]
     cache.fill(filled_blocks([entry], CONFIG.chunk_size), shard.router())
     given = {"scale": 0.25, "router": shard.router()}
     outs = [

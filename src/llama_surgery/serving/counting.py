@@ -66,15 +66,16 @@ class LayerCounters:
             self.by_tile, self.dense_rows = {}, 0
         return counted
 
-    def add_part(self, part: Part, result: AttentionResult) -> None:
-        """Count one call of consecutive rows of one sequence."""
+    def add_parts(self, parts: list[Part], result: AttentionResult) -> None:
+        """Count one call of consecutive rows of a sequence, or of several, with one tile size."""
         if self.resting:
             return
-        first, last, tile = part
-        blocks = query_blocks(first, last, self.config, tile)
+        blocks = [
+            block for part in parts for block in query_blocks(part.start, part.stop, self.config, part.tile)
+        ]
         dense_rows = sum(block.stop - block.start for block in blocks if not block.closed)
         with COUNTING:
-            self._of(tile).add(result, self.kv_heads, self.config, part)
+            self._of(parts[0].tile).add(result, self.kv_heads, self.config, *parts)
             self.dense_rows += dense_rows
 
     def add_rows(self, count: RowCount, tile: int = 1) -> None:

@@ -2,18 +2,15 @@
 
 import dataclasses
 import functools
+from collections.abc import Iterator
 
 import torch
 
 from llama_surgery.attention.executor import kernels_run
 from llama_surgery.config import SurgeryConfig
 from llama_surgery.serving.counting import LayerCounters, RowCount
-from llama_surgery.serving.paged import (
-    PagedStates,
-    Scheduled,
-    attend_piece,
-    side_bytes,
-)
+from llama_surgery.serving.launches import Launch, launches
+from llama_surgery.serving.paged import PagedStates, Scheduled, attend, side_bytes
 from llama_surgery.surgery.rows import Part
 from llama_surgery.topology.geometry import causal_pairs, first_far
 from llama_surgery.topology.router import PageRouter
@@ -53,11 +50,18 @@ class Batch:
     config: SurgeryConfig
     filled: torch.Tensor
     dense: bool = False
+    _launches: dict[int | None, list[Launch]] = dataclasses.field(default_factory=dict, repr=False)
 
-    @functools.cached_property
-    def parts(self) -> list[tuple[Scheduled, Part]]:
-        """All rows that are computed here, as runs of one sequence with one tile size."""
-        return [(sequence, part) for sequence in self.sequences for part in self._parts(sequence)]
+    def launches(self, heads: int | None) -> list[Launch]:
+        """All rows that are computed here but, where the kernels execute, :attr:`single_rows`.
+
+        Args:
+            heads: Query heads of a layer; None for plain PyTorch.
+        """
+        if heads not in self._launches:
+            parts = self._long_parts() if heads else ((s, p) for s in self.sequences for p in self._parts(s))
+            self._launches[heads] = list(launches(list(parts), self.config, heads))
+        return self._launches[heads]
 
     def _parts(self, sequence: Scheduled) -> list[Part]:
         return sequence.sparse(self.config) if self.dense else sequence.parts(self.config)
@@ -70,14 +74,12 @@ class Batch:
         none_closed = sum(max(0, min(b, first_far(self.config)) - a) for a, b in runs)
         return RowCount(rows, pairs, pairs, none_closed)
 
-    @functools.cached_property
-    def long_parts(self) -> list[tuple[Scheduled, Part]]:
-        """All rows but :attr:`single_rows`."""
-        return [
-            (sequence, part._replace(stop=self._first_single(sequence, part)))
-            for sequence, part in self.parts
-            if part[0] < self._first_single(sequence, part)
-        ]
+    def _long_parts(self) -> Iterator[tuple[Scheduled, Part]]:
+        for sequence in self.sequences:
+            for part in self._parts(sequence):
+                stop = self._first_single(sequence, part)
+                if part.start < stop:
+                    yield sequence, part._replace(stop=stop)
 
     @functools.cached_property
     def single_rows(self) -> SingleRows | None:
@@ -116,7 +118,7 @@ class Executor:
     """Attention of an operated layer on the engine's caches.
 
     Plain PyTorch on any device, one sequence after the other; or the Triton kernels: decode rows of all
-    sequences in one call, pieces of prompts one after the other.
+    sequences in one call, pieces of all prompts in another.
 
     Attributes:
         config: The topology.
@@ -172,16 +174,13 @@ class Executor:
             router: Learned corrections of the layer, or None.
             counters: Count what is read.
         """
-        parts, kv_heads = batch.long_parts if self.kernels else batch.parts, cache.keys.shape[1]
-        nears = [cache.near(sequence, part, keys, values) for sequence, part in parts]
+        parts, kv_heads = batch.launches(queries.shape[1] if self.kernels else None), cache.keys.shape[1]
+        nears = [cache.near(launch, keys, values) for launch in parts]
         cache.fill(batch.filled, router)
-        for (sequence, part), near in zip(parts, nears, strict=True):
-            before = sequence.row - sequence.start
-            rows = slice(before + part.start, before + part.stop)
-            heads, into = (x[rows].unflatten(1, (kv_heads, -1)).permute(1, 2, 0, 3) for x in (queries, out))
-            given = {"scale": scale, "router": router, "out": into}
-            result = attend_piece(heads, near, cache, sequence.blocks, part, **given)
-            counters.add_part(part, result)
+        by_head, into = (x.unflatten(1, (kv_heads, -1)).permute(1, 2, 0, 3) for x in (queries, out))
+        for launch, near in zip(parts, nears, strict=True):
+            result = attend(by_head, near, cache, launch, into, scale=scale, router=router)
+            counters.add_parts([part for _, part in launch.pieces], result)
         single = batch.single_rows if self.kernels else None
         if single is not None:
             from llama_surgery.serving.paged_kernels import decode_rows

@@ -7,15 +7,15 @@ Both depend on the chunk's own tokens alone, so blocks may be shared between seq
 
 import dataclasses
 import functools
-from typing import Any
 
 import torch
 
-from llama_surgery.attention.api import attend
+from llama_surgery.attention import api
 from llama_surgery.attention.call import AttentionCall
 from llama_surgery.attention.executor import build_layout, kernel_features
 from llama_surgery.attention.result import AttentionResult
 from llama_surgery.config import SurgeryConfig
+from llama_surgery.serving.launches import Launch
 from llama_surgery.serving.moves import in_a_row, put, slots, take, take_rows
 from llama_surgery.surgery.rows import Part, parts_of, sparse_parts
 from llama_surgery.topology.geometry import closed_chunks
@@ -40,14 +40,6 @@ class Scheduled:
     row: int
     prefilling: bool
     blocks: torch.Tensor
-    _places: dict[Any, Any] = dataclasses.field(default_factory=dict, compare=False, repr=False)
-
-    def places(self, start: int, stop: int, size: int) -> tuple[torch.Tensor, ...]:
-        """(n,) int64 twice: where tokens lie, block and row of it; made once for all layers."""
-        if (start, stop) not in self._places:
-            position = torch.arange(start, stop, device=self.blocks.device)
-            self._places[start, stop] = self.blocks[position // size], position % size
-        return self._places[start, stop]
 
     def parts(self, config: SurgeryConfig) -> list[Part]:
         """Runs of rows with one tile size. A piece of a prompt that is not its end must end at a multiple of
@@ -234,66 +226,60 @@ class PagedStates:
         )
 
     def near(
-        self, entry: Scheduled, part: Part, keys: torch.Tensor, values: torch.Tensor
+        self, launch: Launch, keys: torch.Tensor, values: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Near field of some rows of a step: keys and values (kv_heads, n, head_dim).
+        """Near fields of some rows of a step, piece after piece: keys and values (kv_heads, n, head_dim).
 
         To be read before the step's chunks are laid out: then those of its rows are in order of position. The
         order in earlier chunks is no matter, as all of these rows see all of them.
 
         Args:
-            entry: The sequence.
-            part: The rows.
+            launch: The rows.
             keys: (rows, kv_heads, head_dim) of the whole step.
             values: Alike.
         """
-        size = self.config.chunk_size
-        since = closed_chunks(part.start, self.config, part.tile) * size
-        if since >= entry.start:
-            rows = slice(entry.row + since - entry.start, entry.row + part.stop - entry.start)
-            kind = self.keys.dtype
-            return keys[rows].transpose(0, 1).to(kind), values[rows].transpose(0, 1).to(kind)
-        block, row = entry.places(since, part.stop, size)
-        return take_rows(self.keys, self.values, block, row)
+        if isinstance(launch.near, tuple):
+            return take_rows(self.keys, self.values, *launch.near)
+        kind = self.keys.dtype
+        return keys[launch.near].transpose(0, 1).to(kind), values[launch.near].transpose(0, 1).to(kind)
 
 
-def attend_piece(
+def attend(
     queries: torch.Tensor,
     near: tuple[torch.Tensor, torch.Tensor],
     cache: PagedStates,
-    blocks: torch.Tensor,
-    part: Part,
+    launch: Launch,
+    out: torch.Tensor,
     *,
-    scale: float | None = None,
+    scale: float,
     router: PageRouter | None = None,
-    out: torch.Tensor | None = None,
 ) -> AttentionResult:
-    """Attention of consecutive rows of one sequence; see :func:`llama_surgery.attention.api.attend`.
+    """Attention of some rows of a step; see :func:`llama_surgery.attention.api.attend`.
 
     The kernels read keys and values of closed chunks where they lie. For plain PyTorch these are copied.
 
     Args:
-        queries: (kv_heads, group, rows, head_dim).
+        queries: (kv_heads, group, rows, head_dim) of the whole step.
         near: Keys and values of the rows' near fields, from :meth:`PagedStates.near`.
         cache: With the rows' closed chunks in tree order.
-        blocks: (chunks,) int64, the sequence's blocks.
-        part: Position of the first row, one past the last one's, and the queries of a tile.
-        scale: Scaling of q·k, default ``head_dim**-0.5``.
+        launch: The rows; for plain PyTorch one piece.
+        out: (kv_heads, group, rows, head_dim) of the whole step, the last stride 1; written.
+        scale: Scaling of q·k.
         router: Learned corrections of the layer, one for every KV head, or None.
-        out: (kv_heads, group, rows, head_dim), the last stride 1, written; or None.
     """
-    far = blocks[: closed_chunks(part.stop - 1, cache.config, part.tile)]
+    far = launch.far
     if cache.kernels:
         from llama_surgery.attention.impl.triton.prefill.launch import attend as prefill
         from llama_surgery.serving.paged_kernels import pooled
 
-        scale = queries.shape[-1] ** -0.5 if scale is None else scale
-        call = AttentionCall(cache.config, "triton", part.tile, scale, router=router)
-        pool = pooled(cache, far) if len(far) else None
-        return prefill(call, queries, *near, pool, start=part.start, out=out)
+        call = AttentionCall(cache.config, "triton", launch.pieces[0][1].tile, scale, router=router)
+        pool = pooled(cache, far, launch.first) if len(far) else None
+        return prefill(call, queries, *near, pool, start=0, pieces=launch.table, out=out)
+    ((sequence, part),) = launch.pieces
+    rows = slice(sequence.row + part.start - sequence.start, sequence.row + part.stop - sequence.start)
     layout = cache.layout(far, queries.dtype) if len(far) else None
     given = dict(config=cache.config, start=part.start, tile=part.tile, scale=scale, router=router)
-    result = attend(queries, *(states.to(queries.dtype) for states in near), layout, **given)
-    if out is not None:
-        out.copy_(result.out)
+    states = (held.to(queries.dtype) for held in near)
+    result = api.attend(queries[:, :, rows], *states, layout, **given)
+    out[:, :, rows] = result.out
     return result

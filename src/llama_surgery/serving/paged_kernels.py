@@ -18,8 +18,11 @@ if TYPE_CHECKING:
     from llama_surgery.serving.paged import PagedStates
 
 
-def pooled(cache: "PagedStates", blocks: torch.Tensor) -> "PooledLayout":
-    """Full chunks of one sequence, ``blocks`` (n,) int64: what pages are scored by copied, the rest not."""
+def pooled(cache: "PagedStates", blocks: torch.Tensor, first: torch.Tensor) -> "PooledLayout":
+    """Full chunks, ``blocks`` (n,) int64: what pages are scored by copied, the rest not.
+
+    ``first`` (pieces,) int64: the block with position 0 of every sequence that reads them.
+    """
     from llama_surgery.attention.impl.triton.job import PooledLayout
 
     pages, width = in_a_row(cache.pages, blocks), 2 * cache.head_dim
@@ -32,7 +35,7 @@ def pooled(cache: "PagedStates", blocks: torch.Tensor) -> "PooledLayout":
         apart,
         pages[..., :width],
         None if cache.mean_values is None else pages[..., width:],
-        cache.first_pages[blocks[:1]][0],
+        cache.first_pages[first],
     )
 
 

@@ -83,8 +83,8 @@ class Counters:
         parts += [[counts[name == "pages"]] * kv_heads for kv_heads, counts in self.whole.items()]
         return [sum(column) for column in zip(*parts, strict=True)]
 
-    def add(self, result: AttentionResult, kv_heads: int, config: SurgeryConfig, part: Part) -> None:
-        """Count one call: ``result`` of the rows ``part`` of (sequences * kv_heads) streams."""
+    def add(self, result: AttentionResult, kv_heads: int, config: SurgeryConfig, *parts: Part) -> None:
+        """Count one call: ``result`` of the rows ``parts`` of (sequences * kv_heads) streams."""
         streams, page_size = len(result.out), config.page_size
         sequences = streams // kv_heads
         read = [
@@ -95,7 +95,8 @@ class Counters:
         ]
         with COUNTING:
             self.choosers = max([self.choosers, *(len(p.counts) // streams for p in result.plans)])
-            self.count_rows(part.start, part.stop, config, part.tile, sequences)
+            for part in parts:
+                self.count_rows(part.start, part.stop, config, part.tile, sequences)
             for counts in read or [torch.zeros(3, kv_heads, dtype=torch.int64, device=result.out.device)]:
                 self._add(counts)
 

@@ -31,6 +31,7 @@ from llama_surgery.attention.impl.triton.gated import launch as gated
 from llama_surgery.attention.impl.triton.hopper import attend_kernel as hopper_attend_kernel
 from llama_surgery.attention.impl.triton.hopper import launch as hopper
 from llama_surgery.attention.impl.triton.layout import launch as layout
+from llama_surgery.attention.impl.triton.pieces import Piece, PieceTable
 from llama_surgery.attention.impl.triton.prefill import launch as prefill
 from llama_surgery.attention.impl.triton.select import launch as selection
 from llama_surgery.attention.impl.triton.tiled_plan import TiledPlan
@@ -265,12 +266,12 @@ def compile_all(
     layout.build_layout(keys[:, :1536], keys[:, :1536], config, learned)
     extra: dict[str, Any] = {"softcap": 50.0, "sink_logit": torch.zeros(8, heads)} if wide else {}
 
-    def attend(rule: SurgeryConfig, rows: int, chunks: Any, router: PageRouter | None = None) -> None:
+    def attend(
+        rule: SurgeryConfig, rows: int, chunks: Any, router: PageRouter | None = None, **more: Any
+    ) -> None:
         call = call_of(rule, states, softcap=extra.get("softcap"), router=router)
-        near = keys[:, :rows]
-        prefill.attend(
-            call, states[:, :, :rows], near, near, chunks, start=0, sink_logit=extra.get("sink_logit")
-        )
+        near, more = keys[:, :rows], more | {"sink_logit": extra.get("sink_logit")}
+        prefill.attend(call, states[:, :, :rows], near, near, chunks, start=0, **more)
 
     bare = dataclasses.replace(config, summary="none")
     # What differs most comes first: little is left to do for those that spare.
@@ -279,7 +280,9 @@ def compile_all(
     full, blocks, sinks = keys[:, :1536], torch.zeros(3, dtype=torch.int64), torch.zeros(8, dtype=torch.int32)
     features = job.features_of(built, dtype)
     pool = job.PooledLayout(full, full, blocks, 512, features, built.mean_values, sinks)
-    attend(config, length, pool)
+    attend(
+        config, length, pool, pieces=PieceTable([Piece(0, length, 0, 0, 0)], config, config.tile, keys.device)
+    )
     # Pages that only the kernels for any GPU take.
     large = dataclasses.replace(config, page_size=128)
     attend(large, length, build_layout(keys[:, :1536], keys[:, :1536], large))

@@ -106,6 +106,14 @@ class TestEmulated:
         with emulated(monkeypatch):
             test_prefill.check_pool(test_prefill.inputs(LLAMA, config, device), config)
 
+    def test_pieces_of_several_sequences(self, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+        case = test_prefill.Case(90, 333, 2, 64, dtype=torch.float16)
+        others = [dataclasses.replace(case, rows=rows, past=past) for rows, past in ((300, 0), (40, 536))]
+        with emulated(monkeypatch):
+            test_prefill.check_pieces(
+                [case, *others], dataclasses.replace(CONFIG, page_size=32), device, 2e-3
+            )
+
     def test_many_programs(self, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
         """More than there is to do, or one for everything."""
         case = test_prefill.Case(64, 600, 1, 64, dtype=torch.float16)
@@ -126,6 +134,13 @@ class TestAgainstPortableKernels:
         config = dataclasses.replace(CONFIG, page_size=page)
         case = test_prefill.Case(517, 1111, 4, 128, dtype=torch.bfloat16)
         test_prefill.check_pool(test_prefill.inputs(case, config, device), config)
+
+    @pytest.mark.parametrize("page", [16, 32, 64])
+    def test_pieces_of_several_sequences(self, page: int, device: torch.device) -> None:
+        case = test_prefill.Case(517, 1111, 4, 128, dtype=torch.bfloat16)
+        others = [dataclasses.replace(case, rows=rows, past=past) for rows, past in ((300, 0), (4000, 960))]
+        config = dataclasses.replace(CONFIG, page_size=page)
+        test_prefill.check_pieces([case, *others], config, device, 2e-2)
 
     @pytest.mark.parametrize(
         ("heads", "dim", "dtype", "page"),

@@ -11,13 +11,14 @@ from tests.attention.triton.calls import called
 
 from llama_surgery.attention import api
 from llama_surgery.attention.impl.triton import job
+from llama_surgery.attention.impl.triton.pieces import BEHIND, Piece, PieceTable
 from llama_surgery.attention.impl.triton.prefill import launch as prefill
 from llama_surgery.attention.impl.triton.tiled_plan import TiledPlan
 from llama_surgery.attention.impl.triton.tuning import Tuning
 from llama_surgery.attention.result import AttentionResult
 from llama_surgery.config import SurgeryConfig
 from llama_surgery.errors import SurgeryError
-from llama_surgery.topology.geometry import query_blocks
+from llama_surgery.topology.geometry import closed_chunks, query_blocks
 from llama_surgery.topology.layout import Layout, build_layout
 from llama_surgery.topology.plan import Plan, plan_from_first_open
 from llama_surgery.topology.router import PageRouter
@@ -99,6 +100,56 @@ def check_pool(given: dict[str, object], config: SurgeryConfig) -> None:
     assert got.out is out and torch.equal(got.lse, want.lse) and torch.equal(out, want.out)
 
 
+def check_pieces(cases: list[Case], config: SurgeryConfig, device: torch.device, tolerance: float) -> None:
+    """Rows of several sequences in one call are what each is alone; nobody sees another's numbers."""
+    alone = [inputs(case, config, device) for case in cases]
+    wants = [called(prefill.attend, **given, config=config) for given in alone]  # type: ignore[arg-type]
+    each, behind, unused = config.pages_per_chunk, BEHIND, 3
+    parts: dict[str, list[torch.Tensor]] = {name: [] for name in ("q", "k", "v", "far", "sinks")}
+    pieces, row, near, page, chunks = [], unused, 0, 0, [0]
+    for case, given in zip(cases, alone, strict=True):
+        layout = in_a_pool(given["layout"], config)  # type: ignore[arg-type]
+        stop, more = case.past + case.rows, -(-behind // each)
+        since = closed_chunks(case.past, config, config.tile) * config.chunk_size
+        pieces.append(Piece(case.past, stop, row, near + since, page))
+        parts["q"].append(torch.nn.functional.pad(given["queries"], (0, 0, unused, 0), value=torch.nan))  # type: ignore[arg-type]
+        for name, states in (("k", given["near_keys"]), ("v", given["near_values"])):
+            parts[name].append(torch.nn.functional.pad(states, (0, 0, 0, behind)))  # type: ignore[arg-type]
+        own = torch.cat((layout.features, layout.mean_values.to(layout.features)), -1)  # type: ignore[union-attr]
+        parts["far"].append(torch.nn.functional.pad(own, (0, 0, 0, more * each)))
+        parts["sinks"].append(layout.sink_page)
+        row, near = row + case.rows + unused, near + stop + behind
+        page, chunks = page + own.shape[1] + more * each, [*chunks, len(layout.blocks) + more]  # type: ignore[arg-type]
+    far, dim = torch.cat(parts["far"], 1), cases[0].dim
+    held = [torch.zeros(len(far), page * config.page_size, dim).to(parts["k"][0]) for _ in range(2)]
+    for index, given in enumerate(alone):
+        first = sum(chunks[: index + 1]) * config.chunk_size
+        for pool, states in zip(held, (given["layout"].keys, given["layout"].values), strict=True):  # type: ignore[attr-defined]
+            pool[:, first : first + states.shape[1]] = states
+    sinks = torch.stack(parts["sinks"])
+    blocks = torch.arange(page // each, device=device)
+    pooled = job.PooledLayout(
+        *held, blocks, config.chunk_size, far[..., : 2 * dim], far[..., 2 * dim :].contiguous(), sinks
+    )
+    table, queries = PieceTable(pieces, config, config.tile, device), torch.cat(parts["q"], 2)
+    given = {
+        "queries": queries,
+        "near_keys": torch.cat(parts["k"], 1),
+        "near_values": torch.cat(parts["v"], 1),
+    }
+    out = torch.full_like(queries, torch.nan)
+    got = called(prefill.attend, **given, layout=pooled, start=0, config=config, pieces=table, out=out)
+    page_size = config.page_size
+    for piece, want in zip(pieces, wants, strict=True):
+        rows = slice(piece.row, piece.row + piece.stop - piece.start)
+        torch.testing.assert_close(out[:, :, rows], want.out, rtol=tolerance, atol=tolerance)
+        torch.testing.assert_close(got.lse[:, :, rows], want.lse, rtol=tolerance, atol=tolerance)
+    assert len(got.plans) == 1 and out.isnan().any(-1).sum() == len(cases) * unused * out[..., 0, 0].numel()
+    for name in ("executed_pairs", "visible_pairs"):
+        counted = [sum(getattr(plan, name)(page_size) for plan in want.plans) for want in wants]
+        assert torch.equal(getattr(got.plans[0], name)(page_size), sum(counted)), name
+
+
 def block_plans(tiled: TiledPlan, config: SurgeryConfig) -> list[Plan]:
     """The same plan, cut into the blocks of rows of equal closed chunks."""
     first_open, plans = tiled.first_open(), []
@@ -157,6 +208,11 @@ class TestAgainstReference:
     @pytest.mark.parametrize("dim", [64, 80])
     def test_head_dims(self, dim: int, device: torch.device) -> None:
         check(Case(40, 120, 2, dim, streams=1), CONFIG, device)
+
+    @pytest.mark.parametrize("tile", [16, 64])
+    def test_pieces_of_several_sequences(self, tile: int, device: torch.device) -> None:
+        config = dataclasses.replace(CONFIG, tile=tile, window=64)
+        check_pieces([Case(83, 121), Case(64, 0), Case(8, 312), Case(200, 128)], config, device, 2e-5)
 
     def test_softcap(self, device: torch.device) -> None:
         check(Case(64, 128, softcap=3.0), CONFIG, device)

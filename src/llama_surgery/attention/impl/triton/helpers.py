@@ -73,6 +73,15 @@ def closed_chunks(first_position, CHUNK: tl.constexpr, WINDOW: tl.constexpr, den
 
 
 @triton.jit
+def of_piece(pieces_ptr, tile, FIELD: tl.constexpr, given):
+    """``given``, or with ``pieces_ptr`` a field of a tile's row of a :class:`~.pieces.PieceTable`."""
+    if pieces_ptr is None:
+        return given
+    else:
+        return tl.load(pieces_ptr + tile * 8 + FIELD)
+
+
+@triton.jit
 def first_slot(page, blocks_ptr, block_slots, CHUNK: tl.constexpr, PAGE: tl.constexpr):
     """Where pages begin among the keys: chunks follow each other or, with ``blocks_ptr`` (chunks,) int64, are
     blocks that begin ``block_slots`` apart."""

@@ -13,6 +13,7 @@ from llama_surgery.attention.impl.common import differentiable
 from llama_surgery.attention.impl.triton import LARGEST_SQUARE
 from llama_surgery.attention.impl.triton.helpers import exact_products, launching, pad_to_power
 from llama_surgery.attention.impl.triton.layout.feature_kernel import feature_kernel
+from llama_surgery.attention.impl.triton.pieces import PieceTable
 from llama_surgery.attention.impl.triton.tuning import Tuning, family_of, tuning_for
 from llama_surgery.config import SurgeryConfig
 from llama_surgery.topology.geometry import closed_chunks
@@ -42,7 +43,7 @@ class Strip(NamedTuple):
 
 
 class PooledLayout(NamedTuple):
-    """Full chunks of one sequence in blocks of a pool, an engine's cache: keys and values lie where they are.
+    """Full chunks in blocks of a pool, an engine's cache: keys and values lie where they are.
 
     Attributes:
         keys: (streams, slots, head_dim) of the whole pool, the last stride 1; each chunk in tree order.
@@ -51,7 +52,8 @@ class PooledLayout(NamedTuple):
         block_slots: From one block's first slot to the next one's.
         features: See :class:`Layout`.
         mean_values: See :class:`Layout`.
-        sink_page: (streams,) int32, the page that holds position 0.
+        sink_page: (streams,) int32, the page that holds position 0; of several pieces (pieces, streams), each
+            within its own pages.
     """
 
     keys: torch.Tensor
@@ -84,6 +86,7 @@ class Job:
             in for pages; else None.
         sink_logit: (streams, heads), or None.
         router: Learned corrections, for streams, contiguous; every part may be None.
+        pieces: The rows, where they are several sequences'; else None, and they begin at ``start``.
     """
 
     queries: torch.Tensor
@@ -100,6 +103,7 @@ class Job:
     scale: float
     softcap: float | None
     tuning: Tuning
+    pieces: PieceTable | None = None
 
     @property
     def blocks(self) -> tuple[torch.Tensor | None, int]:
@@ -123,6 +127,8 @@ class Job:
 
     def whole(self) -> Strip:
         """All tiles as one strip."""
+        if self.pieces is not None:
+            return Strip(0, len(self.pieces.fields), self.pieces.pages)
         first, last = self.start // self.tile, (self.stop - 1) // self.tile
         return Strip(first, last - first + 1, self.pages_of(last))
 
@@ -132,7 +138,10 @@ class Job:
         return closed * self.config.pages_per_chunk
 
     def strips(self) -> Iterator[Strip]:
-        """Cut the tiles so that the lists of one strip stay within STRIP_BYTES."""
+        """Cut the tiles so that the lists of one strip stay within STRIP_BYTES; those of pieces are."""
+        if self.pieces is not None:
+            yield self.whole()
+            return
         first, tiles, _ = self.whole()
         room = STRIP_BYTES // (4 * self.queries.shape[0])
         last = first + tiles
@@ -153,6 +162,7 @@ def make_job(
     *,
     start: int,
     sink_logit: torch.Tensor | None = None,
+    pieces: PieceTable | None = None,
 ) -> Job:
     """Prepare a call, queries (streams, heads, rows, head_dim). See :func:`attend`."""
     config, tile, streams = call.config, call.tile, queries.shape[0]
@@ -163,7 +173,7 @@ def make_job(
         queries = queries.flatten(0, 1).unsqueeze(1)
     features = means = None
     last = start + queries.shape[2] - 1
-    if layout is not None and closed_chunks(last, config, tile):
+    if layout is not None and (pieces is not None or closed_chunks(last, config, tile)):
         features = features_of(layout, queries.dtype)
         if config.summarises(tile):
             assert layout.mean_values is not None
@@ -188,6 +198,7 @@ def make_job(
             queries.element_size(),
             exact_products(queries.dtype),
         ),
+        pieces,
     )
 
 

@@ -7,9 +7,10 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from llama_surgery.attention.impl.triton.job import Job, Strip
 
 
-def placed_rows(job: Job, strip: Strip) -> tuple[int, ...]:
+def placed_rows(job: Job, strip: Strip) -> tuple[torch.Tensor | int | None, ...]:
     """Arguments of kernels that read the near field: which rows are given, and where keys and tiles begin."""
-    return job.start, job.stop, job.near_start, strip.first_tile, job.config.dense_until
+    pieces = None if job.pieces is None else job.pieces.fields
+    return pieces, job.start, job.stop, job.near_start, strip.first_tile, job.config.dense_until
 
 
 def heads_of_tile(heads: int, rows: int, tile_pad: int) -> int:

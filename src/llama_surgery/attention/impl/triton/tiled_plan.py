@@ -4,6 +4,7 @@ import dataclasses
 
 import torch
 
+from llama_surgery.attention.impl.triton.pieces import PieceTable
 from llama_surgery.topology.geometry import Block
 
 #: A list entry is ``page * ENTRY + first_open``.
@@ -23,6 +24,7 @@ class TiledPlan:
         entries: (choosers, tiles, capacity) int32 lists, the first ``counts`` of each are valid: ascending
             ``page * ENTRY + first_open``; None where they were not kept.
         pages: Closed pages of the last tile, where the lists have no room for as many.
+        pieces: Where the tiles are several sequences': then only what is counted has a meaning.
     """
 
     start: int
@@ -32,6 +34,7 @@ class TiledPlan:
     rows_seen: torch.Tensor
     entries: torch.Tensor | None = None
     pages: int = 0
+    pieces: PieceTable | None = None
 
     def trimmed(self) -> "TiledPlan":
         """The same plan with lists as long as the longest of them, the rest of their memory given back.
@@ -50,6 +53,8 @@ class TiledPlan:
 
     def executed_pairs(self, page_size: int) -> torch.Tensor:
         """(choosers,) int64: (query, key) pairs the far pass reads for one query head."""
+        if self.pieces is not None:
+            return (self.counts * self.pieces.fields[:, 7]).sum(1) * page_size
         pairs = self.counts.sum(1) * (self.tile * page_size)
         for place, missing in ((0, self.start % self.tile), (-1, -self.stop % self.tile)):
             if missing:  # rows of the first or last tile

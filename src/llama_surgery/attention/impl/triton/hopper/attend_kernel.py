@@ -17,12 +17,14 @@ from llama_surgery.attention.impl.triton.hopper.helpers import (
     begin_fill,
     closed_chunks,
     fetch,
+    fetch_page,
     first_slot,
     hand_out,
     in_pieces,
     make_ring,
     make_room,
     make_ticket,
+    of_piece,
     products_with,
     release,
     take,
@@ -35,15 +37,16 @@ TILE = gl.constexpr(64)
 
 @gluon.jit
 def _place(
-    work, tiles, first_tile, dense_until, GROUP: gl.constexpr, CHUNK: gl.constexpr, WINDOW: gl.constexpr
-):
+    work, tiles, pieces_ptr, first_tile, dense_until,
+    GROUP: gl.constexpr, CHUNK: gl.constexpr, WINDOW: gl.constexpr,
+):  # fmt: skip
     """Of a unit of work: chooser, tile, its first query, begin of its near keys, and how many blocks of them
     every row sees whole. Behind those lies the block with the diagonal."""
     stream = work // (tiles * GROUP)
     rest = work % (tiles * GROUP)
     # Long rows first: none of them is left over in the end. Heads of a group read the same near keys in turn.
     tile = tiles - 1 - rest // GROUP
-    q_first = (first_tile + tile) * TILE
+    q_first = of_piece(pieces_ptr, tile, 0, (first_tile + tile) * TILE)
     begin = closed_chunks(q_first, CHUNK, WINDOW, dense_until) * CHUNK
     return stream * GROUP + rest % GROUP, tile, q_first, begin, (q_first + 1 - begin) // BLOCK
 
@@ -61,20 +64,10 @@ def _pages(entries_ptr, counts_ptr, chooser, tile, tiles, capacity, FAR: gl.cons
 
 
 @gluon.jit
-def _fetch_page(descriptor, stream, slot, full, room, place, SLABS: gl.constexpr, PER: gl.constexpr):
-    """Load the keys or values of a page, a slab of 64 channels at a time: so a block lies in shared memory.
-
-    ``room`` holds (PAGE, 64) pieces, ``place`` is the one of the page's first slab.
-    """
-    for slab in gl.static_range(SLABS):
-        fetch(descriptor, [stream, slot, slab * 64], full, room.index(place + slab * PER))
-
-
-@gluon.jit
 def _load(
     half, q, near_k, near_v, far_k, far_v, blocks_ptr, block_slots, entries_ptr, counts_ptr, taken_ptr,
     q_room, ticket, key_ring, value_ring,
-    choosers, tiles, capacity, start, near_start, first_tile, dense_until,
+    choosers, tiles, capacity, pieces_ptr, start, near_start, first_tile, dense_until,
     GROUP: gl.constexpr, DIM: gl.constexpr, CHUNK: gl.constexpr, WINDOW: gl.constexpr, PAGE: gl.constexpr,
     FAR: gl.constexpr, KEY_STAGES: gl.constexpr, VALUE_STAGES: gl.constexpr,
 ):  # fmt: skip
@@ -91,17 +84,19 @@ def _load(
     work = gl.program_id(0) * 2 + half
     while work < choosers * tiles:
         chooser, tile, q_first, begin, whole = _place(
-            work, tiles, first_tile, dense_until, GROUP, CHUNK, WINDOW
+            work, tiles, pieces_ptr, first_tile, dense_until, GROUP, CHUNK, WINDOW
         )
         stream = chooser // GROUP
+        origin = of_piece(pieces_ptr, tile, 1, start)
+        near_first = of_piece(pieces_ptr, tile, 4, near_start)
         arrived = hand_out(ticket, turn, work)
         mbarrier.expect(arrived, TILE * DIM * 2)
-        fetch(q, [chooser, q_first - start, 0], arrived, q_room.index(half))
+        fetch(q, [chooser, q_first - origin, 0], arrived, q_room.index(half))
         turn += 1
         count, entries = _pages(entries_ptr, counts_ptr, chooser, tile, tiles, capacity, FAR)
         # The block with the diagonal comes first.
         for index in range(1 + whole):
-            at = begin + gl.where(index == 0, whole, index - 1) * BLOCK - near_start
+            at = begin + gl.where(index == 0, whole, index - 1) * BLOCK - near_first
             room, full = begin_fill(key_ring, step, bytes_of_block, KEY_STAGES)
             fetch(near_k, [stream, at, 0], full, room)
             room, full = begin_fill(value_ring, step, bytes_of_block, VALUE_STAGES)
@@ -115,13 +110,13 @@ def _load(
                     entry = gl.load(entries + place + page, mask=place + page < count, other=0)
                     piece = step % KEY_STAGES * slabs * per + page
                     slot = first_slot(entry // ENTRY, blocks_ptr, block_slots, CHUNK, PAGE)
-                    _fetch_page(far_k, stream, slot, full, key_pages, piece, slabs, per)
+                    fetch_page(far_k, stream, slot, full, key_pages, piece, slabs, per)
                 _, full = begin_fill(value_ring, step, bytes_of_block, VALUE_STAGES)
                 for page in gl.static_range(per):
                     entry = gl.load(entries + place + page, mask=place + page < count, other=0)
                     piece = step % VALUE_STAGES * slabs * per + page
                     slot = first_slot(entry // ENTRY, blocks_ptr, block_slots, CHUNK, PAGE)
-                    _fetch_page(far_v, stream, slot, full, value_pages, piece, slabs, per)
+                    fetch_page(far_v, stream, slot, full, value_pages, piece, slabs, per)
                 step += 1
         work = 2 * gl.num_programs(0) + gl.atomic_add(taken_ptr, 1)
     mbarrier.arrive(hand_out(ticket, turn, work), count=1)
@@ -140,7 +135,7 @@ def _weigh(products, total, top, factor):
 def _attend(
     half, q_room, ticket, key_ring, value_ring, entries_ptr, counts_ptr, sink_ptr, out_ptr, lse_ptr,
     out_chooser, out_row, lse_chooser,
-    choosers, tiles, capacity, start, stop, first_tile, dense_until, factor,
+    choosers, tiles, capacity, pieces_ptr, start, stop, first_tile, dense_until, factor,
     GROUP: gl.constexpr, DIM: gl.constexpr, CHUNK: gl.constexpr, WINDOW: gl.constexpr, PAGE: gl.constexpr,
     FAR: gl.constexpr, SUMMARY: gl.constexpr, SINK: gl.constexpr, KEY_STAGES: gl.constexpr,
     VALUE_STAGES: gl.constexpr,
@@ -162,18 +157,21 @@ def _attend(
     work = take(ticket, turn)
     while work < choosers * tiles:
         chooser, tile, q_first, begin, whole = _place(
-            work, tiles, first_tile, dense_until, GROUP, CHUNK, WINDOW
+            work, tiles, pieces_ptr, first_tile, dense_until, GROUP, CHUNK, WINDOW
         )
+        origin = of_piece(pieces_ptr, tile, 1, start)
+        low = of_piece(pieces_ptr, tile, 2, start)
+        high = of_piece(pieces_ptr, tile, 3, stop)
         q = q_room.index(half).reshape([TILE, DIM]).load(gl.DotOperandLayout(0, scores, 2))
         release(ticket, 0, 1)
         turn += 1
         count, entries = _pages(entries_ptr, counts_ptr, chooser, tile, tiles, capacity, FAR)
         position = q_first + row
-        live = (position >= start) & (position < stop)
+        live = (position >= low) & (position < high)
         position_wide = q_first + row_wide
-        live_wide = (position_wide >= start) & (position_wide < stop)
-        lse_cells = lse_ptr + chooser.to(gl.int64) * lse_chooser + (position - start).to(gl.int64)
-        place = chooser.to(gl.int64) * out_chooser + (position_wide - start).to(gl.int64) * out_row
+        live_wide = (position_wide >= low) & (position_wide < high)
+        lse_cells = lse_ptr + chooser.to(gl.int64) * lse_chooser + (position - origin).to(gl.int64)
+        place = chooser.to(gl.int64) * out_chooser + (position_wide - origin).to(gl.int64) * out_row
         out_cells = out_ptr + place[:, None] + column[None, :]
         acc = gl.zeros([TILE, DIM], gl.float32, sums)
         top = gl.full([TILE], FLOOR, gl.float32, rows)
@@ -198,7 +196,7 @@ def _attend(
         products = warpgroup_mma_wait(0, [products_with(q, keys, nothing)])
         release(key_ring, step, KEY_STAGES)
         at = begin + whole * BLOCK + key
-        visible = (at[None, :] <= position[:, None]) & (at < stop)[None, :]
+        visible = (at[None, :] <= position[:, None]) & (at < high)[None, :]
         products = gl.where(visible, products, float("-inf"))
         weights, total, top, decay = _weigh(products, total, top, factor)
         weights = gl.convert_layout(weights.to(dtype), factors)
@@ -245,7 +243,7 @@ def _attend(
 def hopper_attend_kernel(
     q, near_k, near_v, far_k, far_v, blocks_ptr, block_slots, entries_ptr, counts_ptr, taken_ptr,
     sink_ptr, out_ptr, lse_ptr, out_chooser, out_row, lse_chooser,
-    choosers, tiles, capacity, start, stop, near_start, first_tile, dense_until, factor,
+    choosers, tiles, capacity, pieces_ptr, start, stop, near_start, first_tile, dense_until, factor,
     GROUP: gl.constexpr, DIM: gl.constexpr, CHUNK: gl.constexpr, WINDOW: gl.constexpr, PAGE: gl.constexpr,
     FAR: gl.constexpr, SUMMARY: gl.constexpr, SINK: gl.constexpr, KEY_STAGES: gl.constexpr,
     VALUE_STAGES: gl.constexpr,
@@ -256,8 +254,8 @@ def hopper_attend_kernel(
     of near keys has the diagonal; BLOCK is one page or several. ``q`` loads (1, TILE, DIM), near keys and
     values (1, BLOCK, DIM), far ones (1, PAGE, 64). With SUMMARY rows of tiles that have closed chunks go on
     from what is in ``out`` and ``lse``. ``taken`` int32 counts units of work handed out beyond each program's
-    first two and begins at 0; ``factor`` is the scale of logits times log2 e. Lists, sinks, blocks and
-    outputs are those of ``attend_kernel``. Grid: (as many programs as are to run at a time,).
+    first two and begins at 0; ``factor`` is the scale of logits times log2 e. Lists, sinks, blocks, pieces
+    and outputs are those of ``attend_kernel``. Grid: (as many programs as are to run at a time,).
     """
     q_room = make_room(q, 2)
     first_keys = make_ring(make_room(near_k, KEY_STAGES), KEY_STAGES, 1)
@@ -271,25 +269,25 @@ def hopper_attend_kernel(
             (_attend, (
                 0, q_room, first_ticket, first_keys, first_values, entries_ptr, counts_ptr, sink_ptr, out_ptr,
                 lse_ptr, out_chooser, out_row, lse_chooser,
-                choosers, tiles, capacity, start, stop, first_tile, dense_until, factor,
+                choosers, tiles, capacity, pieces_ptr, start, stop, first_tile, dense_until, factor,
                 GROUP, DIM, CHUNK, WINDOW, PAGE, FAR, SUMMARY, SINK, KEY_STAGES, VALUE_STAGES,
             )),
             (_attend, (
                 1, q_room, second_ticket, second_keys, second_values, entries_ptr, counts_ptr, sink_ptr,
                 out_ptr, lse_ptr, out_chooser, out_row, lse_chooser,
-                choosers, tiles, capacity, start, stop, first_tile, dense_until, factor,
+                choosers, tiles, capacity, pieces_ptr, start, stop, first_tile, dense_until, factor,
                 GROUP, DIM, CHUNK, WINDOW, PAGE, FAR, SUMMARY, SINK, KEY_STAGES, VALUE_STAGES,
             )),
             (_load, (
                 0, q, near_k, near_v, far_k, far_v, blocks_ptr, block_slots, entries_ptr, counts_ptr,
                 taken_ptr, q_room, first_ticket, first_keys, first_values,
-                choosers, tiles, capacity, start, near_start, first_tile, dense_until,
+                choosers, tiles, capacity, pieces_ptr, start, near_start, first_tile, dense_until,
                 GROUP, DIM, CHUNK, WINDOW, PAGE, FAR, KEY_STAGES, VALUE_STAGES,
             )),
             (_load, (
                 1, q, near_k, near_v, far_k, far_v, blocks_ptr, block_slots, entries_ptr, counts_ptr,
                 taken_ptr, q_room, second_ticket, second_keys, second_values,
-                choosers, tiles, capacity, start, near_start, first_tile, dense_until,
+                choosers, tiles, capacity, pieces_ptr, start, near_start, first_tile, dense_until,
                 GROUP, DIM, CHUNK, WINDOW, PAGE, FAR, KEY_STAGES, VALUE_STAGES,
             )),
         ],

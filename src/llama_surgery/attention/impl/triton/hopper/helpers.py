@@ -23,6 +23,15 @@ closed_chunks = gluon.jit(helpers.closed_chunks.fn)
 
 
 @gluon.jit
+def of_piece(pieces_ptr, tile, FIELD: gl.constexpr, given):
+    """The helper of that name for any GPU, whose load is not Gluon's."""
+    if pieces_ptr is None:
+        return given
+    else:
+        return gl.load(pieces_ptr + tile * 8 + FIELD)
+
+
+@gluon.jit
 def first_slot(page, blocks_ptr, block_slots, CHUNK: gl.constexpr, PAGE: gl.constexpr):
     """The helper of that name for any GPU, whose load is not Gluon's."""
     if blocks_ptr is None:
@@ -38,6 +47,16 @@ def make_room(descriptor, COUNT: gl.constexpr):
     """COUNT buffers in shared memory for what a descriptor loads."""
     shape: gl.constexpr = [COUNT] + descriptor.block_type.shape  # noqa: RUF005 (Gluon knows no stars)
     return gl.allocate_shared_memory(descriptor.dtype, shape, descriptor.layout)
+
+
+@gluon.jit
+def fetch_page(descriptor, stream, slot, full, room, place, SLABS: gl.constexpr, PER: gl.constexpr):
+    """Load the keys or values of a page, a slab of 64 channels at a time: so a block lies in shared memory.
+
+    ``room`` holds (PAGE, 64) pieces, ``place`` is the one of the page's first slab.
+    """
+    for slab in gl.static_range(SLABS):
+        fetch(descriptor, [stream, slot, slab * 64], full, room.index(place + slab * PER))
 
 
 if hasattr(gl.shared_memory_descriptor, "reinterpret"):

@@ -12,6 +12,7 @@ from llama_surgery.attention.impl.triton.helpers import (
     closed_chunks,
     first_slot,
     load_rows,
+    of_piece,
     softmax_step,
 )
 
@@ -20,66 +21,22 @@ from llama_surgery.attention.impl.triton.helpers import (
     do_not_specialize=["tiles", "capacity", "start", "stop", "near_start", "first_tile", "dense_until"],
 )
 def attend_kernel(
-    q_ptr,
-    near_k,
-    near_v,
-    far_k,
-    far_v,
-    far_k_ptr,
-    far_v_ptr,
-    blocks_ptr,
-    block_slots,
-    entries_ptr,
-    counts_ptr,
-    sink_ptr,
-    out_ptr,
-    lse_ptr,
-    q_chooser,
-    q_head,
-    q_row,
-    far_k_stream,
-    far_k_row,
-    far_v_stream,
-    far_v_row,
-    out_chooser,
-    out_head,
-    out_row,
-    lse_chooser,
-    lse_head,
-    tiles,
-    capacity,
-    start,
-    stop,
-    near_start,
-    first_tile,
-    dense_until,
-    scale,
-    softcap,
-    GROUP: tl.constexpr,
-    HEADS: tl.constexpr,
-    HEADS_BLOCK: tl.constexpr,
-    TILE: tl.constexpr,
-    TILE_PAD: tl.constexpr,
-    DIM: tl.constexpr,
-    DIM_PAD: tl.constexpr,
-    VALUE_DIM: tl.constexpr,
-    VALUE_PAD: tl.constexpr,
-    CHUNK: tl.constexpr,
-    WINDOW: tl.constexpr,
-    PAGE: tl.constexpr,
-    PAGE_PAD: tl.constexpr,
-    PAGES_PER_STEP: tl.constexpr,
-    BLOCK_NEAR: tl.constexpr,
-    FAR: tl.constexpr,
-    SUMMARY: tl.constexpr,
-    SINK: tl.constexpr,
-    CAP: tl.constexpr,
-):
+    q_ptr, near_k, near_v, far_k, far_v, far_k_ptr, far_v_ptr, blocks_ptr, block_slots, entries_ptr,
+    counts_ptr, sink_ptr, out_ptr, lse_ptr, q_chooser, q_head, q_row, far_k_stream, far_k_row, far_v_stream,
+    far_v_row, out_chooser, out_head, out_row, lse_chooser, lse_head, tiles, capacity, pieces_ptr, start,
+    stop, near_start, first_tile, dense_until, scale, softcap,
+    GROUP: tl.constexpr, HEADS: tl.constexpr, HEADS_BLOCK: tl.constexpr, TILE: tl.constexpr,
+    TILE_PAD: tl.constexpr, DIM: tl.constexpr, DIM_PAD: tl.constexpr, VALUE_DIM: tl.constexpr,
+    VALUE_PAD: tl.constexpr, CHUNK: tl.constexpr, WINDOW: tl.constexpr, PAGE: tl.constexpr,
+    PAGE_PAD: tl.constexpr, PAGES_PER_STEP: tl.constexpr, BLOCK_NEAR: tl.constexpr, FAR: tl.constexpr,
+    SUMMARY: tl.constexpr, SINK: tl.constexpr, CAP: tl.constexpr,
+):  # fmt: skip
     """One program: one tile of queries times HEADS_BLOCK heads of its chooser.
 
     Row m of the matrix tile is query ``m % TILE_PAD`` of head ``m // TILE_PAD``. Grid: (tiles of this
     launch * blocks of heads, choosers), GROUP choosers to a stream of keys. ``start … stop`` are the
-    positions of the queries given, ``first_tile`` is the launch's first tile counted from position 0.
+    positions of the queries given, ``first_tile`` is the launch's first tile counted from position 0; with
+    ``pieces_ptr`` tiles are those of a :class:`~.pieces.PieceTable`, and so are these.
     With SUMMARY rows of tiles that have closed chunks go on from what is in ``out`` and ``lse``.
     ``blocks_ptr`` and ``block_slots`` are for :func:`first_slot`.
     """
@@ -92,10 +49,14 @@ def attend_kernel(
     m = tl.arange(0, rows)
     row = m % TILE_PAD
     head = (tl.program_id(0) % head_blocks) * HEADS_BLOCK + m // TILE_PAD
-    q_first = (first_tile + tile) * TILE
+    q_first = of_piece(pieces_ptr, tile, 0, (first_tile + tile) * TILE)
+    origin = of_piece(pieces_ptr, tile, 1, start)
+    start = of_piece(pieces_ptr, tile, 2, start)
+    stop = of_piece(pieces_ptr, tile, 3, stop)
+    near_start = of_piece(pieces_ptr, tile, 4, near_start)
     position = q_first + row
     live = (row < TILE) & (head < HEADS) & (position >= start) & (position < stop)
-    q_offset = head.to(tl.int64) * q_head + (position - start).to(tl.int64) * q_row
+    q_offset = head.to(tl.int64) * q_head + (position - origin).to(tl.int64) * q_row
     q = load_rows(q_ptr + wide_chooser * q_chooser, q_offset, 1, live, DIM, DIM_PAD, True)
 
     top = tl.full([rows], FLOOR, tl.float32)
@@ -107,7 +68,7 @@ def attend_kernel(
     acc = tl.zeros([rows, VALUE_PAD], tl.float32)
     begin = closed_chunks(q_first, CHUNK, WINDOW, dense_until) * CHUNK
     column = tl.arange(0, VALUE_PAD)
-    local = (position - start).to(tl.int64)
+    local = (position - origin).to(tl.int64)
     out_offset = wide_chooser * out_chooser + head.to(tl.int64) * out_head + local * out_row
     out_cells = out_ptr + out_offset[:, None] + column[None, :]
     lse_cells = lse_ptr + wide_chooser * lse_chooser + head.to(tl.int64) * lse_head + local

@@ -10,6 +10,7 @@ from llama_surgery.attention.impl.triton.helpers import launching, pad_to_power,
 from llama_surgery.attention.impl.triton.hopper import launch as hopper
 from llama_surgery.attention.impl.triton.job import Job, PooledLayout, Strip, make_job
 from llama_surgery.attention.impl.triton.launch import described, heads_of_tile, placed_rows
+from llama_surgery.attention.impl.triton.pieces import PieceTable
 from llama_surgery.attention.impl.triton.prefill.attend_kernel import attend_kernel
 from llama_surgery.attention.impl.triton.select.launch import select
 from llama_surgery.attention.impl.triton.tiled_plan import TiledPlan
@@ -26,6 +27,7 @@ def attend(
     *,
     start: int,
     sink_logit: torch.Tensor | None = None,
+    pieces: PieceTable | None = None,
     out: torch.Tensor | None = None,
     keep_lists: bool = False,
     trim_lists: bool = False,
@@ -36,11 +38,13 @@ def attend(
     whether these kernels run them. Pages are scored from moments in the queries' dtype.
 
     Args:
+        pieces: Which of the rows, of several sequences, are computed; ``start`` is 0 then.
         out: (streams, heads, rows, value_dim), written, the last stride 1; a new one where None.
         keep_lists: Keep the page lists in the returned plans, for inspection.
         trim_lists: Keep no more of them than is valid, for a backward pass. Reads back a length per strip.
     """
-    job = make_job(call, queries, near_keys, near_values, layout, start=start, sink_logit=sink_logit)
+    given = {"start": start, "sink_logit": sink_logit, "pieces": pieces}
+    job = make_job(call, queries, near_keys, near_values, layout, **given)  # type: ignore[arg-type]
     streams, heads, rows, _ = queries.shape
     if out is None:
         out = queries.new_empty(streams, heads, rows, near_values.shape[-1])

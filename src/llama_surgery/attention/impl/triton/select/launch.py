@@ -91,7 +91,7 @@ def select(job: Job, strip: Strip, out: torch.Tensor, lse: torch.Tensor) -> Tile
         num_stages=max(1, min(job.tuning.score_stages, ahead)),
         **product_options(job.queries),
     )
-    return TiledPlan(start, stop, job.tile, counts, rows_seen, entries)
+    return TiledPlan(start, stop, job.tile, counts, rows_seen, entries, pieces=job.pieces)
 
 
 class Shape(NamedTuple):

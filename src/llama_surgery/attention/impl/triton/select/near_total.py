@@ -12,7 +12,7 @@ BOOST = tl.constexpr(14.0)
 @triton.jit
 def rows_of_tiles(
     block,
-    first_tile,
+    q_first,
     tiles,
     start,
     stop,
@@ -22,14 +22,15 @@ def rows_of_tiles(
     TILE: tl.constexpr,
     TILE_PAD: tl.constexpr,
 ):
-    """For every row of the matrix tile: tile of the launch, head, position, is it a real row."""
+    """For every row of the matrix tile, whose first query is at ``q_first``: head, row of its tile, position,
+    is it a real row."""
     m = tl.arange(0, TILES_BLOCK * TILE_PAD * HEADS_BLOCK)
     head = m % HEADS_BLOCK
     query = m // HEADS_BLOCK % TILE_PAD
-    tile = block * TILES_BLOCK + m // (HEADS_BLOCK * TILE_PAD)
-    position = (first_tile + tile) * TILE + query
-    live = (head < HEADS) & (query < TILE) & (tile < tiles) & (position >= start) & (position < stop)
-    return tile, head, position, live
+    tile = m // (HEADS_BLOCK * TILE_PAD)
+    position = q_first + tile * TILE + query
+    live = (head < HEADS) & (query < TILE) & (block * TILES_BLOCK + tile < tiles)
+    return head, query, position, live & (position >= start) & (position < stop)
 
 
 @triton.jit

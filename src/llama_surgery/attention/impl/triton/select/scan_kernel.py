@@ -12,7 +12,7 @@ totals are known.
 import triton
 import triton.language as tl
 
-from llama_surgery.attention.impl.triton.helpers import ENTRY, LN2, LOG2E, closed_chunks, load_rows
+from llama_surgery.attention.impl.triton.helpers import ENTRY, LN2, LOG2E, closed_chunks, load_rows, of_piece
 from llama_surgery.attention.impl.triton.select.near_total import BOOST, near_total, rows_of_tiles
 from llama_surgery.attention.impl.triton.select.page_scores import page_scores, page_terms, score_factors
 
@@ -30,8 +30,8 @@ def _or(a, b):
 
 @triton.jit
 def _visit(
-    q, squares, means, spreads, values, total, top, rest, acc, raised, found_ptr, stream, block, closed,
-    sink_page, scale, softcap,
+    q, squares, means, spreads, values, total, top, rest, acc, raised, found_ptr, stream, first_page, block,
+    closed, sink_page, scale, softcap,
     DIM_PAD: tl.constexpr, VALUE_PAD: tl.constexpr, BLOCK_PAGES: tl.constexpr,
     LOG2_PAGE: tl.constexpr, CAP: tl.constexpr, MASK: tl.constexpr,
 ):  # fmt: skip
@@ -47,8 +47,8 @@ def _visit(
         closed: (rows,) closed pages, with MASK.
     """
     rows: tl.constexpr = q.shape[0]
-    mean = means.load([stream, block, 0]).reshape(BLOCK_PAGES, DIM_PAD)
-    spread = spreads.load([stream, block, 0]).reshape(BLOCK_PAGES, DIM_PAD)
+    mean = means.load([stream, first_page + block, 0]).reshape(BLOCK_PAGES, DIM_PAD)
+    spread = spreads.load([stream, first_page + block, 0]).reshape(BLOCK_PAGES, DIM_PAD)
     along, across = page_terms(q, squares, mean, spread, scale, softcap, CAP)
     scores, logits = page_scores(along, across, LOG2_PAGE)
     if MASK:
@@ -69,7 +69,7 @@ def _visit(
     words = tl.where(here, words | 1 << (of_sink // 8 * 2 + of_sink % 2), words)
     tl.store(found_ptr + block // BLOCK_PAGES * 4 + tl.arange(0, 4), words)
     if values is not None:
-        v = values.load([stream, block, 0]).reshape(BLOCK_PAGES, VALUE_PAD)
+        v = values.load([stream, first_page + block, 0]).reshape(BLOCK_PAGES, VALUE_PAD)
         found = (words[None, :, None] >> bits) & 1
         weights = tl.where(found[None] != 0, 0.0, tl.reshape(weights, above.shape))
         weights = tl.reshape(weights, [rows, BLOCK_PAGES])
@@ -95,67 +95,17 @@ def _gather(found_ptr, candidates, last, BLOCK_PAGES: tl.constexpr):
     do_not_specialize=["tiles", "capacity", "start", "stop", "near_start", "first_tile", "dense_until"],
 )
 def scan_kernel(
-    q_ptr,
-    near_k,
-    means,
-    spreads,
-    values,
-    features_ptr,
-    values_ptr,
-    sink_ptr,
-    offset_ptr,
-    mean_weight_ptr,
-    variance_weight_ptr,
-    summary_ptr,
-    sink_page_ptr,
-    found_ptr,
-    candidates_ptr,
-    entries_ptr,
-    counts_ptr,
-    seen_ptr,
-    out_ptr,
-    lse_ptr,
-    q_chooser,
-    q_head,
-    q_row,
-    feature_stream,
-    feature_row,
-    value_stream,
-    value_row,
-    out_chooser,
-    out_head,
-    out_row,
-    lse_chooser,
-    lse_head,
-    tiles,
-    capacity,
-    start,
-    stop,
-    near_start,
-    first_tile,
-    dense_until,
-    scale,
-    softcap,
-    log2_bar,
-    GROUP: tl.constexpr,
-    HEADS: tl.constexpr,
-    HEADS_BLOCK: tl.constexpr,
-    TILES_BLOCK: tl.constexpr,
-    TILE: tl.constexpr,
-    TILE_PAD: tl.constexpr,
-    DIM: tl.constexpr,
-    DIM_PAD: tl.constexpr,
-    VALUE_DIM: tl.constexpr,
-    VALUE_PAD: tl.constexpr,
-    CHUNK: tl.constexpr,
-    WINDOW: tl.constexpr,
-    PAGE: tl.constexpr,
-    LOG2_PAGE: tl.constexpr,
-    BLOCK_NEAR: tl.constexpr,
-    BLOCK_PAGES: tl.constexpr,
-    SINK: tl.constexpr,
-    CAP: tl.constexpr,
-):
+    q_ptr, near_k, means, spreads, values, features_ptr, values_ptr, sink_ptr, offset_ptr, mean_weight_ptr,
+    variance_weight_ptr, summary_ptr, sink_page_ptr, found_ptr, candidates_ptr, entries_ptr, counts_ptr,
+    seen_ptr, out_ptr, lse_ptr, q_chooser, q_head, q_row, feature_stream, feature_row, value_stream,
+    value_row, out_chooser, out_head, out_row, lse_chooser, lse_head, tiles, capacity, pieces_ptr, start,
+    stop, near_start, first_tile, dense_until, scale, softcap, log2_bar,
+    GROUP: tl.constexpr, HEADS: tl.constexpr, HEADS_BLOCK: tl.constexpr, TILES_BLOCK: tl.constexpr,
+    TILE: tl.constexpr, TILE_PAD: tl.constexpr, DIM: tl.constexpr, DIM_PAD: tl.constexpr,
+    VALUE_DIM: tl.constexpr, VALUE_PAD: tl.constexpr, CHUNK: tl.constexpr, WINDOW: tl.constexpr,
+    PAGE: tl.constexpr, LOG2_PAGE: tl.constexpr, BLOCK_NEAR: tl.constexpr, BLOCK_PAGES: tl.constexpr,
+    SINK: tl.constexpr, CAP: tl.constexpr,
+):  # fmt: skip
     """List the pages that tiles open, and attend to means of the others.
 
     A row's total is the exact near field, attention sinks, and closed pages by what they would weigh in place
@@ -171,7 +121,8 @@ def scan_kernel(
     to, output and log-sum-exp of rows that have closed pages; other rows are left unwritten.
     Room to work in: ``found_ptr`` (choosers, programs, blocks of pages, 4) and ``candidates_ptr`` (choosers,
     programs, capacity), both int32. Grid: (programs of TILES_BLOCK tiles, choosers), GROUP choosers to a
-    stream.
+    stream. With ``pieces_ptr`` tiles are those of a :class:`~.pieces.PieceTable`; then pages are counted
+    through all pieces, and sink pages (pieces, streams) within each.
     """
     per_chunk: tl.constexpr = CHUNK // PAGE
     rows: tl.constexpr = TILES_BLOCK * TILE_PAD * HEADS_BLOCK
@@ -179,26 +130,33 @@ def scan_kernel(
     wide_chooser = chooser.to(tl.int64)
     stream = chooser // GROUP
     program = tl.program_id(0)
-    tile, head, position, live = rows_of_tiles(
-        program, first_tile, tiles, start, stop, HEADS, HEADS_BLOCK, TILES_BLOCK, TILE, TILE_PAD
+    tile = program * TILES_BLOCK
+    q_first = of_piece(pieces_ptr, tile, 0, (first_tile + tile) * TILE)
+    origin = of_piece(pieces_ptr, tile, 1, start)
+    start = of_piece(pieces_ptr, tile, 2, start)
+    stop = of_piece(pieces_ptr, tile, 3, stop)
+    near_start = of_piece(pieces_ptr, tile, 4, near_start)
+    first_page = of_piece(pieces_ptr, tile, 5, 0)
+    head, row, position, live = rows_of_tiles(
+        program, q_first, tiles, start, stop, HEADS, HEADS_BLOCK, TILES_BLOCK, TILE, TILE_PAD
     )
-    row = position - (first_tile + tile) * TILE
-    closed = closed_chunks((first_tile + tile) * TILE, CHUNK, WINDOW, dense_until)
+    closed = closed_chunks(position - row, CHUNK, WINDOW, dense_until)
     live = live & (closed > 0)
     closed = tl.where(live, closed, 0)
     most = tl.max(closed, 0)
     least = tl.min(tl.where(live, closed, most), 0)
     # The same by tile, and which of its rows are given: low … high - 1.
-    by_tile = program * TILES_BLOCK + tl.arange(0, TILES_BLOCK)
-    q_first = (first_tile + by_tile) * TILE
-    tile_pages = tl.where(by_tile < tiles, closed_chunks(q_first, CHUNK, WINDOW, dense_until), 0) * per_chunk
-    low = tl.maximum(start - q_first, 0)
-    high = tl.minimum(stop - q_first, TILE)
+    by_tile = tile + tl.arange(0, TILES_BLOCK)
+    begins = q_first + tl.arange(0, TILES_BLOCK) * TILE
+    given = (by_tile < tiles) & (begins < stop)
+    tile_pages = tl.where(given, closed_chunks(begins, CHUNK, WINDOW, dense_until), 0) * per_chunk
+    low = tl.maximum(start - begins, 0)
+    high = tl.minimum(stop - begins, TILE)
     opened = tl.zeros([TILES_BLOCK], tl.int32)
     seen = tl.zeros([TILES_BLOCK], tl.int32)
 
     if most > 0:
-        local = (position - start).to(tl.int64)
+        local = (position - origin).to(tl.int64)
         q_offset = head.to(tl.int64) * q_head + local * q_row
         q = load_rows(q_ptr + wide_chooser * q_chooser, q_offset, 1, live, DIM, DIM_PAD, True)
         sink = position.to(tl.float32)
@@ -206,7 +164,7 @@ def scan_kernel(
             sink = tl.load(sink_ptr + chooser * HEADS + head, mask=head < HEADS, other=0.0)
         total, top = near_total(
             near_k, q, sink, stream, position, live, closed * CHUNK, least * CHUNK, most * CHUNK,
-            (first_tile + program * TILES_BLOCK) * TILE, near_start, scale, softcap,
+            q_first, near_start, scale, softcap,
             BLOCK_NEAR, DIM_PAD, SINK, CAP,
         )  # fmt: skip
         q, squares = score_factors(
@@ -217,7 +175,8 @@ def scan_kernel(
         if offset_ptr is not None:
             raised += tl.load(offset_ptr + chooser * HEADS + head, mask=live, other=0.0) * LOG2E
         raised = tl.where(live, raised, float("inf"))
-        sink_page = tl.load(sink_page_ptr + stream)
+        piece = of_piece(pieces_ptr, tile, 6, 0)
+        sink_page = tl.load(sink_page_ptr + piece * (tl.num_programs(1) // GROUP) + stream)
         candidates = candidates_ptr + (wide_chooser * tl.num_programs(0) + program) * capacity
         rest = tl.zeros([rows], tl.float32)
         acc = tl.zeros([rows, VALUE_PAD], tl.float32)
@@ -232,13 +191,13 @@ def scan_kernel(
         for block in range(0, common, BLOCK_PAGES):
             total, top, rest, acc = _visit(
                 q, squares, means, spreads, values, total, top, rest, acc, raised - SLACK, found, stream,
-                block, closed, sink_page, scale, softcap,
+                first_page, block, closed, sink_page, scale, softcap,
                 DIM_PAD, VALUE_PAD, BLOCK_PAGES, LOG2_PAGE, CAP, False,
             )  # fmt: skip
         for block in range(common, last, BLOCK_PAGES):
             total, top, rest, acc = _visit(
                 q, squares, means, spreads, values, total, top, rest, acc, raised - SLACK, found, stream,
-                block, closed, sink_page, scale, softcap,
+                first_page, block, closed, sink_page, scale, softcap,
                 DIM_PAD, VALUE_PAD, BLOCK_PAGES, LOG2_PAGE, CAP, True,
             )  # fmt: skip
 
@@ -252,8 +211,8 @@ def scan_kernel(
             at = place + tl.arange(0, BLOCK_PAGES)
             present = at < count
             page = tl.load(candidates + at, mask=present, other=0)
-            mean = load_rows(features, page, feature_row, present, DIM, DIM_PAD, True)
-            spread = load_rows(features + DIM, page, feature_row, present, DIM, DIM_PAD, True)
+            mean = load_rows(features, first_page + page, feature_row, present, DIM, DIM_PAD, True)
+            spread = load_rows(features + DIM, first_page + page, feature_row, present, DIM, DIM_PAD, True)
             along, across = page_terms(q, squares, mean, spread, scale, softcap, CAP)
             scores, logits = page_scores(along, across, LOG2_PAGE)
             far = present[None, :] & (page[None, :] < closed[:, None])
@@ -262,13 +221,13 @@ def scan_kernel(
             first = tl.where((page == sink_page)[None, :], 0, first)
             listed = (first < TILE) & present[None, :] & (page[None, :] < tile_pages[:, None])
             rank = opened[:, None] + tl.cumsum(listed.to(tl.int32), 1) - 1
-            tl.store(entries[:, None] + rank, page[None, :] * ENTRY + first, mask=listed)
+            tl.store(entries[:, None] + rank, (first_page + page)[None, :] * ENTRY + first, mask=listed)
             opened += tl.sum(listed.to(tl.int32), 1)
             rows_seen = tl.maximum(high[:, None] - tl.maximum(first, low[:, None]), 0)
             seen += tl.sum(tl.where(listed, rows_seen, 0), 1)
             if values is not None:
                 v = load_rows(
-                    values_ptr + stream.to(tl.int64) * value_stream, page, value_row, present,
+                    values_ptr + stream.to(tl.int64) * value_stream, first_page + page, value_row, present,
                     VALUE_DIM, VALUE_PAD, True,
                 )  # fmt: skip
                 by_row = tl.broadcast_to(
