@@ -20,11 +20,13 @@ if TYPE_CHECKING:
         statistics,
     )
     from llama_surgery.surgery.statistics import Statistics
+    from llama_surgery.surgery.steps import GraphedSteps
 
 __version__ = "0.1.0"
 
 __all__ = [
     "AdapterError",
+    "GraphedSteps",
     "GumbelConfig",
     "PagedCache",
     "Statistics",
@@ -48,6 +50,7 @@ __all__ = [
 
 #: Names loaded on first use, so that importing the package stays light.
 _LAZY = {
+    "GraphedSteps": "surgery.steps",
     "GumbelConfig": "gumbel_config",
     "PagedCache": "surgery.cache",
     "Statistics": "surgery.statistics",

@@ -1,5 +1,6 @@
 """Decode steps of an operated layer through the Triton kernels: one launch for all sequences of a batch."""
 
+import functools
 from collections import Counter
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +13,7 @@ from llama_surgery.surgery.buffers import PageBuffers
 from llama_surgery.surgery.cache import PagedLayer
 from llama_surgery.surgery.layer import LayerSurgery
 from llama_surgery.surgery.rows import Part, sparse_parts
-from llama_surgery.surgery.statistics import count_whole
+from llama_surgery.surgery.statistics import Counted, count_whole
 
 if TYPE_CHECKING:
     from llama_surgery.attention.impl.triton.decode.cache import DecodeCache
@@ -86,7 +87,7 @@ def decode_step(
         advance=True,
     )
     if not paged.recording:
-        settle(layer, paged, rows)
+        settle([(layer, paged)], rows)
     return result.out.view(batch, heads, rows, -1).transpose(1, 2).contiguous()
 
 
@@ -128,16 +129,28 @@ def cache_view(
     )
 
 
-def settle(layer: LayerSurgery, paged: PagedLayer, rows: int) -> None:
-    """What the host does about a step that is launched: count it, but for pages that are tallied."""
-    whole, kv_heads = sees_everything(paged, rows), paged.kv_heads
-    for length, sequences in Counter(paged.lengths).items():
+def settle(layers: list[tuple[LayerSurgery, PagedLayer]], rows: int) -> None:
+    """What the host does about a step that is launched: count it, but for pages that are tallied.
+
+    Args:
+        layers: Those that took it, alike in all but their KV heads, and their caches.
+        rows: Tokens of the step.
+    """
+    first, config = layers[0][1], layers[0][0].config
+    whole, lengths = sees_everything(first, rows), Counter(first.lengths)
+    parts = [(Part(length, length + rows, 1), sequences) for length, sequences in lengths.items()]
+
+    @functools.cache
+    def counted(kv_heads: int) -> list[Counted]:
+        return [count_whole(part, config, sequences, kv_heads, kv_heads) for part, sequences in parts]
+
+    for layer, paged in layers:
         if whole:
-            part = Part(length, length + rows, 1)
-            layer.count_whole([count_whole(part, layer.config, sequences, kv_heads, kv_heads)])
+            layer.count_whole(counted(paged.kv_heads))
         else:
-            layer.counts(1).count_rows(length, length + rows, layer.config, 1, sequences)
-    paged.advance(rows, layer.router)
+            for part, sequences in parts:
+                layer.counts(1).count_rows(part.start, part.stop, config, 1, sequences)
+        paged.advance(rows, layer.router)
 
 
 def tally_of(layer: LayerSurgery, paged: PagedLayer) -> torch.Tensor:

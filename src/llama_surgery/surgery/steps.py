@@ -1,6 +1,8 @@
 """Decode steps of a whole operated model as replays of one CUDA graph."""
 
 from collections.abc import Callable
+from itertools import chain
+from typing import Any
 
 import torch
 
@@ -59,7 +61,11 @@ class GraphedSteps:
         self._replay: Callable[[], object] | None = None
         self._recorded: list[object] = []
         self._whole = False  # does every row of the next step see everything?
-        self._modules: list[torch.nn.Module] = []  # of the model, when a step was last recorded
+        #: Of the model's modules, when a step was last recorded: their parts, parameters and buffers, and all
+        #: that those have which PEFT's decide by.
+        self._parts: list[dict[str, Any]] = []
+        self._tensors: list[dict[str, Any]] = []
+        self._adapters: list[dict[str, Any]] = []
 
     @torch.no_grad()
     def step(self, ids: torch.Tensor) -> torch.Tensor:
@@ -81,9 +87,9 @@ class GraphedSteps:
             self._record()
         assert self._replay is not None and self._logits is not None
         self._replay()
-        for layer, paged in self._layers():
+        for paged in self._cache.paged:
             paged.slots += self._rows
-            settle(layer, paged, self._rows)
+        settle(self._layers(), self._rows)
         return self._logits
 
     def _layers(self) -> list[tuple[LayerSurgery, PagedLayer]]:
@@ -152,18 +158,10 @@ class GraphedSteps:
             held = paged.buffers.read_by_kernels(whole=self._whole)
             state += map(_place, (*held, *self._changed_by_steps(layer, paged), *learned.values()))
             state += [layer.config, layer.listener, *learned]
-        weights: list[torch.Tensor | None] = []
-        for module in self._modules:
-            attributes = module.__dict__  # much faster than to ask the module
-            if parts := attributes["_modules"]:
-                state += parts.values()
-            for held in (attributes["_parameters"], attributes["_buffers"]):
-                if held:
-                    weights += held.values()
-            if "merged_adapters" in attributes:  # a layer of PEFT's
-                state += (str(attributes.get(name)) for name in _SWITCHES)
-        there = [weight for weight in weights if weight is not None]
-        return [*state, *_addresses(there), *(weight.dtype for weight in there)]
+        state += chain.from_iterable(map(dict.values, self._parts))
+        state += (str(attributes.get(name)) for attributes in self._adapters for name in _SWITCHES)
+        weights = [w for w in chain.from_iterable(map(dict.values, self._tensors)) if w is not None]
+        return [*state, *_addresses(weights), *(weight.dtype for weight in weights)]
 
     def _run(self) -> None:
         """One step, of which the host takes no notice."""
@@ -196,7 +194,10 @@ class GraphedSteps:
     def _record(self) -> None:
         self._replay = None  # should this fail, nothing is replayed that was recorded before
         device = self._model.device
-        self._modules = list(self._model.modules())
+        modules = list(self._model.modules())
+        self._parts = [module._modules for module in modules]
+        self._tensors = [held for module in modules for held in (module._parameters, module._buffers)]
+        self._adapters = [module.__dict__ for module in modules if "merged_adapters" in module.__dict__]
         self._recorded = self._state()
         if device.type != "cuda":
             self._try()

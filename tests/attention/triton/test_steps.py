@@ -193,3 +193,20 @@ def test_steps_of_as_many_tokens_as_the_kernels_take(rows: int, device: torch.de
         model(ids, **{CACHE_NAME: cache})
         with pytest.raises(surgery.SurgeryError, match="1 to 8"):
             GraphedSteps(model, cache, rows)
+
+
+@pytest.mark.parametrize("theta", [0.0, CONFIG.theta_decode])
+def test_a_loop_of_steps_says_what_generate_says(theta: float, device: torch.device) -> None:
+    model, ids, found = tiny(device), tokens(1, 60).to(device), []
+    config = dataclasses.replace(CONFIG, backend="triton", theta_decode=theta)
+    with surgery.operated(model, config), torch.no_grad():
+        cache = surgery.paged_cache(model)
+        with cache.prompt(60):
+            logits = model(ids, logits_to_keep=1, **{CACHE_NAME: cache}).logits
+        steps = surgery.GraphedSteps(model, cache)
+        for _ in range(8):
+            found.append(logits[:, -1:].argmax(-1))
+            logits = steps.step(found[-1])
+        mask = torch.ones_like(ids)
+        expected = model.generate(ids, attention_mask=mask, max_new_tokens=8, do_sample=False)
+    assert torch.equal(torch.cat(found, 1), expected[:, 60:])
