@@ -210,3 +210,30 @@ def test_a_loop_of_steps_says_what_generate_says(theta: float, device: torch.dev
         mask = torch.ones_like(ids)
         expected = model.generate(ids, attention_mask=mask, max_new_tokens=8, do_sample=False)
     assert torch.equal(torch.cat(found, 1), expected[:, 60:])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("padding", [0, 300])
+@pytest.mark.parametrize("rows", [1, 4])
+def test_captured_steps_that_read_everything_are_the_dense_model(rows: int, padding: int) -> None:
+    """With the defaults: prompts are the model's own attention, and nothing is ever known of pages."""
+    model, ids = tiny(torch.device("cuda")), tokens(2, 1416).cuda()
+    mask = torch.ones_like(ids)
+    mask[1, :padding] = 0
+    every = (mask.cumsum(1) - 1).clamp_min(0)
+
+    def call(stop: int, **cache: object) -> torch.Tensor:
+        masked = {"attention_mask": mask[:, :stop], "position_ids": every[:, :stop]}
+        return model(ids[:, :stop], **masked, **cache).logits
+
+    with torch.no_grad():
+        expected = call(1416)[:, 1400:]
+        with surgery.operated(model, surgery.SurgeryConfig(dense_until=4096)):
+            cache = surgery.paged_cache(model)
+            call(1400, **{CACHE_NAME: cache})
+            steps = GraphedSteps(model, cache, rows)
+            found = [steps.step(ids[:, at : at + rows]).clone() for at in range(1400, 1416, rows)]
+            assert surgery.statistics(model).total_density == pytest.approx(1.0)
+        if not padding:
+            assert cache.paged[0].buffers._tensors.keys() == {"keys", "values"}
+    torch.testing.assert_close(torch.cat(found, 1), expected, rtol=2e-3, atol=2e-3)
