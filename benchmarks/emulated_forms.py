@@ -224,7 +224,7 @@ def main() -> None:
     head = Head(model, ids[0])
     dense_states: list[torch.Tensor] = []
     with attention_replaced(model, attention_modules(model).values(), emulation.attention), torch.no_grad():
-        dense = perplexity(model, ids, head=head, each=lambda states, _: dense_states.append(states))
+        dense = perplexity(model, ids, head=head, each=lambda states: dense_states.append(states))
         answered = [p for p, right in zip(prompts, score_needles(model, prompts), strict=True) if right]
         for form in FORMS:
             if options.form and form.name not in options.form:
@@ -232,7 +232,7 @@ def main() -> None:
             emulation.calibrate(form, lambda: [final_states(model, w) for w in calibration], model.device)
             divergence: list[float] = []
 
-            def compare(states: torch.Tensor, head: Head) -> None:
+            def compare(states: torch.Tensor) -> None:
                 whole = token_divergence(head, dense_states[len(divergence)], states)[0]  # noqa: B023
                 divergence.append(float(whole.mean()))  # noqa: B023
 

@@ -170,10 +170,7 @@ def is_gguf(path: Path) -> bool:
 
 
 def _in_gguf(file: Path) -> tuple[str, dict[str, Any]]:
-    """
-    Raises:
-        SurgeryError: A package that transformers reads it with is missing.
-    """
+    """As :func:`located`; raises SurgeryError where a package that reads the file is missing."""
     missing = [name for name in ("gguf", "accelerate") if find_spec(name) is None]
     if missing:
         raise SurgeryError(

@@ -38,7 +38,6 @@ def attend(
             row's own; n reaches back at least to the start of the first row's near field.
         near_values: (streams, n, value_dim).
         layout: Full chunks, at least those closed for the last row; None where none is.
-        config: The topology.
         start: Position of the first row.
         tile: Queries of a tile: ``config.tile`` (default) or 1 for a decode step.
         scale: Scaling of q·k, default ``head_dim**-0.5``.

@@ -12,7 +12,6 @@ class AttentionCall:
     """How rows in tiles of one size are executed; made by :func:`llama_surgery.attention.executor.resolve`.
 
     Attributes:
-        config: The topology.
         executor: ``triton``, ``gather`` or ``reference``.
         tile: Queries of a tile: ``config.tile`` or, in decode steps, 1.
         scale: Scaling of q·k.

@@ -20,10 +20,7 @@ def check_call(
     sink_logit: torch.Tensor | None,
     router: PageRouter | None = None,
 ) -> None:
-    """
-    Raises:
-        SurgeryError: Arguments of :func:`llama_surgery.attention.api.attend` that do not fit together.
-    """
+    """Raise SurgeryError where arguments of :func:`.api.attend` do not fit together."""
     if queries.dim() != 4 or keys.dim() != 3 or values.dim() != 3:
         raise SurgeryError(
             f"queries {tuple(queries.shape)}, keys {tuple(keys.shape)}, values {tuple(values.shape)}: "

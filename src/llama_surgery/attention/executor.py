@@ -96,7 +96,6 @@ def resolve(
     """Decide how calls on states like these are executed.
 
     Args:
-        config: The topology.
         queries: (..., head_dim), for their device and dtype.
         values: (..., value_dim).
         tile: Queries of a tile.
@@ -151,7 +150,6 @@ def build_layout(
     Args:
         keys: (streams, chunks * chunk_size, head_dim).
         values: (streams, chunks * chunk_size, value_dim).
-        config: The topology.
         router: Learned corrections, or None.
         kernels: :func:`kernels_serve`, where it is known.
     """

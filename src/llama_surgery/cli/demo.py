@@ -117,7 +117,6 @@ def read(
 
     Args:
         model: Dense or operated.
-        tokenizer: Its tokenizer.
         ids: (1, length) int64.
         facts: What to ask.
         reading: Filled.

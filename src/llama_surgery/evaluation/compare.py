@@ -12,7 +12,6 @@ from transformers import PreTrainedTokenizerBase
 from llama_surgery.config import SurgeryConfig
 from llama_surgery.errors import SurgeryError, TextError
 from llama_surgery.evaluation.compare_forms import (
-    DenseForm,
     Form,
     PagesForm,
     PeerForm,
@@ -113,7 +112,7 @@ class Comparison:
                     name, topology, model, tokenizer, texts=calibration, ids=few, routers=routers
                 )
             if name == DENSE:
-                return DenseForm()
+                return Form()
             return PeerForm(name, PEERS[name], model, ids=few, training=training)
 
         self._forms = {name: made(name) for name in there if rules is None or name in (DENSE, *rules)}

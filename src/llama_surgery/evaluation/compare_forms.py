@@ -5,7 +5,7 @@ import dataclasses
 import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import nn
@@ -29,8 +29,9 @@ TRIES, NEAR = 6, 0.02
 Densities = dict[str, float]
 
 
-class Form(Protocol):
-    """The dense model or a sparse form of it.
+@dataclasses.dataclass
+class Form:
+    """The dense model as it is, and what every form of it can be asked.
 
     Attributes:
         name: In file names and options.
@@ -38,40 +39,25 @@ class Form(Protocol):
         ahead: Whether a row of a prompt may see keys that later rows chose.
     """
 
-    name: str
-    title: str
-    ahead: bool
-
-    def floor(self) -> float:
-        """Smallest total density that the form can have, measured on calibration text."""
-
-    def setting(self, density: float) -> dict[str, Any]:
-        """What gives nearly this total density, from :meth:`floor` to 1, on calibration text."""
-
-    def running(self, setting: dict[str, Any]) -> contextlib.AbstractContextManager[Densities]:
-        """The model follows the form; what it read is known at the end."""
-
-
-@dataclasses.dataclass
-class DenseForm:
-    """The model as it is."""
-
     name: str = "dense"
     title: str = "dense"
     ahead: bool = False
 
     def floor(self) -> float:
+        """Smallest total density that the form can have, measured on calibration text."""
         return 1.0
 
     def setting(self, density: float) -> dict[str, Any]:
+        """What gives nearly this total density, from :meth:`floor` to 1, on calibration text."""
         return {}
 
     @contextlib.contextmanager
     def running(self, setting: dict[str, Any]) -> Iterator[Densities]:
+        """Have the model follow the form within a ``with`` block; what it read is known at the end."""
         yield {"prefill": 1.0, "decode": 1.0}
 
 
-class PeerForm:
+class PeerForm(Form):
     """A peer's rule.
 
     Args:
@@ -124,20 +110,17 @@ class PeerForm:
         return self._learned
 
 
-class PagesForm:
+class PagesForm(Form):
     """This package's own topology.
 
     Args:
         name: In file names and options.
         config: The topology; thresholds, and budgets by head, are set for each density.
         model: A dense model.
-        tokenizer: Its tokenizer.
         texts: Calibration text.
         ids: (windows, length) int64, calibration windows that the floor is measured on.
         routers: Learned corrections by layer index.
     """
-
-    ahead = False
 
     def __init__(
         self,

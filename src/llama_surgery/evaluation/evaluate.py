@@ -62,7 +62,6 @@ def evaluate(
 
     Args:
         model: A dense causal language model of transformers, in evaluation mode. It comes back dense.
-        tokenizer: Its tokenizer.
         eval_texts: Documents that nothing was tuned on.
         length: Tokens of a perplexity window.
         windows: Perplexity windows; 16, or as many as the texts hold, if None.
@@ -92,12 +91,8 @@ def evaluate(
         )
     head = Head(model, ids[0])
     dense_states: list[torch.Tensor] = []
-
-    def keep(states: torch.Tensor, head: Head) -> None:
-        dense_states.append(states.cpu())
-
     tell = named_progress(progress, DENSE)
-    losses = perplexity(model, ids, tell, head=head, each=keep)
+    losses = perplexity(model, ids, tell, head=head, each=lambda states: dense_states.append(states.cpu()))
     answers, seconds = _answer(model, prompts, needle_batch, tell)
     result = EvaluationResult(
         model=model_name(model),
@@ -112,15 +107,10 @@ def evaluate(
     )
     for name, config in configs.items():
         tell = named_progress(progress, name)
-        kl: list[torch.Tensor] = []
-        agree: list[torch.Tensor] = []
+        found: list[tuple[torch.Tensor, torch.Tensor]] = []
 
-        def compare(
-            states: torch.Tensor, head: Head, kl: list[torch.Tensor] = kl, agree: list[torch.Tensor] = agree
-        ) -> None:
-            distance, same = token_divergence(head, dense_states[len(kl)], states)
-            kl.append(distance)
-            agree.append(same)
+        def compare(states: torch.Tensor, found: list[tuple[torch.Tensor, torch.Tensor]] = found) -> None:
+            found.append(token_divergence(head, dense_states[len(found)], states))
 
         with surgery.operated(model, config, routers=(routers or {}).get(name)):
             surgery.reset_statistics(model)
@@ -129,7 +119,7 @@ def evaluate(
             with phases(model) as generate_density:
                 answers, seconds = _answer(model, prompts, needle_batch, tell)
             described = surgery.config_of(model).to_dict()
-        divergence = Divergence(torch.stack(kl), torch.stack(agree))
+        divergence = Divergence(*map(torch.stack, zip(*found, strict=True)))
         result.answers[name] = answers
         result.operated.append(
             OperatedMeasurement(

@@ -73,7 +73,6 @@ def config_within(
 
     Args:
         model: A dense decoder in evaluation mode; dense again afterwards.
-        tokenizer: Its tokenizer.
         text: Documents.
         max_loss: 0.01 is one per cent.
         length: Tokens of a window; the model's context, at most 8,192 and what the text holds, if None.

@@ -76,7 +76,6 @@ def needle_prompts(
     not occur in the haystack around them. Facts that the texts hold already stay as distractors.
 
     Args:
-        tokenizer: The model's tokenizer.
         texts: Documents; a haystack is a window of one of them.
         count: Prompts wanted.
         lengths: Context lengths, in tokens, each counting prompt and answer.

@@ -108,7 +108,7 @@ def perplexity(
     progress: Progress | None = None,
     *,
     head: Head | None = None,
-    each: Callable[[torch.Tensor, Head], None] | None = None,
+    each: Callable[[torch.Tensor], None] | None = None,
 ) -> Perplexity:
     """Measures a model, dense or operated, on token windows.
 
@@ -117,7 +117,7 @@ def perplexity(
         input_ids: (windows, length), int64.
         progress: Told after each window.
         head: The model's head, where it is known already.
-        each: Given the final hidden states of each window, (length, hidden), and the head.
+        each: Given the final hidden states of each window, (length, hidden).
 
     Raises:
         SurgeryError: A loss is not finite.
@@ -133,7 +133,7 @@ def perplexity(
         seconds.append(time.perf_counter() - start)
         losses.append(token_nll(head, states, window))
         if each is not None:
-            each(states, head)
+            each(states)
         if progress is not None:
             progress("perplexity", done, len(input_ids))
     return Perplexity(torch.stack(losses), seconds)

@@ -128,7 +128,6 @@ def layer_topology(
         order: (kv_heads, chunks, chunk_size), the layout's order of the chunks closed for the last row.
         group: Query heads of a KV head.
         length: Tokens of the text.
-        config: The topology.
     """
     kv_heads, chunks, size = order.shape
     choosers = kv_heads * (1 if config.tile == 1 else group)

@@ -67,8 +67,7 @@ def gates_in(model: torch.nn.Module, gates: Gates) -> Iterator[None]:
     modules = attention_modules(inner)
     norms: dict[int, torch.Tensor] = {}
     handles = [watch_residual(inner, index, module, norms) for index, module in modules.items()]
-    indices = {id(module): index for index, module in modules.items()}
-    attention = functools.partial(_attention, gates, indices, norms)
+    attention = functools.partial(_attention, gates, norms)
     try:
         with attention_replaced(inner, modules.values(), attention):
             yield
@@ -100,17 +99,16 @@ def watch_residual(
 
 def _attention(
     gates: Gates,
-    indices: dict[int, int],
     norms: dict[int, torch.Tensor],
     base: str,
-    module: torch.nn.Module,
+    module: Any,
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
     attention_mask: Any,
     **keywords: Any,
 ) -> tuple[torch.Tensor, Any]:
-    index = indices[id(module)]
+    index = module.layer_idx
     if gates.mode == "dense":
         return dense_attention(base, module, query, key, value, attention_mask, **keywords)
     refuse_unlearnable(module, query, key, attention_mask, keywords)

@@ -107,10 +107,7 @@ def write_checkpoint(path: Path, about: dict[str, Any], content: dict[str, Any])
 
 
 def check_loss(loss: float, step: int) -> None:
-    """
-    Raises:
-        SurgeryError: The loss is NaN or infinite, and so would be what is learned from it.
-    """
+    """Raise SurgeryError where the loss is NaN or infinite, and so would be what is learned from it."""
     if not math.isfinite(loss):
         raise SurgeryError(
             f"the loss of step {step + 1} is not finite. Check the model's weights, learn in float32 or "

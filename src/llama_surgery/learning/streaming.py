@@ -152,12 +152,11 @@ def _capturing(model: PreTrainedModel, captured: Captured, numbers: list[int]) -
     """Let the attention layers of ``model`` write what they read and give, for windows ``numbers``."""
     modules, norms = attention_modules(model), {}
     handles = [watch_residual(model, index, module, norms) for index, module in modules.items()]
-    indices = {id(module): index for index, module in modules.items()}
 
     def attention(
-        base: str, module: torch.nn.Module, query: Any, key: Any, value: Any, mask: Any, **keywords: Any
+        base: str, module: Any, query: Any, key: Any, value: Any, mask: Any, **keywords: Any
     ) -> Any:
-        index = indices[id(module)]
+        index = module.layer_idx
         refuse_unlearnable(module, query, key, mask, keywords)
         out = dense_attention(base, module, query, key, value, mask, **keywords)[0]
         scale = torch.tensor(keywords.get("scaling") or query.shape[-1] ** -0.5)

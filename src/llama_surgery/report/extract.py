@@ -17,7 +17,6 @@ def head_tree(model: torch.nn.Module, tokenizer: Any, text: str, *, layer: int, 
 
     Args:
         model: An operated model.
-        tokenizer: Its tokenizer.
         text: At least ``chunk_size`` tokens.
         layer: An operated layer.
         kv_head: One of its KV heads.

@@ -44,7 +44,6 @@ class LayerCounters:
     """Counts of one layer since the last reset.
 
     Args:
-        config: The topology.
         kv_heads: Of this rank.
         quiet: Count nothing: another tensor rank of this server reports.
 

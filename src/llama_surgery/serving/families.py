@@ -37,10 +37,7 @@ def exported_architecture(config: dict[str, Any], where: str) -> str:
 
 
 def check_servable(config: SurgeryConfig) -> None:
-    """
-    Raises:
-        SurgeryError: The topology needs something that the engine's plugin does not do.
-    """
+    """Raise SurgeryError where the topology needs something that the engine's plugin does not do."""
     if config.topology != "pages":
         raise SurgeryError(f"topology={config.topology!r}: not served. Use an adapter of topology='pages'.")
     if config.backend not in ("auto", "gather", "triton"):

@@ -29,8 +29,6 @@ from llama_surgery.topology.router import PageRouter
 Model = TypeVar("Model", bound=torch.nn.Module)
 
 FORMAT_VERSION = 2
-#: Adapters without learned corrections keep the first version, which older releases read.
-PLAIN_VERSION = 1
 ROUTER = "router"
 MEASURED = "measured_loss"
 _SAMPLES = 64
@@ -69,7 +67,7 @@ def write_adapter(
             tensors[f"{ROUTER}.{index}.{name}"] = part.detach().float().cpu().contiguous()
     description = {
         "peft_type": FORMAT,
-        "format_version": FORMAT_VERSION if len(tensors) > 1 else PLAIN_VERSION,
+        "format_version": FORMAT_VERSION,
         "base_model": _describe(model),
         "surgery": config.to_dict(),
     }

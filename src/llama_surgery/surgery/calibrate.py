@@ -122,10 +122,7 @@ def calibrate(
 
 
 def check_densities(config: SurgeryConfig, density: float, decode_density: float | None) -> None:
-    """
-    Raises:
-        SurgeryError: A density is out of range, or there is one too many.
-    """
+    """Raise SurgeryError where a density is out of range, or there is one too many."""
     for name, value in (("density", density), ("decode_density", decode_density)):
         if value is not None and not 0 < value < 1:
             raise SurgeryError(f"{name}={value}: must lie between 0 and 1.")
@@ -148,10 +145,8 @@ def calibration_windows(
 
     Args:
         model: Dense or operated.
-        tokenizer: Its tokenizer.
         text: Documents.
         length: Tokens of a window; the model's context, at most 8,192 and what the text holds, if None.
-        config: The topology.
         count: Windows wanted; fewer where the text holds fewer, with a warning.
 
     Raises:

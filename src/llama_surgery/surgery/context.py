@@ -54,10 +54,7 @@ def check_length(model: nn.Module, longest: int, *, read: bool = True) -> None:
 
 
 def check_far_field(length: int, config: SurgeryConfig) -> None:
-    """
-    Raises:
-        TextError: No row of a text of ``length`` tokens has a far field.
-    """
+    """Raise TextError where no row of a text of ``length`` tokens has a far field."""
     if length <= (least := first_far(config)):
         name = "dense_until" if config.dense_until == least else "window + chunk_size"
         raise TextError(

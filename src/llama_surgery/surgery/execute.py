@@ -247,10 +247,7 @@ def _stored(
 
 
 def refuse(module: torch.nn.Module, mask: Any, keywords: dict[str, Any]) -> None:
-    """
-    Raises:
-        UnsupportedModelError: What no topology can honour.
-    """
+    """Raise UnsupportedModelError for what no topology can honour."""
     name = type(module).__name__
     if mask is not None and (not isinstance(mask, torch.Tensor) or mask.dim() != 2):
         raise UnsupportedModelError(

@@ -91,7 +91,7 @@ def head_budgets(
     windows = windows[:WINDOWS].to(inner.device)
     gradients = _gradients(inner, windows[:1, :GRADIENT_TOKENS])
     measured = _Measured({}, {})
-    attention = functools.partial(_beside, {id(m): i for i, m in modules.items()}, config, routers, measured)
+    attention = functools.partial(_beside, config, routers, measured)
     with attention_replaced(inner, modules.values(), attention), torch.no_grad():
         for window in windows:
             inner(input_ids=window[None], use_cache=False, logits_to_keep=1)
@@ -123,12 +123,12 @@ def _gradients(model: PreTrainedModel, ids: torch.Tensor) -> dict[int, torch.Ten
     The loss is that of tokens drawn from the model's own predictions, summed over positions.
     """
     modules = attention_modules(model)
-    indices, outs = {id(m): i for i, m in modules.items()}, dict[int, torch.Tensor]()
+    outs = dict[int, torch.Tensor]()
 
-    def attention(base: str, module: torch.nn.Module, *states: Any, **keywords: Any) -> tuple[Any, Any]:
+    def attention(base: str, module: Any, *states: Any, **keywords: Any) -> tuple[Any, Any]:
         out, weights = dense_attention(base, module, *states, **keywords)
         out = out if out.requires_grad else out.detach().requires_grad_()
-        outs[indices[id(module)]] = out
+        outs[module.layer_idx] = out
         return out, weights
 
     with (
@@ -148,12 +148,11 @@ def _gradients(model: PreTrainedModel, ids: torch.Tensor) -> dict[int, torch.Ten
 
 
 def _beside(
-    indices: dict[int, int],
     config: SurgeryConfig,
     routers: Mapping[int, PageRouter],
     measured: _Measured,
     base: str,
-    module: torch.nn.Module,
+    module: Any,
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
@@ -162,7 +161,7 @@ def _beside(
 ) -> tuple[torch.Tensor, Any]:
     """Dense attention of a window, and beside it how operated attention would differ at every θ."""
     dense, weights = dense_attention(base, module, query, key, value, attention_mask, **keywords)
-    index, kv_heads = indices[id(module)], key.shape[1]
+    index, kv_heads = module.layer_idx, key.shape[1]
     router = routers.get(index)
     router = None if router is None else dataclasses.replace(router.to(query.device), offset=None)
     keys, values = key[0], value[0]

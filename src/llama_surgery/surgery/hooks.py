@@ -39,10 +39,7 @@ def hook(inner: PreTrainedModel, operation: Operation) -> None:
 
 
 def refuse_batching(*args: Any, **kwargs: Any) -> None:
-    """
-    Raises:
-        UnsupportedModelError: Always.
-    """
+    """Raise UnsupportedModelError."""
     raise UnsupportedModelError(
         "continuous batching (generate_batch) fills a cache of its own, which operated layers cannot read: "
         "call generate(), or eject(model) first."
@@ -97,10 +94,7 @@ def model_hook(
 
 
 def check_fits(operation: Operation, cache: PagedCache) -> None:
-    """
-    Raises:
-        SurgeryError: The cache was made for other layers, or another configuration.
-    """
+    """Raise SurgeryError where the cache was made for other layers, or another configuration."""
     for index, layer in enumerate(cache.layers):
         paged = isinstance(layer, PagedLayer)
         # Most often it is the same object, and compilers cannot compare configurations.

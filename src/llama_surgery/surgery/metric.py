@@ -41,13 +41,12 @@ def metric_of(
     if table is None or (table.device.type == "meta" and run is None):
         return {}
     modules, found = attention_modules(model), dict[int, torch.Tensor]()
-    indices = {id(module): index for index, module in modules.items()}
 
     @untraced
     def attention(base: str, module: Any, query: Any, key: Any, *rest: Any, **keywords: Any) -> Any:
         weight = _key_weight(query, key.shape[1])
         if weight is not None:
-            found[indices[id(module)]] = weight
+            found[module.layer_idx] = weight
         return dense_attention(base, module, query, key, *rest, **keywords)
 
     ids = torch.randint(table.shape[0], (1, TOKENS), generator=torch.Generator().manual_seed(0))

@@ -20,7 +20,6 @@ class PagedLayer(CacheLayerMixin):
     tensors are those of the layer in both cases.
 
     Args:
-        config: The topology.
         keep: False for a single call, after which nothing is remembered.
     """
 
@@ -64,10 +63,7 @@ class PagedLayer(CacheLayerMixin):
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: object, **kwargs: object
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """
-        Raises:
-            UnsupportedModelError: Always: operated attention fills the layer, see :meth:`PagedCache.update`.
-        """
+        """Raise UnsupportedModelError: operated attention fills the layer, see :meth:`PagedCache.update`."""
         raise UnsupportedModelError(
             "a paged cache, but the attention that fills it is not operated: after eject(model), start "
             "with a new cache. (On an operated model: call the model, neither its forward() nor a layer by "
@@ -173,10 +169,7 @@ class PagedLayer(CacheLayerMixin):
         return [(s, slice(b, b + 1), columns[b]) for b, s in enumerate(self.stores)]
 
     def _check_kind(self, keys: torch.Tensor, values: torch.Tensor) -> None:
-        """
-        Raises:
-            SurgeryError: States of another model, dtype or device than those the cache holds.
-        """
+        """Raise SurgeryError for states of another model, dtype or device than those the cache holds."""
         if self.buffers is None or self.buffers.empty:
             return
         held = self.buffers.keys, self.buffers.values

@@ -29,7 +29,6 @@ def parts_of(
     Args:
         start: Position of the first row.
         stop: One past the position of the last row.
-        config: The topology.
         step: Is the call a decode step?
         prompt_end: While ``generate()`` runs, tokens of the sequence's prompt.
     """

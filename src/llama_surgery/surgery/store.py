@@ -21,7 +21,6 @@ class SequenceStore:
     (law 1): rows that see everything do not ask.
 
     Args:
-        config: The topology.
         buffers: Tensors of the layer, of which ``streams`` are the store's own; its own if None.
         streams: Streams are (sequence, KV head) flattened.
         length: Tokens that are there already.
@@ -184,10 +183,7 @@ class SequenceStore:
 
 
 def check_finite(keys: torch.Tensor) -> None:
-    """
-    Raises:
-        SurgeryError: NaN or infinite keys, where they are looked at.
-    """
+    """Raise SurgeryError for NaN or infinite keys, where they are looked at."""
     if keys.device.type in CHECKED_DEVICES and not torch.isfinite(keys).all():
         raise SurgeryError(
             "the keys hold NaN or infinity: no order can be made of them. Check the weights and "

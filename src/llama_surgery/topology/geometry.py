@@ -81,7 +81,6 @@ def summary_pairs(start: int, stop: int, config: SurgeryConfig, tile: int) -> fl
     Args:
         start: Position.
         stop: Position.
-        config: The topology.
         tile: Queries of a tile: ``config.tile`` in prefill, 1 in decode steps.
     """
     if not config.summarises(tile):

@@ -117,10 +117,7 @@ def build_layout(
 
 
 def check_chunks(keys: torch.Tensor, values: torch.Tensor, config: SurgeryConfig) -> None:
-    """
-    Raises:
-        SurgeryError: They are not keys and values of whole chunks, on one device.
-    """
+    """Raise SurgeryError where they are not keys and values of whole chunks, on one device."""
     fit = keys.dim() == values.dim() == 3 and keys.shape[:2] == values.shape[:2]
     if not fit or keys.shape[1] % config.chunk_size or not keys.shape[1]:
         raise SurgeryError(

@@ -42,10 +42,7 @@ class PageRouter:
         return PageRouter(**{name: part.to(device) for name, part in self.tensors().items()})
 
     def check(self, kv_heads: int, group: int, head_dim: int) -> None:
-        """
-        Raises:
-            SurgeryError: A part has another shape, or is not finite.
-        """
+        """Raise SurgeryError where a part has another shape, or is not finite."""
         self.check_shapes(kv_heads, group, head_dim)
         for name, part in self.tensors().items():
             if not torch.isfinite(part).all():

@@ -76,7 +76,6 @@ def score_pages(
         queries: (streams, heads, rows, head_dim), the block's rows.
         layout: At least ``block.closed`` chunks.
         block: With at least one closed chunk.
-        config: The topology.
         scorer: The layer's page score.
     """
     moments = layout.moments.first(block.closed * config.pages_per_chunk)

@@ -4,7 +4,7 @@ import math
 import random
 import string
 
-from llama_surgery.evaluation.ruler.draft import Builder, Draft, Request
+from llama_surgery.evaluation.ruler.draft import Draft, Request
 from llama_surgery.evaluation.ruler.materials import distinct_words
 
 #: Below this length common words have fewer entries, since more would not fit.
@@ -13,19 +13,15 @@ COMMON = 10
 ZETA_2 = math.pi**2 / 6
 
 
-def common_words() -> Builder:
-    """Generator: ten words occur often in a numbered list, all others seldom. ``size`` counts words."""
-
-    def build(request: Request) -> Draft:
-        rng, short = request.rng, request.length < SHORT
-        words, common = _words(rng, request.size)
-        example_words, example_common = _words(rng, 20 if short else 40)
-        prompt, prefix = _common_prompt(rng, example_words, example_common, *((3, 1) if short else (10, 3)))
-        example = f"{prompt}\n{prefix} {_numbered(example_common)}"
-        prompt, prefix = _common_prompt(rng, words, common, *((6, 1) if short else (30, 3)))
-        return Draft(f"{example}\n\n\n{prompt}", prefix, tuple(common))
-
-    return build
+def common_words(request: Request) -> Draft:
+    """Ten words occur often in a numbered list, all others seldom. ``size`` counts words."""
+    rng, short = request.rng, request.length < SHORT
+    words, common = _words(rng, request.size)
+    example_words, example_common = _words(rng, 20 if short else 40)
+    prompt, prefix = _common_prompt(rng, example_words, example_common, *((3, 1) if short else (10, 3)))
+    example = f"{prompt}\n{prefix} {_numbered(example_common)}"
+    prompt, prefix = _common_prompt(rng, words, common, *((6, 1) if short else (30, 3)))
+    return Draft(f"{example}\n\n\n{prompt}", prefix, tuple(common))
 
 
 def _words(rng: random.Random, count: int) -> tuple[list[str], list[str]]:
@@ -54,31 +50,27 @@ def _numbered(words: list[str]) -> str:
     return " ".join(f"{number}. {word}" for number, word in enumerate(words, start=1))
 
 
-def frequent_words() -> Builder:
-    """Generator: invented words with Zipf frequencies; the answer is the three most frequent ones.
+def frequent_words(request: Request) -> Draft:
+    """Invented words with Zipf frequencies; the answer is the three most frequent ones.
 
     ``size`` counts the entries. The word of rank k occurs size / (k² · ζ(2)) times; rank 1 is a row of
     dots, to be ignored.
     """
-
-    def build(request: Request) -> Draft:
-        rng = request.rng
-        vocabulary = max(4, (request.length - 50) // 50)
-        words: dict[str, None] = {}
-        while len(words) < vocabulary:
-            words["".join(rng.choices(string.ascii_lowercase, k=6))] = None
-        ranked = ["...", *list(words)[1:]]
-        entries = [
-            word
-            for rank, word in enumerate(ranked, start=1)
-            for _ in range(int(request.size / (rank**2 * ZETA_2)))
-        ]
-        rng.shuffle(entries)
-        prompt = (
-            "Below is a text in a code. Count its words and leave the rows of dots aside.\n\n"
-            f"{' '.join(entries)}\n\nQuestion: which three code words are the most frequent ones of the text?"
-        )
-        prefix = "Answer: the three most frequent code words are:"
-        return Draft(prompt, prefix, tuple(ranked[1:4]))
-
-    return build
+    rng = request.rng
+    vocabulary = max(4, (request.length - 50) // 50)
+    words: dict[str, None] = {}
+    while len(words) < vocabulary:
+        words["".join(rng.choices(string.ascii_lowercase, k=6))] = None
+    ranked = ["...", *list(words)[1:]]
+    entries = [
+        word
+        for rank, word in enumerate(ranked, start=1)
+        for _ in range(int(request.size / (rank**2 * ZETA_2)))
+    ]
+    rng.shuffle(entries)
+    prompt = (
+        "Below is a text in a code. Count its words and leave the rows of dots aside.\n\n"
+        f"{' '.join(entries)}\n\nQuestion: which three code words are the most frequent ones of the text?"
+    )
+    prefix = "Answer: the three most frequent code words are:"
+    return Draft(prompt, prefix, tuple(ranked[1:4]))

@@ -4,7 +4,7 @@ import random
 import uuid
 from typing import Literal
 
-from llama_surgery.evaluation.ruler.draft import NOISE, Builder, Draft, Request, listed, scattered
+from llama_surgery.evaluation.ruler.draft import NOISE, Draft, Request, listed, scattered
 from llama_surgery.evaluation.ruler.materials import distinct_keys, running_text
 
 Haystack = Literal["noise", "prose", "needles"]
@@ -15,15 +15,16 @@ DEPTHS = 40
 
 
 def needles(
-    haystack: Haystack,
+    request: Request,
     *,
+    haystack: Haystack,
     key: Kind = "word",
     value: Kind = "number",
     keys: int = 1,
     values: int = 1,
     queries: int = 1,
-) -> Builder:
-    """Generator of one kind of needle task.
+) -> Draft:
+    """One kind of needle task.
 
     Args:
         haystack: What surrounds the needles: a repeated line, running text, or needles about other keys.
@@ -33,39 +34,34 @@ def needles(
         values: Needles of each key.
         queries: Keys that are asked for; all their values are the answer.
     """
-
-    def build(request: Request) -> Draft:
-        rng = request.rng
-        # Drawn before the haystack, so that its size does not change what is asked.
-        own_keys = _distinct(rng, key, keys)
-        own_values = _distinct(rng, value, keys * values)
-        facts = [
-            _fact(own_keys[number // values], fact_value, value)
-            for number, fact_value in enumerate(own_values)
-        ]
-        asked = sorted(rng.sample(range(keys), queries))
-        references = [v for number in asked for v in own_values[number * values : (number + 1) * values]]
-        rng.shuffle(facts)
-        if haystack == "prose":
-            context = _in_prose(request, facts)
-        elif haystack == "noise":
-            context = "\n".join(scattered(rng, [NOISE] * request.size, facts))
-        else:
-            context = "\n".join(
-                scattered(rng, _others(rng, key, value, own_keys, own_values, request.size), facts)
-            )
-        several = len(references) > 1
-        names = listed([own_keys[number] for number in asked])
-        what = f"special magic {value}{'s' if several else ''} for {names}"
-        verb = "are" if several else "is"
-        prompt = (
-            f"Some special magic {value}s are hidden in the text below. Keep them in mind, since there is a "
-            f"question about them at its end.\n\n{context}\n\nQuestion: what {verb} the {what}, as the text "
-            f"above has {'them' if several else 'it'}?"
+    rng = request.rng
+    # Drawn before the haystack, so that its size does not change what is asked.
+    own_keys = _distinct(rng, key, keys)
+    own_values = _distinct(rng, value, keys * values)
+    facts = [
+        _fact(own_keys[number // values], fact_value, value) for number, fact_value in enumerate(own_values)
+    ]
+    asked = sorted(rng.sample(range(keys), queries))
+    references = [v for number in asked for v in own_values[number * values : (number + 1) * values]]
+    rng.shuffle(facts)
+    if haystack == "prose":
+        context = _in_prose(request, facts)
+    elif haystack == "noise":
+        context = "\n".join(scattered(rng, [NOISE] * request.size, facts))
+    else:
+        context = "\n".join(
+            scattered(rng, _others(rng, key, value, own_keys, own_values, request.size), facts)
         )
-        return Draft(prompt, f"Answer: according to the text, the {what} {verb}", tuple(references))
-
-    return build
+    several = len(references) > 1
+    names = listed([own_keys[number] for number in asked])
+    what = f"special magic {value}{'s' if several else ''} for {names}"
+    verb = "are" if several else "is"
+    prompt = (
+        f"Some special magic {value}s are hidden in the text below. Keep them in mind, since there is a "
+        f"question about them at its end.\n\n{context}\n\nQuestion: what {verb} the {what}, as the text "
+        f"above has {'them' if several else 'it'}?"
+    )
+    return Draft(prompt, f"Answer: according to the text, the {what} {verb}", tuple(references))
 
 
 def _fact(key: str, value: str, kind: Kind) -> str:

@@ -3,7 +3,7 @@
 import random
 
 from llama_surgery.errors import TextError
-from llama_surgery.evaluation.ruler.draft import Builder, Draft, Request
+from llama_surgery.evaluation.ruler.draft import Draft, Request
 from llama_surgery.evaluation.ruler.materials import Materials
 from llama_surgery.evaluation.ruler.questions import QuestionSet
 
@@ -32,37 +32,33 @@ def questions_for(task: str, materials: Materials, count: int) -> QuestionSet:
     return chosen
 
 
-def question_answering(task: str) -> Builder:
-    """Generator over the question set that is given for ``task``. ``size`` counts documents."""
-
-    def build(request: Request) -> Draft:
-        chosen = questions_for(task, request.materials, request.index + 1)
-        order = random.Random(f"{request.seed} {task}").sample(
-            range(len(chosen.questions)), len(chosen.questions)
-        )
-        question = chosen.questions[order[request.index]]
-        numbers = list(question.gold)
-        taken = {*question.gold, *question.related}
-        others = [number for number in range(len(chosen.documents)) if number not in taken]
-        request.rng.shuffle(others)
-        distractors = [*question.related, *others]
-        missing = request.size - len(numbers)
-        if missing > 0:
-            if not distractors:
-                raise TextError(f"{task}: the question file has no document beside that of the question.")
-            # A file with little text is read round and round; the gold documents stay single.
-            rounds = -(-missing // len(distractors))
-            numbers += (distractors * rounds)[:missing]
-        request.rng.shuffle(numbers)
-        documents = [f"Document {i}:\n{chosen.documents[n]}" for i, n in enumerate(numbers, start=1)]
-        prompt = "\n\n".join(
-            [
-                _INSTRUCTION.format(place=" below"),
-                *documents,
-                _INSTRUCTION.format(place=" above"),
-                f"Question: {question.text}",
-            ]
-        )
-        return Draft(prompt, "Answer:", question.answers)
-
-    return build
+def question_answering(request: Request, *, task: str) -> Draft:
+    """A question of the set that is given for ``task``. ``size`` counts documents."""
+    chosen = questions_for(task, request.materials, request.index + 1)
+    order = random.Random(f"{request.seed} {task}").sample(
+        range(len(chosen.questions)), len(chosen.questions)
+    )
+    question = chosen.questions[order[request.index]]
+    numbers = list(question.gold)
+    taken = {*question.gold, *question.related}
+    others = [number for number in range(len(chosen.documents)) if number not in taken]
+    request.rng.shuffle(others)
+    distractors = [*question.related, *others]
+    missing = request.size - len(numbers)
+    if missing > 0:
+        if not distractors:
+            raise TextError(f"{task}: the question file has no document beside that of the question.")
+        # A file with little text is read round and round; the gold documents stay single.
+        rounds = -(-missing // len(distractors))
+        numbers += (distractors * rounds)[:missing]
+    request.rng.shuffle(numbers)
+    documents = [f"Document {i}:\n{chosen.documents[n]}" for i, n in enumerate(numbers, start=1)]
+    prompt = "\n\n".join(
+        [
+            _INSTRUCTION.format(place=" below"),
+            *documents,
+            _INSTRUCTION.format(place=" above"),
+            f"Question: {question.text}",
+        ]
+    )
+    return Draft(prompt, "Answer:", question.answers)

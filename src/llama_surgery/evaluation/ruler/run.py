@@ -41,7 +41,6 @@ def answer_samples(
 
     Args:
         model: A causal language model of transformers, dense or operated.
-        tokenizer: Its tokenizer.
         samples: What to answer.
         batch_size: Samples that are answered together.
 

@@ -65,7 +65,6 @@ class Sampler:
     document) would exceed the length.
 
     Args:
-        tokenizer: The model's tokenizer.
         materials: Text and questions.
         seed: The same seed gives the same samples.
         chat: Put the prompt into the tokenizer's chat template, as instruction-tuned models expect.

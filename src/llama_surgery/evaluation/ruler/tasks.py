@@ -2,6 +2,8 @@
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
 
 from llama_surgery.errors import TextError
 from llama_surgery.evaluation.ruler.counting import common_words, frequent_words
@@ -31,31 +33,32 @@ class Task:
     score: Callable[[str, Sequence[str]], float] = string_match_all
 
 
-def _niah(build: Builder, unit_tokens: float) -> Task:
-    return Task(build=build, new_tokens=128, unit_tokens=unit_tokens, smallest=1)
+def _niah(unit_tokens: float, **kind: Any) -> Task:
+    return Task(build=partial(needles, **kind), new_tokens=128, unit_tokens=unit_tokens, smallest=1)
+
+
+def _reading(task: str, unit_tokens: float) -> Task:
+    build = partial(question_answering, task=task)
+    return Task(build=build, new_tokens=32, unit_tokens=unit_tokens, smallest=1, score=string_match_part)
 
 
 _PROSE, _LINE, _UUIDS = 1.4, 25, 90
 
 #: In the order of the paper's tables.
 TASKS: dict[str, Task] = {
-    "niah_single_1": _niah(needles("noise"), _LINE),
-    "niah_single_2": _niah(needles("prose"), _PROSE),
-    "niah_single_3": _niah(needles("prose", value="uuid"), _PROSE),
-    "niah_multikey_1": _niah(needles("prose", keys=4), _PROSE),
-    "niah_multikey_2": _niah(needles("needles"), _LINE),
-    "niah_multikey_3": _niah(needles("needles", key="uuid", value="uuid"), _UUIDS),
-    "niah_multivalue": _niah(needles("prose", values=4), _PROSE),
-    "niah_multiquery": _niah(needles("prose", keys=4, queries=4), _PROSE),
-    "vt": Task(build=variable_tracking(), new_tokens=30, unit_tokens=_LINE),
-    "cwe": Task(build=common_words(), new_tokens=120, unit_tokens=18, smallest=20),
-    "fwe": Task(build=frequent_words(), new_tokens=50, unit_tokens=4, smallest=100),
-    "qa_1": Task(
-        build=question_answering("qa_1"), new_tokens=32, unit_tokens=150, smallest=1, score=string_match_part
-    ),
-    "qa_2": Task(
-        build=question_answering("qa_2"), new_tokens=32, unit_tokens=120, smallest=1, score=string_match_part
-    ),
+    "niah_single_1": _niah(_LINE, haystack="noise"),
+    "niah_single_2": _niah(_PROSE, haystack="prose"),
+    "niah_single_3": _niah(_PROSE, haystack="prose", value="uuid"),
+    "niah_multikey_1": _niah(_PROSE, haystack="prose", keys=4),
+    "niah_multikey_2": _niah(_LINE, haystack="needles"),
+    "niah_multikey_3": _niah(_UUIDS, haystack="needles", key="uuid", value="uuid"),
+    "niah_multivalue": _niah(_PROSE, haystack="prose", values=4),
+    "niah_multiquery": _niah(_PROSE, haystack="prose", keys=4, queries=4),
+    "vt": Task(build=variable_tracking, new_tokens=30, unit_tokens=_LINE),
+    "cwe": Task(build=common_words, new_tokens=120, unit_tokens=18, smallest=20),
+    "fwe": Task(build=frequent_words, new_tokens=50, unit_tokens=4, smallest=100),
+    "qa_1": _reading("qa_1", 150),
+    "qa_2": _reading("qa_2", 120),
 }
 
 #: Tasks that need a file of questions.

@@ -3,7 +3,7 @@
 import random
 import string
 
-from llama_surgery.evaluation.ruler.draft import NOISE, Builder, Draft, Request, scattered
+from llama_surgery.evaluation.ruler.draft import NOISE, Draft, Request, scattered
 
 #: Noise lines of the worked example that comes first.
 EXAMPLE_LINES = 6
@@ -11,16 +11,12 @@ EXAMPLE_LINES = 6
 HOPS = 4
 
 
-def variable_tracking() -> Builder:
-    """Generator: one chain of assignments among noise; all its variables are the answer."""
-
-    def build(request: Request) -> Draft:
-        prompt, prefix, names = _chain(request.rng, EXAMPLE_LINES, letters=3)
-        example = f"{prompt}\n{prefix} {' '.join(names)}"
-        prompt, prefix, names = _chain(request.rng, request.size, letters=5)
-        return Draft(f"{example}\n\n\n{prompt}", prefix, tuple(names))
-
-    return build
+def variable_tracking(request: Request) -> Draft:
+    """One chain of assignments among noise; all its variables are the answer."""
+    prompt, prefix, names = _chain(request.rng, EXAMPLE_LINES, letters=3)
+    example = f"{prompt}\n{prefix} {' '.join(names)}"
+    prompt, prefix, names = _chain(request.rng, request.size, letters=5)
+    return Draft(f"{example}\n\n\n{prompt}", prefix, tuple(names))
 
 
 def _chain(rng: random.Random, lines: int, letters: int) -> tuple[str, str, list[str]]:

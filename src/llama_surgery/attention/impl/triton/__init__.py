@@ -32,7 +32,6 @@ def obstacle(config: SurgeryConfig, queries: torch.Tensor, values: torch.Tensor,
     """Why the kernels cannot run a call, or None if they can.
 
     Args:
-        config: The topology.
         queries: (..., head_dim).
         values: (..., value_dim).
         tile: Queries of a tile.

@@ -121,6 +121,26 @@ class Job:
         return self.queries.shape[0] // self.near_keys.shape[0]
 
     @property
+    def cap(self) -> float:
+        """Cap of the logits, for kernels that ask ``CAP`` whether there is one."""
+        return 1.0 if self.softcap is None else self.softcap
+
+    def constants(self) -> dict[str, int]:
+        """What kernels are compiled with, whatever they do: heads, tiles and channels."""
+        dim, value_dim = self.queries.shape[-1], self.near_values.shape[-1]
+        return {
+            "GROUP": self.group,
+            "HEADS": self.queries.shape[1],
+            "TILE": self.tile,
+            "TILE_PAD": triton.next_power_of_2(self.tile),
+            "DIM": dim,
+            "DIM_PAD": pad_to_power(dim),
+            "VALUE_DIM": value_dim,
+            "VALUE_PAD": pad_to_power(value_dim),
+            "CAP": self.softcap is not None,
+        }
+
+    @property
     def near_start(self) -> int:
         """Position of the first near key."""
         return self.stop - self.near_keys.shape[1]

@@ -147,7 +147,7 @@ def _of_queries(
             first_tile,
             job.config.dense_until,
             job.scale,
-            _cap(job),
+            job.cap,
             **shape,
             CHUNK=job.config.chunk_size,
             WINDOW=job.config.window,
@@ -183,7 +183,7 @@ def _of_near_keys(job: Job, tuning: BackwardTuning, rows: _Rows) -> tuple[torch.
         job.near_start,
         job.config.dense_until,
         job.scale,
-        _cap(job),
+        job.cap,
         **shape,
         CHUNK=job.config.chunk_size,
         WINDOW=job.config.window,
@@ -239,7 +239,7 @@ def _of_far_keys(
             job.start,
             plan.start // plan.tile,
             job.scale,
-            _cap(job),
+            job.cap,
             **shape,
             PAGE=page,
             PAGE_PAD=pad_to_power(page),
@@ -263,24 +263,11 @@ def _strips(job: Job, plans: Sequence[TiledPlan]) -> list[tuple[int, int, TiledP
 
 
 def _shape(job: Job, tuning: BackwardTuning) -> dict[str, Any]:
-    heads, dim, value_dim = job.queries.shape[1], job.queries.shape[-1], job.near_values.shape[-1]
-    tile_pad = triton.next_power_of_2(job.tile)
+    constants = job.constants()
     return {
-        "GROUP": job.group,
-        "HEADS": heads,
-        "HEADS_BLOCK": heads_of_tile(heads, tuning.rows, tile_pad),
-        "TILE": job.tile,
-        "TILE_PAD": tile_pad,
-        "DIM": dim,
-        "DIM_PAD": pad_to_power(dim),
-        "VALUE_DIM": value_dim,
-        "VALUE_PAD": pad_to_power(value_dim),
-        "CAP": job.softcap is not None,
+        **constants,
+        "HEADS_BLOCK": heads_of_tile(constants["HEADS"], tuning.rows, constants["TILE_PAD"]),
     }
-
-
-def _cap(job: Job) -> float:
-    return 1.0 if job.softcap is None else job.softcap
 
 
 def _like(states: torch.Tensor) -> torch.Tensor:

@@ -14,10 +14,7 @@ if TYPE_CHECKING:
 def expect(
     name: str, tensor: torch.Tensor, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
 ) -> None:
-    """
-    Raises:
-        SurgeryError: The tensor has another shape, dtype or device.
-    """
+    """Raise SurgeryError where a tensor has another shape, dtype or device."""
     if tensor.shape != shape or tensor.dtype != dtype or tensor.device != device:
         raise SurgeryError(
             f"{name} {tuple(tensor.shape)} {tensor.dtype} on {tensor.device}: expected {tuple(shape)} "
@@ -26,10 +23,7 @@ def expect(
 
 
 def check_cache(cache: "DecodeCache") -> None:
-    """
-    Raises:
-        SurgeryError: Tensors that do not fit together, or lie otherwise than the kernels read them.
-    """
+    """Raise SurgeryError where tensors do not fit together, or lie otherwise than the kernels read them."""
     config, keys = cache.config, cache.keys
     if keys.dim() != 5 or cache.lengths.dim() != 1:
         raise SurgeryError(
@@ -91,10 +85,7 @@ def check_call(
     router: PageRouter,
     tally: torch.Tensor | None,
 ) -> None:
-    """
-    Raises:
-        SurgeryError: What goes with the queries does not fit them or the cache.
-    """
+    """Raise SurgeryError where what goes with the queries does not fit them or the cache."""
     if queries.dim() != 4 or (queries.shape[0], queries.shape[3]) != (cache.streams, cache.keys.shape[-1]):
         raise SurgeryError(
             f"queries {tuple(queries.shape)} do not fit cached keys {tuple(cache.keys.shape)}: expected "

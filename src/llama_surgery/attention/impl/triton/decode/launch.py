@@ -199,7 +199,6 @@ def decode_obstacle(config: SurgeryConfig, queries: torch.Tensor) -> str | None:
     """Why :func:`decode` cannot run a call that the other kernels can run, or None if it can.
 
     Args:
-        config: The topology.
         queries: (…, rows, head_dim).
     """
     rows = queries.shape[-2]

@@ -77,7 +77,8 @@ def attend_strip(
         hopper.attend_strip(job, strip, plan, out, lse)
         return
     choosers, heads = job.queries.shape[:2]
-    tile_pad = triton.next_power_of_2(job.tile)
+    constants = job.constants()
+    tile_pad, dim_pad, value_pad = (constants[name] for name in ("TILE_PAD", "DIM_PAD", "VALUE_PAD"))
     heads_block = heads_of_tile(heads, job.tuning.rows, tile_pad)
     far_keys, far_values = job.near_keys, job.near_values
     blocks: tuple[torch.Tensor | None, int] = None, 0
@@ -89,8 +90,6 @@ def attend_strip(
         )
         blocks, entries, counts = job.blocks, plan.entries, plan.counts
     page_pad = pad_to_power(job.config.page_size)
-    head_dim, value_dim = job.queries.shape[-1], job.near_values.shape[-1]
-    dim_pad, value_pad = (pad_to_power(d) for d in (head_dim, value_dim))
     block_near = job.tuning.block_near
     size = job.queries.element_size()
     room = job.tuning.shared - heads_block * tile_pad * dim_pad * size
@@ -118,16 +117,8 @@ def attend_strip(
         strip.pages,
         *placed_rows(job, strip),
         job.scale,
-        1.0 if job.softcap is None else job.softcap,
-        GROUP=job.group,
-        HEADS=heads,
+        job.cap,
         HEADS_BLOCK=heads_block,
-        TILE=job.tile,
-        TILE_PAD=tile_pad,
-        DIM=head_dim,
-        DIM_PAD=dim_pad,
-        VALUE_DIM=value_dim,
-        VALUE_PAD=value_pad,
         CHUNK=job.config.chunk_size,
         WINDOW=job.config.window,
         PAGE=job.config.page_size,
@@ -137,8 +128,8 @@ def attend_strip(
         FAR=plan is not None,
         SUMMARY=job.means is not None,
         SINK=job.sink_logit is not None,
-        CAP=job.softcap is not None,
         num_warps=job.tuning.attend_warps,
         num_stages=max(1, min(job.tuning.attend_stages, ahead)),
+        **constants,
         **product_options(job.queries),
     )

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 import triton
 
-from llama_surgery.attention.impl.triton.helpers import pad_to_power, product_options
+from llama_surgery.attention.impl.triton.helpers import product_options
 from llama_surgery.attention.impl.triton.job import Job, Strip
 from llama_surgery.attention.impl.triton.launch import described, placed_rows
 from llama_surgery.attention.impl.triton.select.scan_kernel import scan_kernel
@@ -23,7 +23,7 @@ def select(job: Job, strip: Strip, out: torch.Tensor, lse: torch.Tensor) -> Tile
     """
     shape = Shape.of(job, strip)
     assert job.features is not None and job.layout is not None
-    choosers, head_dim = job.queries.shape[0], job.queries.shape[-1]
+    choosers, constants = job.queries.shape[0], job.constants()
     new = functools.partial(torch.empty, dtype=torch.int32, device=job.queries.device)
     entries = new(choosers, strip.tiles, strip.pages)
     counts, rows_seen = new(choosers, strip.tiles), new(choosers, strip.tiles)
@@ -31,7 +31,7 @@ def select(job: Job, strip: Strip, out: torch.Tensor, lse: torch.Tensor) -> Tile
     stop = min(job.stop, (strip.first_tile + strip.tiles) * job.tile)
     mean, spread = job.features.chunk(2, -1)
     means, block = job.means, job.tuning.block_pages
-    dim_pad, value_pad = pad_to_power(head_dim), pad_to_power(out.shape[-1])
+    dim_pad, value_pad = constants["DIM_PAD"], constants["VALUE_PAD"]
     size = job.queries.element_size()
     room = job.tuning.shared - shape.rows * 2 * dim_pad * size
     ahead = room // (block * (2 * dim_pad + (0 if means is None else value_pad)) * size)
@@ -66,18 +66,10 @@ def select(job: Job, strip: Strip, out: torch.Tensor, lse: torch.Tensor) -> Tile
         strip.pages,
         *placed_rows(job, strip),
         job.scale,
-        1.0 if job.softcap is None else job.softcap,
+        job.cap,
         math.log2(theta) if theta > 0 else -math.inf,
-        GROUP=job.group,
-        HEADS=job.queries.shape[1],
         HEADS_BLOCK=shape.heads_block,
         TILES_BLOCK=shape.tiles_block,
-        TILE=job.tile,
-        TILE_PAD=shape.tile_pad,
-        DIM=head_dim,
-        DIM_PAD=dim_pad,
-        VALUE_DIM=out.shape[-1],
-        VALUE_PAD=value_pad,
         CHUNK=job.config.chunk_size,
         WINDOW=job.config.window,
         PAGE=job.config.page_size,
@@ -85,10 +77,10 @@ def select(job: Job, strip: Strip, out: torch.Tensor, lse: torch.Tensor) -> Tile
         BLOCK_NEAR=job.tuning.block_near,
         BLOCK_PAGES=block,
         SINK=job.sink_logit is not None,
-        CAP=job.softcap is not None,
         # A matrix tile longer than what was tuned for: threads hold as many of its rows as they did.
         num_warps=min(8, job.tuning.score_warps * max(1, shape.rows // job.tuning.score_rows)),
         num_stages=max(1, min(job.tuning.score_stages, ahead)),
+        **constants,
         **product_options(job.queries),
     )
     return TiledPlan(start, stop, job.tile, counts, rows_seen, entries, pieces=job.pieces)
