@@ -25,6 +25,7 @@ import time
 from pathlib import Path
 
 import torch
+from benchmarks.ball_blocks import blocks_in_order_of_text, listen, pages_read
 from benchmarks.matching import losses_of
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -35,8 +36,6 @@ from llama_surgery.evaluation.paired import perplexity_ratio
 from llama_surgery.evaluation.perplexity import Perplexity
 from llama_surgery.gumbel.balls import (
     ball_intervals,
-    blocks_in_order_of_text,
-    pages_read,
     tree_order,
     window_pairs_read,
 )
@@ -55,7 +54,7 @@ KEYS = (
 
 
 class BlockCounter:
-    """Counts, for tiles and blocks of a few sizes, the pairs that whole windows read. A ``BallListener``.
+    """Counts, for tiles and blocks of a few sizes, the pairs that whole windows read.
 
     Args:
         sizes: Rows of a tile, and keys of a block.
@@ -164,7 +163,8 @@ def _measured(
     begun = time.time()
     with operated(model, surgery, routers=routers):
         for layer in surgery_of(model).values():
-            layer.listener = counter if options.blocks else None
+            if options.blocks:
+                listen(layer, counter)
         losses = losses_of(model, ids, 1, head)
         read = statistics(model)
     ratio = perplexity_ratio(dense.per_window, losses.per_window, 0)

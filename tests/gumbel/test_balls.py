@@ -2,15 +2,14 @@
 
 import pytest
 import torch
+from benchmarks.ball_blocks import blocks_in_order_of_text, pages_read
 
 from llama_surgery.gumbel.balls import (
     always_pairs,
     ball_ids,
     ball_intervals,
     ball_mask,
-    blocks_in_order_of_text,
     order_serves,
-    pages_read,
     tree_order,
     window_pairs_read,
 )

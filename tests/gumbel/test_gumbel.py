@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from benchmarks.ball_blocks import listen
 from tests.learning.killed import steps_before_death
 from tests.surgery.tiny import build, llama, logits, tokens
 from transformers import DynamicCache
@@ -169,7 +170,7 @@ def test_kernels_execute_the_trained_mask(
 
     expected, density = run("reference"), seen(model)
     for layer in surgery_of(model).values():
-        layer.listener = heard.append
+        listen(layer, heard.append)
     whole = run("triton")
     groups = [part for balls in heard for part in balls.chunk(len(arities), 1)]
     assert len(groups) == len(masks)

@@ -1,7 +1,6 @@
 """What an attention module carries under the ``gumbel`` topology, and how it attends."""
 
 import dataclasses
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -20,9 +19,6 @@ from llama_surgery.surgery.statistics import Counters
 
 #: Keyword by which the pre-forward hook hands on what the router said.
 ROUTED = "llama_surgery_routed"
-
-#: Hears the balls (batch, heads, n) of every call.
-BallListener = Callable[[torch.Tensor], None]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,14 +44,12 @@ class GumbelLayer:
         config: The operation's configuration.
         router: The layer's content router.
         counters: Counts by tile size: lists over query heads, since each has balls of its own.
-        listener: Hears the balls of calls, or None.
         drawing: How digits are drawn in training; None where the likeliest are executed.
     """
 
     config: SurgeryConfig
     router: ContentRouter
     counters: dict[int, Counters] = dataclasses.field(default_factory=dict)
-    listener: BallListener | None = None
     drawing: Drawing | None = None
 
     @property
@@ -113,8 +107,6 @@ class GumbelLayer:
             )
             read = torch.full_like(seen, query.shape[0] * count * count)
         else:
-            if self.listener is not None:
-                self.listener(routed.balls)
             backend, order = self.config.backend, None
             if isinstance(routed.layer, BallLayer) and ball_backend(backend, query, key, value) == "triton":
                 order = routed.layer.order(count - rows, self.gumbel.window)

@@ -7,6 +7,7 @@ import torch
 
 pytest.importorskip("triton")
 
+from benchmarks.ball_blocks import pages_read
 from tests.gumbel.test_balls import random_balls
 
 from llama_surgery.attention.impl.triton.tuning import Tuning
@@ -14,7 +15,7 @@ from llama_surgery.errors import SurgeryError
 from llama_surgery.gumbel import attend
 from llama_surgery.gumbel import token_mask as masked
 from llama_surgery.gumbel.attend import BallResult, attend_balls
-from llama_surgery.gumbel.balls import ball_intervals, ball_mask, pages_read, tree_order, window_pairs_read
+from llama_surgery.gumbel.balls import ball_intervals, ball_mask, tree_order, window_pairs_read
 
 WINDOW = 20
 
