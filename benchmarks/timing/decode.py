@@ -166,7 +166,7 @@ def step_run(layers: list[Layer], setting: Setting, device: torch.device) -> dic
     def one() -> None:
         replay_step()
         for store in stores:
-            store.advance(setting.rows)
+            store.length += setting.rows
             store.lay_out()
 
     measured = times(one, device, case.STEPS // setting.rows - 8)

@@ -219,7 +219,8 @@ class PagedLayer(CacheLayerMixin):
     def advance(self, new: int, router: PageRouter | None = None) -> None:
         """Count tokens that a decode step wrote."""
         for store in self.stores:
-            store.advance(new, router)
+            store.length += new
+            store.router = router
         self._known_lengths = self.lengths
 
     def _separate(self) -> None:

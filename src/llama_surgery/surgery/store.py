@@ -129,11 +129,6 @@ class SequenceStore:
             keys, values = keys[:, full - opened :], values[:, full - opened :]
         self._buffers.write(self._streams, stop - keys.shape[1], keys, values)
 
-    def advance(self, new: int, router: PageRouter | None = None) -> None:
-        """Count ``new`` tokens that were written into the buffers."""
-        self.length += new
-        self.router = router
-
     def _lay_out(
         self, start: int, keys: torch.Tensor, values: torch.Tensor, router: PageRouter | None
     ) -> None:

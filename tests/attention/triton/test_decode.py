@@ -380,7 +380,7 @@ def test_texts_grow_by_accepted_drafts(device: torch.device) -> None:
         cache.lengths.add_(kept)
         for index, (store, count) in enumerate(zip(stores, kept.tolist(), strict=True)):
             position[index] += count
-            store.advance(count)
+            store.length += count
             store.lay_out()
         step += 1
 
