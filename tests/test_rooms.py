@@ -22,7 +22,7 @@ LOWER = {
     "serving": {"attention", "surgery", "topology"},
     "evaluation": {"surgery", "topology"},
     "export": {"attention", "evaluation", "surgery", "topology"},
-    "report": {"evaluation", "surgery", "topology"},
+    "report": {"evaluation", "surgery"},
     "cli": {
         "attention",
         "evaluation",
@@ -32,6 +32,7 @@ LOWER = {
         "report",
         "serving",
         "surgery",
+        "topology",
     },
 }
 

@@ -11,9 +11,10 @@ import pytest
 from tests.report.test_frontier import POINT, write
 
 from llama_surgery.errors import SurgeryError
+from llama_surgery.files import write_json
 from llama_surgery.report import summary
 from llama_surgery.report.page import render, write_report
-from llama_surgery.report.results import read_results, write_results
+from llama_surgery.report.results import read_results
 
 
 class Outline(HTMLParser):
@@ -72,7 +73,7 @@ def test_conditions_are_complete(results: dict[str, Any]) -> None:
 
 
 def test_results_survive_their_file(results: dict[str, Any], tmp_path: Path) -> None:
-    write_results(tmp_path / "r.json", results)
+    write_json(tmp_path / "r.json", results)
     read = read_results(tmp_path / "r.json")
     assert read == results
     write_report(read, tmp_path / "r.html", frontier=write(tmp_path / "f.csv", [POINT]))

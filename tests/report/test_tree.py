@@ -18,7 +18,6 @@ TREE = HeadTree(1, 0, list("abcdefgh"), [0, 4, 1, 6, 3, 2, 5, 7], 2)
 def test_pages_hold_every_token_once_in_reading_order() -> None:
     assert TREE.pages() == [[0, 4], [1, 6], [2, 3], [5, 7]]
     assert TREE.page_of() == [0, 1, 2, 2, 0, 3, 1, 3]
-    assert TREE.depth == 2
 
 
 def test_a_tree_survives_json() -> None:
@@ -41,6 +40,7 @@ def test_a_damaged_tree_is_refused(change: dict, told: str) -> None:
 def test_the_view_nests_pages_and_keeps_the_text_whole() -> None:
     view = forest_view(TREE)
     assert "".join(run["text"] for run in view["text"]) == "abcdefgh"
+    assert view["depth"] == 2
     first_ball = view["root"]["children"][0]["children"]
     assert [page["name"] for page in first_ball] == ["A", "B"]
     assert [run["text"] for run in first_ball[0]["runs"]] == ["a", "e"]

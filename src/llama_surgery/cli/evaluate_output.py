@@ -18,13 +18,12 @@ VERDICTS = {
 def write_and_print(parts: Parts, folder: Path | None, json: bool) -> None:
     """Write results, tables and the figure of a comparison, and show them."""
     from llama_surgery.evaluation.io import write_csv
-    from llama_surgery.files import write_atomically
+    from llama_surgery.files import write_atomically, write_json
     from llama_surgery.report.comparison import comparison
-    from llama_surgery.report.results import write_results
 
     results = parts.results
     if folder is not None:
-        write_results(folder / "results.json", results)
+        write_json(folder / "results.json", results)
         for name, rows in parts.rows.items():
             write_csv(folder / f"{name}.csv", rows)
         if "against" in results:

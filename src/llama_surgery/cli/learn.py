@@ -105,9 +105,7 @@ def learn(
                 "--topology gumbel learns from the language model's loss alone: leave --density, --part, "
                 "--stage and --stream out."
             )
-        from llama_surgery.cli.learn_gumbel import learn_routers
-
-        learn_routers(asked)
+        _routers(asked)
         return
     if density is None:
         raise typer.BadParameter("--density is needed: how much may be read.", param_hint="--density")
@@ -174,6 +172,39 @@ def learn(
     if config.dense_until and not json:
         out.print(speed_told(config.dense_until, context_length(llm)), highlight=False, soft_wrap=True)
     told(out_folder, config, seen, json)
+
+
+def _routers(asked: Asked) -> None:
+    """Train content routers on a text and save the adapter.
+
+    Raises:
+        SurgeryError: Windows longer than the routers' trees are for, or a checkpoint of another run.
+    """
+    with status("Loading PyTorch …"):
+        from llama_surgery.learning.processes import launched
+    from llama_surgery.text import read_texts
+
+    if (count := launched(asked.device).count) > 1:
+        raise SurgeryError(f"{count} processes: content routers learn in one. Start it without a launcher.")
+    texts = read_texts(asked.text)
+    llm, tokenizer = load_model(asked.model, asked.device, asked.dtype, longest=asked.length)
+    from llama_surgery.gumbel.learn import GumbelLearning, learn_gumbel
+    from llama_surgery.learning.learned import WINDOWS
+    from llama_surgery.surgery.adapter import save_adapter
+    from llama_surgery.surgery.context import usual_length
+    from llama_surgery.surgery.operate import operated
+    from llama_surgery.text import windows as cut_windows
+
+    rate = GumbelLearning.rate if asked.rate is None else asked.rate
+    settings = GumbelLearning(steps=asked.steps, rate=rate, seed=asked.seed)
+    length = usual_length(llm) if asked.length is None else asked.length
+    ids = cut_windows(tokenizer, texts, length, asked.windows, asked.seed, usual=WINDOWS)
+    with progress() as tell:
+        report, seen = reporter("gumbel", asked.steps, tell)
+        routers = learn_gumbel(llm, asked.config, ids, settings, report, **asked.keeping("gumbel"))
+    with operated(llm, asked.config, routers=routers):
+        save_adapter(llm, asked.folder)
+    told(asked.folder, asked.config, seen, asked.json)
 
 
 def _streamed(asked: Asked, texts: list[str], planned: "LearningSettings") -> tuple[SurgeryConfig, list[Any]]:

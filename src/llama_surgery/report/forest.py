@@ -38,7 +38,7 @@ def forest_view(tree: HeadTree) -> dict[str, Any]:
         "layer": tree.layer,
         "kv_head": tree.kv_head,
         "tokens": len(tree.tokens),
-        "depth": tree.depth,
+        "depth": (len(leaves) - 1).bit_length(),
         "page_size": tree.page_size,
         "pages": leaves,
         "text": text,

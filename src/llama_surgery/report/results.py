@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llama_surgery.errors import SurgeryError, check_version
-from llama_surgery.files import write_json
 
 if TYPE_CHECKING:
     from llama_surgery.evaluation.result import EvaluationResult
@@ -43,15 +42,6 @@ def make_results(
         "trees": [tree.to_dict() for tree in trees],
         **result.to_dict(),
     }
-
-
-def write_results(path: Path, results: dict[str, Any]) -> None:
-    """Write a results file, atomically.
-
-    Raises:
-        SurgeryError: It cannot be written.
-    """
-    write_json(path, results)
 
 
 def read_results(path: Path) -> dict[str, Any]:

@@ -3,10 +3,7 @@
 import dataclasses
 from typing import Any
 
-import torch
-
 from llama_surgery.errors import SurgeryError
-from llama_surgery.topology.tree import paths
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,11 +24,6 @@ class HeadTree:
     order: list[int]
     page_size: int
 
-    @property
-    def depth(self) -> int:
-        """Splits from the chunk down to a page."""
-        return self._digits().shape[-1]
-
     def pages(self) -> list[list[int]]:
         """Offsets of each page's tokens, ascending; pages in tree order."""
         size = self.page_size
@@ -44,9 +36,6 @@ class HeadTree:
             for offset in offsets:
                 pages[offset] = page
         return pages
-
-    def _digits(self) -> torch.Tensor:
-        return paths(torch.tensor(self.order), self.page_size)
 
     def to_dict(self) -> dict[str, Any]:
         """All fields, ready for JSON."""
