@@ -78,7 +78,7 @@ def learn(
         "what is far back; 0 for the text as it is.",
         min=0,
         max=0.9,
-    ) = 0.25,
+    ) = 0.15,
     seed: _learning(int, "Of windows and starting values.", **SEED) = 0,
     checkpoint_seconds: _learning(float, "Time between checkpoints.", min=0) = 30.0,
     device: options.Device = "auto",
@@ -223,7 +223,6 @@ def _streamed(asked: Asked, texts: list[str], planned: "LearningSettings") -> tu
     from llama_surgery.surgery.context import check_length, usual_length
     from llama_surgery.surgery.supported import attention_modules
     from llama_surgery.text import windows as cut_windows
-    from llama_surgery.topology.geometry import first_far
 
     config, target = asked.config, _device(asked.device)
     precision = getattr(torch, "float32" if asked.dtype is Dtype.auto else asked.dtype.value)
@@ -236,7 +235,7 @@ def _streamed(asked: Asked, texts: list[str], planned: "LearningSettings") -> tu
     planned = dataclasses.replace(planned, length=length)
     tokenizer = load_tokenizer(asked.model)
     ids = cut_windows(tokenizer, texts, length, asked.windows, planned.seed, usual=STREAMED_WINDOWS)
-    ids = with_repeats(ids, planned.repeats, first_far(config), planned.seed)
+    ids = with_repeats(ids, planned.repeats, config, planned.seed)
     with progress() as tell:
         report, seen = reporter(planned.stage, planned.steps, tell)
         corrections, theta = learn_streamed(

@@ -19,7 +19,6 @@ from llama_surgery.surgery.operate import operate, operated
 from llama_surgery.surgery.progress import Progress, counted, told_or_shown
 from llama_surgery.surgery.supported import inner_model
 from llama_surgery.text import windows as cut_windows
-from llama_surgery.topology.geometry import first_far
 
 #: Training windows unless others are asked for, where the text holds as many.
 WINDOWS = 200
@@ -105,7 +104,7 @@ def learn(
         seed=seed,
     )
     ids = cut_windows(tokenizer, text, length, windows, seed, usual=WINDOWS)
-    ids = with_repeats(ids, repeats, first_far(config), seed)
+    ids = with_repeats(ids, repeats, config, seed)
     # One threshold for all heads: their budgets are learned.
     with counted(inner, "first threshold", PASSES * len(few), progress), operated(model, config):
         config = calibrate(model, few, density)

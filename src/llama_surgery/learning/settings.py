@@ -38,7 +38,7 @@ class LearningSettings:
     parts: tuple[Part, ...] = ("channels",)
     stage: Stage = "logits"
     rate: float = 0.03
-    repeats: float = 0.25
+    repeats: float = 0.15
     seed: int = 0
     sampled_tiles: int = 4
 
