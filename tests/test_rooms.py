@@ -32,7 +32,6 @@ LOWER = {
         "report",
         "serving",
         "surgery",
-        "topology",
     },
 }
 
