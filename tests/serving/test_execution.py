@@ -136,7 +136,8 @@ def test_other_sequences_may_be_broken() -> None:
     for broken in waiting[1::2]:
         for states in (broken.queries, broken.keys, broken.values):
             states.fill_(torch.nan)
-    cache = empty_cache(1 + sum(len(s.blocks) for s in waiting), executor)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    cache = empty_cache(1 + sum(len(s.blocks) for s in waiting), executor, device)
     outs = step(cache, [(s, s.length) for s in waiting], None, executor)
     for sequence, out in outs[::2]:
         torch.testing.assert_close(out.double(), sequence.want, rtol=3e-5, atol=3e-5)
