@@ -123,14 +123,18 @@ class Server:
         return OpenAI(base_url=f"http://127.0.0.1:{self.port}/v1", api_key="none", max_retries=0, timeout=300)
 
 
-def complete(client: Any, prompt: list[int], new: int = NEW) -> list[int]:
-    """Greedy token ids that the server writes after ``prompt``."""
+def complete(client: Any, prompt: list[int], new: int = NEW, *, dense: bool = False) -> list[int]:
+    """Greedy token ids that the server writes after ``prompt``, operated or dense."""
     answer = client.completions.create(
         model="books",
         prompt=prompt,
         max_tokens=new,
         temperature=0,
-        extra_body={"return_token_ids": True, "ignore_eos": True},
+        extra_body={
+            "return_token_ids": True,
+            "ignore_eos": True,
+            "vllm_xargs": {"llama_surgery_dense": int(dense)},
+        },
     )
     return answer.choices[0].token_ids
 

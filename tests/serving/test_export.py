@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -9,11 +10,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tests.cli.runner import run
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 from llama_surgery import SurgeryConfig, SurgeryError, eject, operate, save_adapter
 from llama_surgery.serving.export import export
-from llama_surgery.serving.families import read_block
+from llama_surgery.serving.families import check_cache_dtype, read_block
 from llama_surgery.topology.router import PageRouter
 
 CONFIG = SurgeryConfig(chunk_size=64, page_size=16, window=32, tile=8, theta=0.2, theta_decode=0.1)
@@ -154,12 +155,33 @@ def test_clear_errors(checkpoint: Path, tmp_path: Path) -> None:
         export(tmp_path / "out", tmp_path / "again")
     with pytest.raises(SurgeryError, match="adapter"):
         export(checkpoint, tmp_path / "again", tmp_path / "out")
-    other = tmp_path / "other"
-    shutil.copytree(checkpoint, other)
+
+
+@pytest.mark.parametrize("family", ["GPT2LMHeadModel", "Gemma3ForCausalLM", "GptOssForCausalLM"])
+def test_families_that_are_not_served(checkpoint: Path, tmp_path: Path, family: str) -> None:
+    other = shutil.copytree(checkpoint, tmp_path / "other")
     described = json.loads((other / "config.json").read_text())
-    (other / "config.json").write_text(json.dumps({**described, "architectures": ["GPT2LMHeadModel"]}))
-    with pytest.raises(SurgeryError, match=r"GPT2LMHeadModel\. Served are"):
-        export(other, tmp_path / "again")
+    (other / "config.json").write_text(json.dumps({**described, "architectures": [family]}))
+    with pytest.raises(SurgeryError, match=rf"{family}\. Served are"):
+        export(other, tmp_path / "out")
+
+
+def test_quantised_keys_are_not_served() -> None:
+    for name in ("auto", "float32", "bfloat16", "float16"):
+        check_cache_dtype(name, "--kv-cache-dtype")
+    for name in ("fp8", "fp8_e4m3", "nvfp4", "int8_per_token_head"):
+        with pytest.raises(SurgeryError, match=f"kv_cache_dtype {name}: quantised keys and values are not"):
+            check_cache_dtype(name, "model.layers.0.self_attn.attn.kv_cache_dtype")
+
+
+def test_sliding_windows_are_not_served(tmp_path: Path) -> None:
+    """Nor the other layers of such a model: no served model is dense in part."""
+    sizes = {"vocab_size": 97, "hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 4}
+    windows = {"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 1}
+    config = Qwen2Config(**sizes, **windows, num_key_value_heads=2, num_hidden_layers=2)
+    Qwen2ForCausalLM(config).save_pretrained(tmp_path / "source")
+    with pytest.raises(SurgeryError, match="1 of 2 layers have full attention: models with sliding-window"):
+        export(tmp_path / "source", tmp_path / "out")
 
 
 @pytest.mark.parametrize(
@@ -184,11 +206,11 @@ def test_an_adapter_among_the_files_of_the_model_is_left_behind(
     adapter = adapter_of(checkpoint, tmp_path / "adapter")
     for file in adapter.iterdir():
         shutil.copy(file, source)
-    with pytest.raises(SurgeryError, match="to a folder of their own"):
-        export(source, tmp_path / "out", adapter)
-    monkeypatch.setattr(
-        "llama_surgery.checkpoint.find_spec", lambda name: None
-    )  # without PEFT it can be loaded
+    if find_spec("peft"):
+        with pytest.raises(SurgeryError, match="to a folder of their own"):
+            export(source, tmp_path / "out", adapter)
+    # Without PEFT it can be loaded.
+    monkeypatch.setattr("llama_surgery.checkpoint.find_spec", lambda name: None)
     monkeypatch.setattr("transformers.models.auto.auto_factory.is_peft_available", lambda: False)
     monkeypatch.setattr("transformers.integrations.peft.is_peft_available", lambda: False)
     export(source, tmp_path / "out", adapter)

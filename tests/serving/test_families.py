@@ -17,7 +17,7 @@ from llama_surgery import SurgeryConfig
 
 pytestmark = [pytest.mark.serve, pytest.mark.timeout(1800)]
 
-CONFIG = SurgeryConfig(chunk_size=64, page_size=16, window=32, tile=16, theta=0.02)
+CONFIG = SurgeryConfig(chunk_size=64, page_size=16, window=32, tile=16, theta=0.1)
 
 
 def check(
@@ -58,21 +58,33 @@ def check(
     served = exported(model, source, folder, surgery)
     reference = Reference(model, torch.randint(1, 4096, (2000,)).tolist(), summary)
     prompts = reference.prompts(*lengths)
-    want = reference.write(prompts, surgery)
+    want, modes, rounds = [reference.write(prompts, surgery)], [False], 1
+    if backend == "auto":  # dense requests among them, and all again out of the cache
+        want.append(reference.write(prompts, None))
+        modes, rounds = [False, True], 2
+        assert want[0] != want[1]
+    jobs = [(prompt, dense) for prompt in rounds * prompts for dense in modes]
     server = Server(served, folder / "log.txt", **environment).start()
     try:
         with ThreadPoolExecutor(8) as pool:
-            got = list(pool.map(lambda prompt: complete(server.client(), prompt), prompts))
+            got = list(pool.map(lambda job: complete(server.client(), job[0], dense=job[1]), jobs))
     finally:
         server.kill()
     what = f"{family}, random weights, backend {backend}, θ of decode {theta_decode}, all at once"
-    reference.assert_equal(what, prompts, want, got)
+    for expected, dense in zip(want, modes, strict=True):
+        told = f"{what}, asked for dense attention" if dense else what
+        reference.assert_equal(told, rounds * prompts, rounds * expected, got[dense :: len(modes)])
     return server
 
 
-@pytest.mark.parametrize("family", ["Mistral", "Qwen2", "Qwen3"])
-def test_family(family: str, demo_model_path: Path, tmp_path: Path, summary: list[str]) -> None:
-    server = check(family, "auto", (8, 20, 900), demo_model_path, tmp_path, summary)
+@pytest.mark.parametrize(
+    ("family", "theta_decode"), [("Mistral", 0.0), ("Qwen2", 0.0), ("Qwen3", 0.0), ("Llama", 0.01)]
+)
+def test_family(
+    family: str, theta_decode: float, demo_model_path: Path, tmp_path: Path, summary: list[str]
+) -> None:
+    folders = demo_model_path, tmp_path, summary
+    server = check(family, "auto", (8, 20, 900), *folders, theta_decode)
     assert "2 layers executed by plain PyTorch" in server.text()
 
 

@@ -6,7 +6,7 @@ with a checkpoint and its tokenizer.
 
 import dataclasses
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -90,7 +90,9 @@ def draw(folder: Path) -> None:
     model.save_pretrained(folder)
 
 
-def subject(kind: str, demo_model_path: Path, folder: Path, summary: list[str]) -> Subject:
+def subject(
+    kind: str, demo_model_path: Path, folder: Path, summary: list[str], config: SurgeryConfig | None = None
+) -> Subject:
     source = Path(os.environ.get("SERVE_MODEL") or demo_model_path)
     if kind == "random":
         source = folder / "source"
@@ -101,7 +103,7 @@ def subject(kind: str, demo_model_path: Path, folder: Path, summary: list[str]) 
         text = encode(transformers.AutoTokenizer.from_pretrained(source), book)
     model = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).eval()
     model.generation_config = transformers.GenerationConfig()  # no penalties: the engine is asked for none
-    config = RANDOM if kind == "random" else TRAINED
+    config = config or (RANDOM if kind == "random" else TRAINED)
     served = exported(model, source, folder, config)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     return Subject(source, served, config, Reference(model.to(device), text, summary, TIE))
@@ -119,11 +121,15 @@ def engine(model: Subject) -> Iterator[Any]:
     yield model.start("float32")
 
 
-def ask(engine: Any, prompts: list[list[int]], new: int = NEW, **options: Any) -> list[Any]:
-    """The engine's answers to all prompts at once."""
+def ask(
+    engine: Any, prompts: list[list[int]], new: int = NEW, *, dense: Sequence[bool] = (), **options: Any
+) -> list[Any]:
+    """The engine's answers to all prompts at once, operated or, where so asked for, dense."""
     from vllm import SamplingParams
 
-    sampling = SamplingParams(max_tokens=new, temperature=0, detokenize=False, ignore_eos=True, **options)
+    options |= {"max_tokens": new, "temperature": 0, "detokenize": False, "ignore_eos": True}
+    modes = dense or [False] * len(prompts)
+    sampling = [SamplingParams(extra_args={"llama_surgery_dense": mode}, **options) for mode in modes]
     return engine.generate([{"prompt_token_ids": p} for p in prompts], sampling, use_tqdm=False)
 
 
@@ -173,6 +179,32 @@ def test_prefix_in_common(model: Subject, engine: Any) -> None:
     what = f"on a GPU, {model.source.name}, a prefix of {opening} tokens in the cache"
     reference.assert_equal(what, prompts, want, tokens(answers))
     reference.assert_equal(f"{what}, all at once", prompts, want, tokens(ask(engine, prompts)))
+
+
+def test_dense_requests(model: Subject, engine: Any) -> None:
+    """Beside operated ones with the same prompts, then all again out of the cache."""
+    reference, what = model.reference, f"on a GPU, {model.source.name}, operated and dense in turn"
+    prompts = reference.prompts(6, 50, model.longest // 3, seed=1)
+    pairs = zip(reference.write(prompts, model.config), reference.write(prompts, None), strict=True)
+    asked = [prompt for prompt in prompts for _ in range(2)]
+    want = [answer for pair in pairs for answer in pair]
+    assert want[::2] != want[1::2]
+    engine.reset_prefix_cache()
+    for again in ("", ", again"):
+        answers = ask(engine, asked, dense=[False, True] * len(prompts))
+        reference.assert_equal(what + again, asked, want, tokens(answers))
+    cached = [sum(answer.num_cached_tokens for answer in answers[mode::2]) for mode in range(2)]
+    assert cached[0] == cached[1] > 0
+
+
+def test_sparse_decode_steps(demo_model_path: Path, tmp_path: Path, summary: list[str]) -> None:
+    config = dataclasses.replace(RANDOM, theta_decode=0.01)
+    model = subject("random", demo_model_path, tmp_path, summary, config)
+    reference, engine = model.reference, model.start("float32")
+    prompts = reference.prompts(16, 50, model.longest // 3)
+    got = tokens(ask(engine, prompts, dense=[True, *[False] * 15]))
+    want = [*reference.write(prompts[:1], None), *reference.write(prompts[1:], config)]
+    reference.assert_equal("on a GPU, sparse decode steps, 16 at once", prompts, want, got)
 
 
 def first_token(model: Any, reference: Reference, prompt: list[int], config: SurgeryConfig) -> torch.Tensor:

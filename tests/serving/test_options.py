@@ -1,13 +1,10 @@
 """Before anything is loaded: options that are refused, with the reason, and options that the plugin sets."""
 
-import dataclasses
 import logging
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import pytest
 
 pytest.importorskip("vllm", reason="needs vLLM: make serve-test")
@@ -20,7 +17,6 @@ from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 
 from llama_surgery.serving.families import FAMILIES
 from llama_surgery.serving.vllm import compat
-from llama_surgery.serving.vllm.model_state import SurgeryModelState
 from llama_surgery.serving.vllm.plugin import register
 from llama_surgery.serving.vllm.scheduler import TileScheduler
 
@@ -71,6 +67,7 @@ def test_what_is_set(build: Callable[..., Any]) -> None:
     assert config.scheduler_config.enable_chunked_prefill
     assert config.scheduler_config.scheduler_cls.endswith("TileScheduler")
     assert build(block_size=512, async_scheduling=False).cache_config.block_size == 512
+    assert config.model_config.logits_processors == ["llama_surgery.serving.vllm.modes:BatchModes"]
 
 
 def test_scheduling_is_as_asynchronous_as_the_engine_s(build: Callable[..., Any]) -> None:
@@ -95,27 +92,3 @@ def test_engines_that_were_not_tested(
     monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
     register()
     assert "llama-surgery is not active" in caplog.text and "serves on 0.1.x" in caplog.text
-
-
-@dataclasses.dataclass
-class _Rows:
-    """What of the engine's batch is read."""
-
-    idx_mapping_np: np.ndarray
-    num_computed_tokens_np: np.ndarray
-    is_prefilling_np: np.ndarray
-
-
-def test_tokens_that_are_computed_again_are_no_prompt(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The engine's second model runner, which needs a GPU, counts them as one."""
-    dense = SurgeryModelState.__base__
-    monkeypatch.setattr(dense, "add_request", lambda *_: None)
-    monkeypatch.setattr(
-        dense, "prepare_attn", lambda _, batch, *rest: {"told": batch.is_prefilling_np.tolist()}
-    )
-    state = object.__new__(SurgeryModelState)
-    state._prompts = np.zeros(4, dtype=np.int64)
-    for index, length in ((3, 100), (1, 50)):
-        state.add_request(index, SimpleNamespace(prompt_token_ids=list(range(length)), prefill_token_ids=[]))
-    batch = _Rows(np.array([1, 3, 3]), np.array([50, 64, 100]), np.ones(3, dtype=bool))
-    assert state.prepare_attn(batch, None) == {"told": [False, True, False]}

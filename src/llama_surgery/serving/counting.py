@@ -96,9 +96,14 @@ class LayerCounters:
 
 
 class EngineCounters:
-    """Counts of all layers of one engine: a process may hold several, and each speaks of its own."""
+    """Counts of all layers of one engine: a process may hold several, and each speaks of its own.
+
+    Attributes:
+        dense: Places in the step's batch of requests that ask for dense attention.
+    """
 
     def __init__(self) -> None:
+        self.dense: frozenset[int] = frozenset()
         self._layers: dict[int, LayerCounters] = {}
         self._told = time.monotonic()
         self._turn = -1

@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 
@@ -10,7 +10,7 @@ from llama_surgery.attention.executor import kernels_run
 from llama_surgery.config import SurgeryConfig
 from llama_surgery.serving.counting import LayerCounters, RowCount
 from llama_surgery.serving.launches import Launch, launches
-from llama_surgery.serving.paged import PagedStates, Scheduled, attend, side_bytes
+from llama_surgery.serving.paged import PagedStates, Scheduled, attend, filled_blocks, side_bytes
 from llama_surgery.surgery.rows import Part
 from llama_surgery.topology.geometry import causal_pairs, first_far
 from llama_surgery.topology.router import PageRouter
@@ -51,6 +51,13 @@ class Batch:
     filled: torch.Tensor
     dense: bool = False
     _launches: dict[int | None, list[Launch]] = dataclasses.field(default_factory=dict, repr=False)
+
+    def some(self, wanted: Callable[[int], bool], config: SurgeryConfig) -> "Batch":
+        """The sequences whose places are wanted, read by another rule; with nothing left to the engine."""
+        places = [place for place in range(len(self.sequences)) if wanted(place)]
+        sequences = [self.sequences[place] for place in places]
+        tables = self.tables[torch.tensor(places, dtype=torch.int64).to(self.tables.device)]
+        return Batch(sequences, tables, config, filled_blocks(sequences, config.chunk_size))
 
     def launches(self, heads: int | None) -> list[Launch]:
         """All rows that are computed here but, where the kernels execute, :attr:`single_rows`.
@@ -174,6 +181,9 @@ class Executor:
             router: Learned corrections of the layer, or None.
             counters: Count what is read.
         """
+        thetas = {"theta": batch.config.theta, "theta_decode": batch.config.theta_decode}
+        if any(getattr(cache.config, name) != theta for name, theta in thetas.items()):
+            cache = dataclasses.replace(cache, config=dataclasses.replace(cache.config, **thetas))
         parts, kv_heads = batch.launches(queries.shape[1] if self.kernels else None), cache.keys.shape[1]
         nears = [cache.near(launch, keys, values) for launch in parts]
         cache.fill(batch.filled, router)

@@ -46,6 +46,18 @@ def check_servable(config: SurgeryConfig) -> None:
         )
 
 
+def check_cache_dtype(name: str, where: str) -> None:
+    """
+    Raises:
+        SurgeryError: Keys and values would be quantised.
+    """
+    if name not in ("auto", "float32", "bfloat16", "float16"):
+        raise SurgeryError(
+            f"{where} {name}: quantised keys and values are not supported, since moments and order are made "
+            "of the keys as stored. Use --kv-cache-dtype with bfloat16, float16 or float32."
+        )
+
+
 def read_block(block: Any) -> tuple[SurgeryConfig, dict[int, list[str]]]:
     """Configuration and the learned parts of every layer, from the ``surgery`` block of a ``config.json``.
 

@@ -9,6 +9,7 @@ import torch
 from vllm.v1.attention.backend import AttentionBackend, AttentionMetadata, AttentionMetadataBuilder
 
 from llama_surgery.errors import UnsupportedModelError
+from llama_surgery.serving.counting import LayerCounters
 from llama_surgery.serving.execution import Batch, warm_up
 from llama_surgery.serving.families import read_block
 from llama_surgery.serving.paged import PagedStates, Scheduled, filled_blocks
@@ -23,6 +24,7 @@ class SurgeryMetadata(AttentionMetadata):
 
     Attributes:
         batch: The scheduled batch, and what of it is computed here.
+        whole: Of requests that ask for dense attention, where the engine's own computes none of their rows.
         rows: The rows that the engine's own attention computes: (n,) int64, or a slice.
         dense: Its metadata for them; None where there are none.
     """
@@ -30,6 +32,7 @@ class SurgeryMetadata(AttentionMetadata):
     batch: Batch
     rows: torch.Tensor | slice | None = None
     dense: Any = None
+    whole: Batch | None = None
 
 
 def backend_for(layer: Any, *, dense_decode: bool) -> type[AttentionBackend]:
@@ -91,17 +94,12 @@ def _operated(base: type[AttentionBackend]) -> type[AttentionBackend]:
                     output[rows] = super().forward(layer, *parts, torch.empty_like(output[: len(rows)]))
                 surgery.counters.add_rows(batch.dense_rows, batch.config.tile)
             cache = self._caches(surgery, kv_cache)
-            surgery.executor.attend(
-                query,
-                key,
-                value,
-                cache,
-                batch,
-                output,
-                scale=self.scale,
-                router=surgery.shard.router(),
-                counters=surgery.counters,
-            )
+            given = {"scale": self.scale, "router": surgery.shard.router()}
+            states = query, key, value, cache
+            surgery.executor.attend(*states, batch, output, counters=surgery.counters, **given)
+            if attn_metadata.whole is not None:
+                quiet = LayerCounters(batch.config, self.num_kv_heads, quiet=True)
+                surgery.executor.attend(*states, attn_metadata.whole, output, counters=quiet, **given)
             return output
 
         def _caches(self, surgery: Any, kv_cache: torch.Tensor) -> PagedStates:
@@ -150,11 +148,20 @@ def _operated(base: type[AttentionBackend]) -> type[AttentionBackend]:
             self.operated.engine.next_turn()
             report(self.operated.engine)
             batch = Batch(sequences, tables, config, filled, dense=own)
-            return SurgeryMetadata(batch, *(self._dense(common, sequences) if own else ()))
+            if own:
+                return SurgeryMetadata(batch, *self._dense(common, sequences))
+            asked = self.operated.engine.dense
+            if not asked:
+                return SurgeryMetadata(batch)
+            everything = dataclasses.replace(config, theta=0.0, theta_decode=0.0)
+            whole = batch.some(lambda place: place in asked, everything)
+            return SurgeryMetadata(batch.some(lambda place: place not in asked, config), whole=whole)
 
         def _scheduled(self, common: Any, lengths: torch.Tensor) -> list[Scheduled]:
             rows, tables = common.query_start_loc_cpu.tolist(), common.block_table_tensor.long()
             prefilling, size, found = common.is_prefilling.tolist(), self.surgery.chunk_size, []
+            if own:  # rows that no prompt has see everything
+                prefilling = [p and i not in self.operated.engine.dense for i, p in enumerate(prefilling)]
             for index, stop in enumerate(lengths.tolist()):
                 count = rows[index + 1] - rows[index]
                 if count <= 0:  # what only pads the batch comes last

@@ -58,6 +58,13 @@ def own_scheduler(vllm_config: Any) -> None:
     scheduler.scheduler_cls = name
 
 
+def own_switch(vllm_config: Any) -> None:
+    """Let layers know the switches of requests. The second model runner tells them itself."""
+    if not vllm_config.use_v2_model_runner:
+        model, name = vllm_config.model_config, "llama_surgery.serving.vllm.modes:BatchModes"
+        model.logits_processors = [*(model.logits_processors or ()), name]
+
+
 def side_cache_spec(block_size: int, kv_heads: int, bytes_per_head: int) -> Any:
     """Cache specification of a layer that keeps ``bytes_per_head`` for every block and KV head, as float32.
 

@@ -15,7 +15,7 @@ from vllm.model_executor.models.utils import extract_layer_index
 from llama_surgery.errors import UnsupportedModelError
 from llama_surgery.serving.counting import EngineCounters, LayerCounters
 from llama_surgery.serving.execution import Executor, executor_for
-from llama_surgery.serving.families import read_block
+from llama_surgery.serving.families import check_cache_dtype, read_block
 from llama_surgery.serving.sharding import RouterShard
 from llama_surgery.serving.vllm import compat
 from llama_surgery.serving.vllm.backend import SideBackend, backend_for
@@ -84,6 +84,8 @@ def operate_layers(model: torch.nn.Module, vllm_config: Any) -> None:
             prefix=dense.layer_name,
             attn_backend=backend_for(dense, dense_decode=not config.theta_decode),
         )
+        # A checkpoint may ask for it layer by layer, whatever the engine's option says.
+        check_cache_dtype(layer.kv_cache_dtype, f"{dense.layer_name}.kv_cache_dtype")
         group, heads = dense.num_heads // dense.num_kv_heads, dense.num_kv_heads
         shard = RouterShard(routers.get(index, []), heads * ranks, group, dense.head_size, rank, ranks)
         executor = executor_for(

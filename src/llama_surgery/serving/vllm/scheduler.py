@@ -7,6 +7,7 @@ from vllm.v1.core.sched.scheduler import Scheduler
 
 from llama_surgery.serving.families import read_block
 from llama_surgery.serving.paged import piece
+from llama_surgery.serving.vllm.modes import asks_for_dense
 
 
 class TileScheduler(Scheduler):
@@ -21,6 +22,14 @@ class TileScheduler(Scheduler):
         config, _ = read_block(self.vllm_config.model_config.hf_config.surgery)
         self._tile = config.tile
         self.need_mamba_block_aligned_split = True
+
+    def add_request(self, request: Any) -> None:
+        """Dense requests share cache blocks among themselves alone: what they hold depends on the mode."""
+        if asks_for_dense(request.sampling_params):
+            request.cache_salt = f"dense {request.cache_salt or ''}"
+            request.block_hashes.clear()
+            request.update_block_hashes()
+        super().add_request(request)
 
     def _mamba_block_aligned_split(
         self,

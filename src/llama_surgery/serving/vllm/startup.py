@@ -6,7 +6,7 @@ from vllm.model_executor.models.config import VerifyAndUpdateConfig
 
 from llama_surgery.config import SurgeryConfig
 from llama_surgery.errors import SurgeryError
-from llama_surgery.serving.families import BLOCK, read_block
+from llama_surgery.serving.families import BLOCK, check_cache_dtype, read_block
 from llama_surgery.serving.sharding import kv_heads_of_rank
 from llama_surgery.serving.vllm import compat
 
@@ -24,15 +24,12 @@ class StartUp(VerifyAndUpdateConfig):
         _refuse(vllm_config, config)
         compat.own_block_size(vllm_config, config.chunk_size)
         compat.own_scheduler(vllm_config)
+        compat.own_switch(vllm_config)
 
 
 def _refuse(vllm_config: Any, config: SurgeryConfig) -> None:
     cache, parallel = vllm_config.cache_config, vllm_config.parallel_config
-    if str(cache.cache_dtype) not in ("auto", "float32", "bfloat16", "float16"):
-        raise SurgeryError(
-            f"--kv-cache-dtype {cache.cache_dtype}: quantised keys and values are not supported, since "
-            "moments and order are made of the keys as stored. Leave the option out."
-        )
+    check_cache_dtype(str(cache.cache_dtype), "--kv-cache-dtype")
     for option, value, reason in (
         ("--speculative-config", vllm_config.speculative_config, "rejected tokens would stay in full chunks"),
         ("--kv-transfer-config", vllm_config.kv_transfer_config, "the side cache is not transferred"),

@@ -19,28 +19,11 @@ from llama_surgery.attention.impl.triton.helpers import (
 
 @triton.jit
 def _add_rows(
-    d_k,
-    d_v,
-    k,
-    v,
-    q_ptr,
-    q_offset,
-    lse_ptr,
-    delta_ptr,
-    d_out_ptr,
-    cell,
-    live,
-    seen,
-    visible,
-    scale,
+    d_k, d_v, k, v, q_ptr, q_offset, lse_ptr, delta_ptr, d_out_ptr, cell, live, seen, visible, scale,
     softcap,
-    DIM: tl.constexpr,
-    DIM_PAD: tl.constexpr,
-    VALUE_DIM: tl.constexpr,
-    VALUE_PAD: tl.constexpr,
-    CAP: tl.constexpr,
-    MASK: tl.constexpr,
-):
+    DIM: tl.constexpr, DIM_PAD: tl.constexpr, VALUE_DIM: tl.constexpr, VALUE_PAD: tl.constexpr,
+    CAP: tl.constexpr, MASK: tl.constexpr,
+):  # fmt: skip
     """Add what a block of rows gives to d_k, less its scale, and d_v: (dim, keys) both.
 
     Args:
@@ -73,40 +56,12 @@ def _store_keys(ptr, sums, slot, present, DIM: tl.constexpr, DIM_PAD: tl.constex
 
 @triton.jit(do_not_specialize=["rows", "start", "near_start", "dense_until"])
 def near_gradient_kernel(
-    q_ptr,
-    k_ptr,
-    v_ptr,
-    lse_ptr,
-    delta_ptr,
-    d_out_ptr,
-    d_k_ptr,
-    d_v_ptr,
-    q_chooser,
-    q_head,
-    q_row,
-    k_stream,
-    k_row,
-    v_stream,
-    v_row,
-    rows,
-    start,
-    near_start,
-    dense_until,
-    scale,
-    softcap,
-    GROUP: tl.constexpr,
-    HEADS: tl.constexpr,
-    TILE: tl.constexpr,
-    DIM: tl.constexpr,
-    DIM_PAD: tl.constexpr,
-    VALUE_DIM: tl.constexpr,
-    VALUE_PAD: tl.constexpr,
-    CHUNK: tl.constexpr,
-    WINDOW: tl.constexpr,
-    BLOCK_KEYS: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr,
-    CAP: tl.constexpr,
-):
+    q_ptr, k_ptr, v_ptr, lse_ptr, delta_ptr, d_out_ptr, d_k_ptr, d_v_ptr, q_chooser, q_head, q_row, k_stream,
+    k_row, v_stream, v_row, rows, start, near_start, dense_until, scale, softcap,
+    GROUP: tl.constexpr, HEADS: tl.constexpr, TILE: tl.constexpr, DIM: tl.constexpr, DIM_PAD: tl.constexpr,
+    VALUE_DIM: tl.constexpr, VALUE_PAD: tl.constexpr, CHUNK: tl.constexpr, WINDOW: tl.constexpr,
+    BLOCK_KEYS: tl.constexpr, BLOCK_ROWS: tl.constexpr, CAP: tl.constexpr,
+):  # fmt: skip
     """Gradients of near keys and values; one program per BLOCK_KEYS of them and stream.
 
     d_k and d_v are contiguous (streams, near keys, dim); keys outside every near field get zeros.
@@ -149,45 +104,14 @@ def near_gradient_kernel(
     do_not_specialize=["pages", "tiles", "slots", "rows", "start", "first_tile"],
 )
 def far_gradient_kernel(
-    q_ptr,
-    k_ptr,
-    v_ptr,
-    readers_ptr,
-    counts_ptr,
-    lse_ptr,
-    delta_ptr,
-    d_out_ptr,
-    d_k_ptr,
-    d_v_ptr,
-    q_chooser,
-    q_head,
-    q_row,
-    k_stream,
-    k_row,
-    v_stream,
-    v_row,
-    pages,
-    tiles,
-    slots,
-    rows,
-    start,
-    first_tile,
-    scale,
+    q_ptr, k_ptr, v_ptr, readers_ptr, counts_ptr, lse_ptr, delta_ptr, d_out_ptr, d_k_ptr, d_v_ptr, q_chooser,
+    q_head, q_row, k_stream, k_row, v_stream, v_row, pages, tiles, slots, rows, start, first_tile, scale,
     softcap,
-    GROUP: tl.constexpr,
-    HEADS: tl.constexpr,
-    HEADS_BLOCK: tl.constexpr,
-    TILE: tl.constexpr,
-    TILE_PAD: tl.constexpr,
-    DIM: tl.constexpr,
-    DIM_PAD: tl.constexpr,
-    VALUE_DIM: tl.constexpr,
-    VALUE_PAD: tl.constexpr,
-    PAGE: tl.constexpr,
-    PAGE_PAD: tl.constexpr,
-    CAP: tl.constexpr,
+    GROUP: tl.constexpr, HEADS: tl.constexpr, HEADS_BLOCK: tl.constexpr, TILE: tl.constexpr,
+    TILE_PAD: tl.constexpr, DIM: tl.constexpr, DIM_PAD: tl.constexpr, VALUE_DIM: tl.constexpr,
+    VALUE_PAD: tl.constexpr, PAGE: tl.constexpr, PAGE_PAD: tl.constexpr, CAP: tl.constexpr,
     ADD: tl.constexpr,
-):
+):  # fmt: skip
     """Gradients of far keys and values in tree order; one program per page and stream.
 
     Walks the tiles that read the page, chooser by chooser, from ``reader_kernel``; pages from ``pages``

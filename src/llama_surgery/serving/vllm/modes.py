@@ -1,0 +1,43 @@
+"""The switch of a request: dense, though the server is operated."""
+
+from typing import Any
+
+import torch
+from vllm.v1.sample.logits_processor import LogitsProcessor, process_dict_updates
+
+from llama_surgery.serving.counting import EngineCounters
+
+#: Name among a request's ``extra_args`` (over HTTP ``vllm_xargs``): dense if true.
+SWITCH = "llama_surgery_dense"
+
+
+def asks_for_dense(params: Any) -> bool:
+    """Do a request's sampling parameters ask for dense attention?"""
+    return bool((getattr(params, "extra_args", None) or {}).get(SWITCH))
+
+
+def engine_of(vllm_config: Any) -> EngineCounters:
+    """What the operated layers of an engine share."""
+    layers = vllm_config.compilation_config.static_forward_context.values()
+    return next(layer.surgery.engine for layer in layers if hasattr(layer, "surgery"))
+
+
+class BatchModes(LogitsProcessor):
+    """Tells layers which requests of the first model runner's batch are dense. It changes no logits: what is
+    told of requests that come and go is told to logits processors alone."""
+
+    def __init__(self, vllm_config: Any, device: torch.device, is_pin_memory: bool) -> None:
+        self._config, self._dense = vllm_config, dict[int, bool]()
+
+    def update_state(self, batch_update: Any) -> None:
+        """See the engine's; called before each step's metadata are built."""
+        if process_dict_updates(self._dense, batch_update, lambda params, *_: asks_for_dense(params) or None):
+            engine_of(self._config).dense = frozenset(self._dense)
+
+    def apply(self, logits: torch.Tensor) -> torch.Tensor:
+        """Nothing."""
+        return logits
+
+    def is_argmax_invariant(self) -> bool:
+        """It is."""
+        return True
