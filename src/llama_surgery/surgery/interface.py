@@ -41,9 +41,17 @@ class InterfaceName(str):
 
     transformers copies configurations, and pickles them. A copy belongs to another model, which is dense: it
     gets the name of the dense implementation.
+
+    Attributes:
+        plain: The name as an ordinary string.
     """
 
-    __slots__ = ()
+    __slots__ = ("plain",)
+
+    def __new__(cls, name: str) -> "InterfaceName":
+        made = super().__new__(cls, name)
+        made.plain = str(name)
+        return made
 
     def __deepcopy__(self, memo: dict[int, Any]) -> str:
         return _BASES[self]

@@ -47,7 +47,8 @@ class Replacement:
         Raises:
             SurgeryError: They are about to call another implementation than the one they were given.
         """
-        name, own = str(self.text._attn_implementation), INTERFACE_NAMES[self.base]
+        name, own = self.text._attn_implementation, INTERFACE_NAMES[self.base]
+        name = getattr(name, "plain", name)  # torch.compile of PyTorch 2.11 compares no subclasses of str
         if name != own:
             raise SurgeryError(
                 f"the attention implementation was changed to {name!r} while the model is operated: "
