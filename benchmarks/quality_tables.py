@@ -11,7 +11,7 @@ REAL = {"operated": "operated", "tokens": "oracle of keys", "blocks": "oracle of
 
 
 def real() -> str:
-    """Real models: of every form, way to decode and kind of threshold the row that was measured last.
+    """Real models: of every form, way to decode, kind of threshold and adapter the row that was measured last.
 
     Of those of one day the one of most windows, and with budgets by head, which is the default.
     """
@@ -56,7 +56,7 @@ def real() -> str:
 def _apart(settings: dict[str, Any]) -> Iterator[str]:
     """What tells a row's settings from the default ones, in words."""
     if "learned" in settings:
-        yield "learned"
+        yield f"learned ({settings['adapter'][:8]})"
     elif "adapter" in settings:
         yield "thresholds of `max_loss`"
     if "page_size" in settings:
