@@ -11,7 +11,7 @@ REAL = {"operated": "operated", "tokens": "oracle of keys", "blocks": "oracle of
 
 
 def real() -> str:
-    """Real models: of every form, way to decode, kind of threshold and adapter the row that was measured last.
+    """Real models: of every form, way to decode, kind of threshold and adapter the newest row.
 
     Of those of one day the one of most windows, and with budgets by head, which is the default.
     """

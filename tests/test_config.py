@@ -125,6 +125,16 @@ def test_a_replaced_configuration_is_the_one_constructed(start, change):
         assert replaced.theta_for(1) == expected.theta_for(1)
 
 
+def test_pickles_of_older_states():
+    """They are read as their JSON would be: without summaries where there were none, or refused."""
+    old = {name: value for name, value in SurgeryConfig(theta=0.05).__dict__.items() if name != "summary"}
+    restored = object.__new__(SurgeryConfig)
+    restored.__setstate__({**old, "alpha": 1.0})
+    assert restored == SurgeryConfig(theta=0.05, summary="none")
+    with pytest.raises(SurgeryError, match=r"alpha=0\.5 is no longer supported"):
+        object.__new__(SurgeryConfig).__setstate__({**old, "alpha": 0.5})
+
+
 def test_what_was_given_stays_when_something_else_is_replaced():
     config = SurgeryConfig(theta=0.1, theta_decode=0.0)
     replaced = dataclasses.replace(config, page_size=64, theta=0.2)

@@ -247,6 +247,13 @@ class SurgeryConfig:
             return dataclasses.replace(config, theta_decode=None)
         return config
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Of a pickle: one of an older state is read as its JSON would be."""
+        if state.keys() != SurgeryConfig().__dict__.keys():
+            stored = {name: value for name, value in state.items() if name != "given"}
+            state = SurgeryConfig.from_dict({"version": CONFIG_VERSION, **stored}).__dict__
+        self.__dict__.update(state)
+
 
 def _plain(value: Any) -> Any:
     """A number of NumPy or a tensor of one element without dimensions as Python's own; all else as it is."""

@@ -76,7 +76,7 @@ def test_dense_until_is_told(model: Path, tmp_path: Path) -> None:
     """A position of one's own is saved, and not measured; what was measured is said in words."""
     made = run("operate", model, "--out", tmp_path / "adapter", "--dense-until", "512", *SMALL)
     assert made.exit_code == 0, made.output
-    assert "dense below position 512, from which on" in " ".join(made.output.split())
+    assert "dense below position 512: up to there" in " ".join(made.output.split())
     saved = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
     assert saved["surgery"]["dense_until"] == 512
     assert "not faster at any length" in speed_told(8192, 8192)

@@ -18,6 +18,9 @@ from llama_surgery.attention.impl.triton.select import launch as selection
 from llama_surgery.errors import SurgeryError
 from llama_surgery.serving.counting import LayerCounters
 from llama_surgery.serving.execution import Executor, executor_for, warm_up
+from llama_surgery.serving.launches import launches
+from llama_surgery.serving.paged import Scheduled
+from llama_surgery.surgery.rows import Part
 from llama_surgery.surgery.statistics import Statistics, summarise
 from llama_surgery.topology.router import PageRouter
 
@@ -77,6 +80,25 @@ def test_little_memory_for_lists(monkeypatch: pytest.MonkeyPatch) -> None:
     for ours, theirs in zip(got, want, strict=True):
         torch.testing.assert_close(ours.double(), theirs, rtol=3e-5, atol=3e-5)
     assert statistics(counted) == statistics(run(Executor(CONFIG, DIM, torch.float32))[1])
+
+
+def test_what_a_launch_copies_is_bounded() -> None:
+    """Sequences that share a long prefix: what is known of its pages is copied for each of them."""
+    size, most = CONFIG.chunk_size, 40
+    blocks = torch.arange(4)
+    tile = CONFIG.tile
+    pieces = [
+        (
+            Scheduled(4 * size - tile, 4 * size, tile * place, True, blocks),
+            Part(4 * size - tile, 4 * size, tile),
+        )
+        for place in range(7)
+    ]
+    made = list(launches(pieces, CONFIG, 1, job.STRIP_BYTES // most))
+    chunks = [len(launch.far) for launch in made]
+    assert max(chunks) <= most and len(made) > 1
+    assert sum(len(launch.pieces) for launch in made) == len(pieces)
+    assert len(list(launches(pieces, CONFIG, 1, 1))) == 1
 
 
 class Operations(TorchDispatchMode):

@@ -14,11 +14,13 @@ from vllm.utils.hashing import sha256
 from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.request import Request
+from vllm.v1.sample.logits_processor import LogitsProcessors, MinTokensLogitsProcessor
 from vllm.v1.sample.logits_processor.interface import BatchUpdate, MoveDirectionality
+from vllm.v1.worker.gpu_input_batch import InputBatch
 
 from llama_surgery.serving.counting import EngineCounters
 from llama_surgery.serving.vllm.model_state import SurgeryModelState
-from llama_surgery.serving.vllm.modes import SWITCH, BatchModes
+from llama_surgery.serving.vllm.modes import SWITCH, BatchModes, asks_for_dense
 from llama_surgery.serving.vllm.scheduler import TileScheduler
 
 pytestmark = pytest.mark.serve
@@ -29,6 +31,7 @@ OPERATED = [SamplingParams(), SamplingParams(extra_args={SWITCH: 0, "else": 1})]
 
 def hashes(params: SamplingParams, monkeypatch: pytest.MonkeyPatch, salt: str | None = None) -> list[Any]:
     """What the scheduler looks prefix blocks up by, for one prompt of two and a half blocks."""
+    monkeypatch.setenv("PYTHONHASHSEED", "0")  # else 0.26 begins each chain of hashes at random
     init_none_hash(sha256)
     given = {"cache_salt": salt, "block_hasher": get_request_block_hasher(16, sha256)}
     request = Request("0", list(range(40)), params, None, **given)
@@ -43,8 +46,35 @@ def test_no_block_is_shared_between_modes(monkeypatch: pytest.MonkeyPatch) -> No
     dense = hashes(DENSE, monkeypatch)
     assert plain == also and dense == hashes(DENSE, monkeypatch)
     salted, dense_salted = (hashes(params, monkeypatch, "tenant") for params in (OPERATED[0], DENSE))
-    kinds = [plain, dense, salted, dense_salted]
+    # A salt that looks like another mode's.
+    posing = [hashes(OPERATED[0], monkeypatch, salt) for salt in ("dense ", "dense tenant")]
+    kinds = [plain, dense, salted, dense_salted, *posing]
     assert len({block for kind in kinds for block in kind}) == 2 * len(kinds)
+
+
+@pytest.mark.parametrize(
+    ("value", "dense"),
+    [(True, True), ("true", True), ("1", True), ("false", False), ("0", False), (0, False)],
+)
+def test_words_of_the_switch(value: object, dense: bool) -> None:
+    assert asks_for_dense(SamplingParams(extra_args={SWITCH: value})) == dense
+
+
+class Other:
+    """A logits processor of somebody else's."""
+
+
+def test_the_switch_needs_no_generated_tokens() -> None:
+    """Steps wait for them only where another processor may want them."""
+    _, config = told()
+    modes, batch = BatchModes(config, None, False), object.__new__(InputBatch)  # type: ignore[arg-type]
+    batch.logitsprocs = LogitsProcessors([MinTokensLogitsProcessor.__new__(MinTokensLogitsProcessor), modes])
+    for others, needed in ([], False), ([Other()], True):
+        batch.logitsprocs.argmax_invariant.extend(others)
+        batch.logitsprocs_need_output_token_ids = True
+        assert batch.logitsprocs_need_output_token_ids == needed
+    batch.logitsprocs_need_output_token_ids = False
+    assert not batch.logitsprocs_need_output_token_ids
 
 
 def told() -> tuple[EngineCounters, Any]:

@@ -73,12 +73,12 @@ def learn(
         min=1,
     ) = None,
     repeats: _learning(
-        float,
+        float | None,
         "Share of a training window that copies of earlier passages are written over, so that rows look up "
-        "what is far back; 0 for the text as it is.",
+        "what is far back. 0.15 if left out, 0 with --stream, which sets θ on these windows.",
         min=0,
         max=0.9,
-    ) = 0.15,
+    ) = None,
     seed: _learning(int, "Of windows and starting values.", **SEED) = 0,
     checkpoint_seconds: _learning(float, "Time between checkpoints.", min=0) = 30.0,
     device: options.Device = "auto",
@@ -119,7 +119,7 @@ def learn(
         steps=steps,
         parts=learned_parts(part, config),
         rate=LearningSettings.rate if rate is None else rate,
-        repeats=repeats,
+        repeats=(0.0 if stream else LearningSettings.repeats) if repeats is None else repeats,
         seed=seed,
         stage=stage,  # type: ignore[arg-type]
     )

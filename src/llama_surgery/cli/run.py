@@ -20,7 +20,9 @@ def speed_told(until: int, context: int | None) -> str:
     if not until:
         return "Sparse prompts are read faster here at every length that was timed."
     if context is None or until < context:
-        return f"Prompts are dense below position {until:,}, from which on sparse ones are read faster here."
+        return (
+            f"Prompts are dense below position {until:,}: up to there sparse ones were not read faster here."
+        )
     return (
         f"On this device sparse prompts are not faster at any length that the model was made for ({context:,}"
         " tokens), so all is read densely. --dense-until 0 has them sparse all the same."

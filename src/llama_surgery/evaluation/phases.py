@@ -15,9 +15,10 @@ _DENSITIES = ("far_density", "near_density", "summary_density", "total_density",
 
 @contextlib.contextmanager
 def phases(model: nn.Module) -> Iterator[dict[str, dict[str, float]]]:
-    """Read the statistics of an operated model, which are reset, after every call within a ``with`` block.
+    """Read the statistics of an operated model, which are reset, within a ``with`` block.
 
-    A call of more than one token is a prefill, all others are decode steps.
+    A call of more than one token is a prefill, all others are decode steps. Statistics are read before and
+    after a prefill and at the end alone: every read waits for the device.
 
     Yields:
         Densities of each phase that occurs, over its causal pairs: ``prefill`` and ``decode``; at the end.
@@ -26,18 +27,40 @@ def phases(model: nn.Module) -> Iterator[dict[str, dict[str, float]]]:
     found: dict[str, dict[str, float]] = {}
     pairs: dict[str, Counter[str]] = defaultdict(Counter)
 
-    def after(module: nn.Module, args: Any, output: Any) -> None:
+    def add(phase: str) -> None:
+        """What was read since the last time."""
         read = surgery.statistics(model)
         counts = {name: getattr(read, name) * read.causal_pairs for name in _DENSITIES}
         new = Counter({**counts, "causal": read.causal_pairs})
         for earlier in pairs.values():
             new.subtract(earlier)
-        pairs["prefill" if output[0].shape[1] > 1 else "decode"].update(new)
+        pairs[phase].update(new)
 
-    handle = inner_model(model).get_decoder().register_forward_hook(after)
+    def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if _tokens(args, kwargs) > 1:
+            add("decode")
+
+    def after(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        if _tokens(args, kwargs) > 1:
+            add("prefill")
+
+    decoder = inner_model(model).get_decoder()
+    handles = [
+        decoder.register_forward_pre_hook(before, with_kwargs=True),
+        decoder.register_forward_hook(after, with_kwargs=True),
+    ]
     try:
         yield found
     finally:
-        handle.remove()
+        for handle in handles:
+            handle.remove()
+    add("decode")
     for phase, read in pairs.items():
-        found[phase] = {name: read[name] / max(1, read["causal"]) for name in _DENSITIES}
+        if read["causal"]:
+            found[phase] = {name: read[name] / read["causal"] for name in _DENSITIES}
+
+
+def _tokens(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
+    """Tokens that a call of a decoder is given, of each sequence."""
+    given = [args[0] if args else None, kwargs.get("input_ids"), kwargs.get("inputs_embeds")]
+    return next((states.shape[1] for states in given if states is not None), 0)

@@ -19,20 +19,20 @@ def with_repeats(windows: torch.Tensor, share: float, config: SurgeryConfig, see
 
     Args:
         windows: (count, length) int64.
-        share: Tokens written over, over ``length``, at least 0 and below 1.
-        config: Geometry: rows that have no far field are left as they are.
+        share: Tokens written over, of those that may be, at least 0 and below 1.
+        config: Geometry: rows without a far field, and the first LONGEST, are left as they are.
         seed: The same seed gives the same copies.
 
     Returns:
         (count, length) int64; ``windows`` itself where nothing is written over.
     """
-    length, first = windows.shape[1], first_far(config)
+    length, first = windows.shape[1], max(first_far(config), LONGEST + 1)
     if share == 0 or length - first <= LONGEST:
         return windows
     windows = windows.clone()
     for number, ids in enumerate(windows):
         rng, written = random.Random(seed * 1_000_003 + number), 0
-        while written < share * length:
+        while written < share * (length - first):
             size = round(SHORTEST * (LONGEST / SHORTEST) ** rng.random())
             at = rng.randrange(first, length - size)
             begin = rng.randrange(at - size)

@@ -129,7 +129,10 @@ def read_checkpoint(path: Path, about: dict[str, Any]) -> dict[str, Any] | None:
         raise SurgeryError(f"{path} is damaged ({error}): remove it to start anew.") from error
     if not isinstance(content, dict) or not isinstance(content.get("about"), dict):
         raise SurgeryError(f"{path} is not a checkpoint of learning: name another file.")
-    differing = sorted(key for key in about if about[key] != content["about"].get(key))
+    kept = content["about"]
+    if isinstance(kept.get("settings"), dict):  # of before passages were repeated
+        kept = {**kept, "settings": {"repeats": 0.0, **kept["settings"]}}
+    differing = sorted(key for key in about if about[key] != kept.get(key))
     if differing:
         raise SurgeryError(
             f"{path} is of another run ({', '.join(differing)} differ): remove it, or name another."

@@ -93,7 +93,8 @@ def _needle(measured: dict[str, Any]) -> Cell:
     paired = measured["needle"]
     note = f"{100 * paired['difference']:+.1f} points"
     if paired["count"] >= _FEW_NEEDLES:
-        note += f"; 95% sure of ≥ {100 * paired['low']:+.1f}"
+        low = paired.get("low", paired.get("bound_closed"))  # its name in older files
+        note += f"; 95% sure of ≥ {100 * low:+.1f}"
     return Cell(f"{measured['needle_accuracy']:.1%}", note)
 
 

@@ -50,7 +50,9 @@ class Batch:
     config: SurgeryConfig
     filled: torch.Tensor
     dense: bool = False
-    _launches: dict[int | None, list[Launch]] = dataclasses.field(default_factory=dict, repr=False)
+    _launches: dict[tuple[int | None, int], list[Launch]] = dataclasses.field(
+        default_factory=dict, repr=False
+    )
 
     def some(self, wanted: Callable[[int], bool], config: SurgeryConfig) -> "Batch":
         """The sequences whose places are wanted, read by another rule; with nothing left to the engine."""
@@ -59,16 +61,18 @@ class Batch:
         tables = self.tables[torch.tensor(places, dtype=torch.int64).to(self.tables.device)]
         return Batch(sequences, tables, config, filled_blocks(sequences, config.chunk_size))
 
-    def launches(self, heads: int | None) -> list[Launch]:
+    def launches(self, heads: int | None, chunk_bytes: int) -> list[Launch]:
         """All rows that are computed here but, where the kernels execute, :attr:`single_rows`.
 
         Args:
             heads: Query heads of a layer; None for plain PyTorch.
+            chunk_bytes: :attr:`PagedStates.copied_bytes` of its cache.
         """
-        if heads not in self._launches:
+        key = heads, chunk_bytes
+        if key not in self._launches:
             parts = self._long_parts() if heads else ((s, p) for s in self.sequences for p in self._parts(s))
-            self._launches[heads] = list(launches(list(parts), self.config, heads))
-        return self._launches[heads]
+            self._launches[key] = list(launches(list(parts), self.config, heads, chunk_bytes))
+        return self._launches[key]
 
     def _parts(self, sequence: Scheduled) -> list[Part]:
         return sequence.sparse(self.config) if self.dense else sequence.parts(self.config)
@@ -184,7 +188,8 @@ class Executor:
         thetas = {"theta": batch.config.theta, "theta_decode": batch.config.theta_decode}
         if any(getattr(cache.config, name) != theta for name, theta in thetas.items()):
             cache = dataclasses.replace(cache, config=dataclasses.replace(cache.config, **thetas))
-        parts, kv_heads = batch.launches(queries.shape[1] if self.kernels else None), cache.keys.shape[1]
+        parts = batch.launches(queries.shape[1] if self.kernels else None, cache.copied_bytes)
+        kv_heads = cache.keys.shape[1]
         nears = [cache.near(launch, keys, values) for launch in parts]
         cache.fill(batch.filled, router)
         by_head, into = (x.unflatten(1, (kv_heads, -1)).permute(1, 2, 0, 3) for x in (queries, out))

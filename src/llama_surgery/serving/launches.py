@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from llama_surgery.attention.impl.triton.pieces import BEHIND, Piece, PieceTable
+from llama_surgery.attention.impl.triton.pieces import BEHIND, Piece, PieceTable, tiles_together
 from llama_surgery.config import SurgeryConfig
 from llama_surgery.surgery.rows import Part
 from llama_surgery.topology.geometry import closed_chunks
@@ -51,7 +51,7 @@ def make_launch(pieces: "list[tuple[Scheduled, Part]]", config: SurgeryConfig, *
         )
         closed = closed_chunks(part.stop - 1, config, tile)
         table.append(Piece(part.start, part.stop, row, keys, chunks * each))
-        near, far = part.stop - since + behind, closed + -(-(-closed * each % max(1, behind)) // each)
+        near, far = part.stop - since + behind, _with_room(closed, each, behind)
         # The sequence's first chunk; position of the first key, of the last, from one to the next; how many.
         runs.append((base, since, part.stop - 1, 1, near))
         runs.append((base, 0, max(0, closed - 1) * size, size, far))
@@ -70,35 +70,47 @@ def make_launch(pieces: "list[tuple[Scheduled, Part]]", config: SurgeryConfig, *
     return Launch(pieces, own, found[keys:], blocks[held[0, : len(pieces)]], made)
 
 
+def _with_room(closed: int, each: int, behind: int) -> int:
+    """Chunks of ``each`` pages that ``closed`` ones fill, with what is loaded behind their last page."""
+    return closed + -(-(-closed * each % max(1, behind)) // each)
+
+
 def launches(
-    pieces: "list[tuple[Scheduled, Part]]", config: SurgeryConfig, heads: int | None
+    pieces: "list[tuple[Scheduled, Part]]", config: SurgeryConfig, heads: int | None, chunk_bytes: int
 ) -> Iterator[Launch]:
-    """As few launches as the memory of page lists allows.
+    """As few launches as the memory of page lists and of what is copied allows.
 
     Args:
         pieces: Rows of a step, and whose they are.
         config: The topology.
         heads: Query heads of a layer; None for plain PyTorch, which computes piece by piece.
+        chunk_bytes: What a launch copies of every closed chunk of each of its pieces.
     """
     if heads is None:
         yield from (make_launch([piece], config, kernels=False) for piece in pieces)
         return
     from llama_surgery.attention.impl.triton import job
 
-    room, tiles = job.STRIP_BYTES // (4 * heads), 0
+    room, most = job.STRIP_BYTES // (4 * heads), job.STRIP_BYTES // max(1, chunk_bytes)
+    tiles = chunks = 0
     together: list[tuple[Scheduled, Part]] = []
     # Long rows last: the kernels begin with them.
     for sequence, whole in sorted(pieces, key=lambda piece: (piece[1].tile, piece[1].stop)):
         tile = whole.tile
-        pages = max(1, closed_chunks(whole.stop - 1, config, tile) * config.pages_per_chunk)
+        closed, padded = closed_chunks(whole.stop - 1, config, tile), tiles_together(tile)
+        pages, held = (
+            max(1, closed * config.pages_per_chunk),
+            _with_room(closed, config.pages_per_chunk, BEHIND),
+        )
         rows = max(1, room // pages) * tile
         for begin in range(whole.start // tile * tile, whole.stop, rows):
             part = Part(max(begin, whole.start), min(begin + rows, whole.stop), tile)
-            count = -(-part.stop // tile) - part.start // tile
-            if together and (together[0][1].tile != tile or (tiles + count) * pages > room):
+            count = -(-(-(-part.stop // tile) - part.start // tile) // padded) * padded
+            full = (tiles + count) * pages > room or chunks + held > most
+            if together and (full or together[0][1].tile != tile):
                 yield make_launch(together, config, kernels=True)
-                together, tiles = [], 0
+                together, tiles, chunks = [], 0, 0
             together.append((sequence, part))
-            tiles += count
+            tiles, chunks = tiles + count, chunks + held
     if together:
         yield make_launch(together, config, kernels=True)

@@ -155,6 +155,12 @@ class PagedStates:
         return numbers.unflatten(-1, (pages, width))
 
     @functools.cached_property
+    def copied_bytes(self) -> int:
+        """What a launch of the kernels copies of a closed chunk: see :func:`~.paged_kernels.pooled`."""
+        held = [self.pages] if self.slots else [self.pages, self.keys, self.values]
+        return sum(states[0].numel() * states.element_size() for states in held)
+
+    @functools.cached_property
     def scores(self) -> torch.Tensor:
         """(blocks, kv_heads, pages of a chunk, 2 · head_dim): what pages are scored by, means first."""
         return self.pages[..., : 2 * self.head_dim]

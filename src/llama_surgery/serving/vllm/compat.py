@@ -12,6 +12,8 @@ from llama_surgery.errors import SurgeryError
 SUPPORTED = ("0.26", "0.32")
 #: The engine's attention backends whose caches the plugin can read.
 KNOWN_BACKENDS = ("FLASH_ATTN", "TRITON_ATTN", "CPU_ATTN")
+#: Who tells the first model runner's layers which requests are dense.
+SWITCHES = "llama_surgery.serving.vllm.modes:BatchModes"
 
 
 def unsupported_version() -> str | None:
@@ -59,10 +61,29 @@ def own_scheduler(vllm_config: Any) -> None:
 
 
 def own_switch(vllm_config: Any) -> None:
-    """Let layers know the switches of requests. The second model runner tells them itself."""
-    if not vllm_config.use_v2_model_runner:
-        model, name = vllm_config.model_config, "llama_surgery.serving.vllm.modes:BatchModes"
-        model.logits_processors = [*(model.logits_processors or ()), name]
+    """Let layers know the switches of requests. The second model runner tells them itself; one for pooling
+    has none to tell, and takes no logits processors."""
+    model = vllm_config.model_config
+    if not vllm_config.use_v2_model_runner and model.runner_type != "pooling":
+        model.logits_processors = [*(model.logits_processors or ()), SWITCHES]
+
+
+def without_tokens(free: type) -> None:
+    """Spare the first model runner the lists of generated tokens, which it makes in every step once there is
+    a logits processor of one's own: asynchronous steps would wait for them.
+
+    Args:
+        free: The processor that needs none. Beside others they are made as ever.
+    """
+    from vllm.v1.worker.gpu_input_batch import InputBatch
+
+    flag = "logitsprocs_need_output_token_ids"
+
+    def needed(batch: Any) -> bool:
+        others = [p for p in batch.logitsprocs.all if not isinstance(p, free)]
+        return batch.__dict__[flag] and any(not type(p).__module__.startswith("vllm.") for p in others)
+
+    setattr(InputBatch, flag, property(needed, lambda batch, value: batch.__dict__.update({flag: value})))
 
 
 def side_cache_spec(block_size: int, kv_heads: int, bytes_per_head: int) -> Any:

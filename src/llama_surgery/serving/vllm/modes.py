@@ -6,14 +6,16 @@ import torch
 from vllm.v1.sample.logits_processor import LogitsProcessor, process_dict_updates
 
 from llama_surgery.serving.counting import EngineCounters
+from llama_surgery.serving.vllm.compat import without_tokens
 
-#: Name among a request's ``extra_args`` (over HTTP ``vllm_xargs``): dense if true.
+#: Name among a request's ``extra_args`` (over HTTP ``vllm_xargs``): dense if true, 1, "true" or "1".
 SWITCH = "llama_surgery_dense"
 
 
 def asks_for_dense(params: Any) -> bool:
     """Do a request's sampling parameters ask for dense attention?"""
-    return bool((getattr(params, "extra_args", None) or {}).get(SWITCH))
+    asked = (getattr(params, "extra_args", None) or {}).get(SWITCH)
+    return asked.lower() in ("1", "true") if isinstance(asked, str) else bool(asked)
 
 
 def engine_of(vllm_config: Any) -> EngineCounters:
@@ -28,6 +30,7 @@ class BatchModes(LogitsProcessor):
 
     def __init__(self, vllm_config: Any, device: torch.device, is_pin_memory: bool) -> None:
         self._config, self._dense = vllm_config, dict[int, bool]()
+        without_tokens(BatchModes)
 
     def update_state(self, batch_update: Any) -> None:
         """See the engine's; called before each step's metadata are built."""

@@ -25,8 +25,9 @@ class TileScheduler(Scheduler):
 
     def add_request(self, request: Any) -> None:
         """Dense requests share cache blocks among themselves alone: what they hold depends on the mode."""
-        if asks_for_dense(request.sampling_params):
-            request.cache_salt = f"dense {request.cache_salt or ''}"
+        dense, salt = asks_for_dense(request.sampling_params), request.cache_salt
+        if dense or salt:  # a salt of its own must not be another mode's
+            request.cache_salt = f"{'dense' if dense else 'operated'} {salt or ''}"
             request.block_hashes.clear()
             request.update_block_hashes()
         super().add_request(request)

@@ -29,6 +29,11 @@ class Piece(NamedTuple):
     page: int
 
 
+def tiles_together(tile: int) -> int:
+    """Tiles of one piece that a program of selection may have: rows of the table are padded to multiples."""
+    return max(1, LARGEST_MATRIX // (1 << (tile - 1).bit_length()))
+
+
 class PieceTable:
     """Rows of several sequences, computed in one call as if they were one's.
 
@@ -49,7 +54,7 @@ class PieceTable:
     """
 
     def __init__(self, pieces: list[Piece], config: SurgeryConfig, tile: int, device: torch.device) -> None:
-        together, rows = max(1, LARGEST_MATRIX // (1 << (tile - 1).bit_length())), list[tuple[int, ...]]()
+        together, rows = tiles_together(tile), list[tuple[int, ...]]()
         for number, (start, stop, row, near, page) in enumerate(pieces):
             near = closed_chunks(start, config, tile) * config.chunk_size - near
             for first in range(start // tile * tile, stop, tile):
