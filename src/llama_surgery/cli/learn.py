@@ -100,10 +100,10 @@ def learn(
         dtype, json,
     )  # fmt: skip
     if config.topology == "gumbel":
-        if density is not None or part or stream or stage != "logits":
+        if density is not None or part or stream or repeats is not None or stage != "logits":
             raise SurgeryError(
                 "--topology gumbel learns from the language model's loss alone: leave --density, --part, "
-                "--stage and --stream out."
+                "--repeats, --stage and --stream out."
             )
         _routers(asked)
         return
