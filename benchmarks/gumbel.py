@@ -1,20 +1,17 @@
-"""The preprint's router: perplexity, tokens that rows see and blocks that are read, by arity and radius.
+"""The preprint's router: perplexity, tokens that rows see and blocks with some of them, by arity and radius.
 
     python -m benchmarks.gumbel MODEL --train-text DIR --text DIR --device cuda --arities 2 3 4 5
 
 A router is trained for each arity with the language-model loss (radius: half the levels), then measured at
-the radii asked for, or at all from 0 until the token density reaches ``--total``. Every row has a pair of
-total densities, both over causal pairs:
+the radii asked for, or at all from 0 until the token density reaches ``--total``. ``total_density`` of a row
+is (row, key) pairs that the mask shows over causal pairs: what sparsity of tokens promises. It is executed by
+plain PyTorch, which masks and skips nothing.
 
-* ``total_density``: (row, key) pairs that the mask shows. It is what sparsity of tokens promises.
-* ``executed_density``: pairs that were multiplied, all rows of a tile with all keys of every block it reads,
-  window and diagonal blocks whole. The token-masked kernels (``--backend triton``, the default on a GPU)
-  skip every block without a visible pair, rows and keys sorted by ball; ``reference`` skips nothing.
-
-``--blocks 64`` counts beside it what tiles and blocks of that size read, whatever executes the model: sorted
-by ball (``tree_64``), and in the order of the text (``text_64``), which is all that skipping without sorting
-could save. Rows go to ``--out`` as they are measured and are not measured again; training goes on from its
-checkpoints in ``--checkpoints``.
+``--blocks`` counts what tiles and blocks of so many rows and keys would read, over the same causal pairs,
+window and diagonal blocks whole: sorted by ball (``tree_64``), and in the order of the text (``text_64``),
+which is all that skipping without sorting could save.
+Rows go to ``--out`` as they are measured and are not measured again; training goes on from its checkpoints in
+``--checkpoints``.
 """
 
 import argparse
@@ -25,7 +22,7 @@ import time
 from pathlib import Path
 
 import torch
-from benchmarks.ball_blocks import blocks_in_order_of_text, listen, pages_read
+from benchmarks.ball_blocks import blocks_in_order_of_text, blocks_sorted, listen, window_pairs_read
 from benchmarks.matching import losses_of
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -34,11 +31,6 @@ from llama_surgery.evaluation.io import write_csv
 from llama_surgery.evaluation.logits import Head
 from llama_surgery.evaluation.paired import perplexity_ratio
 from llama_surgery.evaluation.perplexity import Perplexity
-from llama_surgery.gumbel.balls import (
-    ball_intervals,
-    tree_order,
-    window_pairs_read,
-)
 from llama_surgery.gumbel.learn import GumbelLearning, GumbelStep, learn_gumbel
 from llama_surgery.gumbel.router import ContentRouter
 from llama_surgery.gumbel_config import GumbelConfig
@@ -49,7 +41,7 @@ RESULTS = Path(__file__).parent / "results" / "gumbel.csv"
 #: What identifies a row.
 KEYS = (
     *("arity", "radius", "window", "length", "train_length", "steps", "rate", "seed"),
-    *("windows", "evaluation_seed", "text", "backend", "blocks"),
+    *("windows", "evaluation_seed", "text", "blocks"),
 )
 
 
@@ -68,12 +60,11 @@ class BlockCounter:
     def __call__(self, balls: torch.Tensor) -> None:
         batch, heads, n = balls.shape
         self.causal += batch * heads * n * (n + 1) // 2
-        found = ball_intervals(tree_order(balls), balls, n, self.window)
         for size in self.sizes:
             rows = torch.full((-(-n // size),), size, device=balls.device)
             rows[-1] = n - size * (len(rows) - 1)
-            sorted_pairs = (pages_read(found, size, size) * rows).sum() * size
-            near = window_pairs_read(n, n, self.window, size, size) * batch * heads
+            sorted_pairs = (blocks_sorted(balls, self.window, size, size) * rows).sum() * size
+            near = window_pairs_read(n, self.window, size, size) * batch * heads
             self.pairs[f"tree_{size}"] += int(sorted_pairs) + near
             blocks = blocks_in_order_of_text(balls, self.window, size, size)
             self.pairs[f"text_{size}"] += int((blocks * rows).sum()) * size
@@ -84,8 +75,6 @@ class BlockCounter:
 
 def main() -> None:
     options = _parser().parse_args()
-    on_gpu = torch.device(options.device).type == "cuda"
-    options.backend = options.backend or ("triton" if on_gpu else "reference")
     torch.manual_seed(0)
     tokenizer = AutoTokenizer.from_pretrained(options.model)
     model = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32)
@@ -159,7 +148,7 @@ def _measured(
 ) -> dict:
     """Losses and densities at the radius of ``config``."""
     counter = BlockCounter(options.blocks, options.window)
-    surgery = SurgeryConfig(topology="gumbel", gumbel=config, backend=options.backend)
+    surgery = SurgeryConfig(topology="gumbel", gumbel=config)
     begun = time.time()
     with operated(model, surgery, routers=routers):
         for layer in surgery_of(model).values():
@@ -170,7 +159,6 @@ def _measured(
     ratio = perplexity_ratio(dense.per_window, losses.per_window, 0)
     return {
         "total_density": read.near_density + read.visible_far_density,
-        "executed_density": read.total_density,
         **counter.densities(),
         "ppl": losses.value,
         "dense_ppl": dense.value,
@@ -204,8 +192,8 @@ def _tell(row: dict, sizes: list[int]) -> None:
         for size in sizes
     )
     print(
-        f"arity {row['arity']} radius {row['radius']}: tokens {number('total_density')}, executed "
-        f"{number('executed_density')} ({row['backend']}){blocks}; ratio {float(row['ppl_ratio']):.5f}",
+        f"arity {row['arity']} radius {row['radius']}: tokens {number('total_density')}{blocks}; ratio "
+        f"{float(row['ppl_ratio']):.5f}",
         flush=True,
     )
 
@@ -221,11 +209,6 @@ def _parser() -> argparse.ArgumentParser:
     add("--train-text", required=True, type=Path, help="file or folder of texts that routers learn on")
     add("--text", required=True, type=Path, help="file or folder of texts that are measured")
     add("--device", default="cpu")
-    add(
-        "--backend",
-        choices=("triton", "reference"),
-        help="what executes the mask while measuring; triton on a GPU and reference elsewhere if left out",
-    )
     add("--blocks", type=int, nargs="*", default=[], help="count blocks of these sizes, sorted and not")
     add("--arities", type=int, nargs="+", default=[2], help="children of a node; a router each")
     add("--radii", type=int, nargs="+", help="all from 0 until --total is reached if left out")

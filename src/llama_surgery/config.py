@@ -135,8 +135,8 @@ class SurgeryConfig:
             raise SurgeryError(f"gumbel={gumbel}: options of topology='gumbel', not of {self.topology!r}.")
         if self.topology == "gumbel":
             gumbel = GumbelConfig() if gumbel is None else gumbel
-            if self.backend == "gather":
-                raise SurgeryError("backend='gather': topology='gumbel' has auto, reference and triton.")
+            if self.backend not in ("auto", "reference"):
+                raise SurgeryError(f"backend={self.backend!r}: topology='gumbel' has auto and reference.")
         if gumbel is not None and not isinstance(gumbel, GumbelConfig):
             raise SurgeryError(f"gumbel={gumbel!r}: must be a GumbelConfig, or a mapping of its fields.")
         self.__dict__["gumbel"] = gumbel

@@ -1,17 +1,13 @@
-"""Balls of the gumbel topology: their names, the mask, intervals in tree order, and blocks counted."""
+"""Balls of the gumbel topology: their names, the mask, attention, and blocks counted."""
 
 import pytest
 import torch
-from benchmarks.ball_blocks import blocks_in_order_of_text, pages_read
+from benchmarks.ball_blocks import blocks_in_order_of_text, blocks_sorted, window_pairs_read
 
 from llama_surgery.gumbel.balls import (
-    always_pairs,
+    attend_balls,
     ball_ids,
-    ball_intervals,
     ball_mask,
-    order_serves,
-    tree_order,
-    window_pairs_read,
 )
 
 
@@ -52,45 +48,6 @@ def test_a_ball_holds_what_shares_the_last_digits(arity: int, radius: int) -> No
             assert bool(mask[i, j]) == (j <= i and (j == 0 or i - j < window or near))
 
 
-@pytest.mark.parametrize(
-    ("count", "rows", "window", "slots"),
-    [(1, 1, 1, 1), (40, 40, 5, 40), (63, 63, 70, 63), (50, 3, 1, 50), (50, 3, 8, 42), (50, 9, 8, 44)],
-)
-def test_intervals_and_window_make_up_the_mask(count: int, rows: int, window: int, slots: int) -> None:
-    """Also with an order of the first tokens only, which lacks some of the windows' tokens."""
-    balls = random_balls(2, 3, count)
-    order = tree_order(balls[..., :slots])
-    assert order_serves(order, count, window) and order.slots == slots
-    found = ball_intervals(order, balls, rows, window)
-    position = torch.arange(count - rows, count)
-    slot = torch.arange(slots)
-    by_slot = (slot >= found.low.unsqueeze(-1)) & (slot < found.high.unsqueeze(-1))  # rows in tree order
-    key = order.positions.long().unsqueeze(-2).expand_as(by_slot)
-    by_place = by_slot.new_zeros(2, 3, rows, count).scatter_(-1, key, by_slot)
-    row = found.row_order.long().unsqueeze(-1).expand_as(by_place)
-    ball = torch.zeros_like(by_place).scatter_(-2, row, by_place)
-    always = ball_mask(torch.arange(count), position, window)  # every token a ball of its own
-    assert not (ball & always).any()
-    assert torch.equal(ball | always, ball_mask(balls, position, window))
-    assert int(always.sum()) == always_pairs(count, window) - always_pairs(count - rows, window)
-
-
-@pytest.mark.parametrize(("tile", "page"), [(1, 1), (4, 8), (16, 4), (64, 64)])
-def test_pages_read_by_a_slow_loop(tile: int, page: int) -> None:
-    count, rows = 70, 50
-    balls = random_balls(1, 2, count)
-    found = ball_intervals(tree_order(balls), balls, rows, 6)
-    counts = pages_read(found, tile, page)
-    assert counts.shape == (1, 2, -(-rows // tile))
-    for head in range(2):
-        for number in range(counts.shape[-1]):
-            pages: set[int] = set()
-            for place in range(number * tile, min(rows, (number + 1) * tile)):
-                low, high = int(found.low[0, head, place]), int(found.high[0, head, place])
-                pages.update(slot // page for slot in range(low, high))
-            assert int(counts[0, head, number]) == len(pages)
-
-
 @pytest.mark.parametrize(("tile", "block"), [(1, 1), (8, 16), (16, 8)])
 def test_blocks_in_order_of_text_by_a_slow_loop(tile: int, block: int) -> None:
     count, window = 45, 4
@@ -103,11 +60,49 @@ def test_blocks_in_order_of_text_by_a_slow_loop(tile: int, block: int) -> None:
             assert int(counts[0, head, number]) == sum(bool(part.any()) for part in rows.split(block, 1))
 
 
+@pytest.mark.parametrize(("tile", "block"), [(1, 1), (4, 8), (16, 4), (64, 64)])
+def test_blocks_sorted_by_a_slow_loop(tile: int, block: int) -> None:
+    count, window = 70, 6
+    balls = random_balls(1, 2, count)
+    counts = blocks_sorted(balls, window, tile, block)
+    for head in range(2):
+        own = balls[0, head].tolist()
+        order = sorted(range(count), key=lambda position: (own[position], position))
+        for number, first in enumerate(range(0, count, tile)):
+            blocks = {
+                slot // block
+                for row in order[first : first + tile]
+                for slot, key in enumerate(order)
+                if own[key] == own[row] and 0 < key <= row - window
+            }
+            assert int(counts[0, head, number]) == len(blocks)
+
+
 def test_blocks_of_the_window_by_a_slow_loop() -> None:
-    count, rows, window, tile, page = 90, 41, 13, 16, 8
+    count, window, tile, block = 90, 13, 16, 8
     pairs = 0
-    for first in range(count - rows, count, tile):
+    for first in range(0, count, tile):
         last = min(first + tile, count)
         keys = {key for row in range(first, last) for key in range(max(1, row - window + 1), row + 1)}
-        pairs += (last - first) * (1 + -(-len(keys) // page) * page)
-    assert window_pairs_read(count, rows, window, tile, page) == pairs
+        pairs += (last - first) * (1 + -(-len(keys) // block) * block)
+    assert window_pairs_read(count, window, tile, block) == pairs
+
+
+@pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (6, 2)])
+def test_attention_is_a_masked_softmax(heads: int, kv_heads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the last rows and of all, in strips of any length."""
+    count, window, draw = 45, 7, torch.Generator().manual_seed(1)
+    queries, keys, values = (
+        torch.randn(2, number, count, dim, dtype=torch.float64, generator=draw)
+        for number, dim in ((heads, 8), (kv_heads, 8), (kv_heads, 5))
+    )
+    balls = random_balls(2, heads, count)
+    for rows, elements in ((count, 1), (count, 1 << 20), (11, 4 * 2 * heads * count)):
+        monkeypatch.setattr("llama_surgery.gumbel.balls.ELEMENTS", elements)
+        mask = ball_mask(balls, torch.arange(count - rows, count), window)
+        out, seen, read = attend_balls(queries[:, :, -rows:], keys, values, balls, window=window, scale=0.3)
+        expected = torch.nn.functional.scaled_dot_product_attention(
+            queries[:, :, -rows:], keys, values, attn_mask=mask, scale=0.3, enable_gqa=True
+        )
+        torch.testing.assert_close(out, expected, rtol=0, atol=1e-12)
+        assert torch.equal(seen, mask.sum((0, 2, 3))) and bool((read >= seen).all())

@@ -1,48 +1,15 @@
-"""What a row sees under the ``gumbel`` topology: position 0, its window, and the tokens of its own ball.
+"""What a row sees under the ``gumbel`` topology, and attention over exactly that.
 
-Tokens are sorted by ball, ties by position. A ball is then one interval, and so is what a row may see of it
-besides position 0 and window: its positions from 1 on and before the window. Comparing a slot with two
-numbers compares branches and positions at once, and no key counts twice.
+A row sees position 0, its window, and the tokens of its own ball. Nothing is skipped: rows are multiplied
+with all keys before them, some rows at a time, and masked, token by token as in training.
 """
-
-import dataclasses
 
 import torch
 
-#: Bits of a rank that hold the position; the others hold the ball.
-POSITION_BITS = 31
+from llama_surgery.attention.impl.reference import masked_softmax
 
-
-@dataclasses.dataclass(frozen=True)
-class TreeOrder:
-    """The first tokens of a text sorted by ball, ties by position.
-
-    Attributes:
-        ranks: (batch, heads, slots) int64, ascending: ball · 2³¹ + position.
-        positions: (batch, heads, slots) int32, the position at every slot.
-    """
-
-    ranks: torch.Tensor
-    positions: torch.Tensor
-
-    @property
-    def slots(self) -> int:
-        """How many of the first tokens are sorted."""
-        return self.ranks.shape[-1]
-
-
-@dataclasses.dataclass(frozen=True)
-class Intervals:
-    """Rows in tree order, and which slots a row sees beyond position 0 and window.
-
-    Attributes:
-        row_order: (batch, heads, rows) int32, the row at every place.
-        low, high: (batch, heads, rows) int32, first slot that the row at a place sees, and one past the last.
-    """
-
-    row_order: torch.Tensor
-    low: torch.Tensor
-    high: torch.Tensor
+#: Logits that are held at once, in elements.
+ELEMENTS = 1 << 26
 
 
 def ball_ids(digits: torch.Tensor, arity: int, radius: int) -> torch.Tensor:
@@ -92,73 +59,49 @@ def ball_mask(balls: torch.Tensor, rows: torch.Tensor, window: int) -> torch.Ten
     return always | (causal & (balls[..., rows].unsqueeze(-1) == balls.unsqueeze(-2)))
 
 
-def tree_order(balls: torch.Tensor) -> TreeOrder:
-    """Sort tokens by ball.
-
-    Args:
-        balls: (batch, heads, n) int64, below 2³².
-    """
-    position = torch.arange(balls.shape[-1], device=balls.device)
-    ranks, positions = ((balls << POSITION_BITS) + position).sort(-1)
-    return TreeOrder(ranks, positions.int())
-
-
-def order_serves(order: TreeOrder, count: int, window: int) -> bool:
-    """Does an order hold everything that the last rows of ``count`` tokens see beside their windows?
-
-    So it need not be made anew for every token.
-    """
-    return order.slots >= count - window
-
-
-def ball_intervals(order: TreeOrder, balls: torch.Tensor, rows: int, window: int) -> Intervals:
-    """Sort rows as keys are sorted, and find what they see.
-
-    Args:
-        order: Of the first tokens, as many as :func:`order_serves` asks for.
-        balls: (batch, heads, n) int64.
-        rows: How many of the last tokens are rows.
-        window: As in :func:`always_visible`.
-    """
-    count = balls.shape[-1]
-    if rows == order.slots:
-        row_ranks, row_order = order.ranks, order.positions
-    else:
-        position = torch.arange(count - rows, count, device=balls.device)
-        row_ranks, places = ((balls[..., count - rows :] << POSITION_BITS) + position).sort(-1)
-        row_order = places.int()
-    position = row_ranks & (1 << POSITION_BITS) - 1
-    first = row_ranks - position
-
-    def find(rank: torch.Tensor) -> torch.Tensor:
-        return torch.searchsorted(order.ranks, rank, out_int32=True)
-
-    low = find(first + 1)
-    high = find(first + (position - window + 1).clamp_min(0))
-    return Intervals(row_order, low, high.maximum(low))
-
-
 def always_pairs(rows: int, window: int) -> int:
     """(Query, key) pairs of position 0 and window, of the first ``rows`` rows of a text."""
     full = min(rows, window)
     return full * (full + 1) // 2 + (rows - full) * (window + 1)
 
 
-def window_pairs_read(count: int, rows: int, window: int, tile: int, page: int) -> int:
-    """Pairs that tiles multiply for position 0 and window: of all their rows, with all keys of a block.
-
-    Position 0 is taken alone; blocks of ``page`` keys begin where the window of a tile's first row does.
+def attend_balls(
+    queries: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    balls: torch.Tensor,
+    *,
+    window: int,
+    scale: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Attention of a text's last rows over what :func:`ball_mask` shows them, in at least float32.
 
     Args:
-        count: Tokens of the text.
-        rows: How many of the last of them are rows.
+        queries: (batch, heads, rows, head_dim), rows at the last positions.
+        keys: (batch, kv_heads, n, head_dim), all positions in order.
+        values: (batch, kv_heads, n, value_dim).
+        balls: (batch, heads, n) int64, the ball of every token, for each query head.
         window: As in :func:`always_visible`.
-        tile: Rows of a tile.
-        page: Keys of a block.
+        scale: Scaling of q·k.
+
+    Returns:
+        (batch, heads, rows, value_dim), the queries' dtype; and (heads,) int64, summed over the batch, the
+        (query, key) pairs that rows see and those that are multiplied.
     """
-    pairs = rows
-    for first in range(count - rows, count, tile):
-        end = min(first + tile, count)
-        blocks = -(-(end - max(first - window + 1, 1)) // page)
-        pairs += (end - first) * blocks * page
-    return pairs
+    (batch, kv_heads, count, _), (heads, rows) = keys.shape, queries.shape[1:3]
+    grouped, group_balls = (x.unflatten(1, (kv_heads, -1)).flatten(0, 1) for x in (queries, balls))
+    keys, values = keys.flatten(0, 1), values.flatten(0, 1)
+    strip = max(1, ELEMENTS // (batch * heads * count))
+    outs, seen, read = [], balls.new_zeros(heads), balls.new_zeros(heads)
+    for start in range(0, rows, strip):
+        stop = min(start + strip, rows)
+        end = count - rows + stop
+        position = torch.arange(count - rows + start, end, device=queries.device)
+        visible = ball_mask(group_balls[..., :end], position, window)
+        out, _ = masked_softmax(
+            grouped[:, :, start:stop], keys[:, :end], values[:, :end], visible, scale, None
+        )
+        outs.append(out.to(queries.dtype))
+        seen += visible.sum((-1, -2)).view(batch, heads).sum(0)
+        read += batch * (stop - start) * end
+    return torch.cat(outs, 2).unflatten(0, (batch, kv_heads)).flatten(1, 2), seen, read

@@ -5,7 +5,6 @@ from transformers import DynamicCache, PretrainedConfig
 from transformers.cache_utils import DynamicLayer
 
 from llama_surgery.errors import SurgeryError
-from llama_surgery.gumbel.balls import TreeOrder, order_serves, tree_order
 
 
 class BallLayer(DynamicLayer):
@@ -18,7 +17,6 @@ class BallLayer(DynamicLayer):
     def __init__(self) -> None:
         super().__init__()
         self.balls: torch.Tensor | None = None
-        self._order: TreeOrder | None = None
 
     def extend(self, fresh: torch.Tensor) -> torch.Tensor:
         """Balls of the tokens held and of the new ones, whose keys are not written yet.
@@ -36,19 +34,6 @@ class BallLayer(DynamicLayer):
         self.balls = fresh
         return fresh
 
-    def order(self, past: int, window: int) -> TreeOrder:
-        """The first tokens sorted by ball: once for as many steps as a window has tokens.
-
-        Args:
-            past: Tokens before the running call: what comes later may be taken back.
-            window: Last tokens that are seen without it.
-        """
-        assert self.balls is not None
-        held = self._order
-        if held is None or held.slots > past or not order_serves(held, self.balls.shape[2], window):
-            held = self._order = tree_order(self.balls)
-        return held
-
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         super().reorder_cache(beam_idx)
         self._select(beam_idx)
@@ -63,7 +48,6 @@ class BallLayer(DynamicLayer):
         self._select(indices)
 
     def _select(self, sequences: torch.Tensor) -> None:
-        self._order = None
         if self.balls is not None:
             self.balls = self.balls[sequences.to(self.balls.device)]
 

@@ -7,9 +7,8 @@ import torch
 
 from llama_surgery.config import SurgeryConfig
 from llama_surgery.errors import SurgeryError, UnsupportedModelError
-from llama_surgery.gumbel.attend import attend_balls, ball_backend
-from llama_surgery.gumbel.balls import always_pairs
-from llama_surgery.gumbel.cache import BallLayer, balls_with
+from llama_surgery.gumbel.balls import always_pairs, attend_balls
+from llama_surgery.gumbel.cache import balls_with
 from llama_surgery.gumbel.router import ContentRouter
 from llama_surgery.gumbel.soft import Drawing, balls_of, gumbel_digits, load_balance, soft_attention
 from llama_surgery.gumbel_config import GumbelConfig
@@ -19,21 +18,6 @@ from llama_surgery.surgery.statistics import Counters
 
 #: Keyword by which the pre-forward hook hands on what the router said.
 ROUTED = "llama_surgery_routed"
-
-
-@dataclasses.dataclass(frozen=True)
-class _Routed:
-    """What a layer's router said of a call's tokens.
-
-    Attributes:
-        balls: (batch, heads, n) int64 of all tokens so far; None in training.
-        digits: In training, one-hot for each group of heads, (batch, heads of it, n, levels, arity).
-        layer: Of the cache, or None.
-    """
-
-    balls: torch.Tensor | None
-    digits: list[torch.Tensor]
-    layer: object
 
 
 @dataclasses.dataclass
@@ -57,23 +41,26 @@ class GumbelLayer:
         assert self.config.gumbel is not None
         return self.config.gumbel
 
-    def route(self, hidden: torch.Tensor, layer: object) -> _Routed:
+    def route(self, hidden: torch.Tensor, layer: object) -> torch.Tensor | list[torch.Tensor]:
         """Ask the router.
 
         Args:
             hidden: (batch, new, hidden_size), what the module reads.
             layer: Its layer of the call's cache, or None.
+
+        Returns:
+            The balls of all tokens so far, (batch, heads, n) int64; in training the digits instead, one-hot
+            for each group of heads, (batch, heads of it, n, levels, arity).
         """
         if next(self.router.parameters()).device != hidden.device:
             self.router.to(hidden.device)
         drawing = self.drawing
         if drawing is None:
             with torch.no_grad():
-                return _Routed(balls_with(layer, balls_of(self.router(hidden), self.gumbel)), [], layer)
+                return balls_with(layer, balls_of(self.router(hidden), self.gumbel))
         logits = self.router(hidden)
         drawing.balances.append(torch.stack([load_balance(part) for part in logits]).mean())
-        digits = [gumbel_digits(part, drawing.temperature, drawing.generator) for part in logits]
-        return _Routed(None, digits, layer)
+        return [gumbel_digits(part, drawing.temperature, drawing.generator) for part in logits]
 
     @untraced
     def __call__(
@@ -103,18 +90,12 @@ class GumbelLayer:
             if rows != count:
                 raise SurgeryError("content routers are trained on whole windows, without a cache.")
             out, seen = soft_attention(
-                query, key, value, routed.digits, self.gumbel, self.drawing.temperature, scale
+                query, key, value, routed, self.gumbel, self.drawing.temperature, scale
             )
             read = torch.full_like(seen, query.shape[0] * count * count)
         else:
-            backend, order = self.config.backend, None
-            if isinstance(routed.layer, BallLayer) and ball_backend(backend, query, key, value) == "triton":
-                order = routed.layer.order(count - rows, self.gumbel.window)
-            result = attend_balls(
-                query, key, value, routed.balls,
-                window=self.gumbel.window, scale=scale, order=order, backend=backend,
-            )  # fmt: skip
-            out, seen, read = result.out, result.seen_pairs.sum(0), result.read_pairs.sum(0)
+            window = self.gumbel.window
+            out, seen, read = attend_balls(query, key, value, routed, window=window, scale=scale)
         self._count(query.shape[0], count - rows, rows, seen, read)
         return out.transpose(1, 2).contiguous(), None
 

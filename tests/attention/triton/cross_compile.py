@@ -36,7 +36,6 @@ from llama_surgery.attention.impl.triton.prefill import launch as prefill
 from llama_surgery.attention.impl.triton.select import launch as selection
 from llama_surgery.attention.impl.triton.tiled_plan import TiledPlan
 from llama_surgery.config import SurgeryConfig
-from llama_surgery.gumbel import token_mask
 from llama_surgery.surgery.buffers import PageBuffers
 from llama_surgery.surgery.decoding import cache_view
 from llama_surgery.topology.layout import Layout, build_layout
@@ -79,7 +78,6 @@ KERNELS = {
     gated: ("gated_kernel", "gated_query_kernel", "gated_key_kernel"),
     decode_cache: ("append_kernel",),
     decode: ("score_kernel", "open_kernel", "merge_kernel"),
-    token_mask: ("window_kernel", "ball_list_kernel", "ball_kernel"),
     hopper_attend_kernel: ("hopper_attend_kernel",),
 }
 
@@ -256,7 +254,7 @@ def compile_all(
             setattr(module, name, recorders[-1])
     chosen = tuning.tuning_for(family, head_dim, dtype.itemsize, helpers.exact_products(dtype))
     job.tuning_for = lambda *_: chosen  # type: ignore[assignment]
-    backward_pass.family_of = token_mask.family_of = lambda _: family  # type: ignore[assignment]
+    backward_pass.family_of = lambda _: family  # type: ignore[assignment]
     hopper.processors_of = lambda _: PROCESSORS  # type: ignore[assignment]
     length = 2048
     states = torch.zeros(8, heads, length, head_dim, dtype=dtype)
@@ -292,10 +290,6 @@ def compile_all(
     launch_decode(states, config, family, extra)
     launch_backward(states, keys, built, config, extra)
     launch_gated(states, keys, config)
-    balls = torch.zeros(1, 8 * heads, length, dtype=torch.int64)
-    for count in (length, 1) if wide else (length,):  # a single row is no tile for matrix units
-        queries = states.flatten(0, 1)[None, :, :count]
-        token_mask.attend(queries, keys[None], keys[None], balls, 128, 1.0)
     rows = []
     for recorder in recorders:
         for kernel in recorder.compiled.values():

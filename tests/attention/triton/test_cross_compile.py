@@ -38,9 +38,6 @@ KERNELS = {
     "score_kernel",
     "open_kernel",
     "merge_kernel",
-    "window_kernel",
-    "ball_list_kernel",
-    "ball_kernel",
 }
 
 #: Written for one family, for heads of 64 or 128 channels in half precision.
@@ -54,7 +51,6 @@ WITHOUT_PRODUCTS = {
     "arrange_kernel",
     "place_kernel",
     "reader_kernel",
-    "ball_list_kernel",
     "append_kernel",
     "merge_kernel",
 }
