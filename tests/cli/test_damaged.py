@@ -64,7 +64,7 @@ def test_a_damaged_checkpoint_ends_in_one_line(damage: str, model: Path, text: P
     folder = Path(shutil.copytree(model, tmp_path / "model"))
     DAMAGES[damage](folder)
     given = ["--text", text, "--density", "0.3", "--length", "256", *SMALL]
-    learn = ["--text", text, "--density", "0.3", "--stage", "local", "--stream", "--steps", "1"]
+    learn = ["--text", text, "--density", "0.3", "--stream", "--steps", "1"]
     learn += ["--windows", "1", "--length", "128", "--device", "cpu", "--out", tmp_path / "a", *SMALL]
     for command, *options in (
         ["generate", folder, "--prompt", "a", "--max-new-tokens", "1"],

@@ -47,7 +47,7 @@ COMMANDS: dict[str, list[str]] = {
     "learn": [*TEXT, "--density", "0.2", "--steps", "2", "--checkpoint-seconds", "0", "--out", "OUT", *SHORT],
     "learn, streamed": [
         *(*TEXT, "--density", "0.2", "--steps", "2", "--checkpoint-seconds", "0", "--out", "OUT", *SHORT),
-        *("--stream", "--stage", "local"),
+        "--stream",
     ],
     "learn, gumbel": [
         *(*TEXT, "--topology", "gumbel", "--gumbel-radius", "1", "--gumbel-window", "16"),

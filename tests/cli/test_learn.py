@@ -49,7 +49,7 @@ def test_learn_writes_an_adapter_that_runs(model: Path, text: Path, tmp_path: Pa
     assert evaluated.exit_code == 0, evaluated.output
 
 
-@pytest.mark.parametrize("alone", [["--stage", "local", "--stream"], ["--device", "split"]])
+@pytest.mark.parametrize("alone", [["--stream"], ["--device", "split"]])
 def test_what_only_one_process_does(
     alone: list[str], model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -69,7 +69,7 @@ def test_processes_do_not_share_a_pipe(model: Path, tmp_path: Path, monkeypatch:
 
 def test_learn_with_the_model_on_disk(model: Path, text: Path, tmp_path: Path) -> None:
     command = ["learn", model, "--text", text, "--density", "0.2", "--out", tmp_path / "adapter", *SMALL]
-    command += ["--steps", "3", "--windows", "2", "--stage", "local", "--stream", "--json", "--device", "cpu"]
+    command += ["--steps", "3", "--windows", "2", "--stream", "--json", "--device", "cpu"]
     result = run(*command)
     assert result.exit_code == 0, result.output
     told = json.loads(result.stdout)
@@ -87,12 +87,10 @@ def test_wrong_settings_end_in_one_line(model: Path, text: Path, tmp_path: Path)
     base = ["learn", model, "--text", text, "--out", tmp_path / "adapter", *SMALL]
     for arguments, told in (
         (["--density", "0.2", "--part", "magic"], "magic"),
-        (["--density", "0.2", "--stream"], "--stage local"),
         (
             ["--density", "0.2", "--part", "summary", "--summary", "none", "--windows", "2"],
             "no summary to weigh",
         ),
-        (["--density", "0.2", "--stage", "far"], "stage='far'"),
         (["--density", "0.2", "--windows", "1", "--text", tmp_path / "none"], "no such file"),
     ):
         result = run(*base, *arguments)

@@ -41,7 +41,7 @@ def short(text: Path, tmp_path: Path) -> Path:
         ["learn", "MODEL", "--text", "TEXT", "--density", "0.3", "--length", "1040", "--out", "OUT",
          "--steps", "1", "--windows", "1"],
         ["learn", "MODEL", "--text", "TEXT", "--density", "0.3", "--length", "1040", "--out", "OUT",
-         "--steps", "1", "--windows", "1", "--stage", "local", "--stream", "--device", "cpu"],
+         "--steps", "1", "--windows", "1", "--stream", "--device", "cpu"],
         ["plan", "MODEL", "--length", "512,1040"],
         ["generate", "MODEL", "--prompt", "Once upon a time", "--max-new-tokens", "1030"],
         ["export-topology", "MODEL", "--text", "TEXT", "--length", "1040", "--out", "OUT"],
@@ -97,7 +97,7 @@ def test_commands_take_the_windows_that_a_short_text_holds(model: Path, short: P
     ):
         told = [n for n in notes(run(*command, *length)) if f"usual {usual}: these are taken" in n]
         assert len(told) == 1 and all("holds 2 windows of 256 tokens" in n for n in told)
-    stream = ["--stage", "local", "--stream", "--steps", "1", "--device", "cpu", "--out", tmp_path / "c"]
+    stream = ["--stream", "--steps", "1", "--device", "cpu", "--out", tmp_path / "c"]
     told = notes(run("learn", model, "--text", short, "--density", "0.3", *stream, *length))
     assert len(told) == 1 and "the usual 16" in told[0]
 

@@ -29,7 +29,7 @@ def test_learn_operates_with_what_it_learned() -> None:
     )
     assert same is model and is_operated(model)
     assert [step.step for step in steps] == [1, 2, 3]
-    assert {"first threshold", "learning (logits)"} <= {stage for stage, _, _ in stages}
+    assert {"first threshold", "learning"} <= {stage for stage, _, _ in stages}
     routers = routers_of(model)
     assert all(router.summary is not None for router in routers.values())
     assert any(router.mean_weight.log().abs().max() > 0 for router in routers.values())

@@ -1,6 +1,7 @@
 """Learning with the weights on disk: the result of learning in memory, within less memory than the model."""
 
 import dataclasses
+import math
 import os
 import subprocess
 import sys
@@ -8,17 +9,22 @@ from pathlib import Path
 
 import pytest
 import torch
+from tests.learning.in_memory import local_errors
 from tests.learning.test_trainer import SETTINGS, vector, windows
 from tests.surgery.tiny import SPARSE, build
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from llama_surgery import SurgeryError, UnsupportedModelError
+from llama_surgery.learning.attach import Gates
+from llama_surgery.learning.corrections import Corrections
 from llama_surgery.learning.settings import LearningSettings
+from llama_surgery.learning.state import first_state
 from llama_surgery.learning.streaming import Captured, learn_streamed
-from llama_surgery.learning.trainer import Step, learn
+from llama_surgery.learning.trainer import Step, fresh_corrections, frozen, run
 from llama_surgery.learning.weights import Weights, skeleton
+from llama_surgery.surgery.metric import metric_of
 
-LOCAL = dataclasses.replace(SETTINGS, stage="local", steps=6, parts=("channels", "tree"), sampled_tiles=2)
+LOCAL = dataclasses.replace(SETTINGS, steps=6, parts=("channels", "tree"), sampled_tiles=2)
 CPU = {"device": torch.device("cpu"), "dtype": torch.float32}
 
 
@@ -35,12 +41,51 @@ def streamed(folder: Path, spill: Path, settings: LearningSettings = LOCAL, **op
     )
 
 
+def learned_in_memory(seen: list[Step]) -> Corrections:
+    """The steps of LOCAL by a model that is not streamed."""
+    model, ids = build("Llama", dtype=torch.float32), windows(3)
+    corrections = fresh_corrections(model, LOCAL, metric_of(model))
+    state = first_state(corrections, LOCAL, math.log(SPARSE.theta), half=False)
+    gates = Gates(corrections, SPARSE, state.price.log_theta, sampled_tiles=LOCAL.sampled_tiles)
+
+    def measure(number: int) -> torch.Tensor:
+        loss = local_errors(model, ids[number][None], gates).mean()
+        (loss + state.price.value * gates.reading.soft_density()).backward()
+        return loss.detach()
+
+    options = {"checkpoint_file": None, "every_seconds": 0.0, "progress": seen.append}
+    with frozen(model):
+        run(measure, state, gates, ids, LOCAL, "local", **options)
+    return corrections
+
+
+def test_it_learns_at_the_density(folder: Path, tmp_path: Path) -> None:
+    steps: list[Step] = []
+    streamed(folder, tmp_path, dataclasses.replace(LOCAL, steps=60, parts=()), progress=steps.append)
+    tail = [step.density for step in steps[-12:]]
+    assert sum(tail) / len(tail) == pytest.approx(LOCAL.density, rel=0.15)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_learns_without_nan(folder: Path, tmp_path: Path, dtype: torch.dtype) -> None:
+    learned, theta = learn_streamed(
+        skeleton(folder),
+        Weights(folder),
+        SPARSE,
+        windows(3),
+        LOCAL,
+        Captured(tmp_path),
+        device=torch.device("cpu"),
+        dtype=dtype,
+    )
+    assert torch.isfinite(vector(learned)).all() and vector(learned).abs().max() > 0 and theta > 0
+
+
 def test_it_equals_learning_in_memory(folder: Path, tmp_path: Path) -> None:
     seen: list[Step] = []
     expected: list[Step] = []
     learned, theta = streamed(folder, tmp_path, progress=seen.append)
-    model = build("Llama", dtype=torch.float32)
-    in_memory = learn(model, SPARSE, windows(3), LOCAL, progress=expected.append)
+    in_memory = learned_in_memory(expected)
     torch.testing.assert_close(vector(learned), vector(in_memory), rtol=1e-5, atol=1e-6)
     assert vector(learned).abs().max() > 0.01 and theta == pytest.approx(expected[-1].theta)
     for ours, theirs in zip(seen, expected, strict=True):
@@ -80,8 +125,6 @@ def test_states_of_other_windows_are_not_used(folder: Path, tmp_path: Path) -> N
 
 
 def test_what_cannot_be_streamed_is_said(folder: Path, tmp_path: Path) -> None:
-    with pytest.raises(SurgeryError, match="only the local stage"):
-        streamed(folder, tmp_path, dataclasses.replace(LOCAL, stage="logits"))
     with pytest.raises(SurgeryError, match="no safetensors checkpoint"):
         Weights(tmp_path)
     with pytest.raises(UnsupportedModelError, match="holds no tensor"):
@@ -106,7 +149,7 @@ else:
     LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32)
 print("done")
 """
-LARGE = LearningSettings(density=0.15, length=128, steps=2, rate=0.1, stage="local", sampled_tiles=1)
+LARGE = LearningSettings(density=0.15, length=128, steps=2, rate=0.1, sampled_tiles=1)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="RLIMIT_DATA bounds what is mapped on Linux only")

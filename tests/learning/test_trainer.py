@@ -36,13 +36,12 @@ def vector(corrections: Corrections) -> torch.Tensor:
     return torch.cat([p.detach().flatten() for p in corrections.parameters()])
 
 
-@pytest.mark.parametrize("stage", ["logits", "local"])
-def test_it_learns_at_the_density_and_leaves_the_model_alone(stage) -> None:
+def test_it_learns_at_the_density_and_leaves_the_model_alone() -> None:
     model = build("Llama", dtype=torch.float32)
     weights = {name: p.clone() for name, p in model.named_parameters()}
     ids, steps = windows(), []
     before = logits(model, ids[0])
-    settings = dataclasses.replace(SETTINGS, stage=stage, steps=60)
+    settings = dataclasses.replace(SETTINGS, steps=60)
     learned = learn(model, SPARSE, ids, settings, progress=steps.append)
     assert not is_operated(model) and torch.equal(before, logits(model, ids[0]))
     assert all(torch.equal(weights[name], p) and p.requires_grad for name, p in model.named_parameters())
@@ -62,7 +61,7 @@ def test_learned_corrections_keep_the_metric_that_operate_sorts_keys_in() -> Non
     model = build("Llama", dtype=torch.float32)
     with operated(model, SPARSE):
         metric = {index: router.key_weight for index, router in routers_of(model).items()}
-    learned = learn(model, SPARSE, windows(), dataclasses.replace(SETTINGS, steps=1, stage="local"))
+    learned = learn(model, SPARSE, windows(), dataclasses.replace(SETTINGS, steps=1))
     routers = scorer_parameters(learned)
     assert routers.keys() == metric.keys()
     for index, weight in metric.items():
@@ -84,7 +83,7 @@ def test_budgets_leave_heads_that_do_nothing() -> None:
 
 def test_the_same_seed_gives_the_same_result_and_another_does_not() -> None:
     model, ids = build("Llama", dtype=torch.float32), windows()
-    short = dataclasses.replace(SETTINGS, steps=4, stage="local", sampled_tiles=1)
+    short = dataclasses.replace(SETTINGS, steps=4, parts=("tree",))
     first, again = (vector(learn(model, SPARSE, ids, short)) for _ in range(2))
     other = vector(learn(model, SPARSE, ids, dataclasses.replace(short, seed=1)))
     assert torch.equal(first, again) and not torch.equal(first, other)
@@ -122,10 +121,9 @@ def test_a_checkpoint_of_another_run_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("stage", ["logits", "local"])
-def test_half_precision_learns_without_nan(dtype, stage) -> None:
+def test_half_precision_learns_without_nan(dtype) -> None:
     model, steps = build("Llama", dtype=dtype), []
-    settings = dataclasses.replace(SETTINGS, steps=6, stage=stage, parts=("channels", "tree"))
+    settings = dataclasses.replace(SETTINGS, steps=6, parts=("channels", "tree"))
     learned = learn(model, SPARSE, windows(), settings, progress=steps.append)
     assert torch.isfinite(vector(learned)).all() and vector(learned).abs().max() > 0
     assert all(step.loss == step.loss for step in steps)
@@ -147,7 +145,7 @@ def test_the_course_of_the_homotopy() -> None:
         ({"density": 0.0}, "density"),
         ({"steps": 0}, "steps"),
         ({"parts": ("nonsense",)}, "parts"),
-        ({"stage": "both"}, "stage"),
+        ({"sampled_tiles": 0}, "sampled_tiles"),
         ({"rate": 2.0}, "rate"),
     ],
 )

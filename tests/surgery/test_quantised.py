@@ -3,17 +3,13 @@
 Neither library runs everywhere, so that modules of their shape stand in for theirs.
 """
 
-import math
-
 import pytest
 import torch
-from tests.learning.test_gates import corrections
 from tests.surgery.tiny import DENSE_LIMIT, SPARSE, build, logits, tokens
 from torch import nn
 from transformers import PreTrainedModel
 
 from llama_surgery import eject, load_adapter, operate, operated, save_adapter, statistics
-from llama_surgery.learning.attach import Gates, gates_in, projection_of
 from llama_surgery.topology.router import PageRouter
 
 
@@ -69,13 +65,3 @@ def test_quantised_models_are_operated_and_ejected(model, tmp_path):
     assert torch.equal(logits(model, ids), dense)
     assert torch.equal(logits(load_adapter(model, tmp_path), ids), sparse)
     assert all(torch.equal(p, state[name]) for name, p in model.named_parameters())
-
-
-def test_errors_of_quantised_layers_are_measured_before_their_projection(model):
-    """Its weights are not numbers by themselves."""
-    gates = Gates(corrections(1).float(), SPARSE, math.log(SPARSE.theta), mode="local")
-    with gates_in(model, gates):
-        model(tokens(1, 192), use_cache=False)
-    errors = torch.stack(gates.reading.errors)
-    assert all(projection_of(layer.self_attn) is None for layer in model.model.layers)
-    assert errors.isfinite().all() and (errors > 0).all()

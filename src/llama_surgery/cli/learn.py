@@ -47,15 +47,10 @@ def learn(
     dense_until: options.DenseUntil = None,
     tile: options.Tile = 64,
     steps: _learning(int, "Steps, each on one window.", min=1) = STEPS,
-    stage: _learning(
-        str,
-        "What is learned from: 'logits', the model's own distributions, or 'local', the output of every "
-        "attention layer.",
-    ) = "logits",
     stream: _learning(
         bool,
-        "Keep the model on disk and load it layer by layer, for models larger than memory. Needs --stage "
-        "local and the folder of a checkpoint.",
+        "Keep the model on disk, load it layer by layer, and learn from the output of every attention layer "
+        "instead of the predictions: for models larger than memory. Needs the folder of a checkpoint.",
         "--stream",
     ) = False,
     part: _learning(
@@ -100,10 +95,10 @@ def learn(
         dtype, json,
     )  # fmt: skip
     if config.topology == "gumbel":
-        if density is not None or part or stream or repeats is not None or stage != "logits":
+        if density is not None or part or stream or repeats is not None:
             raise SurgeryError(
                 "--topology gumbel learns from the language model's loss alone: leave --density, --part, "
-                "--repeats, --stage and --stream out."
+                "--repeats and --stream out."
             )
         _routers(asked)
         return
@@ -121,7 +116,6 @@ def learn(
         rate=LearningSettings.rate if rate is None else rate,
         repeats=(0.0 if stream else LearningSettings.repeats) if repeats is None else repeats,
         seed=seed,
-        stage=stage,  # type: ignore[arg-type]
     )
     processes = launched(device)
     if processes.count > 1 and (stream or device == "split"):
@@ -133,8 +127,6 @@ def learn(
         refuse_pipes(text)
     texts = read_texts(text)
     if stream:
-        if stage != "local":
-            raise SurgeryError("--stream learns from the output of every layer: add --stage local.")
         told(out_folder, *_streamed(asked, texts, planned), json)
         return
     llm, tokenizer = load_model(model, device, dtype, longest=length)
@@ -144,7 +136,7 @@ def learn(
     from llama_surgery.surgery.operation import config_of
 
     with progress() if processes.main else contextlib.nullcontext(silent) as tell:
-        report, seen = reporter(stage, steps)
+        report, seen = reporter("logits", steps)
         learn_on(
             llm,
             config,
@@ -154,7 +146,6 @@ def learn(
             length=length,
             steps=steps,
             parts=planned.parts,
-            stage=planned.stage,
             rate=planned.rate,
             windows=windows,
             repeats=planned.repeats,
@@ -163,7 +154,7 @@ def learn(
             progress=tell,
             report=report,
             processes=processes,
-            **asked.keeping(stage),
+            **asked.keeping("logits"),
         )
     if not processes.main:
         return
@@ -237,7 +228,7 @@ def _streamed(asked: Asked, texts: list[str], planned: "LearningSettings") -> tu
     ids = cut_windows(tokenizer, texts, length, asked.windows, planned.seed, usual=STREAMED_WINDOWS)
     ids = with_repeats(ids, planned.repeats, config, planned.seed)
     with progress() as tell:
-        report, seen = reporter(planned.stage, planned.steps, tell)
+        report, seen = reporter("local", planned.steps, tell)
         corrections, theta = learn_streamed(
             bones,
             weights,

@@ -39,7 +39,7 @@ def plan(
     """Say what operating on a model, and learning for it, will take, before anything runs.
 
     Density and speed-up at several lengths, in multiplications; the time of learning, and for a model that
-    stays on disk ('learn --stage local --stream') memory and disk. All of it is counted from the
+    stays on disk ('learn --stream') memory and disk. All of it is counted from the
     configuration; what is assumed is printed. Example:
 
     llama-surgery plan demo/books-26m --length 8k,32k,128k
@@ -118,7 +118,7 @@ def _print(
         f"{_seconds(learned.seconds)} at {tflops:g} TFLOP/s, which is an assumption: give --tflops."
     )
     out.print(
-        f"\nlearn --stage local --stream, the model on disk: memory {_bytes(learned.memory)}; "
+        f"\nlearn --stream, the model on disk: memory {_bytes(learned.memory)}; "
         f"{_bytes(learned.states)} of attention states on disk."
     )
 

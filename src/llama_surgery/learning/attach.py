@@ -23,9 +23,8 @@ from llama_surgery.surgery.supported import attention_modules, inner_model
 from llama_surgery.topology.geometry import query_blocks
 from llama_surgery.topology.router import PageRouter
 
-#: ``dense``: the model as it is. ``gated``: every layer through its gates. ``local``: dense, and beside it
-#: the error of some gated rows of every layer.
-Mode = Literal["dense", "gated", "local"]
+#: ``dense``: the model as it is. ``gated``: every layer through its gates.
+Mode = Literal["dense", "gated"]
 
 
 @dataclasses.dataclass
@@ -38,7 +37,7 @@ class Gates:
         log_theta: Global log θ.
         homotopy: λ and τ.
         mode: What the pass does.
-        sampled_tiles: Tiles of each block whose rows are compared in ``local`` mode.
+        sampled_tiles: Tiles of each block whose rows :func:`local_error` compares.
         generator: Chooses those tiles.
         reading: What the pass gathers.
     """
@@ -65,41 +64,12 @@ def gates_in(model: torch.nn.Module, gates: Gates) -> Iterator[None]:
     if is_operated(model):
         raise SurgeryError("the model is operated: eject(model) before learning.")
     modules = attention_modules(inner)
-    norms: dict[int, torch.Tensor] = {}
-    handles = [watch_residual(inner, index, module, norms) for index, module in modules.items()]
-    attention = functools.partial(_attention, gates, norms)
-    try:
-        with attention_replaced(inner, modules.values(), attention):
-            yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def watch_residual(
-    inner: torch.nn.Module, index: int, module: torch.nn.Module, norms: dict[int, torch.Tensor]
-) -> Any:
-    """Note the mean square of what enters the decoder layer around ``module``: errors are relative to it.
-
-    ``norms[index]`` becomes (batch,), float32.
-    """
-    layer = next(
-        (m for m in inner.modules() if m is not module and any(child is module for child in m.children())),
-        None,
-    )
-    if layer is None:
-        raise UnsupportedModelError(f"{type(module).__name__} is in no decoder layer: cannot be learned.")
-
-    def note(_: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        hidden = args[0] if args else kwargs["hidden_states"]
-        norms[index] = hidden.detach().float().square().sum(-1).mean(-1)
-
-    return layer.register_forward_pre_hook(note, with_kwargs=True)
+    with attention_replaced(inner, modules.values(), functools.partial(_attention, gates)):
+        yield
 
 
 def _attention(
     gates: Gates,
-    norms: dict[int, torch.Tensor],
     base: str,
     module: Any,
     query: torch.Tensor,
@@ -108,19 +78,12 @@ def _attention(
     attention_mask: Any,
     **keywords: Any,
 ) -> tuple[torch.Tensor, Any]:
-    index = module.layer_idx
     if gates.mode == "dense":
         return dense_attention(base, module, query, key, value, attention_mask, **keywords)
     refuse_unlearnable(module, query, key, attention_mask, keywords)
     scale = keywords.get("scaling") or query.shape[-1] ** -0.5
-    router = gates.corrections[str(index)].router()
-    if gates.mode == "gated":
-        return gated_layer(query, key, value, router, gates, scale).transpose(1, 2), None
-    with torch.no_grad():
-        returned = dense_attention(base, module, query, key, value, attention_mask, **keywords)[0]
-    error = local_error(projection_of(module), query, key, value, returned, router, gates, scale)
-    gates.reading.errors.append(error / norms[index].mean().to(error.device))
-    return returned, None
+    router = gates.corrections[str(module.layer_idx)].router()
+    return gated_layer(query, key, value, router, gates, scale).transpose(1, 2), None
 
 
 def refuse_unlearnable(
@@ -226,17 +189,6 @@ def local_error(
         count += change.shape[0] * change.shape[1]
     gates.reading.include_causal(layer.queries.shape[0], query.shape[2])
     return square / max(1, count)
-
-
-def projection_of(module: torch.nn.Module) -> torch.Tensor | None:
-    """Weight of an attention module's output projection, or None where it is named, or kept, otherwise.
-
-    Quantised weights are packed or lack their scales, and those of offloaded modules are elsewhere.
-    """
-    weight = getattr(getattr(module, "o_proj", None), "weight", None)
-    if weight is None or weight.is_meta or not weight.is_floating_point() or weight.dim() != 2:
-        return None
-    return weight.detach()
 
 
 @dataclasses.dataclass(frozen=True)

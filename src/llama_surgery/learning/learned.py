@@ -11,7 +11,7 @@ from llama_surgery.errors import SurgeryError
 from llama_surgery.learning.corrections import Part, scorer_parameters
 from llama_surgery.learning.processes import ALONE, Processes
 from llama_surgery.learning.repeats import with_repeats
-from llama_surgery.learning.settings import LearningSettings, Stage
+from llama_surgery.learning.settings import LearningSettings
 from llama_surgery.learning.trainer import Step
 from llama_surgery.learning.trainer import learn as learn_corrections
 from llama_surgery.surgery.calibrate import PASSES, calibrate, calibration_windows
@@ -36,7 +36,6 @@ def learn(
     length: int | None = None,
     steps: int = LearningSettings.steps,
     parts: Sequence[Part] | None = None,
-    stage: Stage = "logits",
     rate: float = LearningSettings.rate,
     windows: int | None = None,
     repeats: float = LearningSettings.repeats,
@@ -63,8 +62,7 @@ def learn(
         steps: Steps, each on one window.
         parts: What is learned beside the heads' budgets; weights of channels, and of summaries where there
             are any, if None.
-        stage: See :class:`~llama_surgery.learning.settings.LearningSettings`, as for ``rate``.
-        rate: Learning rate.
+        rate: See :class:`~llama_surgery.learning.settings.LearningSettings`.
         windows: Training windows, taken in turn; 200, or as many as the text holds, if None.
         repeats: See :class:`~llama_surgery.learning.settings.LearningSettings`; 0 for the text as it is.
         seed: Of windows and starting values.
@@ -98,7 +96,6 @@ def learn(
         length=length,
         steps=steps,
         parts=tuple(parts),
-        stage=stage,
         rate=rate,
         repeats=repeats,
         seed=seed,
@@ -109,10 +106,10 @@ def learn(
     with counted(inner, "first threshold", PASSES * len(few), progress), operated(model, config):
         config = calibrate(model, few, density)
     config = processes.agreed(config)  # to the last digit: GPUs may round differently
-    with told_or_shown(f"learning ({stage})", steps, progress) as tell:
+    with told_or_shown("learning", steps, progress) as tell:
 
         def each(step: Step) -> None:
-            tell(f"learning ({stage})", step.step, steps)
+            tell("learning", step.step, steps)
             if report is not None:
                 report(step)
 

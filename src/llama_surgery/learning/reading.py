@@ -1,4 +1,4 @@
-"""What a forward pass through soft gates gathered: densities, lost mass, errors."""
+"""What a forward pass through soft gates gathered: densities and lost mass."""
 
 import dataclasses
 
@@ -17,7 +17,6 @@ class Reading:
     lost: list[torch.Tensor] = dataclasses.field(default_factory=list)
     causal: int = 0
     rows: int = 0
-    errors: list[torch.Tensor] = dataclasses.field(default_factory=list)
 
     def add(self, gated: Gated, weight: float) -> None:
         """Count some rows, each standing for ``weight`` rows."""

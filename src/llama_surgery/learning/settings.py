@@ -2,31 +2,27 @@
 
 import dataclasses
 import math
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 from llama_surgery.errors import SurgeryError
 from llama_surgery.learning.corrections import Part
 from llama_surgery.learning.gates import Homotopy
 
-Stage = Literal["local", "logits"]
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LearningSettings:
-    """One stage of learning.
+    """What is learned, and how.
 
     Attributes:
         density: Executed far pairs over causal pairs to end at.
         length: Tokens of a training window, a multiple of the tile.
         steps: Optimiser steps, each on one window (one for every process, if there are several).
         parts: What is learned beside budgets; see :data:`~llama_surgery.learning.corrections.Part`.
-        stage: ``logits``: KL divergence of the logits from the dense model's. ``local``: error of every
-            layer's output on the dense model's own states.
         rate: Learning rate of budgets and scores, in nats a step at most; the key map's is a third of it.
         repeats: Share of a training window that copies of earlier passages are written over; see
             :func:`~llama_surgery.learning.repeats.with_repeats`.
         seed: Of windows, sampled tiles and starting values.
-        sampled_tiles: Tiles of each block that the local stage looks at.
+        sampled_tiles: Tiles of each block that are looked at where the model stays on disk.
 
     Raises:
         SurgeryError: A value is out of range.
@@ -36,7 +32,6 @@ class LearningSettings:
     length: int = 8192
     steps: int = 200
     parts: tuple[Part, ...] = ("channels",)
-    stage: Stage = "logits"
     rate: float = 0.03
     repeats: float = 0.15
     seed: int = 0
@@ -46,8 +41,6 @@ class LearningSettings:
         object.__setattr__(self, "parts", tuple(self.parts))
         if not 0 < self.density < 1:
             raise SurgeryError(f"density={self.density}: must lie between 0 and 1.")
-        if self.stage not in get_args(Stage):
-            raise SurgeryError(f"stage={self.stage!r}: allowed are {', '.join(get_args(Stage))}.")
         for name in ("length", "steps", "sampled_tiles"):
             if getattr(self, name) < 1:
                 raise SurgeryError(f"{name}={getattr(self, name)}: must be at least 1.")

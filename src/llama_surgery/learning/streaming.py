@@ -1,10 +1,10 @@
-"""The local stage for models larger than memory.
+"""Learning from the output of every layer, for models larger than memory.
 
-It needs nothing of the model but what its attention layers read and write when it is dense, and that does not
-change while corrections are learned. So the model is run once, one layer in memory at a time, several windows
-together, and queries, keys, values and outputs of every attention layer go to disk. Steps then read one
-layer's states of one window at a time. A run that is killed goes on from the windows that are complete and
-from the last checkpoint.
+This needs nothing of the model but what its attention layers read and write when it is dense, and that does
+not change while corrections are learned. So the model is run once, one layer in memory at a time, several
+windows together, and queries, keys, values and outputs of every attention layer go to disk. Steps then read
+one layer's states of one window at a time. A run that is killed goes on from the windows that are complete
+and from the last checkpoint.
 """
 
 import contextlib
@@ -21,14 +21,13 @@ from safetensors.torch import load_file, save
 from transformers import PreTrainedModel
 
 from llama_surgery.config import SurgeryConfig
-from llama_surgery.errors import SurgeryError
+from llama_surgery.errors import SurgeryError, UnsupportedModelError
 from llama_surgery.files import write_atomically, write_json
 from llama_surgery.folders import check_folder
 from llama_surgery.learning.attach import (
     Gates,
     local_error,
     refuse_unlearnable,
-    watch_residual,
 )
 from llama_surgery.learning.corrections import Corrections
 from llama_surgery.learning.reading import Reading
@@ -151,7 +150,7 @@ def capture(
 def _capturing(model: PreTrainedModel, captured: Captured, numbers: list[int]) -> Iterator[None]:
     """Let the attention layers of ``model`` write what they read and give, for windows ``numbers``."""
     modules, norms = attention_modules(model), {}
-    handles = [watch_residual(model, index, module, norms) for index, module in modules.items()]
+    handles = [_watch_residual(model, index, module, norms) for index, module in modules.items()]
 
     def attention(
         base: str, module: Any, query: Any, key: Any, value: Any, mask: Any, **keywords: Any
@@ -173,6 +172,27 @@ def _capturing(model: PreTrainedModel, captured: Captured, numbers: list[int]) -
             handle.remove()
 
 
+def _watch_residual(
+    inner: torch.nn.Module, index: int, module: torch.nn.Module, norms: dict[int, torch.Tensor]
+) -> Any:
+    """Note the mean square of what enters the decoder layer around ``module``: errors are relative to it.
+
+    ``norms[index]`` becomes (batch,), float32.
+    """
+    layer = next(
+        (m for m in inner.modules() if m is not module and any(child is module for child in m.children())),
+        None,
+    )
+    if layer is None:
+        raise UnsupportedModelError(f"{type(module).__name__} is in no decoder layer: cannot be learned.")
+
+    def note(_: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        hidden = args[0] if args else kwargs["hidden_states"]
+        norms[index] = hidden.detach().float().square().sum(-1).mean(-1)
+
+    return layer.register_forward_pre_hook(note, with_kwargs=True)
+
+
 def learn_streamed(
     model: PreTrainedModel,
     weights: Weights,
@@ -188,16 +208,17 @@ def learn_streamed(
     capturing: Callable[[int, int], None] | None = None,
     progress: Callable[[Step], None] | None = None,
 ) -> tuple[Corrections, float]:
-    """The local stage of :func:`~llama_surgery.learning.trainer.learn` on a model that stays on disk.
+    """Learn corrections to a model that stays on disk: by the error of every layer's output.
 
-    Same steps, same losses, same order of random numbers: the result is that of learning in memory, to
-    rounding.
+    Steps, checkpoints and resuming are those of :func:`~llama_surgery.learning.trainer.learn`. The loss is
+    the mean over layers of :func:`~llama_surgery.learning.attach.local_error`, on the dense model's own
+    states, over the mean square of the residual stream there.
 
     Args:
         model: A skeleton of the checkpoint (:func:`~llama_surgery.learning.weights.skeleton`).
         weights: The checkpoint.
         config: The topology to correct; θ is where learning begins and follows the density.
-        settings: What to learn and how; the stage must be ``local``.
+        settings: What to learn and how.
         captured: Where attention states are kept; what is complete there is not computed again.
         device: Where to compute.
         dtype: Precision of the model.
@@ -211,8 +232,6 @@ def learn_streamed(
         UnsupportedModelError: The model cannot be learned on, or not streamed.
     """
     check_settings(config, windows, settings)
-    if settings.stage != "local":
-        raise SurgeryError(f"stage={settings.stage!r}: only the local stage needs no whole model in memory.")
     modules = attention_modules(model)
     names = {id(module): name for name, module in model.named_modules()}
     capture(model, weights, windows, captured, device=device, dtype=dtype, progress=capturing)
@@ -253,6 +272,7 @@ def learn_streamed(
         gates,
         windows,
         settings,
+        "local",
         checkpoint_file=checkpoint_file,
         every_seconds=every_seconds,
         progress=progress,

@@ -87,11 +87,11 @@ def learn(
     inner = inner_model(model)
     start = fresh_corrections(inner, settings, metric_of(inner)).to(inner.device)
     state = first_state(start, settings, math.log(config.theta), half=inner.dtype == torch.float16)
-    gates = Gates(state.corrections, config, state.price.log_theta, sampled_tiles=settings.sampled_tiles)
+    gates = Gates(state.corrections, config, state.price.log_theta)
 
     def measure(number: int) -> torch.Tensor:
         ids = windows[number][None].to(inner.device)
-        loss = (_divergence if settings.stage == "logits" else _local_loss)(model, ids, settings, gates)
+        loss = _divergence(model, ids, gates)
         soft = gates.reading.soft_density()
         ((loss.to(soft.device) + state.price.value * soft) * state.scale).backward()
         return loss.detach()
@@ -103,6 +103,7 @@ def learn(
             gates,
             windows,
             settings,
+            "logits",
             checkpoint_file=checkpoint_file,
             every_seconds=every_seconds,
             progress=progress,
@@ -134,6 +135,7 @@ def run(
     gates: Gates,
     windows: torch.Tensor,
     settings: LearningSettings,
+    loss: str,
     *,
     checkpoint_file: Path | None,
     every_seconds: float,
@@ -148,11 +150,16 @@ def run(
             loss.
         state: Where to begin, unless the checkpoint file says more; changed.
         gates: What ``measure`` reads; set anew for every step.
+        loss: Name of the loss, by which checkpoints are told apart.
 
     Raises:
         SurgeryError: The checkpoint is of another run.
     """
-    about = {"settings": settings.to_dict(), "config": gates.config.to_dict(), "windows": digest(windows)}
+    about = {
+        "settings": {**settings.to_dict(), "stage": loss},
+        "config": gates.config.to_dict(),
+        "windows": digest(windows),
+    }
     about["processes"] = processes.count
     if checkpoint_file is not None:
         state.load(checkpoint_file, about)
@@ -213,9 +220,7 @@ def _step(
     )
 
 
-def _divergence(
-    model: torch.nn.Module, ids: torch.Tensor, settings: LearningSettings, gates: Gates
-) -> torch.Tensor:
+def _divergence(model: torch.nn.Module, ids: torch.Tensor, gates: Gates) -> torch.Tensor:
     """Mean KL divergence of the dense model's next-token distributions from those through the gates.
 
     Only rows with a far field are compared: the others are the same in both.
@@ -245,16 +250,6 @@ def _kl(teacher: torch.Tensor, student: torch.Tensor) -> torch.Tensor:
     """Sum over rows of KL(teacher ‖ student), float32, logits (rows, vocabulary)."""
     log_p, log_q = (torch.log_softmax(x.float(), -1) for x in (teacher, student))
     return (log_p.exp() * (log_p - log_q)).sum()
-
-
-def _local_loss(
-    model: torch.nn.Module, ids: torch.Tensor, settings: LearningSettings, gates: Gates
-) -> torch.Tensor:
-    """Mean over layers of the error of each layer's output, on the dense model's own states."""
-    gates.mode = "local"
-    model(ids, use_cache=False, logits_to_keep=1)
-    errors = gates.reading.errors
-    return torch.stack([error.to(errors[0].device) for error in errors]).mean()
 
 
 def check_settings(config: SurgeryConfig, windows: torch.Tensor, settings: LearningSettings) -> None:
