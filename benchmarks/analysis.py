@@ -14,9 +14,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from llama_surgery import SurgeryConfig, config_of, load_adapter, operate
-from llama_surgery.evaluation.io import write_csv
 from llama_surgery.evaluation.needle import needle_prompts
-from llama_surgery.files import write_atomically
+from llama_surgery.files import write_atomically, write_csv
 from llama_surgery.report.style import AMOUNT, OPERATED, figure, to_svg
 from llama_surgery.surgery.cache import PagedLayer
 from llama_surgery.surgery.compat import CACHE_NAME

@@ -31,10 +31,10 @@ from llama_surgery.attention.impl.triton.prefill import launch as prefill
 from llama_surgery.attention.result import AttentionResult
 from llama_surgery.config import SurgeryConfig
 from llama_surgery.errors import SurgeryError
-from llama_surgery.lengths import parse_length
 from llama_surgery.surgery.buffers import PageBuffers
 from llama_surgery.surgery.decoding import cache_view
 from llama_surgery.surgery.store import SequenceStore
+from llama_surgery.text import parse_length
 from llama_surgery.topology.router import PageRouter
 
 RESULTS = Path(__file__).parent / "results" / "corrections.csv"

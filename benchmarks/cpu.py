@@ -23,7 +23,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from llama_surgery.attention.api import attend
 from llama_surgery.attention.result import AttentionResult
 from llama_surgery.config import SurgeryConfig
-from llama_surgery.evaluation.io import write_csv
+from llama_surgery.files import write_csv
 from llama_surgery.topology.geometry import causal_pairs, near_pairs, summary_density
 from llama_surgery.topology.layout import build_layout
 

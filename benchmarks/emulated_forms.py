@@ -21,11 +21,10 @@ from emulated import CHUNK, WINDOW, Counts, Form, attend
 from torch.nn import functional as F
 
 from llama_surgery.cli.common import Dtype, load_model
-from llama_surgery.evaluation.divergence import token_divergence
-from llama_surgery.evaluation.io import write_csv
 from llama_surgery.evaluation.logits import Head, final_states
 from llama_surgery.evaluation.needle import needle_prompts, score_needles
-from llama_surgery.evaluation.perplexity import perplexity
+from llama_surgery.evaluation.perplexity import perplexity, token_divergence
+from llama_surgery.files import write_csv
 from llama_surgery.surgery.metric import metric_of
 from llama_surgery.surgery.replace import attention_replaced
 from llama_surgery.surgery.supported import attention_modules

@@ -9,7 +9,7 @@ from timing.plot import plot_end_to_end
 
 from llama_surgery.config import SurgeryConfig
 from llama_surgery.errors import SurgeryError
-from llama_surgery.lengths import parse_length
+from llama_surgery.text import parse_length
 
 
 def main() -> None:

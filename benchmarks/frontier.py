@@ -16,10 +16,10 @@ import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from llama_surgery import SurgeryConfig, SurgeryError, config_of, operated, reset_statistics, statistics
-from llama_surgery.evaluation.io import write_csv
+from llama_surgery.evaluation.intervals import paired_difference, perplexity_ratio
 from llama_surgery.evaluation.needle import needle_prompts, score_needles
-from llama_surgery.evaluation.paired import paired_difference, perplexity_ratio
 from llama_surgery.evaluation.perplexity import perplexity
+from llama_surgery.files import write_csv
 from llama_surgery.text import read_texts, windows
 
 RESULTS = Path(__file__).parent / "results" / "frontier.csv"

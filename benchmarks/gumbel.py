@@ -27,10 +27,10 @@ from benchmarks.matching import losses_of
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from llama_surgery import SurgeryConfig, operated, statistics
-from llama_surgery.evaluation.io import write_csv
+from llama_surgery.evaluation.intervals import perplexity_ratio
 from llama_surgery.evaluation.logits import Head
-from llama_surgery.evaluation.paired import perplexity_ratio
 from llama_surgery.evaluation.perplexity import Perplexity
+from llama_surgery.files import write_csv
 from llama_surgery.gumbel.learn import GumbelLearning, GumbelStep, learn_gumbel
 from llama_surgery.gumbel.router import ContentRouter
 from llama_surgery.gumbel_config import GumbelConfig

@@ -23,9 +23,9 @@ from benchmarks.matching import Measured, gap_closed, losses_of, matched
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from llama_surgery import SurgeryConfig, config_of, operated, save_adapter
-from llama_surgery.evaluation.io import write_csv
-from llama_surgery.evaluation.paired import perplexity_ratio
+from llama_surgery.evaluation.intervals import perplexity_ratio
 from llama_surgery.evaluation.perplexity import Perplexity
+from llama_surgery.files import write_csv
 from llama_surgery.learning.corrections import Corrections, scorer_parameters
 from llama_surgery.learning.settings import LearningSettings
 from llama_surgery.learning.trainer import Step, learn

@@ -18,9 +18,9 @@ import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import llama_surgery
-from llama_surgery.evaluation.io import write_csv
+from llama_surgery.evaluation.intervals import paired_difference
 from llama_surgery.evaluation.needle import needle_prompts, score_needles
-from llama_surgery.evaluation.paired import paired_difference
+from llama_surgery.files import write_csv
 from llama_surgery.surgery.operation import config_of, routers_of
 from llama_surgery.text import read_texts
 

@@ -31,7 +31,7 @@ from llama_surgery.attention.impl.triton.prefill import launch as prefill
 from llama_surgery.attention.impl.triton.select import launch as selection
 from llama_surgery.attention.impl.triton.tuning import TABLE
 from llama_surgery.config import SurgeryConfig
-from llama_surgery.lengths import parse_length
+from llama_surgery.text import parse_length
 from llama_surgery.topology.geometry import causal_pairs, near_pairs, summary_density
 
 RESULTS = Path(__file__).parent / "results" / "attention.csv"

@@ -32,13 +32,12 @@ from timing.measure import Deadline, environment, say
 from timing.parts import GRAPHED, PARTS
 
 from llama_surgery.errors import SurgeryError, TextError
-from llama_surgery.lengths import parse_length
 from llama_surgery.surgery.calibrate import calibration_windows
 from llama_surgery.surgery.context import USUAL_LENGTH, context_length
 from llama_surgery.surgery.operation import config_of, set_config
 from llama_surgery.surgery.pays import measured_dense_until
 from llama_surgery.surgery.supported import inner_model
-from llama_surgery.text import windows
+from llama_surgery.text import parse_length, windows
 
 #: Far density of θ where nothing else is given, and tokens of the prompt of the check.
 DENSITY, CHECKED = 0.06, 2048

@@ -9,9 +9,10 @@ from typing import Any
 from csv_tables import merge
 from real_results import FORMS, NEEDLE, RULER, WINDOW, Found, Results, canonical
 
-from llama_surgery.evaluation.intervals import Change, paired_change
-from llama_surgery.evaluation.paired import (
+from llama_surgery.evaluation.intervals import (
+    Change,
     RatioInterval,
+    paired_change,
     paired_difference,
     perplexity_ratio,
 )

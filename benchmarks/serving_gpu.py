@@ -231,7 +231,7 @@ def device_name() -> str:
 
 
 def main() -> None:
-    from llama_surgery.lengths import parse_length
+    from llama_surgery.text import parse_length
 
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter

@@ -23,9 +23,9 @@ from benchmarks.matching import FIRST_SLOPE, Measured, gap_closed, losses_of, ma
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from llama_surgery import SurgeryConfig, operated, reset_statistics, statistics
-from llama_surgery.evaluation.io import write_csv
-from llama_surgery.evaluation.paired import perplexity_ratio
+from llama_surgery.evaluation.intervals import perplexity_ratio
 from llama_surgery.evaluation.perplexity import Perplexity
+from llama_surgery.files import write_csv
 from llama_surgery.learning.attach import Gates, gates_in
 from llama_surgery.learning.corrections import Corrections, scorer_parameters
 from llama_surgery.learning.gates import Homotopy

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from llama_surgery.evaluation.io import write_csv
+from llama_surgery.files import write_csv
 
 
 class Deadline:

@@ -4,10 +4,11 @@ Nothing here replaces what belongs to somebody else: see :mod:`llama_surgery.fol
 """
 
 import contextlib
+import csv
 import json
 import os
 import secrets
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -74,3 +75,24 @@ def as_json(value: Any) -> Write:
     """What fills a file with ``value`` as indented JSON."""
     text = json.dumps(value, indent=2, sort_keys=True) + "\n"
     return lambda file: file.write_text(text, encoding="utf-8")
+
+
+def write_csv(path: str | Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Writes rows under the union of their keys, in order of first appearance, atomically.
+
+    Args:
+        path: Where to; missing folders are made, an existing file is replaced.
+        rows: One mapping a line; a key that a row lacks, and None, are left blank.
+
+    Raises:
+        SurgeryError: The file cannot be written; what was there stays.
+    """
+
+    def write(temporary: Path) -> None:
+        with temporary.open("w", encoding="utf-8", newline="") as file:
+            writer = csv.DictWriter(file, columns, lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(rows)
+
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    write_atomically(Path(path), write)

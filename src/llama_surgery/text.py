@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from llama_surgery.errors import TextError
+from llama_surgery.errors import SurgeryError, TextError
 
 if TYPE_CHECKING:  # texts are read, and refused, before PyTorch is loaded
     import torch
@@ -226,3 +226,48 @@ def windows(
     import torch
 
     return torch.tensor(chosen[:count], dtype=torch.long)
+
+
+#: Share of a text that thresholds are set on, where no other text is given for it.
+CALIBRATION_SHARE = 0.25
+
+
+def split_texts(texts: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Text to set thresholds on, and text to measure on, which have nothing in common.
+
+    Every document is cut at the paragraph after its first quarter.
+
+    Raises:
+        TextError: No document has a paragraph there.
+    """
+    first, rest = [], []
+    for text in texts:
+        cut = text.find("\n\n", int(CALIBRATION_SHARE * len(text)))
+        if cut >= 0:
+            first.append(text[:cut])
+            rest.append(text[cut:].strip())
+    if not any(first) or not any(rest):
+        raise TextError(
+            "the text cannot be split: no empty line stands after the first quarter of a document. Give two "
+            "texts, one of them for calibration."
+        )
+    return [text for text in first if text], [text for text in rest if text]
+
+
+#: Far beyond every model; what is counted in chunks would take minutes for more.
+LONGEST = 2**27
+
+
+def parse_length(text: str) -> int:
+    """The number of tokens that ``8192`` or ``8k`` (1,024 tokens each) stands for.
+
+    Raises:
+        SurgeryError: It is no such number, zero, or more than ``LONGEST``.
+    """
+    number, factor = (text[:-1], 1024) if text[-1:] in ("k", "K") else (text, 1)
+    whole = number.isascii() and number.isdigit() and len(number) <= len(str(LONGEST))
+    if not whole or not 0 < int(number) * factor <= LONGEST:
+        raise SurgeryError(
+            f"length {text!r}: give a number of tokens, such as 8192 or 8k, of at most {LONGEST // 1024}k."
+        )
+    return int(number) * factor

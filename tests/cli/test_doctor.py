@@ -7,9 +7,9 @@ import pytest
 from tests.cli.runner import SMALL, run
 
 from llama_surgery.errors import SurgeryError
-from llama_surgery.lengths import parse_length
 from llama_surgery.surgery import pays
 from llama_surgery.surgery.operation import config_of
+from llama_surgery.text import parse_length
 
 
 def test_the_command_explains_itself() -> None:

@@ -10,8 +10,8 @@ import llama_surgery
 from llama_surgery import SurgeryConfig
 from llama_surgery.errors import SurgeryError, TextError
 from llama_surgery.evaluation.evaluate import evaluate, model_name
-from llama_surgery.evaluation.io import write_csv
 from llama_surgery.evaluation.perplexity import perplexity
+from llama_surgery.files import write_csv
 from llama_surgery.text import windows
 
 TILED = SurgeryConfig(chunk_size=64, page_size=16, window=32, tile=16, theta=1e4, theta_decode=1e4)

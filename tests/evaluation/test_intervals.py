@@ -5,8 +5,7 @@ import random
 import pytest
 
 from llama_surgery.errors import SurgeryError
-from llama_surgery.evaluation.intervals import mean_interval, paired_change
-from llama_surgery.evaluation.paired import paired_difference
+from llama_surgery.evaluation.intervals import mean_interval, paired_change, paired_difference
 
 
 def test_mean_interval_is_wilsons_for_right_and_wrong() -> None:

@@ -17,9 +17,14 @@ from transformers import (
 
 from llama_surgery.errors import SurgeryError, UnsupportedModelError
 from llama_surgery.evaluation import logits as logits_module
-from llama_surgery.evaluation.divergence import Divergence, token_divergence
 from llama_surgery.evaluation.logits import Head, final_states
-from llama_surgery.evaluation.perplexity import Perplexity, perplexity, token_nll
+from llama_surgery.evaluation.perplexity import (
+    Divergence,
+    Perplexity,
+    perplexity,
+    token_divergence,
+    token_nll,
+)
 
 SIZES = {
     "vocab_size": 97,

@@ -11,8 +11,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 import llama_surgery as surgery
 from llama_surgery import SurgeryConfig, SurgeryError
 from llama_surgery.evaluation import loss_budget
+from llama_surgery.evaluation.intervals import perplexity_ratio
 from llama_surgery.evaluation.loss_budget import LEAST, MOST, TRIES, highest_theta
-from llama_surgery.evaluation.paired import perplexity_ratio
 from llama_surgery.evaluation.perplexity import perplexity
 from llama_surgery.surgery import head_budgets
 from llama_surgery.surgery.operation import MeasuredLoss, routers_of, set_config

@@ -6,9 +6,8 @@ import torch
 
 from llama_surgery.errors import TextError
 from llama_surgery.evaluation.needle import DEPTHS, NeedlePrompt, needle_prompts, score_needles
-from llama_surgery.evaluation.needle_forms import FORMS
+from llama_surgery.evaluation.needle_facts import FORMS, VARIANTS
 from llama_surgery.evaluation.needle_haystack import cut_pieces
-from llama_surgery.evaluation.needle_variants import VARIANTS
 from llama_surgery.text import encode
 
 

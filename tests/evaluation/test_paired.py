@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from llama_surgery.errors import SurgeryError
-from llama_surgery.evaluation.paired import paired_difference, perplexity_ratio
+from llama_surgery.evaluation.intervals import paired_difference, perplexity_ratio
 
 
 def answers(both: int, lost: int, won: int, neither: int) -> tuple[list[bool], list[bool]]:

@@ -3,7 +3,7 @@
 import pytest
 
 from llama_surgery.errors import TextError
-from llama_surgery.evaluation.texts import split_texts
+from llama_surgery.text import split_texts
 
 
 def test_a_text_is_split_at_a_paragraph_after_its_first_quarter() -> None:

@@ -117,8 +117,7 @@ def planted(tokenizer: Any, text: str, length: int) -> "tuple[torch.Tensor, list
     """
     import torch
 
-    from llama_surgery.evaluation.needle_forms import FORMS
-    from llama_surgery.evaluation.needle_variants import invent_name, invent_value
+    from llama_surgery.evaluation.needle_facts import FORMS, invent_name, invent_value
     from llama_surgery.text import encode
 
     rng, forms = random.Random(SEED), list(FORMS.values())

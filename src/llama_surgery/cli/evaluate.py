@@ -168,10 +168,9 @@ def evaluate(
         if idle := [name for name, value in given.items() if value is not None and not asked]:
             raise typer.BadParameter(f"{', '.join(idle)}: give {needed} too.")
     tiles = dict.fromkeys([tile, *(also_tile or [])])
-    from llama_surgery.evaluation.needle_variants import PLAIN, VARIANTS, check_variants
-    from llama_surgery.evaluation.texts import split_texts
+    from llama_surgery.evaluation.needle_facts import PLAIN, VARIANTS, check_variants
     from llama_surgery.evaluation.verdict import read_limits
-    from llama_surgery.text import read_texts
+    from llama_surgery.text import read_texts, split_texts
 
     variants = list(dict.fromkeys(needle_variant or (["all"] if against else [PLAIN])))
     variants = list(VARIANTS) if "all" in variants else variants

@@ -17,8 +17,7 @@ VERDICTS = {
 
 def write_and_print(parts: Parts, folder: Path | None, json: bool) -> None:
     """Write results, tables and the figure of a comparison, and show them."""
-    from llama_surgery.evaluation.io import write_csv
-    from llama_surgery.files import write_atomically, write_json
+    from llama_surgery.files import write_atomically, write_csv, write_json
     from llama_surgery.report.comparison import comparison
 
     results = parts.results

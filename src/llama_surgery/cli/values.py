@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import typer
 
 from llama_surgery.errors import SurgeryError
-from llama_surgery.lengths import parse_length
+from llama_surgery.text import parse_length
 
 
 def _share(given: object) -> float:

@@ -22,7 +22,7 @@ from llama_surgery.evaluation.evaluate import check_dense, environment, model_na
 from llama_surgery.evaluation.kept import Kept, adapter_digest, digest
 from llama_surgery.evaluation.logits import Head
 from llama_surgery.evaluation.needle import needle_prompts, score_needles
-from llama_surgery.evaluation.needle_variants import VARIANTS
+from llama_surgery.evaluation.needle_facts import VARIANTS
 from llama_surgery.evaluation.peers.registry import PEERS
 from llama_surgery.evaluation.perplexity import perplexity
 from llama_surgery.evaluation.result import DENSE

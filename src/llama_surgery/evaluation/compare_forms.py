@@ -12,11 +12,11 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from llama_surgery.config import SurgeryConfig
+from llama_surgery.evaluation.generation import phases
 from llama_surgery.evaluation.kept import found_parts, with_parts
 from llama_surgery.evaluation.peers.attach import running
 from llama_surgery.evaluation.peers.registry import Learned, Peer
 from llama_surgery.evaluation.peers.rule import Rule
-from llama_surgery.evaluation.phases import phases
 from llama_surgery.surgery import operate as surgery
 from llama_surgery.surgery.operation import routers_of
 from llama_surgery.surgery.supported import inner_model

@@ -6,9 +6,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from llama_surgery.evaluation.compare_forms import Form
-from llama_surgery.evaluation.intervals import mean_interval
+from llama_surgery.evaluation.intervals import mean_interval, paired_difference, perplexity_ratio
 from llama_surgery.evaluation.needle import NeedlePrompt
-from llama_surgery.evaluation.paired import paired_difference, perplexity_ratio
 
 #: Settings that every row repeats, so that a CSV stands alone.
 _SHARED = (

@@ -15,13 +15,12 @@ from transformers import PreTrainedTokenizerBase
 from llama_surgery import __version__
 from llama_surgery.config import SurgeryConfig
 from llama_surgery.errors import SurgeryError
-from llama_surgery.evaluation.divergence import Divergence, token_divergence
+from llama_surgery.evaluation.generation import phases
+from llama_surgery.evaluation.intervals import paired_difference, perplexity_ratio
 from llama_surgery.evaluation.logits import Head
 from llama_surgery.evaluation.needle import needle_prompts, score_needles
-from llama_surgery.evaluation.needle_variants import PLAIN
-from llama_surgery.evaluation.paired import paired_difference, perplexity_ratio
-from llama_surgery.evaluation.perplexity import Perplexity, perplexity
-from llama_surgery.evaluation.phases import phases
+from llama_surgery.evaluation.needle_facts import PLAIN
+from llama_surgery.evaluation.perplexity import Divergence, Perplexity, perplexity, token_divergence
 from llama_surgery.evaluation.result import (
     DENSE,
     EvaluationResult,
@@ -70,7 +69,7 @@ def evaluate(
         routers: Learned corrections by layer index, by the configuration's name, where it has any.
         seed: Of windows, prompts and bootstraps.
         needle_lengths: Context lengths of the prompts; ``(length,)`` if None.
-        needle_variants: Keys of :data:`~llama_surgery.evaluation.needle_variants.VARIANTS`.
+        needle_variants: Keys of :data:`~llama_surgery.evaluation.needle_facts.VARIANTS`.
         needle_batch: Prompts of equal length that are answered together.
         progress: Told as ``progress(stage, done, total)``.
 

@@ -10,7 +10,7 @@ import torch
 from llama_surgery.config import SurgeryConfig
 from llama_surgery.errors import SurgeryError
 from llama_surgery.evaluation.evaluate import check_dense
-from llama_surgery.evaluation.paired import perplexity_ratio
+from llama_surgery.evaluation.intervals import perplexity_ratio
 from llama_surgery.evaluation.perplexity import Perplexity, perplexity
 from llama_surgery.surgery.calibrate import calibration_windows
 from llama_surgery.surgery.head_budgets import budgets_where_none

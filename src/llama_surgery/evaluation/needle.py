@@ -10,9 +10,8 @@ from transformers import PreTrainedTokenizerBase
 
 from llama_surgery.errors import TextError
 from llama_surgery.evaluation.generation import continue_greedily
-from llama_surgery.evaluation.needle_forms import FORMS
-from llama_surgery.evaluation.needle_haystack import SPARE, Document, choose_haystack
-from llama_surgery.evaluation.needle_variants import (
+from llama_surgery.evaluation.needle_facts import (
+    FORMS,
     PLAIN,
     VARIANTS,
     check_variants,
@@ -21,6 +20,7 @@ from llama_surgery.evaluation.needle_variants import (
     invent_value,
     other_facts,
 )
+from llama_surgery.evaluation.needle_haystack import SPARE, Document, choose_haystack
 from llama_surgery.surgery.progress import Progress
 from llama_surgery.text import encode, leading_tokens
 
@@ -35,11 +35,11 @@ class NeedlePrompt:
     Attributes:
         input_ids: The prompt's tokens: haystack, fact, haystack, question, unfinished answer.
         answer_ids: The tokens that must come next.
-        form: Key of :data:`~llama_surgery.evaluation.needle_forms.FORMS`.
+        form: Key of :data:`~llama_surgery.evaluation.needle_facts.FORMS`.
         depth: Where the fact stands, as a share of the context.
         length: Tokens of prompt and answer together, further questions included.
         name: Whom the fact is about.
-        variant: Key of :data:`~llama_surgery.evaluation.needle_variants.VARIANTS`.
+        variant: Key of :data:`~llama_surgery.evaluation.needle_facts.VARIANTS`.
         then: Further questions, each the tokens of a whole prompt, in which those before it are answered,
             and the tokens of its answer.
     """
@@ -80,7 +80,7 @@ def needle_prompts(
         count: Prompts wanted.
         lengths: Context lengths, in tokens, each counting prompt and answer.
         depths: Shares in 0…1 of the context that stand before the fact. Other facts stand anywhere.
-        variants: Keys of :data:`~llama_surgery.evaluation.needle_variants.VARIANTS`.
+        variants: Keys of :data:`~llama_surgery.evaluation.needle_facts.VARIANTS`.
         seed: The same seed gives the same prompts.
 
     Raises:

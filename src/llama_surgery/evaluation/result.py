@@ -3,8 +3,7 @@
 import dataclasses
 from typing import TYPE_CHECKING, Any
 
-from llama_surgery.evaluation.intervals import Change
-from llama_surgery.evaluation.paired import RatioInterval
+from llama_surgery.evaluation.intervals import Change, RatioInterval
 
 if TYPE_CHECKING:
     from llama_surgery.evaluation.needle import NeedlePrompt

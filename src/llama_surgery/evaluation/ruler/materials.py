@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from importlib.resources import files
 
 from llama_surgery.errors import TextError
-from llama_surgery.evaluation.needle_forms import SYLLABLES, WORDS
+from llama_surgery.evaluation.needle_facts import SYLLABLES, WORDS
 from llama_surgery.evaluation.ruler.questions import QuestionSet
 
 _ADJECTIVES = """
@@ -23,7 +23,7 @@ sudden sunny sweet swift tall tame tender thick thin tidy tiny tired tough true 
 warm weary wild wise young
 """
 
-#: Keys are one of these, a hyphen and one of :data:`~llama_surgery.evaluation.needle_forms.WORDS`.
+#: Keys are one of these, a hyphen and one of :data:`~llama_surgery.evaluation.needle_facts.WORDS`.
 ADJECTIVES = tuple(_ADJECTIVES.split())
 
 _SENTENCE_END = re.compile(r"(?:(?<=[.!?])|(?<=[.!?][\"”’')]))\s+")
