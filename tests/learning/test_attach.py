@@ -9,8 +9,8 @@ from tests.surgery.tiny import SPARSE, build, logits, tokens
 
 from llama_surgery import operate, operated
 from llama_surgery.errors import SurgeryError
-from llama_surgery.evaluation.peers.attach import running
-from llama_surgery.evaluation.peers.fixed import SinkWindow
+from llama_surgery.evaluation.peers.executor import running
+from llama_surgery.evaluation.peers.rows import SinkWindow
 from llama_surgery.learning.attach import Gates, gates_in
 
 

@@ -14,12 +14,12 @@ from transformers import PreTrainedTokenizerBase
 from llama_surgery.config import SurgeryConfig
 from llama_surgery.evaluation.generation import phases
 from llama_surgery.evaluation.kept import found_parts, with_parts
-from llama_surgery.evaluation.peers.attach import running
+from llama_surgery.evaluation.logits import read_windows
+from llama_surgery.evaluation.peers.executor import running
 from llama_surgery.evaluation.peers.registry import Learned, Peer
 from llama_surgery.evaluation.peers.rule import Rule
 from llama_surgery.surgery import operate as surgery
 from llama_surgery.surgery.operation import routers_of
-from llama_surgery.surgery.supported import inner_model
 from llama_surgery.topology.router import PageRouter
 
 #: Passes over the calibration windows that are spent on one density, and how near is near enough.
@@ -99,7 +99,7 @@ class PeerForm(Form):
     def _density(self, number: float) -> float:
         if number not in self._probes:
             with running(self._model, self._rule(number)) as count:
-                _run(self._model, self._ids)
+                read_windows(self._model, self._ids)
             self._probes[number] = count.densities()["prefill"]
         return self._probes[number]
 
@@ -179,7 +179,7 @@ class PagesForm(Form):
         """
         if self._measured is None:
             with self._operated(self._with_theta(1.0)):
-                _run(self._model, self._ids)
+                read_windows(self._model, self._ids)
                 read = surgery.statistics(self._model)
             self._measured = read.total_density, read.total_density - read.far_density
         return self._measured
@@ -191,12 +191,6 @@ class PagesForm(Form):
 
     def _with_theta(self, theta: float) -> SurgeryConfig:
         return dataclasses.replace(self._config, theta=theta, theta_decode=theta)
-
-
-@torch.inference_mode()
-def _run(model: nn.Module, ids: torch.Tensor) -> None:
-    for window in ids:
-        model(input_ids=window[None].to(inner_model(model).device), use_cache=False, logits_to_keep=1)
 
 
 def solve(density: Callable[[float], float], target: float) -> float:

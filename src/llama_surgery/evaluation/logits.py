@@ -26,6 +26,13 @@ _TOLERANCE = 0.02
 
 
 @torch.no_grad()
+def read_windows(model: nn.Module, windows: torch.Tensor) -> None:
+    """Runs the model over windows, (windows, length) int64, one by one, for what is recorded on the way."""
+    for window in windows:
+        model(input_ids=window[None].to(inner_model(model).device), use_cache=False, logits_to_keep=1)
+
+
+@torch.no_grad()
 def final_states(model: nn.Module, input_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Runs the model over one window, through its own ``forward``.
 

@@ -9,12 +9,11 @@ import llama_surgery
 from llama_surgery.errors import SurgeryError, UnsupportedModelError
 from llama_surgery.evaluation.generation import continue_greedily
 from llama_surgery.evaluation.logits import final_states
-from llama_surgery.evaluation.peers import gate, retrieval
-from llama_surgery.evaluation.peers.attach import running
+from llama_surgery.evaluation.peers import learned as learning
 from llama_surgery.evaluation.peers.blocks import HeaviestBlocks, PooledGate
-from llama_surgery.evaluation.peers.executor import PairCount, attend_by_rule, strips
-from llama_surgery.evaluation.peers.fixed import SinkWindow
+from llama_surgery.evaluation.peers.executor import PairCount, attend_by_rule, running, strips
 from llama_surgery.evaluation.peers.registry import PEERS
+from llama_surgery.evaluation.peers.rows import SinkWindow
 from llama_surgery.evaluation.peers.rule import Call, Everything, causal
 
 RULES = [name for name in PEERS if name != "full"]
@@ -130,10 +129,10 @@ def test_what_rules_cannot_run_on_is_refused(tiny_llama: PreTrainedModel) -> Non
 def test_the_gate_learns_where_attention_goes(
     tiny_llama: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(gate, "STEPS", 150)
+    monkeypatch.setattr(learning, "STEPS", 150)
     monkeypatch.setattr(PooledGate, "block", 16)
     ids = torch.randint(4096, (2, 256), generator=torch.Generator().manual_seed(0))
-    trained = gate.train_gate(tiny_llama, ids)
+    trained = learning.train_gate(tiny_llama, ids)
     assert trained["query_map"].shape == (2, 4, 16, 64) and trained["key_map"].shape == (2, 4, 48, 64)
 
     class Judge(Everything):
@@ -145,8 +144,8 @@ def test_the_gate_learns_where_attention_goes(
             self.maps = maps
 
         def prepare(self, call: Call) -> None:
-            best = HeaviestBlocks(4, 16).choose(call)
-            chosen = PooledGate(4, **self.maps, block=16).choose(call)
+            best = HeaviestBlocks(4, 16).prepare(call)
+            chosen = PooledGate(4, **self.maps, block=16).prepare(call)
             self.agreed += int((best & chosen).sum())
             self.of += int(best.sum())
 
@@ -160,8 +159,8 @@ def test_the_gate_learns_where_attention_goes(
 
 
 def test_retrieval_is_attention_to_the_copied_passage(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(retrieval, "PASSAGE", 2)
-    recorder = retrieval._CopyRecorder(group=2)
+    monkeypatch.setattr(learning, "PASSAGE", 2)
+    recorder = learning._CopyRecorder(group=2)
     recorder.source = 3
     # Eight tokens, the last two copied from 3 and 4. Head 0 looks there, head 1 one further.
     queries = torch.zeros(1, 2, 8, 8)
@@ -172,6 +171,6 @@ def test_retrieval_is_attention_to_the_copied_passage(monkeypatch: pytest.Monkey
 
 def test_retrieval_scores_are_the_same_again(tiny_llama: PreTrainedModel) -> None:
     ids = torch.randint(4096, (2, 600), generator=torch.Generator().manual_seed(0))
-    scores = retrieval.retrieval_scores(tiny_llama, ids, 2)["scores"]
+    scores = learning.retrieval_scores(tiny_llama, ids, 2)["scores"]
     assert scores.shape == (2, 2) and scores.min() >= 0 and scores.max() <= 1
-    assert torch.equal(retrieval.retrieval_scores(tiny_llama, ids, 2)["scores"], scores)
+    assert torch.equal(learning.retrieval_scores(tiny_llama, ids, 2)["scores"], scores)

@@ -12,9 +12,14 @@ from llama_surgery.evaluation.peers.blocks import (
     PooledGate,
     block_attention,
 )
-from llama_surgery.evaluation.peers.fixed import RetrievalHeads, SinkWindow
 from llama_surgery.evaluation.peers.lines import CumulativeShare, VerticalSlash, jensen_shannon, line_sums
-from llama_surgery.evaluation.peers.rows import BoundedPages, HeaviestTokens, MeanBlocks
+from llama_surgery.evaluation.peers.rows import (
+    BoundedPages,
+    HeaviestTokens,
+    MeanBlocks,
+    RetrievalHeads,
+    SinkWindow,
+)
 from llama_surgery.evaluation.peers.rule import Call, Rule, causal, cumulative
 
 

@@ -19,18 +19,12 @@ from llama_surgery.evaluation.peers.rule import (
     largest,
     own_block,
     pad_to_blocks,
+    tiles,
 )
 
 
 class BlockRule(Rule):
-    """A rule whose :meth:`choose` names key blocks for blocks of rows."""
-
-    def choose(self, call: Call) -> torch.Tensor:
-        """(batch, heads, row blocks, key blocks) bool, own blocks among them."""
-        raise NotImplementedError
-
-    def prepare(self, call: Call) -> torch.Tensor:
-        return self.choose(call)
+    """A rule whose :meth:`prepare` names key blocks: (batch, heads, row blocks, key blocks) bool."""
 
     def visible(self, call: Call, shared: torch.Tensor, first: int, last: int) -> torch.Tensor:
         return blocks_to_tokens(shared, call, self.block, first, last)
@@ -54,17 +48,11 @@ class Antidiagonals(BlockRule):
     block: int = 128
     stride: int = 8
 
-    def choose(self, call: Call) -> torch.Tensor:
+    def prepare(self, call: Call) -> torch.Tensor:
         weights = self.squares(call).softmax(-1)
-        per = self.block // self.stride
-        side = (call.stop - 1) // self.block + 1
-        before = (call.start // self.stride) % per
-        after = -(before + weights.shape[2]) % per
-        weights = torch.nn.functional.pad(weights, (0, side * per - weights.shape[3], before, after))
-        mass = weights.unflatten(3, (-1, per)).unflatten(2, (-1, per)).sum((3, 5))
-        forced = own_block(call, self.block)
-        forced[:, 0] = True
-        return cumulative(mass, self.share, forced)
+        per, stop = self.block // self.stride, -(-call.stop // self.stride)
+        mass = tiles(weights, call.start // self.stride, per, stop).sum((3, 5))
+        return cumulative(mass, self.share, own_block(call, self.block, first=True))
 
     def squares(self, call: Call) -> torch.Tensor:
         """Logits of squares: (batch, heads, row squares, key squares), float32."""
@@ -83,7 +71,7 @@ class PooledGate(BlockRule):
     Gao et al., "SeerAttention: Learning Intrinsic Sparse Attention in Your LLMs", 2024, arXiv:2410.13276.
     Queries are pooled by their mean, keys by mean, maximum and minimum, as the paper found best; linear maps
     of both are multiplied. The paper pools before the rotary embedding and applies one of its own; here what
-    is pooled carries the model's. Trained by :func:`~llama_surgery.evaluation.peers.gate.train_gate`.
+    is pooled carries the model's. Trained by :func:`~llama_surgery.evaluation.peers.learned.train_gate`.
 
     Attributes:
         count: Key blocks of a row block, its own included.
@@ -97,7 +85,7 @@ class PooledGate(BlockRule):
     key_map: torch.Tensor
     block: int = 64
 
-    def choose(self, call: Call) -> torch.Tensor:
+    def prepare(self, call: Call) -> torch.Tensor:
         queries, keys = pooled(call, self.block)
         gated = queries @ self.query_map[call.layer].to(queries.device)
         scores = gated @ (keys @ self.key_map[call.layer].to(keys.device)).mT
@@ -116,7 +104,7 @@ class HeaviestBlocks(BlockRule):
     count: int
     block: int = 64
 
-    def choose(self, call: Call) -> torch.Tensor:
+    def prepare(self, call: Call) -> torch.Tensor:
         return _best_and_own(block_attention(call, self.block, "sum"), self.count, call, self.block)
 
 
@@ -136,19 +124,9 @@ def pooled(call: Call, block: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def block_attention(call: Call, block: int, how: str) -> torch.Tensor:
-    """Dense attention pooled over blocks: (batch, heads, row blocks, key blocks), float32.
-
-    Args:
-        call: The call.
-        block: Rows and keys of a block.
-        how: ``sum`` or ``max``.
-    """
-    side = (call.stop - 1) // block + 1
+    """Dense attention pooled over blocks by ``sum`` or ``max``: (batch, heads, row blocks, key blocks)."""
     parts = []
     for first, last in strips(call, block):
-        weights = call.weights(first, last)
-        before, after = first % block, -last % block
-        weights = torch.nn.functional.pad(weights, (0, side * block - last, before, after))
-        tiles = weights.unflatten(3, (-1, block)).unflatten(2, (-1, block))
-        parts.append(tiles.sum((3, 5)) if how == "sum" else tiles.amax((3, 5)))
+        pooled = tiles(call.weights(first, last), first, block, call.stop)
+        parts.append(pooled.sum((3, 5)) if how == "sum" else pooled.amax((3, 5)))
     return torch.cat(parts, 2)

@@ -36,14 +36,9 @@ class Lines(NamedTuple):
 
 
 def line_sums(weights: torch.Tensor, stop: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attention added up along columns and along diagonals.
+    """Attention added up along columns and diagonals: by key and by row − key, (batch, heads, stop) each.
 
-    Args:
-        weights: (batch, heads, rows, stop), of the rows that end at ``stop``.
-        stop: Keys.
-
-    Returns:
-        By key and by row − key, (batch, heads, stop) each.
+    ``weights`` are (batch, heads, rows, stop), of the rows that end at ``stop``.
     """
     rows = weights.shape[2]
     row = torch.arange(stop - rows, stop, device=weights.device)[:, None]
@@ -115,8 +110,7 @@ class CumulativeShare(Rule):
         sums = line_sums(last, call.stop)
         lines = Lines(*(cumulative(part, self.share) & ~by_blocks for part in sums))
         blocks = cumulative(predicted.flatten(2), self.share) & by_blocks
-        forced = own_block(call, self.block)
-        forced[:, 0] = True
+        forced = own_block(call, self.block, first=True)
         return blocks.unflatten(2, predicted.shape[2:]) | forced, lines
 
     def predicted(self, call: Call) -> torch.Tensor:

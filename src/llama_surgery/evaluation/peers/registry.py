@@ -8,11 +8,15 @@ import torch
 from torch import nn
 
 from llama_surgery.evaluation.peers.blocks import Antidiagonals, HeaviestBlocks, PooledGate
-from llama_surgery.evaluation.peers.fixed import RetrievalHeads, SinkWindow
-from llama_surgery.evaluation.peers.gate import train_gate
+from llama_surgery.evaluation.peers.learned import retrieval_scores, train_gate
 from llama_surgery.evaluation.peers.lines import CumulativeShare, VerticalSlash
-from llama_surgery.evaluation.peers.retrieval import retrieval_scores
-from llama_surgery.evaluation.peers.rows import BoundedPages, HeaviestTokens, MeanBlocks
+from llama_surgery.evaluation.peers.rows import (
+    BoundedPages,
+    HeaviestTokens,
+    MeanBlocks,
+    RetrievalHeads,
+    SinkWindow,
+)
 from llama_surgery.evaluation.peers.rule import Everything, Rule
 from llama_surgery.surgery.supported import attention_modules, head_shape, inner_model
 
@@ -42,23 +46,21 @@ class Peer:
     ahead: bool = False
 
 
-def _count(least: int, size: int = 1) -> Callable[[float, int, Learned], float]:
-    """Counts of things of ``size`` keys, from ``least`` to all of them, in equal ratios."""
+def _counted(
+    title: str, knob: str, rule: Callable[..., Rule], size: int = 1, least: int = 1, **more: Any
+) -> Peer:
+    """A rule of so many things of ``size`` keys: from ``least`` to all of them, in equal ratios."""
 
     def number(x: float, length: int, learned: Learned) -> float:
         most = -(-length // size)
         return most if x >= 1 else min(most, round(least * (most / least) ** x))
 
-    return number
+    return Peer(title, knob, number, lambda n, learned: rule(int(n), **learned), **more)
 
 
-def _share(x: float, length: int, learned: Learned) -> float:
-    """Shares from 0 to 1, finer towards 1, where heavy-tailed attention needs it."""
-    return 1 - (1 - x) ** 3
-
-
-def _heads(x: float, length: int, learned: Learned) -> float:
-    return round(x * learned["scores"].numel())
+def _shared(title: str, rule: Callable[[float], Rule]) -> Peer:
+    """A rule of a share, 0 to 1, finer towards 1, where heavy-tailed attention needs it; it looks ahead."""
+    return Peer(title, "share", lambda x, *_: 1 - (1 - x) ** 3, lambda share, _: rule(share), ahead=True)
 
 
 def _retrieval(number: float, learned: Learned) -> Rule:
@@ -75,49 +77,33 @@ def _learn_heads(model: nn.Module, ids: torch.Tensor) -> dict[str, torch.Tensor]
     return retrieval_scores(model, ids, kv_heads)
 
 
-def _gate(number: float, learned: Learned) -> Rule:
-    return PooledGate(int(number), learned["query_map"], learned["key_map"])
-
-
-def _counted(rule: Any) -> Callable[[float, Learned], Rule]:
-    return lambda number, learned: rule(int(number))
-
-
 #: In order of tables.
 PEERS = {
-    "streaming": Peer("sink + window (StreamingLLM)", "window", _count(16), lambda n, _: SinkWindow(int(n))),
-    "moba": Peer(
-        "mean-pooled blocks (MoBA)", "blocks", _count(1, MeanBlocks.keys_per_block), _counted(MeanBlocks)
-    ),
-    "quest": Peer(
-        "page bounds (Quest)", "pages", _count(1, BoundedPages.keys_per_page), _counted(BoundedPages)
-    ),
-    "xattention": Peer(
-        "antidiagonals (XAttention)", "share", _share, lambda n, _: Antidiagonals(n), ahead=True
-    ),
-    "minference": Peer(
-        "vertical-slash (MInference)", "lines", _count(1), _counted(VerticalSlash), ahead=True
-    ),
-    "flexprefill": Peer(
-        "cumulative share (FlexPrefill)", "share", _share, lambda n, _: CumulativeShare(n), ahead=True
-    ),
-    "seer": Peer(
+    "streaming": _counted("sink + window (StreamingLLM)", "window", SinkWindow, least=16),
+    "moba": _counted("mean-pooled blocks (MoBA)", "blocks", MeanBlocks, MeanBlocks.keys_per_block),
+    "quest": _counted("page bounds (Quest)", "pages", BoundedPages, BoundedPages.keys_per_page),
+    "xattention": _shared("antidiagonals (XAttention)", Antidiagonals),
+    "minference": _counted("vertical-slash (MInference)", "lines", VerticalSlash, ahead=True),
+    "flexprefill": _shared("cumulative share (FlexPrefill)", CumulativeShare),
+    "seer": _counted(
         "learned pooled gate (SeerAttention)",
         "blocks",
-        _count(1, PooledGate.block),
-        _gate,
+        PooledGate,
+        PooledGate.block,
         learn=train_gate,
         ahead=True,
     ),
-    "duo": Peer("retrieval heads (DuoAttention)", "heads", _heads, _retrieval, learn=_learn_heads),
-    "block-oracle": Peer(
-        "oracle: blocks by true mass",
-        "blocks",
-        _count(1, HeaviestBlocks.block),
-        _counted(HeaviestBlocks),
-        ahead=True,
+    "duo": Peer(
+        "retrieval heads (DuoAttention)",
+        "heads",
+        lambda x, _, learned: round(x * learned["scores"].numel()),
+        _retrieval,
+        learn=_learn_heads,
     ),
-    "token-oracle": Peer("oracle: tokens by true mass", "keys", _count(1), _counted(HeaviestTokens)),
+    "block-oracle": _counted(
+        "oracle: blocks by true mass", "blocks", HeaviestBlocks, HeaviestBlocks.block, ahead=True
+    ),
+    "token-oracle": _counted("oracle: tokens by true mass", "keys", HeaviestTokens),
     # What the peers' executor itself costs.
     "full": Peer("full budget, peers' executor", "", lambda *_: 1, lambda *_: Everything()),
 }

@@ -5,6 +5,7 @@ import dataclasses
 from typing import Any
 
 import torch
+from torch.nn import functional
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,17 +97,12 @@ def causal(first: int, last: int, device: torch.device) -> torch.Tensor:
 def pad_to_blocks(x: torch.Tensor, start: int, block: int) -> torch.Tensor:
     """Rows in blocks anchored at multiples of ``block``, zeros where the first and the last are incomplete.
 
-    Args:
-        x: (batch, heads, rows, channels), the first row at position ``start``.
-        start: Position.
-        block: Rows of a block.
-
-    Returns:
-        (batch, heads, blocks, block, channels).
+    ``x`` is (batch, heads, rows, channels), its first row at position ``start``; the result (batch, heads,
+    blocks, block, channels).
     """
     before = start % block
     after = -(before + x.shape[2]) % block
-    return torch.nn.functional.pad(x, (0, 0, before, after)).unflatten(2, (-1, block))
+    return functional.pad(x, (0, 0, before, after)).unflatten(2, (-1, block))
 
 
 def block_means(x: torch.Tensor, start: int, block: int) -> torch.Tensor:
@@ -115,30 +111,31 @@ def block_means(x: torch.Tensor, start: int, block: int) -> torch.Tensor:
     return pad_to_blocks(x, start, block).sum(3) / there
 
 
+def tiles(weights: torch.Tensor, start: int, block: int, stop: int) -> torch.Tensor:
+    """A map of rows from ``start`` on and keys from 0 on in square blocks, padded with zeros up to ``stop``.
+
+    From (batch, heads, rows, keys) to (batch, heads, row blocks, block, key blocks, block).
+    """
+    keys = functional.pad(weights, (0, stop - weights.shape[3] + -stop % block))
+    return pad_to_blocks(keys, start, block).unflatten(4, (-1, block))
+
+
 def block_causal(call: Call, block: int) -> torch.Tensor:
     """(row blocks, key blocks) bool: key blocks up to each row block's own."""
-    rows = torch.arange(call.start // block, (call.stop - 1) // block + 1, device=call.keys.device)
-    return torch.arange((call.stop - 1) // block + 1, device=call.keys.device) <= rows[:, None]
+    keys = torch.arange(-(-call.stop // block), device=call.keys.device)
+    return keys <= keys[call.start // block :, None]
 
 
-def own_block(call: Call, block: int) -> torch.Tensor:
-    """(row blocks, key blocks) bool: each row block's own key block."""
-    rows = torch.arange(call.start // block, (call.stop - 1) // block + 1, device=call.keys.device)
-    return torch.arange((call.stop - 1) // block + 1, device=call.keys.device) == rows[:, None]
+def own_block(call: Call, block: int, *, first: bool = False) -> torch.Tensor:
+    """(row blocks, key blocks) bool: each row block's own key block, and with ``first`` the first one."""
+    keys = torch.arange(-(-call.stop // block), device=call.keys.device)
+    return (keys == keys[call.start // block :, None]) | (first & (keys == 0))
 
 
 def blocks_to_tokens(chosen: torch.Tensor, call: Call, block: int, first: int, last: int) -> torch.Tensor:
-    """Rows ``first … last - 1`` of a choice of blocks.
+    """Rows ``first … last - 1`` of a choice of blocks: (batch, heads, last − first, last) bool.
 
-    Args:
-        chosen: (batch, heads, row blocks, key blocks) bool, for all rows of the call.
-        call: The call.
-        block: Rows, and keys, of a block.
-        first: Position.
-        last: Position.
-
-    Returns:
-        (batch, heads, last − first, last) bool.
+    ``chosen`` is (batch, heads, row blocks, key blocks) bool, for all rows of the call.
     """
     origin = call.start // block
     chosen = chosen[:, :, first // block - origin : (last - 1) // block + 1 - origin]
@@ -157,15 +154,10 @@ def largest(scores: torch.Tensor, count: int) -> torch.Tensor:
 
 
 def cumulative(weights: torch.Tensor, share: float, forced: torch.Tensor | None = None) -> torch.Tensor:
-    """The fewest of the last dimension that add up to ``share`` of the sum, the heaviest first.
+    """The fewest of the last dimension that add up to ``share`` of the sum, the heaviest first, as bool.
 
-    Args:
-        weights: Not negative.
-        share: Of the sum; at 1 everything is chosen.
-        forced: bool, broadcastable: chosen in any case, and counted first.
-
-    Returns:
-        bool, the shape of ``weights``.
+    ``weights`` are not negative; what is ``forced`` (bool, broadcastable) is chosen in any case, and counted
+    first; at a share of 1 everything is chosen.
     """
     if share >= 1:
         return torch.ones_like(weights, dtype=torch.bool)
