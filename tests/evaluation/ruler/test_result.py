@@ -7,7 +7,7 @@ import pytest
 from llama_surgery.evaluation.intervals import paired_change
 from llama_surgery.evaluation.result import DENSE
 from llama_surgery.evaluation.ruler.result import Cell, RulerResult
-from llama_surgery.evaluation.ruler.scoring import string_match_all, string_match_part
+from llama_surgery.evaluation.ruler.tasks import string_match_all, string_match_part
 from llama_surgery.files import write_csv
 
 SETTINGS = {

@@ -1,10 +1,10 @@
-"""What the tasks are made of: running text, words, questions."""
+"""What the tasks are made of: running text, words, questions; what is asked for, and what is made of them."""
 
 import dataclasses
 import functools
 import random
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib.resources import files
 
 from llama_surgery.errors import TextError
@@ -108,7 +108,74 @@ def distinct_words(rng: random.Random, count: int) -> list[str]:
 
     The words of a smaller count are the first ones of a larger count, so that a prompt grows word by word.
     """
-    words = dict.fromkeys(rng.sample(_vocabulary(), len(_vocabulary())))
-    while len(words) < count:
-        words["".join(rng.choices(SYLLABLES, k=4))] = None
-    return list(words)[:count]
+    words = rng.sample(_vocabulary(), len(_vocabulary()))
+    return distinct(lambda: "".join(rng.choices(SYLLABLES, k=4)), count, words)
+
+
+def distinct(draw: Callable[[], str], count: int, words: Sequence[str] = ()) -> list[str]:
+    """``count`` different words: the given ones, then what is drawn until there are enough."""
+    found = dict.fromkeys(words)
+    while len(found) < count:
+        found[draw()] = None
+    return list(found)[:count]
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """One sample asked for.
+
+    Attributes:
+        rng: The sample's own, freshly seeded.
+        size: How much haystack: words, lines, list entries or documents, as the task counts.
+        index: Number of the sample.
+        length: Tokens that prompt and answer may take together.
+        seed: Of the whole run.
+        materials: Text, words and questions.
+    """
+
+    rng: random.Random
+    size: int
+    index: int
+    length: int
+    seed: int
+    materials: Materials
+
+
+@dataclasses.dataclass(frozen=True)
+class Draft:
+    """A sample before it is fitted to a length.
+
+    Attributes:
+        prompt: Instruction, context and question.
+        prefix: How the answer begins; the model goes on from it.
+        references: What the answer must contain.
+    """
+
+    prompt: str
+    prefix: str
+    references: tuple[str, ...]
+
+    def after(self, example: "Draft", answer: str) -> "Draft":
+        """The sample behind an example with its answer."""
+        worked = f"{example.prompt}\n{example.prefix} {answer}"
+        return dataclasses.replace(self, prompt=f"{worked}\n\n\n{self.prompt}")
+
+
+#: Makes a sample of the size asked for.
+Builder = Callable[[Request], Draft]
+
+#: Lines of a haystack without content.
+NOISE = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
+
+
+def listed(items: list[str]) -> str:
+    """``a``, ``a and b``, ``a, b and c``."""
+    return items[0] if len(items) == 1 else f"{', '.join(items[:-1])} and {items[-1]}"
+
+
+def scattered(rng: random.Random, lines: list[str], inserts: list[str]) -> list[str]:
+    """``lines`` with each of ``inserts`` at a random place of its own, in the order given."""
+    total = len(lines) + len(inserts)
+    places = set(rng.sample(range(total), len(inserts)))
+    rest, due = iter(lines), iter(inserts)
+    return [next(due if place in places else rest) for place in range(total)]

@@ -100,6 +100,21 @@ class RulerResult:
                 found[cell.task, cell.length] = (dense[:both], cell.scores[:both])
         return found
 
+    def _groups(
+        self, name: str, by: str, tasks: Iterable[str] | None, length: int | None
+    ) -> dict[Any, list[tuple[list[float], list[float]]]]:
+        """:meth:`pairs` of each ``task``, as one group, or of each ``length``, a group for every task."""
+        groups: dict[Any, list[tuple[list[float], list[float]]]] = {}
+        for (task, own), scores in self.pairs(name, length=length).items():
+            if tasks is None or task in tasks:
+                groups.setdefault(task if by == "task" else own, []).append(scores)
+        if by == "length":
+            return groups
+        return {
+            task: [([s for dense, _ in parts for s in dense], [s for _, after in parts for s in after])]
+            for task, parts in groups.items()
+        }
+
     def changes(
         self, name: str, by: str, *, tasks: Iterable[str] | None = None, length: int | None = None
     ) -> dict[Any, Change]:
@@ -111,24 +126,15 @@ class RulerResult:
             tasks: Tasks that count; all if None.
             length: The length that counts; all if None.
         """
-        groups: dict[Any, list[tuple[list[float], list[float]]]] = {}
-        for (task, own), scores in self.pairs(name, length=length).items():
-            if tasks is None or task in tasks:
-                groups.setdefault(task if by == "task" else own, []).append(scores)
-        return {
-            key: paired_change(_merged(parts) if by == "task" else parts, comparisons=len(groups))
-            for key, parts in groups.items()
-        }
+        groups = self._groups(name, by, tasks, length)
+        return {key: paired_change(parts, comparisons=len(groups)) for key, parts in groups.items()}
 
     def average(
         self, name: str, *, tasks: Iterable[str] | None = None, length: int | None = None
     ) -> Change | None:
         """Mean over tasks, each task's samples of all lengths together; None where nothing was answered."""
-        by_task: dict[str, list[tuple[list[float], list[float]]]] = {}
-        for (task, _), scores in self.pairs(name, length=length).items():
-            if tasks is None or task in tasks:
-                by_task.setdefault(task, []).append(scores)
-        return paired_change([_merged(parts)[0] for parts in by_task.values()]) if by_task else None
+        groups = self._groups(name, "task", tasks, length)
+        return paired_change([part for (part,) in groups.values()]) if groups else None
 
     def rows(self) -> list[dict[str, Any]]:
         """One flat row a cell, with interval, and paired with the dense one where it is not that itself."""
@@ -169,8 +175,3 @@ class RulerResult:
             "summaries": summaries,
             "cells": [dataclasses.asdict(cell) for cell in self.cells],
         }
-
-
-def _merged(parts: list[tuple[list[float], list[float]]]) -> list[tuple[list[float], list[float]]]:
-    """The samples of all parts as one group."""
-    return [([s for dense, _ in parts for s in dense], [s for _, operated in parts for s in operated])]

@@ -16,7 +16,7 @@ from llama_surgery.evaluation.evaluate import check_dense, model_name, versions
 from llama_surgery.evaluation.generation import continue_greedily, end_tokens
 from llama_surgery.evaluation.kept import Kept, adapter_digest, digest
 from llama_surgery.evaluation.result import DENSE
-from llama_surgery.evaluation.ruler.reading import questions_for
+from llama_surgery.evaluation.ruler.generators import questions_for
 from llama_surgery.evaluation.ruler.result import RulerResult
 from llama_surgery.evaluation.ruler.samples import RulerSample, Sampler
 from llama_surgery.evaluation.ruler.tasks import READING, task_of

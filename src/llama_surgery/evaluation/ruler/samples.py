@@ -8,8 +8,7 @@ from collections.abc import Sequence
 from transformers import PreTrainedTokenizerBase
 
 from llama_surgery.errors import TextError
-from llama_surgery.evaluation.ruler.draft import Draft, Request
-from llama_surgery.evaluation.ruler.materials import Materials
+from llama_surgery.evaluation.ruler.materials import Draft, Materials, Request
 from llama_surgery.evaluation.ruler.tasks import Task, task_of
 from llama_surgery.text import encode, leading_tokens
 

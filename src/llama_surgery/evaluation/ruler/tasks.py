@@ -1,4 +1,4 @@
-"""The thirteen tasks by name."""
+"""The thirteen tasks by name, and scores of answers: whether references occur. Format does not count."""
 
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -6,12 +6,26 @@ from functools import partial
 from typing import Any
 
 from llama_surgery.errors import TextError
-from llama_surgery.evaluation.ruler.counting import common_words, frequent_words
-from llama_surgery.evaluation.ruler.draft import Builder
-from llama_surgery.evaluation.ruler.niah import needles
-from llama_surgery.evaluation.ruler.reading import question_answering
-from llama_surgery.evaluation.ruler.scoring import string_match_all, string_match_part
-from llama_surgery.evaluation.ruler.tracing import variable_tracking
+from llama_surgery.evaluation.ruler.generators import (
+    common_words,
+    frequent_words,
+    needles,
+    question_answering,
+    variable_tracking,
+)
+from llama_surgery.evaluation.ruler.materials import Builder
+
+
+def string_match_all(answer: str, references: Sequence[str]) -> float:
+    """Share of the references that occur in the answer, upper and lower case alike: 0…1."""
+    answer = answer.lower()
+    return sum(reference.lower() in answer for reference in references) / len(references)
+
+
+def string_match_part(answer: str, references: Sequence[str]) -> float:
+    """1 if any of the references occurs in the answer, else 0."""
+    answer = answer.lower()
+    return float(any(reference.lower() in answer for reference in references))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
