@@ -60,12 +60,9 @@ def continue_greedily(
     Args:
         model: A causal language model of transformers, dense or operated.
         prompts: Token ids; computed as one batch, padded on the left where they differ in length.
-        new_tokens: Most tokens to write.
+        new_tokens: Most tokens to write; the end-of-text token ends a row, and is included.
         enough: Asked after each token, with the row and what it has written: whether to end there.
         processors: Given the scores of every step.
-
-    Returns:
-        The new tokens of each prompt, up to its end-of-text token, which is included.
     """
     width = max(map(len, prompts))
     config = greedy_config(model, new_tokens)

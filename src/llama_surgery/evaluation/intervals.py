@@ -18,16 +18,10 @@ RESAMPLES = 10_000
 
 
 def mean_interval(scores: Sequence[float]) -> tuple[float, float, float]:
-    """Mean of scores with its two-sided interval of :data:`CONFIDENCE`.
+    """Mean of scores, each 0…1, with its two-sided interval of :data:`CONFIDENCE`: mean, low, high.
 
     Wilson's (1927) score interval of a proportion, with the mean in its place. Scores within 0…1 vary at
     most as much as right and wrong answers of the same mean, so for partial scores it is rather too wide.
-
-    Args:
-        scores: Each 0…1.
-
-    Returns:
-        Mean, low, high.
 
     Raises:
         SurgeryError: There is no score.
@@ -48,17 +42,12 @@ def wilson(mean: float, count: int) -> tuple[float, float]:
 
 @dataclasses.dataclass(frozen=True)
 class Change:
-    """Scores of the operated model minus those of the dense one, over the same samples.
+    """Scores of the operated model minus those of the dense one, over the same ``count`` samples.
 
     Attributes:
-        count: Samples.
-        dense: Mean score of the dense model.
-        operated: Mean score of the operated model.
-        difference: ``operated − dense``.
-        low, high: Two-sided interval of the difference.
-        lost: Samples on which the operated model scored lower.
-        won: Samples on which it scored higher.
-        confidence: Of the interval.
+        dense, operated: Mean scores; ``difference`` is ``operated − dense``.
+        low, high: Two-sided interval of the difference, of ``confidence``.
+        lost, won: Samples on which the operated model scored lower, and higher.
     """
 
     count: int
@@ -129,15 +118,7 @@ def paired_difference(dense: Sequence[bool], operated: Sequence[bool]) -> Change
 
 @dataclasses.dataclass(frozen=True)
 class RatioInterval:
-    """Perplexity of the operated model over that of the dense model, over the same windows.
-
-    Attributes:
-        ratio: Of the perplexities over all windows.
-        low: Lower end of the two-sided interval over windows.
-        high: Upper end.
-        confidence: Of the interval.
-        count: Windows.
-    """
+    """Perplexity over that of the dense model, with the two-sided interval over ``count`` windows."""
 
     ratio: float
     low: float
@@ -152,8 +133,7 @@ def perplexity_ratio(dense: Sequence[float], operated: Sequence[float], seed: in
     With fewer than about ten windows its interval, of :data:`CONFIDENCE`, is too narrow.
 
     Args:
-        dense: Mean loss of the dense model on each window, nats per token; windows of one length.
-        operated: The same for the operated model, in the same order.
+        dense, operated: Mean losses on the same windows of one length, nats per token.
         seed: Of the bootstrap.
 
     Raises:

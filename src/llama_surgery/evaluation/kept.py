@@ -45,7 +45,7 @@ class Kept:
             settings: What decides it besides the settings of all.
 
         Returns:
-            The value; None where it is not there and is not made, or another process is at it.
+            None where it is not there and is not made, or another process is at it.
 
         Raises:
             SurgeryError: The file cannot be written, locked or read.

@@ -72,11 +72,7 @@ class Head:
 
     Every model ends in a projection; Gemma then caps the logits and Granite, Cohere and others
     scale them. The cap is read from the configuration; the scale, which has a different name in
-    every family, is measured.
-
-    Args:
-        model: A causal language model of transformers, bare or wrapped by PEFT.
-        input_ids: (length,), int64: text whose beginning the head is checked with.
+    every family, is measured on the beginning of ``input_ids``, (length,), int64.
 
     Raises:
         UnsupportedModelError: The model has no output projection, or makes its logits in another
@@ -123,10 +119,7 @@ class Head:
 
     @torch.no_grad()
     def blocks(self, *states: torch.Tensor) -> Iterator[tuple[slice, list[torch.Tensor]]]:
-        """Walks along the positions.
-
-        Args:
-            *states: Final hidden states, each (length, hidden), on any device.
+        """Walks along the positions of final hidden states, each (length, hidden), on any device.
 
         Yields:
             The positions of the block, and the logits there for each of ``states``: (block,

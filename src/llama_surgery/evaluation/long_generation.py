@@ -63,17 +63,10 @@ def write_on(
     *,
     along: Sequence[Sequence[int]] | None = None,
 ) -> list[Written]:
-    """What a model writes after each window, greedily, or would have written along given texts.
+    """What a model writes after each of (windows, length) int64, greedily, or would have along given texts.
 
     These are fed to ``generate()`` token by token, so that each step is a real decode step, and a token that
-    differs does not carry the rest away with it.
-
-    Args:
-        model: A causal language model of transformers, dense or operated.
-        windows: (windows, length), int64.
-        new_tokens: Most tokens to write.
-        progress: Told after each window.
-        along: A text for each window.
+    differs does not carry the rest away with it. ``progress`` is told after each window.
     """
     texts = []
     for number, window in enumerate(windows.tolist()):

@@ -140,10 +140,8 @@ def highest_theta(
 ) -> tuple[float, MeasuredLoss]:
     """The highest θ, nearly, at which the upper end of the measured loss is within ``max_loss``.
 
-    Args:
-        measure: What is lost at a θ, which rises with it.
-        max_loss: The limit.
-        start: Where to begin, if it is within what is tried.
+    ``measure`` says what is lost at a θ, which rises with it; ``start`` is where to begin, if it is within
+    what is tried.
 
     Returns:
         θ and what was measured there. Where no θ that is sparse keeps the limit, the last that was tried.

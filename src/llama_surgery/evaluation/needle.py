@@ -40,8 +40,7 @@ class NeedlePrompt:
         length: Tokens of prompt and answer together, further questions included.
         name: Whom the fact is about.
         variant: Key of :data:`~llama_surgery.evaluation.needle_facts.VARIANTS`.
-        then: Further questions, each the tokens of a whole prompt, in which those before it are answered,
-            and the tokens of its answer.
+        then: Further questions: tokens of a prompt in which those before it are answered, and of the answer.
     """
 
     input_ids: tuple[int, ...]
@@ -154,16 +153,7 @@ def _plant(
             "tokenizer counts parts of a text very differently from the whole. Use longer contexts."
         )
     first, *then = [((*lead, *whole[excess:-answer]), tuple(whole[-answer:])) for whole, answer in prompts]
-    return NeedlePrompt(
-        input_ids=first[0],
-        answer_ids=first[1],
-        form=form,
-        depth=depth,
-        length=length,
-        name=name,
-        variant=kind,
-        then=tuple(then),
-    )
+    return NeedlePrompt(*first, form, depth, length, name, kind, tuple(then))
 
 
 def _asked(question: str, facts: Sequence[tuple[str, str]]) -> list[str]:
@@ -188,18 +178,10 @@ def score_needles(
     batch_size: int = 1,
     progress: Progress | None = None,
 ) -> list[bool]:
-    """Lets the model answer by greedy ``generate()``.
+    """Whether the model answers each prompt by greedy ``generate()``: every token, of all its questions.
 
-    Args:
-        model: A causal language model of transformers, dense or operated.
-        prompts: What to answer.
-        batch_size: Prompts of the shortest length that are answered together, without padding; of longer
-            ones fewer.
-        progress: Told after each batch.
-
-    Returns:
-        For each prompt, whether every token of the answer was generated, and of the answers to further
-        questions if there are any. A model that ends its text earlier has not answered.
+    A model that ends its text earlier has not answered. ``batch_size`` prompts of the shortest length are
+    answered together, without padding, of longer ones fewer; ``progress`` is told after each batch.
     """
 
     asked = [

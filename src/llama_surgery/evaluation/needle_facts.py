@@ -17,10 +17,8 @@ from llama_surgery.errors import TextError
 class Form:
     """Wording of a fact, and of the question and unfinished answer that end the prompt.
 
-    Attributes:
-        fact: With ``{name}`` and ``{value}``.
-        question: With ``{name}``; the value would come next.
-        numeric: Whether the value is a number of five digits or a word.
+    ``fact`` has ``{name}`` and ``{value}``, a number of five digits if ``numeric``, else a word; ``question``
+    has ``{name}``, and the value would come next.
     """
 
     fact: str
@@ -167,13 +165,7 @@ def _one_character_off(name: str, haystack: str) -> list[str]:
 def facts_behind(rng: random.Random, others: int, depth: float, front: int, behind: int, tokens: int) -> int:
     """How many of the other facts stand behind the one asked for: as chance has it, if there is room.
 
-    Args:
-        rng: Decides.
-        others: Facts beside the one asked for.
-        depth: Share of the context before it.
-        front: Tokens of text before it.
-        behind: Tokens of text after it.
-        tokens: Of a fact.
+    There are ``front`` and ``behind`` tokens of text before and after it, and a fact takes ``tokens``.
 
     Raises:
         TextError: There is no room on either side.

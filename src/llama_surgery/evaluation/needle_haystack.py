@@ -65,12 +65,9 @@ def cut_pieces(paragraph: str) -> Iterator[str]:
 
 @dataclasses.dataclass(frozen=True)
 class Haystack:
-    """A run of one document, split where the fact goes.
+    """Pieces ``start`` … ``stop`` of one document, split where the fact goes, before piece ``split``.
 
-    Attributes:
-        document: What it is a run of.
-        start, split, stop: Indices of its first piece, the first after the fact, and one past the last.
-        front: Tokens before the split that are wanted; what there is more is cut off at the start.
+    ``front`` tokens are wanted before the split; what there is more is cut off at the start.
     """
 
     document: Document
@@ -87,16 +84,9 @@ class Haystack:
     def parts(
         self, fact: str, before: Sequence[str], behind: Sequence[str], rng: random.Random
     ) -> tuple[list[str], int]:
-        """Paragraphs of the haystack with facts between them.
+        """Paragraphs with facts between them, none blank, and the index of the first fact among them.
 
-        Args:
-            fact: Stands at the split.
-            before: Facts that stand before it, at paragraphs where there are enough, safe from the cut.
-            behind: Facts that stand after it.
-            rng: Chooses the places.
-
-        Returns:
-            Paragraphs in order, none blank, and the index of the first fact among them.
+        ``fact`` stands at the split, the others at paragraphs where there are enough, safe from the cut.
         """
         ends = self.document.ends
         safe = bisect.bisect_left(ends, ends[self.split] - self.front + 2 * SPARE)

@@ -43,45 +43,27 @@ class Perplexity:
         return self.nll.mean(dim=1).tolist()
 
     def by_position(self) -> list[dict[str, Any]]:
-        """Perplexity in bins of positions that double in length.
-
-        Returns:
-            Dicts with ``from`` (inclusive), ``to`` (exclusive), ``tokens`` and ``perplexity``.
-        """
-        bins = []
-        for start, stop in position_bins(self.nll.shape[1] + 1):
-            losses = self.nll[:, start - 1 : stop - 1]
-            bins.append(
-                {
-                    "from": start,
-                    "to": stop,
-                    "tokens": losses.numel(),
-                    "perplexity": math.exp(losses.mean().item()),
-                }
-            )
-        return bins
+        """Perplexity in bins: ``from`` (inclusive), ``to`` (exclusive), ``tokens``, ``perplexity``."""
+        parts = [
+            (start, stop, self.nll[:, start - 1 : stop - 1])
+            for start, stop in position_bins(self.nll.shape[1] + 1)
+        ]
+        return [
+            {"from": start, "to": stop, "tokens": own.numel(), "perplexity": math.exp(own.mean().item())}
+            for start, stop, own in parts
+        ]
 
 
 def position_bins(length: int) -> list[tuple[int, int]]:
     """Bins of predicted positions, 1 … length − 1, that double in length: first and one past the last."""
-    edges = [1]
-    edge = FIRST_BIN
-    while edge < length:
-        edges.append(edge)
-        edge *= 2
-    return list(itertools.pairwise([*edges, length]))
+    edges = itertools.takewhile(lambda edge: edge < length, (FIRST_BIN * 2**n for n in itertools.count()))
+    return list(itertools.pairwise([1, *edges, length]))
 
 
 def token_nll(head: Head, states: torch.Tensor, input_ids: torch.Tensor) -> torch.Tensor:
-    """Loss of every token but the first.
+    """Loss of every token of a window but the first: (length − 1,), float64, on the CPU, nats.
 
-    Args:
-        head: The model's head.
-        states: (length, hidden), the window's final hidden states.
-        input_ids: (length,), int64, the window.
-
-    Returns:
-        (length − 1,), float64, on the CPU, nats.
+    ``states`` are the window's final hidden states, (length, hidden); ``input_ids`` (length,), int64.
 
     Raises:
         SurgeryError: A loss is not finite.
@@ -180,10 +162,8 @@ def token_divergence(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Compares the predictions at every position of one window.
 
-    Args:
-        head: The head that both share, since no weight changes.
-        dense: (length, hidden), final hidden states of the dense model, on any device.
-        operated: (length, hidden), of the operated model.
+    Both models share the head, since no weight changes; their final hidden states are (length, hidden), on
+    any device.
 
     Returns:
         KL(dense ‖ operated), (length,), float64, nats; and top-1 agreement, (length,), bool; both

@@ -130,7 +130,6 @@ class Request:
         index: Number of the sample.
         length: Tokens that prompt and answer may take together.
         seed: Of the whole run.
-        materials: Text, words and questions.
     """
 
     rng: random.Random
@@ -143,13 +142,7 @@ class Request:
 
 @dataclasses.dataclass(frozen=True)
 class Draft:
-    """A sample before it is fitted to a length.
-
-    Attributes:
-        prompt: Instruction, context and question.
-        prefix: How the answer begins; the model goes on from it.
-        references: What the answer must contain.
-    """
+    """A sample before it is fitted to a length: the model goes on from ``prefix``, how the answer begins."""
 
     prompt: str
     prefix: str

@@ -17,11 +17,9 @@ _FORMATS = (
 
 @dataclasses.dataclass(frozen=True)
 class Question:
-    """One question.
+    """A question and its accepted answers, none of them blank.
 
     Attributes:
-        text: The question.
-        answers: Accepted answers, none of them blank.
         gold: Indices of the documents that must be in the context.
         related: Indices of documents that resemble them and come in first as distractors.
     """
@@ -51,13 +49,10 @@ class _Documents:
 
 
 def read_questions(path: str | Path) -> QuestionSet:
-    """Reads a question file; its shape says which of the two formats it has.
+    """Reads a question file in JSON; its shape says which of the two formats it has.
 
     Unanswerable questions are left out. In SQuAD the paragraph of a question is gold and the others of
     its article are related; in HotpotQA all paragraphs of a question are gold, as they belong together.
-
-    Args:
-        path: A JSON file.
 
     Raises:
         TextError: It is missing, not JSON, of another shape, or holds no question that has an answer.

@@ -120,11 +120,7 @@ class RulerResult:
     ) -> dict[Any, Change]:
         """Changes by ``task`` (over lengths) or by ``length`` (over tasks), intervals that hold together.
 
-        Args:
-            name: An operated form.
-            by: ``task`` or ``length``.
-            tasks: Tasks that count; all if None.
-            length: The length that counts; all if None.
+        ``tasks`` and ``length`` say what counts; all if None.
         """
         groups = self._groups(name, by, tasks, length)
         return {key: paired_change(parts, comparisons=len(groups)) for key, parts in groups.items()}

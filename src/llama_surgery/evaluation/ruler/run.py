@@ -35,17 +35,9 @@ def answer_samples(
     samples: Sequence[RulerSample],
     batch_size: int = 1,
 ) -> list[str]:
-    """Lets a model answer by greedy ``generate()``.
+    """What a model, dense or operated, writes for each sample by greedy ``generate()``.
 
     An answer that has all its references ends there: what would follow could not change its score.
-
-    Args:
-        model: A causal language model of transformers, dense or operated.
-        samples: What to answer.
-        batch_size: Samples that are answered together.
-
-    Returns:
-        For each sample, what was written.
     """
     answers: list[str] = []
     ends = end_tokens(model)

@@ -18,14 +18,11 @@ class RulerSample:
     """One question to answer.
 
     Attributes:
-        task: Key of :data:`~llama_surgery.evaluation.ruler.tasks.TASKS`.
-        length: Tokens asked for.
+        length: Tokens asked for; ``tokens`` of the prompt and ``new_tokens`` of the answer are no more.
         index: Number of the sample within task and length.
         size: Units of haystack in it: words, lines, list entries or documents, as the task counts.
         text: The whole prompt, from chat template to unfinished answer.
         chat: Whether ``text`` holds a chat template, and with it all special tokens.
-        tokens: Of the prompt; with ``new_tokens`` at most ``length``.
-        new_tokens: Tokens that the answer may take.
         references: What the answer must contain.
     """
 
@@ -83,12 +80,7 @@ class Sampler:
         self._sizes: dict[tuple[str, int], int] = {}
 
     def samples(self, name: str, length: int, indices: Sequence[int]) -> list[RulerSample]:
-        """Samples of one task at one length.
-
-        Args:
-            name: The task.
-            length: Tokens that prompt and answer may take together.
-            indices: Numbers of the samples wanted.
+        """Samples of one task, those numbered ``indices``, of ``length`` tokens with their answers.
 
         Raises:
             TextError: There is no such task, the length is too small for it, or questions are lacking.

@@ -30,11 +30,10 @@ def string_match_part(answer: str, references: Sequence[str]) -> float:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Task:
-    """A kind of question.
+    """A kind of question, whose answer may take ``new_tokens``.
 
     Attributes:
         build: Makes a sample of a given size.
-        new_tokens: Tokens that the answer may take.
         unit_tokens: Roughly the tokens that one unit of size adds to a prompt.
         smallest: Least size that makes sense.
         score: Score of an answer, 0…1, given the references.
