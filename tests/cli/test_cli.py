@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 from tests.cli.runner import SMALL, run
 
+from llama_surgery.cli.console import speed_told
 from llama_surgery.cli.demo import pays
 from llama_surgery.cli.demo_model import cases, fetch
-from llama_surgery.cli.run import speed_told
 from llama_surgery.cli.topology import SINGLE_THETA, config_for
 from llama_surgery.config import SurgeryConfig
 

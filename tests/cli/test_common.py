@@ -11,7 +11,7 @@ from transformers import PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
 from llama_surgery import checkpoint
 from llama_surgery.cli import common
 from llama_surgery.cli.common import Dtype, load_model, load_tokenizer
-from llama_surgery.cli.values import split_values, token_counts
+from llama_surgery.cli.options import split_values, token_counts
 from llama_surgery.errors import SurgeryError
 from llama_surgery.evaluation.evaluate import model_name
 from llama_surgery.learning.weights import Weights, skeleton

@@ -7,8 +7,7 @@ from llama_surgery.cli.commands import Command, Commands
 from llama_surgery.cli.demo import demo
 from llama_surgery.cli.doctor import doctor
 from llama_surgery.cli.evaluate import evaluate
-from llama_surgery.cli.export import export
-from llama_surgery.cli.export_topology import export_topology
+from llama_surgery.cli.export import export, export_topology
 from llama_surgery.cli.generate import generate
 from llama_surgery.cli.learn import learn
 from llama_surgery.cli.operate import operate

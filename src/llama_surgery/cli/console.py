@@ -17,6 +17,8 @@ from rich.progress import (
     TimeElapsedColumn,
 )
 
+from llama_surgery.config import SurgeryConfig
+
 #: Results go to standard output; progress, hints and errors to standard error.
 out = Console()
 err = Console(stderr=True)
@@ -91,3 +93,23 @@ def print_json(value: Any) -> None:
     """Write ``value`` to standard output as JSON."""
     sys.stdout.write(json.dumps(value, indent=2) + "\n")
     sys.stdout.flush()
+
+
+def speed_told(until: int, context: int | None) -> str:
+    """From where on prompts are sparse, and why not before."""
+    if not until:
+        return "Sparse prompts are read faster here at every length that was timed."
+    if context is None or until < context:
+        return (
+            f"Prompts are dense below position {until:,}: up to there sparse ones were not read faster here."
+        )
+    return (
+        f"On this device sparse prompts are not faster at any length that the model was made for ({context:,}"
+        " tokens), so all is read densely. --dense-until 0 has them sparse all the same."
+    )
+
+
+def thresholds(config: SurgeryConfig) -> str:
+    """The thresholds in words."""
+    decode = f"{config.theta_decode:.3%} in decode" if config.theta_decode else "decode steps read everything"
+    return f"θ = {config.theta:.3%} in prefill, {decode}"

@@ -9,8 +9,7 @@ import typer
 
 from llama_surgery.cli import options
 from llama_surgery.cli.common import Dtype, _device, load_model, look_for
-from llama_surgery.cli.console import escape, out, print_json, progress, status
-from llama_surgery.cli.run import speed_told
+from llama_surgery.cli.console import escape, out, print_json, progress, speed_told, status
 from llama_surgery.folders import check_complete
 
 if TYPE_CHECKING:

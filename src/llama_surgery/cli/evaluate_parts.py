@@ -1,12 +1,12 @@
 """What ``llama-surgery evaluate`` measures, part by part."""
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llama_surgery.cli.console import err
-from llama_surgery.cli.run import besides
 from llama_surgery.config import SurgeryConfig
 
 if TYPE_CHECKING:
@@ -77,46 +77,41 @@ class Parts:
 
     def calibrate(self, density: float, decode_density: float | None) -> None:
         """Set the thresholds of all topologies, and budgets by head where none were learned."""
-        from llama_surgery.evaluation.evaluate import named_progress
-        from llama_surgery.evaluation.kept import adapter_digest, digest, found_parts, with_parts
-        from llama_surgery.surgery.operate import operated
-        from llama_surgery.surgery.operation import config_of, routers_of
+        from llama_surgery.evaluation.kept import adapter_digest, digest, with_parts
 
+        text = digest(*self.calibration)
         for name, config in self.configs.items():
-            routers = self.routers.get(name)
-            asked = {
-                "density": density,
-                "decode_density": decode_density if config.tile > 1 else None,
-                "length": self.length,
-            }
-
-            def found(
-                config: SurgeryConfig = config, routers: Any = routers, asked: dict[str, Any] = asked
-            ) -> dict[str, Any]:
-                tell = named_progress(self.tell, f"T = {config.tile}")
-                given = {"text": self.calibration, "tokenizer": self.tokenizer, "progress": tell, **asked}
-                with operated(self.model, config, routers=routers, **given):
-                    parts = found_parts(routers_of(self.model))
-                    return {"config": config_of(self.model).to_dict(), "routers": parts}
-
+            routers, asked = self.routers.get(name), {"density": density, "length": self.length}
+            asked["decode_density"] = decode_density if config.tile > 1 else None
+            find = functools.partial(self._thresholds, config, routers, asked)
             decides = {"topology": adapter_digest(config, routers), **asked}
-            kept = self.kept.once("thresholds", found, **decides, text=digest(*self.calibration))
+            kept = self.kept.once("thresholds", find, **decides, text=text)
             self.configs[name] = SurgeryConfig.from_dict(kept["config"])
             self.routers[name] = with_parts(routers, kept["routers"])
         told = self.conditions.pop("calibration text", "the first quarter of each document")
         self.conditions["thresholds"] = f"set on {told} for a far density of {density:.2%}"
 
+    def _thresholds(self, config: SurgeryConfig, routers: Any, asked: dict[str, Any]) -> dict[str, Any]:
+        from llama_surgery.evaluation.evaluate import named_progress
+        from llama_surgery.evaluation.kept import found_parts
+        from llama_surgery.surgery.operate import operated
+        from llama_surgery.surgery.operation import config_of, routers_of
+
+        tell = named_progress(self.tell, f"T = {config.tile}")
+        given = {"text": self.calibration, "tokenizer": self.tokenizer, "progress": tell, **asked}
+        with operated(self.model, config, routers=routers, **given):
+            return {
+                "config": config_of(self.model).to_dict(), "routers": found_parts(routers_of(self.model))
+            }  # fmt: skip
+
     def measure_texts(self) -> None:
         """Perplexity, divergence, needles and times."""
         from llama_surgery.evaluation.evaluate import evaluate
+        from llama_surgery.report.extract import besides
         from llama_surgery.report.results import make_results
 
-        needles = {
-            "needles": self.needles or 0,
-            "needle_lengths": self.needle_lengths,
-            "needle_variants": self.needle_variants,
-            "needle_batch": self.batch,
-        }
+        needles = {"needles": self.needles or 0, "needle_lengths": self.needle_lengths}
+        needles |= {"needle_variants": self.needle_variants, "needle_batch": self.batch}
         shared = {"length": self.length, "windows": self.windows, "seed": self.seed}
 
         def found() -> dict[str, Any]:
@@ -182,24 +177,15 @@ class Parts:
         logging.getLogger("lm_eval").setLevel(logging.ERROR)
         tasks = [task.strip() for task in given if task.strip()]
         shared = {"limit": limit, "few_shot": shots, "batch_size": self.batch, "seed": self.seed}
-        self.results["lm_eval"] = {
-            name: self.kept.once(
-                "lm-eval",
-                lambda name=name, config=config: compare_on_tasks(
-                    self.model,
-                    self.tokenizer,
-                    tasks,
-                    config=config,
-                    routers=self.routers.get(name),
-                    include=include,
-                    **shared,
-                ),
-                tasks=tasks,
-                topology=adapter_digest(config, self.routers.get(name)),
-                **shared,
-            )
-            for name, config in self.configs.items()
-        }
+        found = self.results["lm_eval"] = {}
+        for name, config in self.configs.items():
+            routers = self.routers.get(name)
+            answer = functools.partial(
+                compare_on_tasks, self.model, self.tokenizer, tasks,
+                config=config, routers=routers, include=include, **shared,
+            )  # fmt: skip
+            topology = adapter_digest(config, routers)
+            found[name] = self.kept.once("lm-eval", answer, tasks=tasks, topology=topology, **shared)
 
     def compare(self, adapter: Any, rules: Sequence[str] | None, densities: Sequence[float] | None) -> None:
         """Other selection rules, beside the first topology and an adapter's."""

@@ -8,8 +8,8 @@ import typer
 from llama_surgery.cli import options
 from llama_surgery.cli.common import Dtype, load_model
 from llama_surgery.cli.console import out, print_json
+from llama_surgery.cli.options import SEED
 from llama_surgery.cli.tables import make_table
-from llama_surgery.cli.values import SEED
 from llama_surgery.errors import SurgeryError
 
 if TYPE_CHECKING:

@@ -10,11 +10,10 @@ import typer
 
 from llama_surgery.cli import options
 from llama_surgery.cli.common import Dtype, _device, load_model, load_tokenizer
-from llama_surgery.cli.console import out, progress, status
+from llama_surgery.cli.console import out, progress, speed_told, status
 from llama_surgery.cli.learn_report import Asked, reporter, silent, told
-from llama_surgery.cli.run import speed_told
+from llama_surgery.cli.options import SEED, SHARE, TOKENS
 from llama_surgery.cli.topology import STEPS, config_for, learned_parts, topology_options
-from llama_surgery.cli.values import SEED, SHARE, TOKENS
 from llama_surgery.config import SurgeryConfig
 from llama_surgery.errors import SurgeryError
 

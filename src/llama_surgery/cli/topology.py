@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from llama_surgery.cli import options
-from llama_surgery.cli.values import split_values
+from llama_surgery.cli.options import split_values
 from llama_surgery.config import SurgeryConfig
 
 #: Steps of learning, unless told otherwise: what docs/learning.md was measured with.

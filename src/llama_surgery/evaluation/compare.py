@@ -108,12 +108,15 @@ class Comparison:
         def made(name: str) -> Form:
             if name in self._topologies:
                 topology, routers = self._topologies[name]
+                title = f"pages, tile {topology.tile}{', learned' * (name == LEARNED)} (this package)"
                 return PagesForm(
-                    name, topology, model, tokenizer, texts=calibration, ids=few, routers=routers
-                )
+                    name, title, config=topology, routers=routers, model=model, tokenizer=tokenizer,
+                    texts=calibration, ids=few,
+                )  # fmt: skip
             if name == DENSE:
                 return Form()
-            return PeerForm(name, PEERS[name], model, ids=few, training=training)
+            peer = PEERS[name]
+            return PeerForm(name, peer.title, peer.ahead, peer=peer, model=model, ids=few, training=training)
 
         self._forms = {name: made(name) for name in there if rules is None or name in (DENSE, *rules)}
         machine = environment(model)

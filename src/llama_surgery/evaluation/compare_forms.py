@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -17,7 +18,6 @@ from llama_surgery.evaluation.kept import found_parts, with_parts
 from llama_surgery.evaluation.logits import read_windows
 from llama_surgery.evaluation.peers.executor import running
 from llama_surgery.evaluation.peers.registry import Learned, Peer
-from llama_surgery.evaluation.peers.rule import Rule
 from llama_surgery.surgery import operate as surgery
 from llama_surgery.surgery.operation import routers_of
 from llama_surgery.topology.router import PageRouter
@@ -57,140 +57,113 @@ class Form:
         yield {"prefill": 1.0, "decode": 1.0}
 
 
+@dataclasses.dataclass(kw_only=True)
 class PeerForm(Form):
     """A peer's rule.
 
-    Args:
-        name: Key of :data:`~llama_surgery.evaluation.peers.registry.PEERS`.
-        peer: The rule.
+    Attributes:
         model: A dense model.
         ids: (windows, length) int64, calibration windows that densities are measured on.
         training: (windows, length) int64, calibration windows for rules that learn.
+        probes: Density at each value of the knob that was tried.
     """
 
-    def __init__(
-        self, name: str, peer: Peer, model: nn.Module, *, ids: torch.Tensor, training: torch.Tensor
-    ) -> None:
-        self.name, self.title, self.ahead = name, peer.title, peer.ahead
-        self._peer, self._model, self._ids, self._training = peer, model, ids, training
-        self._learned: Learned | None = None
-        self._probes: dict[float, float] = {}
+    peer: Peer
+    model: nn.Module
+    ids: torch.Tensor
+    training: torch.Tensor
+    probes: dict[float, float] = dataclasses.field(default_factory=dict)
+
+    @functools.cached_property
+    def learned(self) -> Learned:
+        """What the rule learns of calibration text."""
+        return {} if self.peer.learn is None else self.peer.learn(self.model, self.training)
 
     def floor(self) -> float:
         return self._density(self._number(0.0))
 
     def setting(self, density: float) -> dict[str, Any]:
         x = solve(lambda x: self._density(self._number(x)), density)
-        return {"knob": self._peer.knob, "number": self._number(x)}
+        return {"knob": self.peer.knob, "number": self._number(x)}
 
     @contextlib.contextmanager
     def running(self, setting: dict[str, Any]) -> Iterator[Densities]:
         densities: Densities = {}
-        with running(self._model, self._rule(setting["number"])) as count:
+        with running(self.model, self.peer.make(setting["number"], self.learned)) as count:
             yield densities
         densities.update(count.densities())
 
     def _number(self, x: float) -> float:
-        return self._peer.number(x, self._ids.shape[1], self._tensors())
-
-    def _rule(self, number: float) -> Rule:
-        return self._peer.make(number, self._tensors())
+        return self.peer.number(x, self.ids.shape[1], self.learned)
 
     def _density(self, number: float) -> float:
-        if number not in self._probes:
-            with running(self._model, self._rule(number)) as count:
-                read_windows(self._model, self._ids)
-            self._probes[number] = count.densities()["prefill"]
-        return self._probes[number]
-
-    def _tensors(self) -> Learned:
-        if self._learned is None:
-            learn = self._peer.learn
-            self._learned = {} if learn is None else learn(self._model, self._training)
-        return self._learned
+        if number not in self.probes:
+            with self.running({"number": number}) as densities:
+                read_windows(self.model, self.ids)
+            self.probes[number] = densities["prefill"]
+        return self.probes[number]
 
 
+@dataclasses.dataclass(kw_only=True)
 class PagesForm(Form):
     """This package's own topology.
 
-    Args:
-        name: In file names and options.
+    Attributes:
         config: The topology; thresholds, and budgets by head, are set for each density.
+        routers: Learned corrections by layer index.
         model: A dense model.
         texts: Calibration text.
         ids: (windows, length) int64, calibration windows that the floor is measured on.
-        routers: Learned corrections by layer index.
     """
 
-    def __init__(
-        self,
-        name: str,
-        config: SurgeryConfig,
-        model: nn.Module,
-        tokenizer: PreTrainedTokenizerBase,
-        *,
-        texts: Sequence[str],
-        ids: torch.Tensor,
-        routers: Mapping[int, PageRouter] | None = None,
-    ) -> None:
-        learned = "" if routers is None else ", learned"
-        self.name, self.title = name, f"pages, tile {config.tile}{learned} (this package)"
-        self._config, self._model, self._tokenizer = config, model, tokenizer
-        self._routers = routers
-        self._texts, self._ids = list(texts), ids
-        self._measured: tuple[float, float] | None = None
+    config: SurgeryConfig
+    routers: Mapping[int, PageRouter] | None
+    model: nn.Module
+    tokenizer: PreTrainedTokenizerBase
+    texts: Sequence[str]
+    ids: torch.Tensor
 
     def floor(self) -> float:
-        return self._floor()[0]
+        return self.least[0]
 
-    def setting(self, density: float) -> dict[str, Any]:
-        total, fixed = self._floor()
-        # What is always open varies a little from text to text: just above it nothing can be aimed at.
-        if density >= 1 or density - fixed < 1.1 * (total - fixed):
-            # No share exceeds 1, nor does a threshold that calibration sets; and every share exceeds 0.
-            return self._with_theta(0.0 if density >= 1 else 1.0).to_dict()
-        with self._operated(
-            self._config,
-            density=density - fixed,
-            decode_density=density - fixed,  # rules of others choose in decode steps too
-            text=self._texts,
-            tokenizer=self._tokenizer,
-            length=self._ids.shape[1],
-        ):
-            found = surgery.config_of(self._model).to_dict()
-            return {**found, "routers": found_parts(routers_of(self._model))}
-
-    @contextlib.contextmanager
-    def running(self, setting: dict[str, Any]) -> Iterator[Densities]:
-        densities: Densities = {}
-        config = SurgeryConfig.from_dict({name: setting[name] for name in setting if name != "routers"})
-        routers = self._routers
-        if "routers" in setting:
-            routers = with_parts(routers, setting["routers"])
-        with surgery.operated(self._model, config, routers=routers), phases(self._model) as found:
-            yield densities
-        densities.update((phase, read["total_density"]) for phase, read in found.items())
-
-    def _floor(self) -> tuple[float, float]:
+    @functools.cached_property
+    def least(self) -> tuple[float, float]:
         """Total density at θ = 1, and without the far field.
 
         Nothing is opened then but the page of the first token, and what a head with a negative learned offset
         opens all the same.
         """
-        if self._measured is None:
-            with self._operated(self._with_theta(1.0)):
-                read_windows(self._model, self._ids)
-                read = surgery.statistics(self._model)
-            self._measured = read.total_density, read.total_density - read.far_density
-        return self._measured
+        with surgery.operated(self.model, self._with_theta(1.0), routers=self.routers):
+            read_windows(self.model, self.ids)
+            read = surgery.statistics(self.model)
+        return read.total_density, read.total_density - read.far_density
 
-    def _operated(
-        self, config: SurgeryConfig, **arguments: Any
-    ) -> contextlib.AbstractContextManager[nn.Module]:
-        return surgery.operated(self._model, config, routers=self._routers, **arguments)
+    def setting(self, density: float) -> dict[str, Any]:
+        total, fixed = self.least
+        # What is always open varies a little from text to text: just above it nothing can be aimed at.
+        if density >= 1 or density - fixed < 1.1 * (total - fixed):
+            # No share exceeds 1, nor does a threshold that calibration sets; and every share exceeds 0.
+            return self._with_theta(0.0 if density >= 1 else 1.0).to_dict()
+        # Rules of others choose in decode steps too.
+        far = {"density": density - fixed, "decode_density": density - fixed, "length": self.ids.shape[1]}
+        given = {"routers": self.routers, "text": list(self.texts), "tokenizer": self.tokenizer, **far}
+        with surgery.operated(self.model, self.config, **given):
+            found = surgery.config_of(self.model).to_dict()
+            return {**found, "routers": found_parts(routers_of(self.model))}
+
+    @contextlib.contextmanager
+    def running(self, setting: dict[str, Any]) -> Iterator[Densities]:
+        densities: Densities = {}
+        values, routers = dict(setting), self.routers
+        if "routers" in values:
+            routers = with_parts(routers, values.pop("routers"))
+        config = SurgeryConfig.from_dict(values)
+        with surgery.operated(self.model, config, routers=routers), phases(self.model) as found:
+            yield densities
+        densities.update((phase, read["total_density"]) for phase, read in found.items())
 
     def _with_theta(self, theta: float) -> SurgeryConfig:
-        return dataclasses.replace(self._config, theta=theta, theta_decode=theta)
+        return dataclasses.replace(self.config, theta=theta, theta_decode=theta)
 
 
 def solve(density: Callable[[float], float], target: float) -> float:

@@ -1,25 +1,28 @@
-"""Reading what the report shows out of an operated model."""
+"""What the report shows beside an evaluation: a tree of an operated model, times of decode steps."""
 
+import statistics
+import time
 from typing import Any
 
 import torch
 
+from llama_surgery.config import SurgeryConfig
 from llama_surgery.errors import SurgeryError, TextError
 from llama_surgery.report.tree import HeadTree
 from llama_surgery.surgery.cache import PagedLayer
 from llama_surgery.surgery.compat import CACHE_NAME
+from llama_surgery.surgery.operate import operated
 from llama_surgery.surgery.operation import config_of, paged_cache
+from llama_surgery.surgery.progress import Progress
 from llama_surgery.surgery.supported import inner_model
+from llama_surgery.text import windows as cut_windows
+
+#: Decode steps that are timed, after a few that are not.
+STEPS, WARM_UP = 24, 4
 
 
 def head_tree(model: torch.nn.Module, tokenizer: Any, text: str, *, layer: int, kv_head: int) -> HeadTree:
-    """Run an operated model over the first chunk of ``text`` and read one head's tree.
-
-    Args:
-        model: An operated model.
-        text: At least ``chunk_size`` tokens.
-        layer: An operated layer.
-        kv_head: One of its KV heads.
+    """Run an operated model over the first chunk of ``text`` and read the tree of one head of a layer.
 
     Raises:
         SurgeryError: The model is not operated, or there is no such layer or head.
@@ -34,13 +37,13 @@ def head_tree(model: torch.nn.Module, tokenizer: Any, text: str, *, layer: int, 
             f"{config.chunk_size}. Give a longer text."
         )
     cache = paged_cache(model)
-    operated = {i: c for i, c in enumerate(cache.layers) if isinstance(c, PagedLayer)}
-    if layer not in operated:
-        raise SurgeryError(f"layer={layer} is not operated. Operated are {list(operated)}.")
+    layers = {i: c for i, c in enumerate(cache.layers) if isinstance(c, PagedLayer)}
+    if layer not in layers:
+        raise SurgeryError(f"layer={layer} is not operated. Operated are {list(layers)}.")
     with torch.inference_mode():
         row = torch.tensor([ids], device=inner.device)
         inner(row, use_cache=True, logits_to_keep=1, **{CACHE_NAME: cache})
-    layout = operated[layer].stores[0].layout
+    layout = layers[layer].stores[0].layout
     assert layout is not None  # a full chunk was read
     order = layout.order  # (kv_heads, chunks, chunk_size)
     if not 0 <= kv_head < order.shape[0]:
@@ -61,3 +64,51 @@ def _tokens(tokenizer: Any, text: str, count: int) -> tuple[list[int], list[str]
         pieces.append(text[max(start, end) : stop])
         end = max(end, stop)
     return coded["input_ids"][:count], pieces
+
+
+def besides(
+    model: Any,
+    tokenizer: Any,
+    result: Any,
+    configs: dict[str, SurgeryConfig],
+    routers: dict[str, Any],
+    texts: list[str],
+    progress: Progress,
+) -> dict[str, Any]:
+    """What a report shows beside an evaluation's ``result``: times of decode steps, and a head's tree."""
+    ids = cut_windows(tokenizer, texts, result.length, 1, result.seed)
+    progress("decode times", 0, 1 + len(configs))
+    decode, trees = {"dense": decode_ms(model, ids)}, []
+    for number, (name, config) in enumerate(configs.items(), start=1):
+        progress("decode times", number, 1 + len(configs))
+        with operated(model, config, routers=routers.get(name)):
+            decode[name] = decode_ms(model, ids)
+            if number == 1 and config.topology == "pages":
+                layer, head = _busiest(result.operated[0].density["by_layer"])
+                trees.append(head_tree(model, tokenizer, texts[0], layer=layer, kv_head=head))
+    progress("decode times", 1 + len(configs), 1 + len(configs))
+    return {"decode_ms": decode, "trees": trees}
+
+
+def decode_ms(model: Any, ids: torch.Tensor) -> float:
+    """Median milliseconds of a decode step after ``ids`` (1, length)."""
+    ids = ids.to(model.device)
+    last = STEPS + WARM_UP
+    times = []
+    with torch.inference_mode():
+        state = model(ids[:, :-last], use_cache=True, logits_to_keep=1)
+        cache = state[CACHE_NAME]
+        for position in range(ids.shape[1] - last, ids.shape[1]):
+            start = time.perf_counter()
+            model(ids[:, position : position + 1], use_cache=True, **{CACHE_NAME: cache})
+            if model.device.type == "cuda":
+                torch.cuda.synchronize()
+            times.append(time.perf_counter() - start)
+    return 1000 * statistics.median(times[WARM_UP:])
+
+
+def _busiest(by_layer: dict[int, dict[str, Any]]) -> tuple[int, int]:
+    """Layer and KV head with the highest far density."""
+    heads = [(d, layer, head) for layer, v in by_layer.items() for head, d in enumerate(v["far_density"])]
+    _, layer, head = max(heads)
+    return layer, head
