@@ -4,7 +4,8 @@ import pytest
 from tests.report.test_frontier import POINT
 
 from llama_surgery.report import figures
-from llama_surgery.report.figures import NeedleCell, page_name
+from llama_surgery.report.figures import NeedleCell
+from llama_surgery.report.tree import page_name
 
 
 @pytest.mark.parametrize(("page", "name"), [(0, "A"), (25, "Z"), (26, "AA"), (51, "AZ"), (52, "BA")])

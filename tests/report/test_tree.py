@@ -7,8 +7,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import llama_surgery
 from llama_surgery.errors import SurgeryError, TextError
 from llama_surgery.report.extract import head_tree
-from llama_surgery.report.forest import forest_view, page_colours
-from llama_surgery.report.tree import HeadTree
+from llama_surgery.report.tree import HeadTree, forest_view, page_colours
 from llama_surgery.surgery.compat import CACHE_NAME
 
 #: Four pages of two tokens; "b" and "g" share page B, and so on.

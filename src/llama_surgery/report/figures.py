@@ -184,16 +184,6 @@ def position_perplexity(
         return to_svg(fig, "Perplexity by position in the window, dense and operated")
 
 
-def page_name(page: int) -> str:
-    """A … Z, AA, AB …: what the report calls the pages of a chunk."""
-    letters = ""
-    page += 1
-    while page:
-        page, digit = divmod(page - 1, 26)
-        letters = chr(ord("A") + digit) + letters
-    return letters
-
-
 def _heat(panel: Axes, values: Sequence[Sequence[float | None]], texts: list[list[str]], top: float) -> Any:
     shown = [[float("nan") if v is None else v for v in row] for row in values]
     panel.set_facecolor(PALE)  # where nothing was measured: not to be taken for zero

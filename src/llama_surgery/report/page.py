@@ -11,9 +11,8 @@ from llama_surgery import __version__
 from llama_surgery.errors import SurgeryError
 from llama_surgery.files import write_atomically
 from llama_surgery.report import figures, summary
-from llama_surgery.report.forest import forest_view
 from llama_surgery.report.frontier import FrontierPoint, pareto, read_frontier
-from llama_surgery.report.tree import HeadTree
+from llama_surgery.report.tree import HeadTree, forest_view
 
 #: Depths share a row of the needle grid until its cells hold this many prompts on average.
 _PROMPTS_PER_CELL = 1.5
