@@ -46,7 +46,7 @@ def test_nothing_of_a_model_is_written_over(
     def load(*_: object) -> None:
         raise AssertionError("refused only after the model was loaded")
 
-    for module in ("operate", "learn", "evaluate", "export_topology", "demo"):
+    for module in ("operate", "learn", "evaluate", "export", "demo"):
         monkeypatch.setattr(sys.modules[f"llama_surgery.cli.{module}"], "load_model", load)
     before = contents(copy)
     given = [argument.replace("MODEL", str(copy)).replace("TEXT", str(text)) for argument in arguments]

@@ -39,8 +39,7 @@ class Reading:
         seconds: Of every piece.
         answers: To the facts' questions.
         step: Milliseconds of a token that is written.
-        far: Share of all (query, key) pairs that was read of the far field.
-        total: The same of everything.
+        far, total: Shares of all (query, key) pairs that were read, of the far field and of everything.
     """
 
     perplexity: float = math.nan
@@ -49,6 +48,10 @@ class Reading:
     step: float = math.nan
     far: float = 1.0
     total: float = 1.0
+
+    def right(self, facts: list[Fact]) -> list[bool]:
+        """Which answers begin with the planted value."""
+        return [answer.startswith(fact.value) for answer, fact in zip(self.answers, facts, strict=True)]
 
 
 def demo(
@@ -113,20 +116,14 @@ def demo(
 def read(
     model: Any, tokenizer: Any, ids: "torch.Tensor", facts: list[Fact], reading: Reading
 ) -> "Iterator[tuple[int, int]]":
-    """One prefill, in pieces; then every question after it, each on the same cache.
-
-    Args:
-        model: Dense or operated.
-        ids: (1, length) int64.
-        facts: What to ask.
-        reading: Filled.
+    """One prefill of (1, length) int64, in pieces; then every question after it, each on the same cache.
 
     Yields:
         Before every piece, question and timed token: how many are done, and how many there are in all.
     """
     import torch
 
-    from llama_surgery.evaluation.generation import greedy_config
+    from llama_surgery.evaluation.generation import greedy_config, timed_call
     from llama_surgery.evaluation.logits import Head
     from llama_surgery.evaluation.perplexity import token_nll
     from llama_surgery.surgery.compat import cache_name
@@ -134,18 +131,17 @@ def read(
     from llama_surgery.surgery.operation import statistics as what_was_read
     from llama_surgery.text import encode
 
-    head, cache, steps = Head(model, ids[0]), None, []
+    head, cache, ids, steps = Head(model, ids[0]), None, ids.to(model.device), []
     if is_operated(model):
         reset_statistics(model)
     states: list[torch.Tensor] = []
-    pieces = ids.to(model.device).split(PIECE, 1)
+    pieces = ids.split(PIECE, 1)
     parts = len(pieces) + len(facts) + STEPS
     hook = model.get_decoder().register_forward_hook(lambda *called: states.append(called[2][0]))
     for number, piece in enumerate(pieces):
         yield number, parts
-        began = time.perf_counter()
-        cache = _called(model, piece, cache)
-        reading.seconds.append(time.perf_counter() - began)
+        cache, seconds = timed_call(model, piece, cache)
+        reading.seconds.append(seconds)
     hook.remove()
     if is_operated(model):
         found = what_was_read(model)
@@ -154,101 +150,68 @@ def read(
     for number, fact in enumerate(facts, start=len(pieces)):
         yield number, parts
         asked = torch.tensor([encode(tokenizer, f"\n\n{fact.question}")], device=model.device)
-        prompt = torch.cat([ids.to(model.device), asked], 1)
-        written = model.generate(
-            prompt, generation_config=greedy_config(model, ANSWER), **{cache_name(model): cache}
-        )
-        answer = tokenizer.decode(written[0, prompt.shape[1] :], skip_special_tokens=True)
-        reading.answers.append(answer.strip())
+        prompt = torch.cat([ids, asked], 1)
+        given = {"generation_config": greedy_config(model, ANSWER), cache_name(model): cache}
+        written = model.generate(prompt, **given)[0, prompt.shape[1] :]
+        reading.answers.append(tokenizer.decode(written, skip_special_tokens=True).strip())
         cache.crop(ids.shape[1] - cache.get_seq_length())  # below 0: so many are removed
-    for number, token in enumerate(ids[0, :STEPS].to(model.device), start=parts - STEPS):
+    for number, token in enumerate(ids[0, :STEPS], start=parts - STEPS):
         yield number, parts
-        began = time.perf_counter()
-        _called(model, token[None, None], cache)
-        steps.append(1000 * (time.perf_counter() - began))
+        steps.append(1000 * timed_call(model, token[None, None], cache)[1])
     reading.step = statistics.median(steps)
     yield parts, parts
 
 
-def _called(model: Any, ids: "torch.Tensor", cache: Any) -> Any:
-    """The cache after a call, which is waited for on a GPU too."""
-    from llama_surgery.surgery.compat import CACHE_NAME, cache_name
-
-    given = {} if cache is None else {cache_name(model): cache}
-    called = model(ids, use_cache=True, logits_to_keep=1, **given)
-    called.logits.sum().item()
-    return called[CACHE_NAME]
-
-
-def right(reading: Reading, facts: list[Fact]) -> list[bool]:
-    """Which answers begin with the planted value."""
-    return [answer.startswith(fact.value) for answer, fact in zip(reading.answers, facts, strict=True)]
-
-
 def _summary(dense: Reading, operated: Reading, facts: list[Fact]) -> Table:
-    found, kept = right(dense, facts), right(operated, facts)
+    found, kept = dense.right(facts), operated.right(facts)
     both = sum(one and other for one, other in zip(found, kept, strict=True))
-    ratio, gain = operated.perplexity / dense.perplexity, sum(dense.seconds) / sum(operated.seconds)
+    ratio = operated.perplexity / dense.perplexity
+    before, after = sum(dense.seconds), sum(operated.seconds)
     rows = (
         ("read of all (query, key) pairs", "100%", f"{operated.total:.1%}", f"{operated.far:.1%} far away"),
         ("perplexity", f"{dense.perplexity:.2f}", f"{operated.perplexity:.2f}", f"× {ratio:.3f}"),
         ("facts found", str(sum(found)), str(sum(kept)), f"{both} of the dense model's {sum(found)}"),
-        (
-            "reading, seconds",
-            f"{sum(dense.seconds):.1f}",
-            f"{sum(operated.seconds):.1f}",
-            f"{gain:.2f} × as fast",
-        ),
+        ("reading, seconds", f"{before:.1f}", f"{after:.1f}", f"{before / after:.2f} × as fast"),
         ("a written token, ms", f"{dense.step:.0f}", f"{operated.step:.0f}", "both read everything"),
     )
     return make_table("", ("", "dense", "operated", ""), rows)
 
 
 def _questions(dense: Reading, operated: Reading, facts: list[Fact]) -> Table:
-    table = Table(title="What the dense model found, and what the operated one says", title_justify="left")
-    for name in ("question", "planted at", "dense", "operated", ""):
-        table.add_column(name)
-    found, kept = right(dense, facts), right(operated, facts)
-    for index, fact in enumerate(facts):
-        said = [escape(reading.answers[index].partition(".")[0].strip()) for reading in (dense, operated)]
-        verdict = (
-            ("won" if kept[index] else "neither") if not found[index] else "kept" if kept[index] else "MISSED"
-        )
-        table.add_row(escape(fact.question.split("?")[0] + "?"), f"{fact.depth:.0%}", *said, verdict)
+    table = Table(
+        *("question", "planted at", "dense", "operated", ""),
+        title="What the dense model found, and what the operated one says",
+        title_justify="left",
+    )
+    verdicts = {(1, 1): "kept", (1, 0): "MISSED", (0, 1): "won", (0, 0): "neither"}
+    answers = zip(dense.answers, operated.answers, strict=True)
+    right = zip(dense.right(facts), operated.right(facts), strict=True)
+    for fact, pair, won in zip(facts, answers, right, strict=True):
+        said = [escape(answer.partition(".")[0].strip()) for answer in pair]
+        question = escape(fact.question.split("?")[0] + "?")
+        table.add_row(question, f"{fact.depth:.0%}", *said, verdicts[won])
     return table
 
 
 def pays(dense: list[float], operated: list[float], length: int) -> str:
-    """How fast the text was read and, where slower than dense, from where on it pays, by lines through times.
+    """How fast the text was read and, where slower than dense, from where on it pays.
 
-    Args:
-        dense: Seconds of pieces of equal length.
-        operated: The same.
-        length: Tokens of all.
+    That is told by lines through the seconds of pieces of equal length, of a text of ``length`` tokens.
     """
     ratio = sum(dense) / sum(operated)
     told = f"The text was read {ratio:.2f} × as fast as by the dense model"
     if ratio >= 1:
         return f"{told}."
-    (start, slope), (more, rise) = (_line(times) for times in (dense, operated))
-    meets = (more - start) / (slope - rise) if slope > rise else math.inf
+    # Lines over the middles of pieces, but the first: what is loaded and set up falls into it.
+    middles = [index + 0.5 for index in range(1, len(dense))]
+    before, after = (statistics.linear_regression(middles, times[1:]) for times in (dense, operated))
+    gain = before.slope - after.slope
+    meets = (after.intercept - before.intercept) / gain if gain > 0 else math.inf
     why = f"{told}: choosing pages took longer than they saved."
     if not 0 < meets < math.inf:
         return f"{why} The times do not say from which length on it pays: 'llama-surgery doctor' measures it."
     token = round(meets * length / len(dense) / 1000) * 1000
     return f"{why} By lines through the times, pieces are read faster from some {token:,} tokens on."
-
-
-def _line(times: list[float]) -> tuple[float, float]:
-    """Least squares over the middles of pieces: value at the text's begin, and rise per piece.
-
-    The first piece is left out: what is loaded and set up falls into it.
-    """
-    at = [index + 0.5 for index in range(1, len(times))]
-    middle, mean = sum(at) / len(at), sum(times[1:]) / len(at)
-    rise = sum((x - middle) * (y - mean) for x, y in zip(at, times[1:], strict=True))
-    rise /= sum((x - middle) ** 2 for x in at)
-    return mean - rise * middle, rise
 
 
 def demo_folder() -> Path:

@@ -28,12 +28,9 @@ FACTS, SEED = 16, 0
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """A model, and the text that it reads in the demo.
+    """The folder of a model, and numbers of the facts that are asked for: some that the dense one finds.
 
-    Attributes:
-        name: Of the model, and of its thresholds' folder in ``demo/adapters``.
-        model: Folder of the checkpoint.
-        asked: Numbers of the facts that are asked for: some that the dense model finds.
+    ``name`` is that of its thresholds' folder in ``demo/adapters``, too.
     """
 
     name: str
@@ -43,13 +40,7 @@ class Case:
 
 @dataclasses.dataclass(frozen=True)
 class Fact:
-    """A planted sentence and its question.
-
-    Attributes:
-        depth: Where in the text it stands, 0 … 1.
-        question: What is asked, to the last word before the value.
-        value: What must come next.
-    """
+    """A sentence planted at ``depth``, 0 … 1, a question to the last word before the value, and that."""
 
     depth: float
     question: str
@@ -80,14 +71,13 @@ def fetch(case: Case) -> bool:
 
             unpack(file, Path(temporary) / "model")
             os.replace(Path(temporary) / "model", target)
+        return True
     except (OSError, subprocess.SubprocessError, zipfile.BadZipFile, SurgeryError) as error:
         last = (getattr(error, "stderr", None) or str(error)).strip().splitlines()
         why = escape(last[-1] if last else "no answer")
-        err.print(
-            f"{case.name} cannot be had ({why}): the repository's model takes its place.", soft_wrap=True
-        )
+        told = f"{case.name} cannot be had ({why}): the repository's model takes its place."
+        err.print(told, soft_wrap=True)
         return False
-    return True
 
 
 def _download(folder: Path) -> Path:

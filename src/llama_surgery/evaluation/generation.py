@@ -1,6 +1,7 @@
 """Greedy generation through a model's own ``generate()``."""
 
 import contextlib
+import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -10,6 +11,7 @@ from torch import nn
 from transformers import GenerationConfig, LogitsProcessor, StoppingCriteria
 
 from llama_surgery.surgery import operate as surgery
+from llama_surgery.surgery.compat import CACHE_NAME, cache_name
 from llama_surgery.surgery.supported import inner_model
 
 
@@ -83,6 +85,15 @@ def continue_greedily(
         stop = next((number for number, token in enumerate(row, start=1) if token in ends), len(row))
         rows.append(row[: min(stop, len(row) if until is None else until.ends.get(index, len(row)))])
     return rows
+
+
+def timed_call(model: Any, ids: torch.Tensor, cache: Any = None) -> tuple[Any, float]:
+    """The cache behind tokens (1, length), and the seconds that reading them took, awaited on a GPU too."""
+    given = {} if cache is None else {cache_name(model): cache}
+    began = time.perf_counter()
+    called = model(input_ids=ids, use_cache=True, logits_to_keep=1, **given)
+    called.logits.sum().item()
+    return called[CACHE_NAME], time.perf_counter() - began
 
 
 def end_tokens(model: nn.Module) -> set[int]:

@@ -1,13 +1,13 @@
 """What the report shows beside an evaluation: a tree of an operated model, times of decode steps."""
 
 import statistics
-import time
 from typing import Any
 
 import torch
 
 from llama_surgery.config import SurgeryConfig
 from llama_surgery.errors import SurgeryError, TextError
+from llama_surgery.evaluation.generation import timed_call
 from llama_surgery.report.tree import HeadTree
 from llama_surgery.surgery.cache import PagedLayer
 from llama_surgery.surgery.compat import CACHE_NAME
@@ -92,18 +92,10 @@ def besides(
 
 def decode_ms(model: Any, ids: torch.Tensor) -> float:
     """Median milliseconds of a decode step after ``ids`` (1, length)."""
-    ids = ids.to(model.device)
-    last = STEPS + WARM_UP
-    times = []
+    prompt, *steps = ids.to(model.device).split([ids.shape[1] - STEPS - WARM_UP, *[1] * (STEPS + WARM_UP)], 1)
     with torch.inference_mode():
-        state = model(ids[:, :-last], use_cache=True, logits_to_keep=1)
-        cache = state[CACHE_NAME]
-        for position in range(ids.shape[1] - last, ids.shape[1]):
-            start = time.perf_counter()
-            model(ids[:, position : position + 1], use_cache=True, **{CACHE_NAME: cache})
-            if model.device.type == "cuda":
-                torch.cuda.synchronize()
-            times.append(time.perf_counter() - start)
+        cache, _ = timed_call(model, prompt)
+        times = [timed_call(model, step, cache)[1] for step in steps]
     return 1000 * statistics.median(times[WARM_UP:])
 
 
