@@ -77,7 +77,7 @@ def test_what_is_finished_is_kept_and_read_again(
     first = run(*command)
     assert first.exit_code == 0, first.output
     for part in ("evaluate", "long_generation"):
-        monkeypatch.setattr(f"llama_surgery.evaluation.{part}.{part}", None)
+        monkeypatch.setattr(f"llama_surgery.cli.evaluate_parts.{part}", None)
     assert json.loads(run(*command).stdout) == json.loads(first.stdout)
     with (tmp_path / "out" / "results.csv").open(encoding="utf-8") as file:
         assert [row["name"] for row in csv.DictReader(file)] == ["dense", "T = 16"]

@@ -3,16 +3,18 @@
 import functools
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 
-from llama_surgery.cli import options, tables
+from llama_surgery.cli import options
 from llama_surgery.cli.common import Dtype, load_model, topology_of
-from llama_surgery.cli.console import err, out, print_json, progress
-from llama_surgery.cli.evaluate_parts import Parts
+from llama_surgery.cli.console import err, progress
 from llama_surgery.cli.options import TOKENS, split_values, token_counts
 from llama_surgery.cli.topology import config_for, topology_options
+
+if TYPE_CHECKING:
+    from llama_surgery.evaluation.ruler.materials import Materials
 
 #: Exit code of a gate that does not let pass.
 CLOSED = 3
@@ -166,7 +168,6 @@ def evaluate(
     ):
         if idle := [name for name, value in given.items() if value is not None and not asked]:
             raise typer.BadParameter(f"{', '.join(idle)}: give {needed} too.")
-    tiles = dict.fromkeys([tile, *(also_tile or [])])
     from llama_surgery.evaluation.needle_facts import PLAIN, VARIANTS, check_variants
     from llama_surgery.evaluation.verdict import read_limits
     from llama_surgery.text import read_texts, split_texts
@@ -174,10 +175,36 @@ def evaluate(
     variants = list(dict.fromkeys(needle_variant or (["all"] if against else [PLAIN])))
     variants = list(VARIANTS) if "all" in variants else variants
     check_variants(variants)
+    configs = {f"T = {t}": config_for(settings, t) for t in [tile, *(also_tile or [])]}
+    texts = [] if text is None else read_texts(text)
+    calibration = [] if calibration_text is None else read_texts(calibration_text)
+    limits = None if gate is None else read_limits(gate)
+    ruler_lengths = token_counts(ruler_length or [str(length)])
+    if ruler:
+        asked_of = _read_ruler(split_values(ruler_task or []), {"qa_1": qa_1, "qa_2": qa_2}, haystack)
+    if (against or density is not None) and not calibration:
+        calibration, texts = split_texts(texts)
+    if tf32:
+        import torch
+
+        torch.set_float32_matmul_precision("high")
+    longest = max([length, *(needle_length or [])])
+    llm, tokenizer = load_model(model, device, dtype, adapter=adapter, longest=longest)
+    from llama_surgery.cli.evaluate_parts import Parts, write_and_print
+
+    learned = None if adapter is None else topology_of(llm, adapter)
+    routers: dict[str, Any] = {}
+    if learned is not None and not against:
+        name = f"T = {learned[0].tile}"
+        configs, routers = {name: learned[0]}, {name: learned[1]}
     parts = Parts(
-        configs={f"T = {t}": config_for(settings, t) for t in tiles},
-        texts=[] if text is None else read_texts(text),
-        calibration=[] if calibration_text is None else read_texts(calibration_text),
+        model=llm,
+        tokenizer=tokenizer,
+        folder=out_folder,
+        configs=configs,
+        routers=routers,
+        texts=texts,
+        calibration=calibration,
         length=length,
         windows=windows,
         needles=needles,
@@ -186,32 +213,14 @@ def evaluate(
         batch=batch,
         seed=seed,
         deadline=None if seconds is None else began + seconds,
+        conditions={
+            name: path.resolve().name  # where a text lies on one machine says nothing on another
+            for name, path in (("text", text), ("adapter", adapter), ("calibration text", calibration_text))
+            if path is not None
+        },
     )
-    limits = None if gate is None else read_limits(gate)
-    ruler_lengths = token_counts(ruler_length or [str(length)])
     if ruler:
-        parts.read_ruler(split_values(ruler_task or []), {"qa_1": qa_1, "qa_2": qa_2}, haystack)
-    if (against or density is not None) and not parts.calibration:
-        parts.calibration, parts.texts = split_texts(parts.texts)
-    if tf32:
-        import torch
-
-        torch.set_float32_matmul_precision("high")
-    longest = max([length, *(needle_length or [])])
-    parts.load(*load_model(model, device, dtype, adapter=adapter, longest=longest), out_folder)
-    parts.conditions = {
-        name: path.resolve().name  # where a text lies on one machine says nothing on another
-        for name, path in (("text", text), ("adapter", adapter), ("calibration text", calibration_text))
-        if path is not None
-    }
-    learned = None
-    if adapter is not None:
-        learned = topology_of(parts.model, adapter)
-        if not against:
-            name = f"T = {learned[0].tile}"
-            parts.configs, parts.routers = {name: learned[0]}, {name: learned[1]}
-    if ruler:
-        parts.prepare_ruler(ruler_lengths, ruler_samples, chat)
+        parts.prepare_ruler(*asked_of, ruler_lengths, ruler_samples, chat)
     with progress() as parts.tell:
         if density is not None:
             parts.calibrate(density, decode_density)
@@ -228,57 +237,25 @@ def evaluate(
             parts.answer_tasks(lm_eval.split(","), lm_eval_include, lm_eval_limit, lm_eval_shots)
     if limits is not None:
         parts.judge(limits)
-    write_and_print(parts, out_folder, json)
+    write_and_print(parts, json)
     if limits is not None and parts.results["gate"]["verdict"] != "kept":
         raise typer.Exit(CLOSED)
 
 
-#: What a verdict means.
-VERDICTS = {
-    "kept": "Kept: every loss is within its limit, bounds included, at what was measured.",
-    "exceeded": "Exceeded: some loss is beyond its limit, even at the favourable end of its interval.",
-    "open": "Open: some interval reaches across its limit, or something was not measured.",
-}
+def _read_ruler(
+    tasks: list[str], questions: dict[str, Path | None], haystack: Path | None
+) -> "tuple[Materials, list[str]]":
+    """What RULER's samples are made of, and its tasks."""
+    from llama_surgery.evaluation.ruler.materials import Materials
+    from llama_surgery.evaluation.ruler.questions import read_questions
+    from llama_surgery.evaluation.ruler.tasks import READING, TASKS, task_of
+    from llama_surgery.text import read_texts
 
-
-def write_and_print(parts: Parts, folder: Path | None, json: bool) -> None:
-    """Write results, tables and the figure of a comparison, and show them."""
-    from llama_surgery.files import write_atomically, write_csv, write_json
-    from llama_surgery.report.comparison import comparison
-
-    results = parts.results
-    if folder is not None:
-        write_json(folder / "results.json", results)
-        for name, rows in parts.rows.items():
-            write_csv(folder / f"{name}.csv", rows)
-        if "against" in results:
-            svg = comparison(results["against"]["rows"])
-            write_atomically(folder / "comparison.svg", lambda path: path.write_text(svg, encoding="utf-8"))
-    if json:
-        print_json(results)
-        return
-    shown: list[Any] = []
-    if "dense" in results:
-        shown.append(tables.summary_table(results))
-        harder = results["needles"] and len(parts.needle_variants) > 1
-        shown += [tables.needle_table(results)] if harder else []
-        shown += [tables.continuation_table(results)] if "continuations" in results else []
-    if parts.ruler is not None:
-        lengths = parts.ruler.settings["lengths"]
-        shown += [
-            tables.ruler_table(parts.ruler, n) for n in (*lengths, *([None] if len(lengths) > 1 else []))
-        ]
-    shown += [tables.tasks_table(name, found) for name, found in results.get("lm_eval", {}).items()]
-    if "against" in results:
-        shown.append(tables.comparison_table(results["against"]))
-    if "gate" in results:
-        shown.append(tables.gate_table(results["gate"]))
-    for table in shown:
-        out.print(table)
-    if "gate" in results:
-        out.print(f"[bold]{VERDICTS[results['gate']['verdict']]}[/]", soft_wrap=True, highlight=False)
-    unfinished = parts.ruler is not None and not parts.ruler.complete
-    if unfinished or results.get("against", {}).get("unfinished"):
-        err.print("Not everything is finished: run the command again to go on.", highlight=False)
-    if folder is not None:
-        out.print(f"Written: {folder.resolve()}", soft_wrap=True, highlight=False)
+    given = {name: read_questions(path) for name, path in questions.items() if path is not None}
+    for name in tasks:
+        task_of(name)
+    left = [name for name in READING if name not in given]
+    if not tasks and left:
+        err.print(f"Left out: {', '.join(left)} (no question file, see --help).", highlight=False)
+    materials = Materials.of(None if haystack is None else read_texts(haystack), given)
+    return materials, tasks or [name for name in TASKS if name not in left]

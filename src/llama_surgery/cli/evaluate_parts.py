@@ -2,35 +2,63 @@
 
 import dataclasses
 import functools
+import logging
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from llama_surgery.cli.console import err
+from llama_surgery.cli import tables
+from llama_surgery.cli.console import err, out, print_json
 from llama_surgery.config import SurgeryConfig
+from llama_surgery.evaluation.compare import DENSITIES, Comparison
+from llama_surgery.evaluation.evaluate import evaluate, model_name, named_progress, versions
+from llama_surgery.evaluation.kept import Kept, adapter_digest, digest, found_parts, with_parts
+from llama_surgery.evaluation.lm_eval import compare_on_tasks
+from llama_surgery.evaluation.long_generation import long_generation
+from llama_surgery.evaluation.ruler.materials import Materials
+from llama_surgery.evaluation.ruler.result import RulerResult
+from llama_surgery.evaluation.ruler.run import check_samples, run_ruler
+from llama_surgery.evaluation.ruler.samples import Sampler
+from llama_surgery.evaluation.verdict import Limits, find, verdict
+from llama_surgery.files import write_atomically, write_csv, write_json
+from llama_surgery.report.comparison import comparison
+from llama_surgery.report.extract import besides
+from llama_surgery.report.results import make_results
+from llama_surgery.surgery.operate import operated
+from llama_surgery.surgery.operation import config_of, routers_of
+from llama_surgery.surgery.progress import Progress
 
-if TYPE_CHECKING:
-    from llama_surgery.evaluation.verdict import Limits
-    from llama_surgery.surgery.progress import Progress
+#: What a verdict means.
+VERDICTS = {
+    "kept": "Kept: every loss is within its limit, bounds included, at what was measured.",
+    "exceeded": "Exceeded: some loss is beyond its limit, even at the favourable end of its interval.",
+    "open": "Open: some interval reaches across its limit, or something was not measured.",
+}
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(kw_only=True)
 class Parts:
     """What was asked for, and what was found.
 
     Attributes:
+        folder: Where results are written, and what is finished is kept; nowhere if None.
         configs: Topologies by name.
+        routers: Corrections of layers by index, by the topology's name; without, operate() finds some.
         texts, calibration: Documents to measure on, and to set thresholds on.
         length, windows, seed: Of perplexity windows.
         needles, needle_lengths, needle_variants: Planted facts.
         batch: Prompts answered together.
         deadline: ``time.monotonic()`` after which nothing optional is begun.
-        routers: Corrections of layers by index, by the topology's name; without, operate() finds some.
+        conditions: What a report is to say of it besides.
         results: Plain values, for ``results.json``.
         rows: Of the CSV files, by name.
     """
 
+    model: Any
+    tokenizer: Any
+    folder: Path | None
     configs: dict[str, SurgeryConfig]
+    routers: dict[str, Any]
     texts: list[str]
     calibration: list[str]
     length: int
@@ -41,44 +69,17 @@ class Parts:
     batch: int
     seed: int
     deadline: float | None
-    routers: dict[str, Any] = dataclasses.field(default_factory=dict)
-    conditions: dict[str, str] = dataclasses.field(default_factory=dict)
+    conditions: dict[str, str]
+    tell: Progress = lambda stage, done, total: None
+    ruler: RulerResult | None = None
     results: dict[str, Any] = dataclasses.field(default_factory=dict)
     rows: dict[str, list[dict[str, Any]]] = dataclasses.field(default_factory=dict)
-    model: Any = None
-    tokenizer: Any = None
-    kept: Any = None
-    ruler: Any = None
-    tell: "Progress" = lambda stage, done, total: None
 
-    def read_ruler(self, tasks: list[str], questions: dict[str, Path | None], haystack: Path | None) -> None:
-        """Read what RULER's samples are made of, before a model is loaded."""
-        from llama_surgery.evaluation.ruler.materials import Materials
-        from llama_surgery.evaluation.ruler.questions import read_questions
-        from llama_surgery.evaluation.ruler.tasks import READING, TASKS, task_of
-        from llama_surgery.text import read_texts
-
-        given = {name: read_questions(path) for name, path in questions.items() if path is not None}
-        for name in tasks:
-            task_of(name)
-        left = [name for name in READING if name not in given]
-        if not tasks and left:
-            err.print(f"Left out: {', '.join(left)} (no question file, see --help).", highlight=False)
-        self._tasks = tasks or [name for name in TASKS if name not in left]
-        self._materials = Materials.of(None if haystack is None else read_texts(haystack), given)
-
-    def load(self, model: Any, tokenizer: Any, folder: Path | None) -> None:
-        """Take the model, and the folder in which what is finished is kept."""
-        from llama_surgery.evaluation.evaluate import model_name, versions
-        from llama_surgery.evaluation.kept import Kept
-
-        self.model, self.tokenizer = model, tokenizer
-        self.kept = Kept(folder, model=model_name(model), **versions(model))
+    def __post_init__(self) -> None:
+        self.kept = Kept(self.folder, model=model_name(self.model), **versions(self.model))
 
     def calibrate(self, density: float, decode_density: float | None) -> None:
         """Set the thresholds of all topologies, and budgets by head where none were learned."""
-        from llama_surgery.evaluation.kept import adapter_digest, digest, with_parts
-
         text = digest(*self.calibration)
         for name, config in self.configs.items():
             routers, asked = self.routers.get(name), {"density": density, "length": self.length}
@@ -92,11 +93,6 @@ class Parts:
         self.conditions["thresholds"] = f"set on {told} for a far density of {density:.2%}"
 
     def _thresholds(self, config: SurgeryConfig, routers: Any, asked: dict[str, Any]) -> dict[str, Any]:
-        from llama_surgery.evaluation.evaluate import named_progress
-        from llama_surgery.evaluation.kept import found_parts
-        from llama_surgery.surgery.operate import operated
-        from llama_surgery.surgery.operation import config_of, routers_of
-
         tell = named_progress(self.tell, f"T = {config.tile}")
         given = {"text": self.calibration, "tokenizer": self.tokenizer, "progress": tell, **asked}
         with operated(self.model, config, routers=routers, **given):
@@ -106,10 +102,6 @@ class Parts:
 
     def measure_texts(self) -> None:
         """Perplexity, divergence, needles and times."""
-        from llama_surgery.evaluation.evaluate import evaluate
-        from llama_surgery.report.extract import besides
-        from llama_surgery.report.results import make_results
-
         needles = {"needles": self.needles or 0, "needle_lengths": self.needle_lengths}
         needles |= {"needle_variants": self.needle_variants, "needle_batch": self.batch}
         shared = {"length": self.length, "windows": self.windows, "seed": self.seed}
@@ -129,8 +121,6 @@ class Parts:
 
     def write_on(self, count: int, tokens: int) -> None:
         """Long texts of the models' own."""
-        from llama_surgery.evaluation.long_generation import long_generation
-
         shared = {"length": self.length, "new_tokens": tokens, "count": count, "seed": self.seed}
 
         def found() -> dict[str, Any]:
@@ -140,20 +130,22 @@ class Parts:
             "continuations", found, **self._decides(self.texts), **shared
         )
 
-    def prepare_ruler(self, lengths: Sequence[int], samples: int, chat: bool | None) -> None:
+    def prepare_ruler(
+        self,
+        materials: Materials,
+        tasks: Sequence[str],
+        lengths: Sequence[int],
+        samples: int,
+        chat: bool | None,
+    ) -> None:
         """Refuse what RULER cannot be asked, before anything is measured."""
-        from llama_surgery.evaluation.ruler.run import check_samples
-        from llama_surgery.evaluation.ruler.samples import Sampler
-
         chat = bool(getattr(self.tokenizer, "chat_template", None)) if chat is None else chat
-        self._sampler = Sampler(self.tokenizer, self._materials, seed=self.seed, chat=chat)
-        self._asked: dict[str, Any] = {"tasks": self._tasks, "lengths": lengths, "samples": samples}
+        self._sampler = Sampler(self.tokenizer, materials, seed=self.seed, chat=chat)
+        self._asked: dict[str, Any] = {"tasks": tasks, "lengths": lengths, "samples": samples}
         check_samples(self.model, self._sampler, **self._asked)
 
     def answer_ruler(self) -> None:
         """RULER's tasks."""
-        from llama_surgery.evaluation.ruler.run import run_ruler
-
         self.ruler = run_ruler(
             self.model,
             self._sampler,
@@ -169,11 +161,6 @@ class Parts:
         self, given: Sequence[str], include: Path | None, limit: int | None, shots: int | None
     ) -> None:
         """Tasks of lm-evaluation-harness."""
-        import logging
-
-        from llama_surgery.evaluation.kept import adapter_digest
-        from llama_surgery.evaluation.lm_eval import compare_on_tasks
-
         logging.getLogger("lm_eval").setLevel(logging.ERROR)
         tasks = [task.strip() for task in given if task.strip()]
         shared = {"limit": limit, "few_shot": shots, "batch_size": self.batch, "seed": self.seed}
@@ -189,8 +176,6 @@ class Parts:
 
     def compare(self, adapter: Any, rules: Sequence[str] | None, densities: Sequence[float] | None) -> None:
         """Other selection rules, beside the first topology and an adapter's."""
-        from llama_surgery.evaluation.compare import DENSITIES, Comparison
-
         quarter = self.length // 4
         comparison = Comparison(
             self.model,
@@ -214,10 +199,8 @@ class Parts:
         self.results["against"] = comparison.run(self.deadline, self.tell)
         self.rows["comparison"] = self.results["against"]["rows"]
 
-    def judge(self, limits: "Limits") -> None:
+    def judge(self, limits: Limits) -> None:
         """Hold what was found against limits."""
-        from llama_surgery.evaluation.verdict import find, verdict
-
         findings = find(self.results, self.ruler, limits)
         self.results["gate"] = {
             "limits": dataclasses.asdict(limits),
@@ -231,7 +214,44 @@ class Parts:
         return {"configs": self.configs, "routers": self.routers, "progress": self.tell}
 
     def _decides(self, texts: Sequence[str]) -> dict[str, Any]:
-        from llama_surgery.evaluation.kept import adapter_digest, digest
-
         topologies = {n: adapter_digest(c, self.routers.get(n)) for n, c in self.configs.items()}
         return {"text": digest(*texts), "topologies": topologies}
+
+
+def write_and_print(parts: Parts, json: bool) -> None:
+    """Write results, tables and the figure of a comparison, and show them."""
+    results, folder = parts.results, parts.folder
+    if folder is not None:
+        write_json(folder / "results.json", results)
+        for name, rows in parts.rows.items():
+            write_csv(folder / f"{name}.csv", rows)
+        if "against" in results:
+            svg = comparison(results["against"]["rows"])
+            write_atomically(folder / "comparison.svg", lambda path: path.write_text(svg, encoding="utf-8"))
+    if json:
+        print_json(results)
+        return
+    shown: list[Any] = []
+    if "dense" in results:
+        shown.append(tables.summary_table(results))
+        harder = results["needles"] and len(parts.needle_variants) > 1
+        shown += [tables.needle_table(results)] if harder else []
+        shown += [tables.continuation_table(results)] if "continuations" in results else []
+    if parts.ruler is not None:
+        lengths = parts.ruler.settings["lengths"]
+        every = [*lengths, None] if len(lengths) > 1 else lengths
+        shown += [tables.ruler_table(parts.ruler, length) for length in every]
+    shown += [tables.tasks_table(name, found) for name, found in results.get("lm_eval", {}).items()]
+    if "against" in results:
+        shown.append(tables.comparison_table(results["against"]))
+    if "gate" in results:
+        shown.append(tables.gate_table(results["gate"]))
+    for table in shown:
+        out.print(table)
+    if "gate" in results:
+        out.print(f"[bold]{VERDICTS[results['gate']['verdict']]}[/]", soft_wrap=True, highlight=False)
+    unfinished = parts.ruler is not None and not parts.ruler.complete
+    if unfinished or results.get("against", {}).get("unfinished"):
+        err.print("Not everything is finished: run the command again to go on.", highlight=False)
+    if folder is not None:
+        out.print(f"Written: {folder.resolve()}", soft_wrap=True, highlight=False)
