@@ -189,11 +189,7 @@ def told(error: Exception) -> str:
 
 
 def _check_folder(folder: Path) -> None:
-    """
-    Raises:
-        SurgeryError: The folder holds no model, or an adapter of this package beside it, which transformers
-            would stumble over.
-    """
+    """Refuses folders without a model, or with an adapter of ours, which transformers would stumble over."""
     if not folder.is_dir():
         return
     if not is_own_adapter(folder):

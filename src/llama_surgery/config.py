@@ -118,11 +118,7 @@ class SurgeryConfig:
             )
 
     def _check_choices(self) -> None:
-        for name, allowed in (
-            ("topology", Topology),
-            ("summary", Summary),
-            ("backend", Backend),
-        ):
+        for name, allowed in (("topology", Topology), ("summary", Summary), ("backend", Backend)):
             value = getattr(self, name)
             if value not in get_args(allowed):
                 raise SurgeryError(f"{name}={value!r}: allowed are {', '.join(get_args(allowed))}.")
@@ -189,11 +185,7 @@ class SurgeryConfig:
     @property
     def depth(self) -> int:
         """Digits of a page's path: splits from the chunk down to a page."""
-        size, levels = self.page_size, 0
-        while size < self.chunk_size:
-            size *= 2
-            levels += 1
-        return levels
+        return (-(-self.chunk_size // self.page_size) - 1).bit_length()
 
     def summarises(self, tile: int) -> bool:
         """Do mean values stand in for pages, where rows in tiles of ``tile`` queries do not see them all?"""

@@ -19,12 +19,9 @@ Write = Callable[[Path], object]
 
 
 def write_atomically(path: Path, write: Write, *, own: bool = False) -> None:
-    """Let ``write`` fill a temporary file beside ``path``, then move it into place.
+    """Let ``write`` fill a temporary file beside ``path``, or what that points at, then move it into place.
 
-    Args:
-        path: The file; where it is a symbolic link, what that points at.
-        write: Given the temporary file, fills it.
-        own: ``path`` may have the name of a file of models or adapters: the caller has made sure whose it is.
+    With ``own`` the name may be one of models and adapters: the caller has made sure whose the file is.
 
     Raises:
         SurgeryError: The folder cannot be written, the disk is full, or the file is not one to replace;
@@ -34,12 +31,9 @@ def write_atomically(path: Path, write: Write, *, own: bool = False) -> None:
 
 
 def write_together(files: Mapping[Path, Write], *, own: bool = False) -> None:
-    """:func:`write_atomically` for files that belong together: none is replaced before all are complete.
+    """As :func:`write_atomically`, for files that belong together: none is replaced before all are complete.
 
     They are moved into place in the order given.
-
-    Raises:
-        SurgeryError: As :func:`write_atomically` does.
     """
     filled: list[tuple[Path, Path]] = []
     path = next(iter(files))
@@ -80,9 +74,7 @@ def as_json(value: Any) -> Write:
 def write_csv(path: str | Path, rows: Sequence[Mapping[str, Any]]) -> None:
     """Writes rows under the union of their keys, in order of first appearance, atomically.
 
-    Args:
-        path: Where to; missing folders are made, an existing file is replaced.
-        rows: One mapping a line; a key that a row lacks, and None, are left blank.
+    A key that a row lacks, and None, are left blank.
 
     Raises:
         SurgeryError: The file cannot be written; what was there stays.

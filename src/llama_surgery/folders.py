@@ -28,9 +28,7 @@ _OTHER_ADAPTERS = ("adapter_model.bin", "pytorch_adapter.bin")
 
 
 def check_folder(folder: Path) -> Path:
-    """``folder``, if nothing in it belongs to somebody else; it need not exist.
-
-    An earlier adapter of this package is not somebody else's.
+    """``folder``, if nothing in it belongs to somebody else, as an earlier adapter of ours does not.
 
     Raises:
         SurgeryError: It is a file, cannot be looked into, or holds a model or an adapter of another library.
@@ -54,13 +52,9 @@ def check_folder(folder: Path) -> Path:
 def check_file(path: Path, *, own: bool = False) -> Path:
     """Where writing to ``path`` ends up: itself, or what it points at as a symbolic link.
 
-    Args:
-        path: A file, or where one will be.
-        own: It may have the name of a file of models or adapters.
-
     Raises:
-        SurgeryError: A folder, a device or a pipe has this name; or a file that belongs to a model or an
-            adapter has it, or would seem to.
+        SurgeryError: A folder, a device or a pipe has this name; or, unless it is our ``own``, a file that
+            belongs to a model or an adapter has it, or would seem to.
         OSError: It cannot be looked at.
     """
     target = Path(os.path.realpath(path))
@@ -115,11 +109,7 @@ def is_own_adapter(folder: Path) -> bool:
 
 
 def _foreign(folder: Path) -> str | None:
-    """What in ``folder`` belongs to somebody else, in words; None where nothing does.
-
-    Raises:
-        OSError: It cannot be looked into.
-    """
+    """What in ``folder`` belongs to somebody else, in words; None where nothing does. May raise OSError."""
     if (folder / MODEL_CONFIG).exists():
         return f"a model ({MODEL_CONFIG})"
     described, tensors = _described(folder), folder / TENSOR_FILE

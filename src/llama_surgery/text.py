@@ -34,10 +34,7 @@ _OTHER_FILES = {
 
 
 def read_texts(path: str | Path) -> list[str]:
-    """Reads one text file, or every ``.txt`` file of a folder.
-
-    Args:
-        path: A file, a pipe, or a folder whose ``.txt`` files are read in the order of their names.
+    """Reads one text file or pipe, or every ``.txt`` file of a folder in the order of their names.
 
     Returns:
         One string a document, none of them blank.
@@ -85,11 +82,7 @@ def read_text(file: str | Path) -> str:
 
 
 def refuse_pipes(*paths: Path) -> None:
-    """For what several processes read.
-
-    Raises:
-        TextError: A path is a pipe, of which each would get a part; or there is nothing.
-    """
+    """Raises TextError where several processes would each get a part of a pipe, or nothing is there."""
     for path in paths:
         if stat.S_ISFIFO(_mode(path)):
             raise TextError(
@@ -114,9 +107,8 @@ def decoded(file: Path, content: bytes) -> str:
     Raises:
         TextError: It is not text, or in another encoding than UTF-8 and no mark says which.
     """
-    for start, kind in _OTHER_FILES.items():
-        if content.startswith(start):
-            raise TextError(f"{file}: this is not text but {kind}. Give plain text in UTF-8.")
+    if other := [kind for start, kind in _OTHER_FILES.items() if content.startswith(start)]:
+        raise TextError(f"{file}: this is not text but {other[0]}. Give plain text in UTF-8.")
     codec = next((codec for mark, codec in _MARKS.items() if content.startswith(mark)), "utf-8-sig")
     binary = codec == "utf-8-sig" and b"\0" in content
     try:
@@ -144,12 +136,9 @@ def leading_tokens(tokenizer: "PreTrainedTokenizerBase") -> list[int]:
 
     Models that were trained with a first token of their own collapse without it.
     """
-    bare = encode(tokenizer, "a")
-    whole = tokenizer("a").input_ids
-    for start in range(len(whole) - len(bare) + 1):
-        if whole[start : start + len(bare)] == bare:
-            return whole[:start]
-    return []
+    bare, whole = encode(tokenizer, "a"), tokenizer("a").input_ids
+    starts = (at for at in range(len(whole) - len(bare) + 1) if whole[at : at + len(bare)] == bare)
+    return whole[: next(starts, 0)]
 
 
 def windows(
@@ -167,13 +156,10 @@ def windows(
     begins with the tokens that the tokenizer puts before a text, if it puts any.
 
     Args:
-        tokenizer: The model's tokenizer.
-        texts: Documents.
         length: Tokens of a window.
         count: Windows wanted; None for ``usual`` of them, or as many as there are, with a warning. Windows of
             a smaller count are the first of a larger one.
         seed: The same seed gives the same windows.
-        usual: What a default asks for, which is no demand.
 
     Returns:
         Token ids, int64, (count, length).

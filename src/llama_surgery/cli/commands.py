@@ -65,11 +65,7 @@ class Command(TyperCommand):
     """A command that looks at where it will write before it works, and says what is left when interrupted."""
 
     def invoke(self, ctx: Any) -> Any:
-        """Run the command; exit with 130 on Ctrl-C. The context may hold how that is to be answered.
-
-        Raises:
-            SurgeryError: What it is to write cannot be written, or is not to be replaced.
-        """
+        """Run the command; exit with 130 on Ctrl-C. The context may hold how that is to be answered."""
         began = time.time()
         named = {p.name for p in self.params if _OUTPUTS & set(p.opts)}
         given = {name: value for name, value in ctx.params.items() if name in named and value is not None}
@@ -98,11 +94,7 @@ def _speaks() -> bool:
 
 
 def checked_output(path: Path, *, folder: bool = False) -> Path:
-    """``path``, if it can be written to: better known before minutes of work than after.
-
-    Args:
-        path: A file, or a folder.
-        folder: Which of them.
+    """``path``, if a file or a ``folder`` can be written there: better known before the work than after.
 
     Raises:
         SurgeryError: Something is in the way, or it belongs to somebody else.

@@ -32,8 +32,6 @@ def load_model(
 
     Args:
         path: Folder of the checkpoint, a GGUF file (its weights become plain ones), or a name on the Hub.
-        device: Where to run.
-        dtype: Precision.
         adapter: Folder of an adapter that will be asked for: missed before a model is loaded for it.
         longest: Tokens of the longest text that was asked for.
 
@@ -86,11 +84,7 @@ def load_model(
 
 
 def look_for(path: str) -> tuple[str, dict[str, Any]]:
-    """:func:`llama_surgery.checkpoint.located`, told of: better known before PyTorch is loaded than after.
-
-    Raises:
-        SurgeryError: There is no model.
-    """
+    """:func:`llama_surgery.checkpoint.located`, told of: better known before PyTorch is loaded than after."""
     from llama_surgery.checkpoint import located
 
     with status(f"Looking for {escape(path)} …"):
@@ -98,11 +92,7 @@ def look_for(path: str) -> tuple[str, dict[str, Any]]:
 
 
 def load_tokenizer(path: str) -> "PreTrainedTokenizerBase":
-    """The tokenizer of a checkpoint.
-
-    Raises:
-        SurgeryError: There is none at ``path``.
-    """
+    """The tokenizer of a checkpoint; raises SurgeryError where there is none at ``path``."""
     from transformers import AutoTokenizer
 
     from llama_surgery.checkpoint import located

@@ -110,11 +110,7 @@ def _machine(device: "torch.device") -> str:
 
 
 def _patient(model: str) -> tuple[int, dict[str, str]]:
-    """Channels of a head, and what is to be said of the model.
-
-    Raises:
-        SurgeryError: There is no configuration, or a model of it cannot be operated; the message says why.
-    """
+    """Channels of a head, and what is to be said of the model; raises SurgeryError where there is none."""
     from llama_surgery.checkpoint import without_weights
     from llama_surgery.surgery.context import context_length
     from llama_surgery.surgery.supported import attention_modules, head_shape

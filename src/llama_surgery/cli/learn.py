@@ -165,11 +165,7 @@ def learn(
 
 
 def _routers(asked: Asked) -> None:
-    """Train content routers on a text and save the adapter.
-
-    Raises:
-        SurgeryError: Windows longer than the routers' trees are for, or a checkpoint of another run.
-    """
+    """Train content routers on a text and save the adapter."""
     with status("Loading PyTorch …"):
         from llama_surgery.learning.processes import launched
     from llama_surgery.text import read_texts

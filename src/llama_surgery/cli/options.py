@@ -14,11 +14,7 @@ from llama_surgery.text import parse_length
 
 
 def _share(given: object) -> float:
-    """The share that ``6%`` or ``0.06`` stands for.
-
-    Raises:
-        BadParameter: It is no number, or not one between 0 and 1.
-    """
+    """The share that ``6%`` or ``0.06`` stands for, between 0 and 1."""
     text = str(given)
     try:
         found = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
@@ -50,11 +46,7 @@ def split_values(given: Sequence[str]) -> list[str]:
 
 
 def token_counts(given: Sequence[str]) -> list[int]:
-    """Numbers of tokens such as ``8192`` or ``8k`` (1,024 tokens each), ascending.
-
-    Raises:
-        SurgeryError: One is no such number.
-    """
+    """Numbers of tokens such as ``8192`` or ``8k`` (1,024 tokens each), ascending, at least one."""
     counts = sorted({parse_length(part) for part in split_values(given)})
     if not counts:
         raise SurgeryError("no length: give a number of tokens, such as 8192 or 8k.")

@@ -158,12 +158,7 @@ def tasks_table(name: str, found: dict[str, Any]) -> Table:
 
 
 def ruler_table(result: Any, length: int | None) -> Table:
-    """Tasks at one length, or over all lengths if None, with their average and the worst task.
-
-    Args:
-        result: A :class:`~llama_surgery.evaluation.ruler.result.RulerResult`.
-        length: Tokens of prompt and answer, or None.
-    """
+    """Tasks of a ``RulerResult`` at one length, or all if None, with their average and the worst task."""
     from llama_surgery.evaluation.intervals import mean_interval
     from llama_surgery.evaluation.result import DENSE
 

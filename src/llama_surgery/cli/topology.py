@@ -61,8 +61,7 @@ _UNSET = ("theta", "theta_decode")
 def topology_options(command: Callable[..., None], *, gumbel: bool = False) -> Callable[..., None]:
     """Add an option for every field of :data:`_FIELDS` to ``command``, and with ``gumbel`` of that topology.
 
-    ``command`` takes the values as one keyword, ``settings``: fields of a configuration, those left at None
-    not among them.
+    ``command`` takes those that were given as one keyword, ``settings``.
     """
     own = inspect.signature(command)
     fields = {**_FIELDS, **_GUMBEL_FIELDS} if gumbel else _FIELDS
@@ -92,11 +91,7 @@ def topology_options(command: Callable[..., None], *, gumbel: bool = False) -> C
 
 
 def config_for(settings: dict[str, Any], tile: int) -> SurgeryConfig:
-    """The configuration of the given settings for tiles of ``tile`` queries.
-
-    Raises:
-        SurgeryError: The values do not fit together.
-    """
+    """The configuration of the given settings for tiles of ``tile`` queries."""
     settings = {**settings, "tile": tile}
     gumbel = {
         name.removeprefix("gumbel_"): settings.pop(name)

@@ -21,8 +21,7 @@ class Measurement:
         perplexity: Over all tokens of all windows.
         by_position: Perplexity in bins of positions: ``from``, ``to``, ``tokens``, ``perplexity``.
         seconds_per_window: Median wall time of one forward pass over a window, without the logits.
-        needle_accuracy: Share of needles answered, or None where none were asked.
-        needle_seconds: Wall time of all needles together, or None.
+        needle_accuracy, needle_seconds: Share answered, and wall time of all; None without needles.
     """
 
     name: str
@@ -63,13 +62,10 @@ class EvaluationResult:
     """A dense model and its operated forms, measured in one run.
 
     Attributes:
-        model: Its name.
-        length: Tokens of a perplexity window.
-        windows: Perplexity windows.
+        length: Tokens of each of the perplexity ``windows``.
         seed: Of windows, prompts and bootstraps.
         environment: Versions, device, precision, threads.
-        dense: The dense model.
-        operated: The operated ones, in the order they were given.
+        operated: In the order they were given.
         needles: The prompts.
         answers: For every measured model, whether it answered each prompt.
     """

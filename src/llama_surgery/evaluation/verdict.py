@@ -96,10 +96,7 @@ class Finding:
 def find(results: Mapping[str, Any], ruler: RulerResult | None, limits: Limits) -> list[Finding]:
     """One finding for every limit and operated model; one without numbers where nothing was measured.
 
-    Args:
-        results: As :meth:`~llama_surgery.evaluation.result.EvaluationResult.to_dict` gives it, or empty.
-        ruler: Dense and operated on the same samples, or None.
-        limits: What is allowed.
+    ``results`` are those of :meth:`~llama_surgery.evaluation.result.EvaluationResult.to_dict`, or empty.
     """
     measured = {own["name"]: own for own in results.get("operated", [])}
     found = []

@@ -21,11 +21,7 @@ _SHARED_ARRAYS = ("tokens", "tile_start", "near_start", "page_path")
 
 
 def write_topology(path: str | Path, topology: Topology) -> None:
-    """Writes a topology file, atomically.
-
-    Raises:
-        SurgeryError: It cannot be written.
-    """
+    """Writes a topology file, atomically; raises SurgeryError where it cannot be written."""
     header = {
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
@@ -49,8 +45,7 @@ def read_topology(path: str | Path) -> Topology:
     """Reads a topology file.
 
     Raises:
-        SurgeryError: The file is missing, damaged, newer than this release, or something else; the message
-            says which.
+        SurgeryError: The file is missing, damaged, newer than this release, or something else; it says which.
     """
     path = Path(path)
     try:

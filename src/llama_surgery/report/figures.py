@@ -26,14 +26,7 @@ _MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 
 
 class NeedleCell(NamedTuple):
-    """Prompts of one context length and one depth bin.
-
-    Attributes:
-        length: Tokens of the prompt.
-        depth: Where the fact lies, 0 at the beginning and 1 at the question; the bin's middle.
-        right: Prompts answered.
-        asked: Prompts.
-    """
+    """Of prompts of one length, tokens, and one depth, the middle of a bin in 0 … 1: answered, and asked."""
 
     length: int
     depth: float
@@ -159,10 +152,7 @@ def position_perplexity(
 ) -> str:
     """Perplexity by position in the window, and its ratio to the dense model's.
 
-    Args:
-        bins: First position of each bin and one past its last.
-        dense: Perplexity of each bin.
-        operated: The same for each operated model.
+    ``bins`` are their first positions and one past the last, ``dense`` and each of ``operated`` their values.
     """
     places = range(len(bins))
     with figure(10.4, 3.5) as fig:

@@ -19,12 +19,7 @@ _PROMPTS_PER_CELL = 1.5
 
 
 def write_report(results: dict[str, Any], path: Path, *, frontier: Path | None = None) -> None:
-    """Write the page to ``path``, atomically.
-
-    Args:
-        results: Of a results file.
-        path: The HTML file.
-        frontier: CSV of many configurations, or None.
+    """Write the page of a results file to ``path``, atomically, with a ``frontier``'s CSV if there is one.
 
     Raises:
         SurgeryError: The results or the frontier are damaged, or the file cannot be written.

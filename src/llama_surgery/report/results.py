@@ -26,11 +26,8 @@ def make_results(
 ) -> dict[str, Any]:
     """Everything the report shows, as plain values ready for JSON.
 
-    Args:
-        result: Of the evaluation.
-        conditions: What the evaluation itself does not know: texts, calibration …
-        decode_ms: Milliseconds a token in decode, by name of the measured model.
-        trees: Heads' trees over a short text.
+    ``conditions`` are what the evaluation itself does not know: texts, calibration …; ``decode_ms``
+    milliseconds a token in decode, by name of the measured model; ``trees`` heads' trees over a short text.
     """
     now = datetime.datetime.now(datetime.UTC)
     return {

@@ -63,11 +63,9 @@ def figure(width: float, height: float) -> Iterator[Figure]:
 
 
 def to_svg(fig: Figure, description: str) -> str:
-    """The figure as an ``<svg>`` element that scales to its container.
+    """What was drawn inside :func:`figure` as an ``<svg>`` element that scales to its container.
 
-    Args:
-        fig: Drawn inside :func:`figure`.
-        description: What it shows, for readers who do not see it.
+    ``description`` is for readers who do not see it.
     """
     buffer = io.StringIO()
     metadata = {"Date": None, "Creator": None, "Type": None, "Format": None}

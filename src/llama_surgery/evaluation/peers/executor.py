@@ -86,10 +86,6 @@ def running(model: nn.Module, rule: Rule) -> Iterator[PairCount]:
     ``forward`` and ``generate`` work as before, with the model's own cache. Sequences of a batch must have
     one length.
 
-    Args:
-        model: A dense causal language model of transformers.
-        rule: What rows may see.
-
     Yields:
         The count of what is read.
 

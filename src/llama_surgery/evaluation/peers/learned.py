@@ -31,9 +31,7 @@ class _Recorder(Everything):
 def train_gate(model: nn.Module, ids: torch.Tensor) -> dict[str, torch.Tensor]:
     """Trains the gates of all layers by KL to the dense attention map, max-pooled over blocks.
 
-    Args:
-        model: A dense causal language model of transformers; its weights do not change.
-        ids: (windows, length) int64, calibration text.
+    The calibration text ``ids`` is (windows, length) int64; the model's weights do not change.
 
     Returns:
         ``query_map`` and ``key_map`` of :class:`PooledGate`, on the CPU. Layers that are not full-attention
@@ -101,12 +99,8 @@ def retrieval_scores(model: nn.Module, ids: torch.Tensor, kv_heads: int) -> dict
 
     The last tokens of every window become a copy of an earlier passage. The score is that of Wu et al.,
     "Retrieval Head Mechanistically Explains Long-Context Factuality", 2024, arXiv:2404.15574, with attention
-    mass in place of a count; a group has the score of its best query head.
-
-    Args:
-        model: A dense causal language model of transformers.
-        ids: (windows, length) int64, calibration text, more than four passages long.
-        kv_heads: KV heads of a layer.
+    mass in place of a count; a group has the score of its best query head. ``ids`` are (windows, length)
+    int64, calibration text, more than four passages long.
 
     Returns:
         ``scores``: (layers, kv_heads) float32, on the CPU; 1 at layers that are not full-attention ones.
