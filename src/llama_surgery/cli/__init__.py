@@ -39,16 +39,5 @@ def main(version: options.Version = False) -> None:
     """
 
 
-for command in (
-    demo,
-    operate,
-    plan,
-    learn,
-    evaluate,
-    generate,
-    export,
-    export_topology,
-    report,
-    doctor,
-):
+for command in (demo, operate, plan, learn, evaluate, generate, export, export_topology, report, doctor):
     app.command(cls=Command)(command)

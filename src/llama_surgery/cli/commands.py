@@ -18,10 +18,7 @@ from llama_surgery.folders import check_file, check_folder
 #: What names outputs, the last of several values; parameters that mean a folder are called after it.
 _OUTPUTS = {"--out", "folders"}
 #: Commands that go on where they stopped, and what they go on from.
-_RESUMED = {
-    "evaluate": ("kept/*.json",),
-    "learn": ("checkpoint-*.pt", "states/*"),
-}
+_RESUMED = {"evaluate": ("kept/*.json",), "learn": ("checkpoint-*.pt", "states/*")}
 #: Exit code of a command that Ctrl-C ended.
 INTERRUPTED = 130
 

@@ -105,9 +105,7 @@ def evaluate(
         "--chat/--no-chat",
     ) = None,
     lm_eval: _lm_eval(
-        str | None,
-        "Names of tasks, groups or tags after commas, or paths of tasks' YAML files.",
-        "--lm-eval",
+        str | None, "Names of tasks, groups or tags after commas, or paths of tasks' YAML files.", "--lm-eval"
     ) = None,
     lm_eval_include: _lm_eval(Path | None, "Folder with YAML files of further tasks.") = None,
     lm_eval_limit: _lm_eval(

@@ -89,9 +89,7 @@ Shape = Annotated[
 ]
 AdapterArgument = Annotated[
     Path | None,
-    typer.Argument(
-        help="Adapter folder written by 'llama-surgery operate'; the default topology without.",
-    ),
+    typer.Argument(help="Adapter folder written by 'llama-surgery operate'; the default topology without."),
 ]
 Device = of_model(
     str,

@@ -11,12 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from llama_surgery.config import SurgeryConfig
 from llama_surgery.errors import SurgeryError, TextError
-from llama_surgery.evaluation.compare_forms import (
-    Form,
-    PagesForm,
-    PeerForm,
-    densities_between,
-)
+from llama_surgery.evaluation.compare_forms import Form, PagesForm, PeerForm, densities_between
 from llama_surgery.evaluation.compare_result import row
 from llama_surgery.evaluation.evaluate import check_dense, environment, model_name, named_progress
 from llama_surgery.evaluation.kept import Kept, adapter_digest, digest

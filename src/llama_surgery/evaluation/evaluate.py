@@ -21,12 +21,7 @@ from llama_surgery.evaluation.logits import Head
 from llama_surgery.evaluation.needle import needle_prompts, score_needles
 from llama_surgery.evaluation.needle_facts import PLAIN
 from llama_surgery.evaluation.perplexity import Divergence, Perplexity, perplexity, token_divergence
-from llama_surgery.evaluation.result import (
-    DENSE,
-    EvaluationResult,
-    Measurement,
-    OperatedMeasurement,
-)
+from llama_surgery.evaluation.result import DENSE, EvaluationResult, Measurement, OperatedMeasurement
 from llama_surgery.surgery import operate as surgery
 from llama_surgery.surgery.context import check_length
 from llama_surgery.surgery.progress import Progress

@@ -15,13 +15,7 @@ from llama_surgery.evaluation.perplexity import Perplexity, perplexity
 from llama_surgery.surgery.calibrate import calibration_windows
 from llama_surgery.surgery.head_budgets import budgets_where_none
 from llama_surgery.surgery.operate import operated
-from llama_surgery.surgery.operation import (
-    MeasuredLoss,
-    reset_statistics,
-    routers_of,
-    set_config,
-    statistics,
-)
+from llama_surgery.surgery.operation import MeasuredLoss, reset_statistics, routers_of, set_config, statistics
 from llama_surgery.surgery.progress import Progress, counted
 from llama_surgery.surgery.supported import inner_model
 

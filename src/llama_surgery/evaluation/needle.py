@@ -173,10 +173,7 @@ def _new_tokens(tokenizer: PreTrainedTokenizerBase, before: str, after: str) -> 
 
 
 def score_needles(
-    model: nn.Module,
-    prompts: Sequence[NeedlePrompt],
-    batch_size: int = 1,
-    progress: Progress | None = None,
+    model: nn.Module, prompts: Sequence[NeedlePrompt], batch_size: int = 1, progress: Progress | None = None
 ) -> list[bool]:
     """Whether the model answers each prompt by greedy ``generate()``: every token, of all its questions.
 

@@ -133,10 +133,7 @@ def _flat(measured: Measurement) -> dict[str, Any]:
     }
     row |= {name: measured.density[name] for name in _DENSITIES}
     if measured.needle is not None:
-        row |= {
-            "needle_difference": measured.needle.difference,
-            "needle_bound": measured.needle.low,
-        }
+        row |= {"needle_difference": measured.needle.difference, "needle_bound": measured.needle.low}
     for phase, densities in measured.generate_density.items():
         row |= {f"{phase}_{name}": densities[name] for name in ("total_density", "far_density")}
     return row | {key: value for key, value in measured.config.items() if key != "version"}

@@ -8,17 +8,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter
 
 from llama_surgery.report.frontier import FrontierPoint, pareto
-from llama_surgery.report.style import (
-    AMOUNT,
-    BLUE,
-    GREY,
-    INK,
-    OPERATED,
-    PALE,
-    figure,
-    shade_text,
-    to_svg,
-)
+from llama_surgery.report.style import AMOUNT, BLUE, GREY, INK, OPERATED, PALE, figure, shade_text, to_svg
 
 #: The ratio axis spans at least this much above 1: a loss of a thousandth must not look like a cliff.
 RATIO_SHOWN = 0.01
@@ -75,8 +65,7 @@ def frontier(points: Sequence[FrontierPoint]) -> str:
         )
         fig.legend(handles=handles, loc="outside lower center", ncols=min(6, len(handles)))
         return to_svg(
-            fig,
-            f"Perplexity ratio and needle accuracy of {len(points)} configurations against density",
+            fig, f"Perplexity ratio and needle accuracy of {len(points)} configurations against density"
         )
 
 

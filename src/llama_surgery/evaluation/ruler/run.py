@@ -30,10 +30,7 @@ TURN = 5
 
 
 def answer_samples(
-    model: nn.Module,
-    tokenizer: PreTrainedTokenizerBase,
-    samples: Sequence[RulerSample],
-    batch_size: int = 1,
+    model: nn.Module, tokenizer: PreTrainedTokenizerBase, samples: Sequence[RulerSample], batch_size: int = 1
 ) -> list[str]:
     """What a model, dense or operated, writes for each sample by greedy ``generate()``.
 
