@@ -1,9 +1,10 @@
 """Tables of an evaluation, for the terminal."""
 
 import functools
+import itertools
 import statistics
 import textwrap
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from rich.table import Table
@@ -38,21 +39,15 @@ def make_table(
 
 
 def summary_table(results: dict[str, Any]) -> Table:
-    """The dense model against its operated forms."""
-    from llama_surgery.report.summary import columns
+    """The dense model against its operated forms: measures and cells, remarks on a second line."""
+    from llama_surgery.report.summary import columns, rows
 
-    title = f"{results['model']} at {results['length']:,} tokens"
-    return make_table(title, ["", *columns(results)], _summary_rows(results))
-
-
-def _summary_rows(results: dict[str, Any]) -> list[list[str]]:
-    """Names of measures and cells, remarks on a second line."""
-    from llama_surgery.report.summary import rows
-
-    return [
+    shown = [
         [row.name, *(cell.text + (f"\n[dim]{cell.note}[/]" if cell.note else "") for cell in row.cells)]
         for row in rows(results)
     ]
+    title = f"{results['model']} at {results['length']:,} tokens"
+    return make_table(title, ["", *columns(results)], shown)
 
 
 def needle_table(results: dict[str, Any]) -> Table:
@@ -84,10 +79,9 @@ def needle_table(results: dict[str, Any]) -> Table:
 
 
 def _grouped(needles: list[dict[str, Any]], key: str) -> dict[Any, list[dict[str, Any]]]:
-    groups: dict[Any, list[dict[str, Any]]] = {}
-    for needle in needles:
-        groups.setdefault(needle[key], []).append(needle)
-    return groups
+    return {
+        value: [n for n in needles if n[key] == value] for value in dict.fromkeys(n[key] for n in needles)
+    }
 
 
 def _compared(right: list[dict[str, bool]], name: str) -> list[str]:
@@ -108,25 +102,18 @@ def _points(middle: float, low: float, high: float) -> str:
 def continuation_table(results: dict[str, Any]) -> Table:
     """Long texts: the operated models' own, and what they would have written along the dense one's."""
     found = results["continuations"]
-    first = next(iter(found.values()))
-    measures: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
-        "Tokens written": (f"{first['length_dense']:,.0f}", lambda m: f"{m['length_operated']:,.0f}"),
-        "Runs of 4 tokens repeated": (
-            f"{first['repetition_dense']:.1%}",
-            lambda m: f"{m['repetition_operated']:.1%}",
-        ),
-        "Agreement along the dense text": ("–", lambda m: f"{m['agreement']:.1%}"),
-        "First difference after": ("–", lambda m: _each(m["first_difference"], "{:,}")),
-        "Dense margin there, nats": (
-            f"median {first['margin']:.2f}",
-            lambda m: _each(m["margin_there"], "{:.2f}"),
-        ),
-    }
-    return make_table(
-        f"{len(first['agreement_by_text'])} texts of up to {first['new_tokens']:,} tokens, greedily",
-        ["", "dense", *found],
-        [[name, dense, *map(operated, found.values())] for name, (dense, operated) in measures.items()],
-    )
+    forms = list(found.values())
+    first = forms[0]
+    repeated, margin = f"{first['repetition_dense']:.1%}", f"median {first['margin']:.2f}"
+    rows = [
+        ["Tokens written", f"{first['length_dense']:,.0f}", *(f"{m['length_operated']:,.0f}" for m in forms)],
+        ["Runs of 4 tokens repeated", repeated, *(f"{m['repetition_operated']:.1%}" for m in forms)],
+        ["Agreement along the dense text", "–", *(f"{m['agreement']:.1%}" for m in forms)],
+        ["First difference after", "–", *(_each(m["first_difference"], "{:,}") for m in forms)],
+        ["Dense margin there, nats", margin, *(_each(m["margin_there"], "{:.2f}") for m in forms)],
+    ]
+    title = f"{len(first['agreement_by_text'])} texts of up to {first['new_tokens']:,} tokens, greedily"
+    return make_table(title, ["", "dense", *found], rows)
 
 
 def _each(values: list[Any], shape: str) -> str:
@@ -223,27 +210,15 @@ def comparison_table(found: dict[str, Any]) -> Table:
 
     settings, (dense, *others) = found["settings"], found["rows"]
     rows: list[list[str]] = []
-    before = None
-    for row in others:
-        name = ""
-        if row["form"] != before:
-            rows.append([])
-            name = row["title"] + (" *" if row["ahead"] else "")
-            name += f", from {row['floor']:.1%}" if row["floor"] < 1 else ""
-        before = row["form"]
-        decode = row.get("decode_density")
-        quality = (
-            span(row, "perplexity_ratio", "ratio", "{:.3f}"),
-            span(row, "needle_kept", "needle_kept", "{:.0%}"),
-        )
-        rows.append(
-            [
-                escape(name),
-                f"{row['total_density']:.1%}",
-                *quality,
-                "–" if decode is None else f"{decode:.1%}",
-            ]
-        )
+    for _, own in itertools.groupby(others, key=lambda row: row["form"]):
+        rows.append([])
+        for number, row in enumerate(own):
+            floor = f", from {row['floor']:.1%}" if row["floor"] < 1 else ""
+            name = "" if number else row["title"] + " *" * row["ahead"] + floor
+            ratio = span(row, "perplexity_ratio", "ratio", "{:.3f}")
+            kept = span(row, "needle_kept", "needle_kept", "{:.0%}")
+            decode = "–" if row.get("decode_density") is None else f"{row['decode_density']:.1%}"
+            rows.append([escape(name), f"{row['total_density']:.1%}", ratio, kept, decode])
     return make_table(
         f"{settings['model']}, {settings['windows']} windows of {settings['length']:,} tokens, "
         f"{settings['needles']} needles; dense: perplexity {dense['perplexity']:.3f}, needles "
@@ -266,15 +241,9 @@ def gate_table(gate: dict[str, Any]) -> Table:
             loss = f"{middle:+.2f}{unit} ({low:+.2f} … {high:+.2f})"
         few = "" if finding["trusted"] else ", too few"
         where = f": {finding['where']}" if finding["where"] else ""
-        rows.append(
-            [
-                f"{finding['form']}, {finding['measure']}{where}",
-                f"{finding['count']}{few}",
-                loss,
-                f"{100 * finding['limit']:g}{unit}",
-                f"[{style}]{finding['state']}[/]",
-            ]
-        )
+        name, count = f"{finding['form']}, {finding['measure']}{where}", f"{finding['count']}{few}"
+        limit, state = f"{100 * finding['limit']:g}{unit}", f"[{style}]{finding['state']}[/]"
+        rows.append([name, count, loss, limit, state])
     return make_table(
         "What may be lost, and what was",
         ["", "samples", "loss (interval)", "limit", "state"],

@@ -115,25 +115,16 @@ _DENSITIES = (
 
 
 def _flat(measured: Measurement) -> dict[str, Any]:
-    row: dict[str, Any] = {
-        "name": measured.name,
-        "perplexity": measured.perplexity,
-        "needle_accuracy": measured.needle_accuracy,
-        "seconds_per_window": measured.seconds_per_window,
-        "needle_seconds": measured.needle_seconds,
-    }
+    names = ("name", "perplexity", "needle_accuracy", "seconds_per_window", "needle_seconds")
+    row = {name: getattr(measured, name) for name in names}
     if not isinstance(measured, OperatedMeasurement):
         return row | {"total_density": 1.0}
-    row |= {
-        "perplexity_ratio": measured.ratio.ratio,
-        "ratio_low": measured.ratio.low,
-        "ratio_high": measured.ratio.high,
-        "kl": measured.kl,
-        "top1": measured.top1,
-    }
+    ratio, needle = measured.ratio, measured.needle
+    row |= {"perplexity_ratio": ratio.ratio, "ratio_low": ratio.low, "ratio_high": ratio.high}
+    row |= {"kl": measured.kl, "top1": measured.top1}
     row |= {name: measured.density[name] for name in _DENSITIES}
-    if measured.needle is not None:
-        row |= {"needle_difference": measured.needle.difference, "needle_bound": measured.needle.low}
+    if needle is not None:
+        row |= {"needle_difference": needle.difference, "needle_bound": needle.low}
     for phase, densities in measured.generate_density.items():
         row |= {f"{phase}_{name}": densities[name] for name in ("total_density", "far_density")}
     return row | {key: value for key, value in measured.config.items() if key != "version"}

@@ -85,7 +85,8 @@ def besides(
             decode[name] = decode_ms(model, ids)
             if number == 1 and config.topology == "pages":
                 layer, head = _busiest(result.operated[0].density["by_layer"])
-                trees.append(head_tree(model, tokenizer, texts[0], layer=layer, kv_head=head))
+                tree = head_tree(model, tokenizer, texts[0], layer=layer, kv_head=head)
+                trees.append(tree.to_dict())
     progress("decode times", 1 + len(configs), 1 + len(configs))
     return {"decode_ms": decode, "trees": trees}
 

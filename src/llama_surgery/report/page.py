@@ -2,6 +2,7 @@
 
 import functools
 import math
+from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +27,7 @@ def write_report(results: dict[str, Any], path: Path, *, frontier: Path | None =
     """
     points = [] if frontier is None else read_frontier(frontier)
     html = render(results, points)
-
-    def write(file: Path) -> None:
-        file.write_text(html, encoding="utf-8")
-
-    write_atomically(path, write)
+    write_atomically(path, lambda file: file.write_text(html, encoding="utf-8"))
 
 
 def render(results: dict[str, Any], points: list[FrontierPoint]) -> str:
@@ -122,10 +119,9 @@ def _needles(results: dict[str, Any]) -> str:
     band = _depth_bands(results["needles"])
     grids = {}
     for name in names:
-        cells: dict[tuple[int, float], list[bool]] = {}
+        cells: dict[tuple[int, float], list[bool]] = defaultdict(list)
         for needle in results["needles"]:
-            place = (needle["length"], band[needle["depth"]])
-            cells.setdefault(place, []).append(needle["right"][name])
+            cells[needle["length"], band[needle["depth"]]].append(needle["right"][name])
         title = name if name == "dense" else f"operated, {name}"
         grids[title] = [
             figures.NeedleCell(length, depth, sum(rights), len(rights))

@@ -9,7 +9,6 @@ from llama_surgery.errors import SurgeryError, check_version
 
 if TYPE_CHECKING:
     from llama_surgery.evaluation.result import EvaluationResult
-    from llama_surgery.report.tree import HeadTree
 
 FORMAT = "llama-surgery results"
 FORMAT_VERSION = 1
@@ -17,28 +16,15 @@ FORMAT_VERSION = 1
 _NEEDED = ("model", "length", "windows", "seed", "environment", "dense", "operated", "needles")
 
 
-def make_results(
-    result: "EvaluationResult",
-    *,
-    conditions: dict[str, str],
-    decode_ms: dict[str, float],
-    trees: "list[HeadTree]",
-) -> dict[str, Any]:
+def make_results(result: "EvaluationResult", **more: Any) -> dict[str, Any]:
     """Everything the report shows, as plain values ready for JSON.
 
-    ``conditions`` are what the evaluation itself does not know: texts, calibration …; ``decode_ms``
-    milliseconds a token in decode, by name of the measured model; ``trees`` heads' trees over a short text.
+    ``more`` is what the evaluation itself does not know: ``conditions`` (texts, calibration …), ``decode_ms``
+    (milliseconds a token in decode, by name of the measured model), ``trees`` (heads' over a short text).
     """
-    now = datetime.datetime.now(datetime.UTC)
-    return {
-        "format": FORMAT,
-        "format_version": FORMAT_VERSION,
-        "created": now.isoformat(timespec="seconds"),
-        "conditions": conditions,
-        "decode_ms": decode_ms,
-        "trees": [tree.to_dict() for tree in trees],
-        **result.to_dict(),
-    }
+    created = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    header = {"format": FORMAT, "format_version": FORMAT_VERSION, "created": created}
+    return {**header, **more, **result.to_dict()}
 
 
 def read_results(path: Path) -> dict[str, Any]:
