@@ -4,15 +4,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from matplotlib.axes import Axes
-from matplotlib.lines import Line2D
-from matplotlib.ticker import FuncFormatter
 
-from llama_surgery.report.frontier import FrontierPoint, pareto
-from llama_surgery.report.style import AMOUNT, BLUE, GREY, INK, OPERATED, PALE, figure, shade_text, to_svg
+from llama_surgery.report.style import AMOUNT, BLUE, GREY, OPERATED, PALE, PERCENT, figure, shade_text, to_svg
 
 #: The ratio axis spans at least this much above 1: a loss of a thousandth must not look like a cliff.
 RATIO_SHOWN = 0.01
-_MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 
 
 class NeedleCell(NamedTuple):
@@ -22,51 +18,6 @@ class NeedleCell(NamedTuple):
     depth: float
     right: int
     asked: int
-
-
-def frontier(points: Sequence[FrontierPoint]) -> str:
-    """Perplexity ratio and needle accuracy against executed far density, the Pareto front marked."""
-    front = pareto(list(points))
-    tiles = sorted({p.tile for p in points})
-    sizes = sorted({p.page_size for p in points})
-    colour = {tile: OPERATED[i % len(OPERATED)] for i, tile in enumerate(tiles)}
-    marker = {size: _MARKERS[i % len(_MARKERS)] for i, size in enumerate(sizes)}
-    with figure(10.4, 4.7) as fig:
-        left, right = fig.subplots(1, 2)
-        for panel, name in ((left, "ppl_ratio"), (right, "needle")):
-            for p in points:
-                x, y = p.far_density, getattr(p, name)
-                low, high = (p.ratio_low, p.ratio_high) if panel is left else p.needle_interval
-                span = [[max(0.0, y - low)], [max(0.0, high - y)]]
-                panel.errorbar(x, y, yerr=span, fmt="none", ecolor=colour[p.tile], elinewidth=0.8, alpha=0.35)
-                panel.plot(
-                    x, y, marker[p.page_size], color=colour[p.tile], markersize=6,
-                    markeredgecolor="white", markeredgewidth=0.6,
-                )  # fmt: skip
-            panel.plot(
-                [p.far_density for p in front], [getattr(p, name) for p in front],
-                "o", markersize=12, markerfacecolor="none", markeredgecolor=INK, markeredgewidth=1.1,
-            )  # fmt: skip
-            panel.set_xlabel("executed far density")
-            panel.set_xlim(left=0)
-            panel.xaxis.set_major_formatter(_percent)
-        left.plot([p.far_density for p in front], [p.ppl_ratio for p in front], color=INK, lw=0.9)
-        left.axhline(1, color=GREY, lw=1.2, ls="--")
-        left.set_title("Perplexity ÷ dense (lower is better)")
-        for value in {round(p.dense_needle, 4) for p in points}:
-            right.axhline(value, color=GREY, lw=1.2, ls="--")
-        right.set_title("Needles answered (higher is better)")
-        right.yaxis.set_major_formatter(_percent)
-        handles = [_key(colour[t], "o", f"tile {t}") for t in tiles]
-        handles += [_key(GREY, marker[s], f"page {s}") for s in sizes]
-        handles.append(Line2D([], [], color=GREY, ls="--", lw=1.2, label="dense"))
-        handles.append(
-            Line2D([], [], ls="none", marker="o", ms=10, mfc="none", mec=INK, label="Pareto front")
-        )
-        fig.legend(handles=handles, loc="outside lower center", ncols=min(6, len(handles)))
-        return to_svg(
-            fig, f"Perplexity ratio and needle accuracy of {len(points)} configurations against density"
-        )
 
 
 def needle_grids(grids: Mapping[str, Sequence[NeedleCell]]) -> str:
@@ -108,7 +59,7 @@ def head_density(by_layer: dict[int, dict[str, Any]]) -> str:
         panel.set_xlabel("KV head")
         panel.set_ylabel("layer")
         panel.set_title("Far density by KV head, %" if readable else "Far density by KV head")
-        fig.colorbar(image, ax=panel, format=_percent, pad=0.02).outline.set_visible(False)
+        fig.colorbar(image, ax=panel, format=PERCENT, pad=0.02).outline.set_visible(False)
         return to_svg(fig, "Executed far density of every layer and KV head")
 
 
@@ -130,7 +81,7 @@ def layer_density(by_layer: dict[int, dict[str, Any]]) -> str:
         panel.margins(x=0.16)
         panel.set_xlabel("density, share of the causal pairs")
         panel.set_ylabel("layer")
-        panel.xaxis.set_major_formatter(_percent)
+        panel.xaxis.set_major_formatter(PERCENT)
         panel.set_title("Density by layer")
         fig.legend(loc="outside lower right", ncols=2)
         return to_svg(fig, "Near and far density of every layer")
@@ -186,12 +137,5 @@ def _heat(panel: Axes, values: Sequence[Sequence[float | None]], texts: list[lis
     return image
 
 
-def _key(colour: str, marker: str, label: str) -> Line2D:
-    return Line2D([], [], ls="none", marker=marker, color=colour, label=label)
-
-
 def _mean(values: Sequence[float]) -> float:
     return sum(values) / max(1, len(values))
-
-
-_percent = FuncFormatter(lambda value, _: f"{value:.0%}" if value >= 0.1 else f"{100 * value:.3g}%")

@@ -11,7 +11,7 @@ from jinja2 import Environment, PackageLoader, select_autoescape
 from llama_surgery import __version__
 from llama_surgery.errors import SurgeryError
 from llama_surgery.files import write_atomically
-from llama_surgery.report import figures, summary
+from llama_surgery.report import comparison, figures, summary
 from llama_surgery.report.frontier import FrontierPoint, pareto, read_frontier
 from llama_surgery.report.tree import HeadTree, forest_view
 
@@ -165,7 +165,7 @@ _FRONT = {
 def _frontier(points: list[FrontierPoint]) -> dict[str, Any]:
     shared = functools.partial(_shared, points)
     return {
-        "figure": figures.frontier(points),
+        "figure": comparison.frontier(points),
         "conditions": (
             f"{len(points)} configurations; {shared('model')}, {shared('length')} tokens, "
             f"{shared('windows')} windows, {shared('needles')} needles, seed {shared('seed')}. "

@@ -9,6 +9,7 @@ from typing import Any
 import matplotlib
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter
 
 #: Okabe and Ito's palette: told apart with every common form of colour blindness.
 INK, GREY, PALE = "#1a1f26", "#6b7480", "#d9dee5"
@@ -25,6 +26,9 @@ OPERATED = (BLUE, VERMILION, GREEN, PURPLE, ORANGE, SKY)
 
 #: White to deep blue: order and amount survive greyscale.
 AMOUNT = LinearSegmentedColormap.from_list("amount", ["#f7fbff", "#9ecae1", "#2171b5", "#08306b"])
+
+#: Labels of shares.
+PERCENT = FuncFormatter(lambda value, _: f"{100 * value:.3g}%")
 
 _SETTINGS: Any = {
     "svg.fonttype": "none",  # text stays text: sharp, small and selectable
