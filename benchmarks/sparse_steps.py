@@ -28,12 +28,11 @@ from torch import nn
 import llama_surgery
 from llama_surgery.config import SurgeryConfig
 from llama_surgery.errors import SurgeryError
+from llama_surgery.evaluation.intervals import perplexity_ratio
 from llama_surgery.evaluation.kept import adapter_digest
-from llama_surgery.evaluation.paired import perplexity_ratio
-from llama_surgery.lengths import parse_length
 from llama_surgery.surgery.operation import config_of, paged_cache, reset_statistics, routers_of, statistics
 from llama_surgery.surgery.supported import inner_model
-from llama_surgery.text import windows
+from llama_surgery.text import parse_length, windows
 
 QUARTERS = 4
 KEYS = ("model", "text", "prompt", "steps", "settings", "decode")
