@@ -60,8 +60,8 @@ class SurgeryConfig:
         topology: ``pages``, a balanced tree over each chunk's keys, or ``gumbel``, the preprint's content
             router, for which all options below but ``gumbel`` and ``backend`` are without meaning.
         chunk_size: Tokens of a chunk; a multiple of ``tile``, and ``page_size`` times a power of two. The
-            kernels sort chunks of up to 8,192.
-        page_size: Keys of a page, the contiguous block that is read as a whole.
+            kernels sort chunks of up to 8,192, less where heads are wider than 128 channels.
+        page_size: Keys of a page, the contiguous block that is read as a whole; 128 at most for the kernels.
         window: Tokens that always stay in the near field; a multiple of ``tile``.
         tile: Consecutive queries of a head that share the pages read in prefill, anchored at multiples of
             ``tile``. A call of one token on a non-empty cache (a decode step) is a tile of one, whose pages
@@ -76,7 +76,8 @@ class SurgeryConfig:
         dense_until: Queries at positions below this see everything; a multiple of ``tile``. From the length
             of the longest text on, all attention is dense.
         backend: Who executes the plan. ``auto`` takes the kernels on a GPU where they can run a call, and
-            plain PyTorch elsewhere. A backend asked for by name never falls back in silence.
+            plain PyTorch elsewhere. A backend asked for by name never falls back in silence: ``operate()``
+            refuses what ``triton`` cannot run.
         gumbel: Options of ``topology="gumbel"``, or a mapping of them; None for other topologies.
         given: ``theta_decode`` as it was given, None where it follows from other fields, in a copy by
             ``dataclasses.replace`` from its own. Not to be set.

@@ -82,6 +82,17 @@ def backend_name(
     return "gather" if config.backend == "auto" else config.backend
 
 
+def check_config(config: SurgeryConfig, head_dim: int) -> None:
+    """Raise SurgeryError where the backend asked for by name runs no heads like these, on any device."""
+
+    def problem() -> str | None:
+        from llama_surgery.attention.impl.triton import unfit
+
+        return unfit(config, head_dim, head_dim, config.tile)
+
+    kernels_run(config.backend, torch.device("cpu"), problem)
+
+
 def resolve(
     config: SurgeryConfig,
     queries: torch.Tensor,

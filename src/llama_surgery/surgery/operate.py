@@ -24,6 +24,7 @@ from llama_surgery.surgery.layer import ATTRIBUTE, LayerSurgery
 from llama_surgery.surgery.metric import metric_of
 from llama_surgery.surgery.operation import (
     Operation,
+    check_executable,
     config_of,
     is_operated,
     operation_of,
@@ -136,6 +137,7 @@ def operate(
             model, tokenizer, text, max_loss, length, config, routers, progress
         )
     base = check_replaceable(inner, modules.values())
+    check_executable(inner, modules, config)
     if density is not None:
         check_densities(config, density, decode_density)
     if text is not None and (density is not None or measure_speed):

@@ -2,18 +2,20 @@
 
 import dataclasses
 import importlib
+from collections.abc import Mapping
 from typing import Any
 
 import torch
-from transformers import DynamicCache
+from transformers import DynamicCache, PreTrainedModel
 
+from llama_surgery.attention.executor import check_config
 from llama_surgery.config import SurgeryConfig
 from llama_surgery.errors import SurgeryError
 from llama_surgery.surgery.cache import PagedCache
 from llama_surgery.surgery.layer import ATTRIBUTE
 from llama_surgery.surgery.replace import Replacement
 from llama_surgery.surgery.statistics import Statistics, summarise
-from llama_surgery.surgery.supported import inner_model
+from llama_surgery.surgery.supported import head_shape, inner_model
 
 #: Modules of topologies that stand on this room: what :func:`room_of` loads.
 _ROOMS = {"gumbel": "llama_surgery.gumbel.room"}
@@ -125,7 +127,7 @@ def set_config(model: torch.nn.Module, config: SurgeryConfig) -> None:
     """Change the configuration of an operated model. Caches made before do not fit it.
 
     Raises:
-        SurgeryError: Another topology, or other trees: operate anew.
+        SurgeryError: Another topology, or other trees: operate anew. Or a backend that cannot run it.
     """
     operation = operation_of(model)
     old, new = (_trees(each) for each in (operation.config, config))
@@ -133,7 +135,16 @@ def set_config(model: torch.nn.Module, config: SurgeryConfig) -> None:
         raise SurgeryError(f"the model is operated with {old}, not {new}: eject(model) and operate again.")
     if config != operation.config:
         operation.measured = None
+    check_executable(inner_model(model), operation.modules, config)
     operation.use(config)
+
+
+def check_executable(
+    inner: PreTrainedModel, modules: Mapping[int, torch.nn.Module], config: SurgeryConfig
+) -> None:
+    """Raise SurgeryError where a backend asked for by name cannot run the modules with a configuration."""
+    for module in modules.values():
+        check_config(config, head_shape(inner, module)[2])
 
 
 def _trees(config: SurgeryConfig) -> tuple[Any, ...]:

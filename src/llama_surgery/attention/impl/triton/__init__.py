@@ -11,8 +11,8 @@ import torch
 
 from llama_surgery.config import SurgeryConfig
 
-#: Most queries of a tile, and the widest head.
-LARGEST_TILE, LARGEST_HEAD = 128, 256
+#: Most queries of a tile, the widest head, and most keys of a page, which one step of a program loads.
+LARGEST_TILE, LARGEST_HEAD, LARGEST_PAGE = 128, 256, 128
 
 #: Squares beyond it would overflow in float16: variances are kept no larger.
 LARGEST_SQUARE = 6.0e4
@@ -44,24 +44,24 @@ def obstacle(config: SurgeryConfig, queries: torch.Tensor, values: torch.Tensor,
         return old
     if queries.dtype not in (torch.float32, torch.float16, torch.bfloat16):
         return f"it computes in float32, float16 or bfloat16, not {queries.dtype}"
+    return unfit(config, queries.shape[-1], values.shape[-1], tile)
+
+
+def unfit(config: SurgeryConfig, head_dim: int, value_dim: int, tile: int) -> str | None:
+    """:func:`obstacle` as far as a configuration and the shape of heads tell, on whatever device."""
     if tile > LARGEST_TILE:
         return f"it runs tiles of at most {LARGEST_TILE} queries, not tile={tile}"
-    if max(queries.shape[-1], values.shape[-1]) > LARGEST_HEAD:
+    if config.page_size > LARGEST_PAGE:
+        return f"it runs pages of at most {LARGEST_PAGE} keys, not page_size={config.page_size}"
+    if max(head_dim, value_dim) > LARGEST_HEAD:
+        return f"it runs head dims up to {LARGEST_HEAD}, not head_dim={max(head_dim, value_dim)}"
+    padded = 1 << (head_dim - 1).bit_length()
+    most = LARGEST_CHUNK if padded <= WIDEST_GRAM else min(LARGEST_CHUNK, LARGEST_BLOCK // padded)
+    if config.chunk_size > most:
         return (
-            f"it runs head dims up to {LARGEST_HEAD}, not head_dim={max(queries.shape[-1], values.shape[-1])}"
-        )
-    most = _largest_chunk(queries.shape[-1])
-    if config.chunk_size > max(most, config.page_size):  # a chunk that is one page is not sorted
-        return (
-            f"it sorts chunks of up to {most} keys of {queries.shape[-1]} channels, not "
-            f"chunk_size={config.chunk_size}"
+            f"it sorts chunks of up to {most} keys of {head_dim} channels, not chunk_size={config.chunk_size}"
         )
     return None
-
-
-def _largest_chunk(head_dim: int) -> int:
-    padded = 1 << (head_dim - 1).bit_length()
-    return LARGEST_CHUNK if padded <= WIDEST_GRAM else min(LARGEST_CHUNK, LARGEST_BLOCK // padded)
 
 
 @functools.cache
