@@ -8,7 +8,7 @@ from tests.cli.runner import run
 from transformers import AutoModelForCausalLM
 
 from llama_surgery import config_of, load_adapter
-from llama_surgery.surgery.operate import routers_of
+from llama_surgery.surgery.operation import routers_of
 
 GUMBEL = ["--topology", "gumbel", "--gumbel-radius", "1", "--gumbel-window", "16", "--gumbel-length", "256"]
 

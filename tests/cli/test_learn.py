@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from llama_surgery import eject, load_adapter
 from llama_surgery.learning.processes import Processes
-from llama_surgery.surgery.operate import routers_of
+from llama_surgery.surgery.operation import routers_of
 
 SMALL = [*SHORT, "--length", "256"]
 

@@ -10,7 +10,7 @@ from tests.surgery.tiny import SINGLE, SPARSE, in_pieces, llama, logits, tokens
 
 from llama_surgery import AdapterError, SurgeryError, eject, load_adapter, operate, operated, save_adapter
 from llama_surgery.learning.corrections import scorer_parameters
-from llama_surgery.surgery.operate import routers_of
+from llama_surgery.surgery.operation import routers_of
 from llama_surgery.topology.router import PageRouter
 
 

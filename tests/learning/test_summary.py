@@ -13,7 +13,7 @@ from llama_surgery.attention.api import attend
 from llama_surgery.attention.executor import build_layout
 from llama_surgery.learning.corrections import scorer_parameters
 from llama_surgery.topology.layout import moments_of
-from llama_surgery.topology.mask import page_mask
+from llama_surgery.topology.plan import page_mask
 from llama_surgery.topology.selection import Scorer
 
 CONFIG = SurgeryConfig(chunk_size=16, page_size=8, window=8, tile=4, theta=0.3, theta_decode=0.3)

@@ -22,7 +22,7 @@ from tests.surgery.tiny import (
 from llama_surgery import SurgeryError, operated, paged_cache
 from llama_surgery.surgery import store
 from llama_surgery.surgery.compat import CACHE_NAME
-from llama_surgery.surgery.operate import set_config
+from llama_surgery.surgery.operation import set_config
 
 EXACT = {"rtol": 1e-9, "atol": 1e-9}
 FEW = settings(max_examples=20)

@@ -13,9 +13,9 @@ from tests.surgery.tiny import SPARSE, VOCABULARY, build, logits, tokens
 
 import llama_surgery as surgery
 from llama_surgery import SurgeryConfig, SurgeryError
-from llama_surgery.attention import heard
 from llama_surgery.attention.call import AttentionCall
-from llama_surgery.attention.heard import heard_layout, rounded_moments
+from llama_surgery.attention.executor import heard_layout, rounded_moments
+from llama_surgery.attention.impl import triton
 from llama_surgery.surgery import execute, head_budgets
 from llama_surgery.surgery.calibrate import ShareHistogram, calibrate
 from llama_surgery.surgery.compat import CACHE_NAME
@@ -141,7 +141,7 @@ def test_only_what_kernels_will_execute_is_rounded(monkeypatch: pytest.MonkeyPat
     auto = dataclasses.replace(SPARSE, backend="auto")
     assert heard_layout(layout, auto, keys, keys, 8) is layout  # on a CPU plain PyTorch executes
     for problem, rounded in ((None, True), ("of some kind", False)):
-        monkeypatch.setattr(heard, "obstacle", lambda *_, problem=problem: problem)
+        monkeypatch.setattr(triton, "obstacle", lambda *_, problem=problem: problem)
         assert (heard_layout(layout, auto, on_gpu, on_gpu, 8) is not layout) == rounded
     kept = dataclasses.replace(layout, features=(keys,))
     named = dataclasses.replace(SPARSE, backend="triton")

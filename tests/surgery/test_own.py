@@ -12,7 +12,7 @@ from llama_surgery import operate, operated, paged_cache, statistics
 from llama_surgery.surgery import store as store_module
 from llama_surgery.surgery.compat import CACHE_NAME
 from llama_surgery.surgery.cudnn import without_cudnn
-from llama_surgery.surgery.operate import reset_statistics
+from llama_surgery.surgery.operation import reset_statistics
 
 EXACT = {"rtol": 1e-9, "atol": 1e-9}
 OWN = dataclasses.replace(SPARSE, theta_decode=0.0, backend="auto")

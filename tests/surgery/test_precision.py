@@ -8,7 +8,7 @@ from transformers import PreTrainedModel, Trainer, TrainingArguments
 
 from llama_surgery import SurgeryError, load_adapter, operated, save_adapter
 from llama_surgery.surgery.compat import CACHE_NAME
-from llama_surgery.surgery.operate import routers_of
+from llama_surgery.surgery.operation import routers_of
 from llama_surgery.topology.router import PageRouter
 
 

@@ -33,8 +33,7 @@ from llama_surgery.surgery import execute
 from llama_surgery.surgery.rows import Part
 from llama_surgery.surgery.statistics import Counters
 from llama_surgery.topology.geometry import Block
-from llama_surgery.topology.mask import page_mask
-from llama_surgery.topology.plan import plan_from_first_open
+from llama_surgery.topology.plan import page_mask, plan_from_first_open
 
 LAYERS, KV_HEADS = 2, 2
 

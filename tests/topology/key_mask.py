@@ -2,8 +2,7 @@
 
 import torch
 
-from llama_surgery.topology.mask import page_mask
-from llama_surgery.topology.plan import Plan
+from llama_surgery.topology.plan import Plan, page_mask
 
 
 def key_mask(plan: Plan, order: torch.Tensor, page_size: int) -> torch.Tensor:

@@ -6,8 +6,7 @@ from hypothesis import strategies as st
 from tests.topology.key_mask import key_mask
 
 from llama_surgery.topology.geometry import Block
-from llama_surgery.topology.mask import page_mask
-from llama_surgery.topology.plan import plan_from_first_open, plan_of_everything, tiles_of
+from llama_surgery.topology.plan import page_mask, plan_from_first_open, plan_of_everything, tiles_of
 
 PAGE = 4
 

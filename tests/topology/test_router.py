@@ -10,7 +10,7 @@ from llama_surgery import SurgeryConfig, SurgeryError
 from llama_surgery.attention.api import attend
 from llama_surgery.attention.executor import build_layout
 from llama_surgery.topology.layout import moments_of
-from llama_surgery.topology.mask import page_mask
+from llama_surgery.topology.plan import page_mask
 from llama_surgery.topology.router import PageRouter
 from llama_surgery.topology.selection import Scorer
 from llama_surgery.topology.tree import tree_order

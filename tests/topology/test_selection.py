@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from llama_surgery.config import SurgeryConfig
 from llama_surgery.topology.geometry import query_blocks
 from llama_surgery.topology.layout import Moments, build_layout, moments_of
-from llama_surgery.topology.mask import page_mask
+from llama_surgery.topology.plan import page_mask
 from llama_surgery.topology.selection import Scorer, log_shares, select
 
 DIM = 8

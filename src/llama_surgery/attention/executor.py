@@ -1,5 +1,6 @@
 """Who executes calls of attention, and what the kernels keep of a layout where they do."""
 
+import dataclasses
 import functools
 import importlib
 from collections.abc import Callable
@@ -9,6 +10,7 @@ import torch
 from llama_surgery.attention import blocks
 from llama_surgery.attention.call import AttentionCall
 from llama_surgery.attention.impl.common import differentiable
+from llama_surgery.attention.impl.triton import LARGEST_SQUARE
 from llama_surgery.attention.result import AttentionResult
 from llama_surgery.config import SurgeryConfig
 from llama_surgery.errors import SurgeryError
@@ -182,3 +184,31 @@ def kernel_moments(features: torch.Tensor, page_size: int) -> Moments:
     from llama_surgery.attention.impl.triton.job import KeptMoments
 
     return KeptMoments(features, page_size)
+
+
+def heard_layout(
+    layout: Layout, config: SurgeryConfig, queries: torch.Tensor, values: torch.Tensor, tile: int
+) -> Layout:
+    """The layout as its pages are scored where ``config`` is executed: what calibration listens to.
+
+    The kernels do not hand out shares, and keep what they score pages by in the keys' dtype. A threshold is
+    for the shares that follow from that, not for those of moments in full precision.
+
+    Args:
+        layout: Full chunks.
+        config: What will be executed; its backend decides.
+        queries: (..., head_dim), for their device and dtype.
+        values: (..., value_dim).
+        tile: Queries of a tile.
+    """
+    by_kernels = config.backend == "triton" or backend_name(config, queries, values, tile) == "triton"
+    if not by_kernels or layout.features is not None:  # moments that come with features were made of them
+        return layout
+    return dataclasses.replace(layout, moments=rounded_moments(layout.moments, queries.dtype))
+
+
+def rounded_moments(moments: Moments, dtype: torch.dtype) -> Moments:
+    """Moments as exactly as the kernels keep them in ``dtype``, on any device."""
+    spread = (0.5 * moments.variance).clamp_max(LARGEST_SQUARE)
+    mean, spread = (part.to(dtype).to(moments.mean.dtype) for part in (moments.mean, spread))
+    return Moments(mean, 2 * spread, moments.size)

@@ -3,8 +3,7 @@
 import torch
 
 from llama_surgery.topology.layout import Layout, Moments
-from llama_surgery.topology.mask import page_mask
-from llama_surgery.topology.plan import Plan
+from llama_surgery.topology.plan import Plan, page_mask
 from llama_surgery.topology.selection import Scorer
 
 

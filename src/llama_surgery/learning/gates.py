@@ -129,20 +129,6 @@ def gated_rows(
     return Gated(out, *pairs)
 
 
-class PageGates(NamedTuple):
-    """What :func:`page_gates` returns; see :class:`Gated` for all but the bias.
-
-    Attributes:
-        bias: (streams, choosers, rows, pages); a chooser is a head, or in tiles of one row all of them.
-    """
-
-    bias: torch.Tensor
-    soft: torch.Tensor
-    hard: torch.Tensor
-    slope: torch.Tensor
-    lost: torch.Tensor
-
-
 def page_gates(
     scores: torch.Tensor,
     weights: torch.Tensor,
@@ -152,7 +138,7 @@ def page_gates(
     log_theta: float,
     homotopy: Homotopy,
     config: SurgeryConfig,
-) -> PageGates:
+) -> tuple[torch.Tensor, ...]:
     """How far pages are open, for whole tiles of rows.
 
     Args:
@@ -164,6 +150,10 @@ def page_gates(
         log_theta: Global log θ.
         homotopy: λ and τ.
         config: Geometry and tile.
+
+    Returns:
+        Biases (streams, choosers, rows, pages), a chooser being a head or in tiles of one row all of them;
+        then ``soft``, ``hard``, ``slope`` and ``lost`` as :class:`Gated` has them.
     """
     total = torch.logaddexp(weights.logsumexp(-1), near_lse.to(weights.dtype))
     shares = scores - total.unsqueeze(-1)
@@ -178,7 +168,7 @@ def page_gates(
     soft, hard, slope = _pairs(margin[:, :, :, -1].masked_fill(sink[:, :, 0], math.inf), homotopy, config)
     seen = ((margin > 0) | sink).flatten(2, 3)
     lost = expected.masked_fill(seen, 0).sum((1, 2, 3)) / scores.shape[1]
-    return PageGates(_bias(margin, sink, homotopy).flatten(2, 3), soft, hard, slope, lost)
+    return _bias(margin, sink, homotopy).flatten(2, 3), soft, hard, slope, lost
 
 
 def summary_terms(weights: torch.Tensor, bias: torch.Tensor, router: PageRouter) -> torch.Tensor:

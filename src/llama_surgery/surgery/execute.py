@@ -6,8 +6,7 @@ from typing import Any
 
 import torch
 
-from llama_surgery.attention.executor import executor_of
-from llama_surgery.attention.heard import heard_layout
+from llama_surgery.attention.executor import executor_of, heard_layout
 from llama_surgery.attention.impl.common import differentiable
 from llama_surgery.errors import SurgeryError, UnsupportedModelError
 from llama_surgery.surgery.cache import PagedLayer

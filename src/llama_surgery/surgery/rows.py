@@ -1,10 +1,15 @@
-"""How the rows of a call are computed: in tiles, or one by one."""
+"""Which rows a call has, and how they are computed: in tiles, or one by one."""
 
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
+import torch
+
 from llama_surgery.config import SurgeryConfig
 from llama_surgery.topology.geometry import first_far
+
+#: Attribute of a mask under which what was asked about it is kept for the call's other layers.
+_COLUMNS = "_llama_surgery_columns"
 
 
 class Part(NamedTuple):
@@ -62,3 +67,28 @@ def whole_rows(
     if not sparse_parts(parts, config):
         return parts
     return tuple(parts_of(start, min(stop, config.dense_until), config, step=step, prompt_end=prompt_end))
+
+
+def columns_of(mask: torch.Tensor, slots: int) -> tuple[list[int], list[torch.Tensor | None]]:
+    """Real tokens among the first ``slots`` columns, and indices of the real ones among the others.
+
+    The device is asked once for a call, not once for every layer: the mask keeps the answer.
+
+    Args:
+        mask: (batch, columns) bool, True for real tokens; the same object for all layers of a call.
+        slots: Columns that earlier calls brought.
+
+    Returns:
+        For every sequence the number, and the indices (int64), None where all are real.
+    """
+    known = getattr(mask, _COLUMNS, None)
+    if known is None or known[0] != slots:
+        new = mask[:, slots:]
+        before, after = torch.stack((mask[:, :slots].sum(1), new.sum(1))).tolist()
+        columns = [
+            None if count == new.shape[1] else row.nonzero().squeeze(1)
+            for count, row in zip(after, new, strict=True)
+        ]
+        known = slots, before, columns
+        setattr(mask, _COLUMNS, known)
+    return list(known[1]), list(known[2])

@@ -22,7 +22,7 @@ from llama_surgery.learning.corrections import scorer_parameters
 from llama_surgery.surgery import steps as steps_module
 from llama_surgery.surgery.adapter import write_adapter
 from llama_surgery.surgery.compat import CACHE_NAME
-from llama_surgery.surgery.operate import surgery_of
+from llama_surgery.surgery.operation import surgery_of
 from llama_surgery.surgery.steps import GraphedSteps
 from llama_surgery.topology.router import PageRouter
 

@@ -5,7 +5,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from llama_surgery.attention.heard import rounded_moments
+from llama_surgery.attention.executor import rounded_moments
 from llama_surgery.attention.impl.triton.job import LARGEST_SQUARE, KeptMoments, page_features
 from llama_surgery.topology.layout import moments_of
 

@@ -7,8 +7,7 @@ import torch
 
 from llama_surgery.attention.call import AttentionCall
 from llama_surgery.attention.impl.common import cap, compute_dtype, merge
-from llama_surgery.topology.mask import page_mask
-from llama_surgery.topology.plan import Plan
+from llama_surgery.topology.plan import Plan, page_mask
 
 
 def near_field(

@@ -2,6 +2,7 @@
 
 A program owns a tile of one query head, or a block of keys for one query head; nothing is added atomically.
 Pages whose bias is below FAINT in all rows of a tile are left out: nothing of them is left in the softmax.
+The kernels' parameters are much alike, but they are the signatures of launches: Triton has no shared ones.
 """
 
 import triton
