@@ -52,14 +52,7 @@ def attend(
     tile = config.tile if tile is None else tile
     check_call(queries, near_keys, near_values, layout, config, start, tile, sink_logit, router)
     call = resolve(
-        config,
-        queries,
-        near_values,
-        tile,
-        scale=scale,
-        softcap=softcap,
-        router=router,
-        listener=listener,
+        config, queries, near_values, tile, scale=scale, softcap=softcap, router=router, listener=listener
     )
     execute = executor_of(call, queries, near_keys, near_values, layout, sink_logit)
     return execute(queries, near_keys, near_values, layout, start=start, sink_logit=sink_logit)

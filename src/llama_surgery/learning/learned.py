@@ -92,13 +92,7 @@ def learn(
     if parts is None:
         parts = usual_parts(config)
     settings = LearningSettings(
-        density=density,
-        length=length,
-        steps=steps,
-        parts=tuple(parts),
-        rate=rate,
-        repeats=repeats,
-        seed=seed,
+        density=density, length=length, steps=steps, parts=tuple(parts), rate=rate, repeats=repeats, seed=seed
     )
     ids = cut_windows(tokenizer, text, length, windows, seed, usual=WINDOWS)
     ids = with_repeats(ids, repeats, config, seed)

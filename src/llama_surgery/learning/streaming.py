@@ -24,11 +24,7 @@ from llama_surgery.config import SurgeryConfig
 from llama_surgery.errors import SurgeryError, UnsupportedModelError
 from llama_surgery.files import write_atomically, write_json
 from llama_surgery.folders import check_folder
-from llama_surgery.learning.attach import (
-    Gates,
-    local_error,
-    refuse_unlearnable,
-)
+from llama_surgery.learning.attach import Gates, local_error, refuse_unlearnable
 from llama_surgery.learning.corrections import Corrections
 from llama_surgery.learning.reading import Reading
 from llama_surgery.learning.settings import LearningSettings

@@ -1,5 +1,6 @@
 """What operated layers really read, counted where it is read."""
 
+import collections
 import dataclasses
 import functools
 import threading
@@ -202,29 +203,14 @@ def summarise(layers: dict[int, dict[int, Counters]], page_size: int) -> Statist
             "pages_read": sums["pages"],
             "near_density": sums["near"] / causal,
         }
-    sizes = sorted({tile for tiles in layers.values() for tile in tiles})
     by_tile = {}
-    for tile in sizes:
+    for tile in sorted({tile for tiles in layers.values() for tile in tiles}):
         part = _total([tiles[tile] for tiles in layers.values() if tile in tiles])
-        by_tile[str(tile)] = {
-            "far_density": part["far"],
-            "total_density": part["near"] + part["far"] + part["summary"],
-            "rows": part["rows"],
-            "pages_per_tile_row": part["far_pairs_per_row"] / page_size,
-        }
-    total = _total([c for tiles in layers.values() for c in tiles.values()])
-    return Statistics(
-        near_density=total["near"],
-        far_density=total["far"],
-        visible_far_density=total["visible"],
-        summary_density=total["summary"],
-        total_density=total["near"] + total["far"] + total["summary"],
-        pages_read=int(total["pages"]),
-        rows=int(total["rows"]),
-        causal_pairs=int(total["causal"]),
-        by_layer=by_layer,
-        by_tile=by_tile,
-    )
+        by_tile[str(tile)] = {name: part[name] for name in ("far_density", "total_density", "rows")}
+        by_tile[str(tile)]["pages_per_tile_row"] = part["far_pairs_per_row"] / page_size
+    total = _total([counters for tiles in layers.values() for counters in tiles.values()])
+    del total["far_pairs_per_row"]
+    return Statistics(**total, by_layer=by_layer, by_tile=by_tile)
 
 
 def _sums(counters: list[Counters]) -> dict[str, Any]:
@@ -247,27 +233,26 @@ def _sums(counters: list[Counters]) -> dict[str, Any]:
     }
 
 
-def _total(counters: list[Counters]) -> dict[str, float]:
-    """Densities over counters of several layers."""
-    near = causal = far = visible = pages = rows = head_rows = 0
-    summary = 0.0
+def _total(counters: list[Counters]) -> dict[str, Any]:
+    """What :class:`Statistics` says of several layers together, and far pairs of a row's tile."""
+    total = collections.Counter[str]()
     for counter in counters:
         sums = _sums([counter])
         heads = max(1, len(sums["far"]))
-        near += sums["near"] * heads
-        causal += sums["causal"] * heads
-        summary += sums["summary"] * heads
-        far, visible = far + sum(sums["far"]), visible + sum(sums["visible"])
-        pages, rows = pages + sum(sums["pages"]), rows + sums["rows"]
-        head_rows += sums["rows"] * heads
-    pairs = max(1, causal)
+        total.update({name: sums[name] * heads for name in ("near", "causal", "summary")})
+        total.update({name: sum(sums[name]) for name in ("far", "visible", "pages")})
+        total.update(rows=sums["rows"], head_rows=sums["rows"] * heads)
+    densities = {
+        name: total[name] / max(1, total["causal"]) for name in ("near", "far", "visible", "summary")
+    }
     return {
-        "near": near / pairs,
-        "far": far / pairs,
-        "visible": visible / pairs,
-        "summary": summary / pairs,
-        "pages": pages,
-        "rows": rows,
-        "causal": causal,
-        "far_pairs_per_row": far / max(1, head_rows),
+        "near_density": densities["near"],
+        "far_density": densities["far"],
+        "visible_far_density": densities["visible"],
+        "summary_density": densities["summary"],
+        "total_density": densities["near"] + densities["far"] + densities["summary"],
+        "pages_read": int(total["pages"]),
+        "rows": total["rows"],
+        "causal_pairs": total["causal"],
+        "far_pairs_per_row": total["far"] / max(1, total["head_rows"]),
     }

@@ -94,15 +94,7 @@ def first_slot(page, blocks_ptr, block_slots, CHUNK: tl.constexpr, PAGE: tl.cons
 
 
 @triton.jit
-def load_rows(
-    base,
-    rows,
-    row_stride,
-    present,
-    DIM: tl.constexpr,
-    DIM_PAD: tl.constexpr,
-    CHECK: tl.constexpr,
-):
+def load_rows(base, rows, row_stride, present, DIM: tl.constexpr, DIM_PAD: tl.constexpr, CHECK: tl.constexpr):
     """Load (rows, DIM_PAD), zero beyond DIM and, with CHECK, where ``present`` is false."""
     column = tl.arange(0, DIM_PAD)
     pointers = base + rows.to(tl.int64)[:, None] * row_stride + column[None, :]
@@ -137,16 +129,7 @@ def cap_logits(products, scale, softcap, CAP: tl.constexpr):
 
 
 @triton.jit
-def softmax_step(
-    acc,
-    total,
-    top,
-    products,
-    factor,
-    values,
-    seen,
-    BY_ROW: tl.constexpr,
-):
+def softmax_step(acc, total, top, products, factor, values, seen, BY_ROW: tl.constexpr):
     """One step of the online softmax over a block of keys.
 
     Args:

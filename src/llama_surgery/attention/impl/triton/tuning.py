@@ -44,12 +44,7 @@ TABLE = {
     "sm86": _SMALL,
     "sm89": _SMALL,
     "sm120": _SMALL,
-    "sm90": Tuning(
-        keys_per_step=32,
-        attend_warps=4,
-        shared=227 << 10,
-        specialised=True,
-    ),
+    "sm90": Tuning(keys_per_step=32, attend_warps=4, shared=227 << 10, specialised=True),
     "sm100": Tuning(attend_stages=3, score_stages=3, shared=227 << 10),
     "gfx942": Tuning(attend_stages=1, score_stages=1, shared=64 << 10),
     "gfx950": Tuning(attend_stages=2, score_stages=1),
@@ -97,12 +92,7 @@ def tuning_for(family: str, head_dim: int, element_size: int, exact: bool = Fals
         )
     if bytes_per_row > 512:
         tuning = dataclasses.replace(
-            tuning,
-            rows=32,
-            score_rows=32,
-            attend_stages=1,
-            score_stages=1,
-            attend_warps=4,
+            tuning, rows=32, score_rows=32, attend_stages=1, score_stages=1, attend_warps=4
         )
     if exact and family.startswith("sm"):
         tuning = dataclasses.replace(tuning, score_rows=32, block_pages=16, score_warps=4)

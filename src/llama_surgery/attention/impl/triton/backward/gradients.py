@@ -61,11 +61,7 @@ class _Rows(NamedTuple):
 
 
 def gradients(
-    forward: Forward,
-    states: States,
-    d_out: torch.Tensor,
-    d_lse: torch.Tensor | None,
-    needed: Sequence[bool],
+    forward: Forward, states: States, d_out: torch.Tensor, d_lse: torch.Tensor | None, needed: Sequence[bool]
 ) -> list[torch.Tensor | None]:
     """Gradients of the inputs of ``states``, in their order and dtypes; None where not needed.
 
@@ -264,10 +260,7 @@ def _strips(job: Job, plans: Sequence[TiledPlan]) -> list[tuple[int, int, TiledP
 
 def _shape(job: Job, tuning: BackwardTuning) -> dict[str, Any]:
     constants = job.constants()
-    return {
-        **constants,
-        "HEADS_BLOCK": heads_of_tile(constants["HEADS"], tuning.rows, constants["TILE_PAD"]),
-    }
+    return {**constants, "HEADS_BLOCK": heads_of_tile(constants["HEADS"], tuning.rows, constants["TILE_PAD"])}
 
 
 def _like(states: torch.Tensor) -> torch.Tensor:

@@ -8,13 +8,7 @@ import triton
 import triton.language as tl
 
 from llama_surgery.attention.impl.triton.backward.query_kernel import logit_gradients
-from llama_surgery.attention.impl.triton.helpers import (
-    ENTRY,
-    EXACT,
-    LOG2E,
-    closed_chunks,
-    load_rows,
-)
+from llama_surgery.attention.impl.triton.helpers import ENTRY, EXACT, LOG2E, closed_chunks, load_rows
 
 
 @triton.jit
@@ -100,9 +94,7 @@ def near_gradient_kernel(
     _store_keys(d_v_ptr, d_v, base + slot, present, VALUE_DIM, VALUE_PAD, False)
 
 
-@triton.jit(
-    do_not_specialize=["pages", "tiles", "slots", "rows", "start", "first_tile"],
-)
+@triton.jit(do_not_specialize=["pages", "tiles", "slots", "rows", "start", "first_tile"])
 def far_gradient_kernel(
     q_ptr, k_ptr, v_ptr, readers_ptr, counts_ptr, lse_ptr, delta_ptr, d_out_ptr, d_k_ptr, d_v_ptr, q_chooser,
     q_head, q_row, k_stream, k_row, v_stream, v_row, pages, tiles, slots, rows, start, first_tile, scale,

@@ -3,29 +3,12 @@
 import triton
 import triton.language as tl
 
-from llama_surgery.attention.impl.triton.helpers import (
-    ENTRY,
-    EXACT,
-    LOG2E,
-    closed_chunks,
-    load_rows,
-    tanh,
-)
+from llama_surgery.attention.impl.triton.helpers import ENTRY, EXACT, LOG2E, closed_chunks, load_rows, tanh
 
 
 @triton.jit
 def logit_gradients(
-    q,
-    k,
-    v,
-    d_out,
-    shift,
-    delta,
-    visible,
-    scale,
-    softcap,
-    CAP: tl.constexpr,
-    MASK: tl.constexpr,
+    q, k, v, d_out, shift, delta, visible, scale, softcap, CAP: tl.constexpr, MASK: tl.constexpr
 ):
     """Softmax weights of a block of keys, recomputed, and gradients of its products, all (rows, keys).
 

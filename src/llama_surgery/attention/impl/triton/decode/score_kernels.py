@@ -21,11 +21,7 @@ from llama_surgery.attention.impl.triton.helpers import (
     softmax_step,
     sum_step,
 )
-from llama_surgery.attention.impl.triton.select.page_scores import (
-    page_scores,
-    page_terms,
-    score_factors,
-)
+from llama_surgery.attention.impl.triton.select.page_scores import page_scores, page_terms, score_factors
 
 #: Blocks of a table that are looked up at once, at least.
 LOOKUP = tl.constexpr(128)

@@ -123,12 +123,7 @@ def _order(keys: torch.Tensor, config: SurgeryConfig, router: PageRouter | None)
             num_warps=PROJECT_WARPS[0] if node > BLOCK else PROJECT_WARPS[1],
         )
         split_kernel[(slots // chunk, streams)](
-            order,
-            children,
-            projections,
-            slots,
-            SIZE=node,
-            NODES=chunk // node,
+            order, children, projections, slots, SIZE=node, NODES=chunk // node
         )
         order, children = children, order
         node //= 2

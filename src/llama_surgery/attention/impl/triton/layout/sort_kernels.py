@@ -132,14 +132,7 @@ def project_kernel(
 
 
 @triton.jit
-def split_kernel(
-    order_ptr,
-    children_ptr,
-    projections_ptr,
-    slots,
-    SIZE: tl.constexpr,
-    NODES: tl.constexpr,
-):
+def split_kernel(order_ptr, children_ptr, projections_ptr, slots, SIZE: tl.constexpr, NODES: tl.constexpr):
     """Split a chunk's NODES nodes of SIZE keys into two equal children along what ``project_kernel`` wrote.
 
     ``order`` and ``projections`` are those of that kernel, ``children`` is as ``order``.

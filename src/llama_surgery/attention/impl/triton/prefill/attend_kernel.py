@@ -18,7 +18,7 @@ from llama_surgery.attention.impl.triton.helpers import (
 
 
 @triton.jit(
-    do_not_specialize=["tiles", "capacity", "start", "stop", "near_start", "first_tile", "dense_until"],
+    do_not_specialize=["tiles", "capacity", "start", "stop", "near_start", "first_tile", "dense_until"]
 )
 def attend_kernel(
     q_ptr, near_k, near_v, far_k, far_v, far_k_ptr, far_v_ptr, blocks_ptr, block_slots, entries_ptr,
@@ -125,14 +125,7 @@ def attend_kernel(
                 if PAGE != PAGE_PAD:
                     products = tl.where((within < PAGE)[None, :], products, float("-inf"))
                 acc, total, top = softmax_step(
-                    acc,
-                    total,
-                    top,
-                    products,
-                    factor,
-                    v,
-                    row >= entry % ENTRY,
-                    True,
+                    acc, total, top, products, factor, v, row >= entry % ENTRY, True
                 )
             else:
                 at = place + within // PAGE_PAD

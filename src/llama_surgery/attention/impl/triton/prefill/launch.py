@@ -62,11 +62,7 @@ def attend(
 
 
 def attend_strip(
-    job: Job,
-    strip: Strip,
-    plan: TiledPlan | None,
-    out: torch.Tensor,
-    lse: torch.Tensor,
+    job: Job, strip: Strip, plan: TiledPlan | None, out: torch.Tensor, lse: torch.Tensor
 ) -> None:
     """Near field, then the plan's pages, of one strip; writes its rows of ``out`` and ``lse``.
 

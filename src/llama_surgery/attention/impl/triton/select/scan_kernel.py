@@ -92,7 +92,7 @@ def _gather(found_ptr, candidates, last, BLOCK_PAGES: tl.constexpr):
 
 
 @triton.jit(
-    do_not_specialize=["tiles", "capacity", "start", "stop", "near_start", "first_tile", "dense_until"],
+    do_not_specialize=["tiles", "capacity", "start", "stop", "near_start", "first_tile", "dense_until"]
 )
 def scan_kernel(
     q_ptr, near_k, means, spreads, values, features_ptr, values_ptr, sink_ptr, offset_ptr, mean_weight_ptr,
