@@ -13,8 +13,8 @@ from llama_surgery.gumbel.router import ContentRouter
 from llama_surgery.gumbel.soft import Drawing, balls_of, gumbel_digits, load_balance, soft_attention
 from llama_surgery.gumbel_config import GumbelConfig
 from llama_surgery.surgery.calls import untraced
-from llama_surgery.surgery.execute import refuse
 from llama_surgery.surgery.statistics import Counters
+from llama_surgery.surgery.supported import refuse
 
 #: Keyword by which the pre-forward hook hands on what the router said.
 ROUTED = "llama_surgery_routed"

@@ -11,7 +11,6 @@ from transformers import PretrainedConfig
 if TYPE_CHECKING:
     from llama_surgery.surgery.cache import PagedCache
     from llama_surgery.surgery.paged_layer import PagedLayer
-    from llama_surgery.surgery.whole import Whole
 
 _current: ContextVar["Call | None"] = ContextVar("llama_surgery_call", default=None)
 
@@ -40,7 +39,7 @@ class Call:
     text: PretrainedConfig
     cache: "PagedCache | None" = None
     handed: "PagedLayer | None" = None
-    whole: "Whole | None" = None
+    whole: Callable[..., torch.Tensor | None] | None = None
     _arguments: dict[str, Any] | None = None
     _dense: Any = None
 

@@ -1,33 +1,30 @@
 """One call of an operated layer: its cache, and its sequences one after the other."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 
 from llama_surgery.attention.executor import executor_of, heard_layout
 from llama_surgery.attention.impl.common import differentiable
+from llama_surgery.config import SurgeryConfig
 from llama_surgery.errors import SurgeryError, UnsupportedModelError
 from llama_surgery.surgery.cache import PagedLayer
 from llama_surgery.surgery.calls import running_call, untraced
 from llama_surgery.surgery.decoding import decode_step, grouped_sinks, kernels_decode
 from llama_surgery.surgery.layer import LayerSurgery
 from llama_surgery.surgery.rows import Part, parts_of, whole_rows
-from llama_surgery.surgery.statistics import count_whole
+from llama_surgery.surgery.statistics import Counted, count_whole
 from llama_surgery.surgery.store import SequenceStore
-from llama_surgery.surgery.whole import Own, Whole
+from llama_surgery.surgery.supported import refuse
 from llama_surgery.topology.geometry import closed_chunks
 from llama_surgery.topology.layout import Layout
 
-#: The model's own attention for the last rows of so many keys, if it has any.
+#: The model's own attention of a module: f(module, keywords, query, key, value), see ``own_attention``; and
+#: that for the last rows of so many keys, if there is any.
+Own = Callable[..., torch.Tensor]
 FindOwn = Callable[[int, int], Own | None]
-
-_REFUSED_KEYWORDS = {
-    "cu_seq_lens_q": "packed rows",
-    "cu_seq_lens_k": "packed rows",
-    "position_bias": "additive position biases",
-}
 
 
 @untraced
@@ -61,7 +58,7 @@ def run_layer(
                 "fills none or another than the model was given: not supported."
             )
     if call is not None and call.whole is not None:
-        out = call.whole.attend(module, layer, given, query, key, value, mask, keywords)
+        out = call.whole(module, layer, given, query, key, value, mask, keywords)
         if out is not None:
             return out
     refuse(module, mask, keywords)
@@ -163,7 +160,7 @@ def _own_rows(
     module: torch.nn.Module, layer: LayerSurgery, paged: PagedLayer, own: FindOwn, query: torch.Tensor,
     key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, keywords: dict[str, Any], step: bool,
     end: int | None,
-) -> tuple[torch.Tensor | None, Whole | None]:  # fmt: skip
+) -> tuple[torch.Tensor | None, Callable[..., torch.Tensor | None] | None]:  # fmt: skip
     """The first rows of a call by the model's own attention: all if they see everything, else those below
     ``dense_until``. Stores their keys. Returns (batch, rows, heads, value_dim), None if there are none, and
     what other layers do if they are all."""
@@ -180,9 +177,44 @@ def _own_rows(
     states = key[:, :, : stop - length], value[:, :, : stop - length]
     if paged.keep:
         states = paged.extend(*states, layer.router)
-    whole = Whole(layer.config, start, mask, query.shape, key.shape, query.dtype, attention, counted)
     out = attention(module, keywords, query[:, :, : stop - start], *states)
-    return out, whole if stop == start + new else None
+    whole = stop == start + new
+    return out, _same_again(layer.config, start, mask, query, key, attention, counted) if whole else None
+
+
+def _same_again(
+    config: SurgeryConfig, start: int, mask: Any, query: torch.Tensor, key: torch.Tensor, attention: Own,
+    counted: Iterable[Counted],
+) -> Callable[..., torch.Tensor | None]:  # fmt: skip
+    """What the other layers of a call do, all of whose rows see everything, as its first operated layer did.
+
+    Args:
+        config: Of that layer, as all that follows: cached tokens of every sequence, the mask as transformers
+            gave it, queries and new keys for their shapes and dtype, the model's own attention, and what was
+            counted.
+
+    Returns:
+        f(module, layer, paged, query, key, value, mask, keywords): (batch, new, heads, value_dim), or None
+        where a layer differs.
+    """
+    shapes = query.shape, key.shape, query.dtype
+
+    def attend(
+        module: torch.nn.Module, layer: LayerSurgery, paged: PagedLayer | None, query: torch.Tensor,
+        key: torch.Tensor, value: torch.Tensor, given: Any, keywords: dict[str, Any],
+    ) -> torch.Tensor | None:  # fmt: skip
+        alike = given is mask and layer.config is config and (query.shape, key.shape, query.dtype) == shapes
+        if not alike or torch.is_grad_enabled():
+            return None
+        if paged is not None:
+            states = paged.follow(start, key, value, layer.router)
+            if states is None:
+                return None
+            key, value = states
+        layer.count_whole(counted)
+        return attention(module, keywords, query, key, value)
+
+    return attend
 
 
 @dataclasses.dataclass(frozen=True)
@@ -243,25 +275,3 @@ def _stored(
     since = closed_chunks(start, layer.config, parts[0].tile) if parts else store.length // size
     near = store.append(key, value, since * size, layer.router)
     return _Piece(query, near, store.layout, parts, columns)
-
-
-def refuse(module: torch.nn.Module, mask: Any, keywords: dict[str, Any]) -> None:
-    """Raise UnsupportedModelError for what no topology can honour."""
-    name = type(module).__name__
-    if mask is not None and (not isinstance(mask, torch.Tensor) or mask.dim() != 2):
-        raise UnsupportedModelError(
-            f"{name} was given a mask that is not plainly causal (packed rows, bidirectional image tokens "
-            "or a mask of your own): operated layers support causal attention with padding only. Pass a "
-            "2-D attention_mask, one sequence a row."
-        )
-    if keywords.get("is_causal") is False:
-        raise UnsupportedModelError(
-            f"{name} was asked for bidirectional attention (is_causal=False). Eject first."
-        )
-    if keywords.get("output_attentions"):
-        raise UnsupportedModelError("output_attentions: attention weights are never formed. Eject first.")
-    if keywords.get("dropout"):
-        raise UnsupportedModelError("attention dropout: set attention_dropout=0 or call model.eval().")
-    for keyword, what in _REFUSED_KEYWORDS.items():
-        if keywords.get(keyword) is not None:
-            raise UnsupportedModelError(f"{keyword} ({what}) is not supported by operated layers.")

@@ -14,10 +14,9 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from llama_surgery.errors import SurgeryError, UnsupportedModelError
 from llama_surgery.surgery.calls import current_call, running_call
 from llama_surgery.surgery.cudnn import PLANNED, without_cudnn
-from llama_surgery.surgery.execute import run_layer
+from llama_surgery.surgery.execute import Own, run_layer
 from llama_surgery.surgery.layer import ATTRIBUTE, LayerSurgery
 from llama_surgery.surgery.supported import crosses
-from llama_surgery.surgery.whole import Own
 
 #: Interface name for each implementation of the dense model. Names must avoid the library's own words.
 INTERFACE_NAMES = {

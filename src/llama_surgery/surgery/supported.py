@@ -4,6 +4,7 @@ import functools
 import inspect
 import typing
 from collections import Counter
+from typing import Any
 
 import torch
 from transformers import Cache, PretrainedConfig, PreTrainedModel
@@ -17,6 +18,13 @@ FULL, SLIDING = "full_attention", "sliding_attention"
 
 #: Keywords by which attention modules are given the states of something else than their own tokens.
 _FOREIGN = {"encoder_hidden_states", "key_value_states", "cross_attention_states"}
+
+#: Keywords of attention functions that no operated layer can honour, and what they are for.
+_REFUSED_KEYWORDS = {
+    "cu_seq_lens_q": "packed rows",
+    "cu_seq_lens_k": "packed rows",
+    "position_bias": "additive position biases",
+}
 
 #: What layers of a type are, by the beginning of its name; types that are not here choose their own keys.
 _KINDS = {
@@ -227,3 +235,25 @@ def head_shape(model: PreTrainedModel, module: torch.nn.Module) -> tuple[int, in
     group = getattr(module, "num_key_value_groups", 1)
     dim = getattr(module, "qk_head_dim", None) or getattr(module, "head_dim", text.hidden_size // heads)
     return heads // group, group, dim
+
+
+def refuse(module: torch.nn.Module, mask: Any, keywords: dict[str, Any]) -> None:
+    """Raise UnsupportedModelError for what no topology can honour."""
+    name = type(module).__name__
+    if mask is not None and (not isinstance(mask, torch.Tensor) or mask.dim() != 2):
+        raise UnsupportedModelError(
+            f"{name} was given a mask that is not plainly causal (packed rows, bidirectional image tokens "
+            "or a mask of your own): operated layers support causal attention with padding only. Pass a "
+            "2-D attention_mask, one sequence a row."
+        )
+    if keywords.get("is_causal") is False:
+        raise UnsupportedModelError(
+            f"{name} was asked for bidirectional attention (is_causal=False). Eject first."
+        )
+    if keywords.get("output_attentions"):
+        raise UnsupportedModelError("output_attentions: attention weights are never formed. Eject first.")
+    if keywords.get("dropout"):
+        raise UnsupportedModelError("attention dropout: set attention_dropout=0 or call model.eval().")
+    for keyword, what in _REFUSED_KEYWORDS.items():
+        if keywords.get(keyword) is not None:
+            raise UnsupportedModelError(f"{keyword} ({what}) is not supported by operated layers.")
