@@ -3,7 +3,7 @@
 import dataclasses
 import logging
 import math
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
@@ -104,13 +104,13 @@ def calibrate(
             # Kernels do not hand out shares: plain PyTorch does, from what they would score pages by.
             listened = "gather" if config.backend == "triton" else config.backend
             set_config(model, dataclasses.replace(config, backend=listened))
-            heard = _listen(model, ids, config)
-            theta = heard.by_tile.theta(AIM * density * heard.tile_pairs)
+            by_tile, tile_pairs, by_row, row_pairs = _listen(model, ids, config)
+            theta = by_tile.theta(AIM * density * tile_pairs)
             found = {"theta": theta}
             if config.tile == 1:
                 found["theta_decode"] = theta
             elif decode_density is not None:
-                found["theta_decode"] = heard.by_row.theta(AIM * decode_density * heard.row_pairs)
+                found["theta_decode"] = by_row.theta(AIM * decode_density * row_pairs)
             config = dataclasses.replace(config, **found)
             set_config(model, config)
     except BaseException:
@@ -182,16 +182,10 @@ def calibration_windows(
     raise errors[0]
 
 
-class _Heard(NamedTuple):
-    """Histograms over tiles and over single rows, and the causal pairs each is a part of."""
-
-    by_tile: ShareHistogram
-    tile_pairs: int
-    by_row: ShareHistogram
-    row_pairs: float
-
-
-def _listen(model: torch.nn.Module, ids: torch.Tensor, config: SurgeryConfig) -> _Heard:
+def _listen(
+    model: torch.nn.Module, ids: torch.Tensor, config: SurgeryConfig
+) -> tuple[ShareHistogram, int, ShareHistogram, float]:
+    """Histogram over tiles and the causal pairs that it is a part of, and the same over single rows."""
     by_tile, by_row = ShareHistogram(), ShareHistogram()
     length = ids.shape[1]
     first = round(length * (1 - LAST_PART))  # row from which rows stand for decode steps
@@ -215,4 +209,4 @@ def _listen(model: torch.nn.Module, ids: torch.Tensor, config: SurgeryConfig) ->
             inner_model(model)(window[None], use_cache=False, logits_to_keep=1)
     pairs = statistics(model).causal_pairs
     earlier = first * (first + 1) / (length * (length + 1))
-    return _Heard(by_tile, pairs, by_row, pairs * (1 - earlier))
+    return by_tile, pairs, by_row, pairs * (1 - earlier)

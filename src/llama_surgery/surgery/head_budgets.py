@@ -90,31 +90,24 @@ def head_budgets(
     modules = attention_modules(inner)
     windows = windows[:WINDOWS].to(inner.device)
     gradients = _gradients(inner, windows[:1, :GRADIENT_TOKENS])
-    measured = _Measured({}, {})
-    attention = functools.partial(_beside, config, routers, measured)
+    change, pairs = dict[int, torch.Tensor](), dict[int, torch.Tensor]()
+    attention = functools.partial(_beside, config, routers, change, pairs)
     with attention_replaced(inner, modules.values(), attention), torch.no_grad():
         for window in windows:
             inner(input_ids=window[None], use_cache=False, logits_to_keep=1)
     indices = list(modules)
     count, length = windows.shape
-    harm = torch.cat([measured.change[i] * gradients[i][:, None] / (2 * count * length) for i in indices])
-    read = torch.cat([measured.pairs[i] / (count * length * (length + 1) / 2) for i in indices])
+    harm = torch.cat([change[i] * gradients[i][:, None] / (2 * count * length) for i in indices])
+    read = torch.cat([pairs[i] / (count * length * (length + 1) / 2) for i in indices])
     log_theta = _allocate(harm, read, density)
     mean = log_theta.mean()
-    parts = (log_theta - mean).float().split([len(measured.pairs[i]) for i in indices])
+    parts = (log_theta - mean).float().split([len(pairs[i]) for i in indices])
     found = {}
     for index, part in zip(indices, parts, strict=True):
         kv_heads, group, _ = head_shape(inner, modules[index])
         offset = part.view(kv_heads, group)
         found[index] = dataclasses.replace(routers.get(index, PageRouter()), offset=offset)
     return Budgets(found, math.exp(mean))
-
-
-class _Measured(NamedTuple):
-    """By layer, (heads, len(THETAS)) float64, summed over windows."""
-
-    change: dict[int, torch.Tensor]
-    pairs: dict[int, torch.Tensor]
 
 
 def _gradients(model: PreTrainedModel, ids: torch.Tensor) -> dict[int, torch.Tensor]:
@@ -150,7 +143,8 @@ def _gradients(model: PreTrainedModel, ids: torch.Tensor) -> dict[int, torch.Ten
 def _beside(
     config: SurgeryConfig,
     routers: Mapping[int, PageRouter],
-    measured: _Measured,
+    changes: dict[int, torch.Tensor],
+    read: dict[int, torch.Tensor],
     base: str,
     module: Any,
     query: torch.Tensor,
@@ -159,7 +153,10 @@ def _beside(
     attention_mask: Any,
     **keywords: Any,
 ) -> tuple[torch.Tensor, Any]:
-    """Dense attention of a window, and beside it how operated attention would differ at every θ."""
+    """Dense attention of a window, and beside it how operated attention would differ at every θ.
+
+    Squared changes and pairs read are added to those of the layer: (heads, len(THETAS)) float64.
+    """
     dense, weights = dense_attention(base, module, query, key, value, attention_mask, **keywords)
     index, kv_heads = module.layer_idx, key.shape[1]
     router = routers.get(index)
@@ -183,7 +180,7 @@ def _beside(
         )
         change = (found.out.flatten(0, 1).transpose(0, 1) - dense[0]).double().square().sum((0, 2))
         pairs = sum(plan.executed_pairs(config.page_size).double() for plan in found.plans)
-        for held, new in ((measured.change, change), (measured.pairs, pairs)):
+        for held, new in ((changes, change), (read, pairs)):
             blank = torch.zeros(len(change), len(THETAS), dtype=torch.float64)
             held.setdefault(index, blank)[:, place] += new.cpu()
     return dense, weights
