@@ -1,14 +1,16 @@
 """Compiles every kernel, as a call would launch it, for a GPU that need not be there.
 
-    python cross_compile.py cuda:90 --head-dim 128
+    echo cuda:90 --head-dim 128 | python cross_compile.py
 
-The launches of real calls are recorded instead of run; one line of JSON is printed per kernel.
+Reads configurations, one a line. The launches of real calls are recorded instead of run; for every
+configuration one line of JSON is printed per kernel, then an empty line.
 """
 
 import argparse
 import dataclasses
 import json
 import re
+import sys
 from typing import Any
 
 import torch
@@ -55,6 +57,14 @@ TYPES = {
 #: Arguments of a launch that are not the kernel's.
 OPTIONS = ("num_warps", "num_stages", "maxnreg", "allowed_dot_input_precisions")
 
+#: Constants that are mere numbers in a kernel's code, a summand, a divisor, a loop's bound: of launches that
+#: differ in them alone the first is compiled.
+NUMBERS = {
+    "scan_kernel": ("PAGE", "LOG2_PAGE"),
+    "score_kernel": ("LOG2_PAGE",),
+    "project_kernel": ("NODE",),
+}
+
 #: Processors of the GPU that work is split for.
 PROCESSORS = 132
 
@@ -82,6 +92,10 @@ KERNELS = {
 }
 
 
+#: The kernels themselves, of which recorders take the places.
+ORIGINALS = {(module, name): getattr(module, name) for module, names in KERNELS.items() for name in names}
+
+
 def parse_target(name: str) -> tuple[GPUTarget, str]:
     """``cuda:90`` or ``hip:gfx942`` to a target and its family in the tuning table."""
     backend, arch = name.split(":")
@@ -93,17 +107,14 @@ def parse_target(name: str) -> tuple[GPUTarget, str]:
 class Recorder:
     """Stands in for a kernel: compiles what would be launched."""
 
-    def __init__(self, kernel: Any, target: GPUTarget, asked: bool = True, sparing: bool = False) -> None:
-        self.kernel, self.target, self.asked, self.sparing = kernel, target, asked, sparing
+    def __init__(self, kernel: Any, target: GPUTarget) -> None:
+        self.kernel, self.target = kernel, target
         self.compiled: dict[str, Any] = {}
-        self.met: set[tuple[str, str, str]] = set()
 
     def __getitem__(self, grid: Any) -> Any:
         return self.launch
 
     def launch(self, *args: Any, **kwargs: Any) -> None:
-        if not self.asked:
-            return
         options = {k: kwargs.pop(k) for k in OPTIONS if k in kwargs}
         names = self.kernel.arg_names
         values = dict(zip(names, args, strict=False)) | kwargs
@@ -131,11 +142,10 @@ class Recorder:
                 signature[name] = "i32" if -(2**31) <= value < 2**31 else "i64"
                 if value % 16 == 0 and name not in unspecialised:
                     attributes[(place,)] = [["tt.divisibility", 16]]
-        key = json.dumps([signature, {names[k[0]]: v for k, v in constants.items()}], default=str)
-        given = {(name, kind, str(constants.get((names.index(name),)))) for name, kind in signature.items()}
-        known = given <= self.met if self.sparing else key in self.compiled
-        self.met |= given
-        if not known:
+        numbers = NUMBERS.get(self.kernel.__name__, ())
+        shapes = {names[k[0]]: v for k, v in constants.items() if names[k[0]] not in numbers}
+        key = json.dumps([signature, shapes, options], default=str)
+        if key not in self.compiled:
             kind = GluonASTSource if self.kernel.is_gluon() else ASTSource
             source = kind(self.kernel, signature, constants, attributes)
             self.compiled[key] = triton.compile(source, target=self.target, options=options)
@@ -204,20 +214,27 @@ def corrections(kv_heads: int, group: int, head_dim: int) -> PageRouter:
     return PageRouter(budgets, weights, weights, torch.zeros(kv_heads, head_dim, head_dim), budgets)
 
 
-def launch_decode(states: torch.Tensor, config: SurgeryConfig, family: str, extra: dict[str, Any]) -> None:
-    """Steps on caches for long texts: small pages; large ones; a block table; summaries; no pages."""
+def launch_decode(
+    states: torch.Tensor, config: SurgeryConfig, family: str, extra: dict[str, Any], variants: bool
+) -> None:
+    """Steps on caches for long texts: those that open pages, and those that read everything.
+
+    ``variants`` adds several rows, block tables, learned corrections, larger pages and no summaries.
+    """
     streams = states.shape[0]
     tuning = decode_tuning_for(family)
     decode_shape.processors_of = lambda _: PROCESSORS  # type: ignore[assignment]
+    learned = corrections(streams, *states.shape[1::2])
     coarse = dataclasses.replace(config, page_size=64)
-    bare = dataclasses.replace(config, summary="none")
-    for rule, rows, paged, whole in (
-        (bare, 1, False, False),
-        (config, 8, True, False),
-        (coarse, 4, False, False),
-        (coarse, 1, True, False),
-        (config, 1, False, True),
-    ):
+    bare = dataclasses.replace(coarse, summary="none")
+    calls = [(config, 1, False, False, None), (config, 1, False, True, None)]
+    if variants:
+        calls += [
+            (config, 8, True, False, learned),
+            (bare, 4, False, False, None),
+            (coarse, 1, True, False, None),
+        ]
+    for rule, rows, paged, whole, router in calls:
         buffers = PageBuffers(rule, streams, states.device)
         buffers.reserve(1 << 16)
         buffers.write(slice(None), 0, states[:, 0], states[:, 0])
@@ -227,7 +244,6 @@ def launch_decode(states: torch.Tensor, config: SurgeryConfig, family: str, extr
         queries, new = states[:, :, :rows], states[:, 0, :rows]
         decode_cache.append_tokens(cache, new, new)
         tally = torch.zeros(2, streams, dtype=torch.int64)
-        router = corrections(streams, *states.shape[1::2]) if rule is config else None
         decode.decode(queries, cache, router=router, tally=tally, advance=not paged, tuning=tuning, **extra)
 
 
@@ -238,20 +254,19 @@ def compile_all(
     heads: int,
     *,
     wide: bool,
-    only: list[str],
-    sparing: bool = False,
+    variants: bool,
 ) -> list[dict[str, Any]]:
-    """Compile what calls launch, of the kernels ``only`` or of all; returns a row per kernel variant.
+    """Compile what calls launch; returns a row per kernel variant.
 
-    ``sparing`` leaves out a variant whose every argument has a type or value that was compiled already.
+    These are the launches of the defaults, and of pages of 128 keys; with ``variants`` also those of learned
+    corrections, an engine's pool of blocks and pieces, other pages and no summaries.
     """
     target, family = parse_target(target_name)
     config = SurgeryConfig(theta_decode=0.01)
     recorders = []
-    for module, names in KERNELS.items():
-        for name in names:
-            recorders.append(Recorder(getattr(module, name), target, not only or name in only, sparing))
-            setattr(module, name, recorders[-1])
+    for (module, name), kernel in ORIGINALS.items():
+        recorders.append(Recorder(kernel, target))
+        setattr(module, name, recorders[-1])
     chosen = tuning.tuning_for(family, head_dim, dtype.itemsize, helpers.exact_products(dtype))
     job.tuning_for = lambda *_: chosen  # type: ignore[assignment]
     backward_pass.family_of = lambda _: family  # type: ignore[assignment]
@@ -271,23 +286,23 @@ def compile_all(
         near, more = keys[:, :rows], more | {"sink_logit": extra.get("sink_logit")}
         prefill.attend(call, states[:, :, :rows], near, near, chunks, start=0, **more)
 
-    bare = dataclasses.replace(config, summary="none")
-    # What differs most comes first: little is left to do for those that spare.
-    for rule, router in ((config, None), (config, learned), (bare, None)):
-        attend(rule, length, built, router)
-    full, blocks, sinks = keys[:, :1536], torch.zeros(3, dtype=torch.int64), torch.zeros(8, dtype=torch.int32)
-    features = job.features_of(built, dtype)
-    pool = job.PooledLayout(full, full, blocks, 512, features, built.mean_values, sinks)
-    attend(
-        config, length, pool, pieces=PieceTable([Piece(0, length, 0, 0, 0)], config, config.tile, keys.device)
-    )
-    # Pages that only the kernels for any GPU take.
-    large = dataclasses.replace(config, page_size=128)
-    attend(large, length, build_layout(keys[:, :1536], keys[:, :1536], large))
-    fast = dataclasses.replace(config, page_size=64)
-    attend(fast, length, build_layout(keys[:, :1536], keys[:, :1536], fast))
-    attend(fast, 64, None)
-    launch_decode(states, config, family, extra)
+    attend(config, length, built)
+    attend(config, 64, None)
+    # Larger pages take the most shared memory, and on Hopper the kernel for any GPU. Without matrix units the
+    # products of a page are written out one by one, which takes the compiler a minute and more.
+    if target.backend == "hip" or not helpers.exact_products(dtype):
+        large = dataclasses.replace(config, page_size=128)
+        attend(large, length, build_layout(keys[:, :1536], keys[:, :1536], large))
+    if variants:
+        full, blocks = keys[:, :1536], torch.zeros(3, dtype=torch.int64)
+        sinks = torch.zeros(8, dtype=torch.int32)
+        features = job.features_of(built, dtype)
+        pool = job.PooledLayout(full, full, blocks, 512, features, built.mean_values, sinks)
+        pieces = PieceTable([Piece(0, length, 0, 0, 0)], config, config.tile, keys.device)
+        attend(config, length, pool, learned, pieces=pieces)
+        bare = dataclasses.replace(config, summary="none", page_size=64)
+        attend(bare, length, build_layout(keys[:, :1536], keys[:, :1536], bare))
+    launch_decode(states, config, family, extra, variants)
     launch_backward(states, keys, built, config, extra)
     launch_gated(states, keys, config)
     rows = []
@@ -311,26 +326,30 @@ def compile_all(
     return rows
 
 
+def parser() -> argparse.ArgumentParser:
+    """Of a configuration's line."""
+    made = argparse.ArgumentParser(description=__doc__)
+    made.add_argument("target")
+    made.add_argument("--head-dim", type=int, default=128)
+    made.add_argument("--heads", type=int, default=4)
+    made.add_argument("--dtype", default="bfloat16")
+    made.add_argument("--wide", action="store_true", help="with softcap and sinks")
+    made.add_argument("--tf32", action="store_true", help="float32 products may be in TF32")
+    made.add_argument("--variants", action="store_true", help="more than the defaults")
+    return made
+
+
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("target")
-    parser.add_argument("--head-dim", type=int, default=128)
-    parser.add_argument("--heads", type=int, default=4)
-    parser.add_argument("--dtype", default="bfloat16")
-    parser.add_argument("--wide", action="store_true", help="with softcap and sinks")
-    parser.add_argument("--tf32", action="store_true", help="float32 products may be in TF32")
-    parser.add_argument("--sparing", action="store_true", help="every argument's values once, not together")
-    parser.add_argument("--only", nargs="+", default=[], help="these kernels")
-    given = parser.parse_args()
-    if given.tf32:
-        torch.set_float32_matmul_precision("high")
-    for line in compile_all(
-        given.target,
-        given.head_dim,
-        getattr(torch, given.dtype),
-        given.heads,
-        wide=given.wide,
-        only=given.only,
-        sparing=given.sparing,
-    ):
-        print(json.dumps(line))
+    for line in sys.stdin:
+        given = parser().parse_args(line.split())
+        torch.set_float32_matmul_precision("high" if given.tf32 else "highest")
+        for row in compile_all(
+            given.target,
+            given.head_dim,
+            getattr(torch, given.dtype),
+            given.heads,
+            wide=given.wide,
+            variants=given.variants,
+        ):
+            print(json.dumps(row))
+        print(flush=True)
