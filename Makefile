@@ -4,7 +4,7 @@
 #   make test     make check, then the tests (those that need a GPU are skipped without one)
 #   make check    formatting, lint and types
 #   make clean    delete what the other targets wrote, except .venv and .venv-serve
-#   make compile-test   compile the kernels for every family of GPUs, which need not be there (25 minutes on 2 cores)
+#   make compile-test   compile the kernels for every family of GPUs, which need not be there (16 minutes of CPU time)
 #   make package-test   the built package in an empty environment, and with the oldest packages it claims
 #   make demo-adapter  set the thresholds anew that the demo reads with (seven minutes of CPU time)
 #   make screenshots  the pictures of the report in docs, and tests of it in a browser (needs Chromium; some minutes)
@@ -31,7 +31,8 @@ PACKAGE_STAMP := $(VENV)/.stamp-package
 DEV_STAMP := $(VENV)/.stamp-dev
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-adapter test check clean compile-test package-test screenshots sweep sanitize serve-test
+.PHONY: help demo demo-adapter test check clean compile-test package-test package-newest package-oldest screenshots \
+	sweep sanitize serve-test
 
 help:
 	@sed -n '3,14s/^#   //p' Makefile
@@ -70,12 +71,13 @@ compile-test: $(DEV_STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist worksteal --compile \
 		tests/attention/triton/test_cross_compile.py $(PYTEST_ARGS)
 
-# The wheel is built from the source archive, so that both are tried: with the newest releases of what it needs, then
-# with the oldest that pyproject.toml admits, PyTorch's too, whose default build carries GPU libraries (2.5 GB): where
-# you have a build of it without them, name that as OLDEST_TORCH. `make test` runs everything with the newest, and with
-# TORCH.
-PACKAGE_VENV := .venv-package
-PACKAGE_PIP := $(PACKAGE_VENV)/bin/python -m pip install --no-compile $(PIP_INSTALL)
+# The wheel is built from the source archive, so that both are tried, each in a venv of its own: with the newest releases
+# of what it needs, and with the oldest that pyproject.toml admits, PyTorch's too, whose default build carries GPU
+# libraries (2.5 GB): where you have a build of it without them, name that as OLDEST_TORCH. `make test` runs everything
+# with the newest, and with TORCH. Installing is a matter of one core and the network: both go on at the same time.
+NEWEST_VENV := .venv-package/newest
+OLDEST_VENV := .venv-package/oldest
+PACKAGE_PIP := -m pip install --quiet --no-compile $(PIP_INSTALL)
 OLDEST := $(shell sed -n '/^dependencies/,/^]/s/^ *"\(.*\)>=\(.*\)",$$/\1==\2/p' pyproject.toml)
 OLDEST_TORCH ?= $(filter torch==%,$(OLDEST))
 SMOKE_TESTS := $(addprefix tests/surgery/test_,supported.py cache.py interrupted.py statistics.py store.py) \
@@ -84,13 +86,24 @@ SMOKE_TESTS := $(addprefix tests/surgery/test_,supported.py cache.py interrupted
 package-test: $(DEV_STAMP)
 	rm -rf dist
 	$(BIN)/python -m build --outdir dist .
-	$(PYTHON) -m venv --clear $(PACKAGE_VENV)
-	$(PACKAGE_PIP) $(TORCH)
-	$(PACKAGE_PIP) dist/*.whl
-	$(PACKAGE_VENV)/bin/python -P tests/package/readme.py
-	$(PACKAGE_PIP) $(OLDEST_TORCH)
-	$(PACKAGE_PIP) $(filter-out torch==%,$(OLDEST)) hypothesis pytest pytest-timeout
-	OMP_NUM_THREADS=1 $(PACKAGE_VENV)/bin/python -P -m pytest -q -m 'not slow' $(SMOKE_TESTS) $(PYTEST_ARGS)
+	$(MAKE) --jobs 2 package-newest package-oldest
+
+# pip compiles thousands of files of which few are run: Python does that, once, where the environment does not forbid it.
+package-newest package-oldest: export PYTHONDONTWRITEBYTECODE =
+
+package-newest:
+	$(PYTHON) -m venv --clear $(NEWEST_VENV)
+	$(NEWEST_VENV)/bin/python $(PACKAGE_PIP) $(TORCH)
+	$(NEWEST_VENV)/bin/python $(PACKAGE_PIP) dist/*.whl
+	$(NEWEST_VENV)/bin/python -P tests/package/readme.py
+
+package-oldest:
+	$(PYTHON) -m venv --clear $(OLDEST_VENV)
+	$(OLDEST_VENV)/bin/python $(PACKAGE_PIP) $(OLDEST_TORCH)
+	$(OLDEST_VENV)/bin/python $(PACKAGE_PIP) dist/*.whl $(filter-out torch==%,$(OLDEST)) \
+		hypothesis pytest pytest-timeout pytest-xdist
+	OMP_NUM_THREADS=1 $(OLDEST_VENV)/bin/python -P -m pytest -q -n 2 --dist worksteal -m 'not slow' $(SMOKE_TESTS) \
+		$(PYTEST_ARGS)
 
 # Asked first, not after minutes.
 screenshots: $(DEV_STAMP)
