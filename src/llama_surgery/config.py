@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any, Literal, get_args
 
 from llama_surgery.errors import SurgeryError, check_version
-from llama_surgery.gumbel_config import GumbelConfig
+from llama_surgery.gumbel_config import GumbelConfig, whole
 
 Topology = Literal["pages", "gumbel"]
 Summary = Literal["none", "page"]
@@ -147,7 +147,7 @@ class SurgeryConfig:
             ("dense_until", 0),
         ):
             value = self.__dict__[name]
-            if not isinstance(value, int) or isinstance(value, bool) or value < low:
+            if not whole(value, low):
                 raise SurgeryError(f"{name}={value!r}: must be a whole number of at least {low}.")
         for name in ("theta", "theta_decode"):
             value = self.__dict__[name]

@@ -30,14 +30,14 @@ class GumbelConfig:
             object.__setattr__(self, "arities", tuple(self.arities))
         except TypeError:
             raise SurgeryError(f"arities={self.arities!r}: must be a list of whole numbers.") from None
-        if not self.arities or not all(_whole(arity, 2) for arity in self.arities):
+        if not self.arities or not all(whole(arity, 2) for arity in self.arities):
             raise SurgeryError(f"arities={self.arities}: must be whole numbers of at least 2, one or more.")
         for name, low in (("window", 1), ("length", 2)):
-            if not _whole(getattr(self, name), low):
+            if not whole(getattr(self, name), low):
                 raise SurgeryError(
                     f"{name}={getattr(self, name)!r}: must be a whole number of at least {low}."
                 )
-        if self.radius is not None and not _whole(self.radius, 0):
+        if self.radius is not None and not whole(self.radius, 0):
             raise SurgeryError(
                 f"radius={self.radius!r}: must be a whole number of at least 0, or None for half the levels."
             )
@@ -63,5 +63,6 @@ class GumbelConfig:
         return cls(**values)
 
 
-def _whole(value: Any, low: int) -> bool:
+def whole(value: Any, low: int) -> bool:
+    """Whether a value is a whole number of at least ``low``, and no truth value."""
     return isinstance(value, int) and not isinstance(value, bool) and value >= low

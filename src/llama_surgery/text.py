@@ -131,6 +131,12 @@ def encode(tokenizer: "PreTrainedTokenizerBase", text: str) -> list[int]:
     return tokenizer(text, add_special_tokens=False, verbose=False).input_ids
 
 
+def shared_start(one: Sequence[int], other: Sequence[int]) -> int:
+    """How many tokens two texts have in common from the start."""
+    pairs = zip(one, other, strict=False)
+    return next((at for at, (a, b) in enumerate(pairs) if a != b), min(len(one), len(other)))
+
+
 def leading_tokens(tokenizer: "PreTrainedTokenizerBase") -> list[int]:
     """What the tokenizer itself puts before a text (``<bos>`` for some models, nothing for others).
 

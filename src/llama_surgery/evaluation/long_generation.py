@@ -15,6 +15,7 @@ from llama_surgery.evaluation.generation import continue_greedily
 from llama_surgery.evaluation.result import DENSE
 from llama_surgery.surgery import operate as surgery
 from llama_surgery.surgery.progress import Progress
+from llama_surgery.text import shared_start
 from llama_surgery.text import windows as cut_windows
 from llama_surgery.topology.router import PageRouter
 
@@ -93,10 +94,7 @@ def repetition(tokens: Sequence[int]) -> float:
 
 def first_difference(one: Sequence[int], other: Sequence[int]) -> int | None:
     """Tokens that two texts have in common from the start; None if they are the same."""
-    shared = next(
-        (index for index, (a, b) in enumerate(zip(one, other, strict=False)) if a != b),
-        min(len(one), len(other)),
-    )
+    shared = shared_start(one, other)
     return None if shared == max(len(one), len(other)) else shared
 
 

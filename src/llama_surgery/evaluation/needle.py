@@ -22,7 +22,7 @@ from llama_surgery.evaluation.needle_facts import (
 )
 from llama_surgery.evaluation.needle_haystack import SPARE, Document, choose_haystack
 from llama_surgery.surgery.progress import Progress
-from llama_surgery.text import encode, leading_tokens
+from llama_surgery.text import encode, leading_tokens, shared_start
 
 #: Depths of the fact, as shares of the context before it.
 DEPTHS = (0.05, 0.15, 0.25, 0.35, 0.45, 0.55, 0.65, 0.75, 0.85, 0.95)
@@ -143,9 +143,10 @@ def _plant(
     prompts = []
     for question, (_, said) in zip(_asked(wording.question, answered), answered, strict=True):
         whole = encode(tokenizer, "\n\n".join([*parts, question]) + f" {said}")
+        before, after = encode(tokenizer, question), encode(tokenizer, f"{question} {said}")
         # Where a tokenizer joins the end of the prompt and the start of the answer, the prompt ends
         # before the joint, so that the answer is always tokenised as in running text.
-        prompts.append((whole, _new_tokens(tokenizer, question, f"{question} {said}")))
+        prompts.append((whole, len(after) - shared_start(before, after)))
     excess = len(prompts[-1][0]) + len(lead) - length
     if not 0 <= excess <= len(encode(tokenizer, "".join(parts[:first_fact]))):
         raise TextError(
@@ -163,13 +164,6 @@ def _asked(question: str, facts: Sequence[tuple[str, str]]) -> list[str]:
         asked.append(before + question.format(name=name))
         before = f"{asked[-1]} {value}.\n\n"
     return asked
-
-
-def _new_tokens(tokenizer: PreTrainedTokenizerBase, before: str, after: str) -> int:
-    """How many tokens at the end of ``after`` are not yet those of ``before``."""
-    old, new = encode(tokenizer, before), encode(tokenizer, after)
-    same = next((i for i, (a, b) in enumerate(zip(old, new, strict=False)) if a != b), len(old))
-    return len(new) - same
 
 
 def score_needles(
