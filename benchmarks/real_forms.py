@@ -17,8 +17,8 @@ import llama_surgery
 from llama_surgery.config import FIELDS, SurgeryConfig
 from llama_surgery.evaluation.compare import CALIBRATION_WINDOWS
 from llama_surgery.evaluation.kept import adapter_digest, claimed, digest, found_parts, with_parts
-from llama_surgery.evaluation.peers.blocks import HeaviestBlocks
 from llama_surgery.evaluation.peers.executor import running as running_peer
+from llama_surgery.evaluation.peers.maps import HeaviestBlocks
 from llama_surgery.evaluation.peers.registry import PEERS
 from llama_surgery.evaluation.perplexity import perplexity
 from llama_surgery.files import write_json

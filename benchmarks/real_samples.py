@@ -12,8 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from llama_surgery.errors import TextError
 from llama_surgery.evaluation.needle import NeedlePrompt, needle_prompts
 from llama_surgery.evaluation.ruler.materials import Materials
-from llama_surgery.evaluation.ruler.samples import RulerSample, Sampler
-from llama_surgery.evaluation.ruler.tasks import READING, TASKS
+from llama_surgery.evaluation.ruler.tasks import READING, TASKS, RulerSample, Sampler
 from llama_surgery.files import write_atomically
 from llama_surgery.text import read_texts, windows
 

@@ -14,7 +14,7 @@ from tests.cli.runner import SMALL, run
 from llama_surgery.cli.console import speed_told
 from llama_surgery.cli.demo import pays
 from llama_surgery.cli.demo_model import cases, fetch
-from llama_surgery.cli.topology import SINGLE_THETA, config_for
+from llama_surgery.cli.options import SINGLE_THETA, config_for
 from llama_surgery.config import SurgeryConfig
 
 COMMANDS = (

@@ -14,7 +14,7 @@ from llama_surgery.evaluation import compare
 from llama_surgery.evaluation.compare import FORMS, Comparison
 from llama_surgery.evaluation.compare_forms import densities_between, solve
 from llama_surgery.evaluation.kept import Kept
-from llama_surgery.evaluation.peers import learned as seer
+from llama_surgery.evaluation.peers import registry as seer
 from llama_surgery.surgery import operate
 from llama_surgery.topology.router import PageRouter
 

@@ -12,8 +12,7 @@ from llama_surgery.evaluation.long_generation import long_generation
 from llama_surgery.evaluation.result import DENSE
 from llama_surgery.evaluation.ruler.materials import Materials
 from llama_surgery.evaluation.ruler.run import run_ruler
-from llama_surgery.evaluation.ruler.samples import Sampler
-from llama_surgery.evaluation.ruler.tasks import TASKS
+from llama_surgery.evaluation.ruler.tasks import TASKS, Sampler
 
 VARIANTS = ("one-fact", "sixteen-facts", "two-asked")
 FULL = {"full": SurgeryConfig(chunk_size=128, page_size=32, window=64, tile=32, theta=0.0, theta_decode=0.0)}

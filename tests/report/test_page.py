@@ -12,7 +12,7 @@ from tests.report.test_frontier import POINT, write
 
 from llama_surgery.errors import SurgeryError
 from llama_surgery.files import write_json
-from llama_surgery.report import summary
+from llama_surgery.report import results as summary
 from llama_surgery.report.page import render, write_report
 from llama_surgery.report.results import read_results
 

@@ -10,8 +10,7 @@ import typer
 from llama_surgery.cli import options
 from llama_surgery.cli.common import Dtype, load_model, topology_of
 from llama_surgery.cli.console import err, progress
-from llama_surgery.cli.options import TOKENS, split_values, token_counts
-from llama_surgery.cli.topology import config_for, topology_options
+from llama_surgery.cli.options import TOKENS, config_for, split_values, token_counts, topology_options
 
 if TYPE_CHECKING:
     from llama_surgery.evaluation.ruler.materials import Materials
@@ -244,8 +243,7 @@ def _read_ruler(
     tasks: list[str], questions: dict[str, Path | None], haystack: Path | None
 ) -> "tuple[Materials, list[str]]":
     """What RULER's samples are made of, and its tasks."""
-    from llama_surgery.evaluation.ruler.materials import Materials
-    from llama_surgery.evaluation.ruler.questions import read_questions
+    from llama_surgery.evaluation.ruler.materials import Materials, read_questions
     from llama_surgery.evaluation.ruler.tasks import READING, TASKS, task_of
     from llama_surgery.text import read_texts
 

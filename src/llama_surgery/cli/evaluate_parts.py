@@ -18,7 +18,7 @@ from llama_surgery.evaluation.long_generation import long_generation
 from llama_surgery.evaluation.ruler.materials import Materials
 from llama_surgery.evaluation.ruler.result import RulerResult
 from llama_surgery.evaluation.ruler.run import check_samples, run_ruler
-from llama_surgery.evaluation.ruler.samples import Sampler
+from llama_surgery.evaluation.ruler.tasks import Sampler
 from llama_surgery.evaluation.verdict import Limits, find, verdict
 from llama_surgery.files import write_atomically, write_csv, write_json
 from llama_surgery.report.comparison import comparison

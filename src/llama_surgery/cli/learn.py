@@ -12,8 +12,7 @@ from llama_surgery.cli import options
 from llama_surgery.cli.common import Dtype, _device, load_model, load_tokenizer
 from llama_surgery.cli.console import out, progress, speed_told, status
 from llama_surgery.cli.learn_report import Asked, reporter, silent, told
-from llama_surgery.cli.options import SEED, SHARE, TOKENS
-from llama_surgery.cli.topology import STEPS, config_for, learned_parts, topology_options
+from llama_surgery.cli.options import SEED, SHARE, STEPS, TOKENS, config_for, learned_parts, topology_options
 from llama_surgery.config import SurgeryConfig
 from llama_surgery.errors import SurgeryError
 

@@ -10,8 +10,7 @@ import typer
 from llama_surgery.cli import options
 from llama_surgery.cli.common import Dtype, load_model
 from llama_surgery.cli.console import out, print_json, progress, speed_told, thresholds
-from llama_surgery.cli.options import SHARE, TOKENS
-from llama_surgery.cli.topology import config_for, topology_options
+from llama_surgery.cli.options import SHARE, TOKENS, config_for, topology_options
 
 
 @functools.partial(topology_options, gumbel=True)

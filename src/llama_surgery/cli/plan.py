@@ -7,9 +7,8 @@ from typing import TYPE_CHECKING, Any
 from llama_surgery.cli import options
 from llama_surgery.cli.common import look_for
 from llama_surgery.cli.console import out, print_json, status
-from llama_surgery.cli.options import SHARE, token_counts
+from llama_surgery.cli.options import SHARE, STEPS, config_for, learned_parts, token_counts, topology_options
 from llama_surgery.cli.tables import make_table
-from llama_surgery.cli.topology import STEPS, config_for, learned_parts, topology_options
 
 if TYPE_CHECKING:
     from llama_surgery.learning.forecast import Learning, Length, Shape

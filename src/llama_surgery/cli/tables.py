@@ -40,7 +40,7 @@ def make_table(
 
 def summary_table(results: dict[str, Any]) -> Table:
     """The dense model against its operated forms: measures and cells, remarks on a second line."""
-    from llama_surgery.report.summary import columns, rows
+    from llama_surgery.report.results import columns, rows
 
     shown = [
         [row.name, *(cell.text + (f"\n[dim]{cell.note}[/]" if cell.note else "") for cell in row.cells)]

@@ -11,8 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from llama_surgery.config import SurgeryConfig
 from llama_surgery.errors import SurgeryError, TextError
-from llama_surgery.evaluation.compare_forms import Form, PagesForm, PeerForm, densities_between
-from llama_surgery.evaluation.compare_result import row
+from llama_surgery.evaluation.compare_forms import Form, PagesForm, PeerForm, densities_between, row
 from llama_surgery.evaluation.evaluate import check_dense, environment, model_name, named_progress
 from llama_surgery.evaluation.kept import Kept, adapter_digest, digest
 from llama_surgery.evaluation.logits import Head
@@ -142,7 +141,7 @@ class Comparison:
 
         Returns:
             Plain values, ready for JSON: ``settings``, ``floors`` (smallest total density by form), ``rows``,
-            the dense model's first (:func:`~llama_surgery.evaluation.compare_result.row`), and
+            the dense model's first (:func:`~llama_surgery.evaluation.compare_forms.row`), and
             ``unfinished``, forms of which something is missing.
 
         Raises:

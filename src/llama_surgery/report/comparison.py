@@ -35,7 +35,7 @@ def comparison(rows: Sequence[Mapping[str, Any]]) -> str:
     """Perplexity lost to dense, and needles kept of those the dense model answered, against total density.
 
     Args:
-        rows: Of :func:`llama_surgery.evaluation.compare_result.row`; what was not measured is left out, and
+        rows: Of :func:`llama_surgery.evaluation.compare_forms.row`; what was not measured is left out, and
             so are full budgets.
 
     Returns:

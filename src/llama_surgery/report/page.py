@@ -11,8 +11,9 @@ from jinja2 import Environment, PackageLoader, select_autoescape
 from llama_surgery import __version__
 from llama_surgery.errors import SurgeryError
 from llama_surgery.files import write_atomically
-from llama_surgery.report import comparison, figures, summary
+from llama_surgery.report import comparison, figures
 from llama_surgery.report.frontier import FrontierPoint, pareto, read_frontier
+from llama_surgery.report.results import columns, rows
 from llama_surgery.report.tree import HeadTree, forest_view
 
 #: Depths share a row of the needle grid until its cells hold this many prompts on average.
@@ -61,8 +62,8 @@ def _page(results: dict[str, Any], points: list[FrontierPoint]) -> dict[str, Any
             f"Operated ({first['name']}), the model reads {read:.1%} of what dense attention reads; its "
             f"perplexity is {ratio:.4f} times the dense model’s."
         ),
-        "columns": summary.columns(results),
-        "summary": summary.rows(results),
+        "columns": columns(results),
+        "summary": rows(results),
         "conditions": _conditions(results),
         "frontier": _frontier(points) if points else None,
         "position": _position(results),

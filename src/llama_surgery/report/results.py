@@ -1,9 +1,9 @@
-"""The results file: what an evaluation found, with all that the report shows besides."""
+"""The results file: what an evaluation found, and it in a few rows, for the terminal and for the page."""
 
 import datetime
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from llama_surgery.errors import SurgeryError, check_version
 
@@ -52,3 +52,104 @@ def read_results(path: Path) -> dict[str, Any]:
             f"{path} is damaged: {', '.join(missing) or 'an operated model'} missing. Write it again."
         )
     return results
+
+
+#: With fewer samples an interval says nothing, or promises more than it can keep: it is left out.
+_FEW_WINDOWS, _FEW_NEEDLES = 10, 100
+
+
+class Cell(NamedTuple):
+    """A figure and a remark in smaller print."""
+
+    text: str
+    note: str = ""
+
+
+class Row(NamedTuple):
+    """A measure: its name, a remark, and one cell for each model, the dense one first."""
+
+    name: str
+    note: str
+    cells: list[Cell]
+
+
+def columns(results: dict[str, Any]) -> list[str]:
+    """Names of the measured models, the dense one first."""
+    return ["dense", *(f"operated, {measured['name']}" for measured in results["operated"])]
+
+
+def rows(results: dict[str, Any]) -> list[Row]:
+    """Rows of a results file; measures that were not taken are left out."""
+    dense, operated = results["dense"], results["operated"]
+    length, windows = results["length"], results["windows"]
+    table = [
+        Row(
+            "Perplexity",
+            f"{windows} window{'s' * (windows != 1)} of {length:,} tokens",
+            [Cell(f"{dense['perplexity']:.2f}"), *map(_perplexity, operated)],
+        ),
+        Row(
+            "KL to dense, nats a token",
+            "share of positions with the same likeliest token",
+            [Cell("–"), *(Cell(f"{m['kl']:.4f}", f"{m['top1']:.1%} agree") for m in operated)],
+        ),
+    ]
+    if results["needles"]:
+        asked = len(results["needles"])
+        table.append(
+            Row(
+                "Needles answered",
+                f"{asked} prompts, by greedy generation",
+                [Cell(f"{dense['needle_accuracy']:.1%}"), *map(_needle, operated)],
+            )
+        )
+    densities = [m["density"] for m in operated]
+    table += [
+        Row(
+            "Far density",
+            "far (query, key) pairs read, of all causal pairs",
+            [
+                Cell("–"),
+                *(
+                    Cell(f"{d['far_density']:.2%}", f"{d['visible_far_density']:.2%} visible")
+                    for d in densities
+                ),
+            ],
+        ),
+        Row(
+            "Total density",
+            "with the near field and means of unread pages",
+            [Cell("100%"), *(Cell(f"{d['total_density']:.2%}") for d in densities)],
+        ),
+    ]
+    times = [m["seconds_per_window"] for m in (dense, *operated)]
+    table.append(Row("Prefill", f"{length:,} tokens", _timed(times, "s")))
+    names = ["dense", *(m["name"] for m in operated)]
+    decode = results.get("decode_ms", {})
+    if all(name in decode for name in names):
+        table.append(
+            Row("Decode", f"a token, after {length:,}", _timed([decode[name] for name in names], "ms"))
+        )
+    return table
+
+
+def _perplexity(measured: dict[str, Any]) -> Cell:
+    ratio = measured["ratio"]
+    note = f"× {ratio['ratio']:.4f}"
+    if ratio["count"] >= _FEW_WINDOWS:
+        note += f" ({ratio['low']:.4f} … {ratio['high']:.4f})"
+    return Cell(f"{measured['perplexity']:.2f}", note)
+
+
+def _needle(measured: dict[str, Any]) -> Cell:
+    paired = measured["needle"]
+    note = f"{100 * paired['difference']:+.1f} points"
+    if paired["count"] >= _FEW_NEEDLES:
+        low = paired.get("low", paired.get("bound_closed"))  # its name in older files
+        note += f"; 95% sure of ≥ {100 * low:+.1f}"
+    return Cell(f"{measured['needle_accuracy']:.1%}", note)
+
+
+def _timed(values: list[float], unit: str) -> list[Cell]:
+    cells = [Cell(f"{values[0]:.3g} {unit}")]
+    return cells + [Cell(f"{v:.3g} {unit}", f"{values[0] / v:.2f}× as fast") for v in values[1:]]

@@ -9,9 +9,9 @@ import llama_surgery
 from llama_surgery.errors import SurgeryError, UnsupportedModelError
 from llama_surgery.evaluation.generation import continue_greedily
 from llama_surgery.evaluation.logits import final_states
-from llama_surgery.evaluation.peers import learned as learning
-from llama_surgery.evaluation.peers.blocks import HeaviestBlocks, PooledGate
+from llama_surgery.evaluation.peers import registry as learning
 from llama_surgery.evaluation.peers.executor import PairCount, attend_by_rule, running, strips
+from llama_surgery.evaluation.peers.maps import HeaviestBlocks, PooledGate
 from llama_surgery.evaluation.peers.registry import PEERS
 from llama_surgery.evaluation.peers.rows import SinkWindow
 from llama_surgery.evaluation.peers.rule import Call, Everything, causal

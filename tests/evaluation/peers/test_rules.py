@@ -6,13 +6,16 @@ import math
 import pytest
 import torch
 
-from llama_surgery.evaluation.peers.blocks import (
+from llama_surgery.evaluation.peers.maps import (
     Antidiagonals,
+    CumulativeShare,
     HeaviestBlocks,
     PooledGate,
+    VerticalSlash,
     block_attention,
+    jensen_shannon,
+    line_sums,
 )
-from llama_surgery.evaluation.peers.lines import CumulativeShare, VerticalSlash, jensen_shannon, line_sums
 from llama_surgery.evaluation.peers.rows import (
     BoundedPages,
     HeaviestTokens,

@@ -6,8 +6,7 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from llama_surgery.evaluation.ruler.materials import Materials
-from llama_surgery.evaluation.ruler.questions import read_questions
+from llama_surgery.evaluation.ruler.materials import Materials, read_questions
 
 FIXTURES = Path(__file__).resolve().parents[2] / "fixtures" / "ruler"
 

@@ -3,7 +3,7 @@
 import re
 from collections import Counter
 
-from llama_surgery.evaluation.ruler.samples import RulerSample
+from llama_surgery.evaluation.ruler.tasks import RulerSample
 
 
 def solve(sample: RulerSample) -> set[str]:

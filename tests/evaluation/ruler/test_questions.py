@@ -6,9 +6,8 @@ import pytest
 from tests.evaluation.ruler.conftest import FIXTURES
 
 from llama_surgery.errors import TextError
-from llama_surgery.evaluation.ruler.materials import Materials
-from llama_surgery.evaluation.ruler.questions import read_questions
-from llama_surgery.evaluation.ruler.samples import Sampler
+from llama_surgery.evaluation.ruler.materials import Materials, read_questions
+from llama_surgery.evaluation.ruler.tasks import Sampler
 
 SQUAD = {
     "data": [

@@ -14,8 +14,7 @@ from llama_surgery.evaluation.kept import Kept
 from llama_surgery.evaluation.result import DENSE
 from llama_surgery.evaluation.ruler import run
 from llama_surgery.evaluation.ruler.run import answer_samples, run_ruler
-from llama_surgery.evaluation.ruler.samples import Sampler
-from llama_surgery.evaluation.ruler.tasks import TASKS
+from llama_surgery.evaluation.ruler.tasks import TASKS, Sampler
 from llama_surgery.topology.router import PageRouter
 
 SPARSE = SurgeryConfig(chunk_size=64, page_size=16, window=32, tile=16, theta=10.0, theta_decode=5.0)

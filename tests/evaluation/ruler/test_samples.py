@@ -8,8 +8,7 @@ from tests.evaluation.ruler.solvers import solve
 
 from llama_surgery.errors import TextError
 from llama_surgery.evaluation.ruler.materials import Materials, distinct_words
-from llama_surgery.evaluation.ruler.samples import Sampler
-from llama_surgery.evaluation.ruler.tasks import READING, TASKS
+from llama_surgery.evaluation.ruler.tasks import READING, TASKS, Sampler
 
 ALL = pytest.mark.parametrize("task", list(TASKS))
 

@@ -119,7 +119,7 @@ class RetrievalHeads(Rule):
 
     Xiao et al., "DuoAttention", 2024, arXiv:2410.10819. The paper learns a gate for each KV head from the
     output error on planted passkeys; here heads are ranked by a retrieval score measured in seconds
-    (:func:`~llama_surgery.evaluation.peers.learned.retrieval_scores`).
+    (:func:`~llama_surgery.evaluation.peers.registry.retrieval_scores`).
 
     Attributes:
         heads: (layers, kv_heads) bool, those that see everything.

@@ -12,6 +12,7 @@ from llama_surgery.evaluation.ruler.materials import (
     NOISE,
     Draft,
     Materials,
+    QuestionSet,
     Request,
     distinct,
     distinct_keys,
@@ -20,7 +21,6 @@ from llama_surgery.evaluation.ruler.materials import (
     running_text,
     scattered,
 )
-from llama_surgery.evaluation.ruler.questions import QuestionSet
 
 Haystack = Literal["noise", "prose", "needles"]
 Kind = Literal["word", "number", "uuid"]

@@ -18,8 +18,7 @@ from llama_surgery.evaluation.kept import Kept, adapter_digest, digest
 from llama_surgery.evaluation.result import DENSE
 from llama_surgery.evaluation.ruler.generators import questions_for
 from llama_surgery.evaluation.ruler.result import RulerResult
-from llama_surgery.evaluation.ruler.samples import RulerSample, Sampler
-from llama_surgery.evaluation.ruler.tasks import READING, task_of
+from llama_surgery.evaluation.ruler.tasks import READING, RulerSample, Sampler, task_of
 from llama_surgery.surgery import operate as surgery
 from llama_surgery.surgery.context import context_length
 from llama_surgery.surgery.progress import Progress
