@@ -87,7 +87,7 @@ def learn(
     llama_surgery learn …' learns on four GPUs, four windows a step. Use the adapter with 'evaluate
     --adapter', 'generate --adapter' or load_adapter() in Python.
     """
-    config = config_for(settings if dense_until is None else {**settings, "dense_until": dense_until}, tile)
+    config = config_for({**settings, "dense_until": dense_until or 0}, tile)
     asked = Asked(
         model, text, config, out_folder, length, steps, rate, windows, seed, checkpoint_seconds, device,
         dtype, json,

@@ -56,7 +56,7 @@ def operate(
         )
     if decode_density is not None and density is None:
         raise typer.BadParameter("--decode-density needs --density and --text.")
-    config = config_for(settings if dense_until is None else {**settings, "dense_until": dense_until}, tile)
+    config = config_for({**settings, "dense_until": dense_until or 0}, tile)
     from llama_surgery.text import read_texts
 
     texts = None if text is None else read_texts(text)

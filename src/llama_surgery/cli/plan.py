@@ -12,6 +12,7 @@ from llama_surgery.cli.tables import make_table
 
 if TYPE_CHECKING:
     from llama_surgery.learning.forecast import Learning, Length, Shape
+    from llama_surgery.learning.settings import LearningSettings
 
 _learning = functools.partial(options.declared, "Learning")
 
@@ -73,26 +74,17 @@ def plan(
         multiplications_per_second=tflops * 1e12 / 2,
     )
     if json:
-        print_json(
-            {
-                "model": dataclasses.asdict(shape),
-                "config": config.to_dict(),
-                "texts": [dataclasses.asdict(text) for text in texts],
-                "learning": dataclasses.asdict(learned),
-            }
-        )
+        counted = {
+            "texts": [dataclasses.asdict(text) for text in texts],
+            "learning": dataclasses.asdict(learned),
+        }
+        print_json({"model": dataclasses.asdict(shape), "config": config.to_dict(), **counted})
         return
-    _print(shape, texts, learned, window, density, tflops, steps)
+    _print(shape, texts, learned, learning, tflops)
 
 
 def _print(
-    shape: "Shape",
-    texts: "list[Length]",
-    learned: "Learning",
-    window: int,
-    density: float,
-    tflops: float,
-    steps: int,
+    shape: "Shape", texts: "list[Length]", learned: "Learning", asked: "LearningSettings", tflops: float
 ) -> None:
     rows = [
         (
@@ -107,13 +99,13 @@ def _print(
     out.print(make_table(title, columns, rows))
     out.print(
         "Shares are of attention over all causal pairs. ÷: multiplications of the dense prefill over those "
-        f"of the operated one, not measured time. Far density {density:g} is taken to hold up to {window:,} "
-        "tokens, where θ is set, and to fall as 1 / tokens beyond, as if a row opened as many pages at "
-        "any length. Every weight is taken to be used by every token (experts are not)."
+        f"of the operated one, not measured time. Far density {asked.density:g} is taken to hold up to "
+        f"{asked.length:,} tokens, where θ is set, and to fall as 1 / tokens beyond, as if a row opened as "
+        "many pages at any length. Every weight is taken to be used by every token (experts are not)."
     )
     out.print(
         f"\nlearn: {learned.corrections:,} corrections, {learned.corrections_share:.4%} of the model; "
-        f"{steps} steps of {window:,} tokens, {2 * learned.multiplications / 1e15:.3g} PFLOP, "
+        f"{asked.steps} steps of {asked.length:,} tokens, {2 * learned.multiplications / 1e15:.3g} PFLOP, "
         f"{_seconds(learned.seconds)} at {tflops:g} TFLOP/s, which is an assumption: give --tflops."
     )
     out.print(

@@ -121,13 +121,10 @@ def _plan(arrays: LayerTopology, block: Block, tile: int) -> Plan:
 def layer_topology(
     plans: Sequence[Plan], order: torch.Tensor, group: int, length: int, config: SurgeryConfig
 ) -> LayerTopology:
-    """Block-sparse arrays of one layer.
+    """Block-sparse arrays of one layer, of a text of ``length`` tokens with ``group`` query heads a KV head.
 
-    Args:
-        plans: Over all rows of one text that have closed chunks, in order, each of whole tiles.
-        order: (kv_heads, chunks, chunk_size), the layout's order of the chunks closed for the last row.
-        group: Query heads of a KV head.
-        length: Tokens of the text.
+    ``plans`` are over all its rows that have closed chunks, in order, each of whole tiles; ``order`` is the
+    layout's, (kv_heads, chunks, chunk_size), of the chunks closed for the last row.
     """
     kv_heads, chunks, size = order.shape
     choosers = kv_heads * (1 if config.tile == 1 else group)
