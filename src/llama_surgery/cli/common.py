@@ -13,6 +13,7 @@ from llama_surgery.errors import SurgeryError
 from llama_surgery.folders import check_complete
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
@@ -57,12 +58,8 @@ def load_model(
         if find_spec("accelerate") is None:
             raise SurgeryError("device 'split' needs accelerate: pip install accelerate.")
         placed = {"device_map": "auto"}
-    if dtype is Dtype.auto:
-        # What a GGUF file holds is no precision to compute in.
-        held = torch.bfloat16 if "gguf_file" in options else "auto"
-        wanted: Any = torch.float32 if target.type == "cpu" else held
-    else:
-        wanted = getattr(torch, dtype.value)
+    # What a GGUF file holds is no precision to compute in.
+    wanted = precision(dtype, target, torch.bfloat16 if "gguf_file" in options else "auto")
     with status(f"Loading {escape(path)} …"), _loading(path), read_once(options):
         tokenizer = AutoTokenizer.from_pretrained(name, **options)
         model, found = AutoModelForCausalLM.from_pretrained(
@@ -134,6 +131,15 @@ def topology_of(model: Any, adapter: Path | None) -> tuple[SurgeryConfig, dict[i
     config, routers = config_of(model), routers_of(model)
     eject(model)
     return config, routers
+
+
+def precision(dtype: Dtype, device: "torch.device", held: Any) -> Any:
+    """PyTorch's dtype of an option; 'auto' is float32 on a CPU, else what the checkpoint is ``held`` in."""
+    import torch
+
+    if dtype is not Dtype.auto:
+        return getattr(torch, dtype.value)
+    return torch.float32 if device.type == "cpu" else held
 
 
 def _device(name: str) -> Any:

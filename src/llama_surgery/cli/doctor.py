@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import typer
 
 from llama_surgery.cli import options
-from llama_surgery.cli.common import Dtype, _device, load_model, look_for
+from llama_surgery.cli.common import Dtype, _device, load_model, look_for, precision
 from llama_surgery.cli.console import escape, out, print_json, progress, speed_told, status
 from llama_surgery.folders import check_complete
 
@@ -53,12 +53,9 @@ def doctor(
 
         config, measured = (SurgeryConfig(), None) if adapter is None else read_config(adapter)
         target = _device("auto" if device == "split" else device)
-        if dtype is Dtype.auto:
-            precision = torch.bfloat16 if target.type == "cuda" else torch.float32
-        else:
-            precision = getattr(torch, dtype.value)
+        wanted = precision(dtype, target, torch.bfloat16 if target.type == "cuda" else torch.float32)
         head_dim, told = _patient(model)
-    told = {"Machine": _machine(target), **told, **_executor(config, head_dim, target, precision)}
+    told = {"Machine": _machine(target), **told, **_executor(config, head_dim, target, wanted)}
     if measured is not None:
         told["Loss"] = str(measured)
     if not json:

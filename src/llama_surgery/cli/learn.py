@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from llama_surgery.cli import options
-from llama_surgery.cli.common import Dtype, _device, load_model, load_tokenizer
+from llama_surgery.cli.common import Dtype, _device, load_model, load_tokenizer, precision
 from llama_surgery.cli.console import out, progress, speed_told, status
 from llama_surgery.cli.learn_report import Asked, reporter, silent, told
 from llama_surgery.cli.options import SEED, SHARE, STEPS, TOKENS, config_for, learned_parts, topology_options
@@ -210,10 +210,8 @@ def _streamed(asked: Asked, texts: list[str], planned: "LearningSettings") -> tu
     from llama_surgery.text import windows as cut_windows
 
     config, target = asked.config, _device(asked.device)
-    precision = getattr(torch, "float32" if asked.dtype is Dtype.auto else asked.dtype.value)
     weights, bones = Weights(asked.model), skeleton(asked.model)
-    if asked.dtype is Dtype.auto and target.type != "cpu":
-        precision = bones.config.dtype or torch.bfloat16
+    wanted = precision(asked.dtype, target, bones.config.dtype or torch.bfloat16)
     length = usual_length(bones) if asked.length is None else asked.length
     check_length(bones, length)
     length -= length % config.tile
@@ -231,7 +229,7 @@ def _streamed(asked: Asked, texts: list[str], planned: "LearningSettings") -> tu
             planned,
             Captured(asked.folder / "states"),
             device=target,
-            dtype=precision,
+            dtype=wanted,
             capturing=lambda done, total: tell("running the dense model", done, total),
             progress=report,
             **asked.keeping("local"),
@@ -239,6 +237,6 @@ def _streamed(asked: Asked, texts: list[str], planned: "LearningSettings") -> tu
     config = dataclasses.replace(config, theta=theta, theta_decode=None)
     first = next(iter(attention_modules(bones).values()))
     name = next(name for name, module in bones.named_modules() if module is first)
-    with loaded(first, name, weights, torch.device("cpu"), precision):
+    with loaded(first, name, weights, torch.device("cpu"), wanted):
         write_adapter(asked.folder, bones, config, scorer_parameters(corrections))
     return config, seen
