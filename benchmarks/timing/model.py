@@ -10,7 +10,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from llama_surgery.checkpoint import configuration, unreadable
+from llama_surgery.checkpoint import without_weights
 from llama_surgery.config import SurgeryConfig
 from llama_surgery.errors import SurgeryError
 from llama_surgery.surgery.cache import PagedCache
@@ -45,12 +45,7 @@ def random_model(path: Path, device: torch.device, dtype: torch.dtype, seed: int
     Raises:
         SurgeryError: No configuration is there, or it is of a model whose attention is not full and causal.
     """
-    config = configuration(path)
-    try:
-        with torch.device("meta"):
-            AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
-    except Exception as error:  # what a library makes of a file that may hold anything
-        raise unreadable(path, error) from error
+    config = without_weights(path, attn_implementation="sdpa").config
     torch.manual_seed(seed)
     with torch.device(device):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")

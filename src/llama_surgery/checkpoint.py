@@ -32,8 +32,7 @@ def located(given: str | Path) -> tuple[str, dict[str, Any]]:
     one, models in the cache are found there.
 
     Returns:
-        The name, and further arguments: for a GGUF file its folder and its name (:func:`unpacked` adds what a
-        model needs).
+        The name, and further arguments: for a GGUF file its folder and its name.
 
     Raises:
         SurgeryError: There is no such folder or file, and no such model in the cache, and the name is none of
@@ -65,44 +64,39 @@ def located(given: str | Path) -> tuple[str, dict[str, Any]]:
     return name, {"local_files_only": True}
 
 
-def configuration(given: str | Path) -> Any:
-    """transformers' configuration of a model in a folder, a ``config.json``, a GGUF file or on the Hub.
+def without_weights(given: str | Path, **more: Any) -> Any:
+    """A model in a folder, a ``config.json``, a GGUF file or on the Hub, its parameters on the meta device.
 
-    Raises:
-        SurgeryError: There is none, or it describes no model that transformers knows.
-    """
-    from transformers import AutoConfig
-
-    name, options = located(given)
-    try:
-        return AutoConfig.from_pretrained(name, **options)
-    except Exception as error:  # what a library makes of a file that may hold anything
-        raise unreadable(given, error) from error
-
-
-def without_weights(given: str | Path) -> Any:
-    """The model of a :func:`configuration`, all its parameters on the meta device.
+    ``more`` is what transformers' ``from_config`` takes besides.
 
     Raises:
         SurgeryError: There is no configuration, or no model can be made of it.
     """
     import torch
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
 
-    described = configuration(given)
+    name, options = located(given)
     try:
+        described = AutoConfig.from_pretrained(name, **options)
         with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(described)
+            return AutoModelForCausalLM.from_config(described, **more)
     except Exception as error:  # what a library makes of a file that may hold anything
-        raise unreadable(given, error) from error
+        raise SurgeryError(
+            f"{given}: no model configuration that can be read ({told(error)}). Give the folder of a "
+            "checkpoint, its config.json, a GGUF file, or its name on the Hub."
+        ) from error
 
 
-def unreadable(given: str | Path, error: Exception) -> SurgeryError:
-    """What is said where a library cannot make a model of its configuration."""
-    return SurgeryError(
-        f"{given}: no model configuration that can be read ({told(error)}). Give the folder of a "
-        "checkpoint, its config.json, a GGUF file, or its name on the Hub."
-    )
+def loaded(name: str, options: dict[str, Any], dtype: Any, **more: Any) -> tuple[Any, Any, dict[str, Any]]:
+    """Model and tokenizer of what :func:`located` found, and what transformers has to say of loading them."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    with _read_once(options):
+        tokenizer = AutoTokenizer.from_pretrained(name, **options)
+        model, found = AutoModelForCausalLM.from_pretrained(
+            name, dtype=dtype, output_loading_info=True, **_unpacked(options), **more
+        )
+    return model, tokenizer, found
 
 
 def unpack(file: Path, folder: Path) -> None:
@@ -112,13 +106,10 @@ def unpack(file: Path, folder: Path) -> None:
         SurgeryError: A package that reads the file is missing, or the file is damaged.
     """
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
 
     name, options = _in_gguf(file)
     try:
-        with read_once(options):
-            tokenizer = AutoTokenizer.from_pretrained(name, **options)
-            model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.bfloat16, **unpacked(options))
+        model, tokenizer, _ = loaded(name, options, torch.bfloat16)
     except Exception as error:  # the same
         raise SurgeryError(f"could not load {file}: {told(error)}.") from error
     model.hf_quantizer = None
@@ -127,8 +118,8 @@ def unpack(file: Path, folder: Path) -> None:
     tokenizer.save_pretrained(folder)
 
 
-def unpacked(options: dict[str, Any]) -> dict[str, Any]:
-    """What :func:`located` returns beside the name, for a model: weights of GGUF files become plain ones."""
+def _unpacked(options: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of :func:`located` for a model: weights of GGUF files become plain ones."""
     if "gguf_file" not in options:
         return options
     try:
@@ -139,7 +130,7 @@ def unpacked(options: dict[str, Any]) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def read_once(options: dict[str, Any]) -> Iterator[None]:
+def _read_once(options: dict[str, Any]) -> Iterator[None]:
     """While a model of :func:`located` is loaded, the head of a GGUF file is read once.
 
     transformers reads it for the configuration, the tokenizer and the weights, and makes the table of tensor

@@ -41,14 +41,13 @@ def load_model(
             model cannot read so far.
         AdapterError: There is no adapter.
     """
-    from llama_surgery.checkpoint import read_once, unpacked
+    from llama_surgery.checkpoint import loaded
 
     if adapter is not None:
         check_complete(adapter)
     name, options = look_for(path)
     with status("Loading PyTorch and transformers …"):
         import torch
-        from transformers import AutoModelForCausalLM, AutoTokenizer
         from transformers.utils import logging
 
     logging.set_verbosity_error()
@@ -60,11 +59,8 @@ def load_model(
         placed = {"device_map": "auto"}
     # What a GGUF file holds is no precision to compute in.
     wanted = precision(dtype, target, torch.bfloat16 if "gguf_file" in options else "auto")
-    with status(f"Loading {escape(path)} …"), _loading(path), read_once(options):
-        tokenizer = AutoTokenizer.from_pretrained(name, **options)
-        model, found = AutoModelForCausalLM.from_pretrained(
-            name, dtype=wanted, output_loading_info=True, **unpacked(options), **placed
-        )
+    with status(f"Loading {escape(path)} …"), _loading(path):
+        model, tokenizer, found = loaded(name, options, wanted, **placed)
         if "gguf_file" in options:
             model.config._name_or_path = path  # transformers keeps the folder's
         model = (model if placed else model.to(target)).eval()
