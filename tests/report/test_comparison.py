@@ -2,7 +2,7 @@
 
 from xml.etree import ElementTree
 
-from llama_surgery.report.comparison import comparison
+from llama_surgery.report.frontier import comparison
 
 
 def row(form: str, density: float, **changed) -> dict:

@@ -3,7 +3,7 @@
 import pytest
 from tests.report.test_frontier import POINT
 
-from llama_surgery.report import comparison, figures
+from llama_surgery.report import figures, frontier
 from llama_surgery.report.figures import NeedleCell
 from llama_surgery.report.tree import page_name
 
@@ -32,7 +32,7 @@ def test_many_heads_are_drawn_without_numbers() -> None:
 
 
 def test_one_point_is_a_frontier() -> None:
-    svg = comparison.frontier([POINT])
+    svg = frontier.frontier([POINT])
     assert ">tile 32<" in svg and ">Pareto front<" in svg
 
 

@@ -21,8 +21,8 @@ from llama_surgery.evaluation.ruler.run import check_samples, run_ruler
 from llama_surgery.evaluation.ruler.tasks import Sampler
 from llama_surgery.evaluation.verdict import Limits, find, verdict
 from llama_surgery.files import write_atomically, write_csv, write_json
-from llama_surgery.report.comparison import comparison
 from llama_surgery.report.extract import besides
+from llama_surgery.report.frontier import comparison
 from llama_surgery.report.results import make_results
 from llama_surgery.surgery.operate import operated
 from llama_surgery.surgery.operation import config_of, routers_of

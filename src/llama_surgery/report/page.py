@@ -11,8 +11,8 @@ from jinja2 import Environment, PackageLoader, select_autoescape
 from llama_surgery import __version__
 from llama_surgery.errors import SurgeryError
 from llama_surgery.files import write_atomically
-from llama_surgery.report import comparison, figures
-from llama_surgery.report.frontier import FrontierPoint, pareto, read_frontier
+from llama_surgery.report import figures
+from llama_surgery.report.frontier import FrontierPoint, frontier, pareto, read_frontier
 from llama_surgery.report.results import columns, rows
 from llama_surgery.report.tree import HeadTree, forest_view
 
@@ -166,7 +166,7 @@ _FRONT = {
 def _frontier(points: list[FrontierPoint]) -> dict[str, Any]:
     shared = functools.partial(_shared, points)
     return {
-        "figure": comparison.frontier(points),
+        "figure": frontier(points),
         "conditions": (
             f"{len(points)} configurations; {shared('model')}, {shared('length')} tokens, "
             f"{shared('windows')} windows, {shared('needles')} needles, seed {shared('seed')}. "
