@@ -13,18 +13,11 @@ ELEMENTS = 1 << 26
 
 
 def ball_ids(digits: torch.Tensor, arity: int, radius: int) -> torch.Tensor:
-    """The ball of radius ``radius`` that every token is in, as a number.
+    """The ball of radius ``radius`` that every token is in, below ``arity ** max(0, levels - radius)``.
 
     The distance of two tokens is levels less the number of *last* digits they share, so a ball is named by
-    the last levels − radius digits; radius ≥ levels leaves one ball.
-
-    Args:
-        digits: (..., levels) int64, 0 … arity − 1.
-        arity: Values of a digit.
-        radius: Largest distance inside a ball.
-
-    Returns:
-        (...) int64, below ``arity ** max(0, levels - radius)``.
+    the last levels − radius digits; radius ≥ levels leaves one ball. ``digits`` are (..., levels) int64, and
+    the result (...) int64.
     """
     naming = digits[..., radius:]
     places = arity ** torch.arange(naming.shape[-1], device=digits.device)
@@ -34,25 +27,16 @@ def ball_ids(digits: torch.Tensor, arity: int, radius: int) -> torch.Tensor:
 def always_visible(rows: torch.Tensor, keys: torch.Tensor, window: int) -> tuple[torch.Tensor, torch.Tensor]:
     """(rows, keys) masks: what every row sees (position 0 and its window), and what it may see at all.
 
-    Args:
-        rows: (rows,) positions.
-        keys: (keys,) positions.
-        window: Last positions that are always seen, the row's own counted.
+    ``rows`` and ``keys`` are positions, (rows,) and (keys,); ``window`` counts the row's own.
     """
     causal = keys <= rows[:, None]
     return causal & ((keys == 0) | (rows[:, None] - keys < window)), causal
 
 
 def ball_mask(balls: torch.Tensor, rows: torch.Tensor, window: int) -> torch.Tensor:
-    """What rows see, as a boolean matrix: the oracle.
+    """What rows at positions (rows,) see, as a boolean matrix (..., rows, n): the oracle.
 
-    Args:
-        balls: (..., n) int64 of all tokens up to the last row at least.
-        rows: (rows,) positions.
-        window: As in :func:`always_visible`.
-
-    Returns:
-        (..., rows, n) bool.
+    ``balls`` are (..., n) int64 of all tokens up to the last row at least.
     """
     keys = torch.arange(balls.shape[-1], device=balls.device)
     always, causal = always_visible(rows, keys, window)
@@ -78,11 +62,8 @@ def attend_balls(
 
     Args:
         queries: (batch, heads, rows, head_dim), rows at the last positions.
-        keys: (batch, kv_heads, n, head_dim), all positions in order.
-        values: (batch, kv_heads, n, value_dim).
+        keys, values: (batch, kv_heads, n, head_dim or value_dim), all positions in order.
         balls: (batch, heads, n) int64, the ball of every token, for each query head.
-        window: As in :func:`always_visible`.
-        scale: Scaling of q·k.
 
     Returns:
         (batch, heads, rows, value_dim), the queries' dtype; and (heads,) int64, summed over the batch, the

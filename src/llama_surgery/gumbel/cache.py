@@ -19,14 +19,7 @@ class BallLayer(DynamicLayer):
         self.balls: torch.Tensor | None = None
 
     def extend(self, fresh: torch.Tensor) -> torch.Tensor:
-        """Balls of the tokens held and of the new ones, whose keys are not written yet.
-
-        Args:
-            fresh: (batch, heads, new) int64.
-
-        Returns:
-            (batch, heads, n) int64.
-        """
+        """Balls of the tokens held and of ``fresh``, not yet written: (batch, heads, n) int64."""
         held = self.get_seq_length()
         if held:
             assert self.balls is not None
@@ -53,12 +46,7 @@ class BallLayer(DynamicLayer):
 
 
 class BallCache(DynamicCache):
-    """Cache of a model under the ``gumbel`` topology. ``generate()`` builds one by itself.
-
-    Args:
-        config: The model's configuration.
-        layers: Indices of the operated layers.
-    """
+    """Cache of a model whose operated layers are ``layers``. ``generate()`` builds one by itself."""
 
     def __init__(self, config: PretrainedConfig, layers: list[int]) -> None:
         super().__init__(config=config)
@@ -67,11 +55,7 @@ class BallCache(DynamicCache):
 
 
 def balls_with(layer: object, fresh: torch.Tensor) -> torch.Tensor:
-    """Balls of all tokens of a call: those that its cache's layer holds, and the new ones.
-
-    Args:
-        layer: Of the call's cache, or None.
-        fresh: (batch, heads, new) int64.
+    """Balls of all tokens of a call: those that its cache's layer holds, if any, and the new ones, int64.
 
     Raises:
         SurgeryError: The cache holds tokens whose balls are not known.

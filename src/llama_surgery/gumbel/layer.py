@@ -42,11 +42,7 @@ class GumbelLayer:
         return self.config.gumbel
 
     def route(self, hidden: torch.Tensor, layer: object) -> torch.Tensor | list[torch.Tensor]:
-        """Ask the router.
-
-        Args:
-            hidden: (batch, new, hidden_size), what the module reads.
-            layer: Its layer of the call's cache, or None.
+        """Ask the router of what the module reads, (batch, new, hidden_size); ``layer`` is the cache's.
 
         Returns:
             The balls of all tokens so far, (batch, heads, n) int64; in training the digits instead, one-hot

@@ -76,16 +76,10 @@ def learn_gumbel(
     checkpoint_file: Path | None = None,
     every_seconds: float = 60.0,
 ) -> dict[int, ContentRouter]:
-    """Train content routers with the language-model loss of the frozen model.
+    """Train content routers with the language-model loss of the frozen model, which comes back dense.
 
-    Checkpoints are those of :func:`llama_surgery.learning.trainer.learn`.
-
-    Args:
-        model: A dense decoder in evaluation mode. It comes back dense.
-        config: With ``topology="gumbel"``.
-        windows: (count, length) int64; step s takes window s modulo count.
-        settings: How.
-        progress: Told every step.
+    Checkpoints are those of :func:`llama_surgery.learning.trainer.learn`. ``windows`` are (count, length)
+    int64; step s takes window s modulo count.
 
     Returns:
         Routers by layer index, for ``operate(model, config, routers=…)``.

@@ -53,11 +53,7 @@ class ContentRouter(torch.nn.Module):
                 self.projections.append(projection)
 
     def forward(self, hidden: torch.Tensor) -> list[torch.Tensor]:
-        """Logits of the digits, float32, for each group of heads (batch, heads of it, n, levels, arity).
-
-        Args:
-            hidden: (batch, n, hidden_size).
-        """
+        """Of (batch, n, hidden_size) the digits' float32 logits: (batch, heads, n, levels, arity) a group."""
         features = torch.nn.functional.gelu(self.backbone(hidden.float()))
         logits = []
         for projection, (levels, arity) in zip(self.projections, self.shapes, strict=True):

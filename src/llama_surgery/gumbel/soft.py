@@ -33,12 +33,10 @@ class Drawing:
 def gumbel_digits(
     logits: torch.Tensor, temperature: float, generator: torch.Generator | None
 ) -> torch.Tensor:
-    """One-hot digits drawn by Gumbel-softmax, hard forwards and soft backwards; float32.
+    """One-hot digits drawn by Gumbel-softmax, hard forwards and soft backwards.
 
-    Args:
-        logits: (..., arity) float32.
-        temperature: Of the softmax.
-        generator: On the CPU, so that a seed means the same everywhere; None for no noise.
+    ``logits`` are (..., arity) float32, as are the digits. The generator is on the CPU, so that a seed means
+    the same everywhere; None for no noise.
     """
     if generator is not None:
         uniform = torch.rand(logits.shape, generator=generator).clamp_(1e-9, 1 - 1e-7)
@@ -51,9 +49,7 @@ def gumbel_digits(
 def expected_distance(digits: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
     """Levels − Σ_l min_{m ≥ l} M_m with M_m the agreement of level m; equals the distance for one-hot digits.
 
-    Args:
-        digits: (..., rows, levels, arity).
-        others: (..., keys, levels, arity).
+    Of (..., rows, levels, arity) to (..., keys, levels, arity).
     """
     levels = digits.shape[-2]
     run = total = digits[..., levels - 1, :] @ others[..., levels - 1, :].transpose(-1, -2)
@@ -66,8 +62,7 @@ def expected_distance(digits: torch.Tensor, others: torch.Tensor) -> torch.Tenso
 def load_balance(logits: torch.Tensor) -> torch.Tensor:
     """Switch-style balance, 1 where children are used evenly: arity · Σ_c share_c · mean probability_c.
 
-    Args:
-        logits: (batch, heads, n, levels, arity).
+    ``logits`` are (batch, heads, n, levels, arity).
     """
     probability = torch.softmax(logits, -1)
     arity = logits.shape[-1]
@@ -78,9 +73,7 @@ def load_balance(logits: torch.Tensor) -> torch.Tensor:
 def balls_of(logits: list[torch.Tensor], config: GumbelConfig) -> torch.Tensor:
     """The ball of every token under the likeliest digits, (batch, heads, n) int64.
 
-    Args:
-        logits: Of the digits of each group of heads, (batch, heads of it, n, levels, arity).
-        config: For the radius.
+    ``logits`` are those of each group of heads, (batch, heads of it, n, levels, arity).
     """
     balls = [ball_ids(part.argmax(-1), part.shape[-1], config.radius_of(part.shape[-2])) for part in logits]
     return torch.cat(balls, 1)
@@ -99,12 +92,9 @@ def soft_attention(
 
     Args:
         queries: (batch, heads, n, head_dim).
-        keys: (batch, kv_heads, n, head_dim).
-        values: (batch, kv_heads, n, value_dim).
+        keys, values: (batch, kv_heads, n, head_dim or value_dim).
         digits: One-hot for each group of heads, (batch, heads of it, n, levels, arity).
-        config: For radius and window.
         temperature: Of the soft mask.
-        scale: Scaling of q·k.
 
     Returns:
         (batch, heads, n, value_dim), the queries' dtype; (heads,) int64, pairs that rows see.
