@@ -178,7 +178,7 @@ def evaluate(
     limits = None if gate is None else read_limits(gate)
     ruler_lengths = token_counts(ruler_length or [str(length)])
     if ruler:
-        asked_of = _read_ruler(split_values(ruler_task or []), {"qa_1": qa_1, "qa_2": qa_2}, haystack)
+        materials, tasks = _read_ruler(split_values(ruler_task or []), {"qa_1": qa_1, "qa_2": qa_2}, haystack)
     if (against or density is not None) and not calibration:
         calibration, texts = split_texts(texts)
     if tf32:
@@ -217,7 +217,7 @@ def evaluate(
         },
     )
     if ruler:
-        parts.prepare_ruler(*asked_of, ruler_lengths, ruler_samples, chat)
+        parts.prepare_ruler(materials, chat, tasks=tasks, lengths=ruler_lengths, samples=ruler_samples)
     with progress() as parts.tell:
         if density is not None:
             parts.calibrate(density, decode_density)

@@ -96,9 +96,8 @@ class Parts:
         tell = named_progress(self.tell, f"T = {config.tile}")
         given = {"text": self.calibration, "tokenizer": self.tokenizer, "progress": tell, **asked}
         with operated(self.model, config, routers=routers, **given):
-            return {
-                "config": config_of(self.model).to_dict(), "routers": found_parts(routers_of(self.model))
-            }  # fmt: skip
+            found = found_parts(routers_of(self.model))
+            return {"config": config_of(self.model).to_dict(), "routers": found}
 
     def measure_texts(self) -> None:
         """Perplexity, divergence, needles and times."""
@@ -130,31 +129,17 @@ class Parts:
             "continuations", found, **self._decides(self.texts), **shared
         )
 
-    def prepare_ruler(
-        self,
-        materials: Materials,
-        tasks: Sequence[str],
-        lengths: Sequence[int],
-        samples: int,
-        chat: bool | None,
-    ) -> None:
+    def prepare_ruler(self, materials: Materials, chat: bool | None, **asked: Any) -> None:
         """Refuse what RULER cannot be asked, before anything is measured."""
         chat = bool(getattr(self.tokenizer, "chat_template", None)) if chat is None else chat
         self._sampler = Sampler(self.tokenizer, materials, seed=self.seed, chat=chat)
-        self._asked: dict[str, Any] = {"tasks": tasks, "lengths": lengths, "samples": samples}
-        check_samples(self.model, self._sampler, **self._asked)
+        self._asked = asked
+        check_samples(self.model, self._sampler, **asked)
 
     def answer_ruler(self) -> None:
         """RULER's tasks."""
-        self.ruler = run_ruler(
-            self.model,
-            self._sampler,
-            batch_size=self.batch,
-            kept=self.kept,
-            deadline=self.deadline,
-            **self._forms,
-            **self._asked,
-        )
+        given = {"batch_size": self.batch, "kept": self.kept, "deadline": self.deadline}
+        self.ruler = run_ruler(self.model, self._sampler, **given, **self._forms, **self._asked)
         self.results["ruler"], self.rows["ruler"] = self.ruler.to_dict(), self.ruler.rows()
 
     def answer_tasks(
@@ -167,10 +152,8 @@ class Parts:
         found = self.results["lm_eval"] = {}
         for name, config in self.configs.items():
             routers = self.routers.get(name)
-            answer = functools.partial(
-                compare_on_tasks, self.model, self.tokenizer, tasks,
-                config=config, routers=routers, include=include, **shared,
-            )  # fmt: skip
+            given = {"config": config, "routers": routers, "include": include, **shared}
+            answer = functools.partial(compare_on_tasks, self.model, self.tokenizer, tasks, **given)
             topology = adapter_digest(config, routers)
             found[name] = self.kept.once("lm-eval", answer, tasks=tasks, topology=topology, **shared)
 

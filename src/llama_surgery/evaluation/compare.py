@@ -103,10 +103,8 @@ class Comparison:
             if name in self._topologies:
                 topology, routers = self._topologies[name]
                 title = f"pages, tile {topology.tile}{', learned' * (name == LEARNED)} (this package)"
-                return PagesForm(
-                    name, title, config=topology, routers=routers, model=model, tokenizer=tokenizer,
-                    texts=calibration, ids=few,
-                )  # fmt: skip
+                given = {"routers": routers, "tokenizer": tokenizer, "texts": calibration}
+                return PagesForm(name, title, config=topology, model=model, ids=few, **given)
             if name == DENSE:
                 return Form()
             peer = PEERS[name]

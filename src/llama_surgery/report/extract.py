@@ -84,7 +84,9 @@ def besides(
         with operated(model, config, routers=routers.get(name)):
             decode[name] = decode_ms(model, ids)
             if number == 1 and config.topology == "pages":
-                layer, head = _busiest(result.operated[0].density["by_layer"])
+                by_layer = result.operated[0].density["by_layer"].items()
+                heads = ((d, at, head) for at, v in by_layer for head, d in enumerate(v["far_density"]))
+                _, layer, head = max(heads)  # which reads most
                 tree = head_tree(model, tokenizer, texts[0], layer=layer, kv_head=head)
                 trees.append(tree.to_dict())
     progress("decode times", 1 + len(configs), 1 + len(configs))
@@ -98,10 +100,3 @@ def decode_ms(model: Any, ids: torch.Tensor) -> float:
         cache, _ = timed_call(model, prompt)
         times = [timed_call(model, step, cache)[1] for step in steps]
     return 1000 * statistics.median(times[WARM_UP:])
-
-
-def _busiest(by_layer: dict[int, dict[str, Any]]) -> tuple[int, int]:
-    """Layer and KV head with the highest far density."""
-    heads = [(d, layer, head) for layer, v in by_layer.items() for head, d in enumerate(v["far_density"])]
-    _, layer, head = max(heads)
-    return layer, head

@@ -1,6 +1,7 @@
 """The report's figures. Each takes plain numbers and returns an inline SVG."""
 
 from collections.abc import Mapping, Sequence
+from statistics import fmean
 from typing import Any, NamedTuple
 
 from matplotlib.axes import Axes
@@ -67,7 +68,7 @@ def layer_density(by_layer: dict[int, dict[str, Any]]) -> str:
     """Near and far density of every layer, stacked."""
     layers = sorted(by_layer)
     near = [by_layer[layer]["near_density"] for layer in layers]
-    far = [_mean(by_layer[layer]["far_density"]) for layer in layers]
+    far = [fmean(by_layer[layer]["far_density"]) for layer in layers]
     with figure(5.1, 1.3 + 0.34 * len(layers)) as fig:
         panel = fig.subplots()
         places = range(len(layers))
@@ -135,7 +136,3 @@ def _heat(panel: Axes, values: Sequence[Sequence[float | None]], texts: list[lis
                     color=shade_text(value / top),
                 )  # fmt: skip
     return image
-
-
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / max(1, len(values))

@@ -93,22 +93,11 @@ def run_ruler(
     kept = Kept() if kept is None else kept
     corrections = routers or {}
     forms = {name: (c, adapter_digest(c, corrections.get(name))) for name, c in configs.items()}
-    made = {
-        "model": model_name(model),
-        "versions": versions(model),
-        "seed": sampler.seed,
-        "chat": sampler.chat,
-    }
-    made |= {"haystack": digest(*sampler.materials.sentences), "batch_size": batch_size}
-    result = RulerResult(
-        {
-            **made,
-            "configs": {name: config.to_dict() for name, config in configs.items()},
-            "tasks": tasks,
-            "lengths": lengths,
-            "samples": samples,
-        }
-    )
+    made = {"model": model_name(model), "versions": versions(model), "seed": sampler.seed}
+    made |= {"chat": sampler.chat, "haystack": digest(*sampler.materials.sentences), "batch_size": batch_size}
+    described = {name: config.to_dict() for name, config in configs.items()}
+    asked = {"tasks": tasks, "lengths": lengths, "samples": samples}
+    result = RulerResult({**made, "configs": described, **asked})
     turn = max(TURN, batch_size)
     for start in range(0, samples, turn):
         indices = range(start, min(start + turn, samples))
@@ -119,10 +108,8 @@ def run_ruler(
                 questions = sampler.materials.questions[task]
                 decides["questions"] = digest(*questions.documents, *(q.text for q in questions.questions))
             for name, (config, topology) in {DENSE: (None, None), **forms}.items():
-                asked = (task, length, indices)
-                make = functools.partial(
-                    _answered, model, sampler, asked, batch_size, config, corrections.get(name)
-                )
+                how = (batch_size, config, corrections.get(name))
+                make = functools.partial(_answered, model, sampler, (task, length, indices), *how)
                 found = kept.once("ruler", None if late else make, **decides, topology=topology)
                 if found is not None:
                     result.cell(name, task, length).add(found)
