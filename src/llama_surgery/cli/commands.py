@@ -11,7 +11,7 @@ from typing import Any
 import typer
 from typer.core import TyperCommand, TyperGroup
 
-from llama_surgery.cli.console import err, escape
+from llama_surgery.cli.console import err, escape, say
 from llama_surgery.errors import SurgeryError
 from llama_surgery.folders import check_file, check_folder
 
@@ -38,7 +38,7 @@ class Commands(TyperGroup):
             why = (
                 f"{error}. Check the disk and the permissions." if isinstance(error, OSError) else str(error)
             )
-            err.print(f"[bold red]Error:[/] {escape(why)}", highlight=False, soft_wrap=True)
+            say(f"[bold red]Error:[/] {escape(why)}", err)
             raise typer.Exit(1) from error
         finally:
             log.removeHandler(notes)
@@ -55,7 +55,7 @@ class _Notes(logging.Handler):
         told = record.getMessage()
         if told not in self._seen and _speaks():
             self._seen.add(told)
-            err.print(f"[bold yellow]Note:[/] {escape(told)}", highlight=False, soft_wrap=True)
+            say(f"[bold yellow]Note:[/] {escape(told)}", err)
 
 
 class Command(TyperCommand):
@@ -81,7 +81,7 @@ class Command(TyperCommand):
         except KeyboardInterrupt as error:
             if _speaks():
                 told = _left(str(self.name), list(outputs.values()), began)
-                err.print(f"Interrupted{told}", highlight=False, soft_wrap=True)
+                say(f"Interrupted{told}", err)
             raise typer.Exit(INTERRUPTED) from error
 
 

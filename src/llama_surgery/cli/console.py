@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -30,18 +31,16 @@ INTERVAL = 10.0
 def status(what: str) -> Iterator[None]:
     """Says what is going on: a spinner on a terminal, a line elsewhere, on standard error."""
     if not err.is_terminal:
-        err.print(what, soft_wrap=True, highlight=False)
+        say(what, err)
         yield
         return
     with err.status(what):
         yield
 
 
-def escape(text: str) -> str:
-    """``text`` with nothing in it that rich takes for markup."""
-    from rich.markup import escape as rich_escape
-
-    return rich_escape(text)
+def say(text: str, to: Console = out) -> None:
+    """Print a line as it stands: neither wrapped nor with its figures coloured."""
+    to.print(text, soft_wrap=True, highlight=False)
 
 
 @contextmanager

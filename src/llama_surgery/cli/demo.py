@@ -12,7 +12,7 @@ from rich.table import Table
 
 from llama_surgery.cli import options
 from llama_surgery.cli.common import Dtype, load_model
-from llama_surgery.cli.console import escape, out, print_json, progress
+from llama_surgery.cli.console import escape, out, print_json, progress, say
 from llama_surgery.cli.demo_model import Fact, cases, fetch, planted
 from llama_surgery.cli.tables import make_table
 from llama_surgery.errors import SurgeryError
@@ -105,12 +105,12 @@ def demo(
     )
     out.print(_summary(dense, operated, facts))
     out.print(_questions(dense, operated, facts))
-    out.print(pays(dense.seconds, operated.seconds, ids.shape[1]), soft_wrap=True, highlight=False)
+    say(pays(dense.seconds, operated.seconds, ids.shape[1]))
     if llm.device.type == "cpu" and had < BUSY:
         told = (
             f"Other work ran beside it: it had {had:.0%} of the cores that it asked for, so times say little."
         )
-        out.print(told, soft_wrap=True, highlight=False)
+        say(told)
 
 
 def read(

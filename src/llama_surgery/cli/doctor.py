@@ -9,7 +9,7 @@ import typer
 
 from llama_surgery.cli import options
 from llama_surgery.cli.common import Dtype, _device, load_model, look_for, precision
-from llama_surgery.cli.console import escape, out, print_json, progress, speed_told, status
+from llama_surgery.cli.console import escape, print_json, progress, say, speed_told, status
 from llama_surgery.folders import check_complete
 
 if TYPE_CHECKING:
@@ -60,7 +60,7 @@ def doctor(
         told["Loss"] = str(measured)
     if not json:
         for name, value in told.items():
-            out.print(f"[bold]{name}:[/] {escape(value)}", soft_wrap=True, highlight=False)
+            say(f"[bold]{name}:[/] {escape(value)}")
     if text is None or adapter is None:
         if json:
             print_json(told)
@@ -71,9 +71,9 @@ def doctor(
     if json:
         print_json({**told, "advice": advice, "dense_until": until})
         return
-    out.print(advice, highlight=False, soft_wrap=True)
+    say(advice)
     if write:
-        out.print(f"dense_until = {until} is written into {adapter}.", highlight=False, soft_wrap=True)
+        say(f"dense_until = {until} is written into {adapter}.")
 
 
 def _pays(model: str, adapter: Path, text: Path, device: str, dtype: Dtype) -> tuple[int, str]:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from llama_surgery.cli import tables
-from llama_surgery.cli.console import err, out, print_json
+from llama_surgery.cli.console import err, out, print_json, say
 from llama_surgery.config import SurgeryConfig
 from llama_surgery.evaluation.compare import DENSITIES, Comparison
 from llama_surgery.evaluation.evaluate import evaluate, model_name, named_progress, versions
@@ -232,9 +232,9 @@ def write_and_print(parts: Parts, json: bool) -> None:
     for table in shown:
         out.print(table)
     if "gate" in results:
-        out.print(f"[bold]{VERDICTS[results['gate']['verdict']]}[/]", soft_wrap=True, highlight=False)
+        say(f"[bold]{VERDICTS[results['gate']['verdict']]}[/]")
     unfinished = parts.ruler is not None and not parts.ruler.complete
     if unfinished or results.get("against", {}).get("unfinished"):
         err.print("Not everything is finished: run the command again to go on.", highlight=False)
     if folder is not None:
-        out.print(f"Written: {folder.resolve()}", soft_wrap=True, highlight=False)
+        say(f"Written: {folder.resolve()}")

@@ -7,7 +7,7 @@ import typer
 
 from llama_surgery.cli import options
 from llama_surgery.cli.common import Dtype, load_model, topology_of
-from llama_surgery.cli.console import escape, out, print_json, status, thresholds
+from llama_surgery.cli.console import escape, out, print_json, say, status, thresholds
 from llama_surgery.cli.options import TOKENS
 
 
@@ -41,7 +41,7 @@ def export(
         print_json({"folder": str(target), "config": config.to_dict()})
         return
     out.print(f"Thresholds: {thresholds(config)}.")
-    out.print(f"Folder: {target.resolve()}", soft_wrap=True, highlight=False)
+    say(f"Folder: {target.resolve()}")
 
 
 def export_topology(
@@ -89,4 +89,4 @@ def export_topology(
         f"{len(told['layers'])} layers read {told['entries']:,} pages in all, a far density of "
         f"{told['far_density']:.2%}."
     )
-    out.print(f"Written: {out_file.resolve()}", soft_wrap=True, highlight=False)
+    say(f"Written: {out_file.resolve()}")

@@ -10,7 +10,7 @@ import typer
 
 from llama_surgery.cli import options
 from llama_surgery.cli.common import Dtype, _device, load_model, load_tokenizer, precision
-from llama_surgery.cli.console import out, progress, speed_told, status
+from llama_surgery.cli.console import progress, say, speed_told, status
 from llama_surgery.cli.learn_report import Asked, reporter, silent, told
 from llama_surgery.cli.options import SEED, SHARE, STEPS, TOKENS, config_for, learned_parts, topology_options
 from llama_surgery.config import SurgeryConfig
@@ -159,7 +159,7 @@ def learn(
     config = config_of(llm)
     save_adapter(llm, out_folder)
     if config.dense_until and not json:
-        out.print(speed_told(config.dense_until, context_length(llm)), highlight=False, soft_wrap=True)
+        say(speed_told(config.dense_until, context_length(llm)))
     told(out_folder, config, seen, json)
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from llama_surgery.cli.common import Dtype
-from llama_surgery.cli.console import err, out, print_json
+from llama_surgery.cli.console import err, out, print_json, say
 from llama_surgery.config import SurgeryConfig
 
 
@@ -42,7 +42,7 @@ def told(folder: Path, config: SurgeryConfig, seen: list[Any], json: bool) -> No
         return
     if seen:
         out.print(_described(seen[-1]), highlight=False)
-    out.print(f"Adapter: {folder.resolve()}", soft_wrap=True, highlight=False)
+    say(f"Adapter: {folder.resolve()}")
 
 
 def silent(stage: str, done: int, total: int) -> None:

@@ -9,7 +9,7 @@ import typer
 
 from llama_surgery.cli import options
 from llama_surgery.cli.common import Dtype, load_model
-from llama_surgery.cli.console import out, print_json, progress, speed_told, thresholds
+from llama_surgery.cli.console import out, print_json, progress, say, speed_told, thresholds
 from llama_surgery.cli.options import SHARE, TOKENS, config_for, topology_options
 
 
@@ -91,7 +91,7 @@ def operate(
     if config.topology == "pages":
         out.print(f"Thresholds: {thresholds(config)}.")
         if config.dense_until:
-            out.print(speed_told(config.dense_until, context_length(llm)), highlight=False, soft_wrap=True)
+            say(speed_told(config.dense_until, context_length(llm)))
     if measured is not None:
-        out.print(f"Loss: {measured}.", soft_wrap=True, highlight=False)
-    out.print(f"Adapter: {out_folder.resolve()}", soft_wrap=True, highlight=False)
+        say(f"Loss: {measured}.")
+    say(f"Adapter: {out_folder.resolve()}")

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from llama_surgery.cli import options
-from llama_surgery.cli.console import out, status
+from llama_surgery.cli.console import say, status
 
 
 def report(
@@ -28,4 +28,4 @@ def report(
         from llama_surgery.report.page import write_report
 
         write_report(found, out_file, frontier=frontier)
-    out.print(f"Report: {out_file.resolve()}", soft_wrap=True, highlight=False)
+    say(f"Report: {out_file.resolve()}")
