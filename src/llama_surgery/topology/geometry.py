@@ -77,11 +77,7 @@ def summary_pairs(start: int, stop: int, config: SurgeryConfig, tile: int) -> fl
 
     Every page of a closed chunk is taken to be unseen. It costs one product with a mean value, half of what a
     (query, key) pair costs; its score is made for the selection in any case. With θ = 0 nothing is unseen.
-
-    Args:
-        start: Position.
-        stop: Position.
-        tile: Queries of a tile: ``config.tile`` in prefill, 1 in decode steps.
+    ``tile`` is ``config.tile`` in prefill, 1 in decode steps.
     """
     if not config.summarises(tile):
         return 0.0

@@ -30,11 +30,7 @@ class Moments:
 
 
 def moments_of(keys: torch.Tensor, size: int) -> Moments:
-    """Moments of consecutive runs of ``size`` keys.
-
-    Args:
-        keys: (streams, keys, head_dim), keys a multiple of ``size``.
-    """
+    """Moments of runs of ``size`` of the keys, (streams, keys, head_dim), which are a multiple of it."""
     keys = keys if keys.dtype == torch.float64 else keys.float()
     variance, mean = torch.var_mean(keys.unflatten(1, (-1, size)), dim=2, correction=0)
     return Moments(mean, variance, size)
@@ -43,14 +39,10 @@ def moments_of(keys: torch.Tensor, size: int) -> Moments:
 def mean_values(
     values: torch.Tensor, config: SurgeryConfig, dtype: torch.dtype | None = None
 ) -> torch.Tensor | None:
-    """Mean values of pages, which stand in for those that rows do not see.
+    """Mean values of pages, (streams, pages, value_dim), for unseen ones; None without summaries.
 
-    Args:
-        values: (streams, n * chunk_size, value_dim) in tree order.
-        dtype: Of what is returned: float32 unless told otherwise, or float64 if given.
-
-    Returns:
-        (streams, pages, value_dim); None without summaries.
+    ``values`` are (streams, n * chunk_size, value_dim) in tree order; the result is float32 unless ``dtype``
+    says otherwise, or float64 if given.
     """
     if config.summary == "none":
         return None

@@ -66,11 +66,7 @@ def tiles_of(block: Block, tile: int) -> int:
 
 
 def plan_from_first_open(first_open: torch.Tensor, block: Block, tile: int) -> Plan:
-    """List the opened pages.
-
-    Args:
-        first_open: (choosers, tiles, pages) int64, ``tile`` where no row opened the page.
-    """
+    """List the opened pages of (choosers, tiles, pages) int64, ``tile`` where no row opened the page."""
     opened = first_open < tile
     counts = opened.sum(-1)
     most = int(counts.max()) if counts.numel() else 0

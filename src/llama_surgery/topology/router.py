@@ -85,23 +85,14 @@ class PageRouter:
         return PageRouter(**{name: repeat(part) for name, part in self.tensors().items()})
 
     def weigh(self, queries: torch.Tensor, spread: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Put the channel weights on what multiplies means and variances.
+        """Put the channel weights on what multiplies means and variances: scaled queries, half their squares.
 
-        Args:
-            queries: (streams, heads * rows, head_dim), scaled.
-            spread: Same shape, ``½·queries²``.
+        Both are (streams, heads * rows, head_dim).
         """
         return _weighted(queries, self.mean_weight), _weighted(spread, self.variance_weight)
 
     def map_keys(self, chunked: torch.Tensor) -> torch.Tensor:
-        """Keys as the tree is to see them.
-
-        Args:
-            chunked: (streams, chunks, chunk_size, head_dim).
-
-        Returns:
-            The same shape, float32, or float64 if given.
-        """
+        """Keys (streams, chunks, chunk_size, head_dim) as the tree is to see them, in at least float32."""
         if self.key_weight is None and self.key_map is None:
             return chunked
         chunked = chunked if chunked.dtype == torch.float64 else chunked.float()

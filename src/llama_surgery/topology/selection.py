@@ -43,14 +43,9 @@ class Scorer:
     router: PageRouter | None = None
 
     def __call__(self, queries: torch.Tensor, moments: Moments) -> tuple[torch.Tensor, torch.Tensor]:
-        """Score and weight of every page.
+        """Score and weight of every page, logarithms, (streams, rows, pages) each, the moments' dtype.
 
-        Args:
-            queries: (streams, rows, head_dim), rows of all heads of the group.
-            moments: Of the pages.
-
-        Returns:
-            Scores and weights, logarithms, (streams, rows, pages) each, the moments' dtype.
+        ``queries`` are (streams, rows, head_dim), rows of all heads of the group.
         """
         queries = queries.to(moments.mean.dtype) * self.scale
         spread = queries.square() * 0.5
@@ -72,11 +67,7 @@ def score_pages(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Scores and weights of a block's closed pages: (streams, heads, rows, pages) each.
 
-    Args:
-        queries: (streams, heads, rows, head_dim), the block's rows.
-        layout: At least ``block.closed`` chunks.
-        block: With at least one closed chunk.
-        scorer: The layer's page score.
+    ``queries`` are (streams, heads, rows, head_dim), the block's rows.
     """
     moments = layout.moments.first(block.closed * config.pages_per_chunk)
     scores, weights = scorer(queries.flatten(1, 2), moments)
@@ -93,11 +84,9 @@ def log_shares(
     """Log of each page's expected share of the row's whole attention, less the head's learned offset.
 
     Args:
-        scores: (streams, heads, rows, pages).
-        weights: The same shape, what the pages weigh in the row's total.
+        scores, weights: (streams, heads, rows, pages); weights are what the pages weigh in the row's total.
         near_lse: (streams, heads, rows), log-sum-exp of the near field's logits.
         sink_logit: (streams, heads) attention-sink parameters, or None.
-        scorer: Knows the heads' learned offsets.
 
     Returns:
         (streams, heads, rows, pages).

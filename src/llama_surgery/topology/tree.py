@@ -13,17 +13,12 @@ POWER_STEPS = 8
 
 
 def principal_direction(centred: torch.Tensor) -> torch.Tensor:
-    """Direction of the largest spread, by power iteration from a fixed start.
+    """Direction of the largest spread, by power iteration from a fixed start: (..., head_dim) unit vectors.
 
     The start is the covariance's column of the channel that varies most: deterministic, and never
     orthogonal to the answer unless the keys do not vary at all. A fixed number of steps keeps it free of
-    host synchronisation.
-
-    Args:
-        centred: (..., keys, head_dim) with mean zero over keys, float32 or float64.
-
-    Returns:
-        (..., head_dim) unit vectors; a zero vector where all keys are equal.
+    host synchronisation. ``centred`` is (..., keys, head_dim) with mean zero over keys, float32 or float64;
+    where all keys are equal the vector is zero.
     """
     covariance = centred.transpose(-1, -2) @ centred
     widest = covariance.diagonal(dim1=-2, dim2=-1).argmax(-1, keepdim=True)
@@ -69,13 +64,9 @@ def tree_order(keys: torch.Tensor, page_size: int) -> torch.Tensor:
 
 
 def paths(order: torch.Tensor, page_size: int) -> torch.Tensor:
-    """Digits of every key, by original offset.
+    """Digits of every key by original offset, 0 or 1, the most significant first.
 
-    Args:
-        order: (..., chunk_size) int64 from :func:`tree_order`.
-
-    Returns:
-        (..., chunk_size, depth) int64 digits 0 or 1, most significant first.
+    Of ``order`` (..., chunk_size) int64, from :func:`tree_order`: (..., chunk_size, depth) int64.
     """
     size = order.shape[-1]
     leaf = torch.empty_like(order).scatter_(
@@ -89,13 +80,9 @@ def paths(order: torch.Tensor, page_size: int) -> torch.Tensor:
 
 
 def distances(digits: torch.Tensor) -> torch.Tensor:
-    """Ultrametric distance of every two keys: depth minus the leading digits they share.
+    """Ultrametric distance of every two keys, depth minus the leading digits they share: int64 in 0 … depth.
 
-    Args:
-        digits: (..., keys, depth) int64.
-
-    Returns:
-        (..., keys, keys) int64 in 0 … depth.
+    From ``digits`` (..., keys, depth) int64 to (..., keys, keys).
     """
     agree = (digits.unsqueeze(-2) == digits.unsqueeze(-3)).cumprod(-1)
     return digits.shape[-1] - agree.sum(-1)
