@@ -147,36 +147,33 @@ class Comparison:
         """
         budgets: dict[str, dict[str, Any]] = {}
         cells: dict[tuple[str, float], dict[str, Any]] = {}
-        turn, left, unfinished = 0, True, dict[str, None]()
+        turn, left = 0, True
         while left:
             left = False
             for name, form in self._forms.items():
                 late = deadline is not None and time.monotonic() > deadline
                 if turn == 0:
-                    budgets[name] = self._budget(form, late) or {}
-                    if not budgets[name]:
-                        unfinished[name] = None
-                targets = budgets[name].get("targets", [])
+                    budgets[name] = self._budget(form, late) or {"floor": 1.0, "targets": []}
+                targets = budgets[name]["targets"]
                 if turn < len(targets):
                     left, target = True, targets[turn]
-                    cell = self._cell(form, target, late, progress)
-                    if cell is None:
-                        unfinished[name] = None
-                    else:
+                    if (cell := self._cell(form, target, late, progress)) is not None:
                         cells[name, target] = cell
             turn += 1
+        wanted = {name: {(name, target) for target in own["targets"]} for name, own in budgets.items()}
+        unfinished = [name for name, own in wanted.items() if not own or own - cells.keys()]
         dense = cells.get((DENSE, 1.0))
         if dense is None:
             raise SurgeryError("the dense model is not measured yet, so that nothing can be compared.")
         return {
             "settings": self.settings,
-            "floors": {name: own["floor"] for name, own in budgets.items() if own.get("floor", 1) < 1},
+            "floors": {name: own["floor"] for name, own in budgets.items() if own["floor"] < 1},
             "rows": [
                 row(self._forms[name], budgets[name]["floor"], target, cells[name, target], dense,
                      self._prompts, self.settings)
                 for name, target in sorted(cells, key=lambda key: (FORMS.index(key[0]), key[1]))
             ],
-            "unfinished": list(unfinished),
+            "unfinished": unfinished,
         }  # fmt: skip
 
     def _decides(self, form: Form) -> dict[str, Any]:

@@ -82,11 +82,9 @@ def _conditions(results: dict[str, Any]) -> list[tuple[str, str]]:
         ("device", f"{environment['device']}, {threads} thread{'s' * (threads != 1)}"),
         ("perplexity", f"{results['windows']} windows of {results['length']:,} tokens"),
     ]
-    if results["needles"]:
-        lengths = sorted({needle["length"] for needle in results["needles"]})
-        listed.append(
-            ("needles", f"{len(results['needles'])} at {', '.join(f'{n:,}' for n in lengths)} tokens")
-        )
+    if needles := results["needles"]:
+        lengths = ", ".join(f"{length:,}" for length in sorted({needle["length"] for needle in needles}))
+        listed.append(("needles", f"{len(needles)} at {lengths} tokens"))
     listed += results.get("conditions", {}).items()
     listed.append(("seed", str(results["seed"])))
     names = {"llama_surgery": "llama-surgery", "torch": "PyTorch", "transformers": "transformers"}
@@ -97,14 +95,11 @@ def _conditions(results: dict[str, Any]) -> list[tuple[str, str]]:
         decode = (
             f"in decode {config['theta_decode']:.3%}" if config["theta_decode"] else "decode reads everything"
         )
-        budget = f"θ = {config['theta']:.3%}, {decode}"
-        listed.append(
-            (
-                f"topology, {measured['name']}",
-                f"pages of {config['page_size']} in chunks of {config['chunk_size']}, window "
-                f"{config['window']}, tiles of {config['tile']}, {budget}",
-            )
+        told = (
+            f"pages of {config['page_size']} in chunks of {config['chunk_size']}, window "
+            f"{config['window']}, tiles of {config['tile']}, θ = {config['theta']:.3%}, {decode}"
         )
+        listed.append((f"topology, {measured['name']}", told))
     return listed
 
 

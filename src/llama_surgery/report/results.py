@@ -81,55 +81,32 @@ def columns(results: dict[str, Any]) -> list[str]:
 def rows(results: dict[str, Any]) -> list[Row]:
     """Rows of a results file; measures that were not taken are left out."""
     dense, operated = results["dense"], results["operated"]
-    length, windows = results["length"], results["windows"]
+    length, windows, asked = results["length"], results["windows"], len(results["needles"])
+    densities, none = [m["density"] for m in operated], Cell("–")
+    losses = [Cell(f"{dense['perplexity']:.2f}"), *map(_perplexity, operated)]
+    kl = [Cell(f"{m['kl']:.4f}", f"{m['top1']:.1%} agree") for m in operated]
+    far = [Cell(f"{d['far_density']:.2%}", f"{d['visible_far_density']:.2%} visible") for d in densities]
+    total = [Cell("100%"), *(Cell(f"{d['total_density']:.2%}") for d in densities)]
     table = [
-        Row(
-            "Perplexity",
-            f"{windows} window{'s' * (windows != 1)} of {length:,} tokens",
-            [Cell(f"{dense['perplexity']:.2f}"), *map(_perplexity, operated)],
-        ),
-        Row(
-            "KL to dense, nats a token",
-            "share of positions with the same likeliest token",
-            [Cell("–"), *(Cell(f"{m['kl']:.4f}", f"{m['top1']:.1%} agree") for m in operated)],
-        ),
+        Row("Perplexity", f"{windows} window{'s' * (windows != 1)} of {length:,} tokens", losses),
+        Row("KL to dense, nats a token", "share of positions with the same likeliest token", [none, *kl]),
     ]
-    if results["needles"]:
-        asked = len(results["needles"])
-        table.append(
-            Row(
-                "Needles answered",
-                f"{asked} prompts, by greedy generation",
-                [Cell(f"{dense['needle_accuracy']:.1%}"), *map(_needle, operated)],
-            )
-        )
-    densities = [m["density"] for m in operated]
+    if asked:
+        answered = [Cell(f"{dense['needle_accuracy']:.1%}"), *map(_needle, operated)]
+        table.append(Row("Needles answered", f"{asked} prompts, by greedy generation", answered))
     table += [
+        Row("Far density", "far (query, key) pairs read, of all causal pairs", [none, *far]),
+        Row("Total density", "with the near field and means of unread pages", total),
         Row(
-            "Far density",
-            "far (query, key) pairs read, of all causal pairs",
-            [
-                Cell("–"),
-                *(
-                    Cell(f"{d['far_density']:.2%}", f"{d['visible_far_density']:.2%} visible")
-                    for d in densities
-                ),
-            ],
-        ),
-        Row(
-            "Total density",
-            "with the near field and means of unread pages",
-            [Cell("100%"), *(Cell(f"{d['total_density']:.2%}") for d in densities)],
+            "Prefill",
+            f"{length:,} tokens",
+            _timed([m["seconds_per_window"] for m in (dense, *operated)], "s"),
         ),
     ]
-    times = [m["seconds_per_window"] for m in (dense, *operated)]
-    table.append(Row("Prefill", f"{length:,} tokens", _timed(times, "s")))
-    names = ["dense", *(m["name"] for m in operated)]
-    decode = results.get("decode_ms", {})
+    names, decode = ["dense", *(m["name"] for m in operated)], results.get("decode_ms", {})
     if all(name in decode for name in names):
-        table.append(
-            Row("Decode", f"a token, after {length:,}", _timed([decode[name] for name in names], "ms"))
-        )
+        times = _timed([decode[name] for name in names], "ms")
+        table.append(Row("Decode", f"a token, after {length:,}", times))
     return table
 
 
