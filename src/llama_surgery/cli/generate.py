@@ -53,25 +53,17 @@ def generate(
     check_length(llm, prompt_tokens + max_new_tokens)
     torch.manual_seed(seed)
     streamer = None if json else TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
-    drawn = {"temperature": temperature} if sample else {}
-    write: Any = llm.generate
-    ids = write(
-        input_ids=inputs["input_ids"],
-        attention_mask=inputs["attention_mask"],
-        max_new_tokens=max_new_tokens,
-        pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
-        streamer=streamer,
-        logits_processor=LogitsProcessorList([_finite]),
-        do_sample=sample,
-        **drawn,
-    )
+    pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    given: dict[str, Any] = {name: inputs[name] for name in ("input_ids", "attention_mask")}
+    given |= {"max_new_tokens": max_new_tokens, "pad_token_id": pad, "streamer": streamer}
+    given |= {"do_sample": True, "temperature": temperature} if sample else {"do_sample": False}
+    ids: Any = llm.generate(**given, logits_processor=LogitsProcessorList([_finite]))
     new = ids[0, prompt_tokens:]
     read = statistics(llm).to_dict()
     if json:
         written = tokenizer.decode(new, skip_special_tokens=True)
-        print_json(
-            {"text": written, "prompt_tokens": prompt_tokens, "new_tokens": len(new), "statistics": read}
-        )
+        counts = {"prompt_tokens": prompt_tokens, "new_tokens": len(new)}
+        print_json({"text": written, **counts, "statistics": read})
         return
     out.print(_table(read, prompt_tokens, len(new)))
 

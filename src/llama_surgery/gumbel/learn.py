@@ -4,7 +4,6 @@ import dataclasses
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -52,9 +51,6 @@ class GumbelLearning:
                 "be positive and fall."
             )
 
-    def to_dict(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
-
 
 @dataclasses.dataclass(frozen=True)
 class GumbelStep:
@@ -100,7 +96,7 @@ def learn_gumbel(
     routers = routers_for(inner, attention_modules(inner), gumbel, settings.seed)
     named = torch.nn.ModuleDict({str(index): router for index, router in routers.items()}).to(inner.device)
     optimiser = torch.optim.Adam(named.parameters(), lr=settings.rate)
-    about = {"settings": settings.to_dict(), "gumbel": gumbel.to_dict(), "windows": digest(windows)}
+    about = {"settings": dataclasses.asdict(settings), "gumbel": gumbel.to_dict(), "windows": digest(windows)}
     done = 0
     if checkpoint_file is not None and (content := read_checkpoint(checkpoint_file, about)) is not None:
         named.load_state_dict(content["routers"])
