@@ -16,6 +16,10 @@ if TYPE_CHECKING:  # texts are read, and refused, before PyTorch is loaded
     from transformers import PreTrainedTokenizerBase
 
 _log = logging.getLogger(__name__)
+#: Share of a text that thresholds are set on, where no other text is given for it.
+CALIBRATION_SHARE = 0.25
+#: Tokens far beyond every model; what is counted in chunks would take minutes for more.
+LONGEST = 2**27
 #: Marks before a text, and the encodings that they stand for; longer ones first.
 _MARKS = {
     codecs.BOM_UTF32_LE: "utf-32",
@@ -220,10 +224,6 @@ def windows(
     return torch.tensor(chosen[:count], dtype=torch.long)
 
 
-#: Share of a text that thresholds are set on, where no other text is given for it.
-CALIBRATION_SHARE = 0.25
-
-
 def split_texts(texts: Sequence[str]) -> tuple[list[str], list[str]]:
     """Text to set thresholds on, and text to measure on, which have nothing in common.
 
@@ -244,10 +244,6 @@ def split_texts(texts: Sequence[str]) -> tuple[list[str], list[str]]:
             "texts, one of them for calibration."
         )
     return [text for text in first if text], [text for text in rest if text]
-
-
-#: Far beyond every model; what is counted in chunks would take minutes for more.
-LONGEST = 2**27
 
 
 def parse_length(text: str) -> int:

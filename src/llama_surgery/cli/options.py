@@ -124,11 +124,9 @@ DecodeDensity = of_topology(
     **SHARE,
 )
 
-
 #: Steps of learning, unless told otherwise: what docs/learning.md was measured with.
 STEPS = 200
 _DEFAULT = SurgeryConfig()
-
 
 #: Field of the configuration → type and help of its option.
 _FIELDS: dict[str, Any] = {
