@@ -21,7 +21,8 @@ from llama_surgery.evaluation.logits import read_windows
 from llama_surgery.evaluation.needle import NeedlePrompt
 from llama_surgery.evaluation.peers.executor import running
 from llama_surgery.evaluation.peers.registry import Learned, Peer
-from llama_surgery.surgery import operate as surgery
+from llama_surgery.surgery import operation
+from llama_surgery.surgery.operate import operated
 from llama_surgery.surgery.operation import routers_of
 from llama_surgery.topology.router import PageRouter
 
@@ -136,9 +137,9 @@ class PagesForm(Form):
         Nothing is opened then but the page of the first token, and what a head with a negative learned offset
         opens all the same.
         """
-        with surgery.operated(self.model, self._with_theta(1.0), routers=self.routers):
+        with operated(self.model, self._with_theta(1.0), routers=self.routers):
             read_windows(self.model, self.ids)
-            read = surgery.statistics(self.model)
+            read = operation.statistics(self.model)
         return read.total_density, read.total_density - read.far_density
 
     def setting(self, density: float) -> dict[str, Any]:
@@ -150,8 +151,8 @@ class PagesForm(Form):
         # Rules of others choose in decode steps too.
         far = {"density": density - fixed, "decode_density": density - fixed, "length": self.ids.shape[1]}
         given = {"routers": self.routers, "text": list(self.texts), "tokenizer": self.tokenizer, **far}
-        with surgery.operated(self.model, self.config, **given):
-            found = surgery.config_of(self.model).to_dict()
+        with operated(self.model, self.config, **given):
+            found = operation.config_of(self.model).to_dict()
             return {**found, "routers": found_parts(routers_of(self.model))}
 
     @contextlib.contextmanager
@@ -161,7 +162,7 @@ class PagesForm(Form):
         if "routers" in values:
             routers = with_parts(routers, values.pop("routers"))
         config = SurgeryConfig.from_dict(values)
-        with surgery.operated(self.model, config, routers=routers), phases(self.model) as found:
+        with operated(self.model, config, routers=routers), phases(self.model) as found:
             yield densities
         densities.update((phase, read["total_density"]) for phase, read in found.items())
 

@@ -22,8 +22,9 @@ from llama_surgery.evaluation.needle import needle_prompts, score_needles
 from llama_surgery.evaluation.needle_facts import PLAIN
 from llama_surgery.evaluation.perplexity import Divergence, Perplexity, perplexity, token_divergence
 from llama_surgery.evaluation.result import DENSE, EvaluationResult, Measurement, OperatedMeasurement
-from llama_surgery.surgery import operate as surgery
+from llama_surgery.surgery import operation
 from llama_surgery.surgery.context import check_length
+from llama_surgery.surgery.operate import operated
 from llama_surgery.surgery.progress import Progress
 from llama_surgery.surgery.supported import inner_model
 from llama_surgery.text import windows as cut_windows
@@ -106,20 +107,20 @@ def evaluate(
         def compare(states: torch.Tensor, found: list[tuple[torch.Tensor, torch.Tensor]] = found) -> None:
             found.append(token_divergence(head, dense_states[len(found)], states))
 
-        with surgery.operated(model, config, routers=(routers or {}).get(name)):
-            surgery.reset_statistics(model)
-            operated = perplexity(model, ids, tell, head=head, each=compare)
-            density = surgery.statistics(model).to_dict()
+        with operated(model, config, routers=(routers or {}).get(name)):
+            operation.reset_statistics(model)
+            own = perplexity(model, ids, tell, head=head, each=compare)
+            density = operation.statistics(model).to_dict()
             with phases(model) as generate_density:
                 answers, seconds = _answer(model, prompts, needle_batch, tell)
-            described = surgery.config_of(model).to_dict()
+            described = operation.config_of(model).to_dict()
         divergence = Divergence(*map(torch.stack, zip(*found, strict=True)))
         result.answers[name] = answers
         result.operated.append(
             OperatedMeasurement(
-                **_measured(name, operated, answers, seconds),
+                **_measured(name, own, answers, seconds),
                 config=described,
-                ratio=perplexity_ratio(losses.per_window, operated.per_window, seed),
+                ratio=perplexity_ratio(losses.per_window, own.per_window, seed),
                 divergence_by_position=divergence.by_position(),
                 kl=divergence.mean_kl,
                 top1=divergence.top1,
@@ -137,7 +138,7 @@ def check_dense(model: nn.Module, configs: Mapping[str, SurgeryConfig]) -> None:
     Raises:
         SurgeryError: The model is operated or in training mode, or a configuration is named as the dense one.
     """
-    if surgery.is_operated(model):
+    if operation.is_operated(model):
         raise SurgeryError("the model is operated: eject(model) first, so that the dense model is measured.")
     if model.training:
         raise SurgeryError(

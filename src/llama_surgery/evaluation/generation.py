@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from transformers import GenerationConfig, LogitsProcessor, StoppingCriteria
 
-from llama_surgery.surgery import operate as surgery
+from llama_surgery.surgery import operation
 from llama_surgery.surgery.compat import CACHE_NAME, cache_name
 from llama_surgery.surgery.supported import inner_model
 
@@ -115,13 +115,13 @@ def phases(model: nn.Module) -> Iterator[dict[str, dict[str, float]]]:
     Yields:
         Densities of each phase that occurs, over its causal pairs: ``prefill`` and ``decode``; at the end.
     """
-    surgery.reset_statistics(model)
+    operation.reset_statistics(model)
     found: dict[str, dict[str, float]] = {}
     pairs: dict[str, Counter[str]] = defaultdict(Counter)
 
     def add(phase: str) -> None:
         """What was read since the last time."""
-        read = surgery.statistics(model)
+        read = operation.statistics(model)
         counts = {name: getattr(read, name) * read.causal_pairs for name in _DENSITIES}
         new = Counter({**counts, "causal": read.causal_pairs})
         for earlier in pairs.values():

@@ -18,7 +18,8 @@ from llama_surgery.errors import SurgeryError
 from llama_surgery.evaluation.evaluate import check_dense, environment, model_name
 from llama_surgery.evaluation.intervals import paired_change
 from llama_surgery.evaluation.result import DENSE
-from llama_surgery.surgery import operate as surgery
+from llama_surgery.surgery import operation
+from llama_surgery.surgery.operate import operated
 from llama_surgery.topology.router import PageRouter
 
 
@@ -70,9 +71,9 @@ def compare_on_tasks(
     manager = _manager(tasks, include)
     settings: dict[str, Any] = {"tasks": list(tasks), "num_fewshot": few_shot, "limit": limit, "seed": seed}
     dense = _run(model, tokenizer, manager, settings, batch_size)
-    with surgery.operated(model, config, routers=routers):
-        operated = _run(model, tokenizer, manager, settings, batch_size)
-        density = surgery.statistics(model).to_dict()
+    with operated(model, config, routers=routers):
+        own = _run(model, tokenizer, manager, settings, batch_size)
+        density = operation.statistics(model).to_dict()
     return {
         "model": model_name(model),
         "config": config.to_dict(),
@@ -81,7 +82,7 @@ def compare_on_tasks(
         "task_versions": dense["versions"],
         "density": density,
         "rows": [
-            _row(task, key, dense, operated)
+            _row(task, key, dense, own)
             for task, measured in dense["results"].items()
             for key in measured
             if "," in key and not key.partition(",")[0].endswith("_stderr")

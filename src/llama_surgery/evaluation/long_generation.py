@@ -13,7 +13,7 @@ from llama_surgery.errors import SurgeryError
 from llama_surgery.evaluation.evaluate import check_dense, named_progress
 from llama_surgery.evaluation.generation import continue_greedily
 from llama_surgery.evaluation.result import DENSE
-from llama_surgery.surgery import operate as surgery
+from llama_surgery.surgery.operate import operated
 from llama_surgery.surgery.progress import Progress
 from llama_surgery.text import shared_start
 from llama_surgery.text import windows as cut_windows
@@ -143,11 +143,11 @@ def long_generation(
     results = {}
     for name, config in configs.items():
         tell = named_progress(progress, name)
-        with surgery.operated(model, config, routers=(routers or {}).get(name)):
-            operated = write_on(model, prompts, new_tokens, tell)
+        with operated(model, config, routers=(routers or {}).get(name)):
+            own = write_on(model, prompts, new_tokens, tell)
             along = write_on(model, prompts, new_tokens, tell, along=[text.tokens for text in dense])
         sizes = {"prompt_tokens": prompts.shape[1], "new_tokens": new_tokens}
-        results[name] = sizes | _summary(dense, operated, along)
+        results[name] = sizes | _summary(dense, own, along)
     return results
 
 

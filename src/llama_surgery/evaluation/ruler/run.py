@@ -19,8 +19,9 @@ from llama_surgery.evaluation.result import DENSE
 from llama_surgery.evaluation.ruler.generators import questions_for
 from llama_surgery.evaluation.ruler.result import RulerResult
 from llama_surgery.evaluation.ruler.tasks import READING, RulerSample, Sampler, task_of
-from llama_surgery.surgery import operate as surgery
+from llama_surgery.surgery import operation
 from llama_surgery.surgery.context import context_length
+from llama_surgery.surgery.operate import operated
 from llama_surgery.surgery.progress import Progress
 from llama_surgery.topology.router import PageRouter
 
@@ -161,12 +162,12 @@ def _answered(
 ) -> dict[str, Any]:
     """Fields of a cell, of the dense model if there is no configuration."""
     samples, pairs = sampler.samples(*asked), {}
-    with nullcontext() if config is None else surgery.operated(model, config, routers=routers):
+    with nullcontext() if config is None else operated(model, config, routers=routers):
         began = time.perf_counter()
         answers = answer_samples(model, sampler.tokenizer, samples, batch_size)
         seconds = time.perf_counter() - began
         if config is not None:
-            read = surgery.statistics(model)
+            read = operation.statistics(model)
             pairs = {"read": read.total_density * read.causal_pairs, "causal": read.causal_pairs}
     scores = [sample.score(answer) for sample, answer in zip(samples, answers, strict=True)]
     return {"scores": scores, "answers": answers, "seconds": seconds, "pairs": pairs}
