@@ -25,36 +25,16 @@ from llama_surgery.surgery.metric import metric_of
 from llama_surgery.surgery.operation import (
     Operation,
     check_executable,
-    config_of,
     is_operated,
     operation_of,
-    paged_cache,
-    reset_statistics,
     room_of,
-    routers_of,
     set_config,
-    statistics,
-    surgery_of,
 )
 from llama_surgery.surgery.pays import measured_dense_until
 from llama_surgery.surgery.progress import Progress, counted
 from llama_surgery.surgery.replace import check_replaceable, replace
 from llama_surgery.surgery.supported import attention_modules, head_shape, inner_model
 from llama_surgery.topology.router import PageRouter
-
-__all__ = [
-    "config_of",
-    "eject",
-    "is_operated",
-    "operate",
-    "operated",
-    "paged_cache",
-    "reset_statistics",
-    "routers_of",
-    "set_config",
-    "statistics",
-    "surgery_of",
-]
 
 Model = TypeVar("Model", bound=torch.nn.Module)
 
