@@ -274,27 +274,3 @@ def test_a_decode_step_uses_its_own_theta():
     scorer = Scorer(SCALE)
     assert select(*arguments, config=config, tile=1, scorer=scorer).counts.tolist() == [[8]]
     assert select(*arguments, config=config, tile=8, scorer=scorer).counts.tolist() == [[1], [1]]
-
-
-def test_the_listener_hears_every_row_of_every_head():
-    generator = torch.Generator().manual_seed(0)
-    layout = build_layout(*torch.randn(2, 2, 16, DIM, generator=generator), CONFIG)
-    (block,) = query_blocks(26, 37, CONFIG, 8)
-    heard = []
-    select(
-        torch.randn(2, 3, 11, DIM, generator=generator),
-        layout,
-        torch.zeros(2, 3, 11),
-        block,
-        config=CONFIG,
-        tile=8,
-        scorer=Scorer(SCALE),
-        listener=lambda shares, where: heard.append((shares, where)),
-    )
-    ((shares, where),) = heard
-    assert where == block and shares.shape == (2, 3, 2, 8, 4)
-    outside = torch.arange(24, 40).view(2, 8)
-    outside = (outside < block.start) | (outside >= block.stop)
-    pages = torch.arange(4) != layout.sink_pages(CONFIG.page_size)[:, None]
-    heard_pages = shares.isneginf().movedim(-1, 1)[pages]
-    assert torch.equal(heard_pages, outside.expand_as(heard_pages))

@@ -11,7 +11,6 @@ from llama_surgery.attention.result import AttentionResult
 from llama_surgery.config import SurgeryConfig
 from llama_surgery.topology.layout import Layout
 from llama_surgery.topology.router import PageRouter
-from llama_surgery.topology.selection import ShareListener
 
 
 def attend(
@@ -26,7 +25,6 @@ def attend(
     scale: float | None = None,
     softcap: float | None = None,
     sink_logit: torch.Tensor | None = None,
-    listener: ShareListener | None = None,
     router: PageRouter | None = None,
 ) -> AttentionResult:
     """Attention of consecutive rows through the configured topology.
@@ -43,7 +41,6 @@ def attend(
         scale: Scaling of q·k, default ``head_dim**-0.5``.
         softcap: Cap of the logits, or None.
         sink_logit: (streams, heads) attention-sink parameters, or None.
-        listener: Hears the log shares of every block (calibration).
         router: Learned corrections, one for every KV head, or None.
 
     Raises:
@@ -52,7 +49,13 @@ def attend(
     tile = config.tile if tile is None else tile
     check_call(queries, near_keys, near_values, layout, config, start, tile, sink_logit, router)
     call = resolve(
-        config, queries, near_values, tile, scale=scale, softcap=softcap, router=router, listener=listener
+        config,
+        queries,
+        near_values,
+        tile,
+        scale=scale,
+        softcap=softcap,
+        router=router,
     )
     execute = executor_of(call, queries, near_keys, near_values, layout, sink_logit)
     return execute(queries, near_keys, near_values, layout, start=start, sink_logit=sink_logit)

@@ -95,7 +95,6 @@ def attend(
                 tile=call.tile,
                 scorer=scorer,
                 sink_logit=sink_logit,
-                listener=call.listener,
                 scored=None if scored is None else (scored[0].detach(), scored[1].detach()),
             )
             plans.append(plan)

@@ -4,7 +4,6 @@ import dataclasses
 
 from llama_surgery.config import SurgeryConfig
 from llama_surgery.topology.router import PageRouter
-from llama_surgery.topology.selection import ShareListener
 
 
 @dataclasses.dataclass(frozen=True)
@@ -17,7 +16,6 @@ class AttentionCall:
         scale: Scaling of q·k.
         softcap: Cap of the logits, or None.
         router: Learned corrections, one for every KV head, or None.
-        listener: Hears the log shares of every block (calibration), or None.
     """
 
     config: SurgeryConfig
@@ -26,4 +24,3 @@ class AttentionCall:
     scale: float
     softcap: float | None = None
     router: PageRouter | None = None
-    listener: ShareListener | None = None

@@ -1,6 +1,5 @@
 """Who executes calls of attention, and what the kernels keep of a layout where they do."""
 
-import dataclasses
 import functools
 import importlib
 from collections.abc import Callable
@@ -10,14 +9,12 @@ import torch
 from llama_surgery.attention import blocks
 from llama_surgery.attention.call import AttentionCall
 from llama_surgery.attention.impl.common import differentiable
-from llama_surgery.attention.impl.triton import LARGEST_SQUARE
 from llama_surgery.attention.result import AttentionResult
 from llama_surgery.config import SurgeryConfig
 from llama_surgery.errors import SurgeryError
 from llama_surgery.topology.layout import Layout, Moments
 from llama_surgery.topology.layout import build_layout as plain_layout
 from llama_surgery.topology.router import PageRouter
-from llama_surgery.topology.selection import ShareListener
 
 #: Where the ways to execute calls are, loaded when first asked for.
 _IMPL = "llama_surgery.attention.impl."
@@ -52,7 +49,6 @@ def backend_name(
     values: torch.Tensor,
     tile: int,
     *,
-    listening: bool = False,
     learning: bool = False,
 ) -> str:
     """Who executes a call: the backend asked for, or the fastest that can.
@@ -62,7 +58,6 @@ def backend_name(
         queries: (..., head_dim), for their device, dtype and gradient.
         values: (..., value_dim).
         tile: Queries of a tile.
-        listening: Shares are asked for (calibration).
         learning: Gradients by learned corrections are asked for.
 
     Raises:
@@ -73,8 +68,6 @@ def backend_name(
         from llama_surgery.attention.impl import triton
 
         found = triton.obstacle(config, queries, values, tile)
-        if found is None and listening:
-            found = "shares are not handed out (calibration): use backend='auto' or 'gather'"
         if found is None and learning:
             found = "it has no gradients by learned corrections: use backend='auto' or 'gather'"
         return found
@@ -104,7 +97,6 @@ def resolve(
     scale: float | None = None,
     softcap: float | None = None,
     router: PageRouter | None = None,
-    listener: ShareListener | None = None,
 ) -> AttentionCall:
     """Decide how calls on states like these are executed.
 
@@ -115,15 +107,14 @@ def resolve(
         scale: Scaling of q·k, default ``head_dim**-0.5``.
         softcap: Cap of the logits, or None.
         router: Learned corrections, or None.
-        listener: Hears the log shares of every block, or None.
 
     Raises:
         SurgeryError: The backend asked for by name cannot run the call.
     """
     learning = router is not None and differentiable(*router.tensors().values())
-    name = backend_name(config, queries, values, tile, listening=listener is not None, learning=learning)
+    name = backend_name(config, queries, values, tile, learning=learning)
     scale = queries.shape[-1] ** -0.5 if scale is None else scale
-    return AttentionCall(config, name, tile, scale, softcap, router, listener)
+    return AttentionCall(config, name, tile, scale, softcap, router)
 
 
 def executor_of(
@@ -184,31 +175,3 @@ def kernel_moments(features: torch.Tensor, page_size: int) -> Moments:
     from llama_surgery.attention.impl.triton.job import KeptMoments
 
     return KeptMoments(features, page_size)
-
-
-def heard_layout(
-    layout: Layout, config: SurgeryConfig, queries: torch.Tensor, values: torch.Tensor, tile: int
-) -> Layout:
-    """The layout as its pages are scored where ``config`` is executed: what calibration listens to.
-
-    The kernels do not hand out shares, and keep what they score pages by in the keys' dtype. A threshold is
-    for the shares that follow from that, not for those of moments in full precision.
-
-    Args:
-        layout: Full chunks.
-        config: What will be executed; its backend decides.
-        queries: (..., head_dim), for their device and dtype.
-        values: (..., value_dim).
-        tile: Queries of a tile.
-    """
-    by_kernels = config.backend == "triton" or backend_name(config, queries, values, tile) == "triton"
-    if not by_kernels or layout.features is not None:  # moments that come with features were made of them
-        return layout
-    return dataclasses.replace(layout, moments=rounded_moments(layout.moments, queries.dtype))
-
-
-def rounded_moments(moments: Moments, dtype: torch.dtype) -> Moments:
-    """Moments as exactly as the kernels keep them in ``dtype``, on any device."""
-    spread = (0.5 * moments.variance).clamp_max(LARGEST_SQUARE)
-    mean, spread = (part.to(dtype).to(moments.mean.dtype) for part in (moments.mean, spread))
-    return Moments(mean, 2 * spread, moments.size)

@@ -14,7 +14,7 @@ from llama_surgery.learning.repeats import with_repeats
 from llama_surgery.learning.settings import LearningSettings
 from llama_surgery.learning.trainer import Step
 from llama_surgery.learning.trainer import learn as learn_corrections
-from llama_surgery.surgery.calibrate import PASSES, calibrate, calibration_windows
+from llama_surgery.surgery.calibrate import USUAL, calibrate, calibration_windows
 from llama_surgery.surgery.operate import operate, operated
 from llama_surgery.surgery.progress import Progress, counted, told_or_shown
 from llama_surgery.surgery.supported import inner_model
@@ -97,7 +97,7 @@ def learn(
     ids = cut_windows(tokenizer, text, length, windows, seed, usual=WINDOWS)
     ids = with_repeats(ids, repeats, config, seed)
     # One threshold for all heads: their budgets are learned.
-    with counted(inner, "first threshold", PASSES * len(few), progress), operated(model, config):
+    with counted(inner, "first threshold", USUAL * len(few), progress), operated(model, config):
         config = calibrate(model, few, density)
     config = processes.agreed(config)  # to the last digit: GPUs may round differently
     with told_or_shown("learning", steps, progress) as tell:

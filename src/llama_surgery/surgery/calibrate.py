@@ -3,94 +3,49 @@
 import dataclasses
 import logging
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
 from llama_surgery.config import SurgeryConfig
 from llama_surgery.errors import SurgeryError, TextError
+from llama_surgery.surgery.compat import cache_name
 from llama_surgery.surgery.context import check_far_field, check_length, usual_length
-from llama_surgery.surgery.layer import listening
-from llama_surgery.surgery.operation import config_of, reset_statistics, set_config, statistics, surgery_of
+from llama_surgery.surgery.operation import config_of, paged_cache, reset_statistics, set_config, statistics
 from llama_surgery.surgery.supported import inner_model
 from llama_surgery.text import windows
-from llama_surgery.topology.geometry import Block, first_far
+from llama_surgery.topology.geometry import first_far
 
 _log = logging.getLogger(__name__)
 #: Windows of calibration text, spread over the documents.
 WINDOWS = 4
-#: Passes over the windows: each reads the shares that arise under the previous pass's θ. Budgets by head come
-#: with a θ that is near already.
-PASSES, PASSES_FROM_NEAR = 3, 2
-#: Share of the budget that is aimed at: texts differ, and another one should keep the budget too.
-AIM = 0.98
+#: θ that are tried at most; the share of a density that is enough, and the one that is aimed at.
+TRIES, ENOUGH, AIM = 10, 0.95, 0.98
+#: How many it usually takes: for progress.
+USUAL = 4
 #: Decode steps come after a prompt: their rows are those of this last part of a window.
 LAST_PART = 0.25
-#: Resolution of log θ, in nats, and the smallest and the largest share told apart. Shares are ratios of two
-#: estimates, of which the upper one may be far too high: keys with large biases take θ beyond 1.
-_BIN, _LOWEST, _HIGHEST = 0.01, -14.0, 12.0
-
-
-class ShareHistogram:
-    """Weighted histogram of tiles' largest log shares: executed pairs as a function of θ.
-
-    A tile of r rows that opens a page executes r × page_size pairs, and it opens the page when its largest
-    share exceeds θ.
-    """
-
-    def __init__(self) -> None:
-        self.bins = torch.zeros(round((_HIGHEST - _LOWEST) / _BIN) + 1, dtype=torch.float64)
-
-    def add(self, shares: torch.Tensor, pairs: torch.Tensor) -> None:
-        """Count log shares (…, tiles, pages), each standing for ``pairs`` (tiles,) pairs.
-
-        Raises:
-            SurgeryError: A share is NaN.
-        """
-        if bool(shares.isnan().any()):
-            raise SurgeryError(
-                "the queries hold NaN or infinity: no page can be weighed. Check the weights, and that the "
-                "dtype has the range the model needs."
-            )
-        index = ((shares.double() - _LOWEST) / _BIN).ceil().clamp(0, len(self.bins) - 1).long()
-        weight = pairs.to(shares.device, torch.float64)[:, None].expand(shares.shape)
-        self.bins += torch.bincount(index.flatten(), weight.flatten(), len(self.bins)).cpu()
-
-    def theta(self, pairs: float) -> float:
-        """Smallest θ at which at most ``pairs`` are executed.
-
-        Raises:
-            SurgeryError: What is always open is more than that.
-        """
-        above = self.bins.flip(0).cumsum(0).flip(0) - self.bins  # shares in higher bins than this
-        if self.bins[-1] > pairs:
-            raise SurgeryError(
-                "the density is out of reach: the page that holds the first token is always open and takes "
-                f"{float(self.bins[-1] / max(pairs, 1e-9)):.1f} times the budget. Ask for more, or take "
-                "smaller pages."
-            )
-        return math.exp(_LOWEST + _BIN * int((above <= pairs).nonzero()[0]))
+#: The smallest and the largest log θ, and two that are as good as one. Shares are ratios of two estimates, of
+#: which the upper one may be far too high: keys with large biases take θ beyond 1.
+_LOWEST, _HIGHEST, _NEAR = -14.0, 12.0, 0.01
+#: What log density falls by with log θ, until two θ were tried, and the farthest that log θ then goes.
+_SLOPE, _STRIDE = 0.6, math.log(100)
 
 
 def calibrate(
-    model: torch.nn.Module,
-    ids: torch.Tensor,
-    density: float,
-    passes: int = PASSES,
-    *,
-    decode_density: float | None = None,
+    model: torch.nn.Module, ids: torch.Tensor, density: float, *, decode_density: float | None = None
 ) -> SurgeryConfig:
     """Configuration of an operated model with θ set for an executed far density.
 
-    Tiles and decode steps see different shares, so each has its own θ; both are read off the same prefill,
-    as decode steps follow one: θ of tiles off all rows, θ of decode steps off the last ones. Shares depend on
-    the hidden states, which depend on θ: a few passes settle it.
+    What is executed is counted, by whoever will execute it, with no row dense. Tiles and decode steps see
+    different shares, so each has its own θ: that of decode steps is set on the last rows of the windows, read
+    behind the others as steps are.
 
     Args:
         model: An operated model.
         ids: (windows, length) int64, those of :func:`calibration_windows`.
         density: Executed far pairs over causal pairs, at most.
-        passes: Fewer do where the model's θ is near already.
         decode_density: The same for decode steps. Without, their θ stays as it is: by default they read
             everything.
 
@@ -99,26 +54,107 @@ def calibrate(
     """
     given = config = config_of(model)
     ids = ids.to(inner_model(model).device)
+
+    def prompts(theta: float) -> float:
+        both = {"theta_decode": theta} if given.tile == 1 else {}
+        set_config(model, dataclasses.replace(given, theta=theta, dense_until=0, **both))
+        return _prompt_density(model, ids)
+
+    def steps(theta: float) -> float:
+        measured = dataclasses.replace(config, theta_decode=theta, dense_until=0)
+        set_config(model, measured)
+        return _step_density(model, ids)
+
     try:
-        for _ in range(passes):
-            # Kernels do not hand out shares: plain PyTorch does, from what they would score pages by.
-            listened = "gather" if config.backend == "triton" else config.backend
-            set_config(model, dataclasses.replace(config, backend=listened))
-            by_tile, tile_pairs, by_row, row_pairs = _listen(model, ids, config)
-            theta = by_tile.theta(AIM * density * tile_pairs)
-            found = {"theta": theta}
-            if config.tile == 1:
-                found["theta_decode"] = theta
-            elif decode_density is not None:
-                found["theta_decode"] = by_row.theta(AIM * decode_density * row_pairs)
-            config = dataclasses.replace(config, **found)
-            set_config(model, config)
+        theta = threshold(prompts, density, given.theta)
+        both = {"theta_decode": theta} if given.tile == 1 else {}
+        config = dataclasses.replace(given, theta=theta, **both)
+        if given.tile != 1 and decode_density is not None:
+            theta = threshold(steps, decode_density, given.theta_decode or theta)
+            config = dataclasses.replace(config, theta_decode=theta)
+        set_config(model, config)
     except BaseException:
         set_config(model, given)
         raise
     finally:
         reset_statistics(model)
     return config
+
+
+def threshold(measure: Callable[[float], float], density: float, start: float) -> float:
+    """A θ at which nearly as much is read as a density allows, and no more.
+
+    Args:
+        measure: The density at a θ; falls as that rises.
+        density: The most that may be read.
+        start: Where to begin; 0 for the usual θ.
+
+    Raises:
+        SurgeryError: More is read at any θ.
+    """
+    at = min(max(math.log(start or SurgeryConfig().theta), _LOWEST), _HIGHEST)
+    low, high = _LOWEST, _HIGHEST
+    tried: dict[float, float] = {}
+    for _ in range(TRIES):
+        tried[at] = found = measure(math.exp(at))
+        if ENOUGH * density <= found <= density:
+            return math.exp(at)
+        low, high = (at, high) if found > density else (low, at)
+        if high - low < _NEAR:
+            break
+        at = _next(tried, low, high, AIM * density)
+    found = tried[high] if high in tried else measure(math.exp(high))
+    if found > density:
+        raise SurgeryError(
+            "the density is out of reach: the page that holds the first token is always open and takes "
+            f"{found / density:.1f} times the budget. Ask for more, or take smaller pages."
+        )
+    return math.exp(high)
+
+
+def _next(tried: dict[float, float], low: float, high: float, aim: float) -> float:
+    """The log θ to try next: by the slope of log density between the last two, inside what is left."""
+    points = [(at, math.log(max(found, 0.01 * aim))) for at, found in list(tried.items())[-2:]]
+    (before, one), (at, other) = points[0], points[-1]
+    slope = _SLOPE if before == at else min(max((one - other) / (at - before), _SLOPE / 4), 6 * _SLOPE)
+    found = at + min(max((other - math.log(aim)) / slope, -_STRIDE), _STRIDE)
+    inside, same_side = low < found < high, (one > math.log(aim)) == (other > math.log(aim))
+    if low in tried and high in tried and (same_side or not inside):
+        return (low + high) / 2  # density goes in steps there
+    return min(max(found, low), high)
+
+
+@torch.inference_mode()
+def _prompt_density(model: torch.nn.Module, ids: torch.Tensor) -> float:
+    """Executed far density of windows that are read as prompts."""
+    reset_statistics(model)
+    for window in ids:
+        _check(inner_model(model)(window[None], use_cache=False, logits_to_keep=1).logits)
+    return statistics(model).far_density
+
+
+@torch.inference_mode()
+def _step_density(model: torch.nn.Module, ids: torch.Tensor) -> float:
+    """Executed far density of the windows' last rows, as decode steps behind the others."""
+    inner, length, tile = inner_model(model), ids.shape[1], config_of(model).tile
+    first, read, causal = round(length * (1 - LAST_PART)) // tile * tile, 0.0, 0
+    for window in ids:
+        cache = paged_cache(model)
+        with cache.prompt(first):
+            inner(window[None, :first], logits_to_keep=1, **{cache_name(inner): cache})
+            reset_statistics(model)
+            _check(inner(window[None, first:], logits_to_keep=1, **{cache_name(inner): cache}).logits)
+        found = statistics(model)
+        read, causal = read + found.far_density * found.causal_pairs, causal + found.causal_pairs
+    return read / causal
+
+
+def _check(logits: torch.Tensor) -> None:
+    if not bool(logits.isfinite().all()):
+        raise SurgeryError(
+            "the model's logits hold NaN or infinity: no page can be weighed. Check the weights, and that "
+            "the dtype has the range the model needs."
+        )
 
 
 def check_densities(config: SurgeryConfig, density: float, decode_density: float | None) -> None:
@@ -180,33 +216,3 @@ def calibration_windows(
             )
         return found
     raise errors[0]
-
-
-def _listen(
-    model: torch.nn.Module, ids: torch.Tensor, config: SurgeryConfig
-) -> tuple[ShareHistogram, int, ShareHistogram, float]:
-    """Histogram over tiles and the causal pairs that it is a part of, and the same over single rows."""
-    by_tile, by_row = ShareHistogram(), ShareHistogram()
-    length = ids.shape[1]
-    first = round(length * (1 - LAST_PART))  # row from which rows stand for decode steps
-
-    def hear(layer: int, tile: int, shares: torch.Tensor, block: Block) -> None:
-        row = torch.arange(block.start, block.stop)
-        number = row // tile - block.start // tile
-        pairs = torch.bincount(number) * config.page_size
-        if tile == 1:  # a row opens a page for all heads
-            by_tile.add(shares.amax(1).squeeze(2), pairs)
-            return
-        # Density is a mean over heads, each of which opens pages for itself.
-        by_tile.add(shares.amax(3), pairs / shares.shape[1])
-        if block.stop > first:
-            rows = torch.bincount(number, (row >= first).double())
-            by_row.add(shares.amax(1).flatten(1, 2), (rows * config.page_size / tile).repeat_interleave(tile))
-
-    reset_statistics(model)
-    with listening(surgery_of(model), hear, config), torch.inference_mode():
-        for window in ids:
-            inner_model(model)(window[None], use_cache=False, logits_to_keep=1)
-    pairs = statistics(model).causal_pairs
-    earlier = first * (first + 1) / (length * (length + 1))
-    return by_tile, pairs, by_row, pairs * (1 - earlier)

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from llama_surgery.attention.executor import executor_of, heard_layout
+from llama_surgery.attention.executor import executor_of
 from llama_surgery.attention.impl.common import differentiable
 from llama_surgery.config import SurgeryConfig
 from llama_surgery.errors import SurgeryError, UnsupportedModelError
@@ -150,8 +150,8 @@ def _own_may_run(
     layer: LayerSurgery, paged: PagedLayer, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
 ) -> bool:
     """May rows that see everything be left to the model's own attention? Not where a backend was asked for by
-    name, shares are listened to, a graph is captured, or gradients are recorded."""
-    asked = layer.config.backend != "auto" or layer.listener is not None or paged.recording
+    name, a graph is captured, or gradients are recorded."""
+    asked = layer.config.backend != "auto" or paged.recording
     recorded = paged.buffers is not None and paged.buffers.recorded  # by an earlier call
     return not asked and not recorded and not differentiable(query, key, value)
 
@@ -246,10 +246,7 @@ class _Piece:
         """A part's queries by stream, keys and values up to its last row, and full chunks."""
         query, after = self.query[:, :, self.rows(part)], self.parts[-1].stop - part.stop
         keys, values = (x[:, : x.shape[1] - after] for x in self.near)
-        layout = self.layout
-        if layer.executed is not None and layout is not None:
-            layout = heard_layout(layout, layer.executed, query, values, part.tile)
-        return query.unflatten(1, (kv_heads, -1)).flatten(0, 1), keys, values, layout
+        return query.unflatten(1, (kv_heads, -1)).flatten(0, 1), keys, values, self.layout
 
 
 def _stored(

@@ -171,7 +171,7 @@ def _beside(
             keys,
             values,
             layout,
-            config=dataclasses.replace(config, theta=theta, theta_decode=0.0),
+            config=dataclasses.replace(config, theta=theta, theta_decode=0.0, dense_until=0),
             start=0,
             scale=keywords.get("scaling"),
             softcap=keywords.get("softcap"),

@@ -1,9 +1,7 @@
 """What an operated attention module carries."""
 
-import contextlib
 import dataclasses
-import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -14,7 +12,6 @@ from llama_surgery.config import SurgeryConfig
 from llama_surgery.surgery.paged_layer import PagedLayer
 from llama_surgery.surgery.statistics import Counted, Counters
 from llama_surgery.topology.router import PageRouter
-from llama_surgery.topology.selection import ShareListener
 
 #: Attribute of an operated attention module that holds its :class:`LayerSurgery`.
 ATTRIBUTE = "_llama_surgery"
@@ -28,15 +25,11 @@ class LayerSurgery:
         config: The operation's configuration.
         router: Learned corrections, or None.
         counters: Counts by tile size.
-        listener: Hears (layer, tile, log shares, block) while calibrating.
-        executed: What will be executed afterwards, where a listener is to hear the shares of that.
     """
 
     config: SurgeryConfig
     router: PageRouter | None = None
     counters: dict[int, Counters] = dataclasses.field(default_factory=dict)
-    listener: Callable[[int, ShareListener], None] | None = None
-    executed: SurgeryConfig | None = None
     placed: tuple[int, torch.device] | None = None  # which router is known to be where
 
     def call(
@@ -55,12 +48,11 @@ class LayerSurgery:
             SurgeryError: The backend asked for by name cannot run the call.
         """
         # Corrections that are learned have gradients in some modes, and not in others.
-        given = (self.config, self.router, self.listener, query.dtype, torch.is_grad_enabled())
+        given = (self.config, self.router, query.dtype, torch.is_grad_enabled())
         held = paged.calls.get(tile)
         if held is None or any(a is not b for a, b in zip(held[0], given, strict=True)):
-            listener = None if self.listener is None else functools.partial(self.listener, tile)
             options = {"scale": keywords.get("scaling"), "softcap": keywords.get("softcap")}
-            made = resolve(self.config, query, value, tile, router=self.router, listener=listener, **options)
+            made = resolve(self.config, query, value, tile, router=self.router, **options)
             held = paged.calls[tile] = given, made
         return held[1]
 
@@ -80,15 +72,3 @@ class LayerSurgery:
         if any(tensor.device != device for tensor in self.router.tensors().values()):
             self.router = self.router.to(device)
         self.placed = id(self.router), device
-
-
-@contextlib.contextmanager
-def listening(layers: dict[int, LayerSurgery], listener: Any, executed: SurgeryConfig):
-    """Let ``listener(layer, tile, shares, block)`` hear every selection, as it will be in ``executed``."""
-    for index, layer in layers.items():
-        layer.listener, layer.executed = functools.partial(listener, index), executed
-    try:
-        yield
-    finally:
-        for layer in layers.values():
-            layer.listener = layer.executed = None

@@ -12,8 +12,7 @@ from transformers import PreTrainedModel
 from llama_surgery.config import SurgeryConfig
 from llama_surgery.errors import SurgeryError
 from llama_surgery.surgery.calibrate import (
-    PASSES,
-    PASSES_FROM_NEAR,
+    USUAL,
     calibrate,
     calibration_windows,
     check_densities,
@@ -109,7 +108,7 @@ def operate(
         )
     if measure_speed and text is None:
         raise SurgeryError("measure_speed=True without text: what is timed is how fast text is read.")
-    modules, measured, passes = attention_modules(inner), None, PASSES
+    modules, measured = attention_modules(inner), None
     if text is not None and max_loss is not None:
         # By name: the room that measures losses stands on this one.
         budget = importlib.import_module("llama_surgery.evaluation.loss_budget")
@@ -128,7 +127,7 @@ def operate(
     if text is not None and density is not None:
         budgets = budgets_where_none(model, ids, config, routers or {}, density, progress)
         if budgets is not None:
-            config, passes = dataclasses.replace(config, theta=budgets.theta), PASSES_FROM_NEAR
+            config = dataclasses.replace(config, theta=budgets.theta)
             layers = _layers(inner, modules, config, budgets.routers)
     operation = Operation(config, modules, replace(inner, base, modules.values()), measured)
     inner.__dict__[ATTRIBUTE] = operation
@@ -137,8 +136,8 @@ def operate(
             module.__dict__[ATTRIBUTE] = layers[index]
         hook(inner, operation)
         if text is not None and density is not None:
-            with counted(inner, "thresholds", passes * len(ids), progress):
-                set_config(model, calibrate(model, ids, density, passes, decode_density=decode_density))
+            with counted(inner, "thresholds", USUAL * len(ids), progress):
+                set_config(model, calibrate(model, ids, density, decode_density=decode_density))
         if measure_speed:
             until = measured_dense_until(inner, ids, progress=progress)
             operation.use(dataclasses.replace(operation.config, dense_until=until))

@@ -157,7 +157,7 @@ class GraphedSteps:
             learned = {} if layer.router is None or self._whole else layer.router.tensors()
             held = paged.buffers.read_by_kernels(whole=self._whole)
             state += map(_place, (*held, *self._changed_by_steps(layer, paged), *learned.values()))
-            state += [layer.config, layer.listener, *learned]
+            state += [layer.config, *learned]
         state += chain.from_iterable(map(dict.values, self._parts))
         state += (str(attributes.get(name)) for attributes in self._adapters for name in _SWITCHES)
         weights = [w for w in chain.from_iterable(map(dict.values, self._tensors)) if w is not None]

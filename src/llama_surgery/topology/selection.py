@@ -2,7 +2,6 @@
 
 import dataclasses
 import math
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -12,10 +11,6 @@ from llama_surgery.topology.geometry import Block
 from llama_surgery.topology.layout import Layout, Moments
 from llama_surgery.topology.plan import Plan, plan_from_first_open, plan_of_everything, tiles_of
 from llama_surgery.topology.router import PageRouter
-
-#: Called with the log shares (streams, heads, tiles, rows of a tile, pages), -inf for rows outside the block
-#: and infinity for the page that is always open, and the block: how calibration listens.
-ShareListener = Callable[[torch.Tensor, Block], None]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,7 +104,6 @@ def select(
     tile: int,
     scorer: Scorer,
     sink_logit: torch.Tensor | None = None,
-    listener: ShareListener | None = None,
     scored: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> Plan:
     """Plan one block of rows.
@@ -127,7 +121,6 @@ def select(
         tile: Queries of a tile, ``config.tile`` or 1.
         scorer: The layer's page score.
         sink_logit: (streams, heads) attention-sink parameters of models that have them.
-        listener: Hears the log shares.
         scored: From :func:`score_pages`, where it was asked already.
 
     Returns:
@@ -136,20 +129,16 @@ def select(
     streams, heads = queries.shape[:2]
     choosers = 1 if tile == 1 else heads
     sinks = layout.sink_pages(config.page_size).long()
-    if config.theta_for(tile) == 0 and listener is None:
+    if config.theta_for(tile) == 0:
         # Nothing to choose: no page needs a score.
         pages = block.closed * config.pages_per_chunk
         return plan_of_everything(block, tile, pages, sinks.repeat_interleave(choosers))
     rows = torch.arange(block.start, block.stop, device=queries.device)
-    theta = config.theta_for(tile)
-    opening = math.log(theta) if theta > 0 else -math.inf
+    opening = math.log(config.theta_for(tile))
     whole = _TileRows(rows, block, tile)
     scores, weights = scored or score_pages(queries, layout, block, config, scorer)
     shares = log_shares(scores, weights, near_lse, sink_logit, scorer)
     shares = whole.embed(shares.flatten(0, 1), -math.inf).unflatten(0, (streams, heads))
-    if listener is not None:
-        sink = sinks[:, None, None, None, None].expand(*shares.shape[:4], 1)
-        listener(shares.scatter(-1, sink, math.inf), block)
     opened = (shares > opening).unflatten(1, (choosers, -1)).any(2).flatten(0, 1)
     place = whole.embed((rows % tile).to(torch.int16)[None, :, None], tile)
     first_open = torch.where(opened, place, tile).amin(2).long()

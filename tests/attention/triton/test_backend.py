@@ -62,7 +62,6 @@ def test_auto_takes_the_kernels_on_a_gpu_where_they_can_run(device: torch.device
     q = torch.zeros(1, 1, 1, 16, device=device)
     kernels = "triton" if q.is_cuda else "gather"
     assert executor.backend_name(CONFIG, q, q, 8) == kernels
-    assert executor.backend_name(CONFIG, q, q, 8, listening=True) == "gather"
     assert executor.backend_name(CONFIG, q.double(), q.double(), 8) == "gather"
     assert executor.backend_name(CONFIG, q.requires_grad_(), q, 8) == kernels
 
@@ -91,8 +90,6 @@ def test_asked_for_by_name_it_never_falls_back(device: torch.device) -> None:
         pytest.raises(SurgeryError, match="needs a GPU"),
     ):
         executor.backend_name(named, on_cpu, on_cpu, 8)
-    with pytest.raises(SurgeryError, match="shares are not handed out"):
-        executor.backend_name(named, q, q, 8, listening=True)
     with (
         mock.patch.object(triton, "_installed", lambda: False),
         pytest.raises(SurgeryError, match="not installed"),
