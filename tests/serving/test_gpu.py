@@ -28,7 +28,7 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
 ]
 
-RANDOM = SurgeryConfig(chunk_size=256, page_size=32, window=64, theta=0.02)
+RANDOM = SurgeryConfig(chunk_size=256, page_size=32, window=64, theta=0.1)
 TRAINED = SurgeryConfig(theta=0.01)
 #: Longest prompt, and tokens of the engine's cache: so few that sequences wait or are preempted.
 LONGEST, ROOM = 30_000, 49_152
