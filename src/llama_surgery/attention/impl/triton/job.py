@@ -126,7 +126,7 @@ class Job:
         return 1.0 if self.softcap is None else self.softcap
 
     def constants(self) -> dict[str, int]:
-        """What kernels are compiled with, whatever they do: heads, tiles and channels."""
+        """What kernels are compiled with, whatever they do: heads, tiles, channels and geometry."""
         dim, value_dim = self.queries.shape[-1], self.near_values.shape[-1]
         return {
             "GROUP": self.group,
@@ -137,6 +137,9 @@ class Job:
             "DIM_PAD": pad_to_power(dim),
             "VALUE_DIM": value_dim,
             "VALUE_PAD": pad_to_power(value_dim),
+            "CHUNK": self.config.chunk_size,
+            "WINDOW": self.config.window,
+            "PAGE": self.config.page_size,
             "CAP": self.softcap is not None,
         }
 

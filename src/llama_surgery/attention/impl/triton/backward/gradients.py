@@ -145,9 +145,6 @@ def _of_queries(
             job.scale,
             job.cap,
             **shape,
-            CHUNK=job.config.chunk_size,
-            WINDOW=job.config.window,
-            PAGE=job.config.page_size,
             PAGE_PAD=page_pad,
             BLOCK_NEAR=tuning.block_near,
             FAR=plan is not None,
@@ -159,7 +156,7 @@ def _of_queries(
 
 def _of_near_keys(job: Job, tuning: BackwardTuning, rows: _Rows) -> tuple[torch.Tensor, torch.Tensor]:
     shape = _shape(job, tuning)
-    del shape["HEADS_BLOCK"], shape["TILE_PAD"]
+    del shape["HEADS_BLOCK"], shape["TILE_PAD"], shape["PAGE"]
     streams, count, _ = job.near_keys.shape
     d_keys, d_values = _like(job.near_keys), _like(job.near_values)
     near_gradient_kernel[(triton.cdiv(count, tuning.block_keys), streams)](
@@ -181,8 +178,6 @@ def _of_near_keys(job: Job, tuning: BackwardTuning, rows: _Rows) -> tuple[torch.
         job.scale,
         job.cap,
         **shape,
-        CHUNK=job.config.chunk_size,
-        WINDOW=job.config.window,
         BLOCK_KEYS=tuning.block_keys,
         BLOCK_ROWS=tuning.block_rows,
         num_warps=tuning.near_warps,
@@ -208,12 +203,13 @@ def _of_far_keys(
         torch.zeros(x.shape, dtype=torch.float32, device=x.device) if several else _like(x)
         for x in (keys, values)
     )
+    shape = _shape(job, tuning)
+    del shape["CHUNK"], shape["WINDOW"]
     page = job.config.page_size
     for plan in plans:
         assert plan.entries is not None
         pages = job.pages_of((plan.stop - 1) // plan.tile)
         readers, counts = transpose(plan, pages)
-        shape = _shape(job, tuning)
         far_gradient_kernel[(pages if several else slots // page, streams)](
             job.queries,
             keys,
@@ -237,7 +233,6 @@ def _of_far_keys(
             job.scale,
             job.cap,
             **shape,
-            PAGE=page,
             PAGE_PAD=pad_to_power(page),
             ADD=several,
             num_warps=tuning.far_warps,
