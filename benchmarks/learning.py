@@ -134,7 +134,6 @@ def _learned(bench: Bench, idea: str, at: float, seed: int) -> _Learned:
         steps=options.steps,
         parts=parts,
         rate=options.rate,
-        repeats=0,  # its windows are the text as it is
         seed=seed,
     )
     file = None

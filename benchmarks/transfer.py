@@ -85,7 +85,6 @@ class Bench:
             length=options.length,
             steps=options.steps,
             parts=parts,
-            repeats=0,  # its windows are the text as it is
             seed=options.seed,
         )
         config = dataclasses.replace(self.defaults[name].config, summary=summary)

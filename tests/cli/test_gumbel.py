@@ -56,7 +56,6 @@ def test_untrained_routers_are_dense(model: Path, text: Path, tmp_path: Path) ->
     [
         (["learn", *GUMBEL, "--density", "0.1"], "leave --density"),
         (["learn", *GUMBEL, "--stream"], "leave --density"),
-        (["learn", *GUMBEL, "--repeats", "0.1"], "--repeats and --stream out"),
         (["learn", "--topology", "ring"], "allowed are pages, gumbel"),
         (["operate", *GUMBEL, "--density", "0.1"], "no threshold that a density or a loss could set"),
         (["operate", "--gumbel-radius", "3"], "not of 'pages'"),

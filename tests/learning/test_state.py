@@ -37,12 +37,3 @@ def test_another_file_of_torch_is_no_checkpoint(tmp_path: Path, content: object)
     torch.save(content, tmp_path / "model.pt")
     with pytest.raises(SurgeryError, match="not a checkpoint of learning"):
         read_checkpoint(tmp_path / "model.pt", {"windows": 3})
-
-
-def test_a_run_begun_before_passages_were_repeated_goes_on_without_them(tmp_path: Path) -> None:
-    path = tmp_path / "checkpoint.pt"
-    write_checkpoint(path, {"settings": {"steps": 3}}, {"step": 1})
-    found = read_checkpoint(path, {"settings": {"steps": 3, "repeats": 0.0}})
-    assert found is not None and found["step"] == 1
-    with pytest.raises(SurgeryError, match="settings differ"):
-        read_checkpoint(path, {"settings": {"steps": 3, "repeats": 0.15}})

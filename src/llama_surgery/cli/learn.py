@@ -65,13 +65,6 @@ def learn(
         "disk; or as many as the text holds.",
         min=1,
     ) = None,
-    repeats: _learning(
-        float | None,
-        "Share of a training window that copies of earlier passages are written over, so that rows look up "
-        "what is far back. 0.15 if left out, 0 with --stream, which sets θ on these windows.",
-        min=0,
-        max=0.9,
-    ) = None,
     seed: _learning(int, "Of windows and starting values.", **SEED) = 0,
     checkpoint_seconds: _learning(float, "Time between checkpoints.", min=0) = 30.0,
     device: options.Device = "auto",
@@ -93,10 +86,10 @@ def learn(
         dtype, json,
     )  # fmt: skip
     if config.topology == "gumbel":
-        if density is not None or part or stream or repeats is not None:
+        if density is not None or part or stream:
             raise SurgeryError(
-                "--topology gumbel learns from the language model's loss alone: leave --density, --part, "
-                "--repeats and --stream out."
+                "--topology gumbel learns from the language model's loss alone: leave --density, --part "
+                "and --stream out."
             )
         _routers(asked)
         return
@@ -112,7 +105,6 @@ def learn(
         steps=steps,
         parts=learned_parts(part, config),
         rate=LearningSettings.rate if rate is None else rate,
-        repeats=(0.0 if stream else LearningSettings.repeats) if repeats is None else repeats,
         seed=seed,
     )
     processes = launched(device)
@@ -146,7 +138,6 @@ def learn(
             parts=planned.parts,
             rate=planned.rate,
             windows=windows,
-            repeats=planned.repeats,
             seed=seed,
             measure_speed=llm.device.type == "cuda" and dense_until is None,
             progress=tell,
@@ -201,7 +192,6 @@ def _streamed(asked: Asked, texts: list[str], planned: "LearningSettings") -> tu
     import torch
 
     from llama_surgery.learning.corrections import scorer_parameters
-    from llama_surgery.learning.repeats import with_repeats
     from llama_surgery.learning.streaming import Captured, learn_streamed
     from llama_surgery.learning.weights import Weights, loaded, skeleton
     from llama_surgery.surgery.adapter import write_adapter
@@ -218,7 +208,6 @@ def _streamed(asked: Asked, texts: list[str], planned: "LearningSettings") -> tu
     planned = dataclasses.replace(planned, length=length)
     tokenizer = load_tokenizer(asked.model)
     ids = cut_windows(tokenizer, texts, length, asked.windows, planned.seed, usual=STREAMED_WINDOWS)
-    ids = with_repeats(ids, planned.repeats, config, planned.seed)
     with progress() as tell:
         report, seen = reporter("local", planned.steps, tell)
         corrections, theta = learn_streamed(

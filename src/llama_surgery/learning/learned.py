@@ -10,7 +10,6 @@ from llama_surgery.config import SurgeryConfig
 from llama_surgery.errors import SurgeryError
 from llama_surgery.learning.corrections import Part, scorer_parameters
 from llama_surgery.learning.processes import ALONE, Processes
-from llama_surgery.learning.repeats import with_repeats
 from llama_surgery.learning.settings import LearningSettings
 from llama_surgery.learning.trainer import Step
 from llama_surgery.learning.trainer import learn as learn_corrections
@@ -38,7 +37,6 @@ def learn(
     parts: Sequence[Part] | None = None,
     rate: float = LearningSettings.rate,
     windows: int | None = None,
-    repeats: float = LearningSettings.repeats,
     seed: int = 0,
     measure_speed: bool | None = None,
     checkpoint_file: Path | None = None,
@@ -64,7 +62,6 @@ def learn(
             are any, if None.
         rate: See :class:`~llama_surgery.learning.settings.LearningSettings`.
         windows: Training windows, taken in turn; 200, or as many as the text holds, if None.
-        repeats: See :class:`~llama_surgery.learning.settings.LearningSettings`; 0 for the text as it is.
         seed: Of windows and starting values.
         measure_speed: See :func:`~llama_surgery.operate`.
         checkpoint_file: Where the state is kept, so that the same call goes on from there.
@@ -92,10 +89,9 @@ def learn(
     if parts is None:
         parts = usual_parts(config)
     settings = LearningSettings(
-        density=density, length=length, steps=steps, parts=tuple(parts), rate=rate, repeats=repeats, seed=seed
+        density=density, length=length, steps=steps, parts=tuple(parts), rate=rate, seed=seed
     )
     ids = cut_windows(tokenizer, text, length, windows, seed, usual=WINDOWS)
-    ids = with_repeats(ids, repeats, config, seed)
     # One threshold for all heads: their budgets are learned.
     with counted(inner, "first threshold", USUAL * len(few), progress), operated(model, config):
         config = calibrate(model, few, density)

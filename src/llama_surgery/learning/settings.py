@@ -19,8 +19,6 @@ class LearningSettings:
         steps: Optimiser steps, each on one window (one for every process, if there are several).
         parts: What is learned beside budgets; see :data:`~llama_surgery.learning.corrections.Part`.
         rate: Learning rate of budgets and scores, in nats a step at most; the key map's is a third of it.
-        repeats: Share of a training window that copies of earlier passages are written over; see
-            :func:`~llama_surgery.learning.repeats.with_repeats`.
         seed: Of windows, sampled tiles and starting values.
         sampled_tiles: Tiles of each block that are looked at where the model stays on disk.
 
@@ -33,7 +31,6 @@ class LearningSettings:
     steps: int = 200
     parts: tuple[Part, ...] = ("channels",)
     rate: float = 0.03
-    repeats: float = 0.15
     seed: int = 0
     sampled_tiles: int = 4
 
@@ -46,8 +43,6 @@ class LearningSettings:
                 raise SurgeryError(f"{name}={getattr(self, name)}: must be at least 1.")
         if not 0 < self.rate < 1:
             raise SurgeryError(f"rate={self.rate}: must lie between 0 and 1.")
-        if not 0 <= self.repeats < 1:
-            raise SurgeryError(f"repeats={self.repeats}: must be at least 0 and below 1.")
         bad = sorted(set(self.parts) - set(get_args(Part)))
         if bad:
             raise SurgeryError(f"parts={self.parts}: allowed are {', '.join(get_args(Part))}.")

@@ -130,8 +130,6 @@ def read_checkpoint(path: Path, about: dict[str, Any]) -> dict[str, Any] | None:
     if not isinstance(content, dict) or not isinstance(content.get("about"), dict):
         raise SurgeryError(f"{path} is not a checkpoint of learning: name another file.")
     kept = content["about"]
-    if "repeats" in about.get("settings", {}):  # which runs of before have not
-        kept = {**kept, "settings": {"repeats": 0.0, **kept.get("settings", {})}}
     differing = sorted(key for key in about if about[key] != kept.get(key))
     if differing:
         raise SurgeryError(
