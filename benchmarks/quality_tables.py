@@ -6,6 +6,8 @@ from typing import Any
 
 from csv_tables import Row, markdown, percent, read, tokens
 
+#: Far density below which a row is of a smaller budget than the usual one, and a row of its own.
+SPARSER = 0.04
 #: Forms of benchmarks/real.py that are shown, and what they are called.
 REAL = {"operated": "operated", "tokens": "oracle of keys", "blocks": "oracle of blocks of 64 × 64"}
 
@@ -13,7 +15,8 @@ REAL = {"operated": "operated", "tokens": "oracle of keys", "blocks": "oracle of
 def real() -> str:
     """Real models: of every form, way to decode, kind of threshold and adapter the newest row.
 
-    Of those of one day the one of most windows, and with budgets by head, which is the default.
+    Of those of one day the one of most windows, and with budgets by head, which is the default. Rows of a
+    smaller budget than the usual one stand beside those of the usual one.
     """
     newest: dict[tuple[str, ...], tuple[str, Row]] = {}
 
@@ -25,6 +28,8 @@ def real() -> str:
             continue
         settings = json.loads(row["settings"])
         form = ", ".join([REAL[row["form"]], *_apart(settings)])
+        if row["far_density"] and float(row["far_density"]) < SPARSER:
+            form += ", fewer pages"
         key = row["model"], row["length"], row["text"], form
         if key not in newest or age(row) >= age(newest[key][1]):
             newest[key] = form, row
