@@ -6,7 +6,7 @@
 #   make clean    delete what the other targets wrote, except .venv and .venv-serve
 #   make compile-test   compile the kernels for every family of GPUs, which need not be there (16 minutes of CPU time)
 #   make package-test   the built package in an empty environment, and with the oldest packages it claims
-#   make demo-adapter  set the thresholds anew that the demo reads with (seven minutes of CPU time)
+#   make demo-adapter  set the thresholds anew that the demo reads with (some minutes of CPU time)
 #   make screenshots  the pictures of the report in docs, and tests of it in a browser (needs Chromium; some minutes)
 #   make sweep        operate on a tiny model of every causal language model that transformers has (10 minutes)
 #   make sanitize     a part of the GPU tests under compute-sanitizer, on a machine with a GPU

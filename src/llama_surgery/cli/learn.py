@@ -186,8 +186,8 @@ def _routers(asked: Asked) -> None:
 def _streamed(asked: Asked, texts: list[str], planned: "LearningSettings") -> tuple[SurgeryConfig, list[Any]]:
     """Learn with the model on disk and write the adapter: its configuration and the steps taken.
 
-    θ of tiles is where learning held the density; that of decode steps keeps its default share of it, as no
-    text passes through an operated model that is not in memory.
+    θ of tiles is where learning held the density; decode steps read everything, as by default: no text passes
+    through an operated model that is not in memory.
     """
     import torch
 
