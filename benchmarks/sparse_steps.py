@@ -30,6 +30,7 @@ from llama_surgery.config import SurgeryConfig
 from llama_surgery.errors import SurgeryError
 from llama_surgery.evaluation.intervals import perplexity_ratio
 from llama_surgery.evaluation.kept import adapter_digest
+from llama_surgery.surgery.compat import cache_name
 from llama_surgery.surgery.operation import config_of, paged_cache, reset_statistics, routers_of, statistics
 from llama_surgery.surgery.supported import inner_model
 from llama_surgery.text import parse_length, windows
@@ -75,9 +76,10 @@ def step_losses(
         of the prompt.
     """
     cache, losses, divergences = paged_cache(model), [], []
+    held = {cache_name(inner_model(model)): cache, "use_cache": True}
     reset_statistics(model)
     with cache.prompt(prompt):
-        logits = model(input_ids=ids[None, :prompt], past_key_values=cache, logits_to_keep=1).logits[0]
+        logits = model(input_ids=ids[None, :prompt], logits_to_keep=1, **held).logits[0]
     far = statistics(model).far_density
     reset_statistics(model)
     for step in range(len(dense)):
@@ -86,7 +88,7 @@ def step_losses(
         divergences.append((likely.exp() * (likely - own)).sum())
         if step + 1 < len(dense):
             token = ids[None, prompt + step : prompt + step + 1]
-            logits = model(input_ids=token, past_key_values=cache).logits[0]
+            logits = model(input_ids=token, **held).logits[0]
     return torch.stack(losses).double().cpu(), torch.stack(divergences).double().cpu(), far
 
 

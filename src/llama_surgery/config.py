@@ -133,7 +133,9 @@ class SurgeryConfig:
         if self.topology == "gumbel":
             gumbel = GumbelConfig() if gumbel is None else gumbel
             if self.backend not in ("auto", "reference"):
-                raise SurgeryError(f"backend={self.backend!r}: topology='gumbel' has auto and reference.")
+                raise SurgeryError(
+                    f"backend={self.backend!r}: topology='gumbel' has auto and reference. Set backend='auto'."
+                )
         if gumbel is not None and not isinstance(gumbel, GumbelConfig):
             raise SurgeryError(f"gumbel={gumbel!r}: must be a GumbelConfig, or a mapping of its fields.")
         self.__dict__["gumbel"] = gumbel

@@ -4,8 +4,11 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from tests.cli.runner import SMALL, run
 
+from llama_surgery import SurgeryConfig
+from llama_surgery.cli.doctor import _executor
 from llama_surgery.errors import SurgeryError
 from llama_surgery.surgery import pays
 from llama_surgery.surgery.operation import config_of
@@ -42,6 +45,11 @@ def test_the_doctor_tells_of_the_loss_that_thresholds_were_set_for(
     asked = run("doctor", model, "--adapter", adapter, "--device", "cpu")
     assert asked.exit_code == 0, asked.output
     assert "Loss: perplexity" in asked.stdout and "limit +20.00%" in asked.stdout
+
+
+def test_content_routers_are_executed_by_plain_pytorch() -> None:
+    told = _executor(SurgeryConfig(topology="gumbel"), 64, torch.device("cpu"), torch.float32)
+    assert set(told) == {"Prefill", "Decode"} and all("plain PyTorch" in phase for phase in told.values())
 
 
 def test_the_doctor_times_prompts_and_writes(

@@ -1,5 +1,6 @@
 """Thresholds for a loss: the search, what it promises on a model, what is kept of it, what is refused."""
 
+import dataclasses
 import math
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 
 import llama_surgery as surgery
 from llama_surgery import SurgeryConfig, SurgeryError
+from llama_surgery.attention.impl import triton
 from llama_surgery.evaluation import loss_budget
 from llama_surgery.evaluation.intervals import perplexity_ratio
 from llama_surgery.evaluation.loss_budget import LEAST, MOST, TRIES, highest_theta
@@ -102,6 +104,10 @@ def test_the_loss_is_kept_measured_and_told(
     surgery.load_adapter(model, tmp_path)
     try:
         assert surgery.measured_loss(model) == told and surgery.config_of(model) == config
+        monkeypatch.setattr(triton, "LARGEST_TILE", 8)
+        with pytest.raises(SurgeryError, match="tile=16"):
+            set_config(model, dataclasses.replace(config, backend="triton"))
+        assert surgery.measured_loss(model) == told  # of a change that was refused
         set_config(model, SMALL)  # another θ: what was measured is of another configuration
         assert surgery.measured_loss(model) is None
     finally:

@@ -116,11 +116,17 @@ def test_no_row_is_dense_while_a_density_is_measured() -> None:
     assert found[1] == dataclasses.replace(found[0], dense_until=128)
 
 
+def test_models_without_a_head_are_calibrated() -> None:
+    given = {"text": TEXT, "tokenizer": Letters(), "length": LENGTH, "density": 0.2}
+    with surgery.operated(build("Llama").model, SPARSE, **given) as model:
+        assert surgery.config_of(model).theta != SPARSE.theta
+
+
 def test_logits_that_are_no_numbers_are_told() -> None:
     with surgery.operated(build("Llama"), SPARSE) as model:
         with torch.no_grad():
             model.model.norm.weight[0] = math.nan
-        with pytest.raises(SurgeryError, match="NaN or infinity"):
+        with pytest.raises(SurgeryError, match="gives NaN"):
             calibrate(model, IDS, 0.2)
         assert surgery.config_of(model) == SPARSE
 
@@ -201,6 +207,20 @@ def test_decode_steps_keep_their_density_with_budgets_by_head() -> None:
             for row in range(first, LENGTH):
                 model(ids[:, row : row + 1], use_cache=True, **{CACHE_NAME: cache})
         assert surgery.statistics(model).by_tile["1"]["far_density"] == pytest.approx(0.1, rel=0.15)
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes"),
+    [
+        ("Exaone4", {"layer_types": ["full_attention", "sliding_attention"], "sliding_window": 48}),
+        ("Lfm2", {"layer_types": ["conv", "full_attention"], "block_auto_adjust_ff_dim": False}),
+        ("GPTNeoX", {}),  # hands its cache on under another name
+    ],
+)
+def test_steps_are_measured_behind_prompts_of_every_kind_of_cache(kind: str, changes: dict[str, Any]) -> None:
+    given = {"text": TEXT, "tokenizer": Letters(), "length": LENGTH}
+    with surgery.operated(build(kind, **changes), SPARSE, density=0.2, decode_density=0.1, **given) as model:
+        assert 0 < surgery.config_of(model).theta_decode != SPARSE.theta_decode
 
 
 def test_a_model_without_gradients_has_one_threshold_and_says_so(

@@ -133,6 +133,8 @@ def _executor(
     from llama_surgery.attention.executor import backend_name
     from llama_surgery.attention.impl.triton import obstacle
 
+    if config.topology != "pages":
+        return dict.fromkeys(("Prefill", "Decode"), "plain PyTorch, which masks and skips nothing")
     states = torch.empty(1, head_dim, device=device, dtype=dtype)
     told: dict[str, str] = {}
     for phase, tile in (("Prefill", config.tile), ("Decode", 1)):

@@ -143,7 +143,7 @@ _FIELDS: dict[str, Any] = {
     "summary": of_topology(
         str, "What stands in for the pages that are not read: page, a mean of each, or none."
     ),
-    "backend": of_topology(str, "Who executes the plan: auto, reference, gather, triton."),
+    "backend": of_topology(str, "Who executes the plan: auto, reference, and of pages gather and triton."),
 }
 
 #: The same for ``topology="gumbel"``, of commands that take it.

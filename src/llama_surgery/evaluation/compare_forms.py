@@ -134,8 +134,8 @@ class PagesForm(Form):
     def least(self) -> tuple[float, float]:
         """Total density at θ = 1, and without the far field.
 
-        Nothing is opened then but the page of the first token, and what a head with a negative learned offset
-        opens all the same.
+        Hardly anything is opened then but the page of the first token, and what a head with a negative
+        learned offset opens all the same.
         """
         with operated(self.model, self._with_theta(1.0), routers=self.routers):
             read_windows(self.model, self.ids)
@@ -146,7 +146,7 @@ class PagesForm(Form):
         total, fixed = self.least
         # What is always open varies a little from text to text: just above it nothing can be aimed at.
         if density >= 1 or density - fixed < 1.1 * (total - fixed):
-            # No share exceeds 1, nor does a threshold that calibration sets; and every share exceeds 0.
+            # Every share exceeds 0, and few exceed 1.
             return self._with_theta(0.0 if density >= 1 else 1.0).to_dict()
         # Rules of others choose in decode steps too.
         far = {"density": density - fixed, "decode_density": density - fixed, "length": self.ids.shape[1]}

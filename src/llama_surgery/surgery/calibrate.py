@@ -129,7 +129,7 @@ def _prompt_density(model: torch.nn.Module, ids: torch.Tensor) -> float:
     """Executed far density of windows that are read as prompts."""
     reset_statistics(model)
     for window in ids:
-        _check(inner_model(model)(window[None], use_cache=False, logits_to_keep=1).logits)
+        _check(inner_model(model)(window[None], use_cache=False, logits_to_keep=1))
     return statistics(model).far_density
 
 
@@ -137,23 +137,25 @@ def _prompt_density(model: torch.nn.Module, ids: torch.Tensor) -> float:
 def _step_density(model: torch.nn.Module, ids: torch.Tensor) -> float:
     """Executed far density of the windows' last rows, as decode steps behind the others."""
     inner, length, tile = inner_model(model), ids.shape[1], config_of(model).tile
-    first, read, causal = round(length * (1 - LAST_PART)) // tile * tile, 0.0, 0
+    first, read, causal = max(tile, round(length * (1 - LAST_PART)) // tile * tile), 0.0, 0
     for window in ids:
         cache = paged_cache(model)
         with cache.prompt(first):
-            inner(window[None, :first], logits_to_keep=1, **{cache_name(inner): cache})
+            options = {cache_name(inner): cache, "use_cache": True, "logits_to_keep": 1}
+            inner(window[None, :first], **options)
             reset_statistics(model)
-            _check(inner(window[None, first:], logits_to_keep=1, **{cache_name(inner): cache}).logits)
+            _check(inner(window[None, first:], **options))
         found = statistics(model)
         read, causal = read + found.far_density * found.causal_pairs, causal + found.causal_pairs
     return read / causal
 
 
-def _check(logits: torch.Tensor) -> None:
-    if not bool(logits.isfinite().all()):
+def _check(output: Any) -> None:
+    """Raise SurgeryError where a model's output, logits or hidden states, is not a number."""
+    if bool(output[0].isnan().any()):
         raise SurgeryError(
-            "the model's logits hold NaN or infinity: no page can be weighed. Check the weights, and that "
-            "the dtype has the range the model needs."
+            "the model gives NaN: no page can be weighed. Check the weights, and that the dtype has the "
+            "range the model needs."
         )
 
 

@@ -133,9 +133,9 @@ def set_config(model: torch.nn.Module, config: SurgeryConfig) -> None:
     old, new = (_trees(each) for each in (operation.config, config))
     if old != new:
         raise SurgeryError(f"the model is operated with {old}, not {new}: eject(model) and operate again.")
+    check_executable(inner_model(model), operation.modules, config)
     if config != operation.config:
         operation.measured = None
-    check_executable(inner_model(model), operation.modules, config)
     operation.use(config)
 
 
