@@ -4,7 +4,7 @@
 #   make test     make check, then the tests (those that need a GPU are skipped without one)
 #   make check    formatting, lint and types
 #   make clean    delete what the other targets wrote, except .venv and .venv-serve
-#   make compile-test   compile the kernels for every family of GPUs, which need not be there (16 minutes of CPU time)
+#   make compile-test   compile the kernels for every family of GPUs, which need not be there (six minutes on 2 cores)
 #   make package-test   the built package in an empty environment, and with the oldest packages it claims
 #   make demo-adapter  set the thresholds anew that the demo reads with (some minutes of CPU time)
 #   make screenshots  the pictures of the report in docs, and tests of it in a browser (needs Chromium; some minutes)

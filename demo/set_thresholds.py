@@ -1,7 +1,7 @@
 """Sets the thresholds in demo/adapters anew, on demo/text/calibration.txt: ``make demo-adapter``.
 
 Learned corrections that an adapter has stay; where it has none, heads get new budgets.
-About seven minutes of CPU time, on two cores half of that. The demo itself reads another text.
+Some minutes of CPU time. The demo itself reads another text.
 """
 
 from llama_surgery.cli.common import Dtype, load_model
