@@ -1,6 +1,5 @@
 """Thresholds for a loss: the highest θ at which a model loses no more than that, found on a little text."""
 
-import dataclasses
 import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -12,7 +11,7 @@ from llama_surgery.errors import SurgeryError
 from llama_surgery.evaluation.evaluate import check_dense
 from llama_surgery.evaluation.intervals import perplexity_ratio
 from llama_surgery.evaluation.perplexity import Perplexity, perplexity
-from llama_surgery.surgery.calibrate import calibration_windows
+from llama_surgery.surgery.calibrate import calibration_windows, with_theta
 from llama_surgery.surgery.head_budgets import budgets_where_none
 from llama_surgery.surgery.operate import operated
 from llama_surgery.surgery.operation import MeasuredLoss, reset_statistics, routers_of, set_config, statistics
@@ -92,7 +91,7 @@ def config_within(
         ):
 
             def measure(theta: float) -> MeasuredLoss:
-                set_config(model, _with_theta(config, theta))
+                set_config(model, with_theta(config, theta))
                 reset_statistics(model)
                 ratio = perplexity_ratio(_by_block(dense), _by_block(perplexity(model, ids)), seed=0)
                 read = statistics(model)
@@ -108,7 +107,7 @@ def config_within(
                 )
 
             theta, measured = highest_theta(measure, max_loss, start)
-            return Within(_with_theta(config, theta), routers_of(model), measured)
+            return Within(with_theta(config, theta), routers_of(model), measured)
 
     found = search(routers, config.theta, "thresholds")
     if not _sparse(found.measured):
@@ -171,12 +170,6 @@ def _next(tried: list[tuple[float, MeasuredLoss]], low: float, high: float, aim:
     margin = 0.15 * (high - low)
     least, most = (end if end in ends else end + side * margin for end, side in ((low, 1), (high, -1)))
     return min(max(at + step, least), most)
-
-
-def _with_theta(config: SurgeryConfig, theta: float) -> SurgeryConfig:
-    if config.tile == 1:
-        return dataclasses.replace(config, theta=theta, theta_decode=theta)
-    return dataclasses.replace(config, theta=theta, theta_decode=config.theta_decode)
 
 
 def _by_block(losses: Perplexity) -> list[float]:

@@ -36,7 +36,7 @@ _SLOPE, _STRIDE = 0.6, math.log(100)
 def calibrate(
     model: torch.nn.Module, ids: torch.Tensor, density: float, *, decode_density: float | None = None
 ) -> SurgeryConfig:
-    """Configuration of an operated model with θ set for an executed far density.
+    """Set θ of an operated model for an executed far density; returns its new configuration.
 
     What is executed is counted, by whoever will execute it, with no row dense. Tiles and decode steps see
     different shares, so each has its own θ: that of decode steps is set on the last rows of the windows, read
@@ -56,19 +56,16 @@ def calibrate(
     ids = ids.to(inner_model(model).device)
 
     def prompts(theta: float) -> float:
-        both = {"theta_decode": theta} if given.tile == 1 else {}
-        set_config(model, dataclasses.replace(given, theta=theta, dense_until=0, **both))
+        set_config(model, dataclasses.replace(with_theta(given, theta), dense_until=0))
         return _prompt_density(model, ids)
 
     def steps(theta: float) -> float:
-        measured = dataclasses.replace(config, theta_decode=theta, dense_until=0)
-        set_config(model, measured)
+        set_config(model, dataclasses.replace(config, theta_decode=theta, dense_until=0))
         return _step_density(model, ids)
 
     try:
         theta = threshold(prompts, density, given.theta)
-        both = {"theta_decode": theta} if given.tile == 1 else {}
-        config = dataclasses.replace(given, theta=theta, **both)
+        config = with_theta(given, theta)
         if given.tile != 1 and decode_density is not None:
             theta = threshold(steps, decode_density, given.theta_decode or theta)
             config = dataclasses.replace(config, theta_decode=theta)
@@ -79,6 +76,12 @@ def calibrate(
     finally:
         reset_statistics(model)
     return config
+
+
+def with_theta(config: SurgeryConfig, theta: float) -> SurgeryConfig:
+    """A configuration with another θ of prompts, in tiles of one row of decode steps too."""
+    both = {"theta_decode": theta} if config.tile == 1 else {}
+    return dataclasses.replace(config, theta=theta, **both)
 
 
 def threshold(measure: Callable[[float], float], density: float, start: float) -> float:

@@ -27,7 +27,6 @@ from llama_surgery.surgery.operation import (
     is_operated,
     operation_of,
     room_of,
-    set_config,
 )
 from llama_surgery.surgery.pays import measured_dense_until
 from llama_surgery.surgery.progress import Progress, counted
@@ -137,7 +136,7 @@ def operate(
         hook(inner, operation)
         if text is not None and density is not None:
             with counted(inner, "thresholds", USUAL * len(ids), progress):
-                set_config(model, calibrate(model, ids, density, decode_density=decode_density))
+                calibrate(model, ids, density, decode_density=decode_density)
         if measure_speed:
             until = measured_dense_until(inner, ids, progress=progress)
             operation.use(dataclasses.replace(operation.config, dense_until=until))
