@@ -148,7 +148,7 @@ def test_a_model_without_a_forward_names_the_part_to_operate_on():
     assert trace(model) == before
 
 
-@pytest.mark.parametrize("step", ["hook", "LayerSurgery", "set_config"])
+@pytest.mark.parametrize("step", ["hook", "LayerSurgery", "calibrate"])
 def test_an_operation_that_fails_half_way_leaves_no_trace(model, step, monkeypatch):
     """Whatever goes wrong, at whatever step."""
     other = build("Llama", 1)
@@ -160,10 +160,10 @@ def test_an_operation_that_fails_half_way_leaves_no_trace(model, step, monkeypat
     def broken(*args: object, **kwargs: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(operating, step, broken)
     monkeypatch.setattr(operating, "calibration_windows", lambda *_: tokens(1, 100)[None])
     monkeypatch.setattr(operating, "budgets_where_none", lambda *_: None)
     monkeypatch.setattr(operating, "calibrate", lambda *_, **__: SPARSE)
+    monkeypatch.setattr(operating, step, broken)
     with pytest.raises(KeyboardInterrupt):
         operate(model, SPARSE, density=0.1, text=["words"])
     assert not is_operated(model) and trace(model) == before
