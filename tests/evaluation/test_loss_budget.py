@@ -14,7 +14,7 @@ from llama_surgery import SurgeryConfig, SurgeryError
 from llama_surgery.attention.impl import triton
 from llama_surgery.evaluation import loss_budget
 from llama_surgery.evaluation.intervals import perplexity_ratio
-from llama_surgery.evaluation.loss_budget import LEAST, MOST, TRIES, highest_theta
+from llama_surgery.evaluation.loss_budget import SEARCH, highest_theta
 from llama_surgery.evaluation.perplexity import perplexity
 from llama_surgery.surgery import head_budgets
 from llama_surgery.surgery.operation import MeasuredLoss, routers_of, set_config
@@ -47,8 +47,10 @@ def test_the_highest_theta_within_the_limit_is_found_in_few_steps(
     curve = Curve(max_loss, slope)
     theta, found = highest_theta(curve, max_loss, start)
     assert found.high <= max_loss and found == curve(theta)
-    assert found.high >= 0.8 * max_loss or theta == pytest.approx(MOST)
-    assert len(curve.tried) <= 8 and all(LEAST <= tried <= MOST + 1e-9 for tried in curve.tried)
+    assert found.high >= 0.8 * max_loss or theta == pytest.approx(math.exp(SEARCH.high))
+    assert len(curve.tried) <= 8 and all(
+        SEARCH.low - 1e-9 <= math.log(tried) <= SEARCH.high + 1e-9 for tried in curve.tried
+    )
 
 
 @pytest.mark.parametrize("floor", [0.02, 0.0099])
@@ -56,7 +58,7 @@ def test_where_only_a_dense_model_keeps_the_limit_the_search_ends_there(floor: f
     """Nowhere, or only where nearly everything is read."""
     curve = Curve(0.01, 1.4, floor=floor)
     _, found = highest_theta(curve, 0.01, 0.1)
-    assert found.total_density > loss_budget.DENSE and len(curve.tried) <= TRIES
+    assert found.total_density > loss_budget.DENSE and len(curve.tried) <= SEARCH.tries
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +75,7 @@ def test_the_loss_is_kept_measured_and_told(
 ) -> None:
     monkeypatch.setattr(loss_budget, "WINDOWS", 1)
     monkeypatch.setattr(loss_budget, "BLOCK", 64)
-    monkeypatch.setattr(loss_budget, "TRIES", 4)
+    monkeypatch.setattr(loss_budget, "SEARCH", SEARCH._replace(tries=4))
     model, tokenizer = demo
     given = {"text": texts[:2], "tokenizer": tokenizer, "length": 384}
     ids = windows(tokenizer, texts[:2], 384, 1, 0)

@@ -16,6 +16,7 @@ from llama_surgery.surgery.head_budgets import budgets_where_none
 from llama_surgery.surgery.operate import operated
 from llama_surgery.surgery.operation import MeasuredLoss, reset_statistics, routers_of, set_config, statistics
 from llama_surgery.surgery.progress import Progress, counted
+from llama_surgery.surgery.search import Search
 from llama_surgery.surgery.supported import inner_model
 
 #: Windows of text, spread over the documents: more than for a density, since losses vary more than shares.
@@ -23,17 +24,13 @@ WINDOWS = 8
 #: Tokens of a window that the interval counts as one sample. Windows are too few to be samples themselves;
 #: losses of neighbouring tokens depend on each other, those of neighbouring blocks hardly do.
 BLOCK = 512
-#: How many θ are tried at most, and within what. In sharp heads more than the whole is expected of a page.
-TRIES, LEAST, MOST = 10, 1e-6, 100.0
 #: Total density from which on a model counts as not sparse: selection costs what little is saved.
 DENSE = 0.75
-#: Share of the limit that is enough, and the one that is aimed at.
-ENOUGH, AIM = 0.85, 0.95
-#: Two log θ that are as good as one.
-_NEAR = 0.1
-#: What log loss rises by with log θ, where one θ alone was tried (SmolLM2-135M: 1.4 at 4,096 tokens), and the
-#: farthest that log θ then goes.
-_SLOPE, _STRIDE = 1.4, math.log(10)
+#: For log θ; the slope is that of SmolLM2-135M at 4,096 tokens. In sharp heads more than the whole is
+#: expected of a page.
+SEARCH = Search(
+    math.log(1e-6), math.log(100), slope=1.4, stride=math.log(10), enough=0.85, aim=0.95, near=0.1, tries=10
+)
 
 
 class Within(NamedTuple):
@@ -87,7 +84,7 @@ def config_within(
     def search(given: Mapping[int, Any] | None, start: float, stage: str) -> Within:
         with (
             operated(model, config, routers=given),
-            counted(inner_model(model), stage, TRIES * len(ids), progress),
+            counted(inner_model(model), stage, SEARCH.tries * len(ids), progress),
         ):
 
             def measure(theta: float) -> MeasuredLoss:
@@ -139,37 +136,17 @@ def highest_theta(
     Returns:
         θ and what was measured there. Where no θ that is sparse keeps the limit, the last that was tried.
     """
-    at = math.log(min(max(start, math.sqrt(LEAST)), MOST))
-    tried: list[tuple[float, MeasuredLoss]] = []
-    low, high = math.log(LEAST), math.log(MOST)
-    kept: MeasuredLoss | None = None
-    for _ in range(TRIES):
-        found = measure(math.exp(at))
-        tried.append((at, found))
-        if found.high <= max_loss:
-            low, kept = at, found
-            if found.high >= ENOUGH * max_loss:
-                break
-        else:
-            high = at
-            if kept is None and found.total_density > DENSE:
-                break
-        if high - low < _NEAR:
-            break
-        at = _next(tried, low, high, AIM * max_loss)
-    return math.exp(at if kept is None else low), kept or found
+    found: dict[float, MeasuredLoss] = {}
 
+    def high(x: float) -> float:
+        return found.setdefault(x, measure(math.exp(x))).high
 
-def _next(tried: list[tuple[float, MeasuredLoss]], low: float, high: float, aim: float) -> float:
-    """The log θ to try next: by the slope of log loss between the last two, well inside what is left."""
-    points = [(at, math.log(max(found.high, 0.1 * aim))) for at, found in tried[-2:]]
-    (before, one), (at, other) = points[0], points[-1]
-    slope = _SLOPE if before == at else min(max((other - one) / (at - before), _SLOPE / 3), 3 * _SLOPE)
-    step = min(max((math.log(aim) - other) / slope, -_STRIDE), _STRIDE)
-    ends = {math.log(LEAST), math.log(MOST)}  # not tried yet, if they are still there
-    margin = 0.15 * (high - low)
-    least, most = (end if end in ends else end + side * margin for end, side in ((low, 1), (high, -1)))
-    return min(max(at + step, least), most)
+    def hopeless(x: float) -> bool:
+        return found[x].total_density > DENSE
+
+    tried = SEARCH.run(high, max_loss, math.log(start or SurgeryConfig().theta), hopeless)
+    best = max((x for x, loss in tried.items() if loss <= max_loss), default=list(tried)[-1])
+    return math.exp(best), found[best]
 
 
 def _by_block(losses: Perplexity) -> list[float]:

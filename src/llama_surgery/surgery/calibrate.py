@@ -13,6 +13,7 @@ from llama_surgery.errors import SurgeryError, TextError
 from llama_surgery.surgery.compat import cache_name
 from llama_surgery.surgery.context import check_far_field, check_length, usual_length
 from llama_surgery.surgery.operation import config_of, paged_cache, reset_statistics, set_config, statistics
+from llama_surgery.surgery.search import Search
 from llama_surgery.surgery.supported import inner_model
 from llama_surgery.text import windows
 from llama_surgery.topology.geometry import first_far
@@ -20,17 +21,13 @@ from llama_surgery.topology.geometry import first_far
 _log = logging.getLogger(__name__)
 #: Windows of calibration text, spread over the documents.
 WINDOWS = 4
-#: θ that are tried at most; the share of a density that is enough, and the one that is aimed at.
-TRIES, ENOUGH, AIM = 10, 0.95, 0.98
 #: How many it usually takes: for progress.
 USUAL = 4
 #: Decode steps come after a prompt: their rows are those of this last part of a window.
 LAST_PART = 0.25
-#: The smallest and the largest log θ, and two that are as good as one. Shares are ratios of two estimates, of
-#: which the upper one may be far too high: keys with large biases take θ beyond 1.
-_LOWEST, _HIGHEST, _NEAR = -14.0, 12.0, 0.01
-#: What log density falls by with log θ, until two θ were tried, and the farthest that log θ then goes.
-_SLOPE, _STRIDE = 0.6, math.log(100)
+#: For −log θ, with which density rises. Shares are ratios of two estimates, of which the upper one may be far
+#: too high: keys with large biases take θ beyond 1.
+_SEARCH = Search(-12.0, 14.0, slope=0.6, stride=math.log(100), enough=0.95, aim=0.98, near=0.01, tries=10)
 
 
 def calibrate(
@@ -95,36 +92,14 @@ def threshold(measure: Callable[[float], float], density: float, start: float) -
     Raises:
         SurgeryError: More is read at any θ.
     """
-    at = min(max(math.log(start or SurgeryConfig().theta), _LOWEST), _HIGHEST)
-    low, high = _LOWEST, _HIGHEST
-    tried: dict[float, float] = {}
-    for _ in range(TRIES):
-        tried[at] = found = measure(math.exp(at))
-        if ENOUGH * density <= found <= density:
-            return math.exp(at)
-        low, high = (at, high) if found > density else (low, at)
-        if high - low < _NEAR:
-            break
-        at = _next(tried, low, high, AIM * density)
-    found = tried[high] if high in tried else measure(math.exp(high))
-    if found > density:
-        raise SurgeryError(
-            "the density is out of reach: the page that holds the first token is always open and takes "
-            f"{found / density:.1f} times the budget. Ask for more, or take smaller pages."
-        )
-    return math.exp(high)
-
-
-def _next(tried: dict[float, float], low: float, high: float, aim: float) -> float:
-    """The log θ to try next: by the slope of log density between the last two, inside what is left."""
-    points = [(at, math.log(max(found, 0.01 * aim))) for at, found in list(tried.items())[-2:]]
-    (before, one), (at, other) = points[0], points[-1]
-    slope = _SLOPE if before == at else min(max((one - other) / (at - before), _SLOPE / 4), 6 * _SLOPE)
-    found = at + min(max((other - math.log(aim)) / slope, -_STRIDE), _STRIDE)
-    inside, same_side = low < found < high, (one > math.log(aim)) == (other > math.log(aim))
-    if low in tried and high in tried and (same_side or not inside):
-        return (low + high) / 2  # density goes in steps there
-    return min(max(found, low), high)
+    tried = _SEARCH.run(lambda x: measure(math.exp(-x)), density, -math.log(start or SurgeryConfig().theta))
+    within = [x for x, found in tried.items() if found <= density]
+    if within:
+        return math.exp(-max(within))
+    raise SurgeryError(
+        "the density is out of reach: the page that holds the first token is always open and takes "
+        f"{min(tried.values()) / density:.1f} times the budget. Ask for more, or take smaller pages."
+    )
 
 
 @torch.inference_mode()
