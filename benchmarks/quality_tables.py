@@ -1,10 +1,17 @@
 """The tables of quality: what an operated model loses, beside other rules, with learned corrections."""
 
+import collections
+import functools
 import json
 from collections.abc import Iterator
 from typing import Any
 
-from csv_tables import Row, markdown, percent, read, tokens
+from csv_tables import ROOT, Row, markdown, percent, read, tokens
+from safetensors.torch import load_file
+
+from llama_surgery.config import SurgeryConfig
+from llama_surgery.evaluation.kept import adapter_digest
+from llama_surgery.topology.router import PageRouter
 
 #: Far density below which a row is of a smaller budget than the usual one, and a row of its own.
 SPARSER = 0.04
@@ -16,17 +23,20 @@ def real() -> str:
     """Real models: of every form, way to decode, kind of threshold and adapter the newest row.
 
     Of those of one day the one of most windows, and with budgets by head, which is the default. Rows of a
-    smaller budget than the usual one stand beside those of the usual one.
+    smaller budget than the usual one stand beside those of the usual one. Of learned corrections those in
+    the repository are shown, others only of lengths and texts that these were not measured on.
     """
     newest: dict[tuple[str, ...], tuple[str, Row]] = {}
 
     def age(row: Row) -> tuple[str, int, bool]:
         return row["date"], int(row["windows"]), "budgets" in json.loads(row["settings"])
 
-    for row in read("real_quality.csv"):
-        if row["form"] not in REAL:
-            continue
+    rows = [row for row in read("real_quality.csv") if row["form"] in REAL]
+    told = {_cell(row) for row in rows if _adapter(row) in shipped()}
+    for row in rows:
         settings = json.loads(row["settings"])
+        if _adapter(row) not in {None, *shipped()} and _cell(row) in told:
+            continue
         form = ", ".join([REAL[row["form"]], *_apart(settings)])
         if row["far_density"] and float(row["far_density"]) < SPARSER:
             form += ", fewer pages"
@@ -52,16 +62,42 @@ def real() -> str:
         "perplexity ÷ dense (95% interval)", "needles that dense answers", "of these kept", "RULER",
         "windows",
     )  # fmt: skip
-    rows = [row for _, row in newest.values()]
-    devices = ", ".join(sorted({row["device"].removeprefix("cuda: ") for row in rows}))
-    seeds = ", ".join(sorted({row["seed"] for row in rows}))
-    return markdown(names, cells) + f"\n\nSeed {seeds}, {devices}, until {max(row['date'] for row in rows)}."
+    shown = [row for _, row in newest.values()]
+    devices = ", ".join(sorted({row["device"].removeprefix("cuda: ") for row in shown}))
+    seeds = ", ".join(sorted({row["seed"] for row in shown}))
+    return markdown(names, cells) + f"\n\nSeed {seeds}, {devices}, until {max(row['date'] for row in shown)}."
+
+
+def _cell(row: Row) -> tuple[str, ...]:
+    """Where a row was measured."""
+    return row["model"].removesuffix(".gguf"), row["length"], row["text"]
+
+
+def _adapter(row: Row) -> str | None:
+    """The fingerprint of a row's learned corrections."""
+    settings = json.loads(row["settings"])
+    return settings["adapter"] if "learned" in settings else None
+
+
+@functools.cache
+def shipped() -> frozenset[str]:
+    """Fingerprints of the adapters in the repository."""
+    found = set()
+    for file in (ROOT / "demo" / "adapters").glob("*/*.safetensors"):
+        parts: dict[int, dict[str, Any]] = collections.defaultdict(dict)
+        for name, tensor in load_file(file).items():
+            if name.startswith("router."):
+                _, index, part = name.split(".", 2)
+                parts[int(index)][part] = tensor
+        routers = {index: PageRouter(**values) for index, values in parts.items()}
+        found.add(adapter_digest(SurgeryConfig(), routers))
+    return frozenset(found)
 
 
 def _apart(settings: dict[str, Any]) -> Iterator[str]:
     """What tells a row's settings from the default ones, in words."""
     if "learned" in settings:
-        yield f"learned ({settings['adapter'][:8]})"
+        yield "learned" + ("" if settings["adapter"] in shipped() else f" ({settings['adapter'][:8]})")
     elif "adapter" in settings:
         yield "thresholds of `max_loss`"
     if "page_size" in settings:
