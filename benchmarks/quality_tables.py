@@ -19,8 +19,8 @@ SPARSER = 0.04
 REAL = {"operated": "operated", "tokens": "oracle of keys", "blocks": "oracle of blocks of 64 × 64"}
 
 
-def real() -> str:
-    """Real models: of every form, way to decode, kind of threshold and adapter the newest row.
+def real_rows() -> list[tuple[str, Row]]:
+    """Real models: of every form, way to decode, kind of threshold and adapter the newest row, and its form.
 
     Of those of one day the one of most windows, and with budgets by head, which is the default. Rows of a
     smaller budget than the usual one stand beside those of the usual one. Of learned corrections those in
@@ -43,8 +43,13 @@ def real() -> str:
         key = row["model"], row["length"], row["text"], form
         if key not in newest or age(row) >= age(newest[key][1]):
             newest[key] = form, row
+    return list(newest.values())
+
+
+def real() -> str:
+    """What real models lose: :func:`real_rows`."""
     cells = []
-    for form, row in newest.values():
+    for form, row in real_rows():
         lost = "–"
         if row["ratio"]:
             ratio, low, high = (float(row[name]) for name in ("ratio", "ratio_low", "ratio_high"))
@@ -62,7 +67,7 @@ def real() -> str:
         "perplexity ÷ dense (95% interval)", "needles that dense answers", "of these kept", "RULER",
         "windows",
     )  # fmt: skip
-    shown = [row for _, row in newest.values()]
+    shown = [row for _, row in real_rows()]
     devices = ", ".join(sorted({row["device"].removeprefix("cuda: ") for row in shown}))
     seeds = ", ".join(sorted({row["seed"] for row in shown}))
     return markdown(names, cells) + f"\n\nSeed {seeds}, {devices}, until {max(row['date'] for row in shown)}."
