@@ -30,7 +30,7 @@ def main() -> int:
             (colour, name), (marker, beside) = FORMS[form], TEXTS[row["text"]]
             ratio, low, high = (float(row[column]) - 1 for column in ("ratio", "ratio_low", "ratio_high"))
             panel.errorbar(
-                SIZES[model], ratio, [[ratio - low], [high - ratio]],
+                SIZES[model] * beside, ratio, [[ratio - low], [high - ratio]],
                 color=colour, marker=marker, linestyle="none", capsize=2,
                 label=f"{row['text']}, {name}",
             )  # fmt: skip
