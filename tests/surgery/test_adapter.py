@@ -26,7 +26,7 @@ from llama_surgery import (
     save_adapter,
     statistics,
 )
-from llama_surgery.surgery.adapter import CONFIG_FILE, TENSOR_FILE
+from llama_surgery.surgery.adapter import CONFIG_FILE, TENSOR_FILE, weights_digest
 from llama_surgery.topology.router import PageRouter
 
 FIXTURE = Path(__file__).parent.parent / "fixtures" / "adapter-v1"
@@ -306,3 +306,14 @@ def test_an_adapter_saved_by_the_first_release_gives_the_same_outputs():
         assert 0.05 < statistics(model).far_density < 0.5
     expected = load_file(FIXTURE / "expected.safetensors")["logits"]
     torch.testing.assert_close(got[0, ::50].float(), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_weights_are_told_apart_and_a_topology_changes_none() -> None:
+    one, other = build("Llama"), build("Llama")
+    before = weights_digest(one)
+    assert before == weights_digest(other)
+    with operated(one, SPARSE):
+        assert weights_digest(one) == before
+    with torch.no_grad():
+        list(other.parameters())[-1].add_(1)
+    assert weights_digest(other) != before

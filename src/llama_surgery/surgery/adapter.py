@@ -1,6 +1,7 @@
 """Saving and loading an operation: a small folder in the shape adapters usually have."""
 
 import dataclasses
+import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -188,13 +189,30 @@ def _describe(model: torch.nn.Module) -> dict[str, Any]:
     }
 
 
+def weights_digest(model: torch.nn.Module) -> str:
+    """Short fingerprint of a model's weights: evenly spaced ones of every parameter that can be read.
+
+    A checkpoint that was trained on has another, under whatever name and in whatever folder it lies.
+    """
+    found = hashlib.sha256()
+    for name, weight in inner_model(model).named_parameters():
+        found.update(f"{name} {tuple(weight.shape)}".encode())
+        if not weight.is_meta:
+            found.update(_sampled(weight).numpy().tobytes())
+    return found.hexdigest()[:16]
+
+
+def _sampled(weight: torch.Tensor) -> torch.Tensor:
+    flat = weight.detach().flatten()
+    index = torch.linspace(0, flat.numel() - 1, _SAMPLES, dtype=torch.float64).long()
+    return flat[index.to(flat.device)].float().cpu()
+
+
 def _fingerprint(model: torch.nn.Module) -> torch.Tensor:
     """Evenly spaced weights of the first operated layer; empty where they cannot be read."""
     module = next(iter(attention_modules(inner_model(model)).values()))
     for name, weight in module.named_parameters():
         readable = weight.is_floating_point() and not weight.is_meta
         if weight.dim() == 2 and readable and "lora" not in name:
-            flat = weight.detach().flatten()
-            index = torch.linspace(0, flat.numel() - 1, _SAMPLES, dtype=torch.float64).long()
-            return flat[index.to(flat.device)].float().cpu()
+            return _sampled(weight)
     return torch.empty(0)
