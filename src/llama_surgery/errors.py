@@ -7,7 +7,7 @@ class SurgeryError(ValueError):
 
 def check_version(what: str, version: object, newest: int, error: type[SurgeryError] = SurgeryError) -> None:
     """Raise ``error`` where a file is of a newer release, or says of none which it is."""
-    if not isinstance(version, int) or isinstance(version, bool) or version > newest:
+    if not isinstance(version, int) or isinstance(version, bool) or not 0 < version <= newest:
         raise error(f"{what} {version!r}; this release reads up to {newest}. Update llama-surgery.")
 
 

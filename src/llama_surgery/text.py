@@ -175,8 +175,12 @@ def windows(
         Token ids, int64, (count, length).
 
     Raises:
-        TextError: ``length`` or ``count`` is too small, or the documents hold fewer whole windows.
+        TextError: ``texts`` is no list of strings, ``length`` or ``count`` is too small, or the documents
+            hold fewer whole windows.
     """
+    if isinstance(texts, str) or not all(isinstance(text, str) for text in texts):
+        kind = "one string" if isinstance(texts, str) else "a list with something else than strings"
+        raise TextError(f"text is {kind}: give a list of documents, each a string, such as [text].")
     exact, count = count is not None, usual if count is None else count
     lead = leading_tokens(tokenizer)
     body = length - len(lead)

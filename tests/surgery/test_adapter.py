@@ -317,3 +317,24 @@ def test_weights_are_told_apart_and_a_topology_changes_none() -> None:
     with torch.no_grad():
         list(other.parameters())[-1].add_(1)
     assert weights_digest(other) != before
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        {"base_model": {}},
+        {"measured_loss": {**dict.fromkeys(("max_loss", "loss", "low", "high"), "0.1"), "windows": 1}},
+        {"format_version": -3},
+    ],
+)
+def test_a_description_that_lacks_what_is_compared_is_refused(folder, damage):
+    rewrite(folder, **damage)
+    with pytest.raises(AdapterError, match="adapter"):
+        load_adapter(build("Llama"), folder)
+
+
+def test_numbers_of_a_fingerprint_are_compared_whatever_they_are_kept_as(folder):
+    tensors = load_file(folder / TENSOR_FILE)
+    save_file({**tensors, "fingerprint": tensors["fingerprint"].int()}, folder / TENSOR_FILE)
+    with pytest.raises(AdapterError, match="other weights"):
+        load_adapter(build("Llama"), folder)

@@ -1,10 +1,11 @@
 """Gradients through a cache: right however calls differ, and no copy of the cache in any step."""
 
+import contextlib
 import dataclasses
 
 import pytest
 import torch
-from tests.surgery.tiny import SINGLE, SPARSE, build, in_pieces, llama, logits, tokens
+from tests.surgery.tiny import DENSE_LIMIT, SINGLE, SPARSE, build, in_pieces, llama, logits, tokens
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from llama_surgery import operated, paged_cache
@@ -176,3 +177,15 @@ def test_gradients_pass_where_the_host_does_not_look_at_keys(use_cache, monkeypa
             model(ids, labels=ids, use_cache=use_cache).loss.backward()
             found.append(model.model.layers[0].self_attn.k_proj.weight.grad.clone())
     torch.testing.assert_close(found[1], found[0], **EXACT)
+
+
+def test_attention_sinks_have_the_dense_models_gradient():
+    model, ids = build("GptOss", dtype=torch.float32, layer_types=["full_attention"] * 2), tokens(1, 200)
+    found = []
+    for around in (contextlib.nullcontext(), operated(model, DENSE_LIMIT)):
+        model.zero_grad()
+        with around:
+            model(ids, labels=ids).loss.backward()
+        found.append([p.grad.clone() for name, p in model.named_parameters() if "sinks" in name])
+    assert len(found[0]) == 2 and all(grad.norm() > 0 for grad in found[0])
+    torch.testing.assert_close(found[1], found[0], rtol=1e-3, atol=1e-6)

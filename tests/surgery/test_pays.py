@@ -21,16 +21,16 @@ CONFIG = SurgeryConfig(chunk_size=64, page_size=16, window=32, tile=16, theta=0.
         ([(2048, 1.0, 3.0), (4096, 2.0, 2.0)], 4096),
         ([(2048, 1.0, 3.0), (4096, 2.0, 3.0), (5000, 2.5, 3.0)], 5120),  # never: all of it, rounded up
         ([(2048, 1.0, 2.0), (4096, 2.0, 1.9)], 4096),
+        ([(2048, 1.0, 1.5), (4096, 3.0, 4.0)], 5120),  # timing was cut off: as far as is known, never
     ],
 )
 def test_where_lines_cross(times, until):
-    assert pays.crossing(times, SurgeryConfig()) == until
+    assert pays.crossing(times, SurgeryConfig(), 5000) == until
 
 
 def test_a_multiple_of_the_tile():
-    assert (
-        pays.crossing([(2048, 1.0, 2.0)], SurgeryConfig(tile=192, chunk_size=192 * 8, page_size=192)) == 2112
-    )
+    config = SurgeryConfig(tile=192, chunk_size=192 * 8, page_size=192)
+    assert pays.crossing([(2048, 1.0, 2.0)], config, 2048) == 2112
 
 
 class Clock:

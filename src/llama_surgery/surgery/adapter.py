@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 
 from llama_surgery.config import SurgeryConfig
-from llama_surgery.errors import AdapterError, check_version
+from llama_surgery.errors import AdapterError, SurgeryError, UnsupportedModelError, check_version
 from llama_surgery.files import as_json, write_json, write_together
 from llama_surgery.folders import CONFIG_FILE, FINGERPRINT, FORMAT, TENSOR_FILE, check_complete, check_folder
 from llama_surgery.surgery.operate import operate
@@ -33,6 +33,7 @@ FORMAT_VERSION = 2
 ROUTER = "router"
 MEASURED = "measured_loss"
 _SAMPLES = 64
+_PLAIN = torch.float64, torch.float32, torch.float16, torch.bfloat16
 
 
 def save_adapter(model: torch.nn.Module, folder: str | Path) -> None:
@@ -87,15 +88,16 @@ def load_adapter(model: Model, folder: str | Path) -> Model:
 
     Raises:
         AdapterError: The folder is missing, damaged, newer than this release or of another model.
+        UnsupportedModelError: The model cannot be operated.
     """
     folder = Path(folder)
     description, tensors = _read(folder)
     expected, got = description["base_model"], _describe(model)
-    differing = sorted(k for k in expected if expected[k] != got.get(k))
+    differing = sorted(k for k in got if expected.get(k) != got[k])
     if differing:
-        told = ", ".join(f"{k}: adapter {expected[k]!r}, model {got.get(k)!r}" for k in differing)
+        told = ", ".join(f"{k}: adapter {expected.get(k)!r}, model {got[k]!r}" for k in differing)
         raise AdapterError(f"the adapter in {folder} is of another model ({told}).")
-    want, have = tensors[FINGERPRINT], _fingerprint(model)
+    want, have = tensors[FINGERPRINT].float(), _fingerprint(model)
     # Half-precision roundings of one checkpoint agree to 1%; other weights do not.
     known = want.numel() and have.numel()
     if known and (want.shape != have.shape or not torch.allclose(want, have, rtol=1e-2, atol=1e-4)):
@@ -104,7 +106,13 @@ def load_adapter(model: Model, folder: str | Path) -> Model:
             "thresholds do not fit. Calibrate on this model instead."
         )
     config, measured = _operation(folder, description)
-    operate(model, config, routers=_routers(folder, tensors, config, model))
+    routers = _routers(folder, tensors, config, model)
+    try:
+        operate(model, config, routers=routers)
+    except UnsupportedModelError:
+        raise
+    except SurgeryError as error:
+        raise AdapterError(f"the adapter in {folder} cannot be used: {error}") from error
     operation_of(model).measured = measured
     return model
 
@@ -131,7 +139,8 @@ def write_config(folder: Path, config: SurgeryConfig) -> None:
 def _operation(folder: Path, description: dict[str, Any]) -> tuple[SurgeryConfig, MeasuredLoss | None]:
     """Topology and measured loss in the description of an adapter."""
     try:
-        measured = MeasuredLoss(**description[MEASURED]) if MEASURED in description else None
+        given = description.get(MEASURED)
+        measured = None if given is None else MeasuredLoss(**given)
         return SurgeryConfig.from_dict(description["surgery"]), measured
     except (ValueError, TypeError) as error:
         raise AdapterError(f"{folder / CONFIG_FILE}: {error}") from error
@@ -162,7 +171,7 @@ def _read(folder: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     try:
         description = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
         tensors = load_file(folder / TENSOR_FILE)
-    except (OSError, ValueError, SafetensorError) as error:
+    except (OSError, ValueError, RecursionError, SafetensorError) as error:
         raise AdapterError(f"the adapter in {folder} is damaged: {error}. Save it again.") from error
     what, version = f"the adapter in {folder} has format version", description.get("format_version")
     check_version(what, version, FORMAT_VERSION, AdapterError)
@@ -190,14 +199,15 @@ def _describe(model: torch.nn.Module) -> dict[str, Any]:
 
 
 def weights_digest(model: torch.nn.Module) -> str:
-    """Short fingerprint of a model's weights: evenly spaced ones of every parameter that can be read.
+    """Short fingerprint of a model's weights as they are loaded: evenly spaced ones of every parameter.
 
-    A checkpoint that was trained on has another, under whatever name and in whatever folder it lies.
+    A checkpoint that was trained on has another, under whatever name and in whatever folder it lies; so has
+    the same one in another dtype.
     """
     found = hashlib.sha256()
     for name, weight in inner_model(model).named_parameters():
         found.update(f"{name} {tuple(weight.shape)}".encode())
-        if not weight.is_meta:
+        if weight.numel() and not weight.is_meta:
             found.update(_sampled(weight).numpy().tobytes())
     return found.hexdigest()[:16]
 
@@ -212,7 +222,7 @@ def _fingerprint(model: torch.nn.Module) -> torch.Tensor:
     """Evenly spaced weights of the first operated layer; empty where they cannot be read."""
     module = next(iter(attention_modules(inner_model(model)).values()))
     for name, weight in module.named_parameters():
-        readable = weight.is_floating_point() and not weight.is_meta
+        readable = weight.dtype in _PLAIN and not weight.is_meta  # numbers of FP8 are scaled elsewhere
         if weight.dim() == 2 and readable and "lora" not in name:
             return _sampled(weight)
     return torch.empty(0)

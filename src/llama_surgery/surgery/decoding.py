@@ -22,11 +22,16 @@ if TYPE_CHECKING:
 def grouped_sinks(keywords: dict[str, Any], kv_heads: int, sequences: int) -> torch.Tensor | None:
     """(streams, heads) attention-sink parameters from a module's own (heads,), where it has any."""
     sinks = keywords.get("s_aux")
-    return None if sinks is None else sinks.detach().view(kv_heads, -1).repeat(sequences, 1)
+    return None if sinks is None else sinks.view(kv_heads, -1).repeat(sequences, 1)
 
 
 def kernels_decode(
-    call: AttentionCall, paged: PagedLayer, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
+    call: AttentionCall,
+    paged: PagedLayer,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    sinks: torch.Tensor | None,
 ) -> bool:
     """Can the decode kernels run this call? What they refuse is executed as every other call.
 
@@ -36,6 +41,7 @@ def kernels_decode(
         query: (batch, heads, new, head_dim).
         key: (batch, kv_heads, new, head_dim).
         value: (batch, kv_heads, new, value_dim).
+        sinks: From :func:`grouped_sinks`.
     """
     buffers = paged.buffers
     if call.executor != "triton" or buffers is None or buffers.empty:
@@ -45,7 +51,7 @@ def kernels_decode(
     from llama_surgery.attention.impl.triton.decode.launch import decode_obstacle
 
     learned = {} if call.router is None else call.router.tensors()
-    recorded = differentiable(key, value, buffers.keys, buffers.values, *learned.values())
+    recorded = differentiable(key, value, sinks, buffers.keys, buffers.values, *learned.values())
     return not recorded and decode_obstacle(call.config, query) is None
 
 

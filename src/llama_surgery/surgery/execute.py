@@ -21,8 +21,8 @@ from llama_surgery.surgery.supported import refuse
 from llama_surgery.topology.geometry import closed_chunks
 from llama_surgery.topology.layout import Layout
 
-#: The model's own attention of a module: f(module, keywords, query, key, value), see ``own_attention``; and
-#: that for the last rows of so many keys, if there is any.
+#: The model's own attention of a module: f(module, keywords, query, key, value), see
+#: ``interface._own_attention``; and that for the last rows of so many keys, if there is any.
 Own = Callable[..., torch.Tensor]
 FindOwn = Callable[[int, int], Own | None]
 
@@ -111,8 +111,8 @@ def run_layer(
             return done
     if done is None and steps and given is not None and real:
         how = layer.call(paged, 1, query, value, keywords)
-        if kernels_decode(how, paged, query, key, value):
-            sinks = grouped_sinks(keywords, kv_heads, batch)
+        sinks = grouped_sinks(keywords, kv_heads, batch)
+        if kernels_decode(how, paged, query, key, value, sinks):
             return decode_step(layer, how, paged, query, key, value, sinks)
     if paged.recording:
         raise SurgeryError(

@@ -130,7 +130,7 @@ def _gradients(model: PreTrainedModel, ids: torch.Tensor) -> dict[int, torch.Ten
         torch.enable_grad(),
     ):
         output = model(input_ids=ids.clone(), use_cache=False)
-        if getattr(output, "logits", None) is None:
+        if getattr(output, "logits", None) is None or output.logits.shape[:2] != ids.shape:
             raise NotImplementedError(f"{type(model).__name__} predicts no tokens")
         logits = output.logits[0].float()
         generator = torch.Generator(logits.device).manual_seed(0)

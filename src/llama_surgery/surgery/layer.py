@@ -30,7 +30,7 @@ class LayerSurgery:
     config: SurgeryConfig
     router: PageRouter | None = None
     counters: dict[int, Counters] = dataclasses.field(default_factory=dict)
-    placed: tuple[int, torch.device] | None = None  # which router is known to be where
+    placed: tuple[PageRouter | None, torch.device | None] = None, None  # which router is known to be where
 
     def call(
         self, paged: PagedLayer, tile: int, query: torch.Tensor, value: torch.Tensor, keywords: dict[str, Any]
@@ -67,8 +67,8 @@ class LayerSurgery:
 
     def move_router(self, device: torch.device) -> None:
         """Have the router where the layer is computed: where weights are offloaded, only a call tells."""
-        if self.router is None or self.placed == (id(self.router), device):
+        if self.router is None or (self.placed[0] is self.router and self.placed[1] == device):
             return
         if any(tensor.device != device for tensor in self.router.tensors().values()):
             self.router = self.router.to(device)
-        self.placed = id(self.router), device
+        self.placed = self.router, device

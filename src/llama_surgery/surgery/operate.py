@@ -71,7 +71,8 @@ def operate(
         max_loss: Instead of ``density``, the largest relative rise of perplexity: 0.01 is one per cent.
         text: Documents to calibrate on; needs ``density`` or ``max_loss``, and ``tokenizer``.
         tokenizer: The model's tokenizer.
-        length: Tokens of a calibration window; the model's context, at most 8,192, if None.
+        length: Tokens of a calibration window; if None the model's context, at most 8,192, halved until the
+            text holds one.
         decode_density: Largest executed far density of decode steps; needs ``density``. Without, their θ
             stays as ``config`` has it: by default they read everything.
         measure_speed: Read prompts of rising length, dense and sparse, for half a minute at most, and set

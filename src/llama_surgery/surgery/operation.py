@@ -56,6 +56,11 @@ class MeasuredLoss:
     far_density: float
     total_density: float
 
+    def __post_init__(self) -> None:
+        for name, value in dataclasses.asdict(self).items():
+            if not isinstance(value, int | float):
+                raise TypeError(f"{name}={value!r}: a measured loss is made of numbers.")
+
     def __str__(self) -> str:
         return (
             f"perplexity {self.loss:+.2%} (95% interval {self.low:+.2%} to {self.high:+.2%}; limit "

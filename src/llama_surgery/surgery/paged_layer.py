@@ -161,7 +161,7 @@ class PagedLayer(CacheLayerMixin):
             self.buffers.maximum = self.maximum
             self.buffers.reserve(max(lengths) + new)
         for store, length in zip(self.stores, lengths, strict=False):
-            self._expect(store, length)
+            self._expect(store, length, given=mask is not None)
         self.cropped = False
         self.slots += new
         if len(self.stores) == 1:
@@ -182,13 +182,14 @@ class PagedLayer(CacheLayerMixin):
                 "Start with a new cache after the model, its dtype, autocast or its device has changed."
             )
 
-    def _expect(self, store: SequenceStore, length: int) -> None:
+    def _expect(self, store: SequenceStore, length: int, *, given: bool) -> None:
         """Apply a pending crop: real tokens left in a cropped sequence are known from the mask alone."""
         store.truncate(length)
         if store.length != length:
             raise SurgeryError(
-                f"a sequence of {store.length} cached tokens, but the attention mask counts {length}: "
-                "pass the same attention_mask, extended, in every call on one cache."
+                f"a sequence of {store.length} cached tokens, but "
+                + (f"the attention mask counts {length}: " if given else "no attention mask was given: ")
+                + "pass the same attention_mask, extended, in every call on one cache."
             )
 
     @property

@@ -39,7 +39,7 @@ def measured_dense_until(
 
     Returns:
         The position from which on a prompt is read faster sparse than dense, between the lengths timed; the
-        longest timed, at most the model's context, where it never is. A multiple of the tile.
+        longest there could be, where it was not faster at any that was timed. A multiple of the tile.
     """
     operation = operation_of(model)
     config = operation.config
@@ -64,21 +64,20 @@ def measured_dense_until(
     finally:
         operation.use(config)
         reset_statistics(model)
-    return crossing(times, config)
+    return crossing(times, config, most)
 
 
-def crossing(times: Sequence[tuple[int, float, float]], config: SurgeryConfig) -> int:
+def crossing(times: Sequence[tuple[int, float, float]], config: SurgeryConfig, most: int) -> int:
     """``dense_until`` for (tokens, seconds dense, seconds sparse) of rising lengths.
 
     Where the line through what sparse costs more at the last two lengths crosses zero, rounded up; 0 where
-    already the first is no slower sparse.
+    already the first is no slower sparse, ``most``, what the longest prompt has, where the last still is.
     """
-    slower = [length for length, dense, sparse in times if sparse > dense]
-    if not slower:
+    if all(sparse <= dense for _, dense, sparse in times):
         return 0
-    found = slower[-1]
+    found = most
     length, dense, sparse = times[-1]
-    if sparse <= dense and len(times) > 1:
+    if sparse <= dense:
         before, old_dense, old_sparse = times[-2]
         loss, gain = old_sparse - old_dense, dense - sparse
         found = round(before + (length - before) * loss / max(loss + gain, 1e-12))

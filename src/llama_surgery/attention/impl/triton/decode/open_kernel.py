@@ -1,4 +1,4 @@
-"""The second kernel of decode: open pages and attend to them. See ``decode_kernels`` for rows."""
+"""The second kernel of decode: open pages and attend to them. See ``score_kernels`` for rows."""
 
 import triton
 import triton.language as tl

@@ -4,7 +4,7 @@ Row m of a matrix tile is head ``m % HEADS_PAD`` of query ``m // HEADS_PAD`` of 
 queries. Query r of a stream is at position ``length + r`` and is a tile of its own. Grids follow from the
 cache's capacity; what a program does follows from the length it reads, so that a launch can be captured.
 
-How a cache lies is said in decode_append_kernel.py. A row beyond the cache's capacity, whose key is nowhere,
+How a cache lies is said in append_kernel.py. A row beyond the cache's capacity, whose key is nowhere,
 gets NaN: the host, which knows the lengths, should have refused it, and an answer would be a wrong one.
 """
 
