@@ -192,9 +192,7 @@ def test_a_batch_of_another_size_is_refused():
 def test_a_mask_that_forgets_the_padding_is_refused():
     ids, mask = pad([tokens(20), tokens(12)], [0, 8], 20)
     _, cache = in_pieces(llama(), ids, [], mask=mask)
-    with pytest.raises(
-        SurgeryError, match="a sequence of 12 cached tokens, but the attention mask counts 20"
-    ):
+    with pytest.raises(SurgeryError, match="a sequence of 12 cached tokens, but no attention mask was given"):
         llama()(tokens(2, 1), **{CACHE_NAME: cache})
 
 

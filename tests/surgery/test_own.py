@@ -240,3 +240,19 @@ def test_a_layer_that_follows_the_first_costs_few_operations(monkeypatch):
     more = torch.stack([of_a_layer(model) for model in models]) - dense
     prompt, step = (more[1] - more[0]).div(4).tolist()
     assert prompt <= 9 and step <= 4
+
+
+def test_padded_batches_that_see_everything_are_never_laid_out(monkeypatch) -> None:
+    """Their keys would have to be put back into order in every step."""
+
+    def broken(*_: object, **__: object) -> None:
+        raise AssertionError("a layout was made")
+
+    monkeypatch.setattr("llama_surgery.surgery.store.build_layout", broken)
+    model, width = llama(), 200
+    ids, mask = pad([tokens(width - 30), tokens(width, seed=1)], [30, 0], width)
+    told = {"attention_mask": mask, "max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False}
+    dense = model.generate(ids, **told)
+    with operated(model, dataclasses.replace(SPARSE, dense_until=1024)):
+        assert torch.equal(model.generate(ids, **told), dense)
+        logits(model, ids, attention_mask=mask)

@@ -270,5 +270,6 @@ def _stored(
     start, size = stop - query.shape[2], layer.config.chunk_size
     parts = list(parts_of(start, stop, layer.config, step=step, prompt_end=end))
     since = closed_chunks(start, layer.config, parts[0].tile) if parts else store.length // size
-    near = store.append(key, value, since * size, layer.router)
-    return _Piece(query, near, store.layout, parts, columns)
+    closed = closed_chunks(stop - 1, layer.config, parts[-1].tile) if parts else 0
+    near = store.append(key, value, since * size, layer.router, closed)
+    return _Piece(query, near, store.layout if closed else None, parts, columns)

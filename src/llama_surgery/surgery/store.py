@@ -3,6 +3,7 @@
 import torch
 
 from llama_surgery.attention.executor import build_layout
+from llama_surgery.attention.impl.common import differentiable
 from llama_surgery.config import SurgeryConfig
 from llama_surgery.errors import SurgeryError
 from llama_surgery.surgery.buffers import PageBuffers
@@ -18,7 +19,7 @@ class SequenceStore:
     """What a layer remembers of one or more sequences that have equally many tokens.
 
     A full chunk is rewritten in tree order once, from its own keys alone, when its layout is first asked for
-    (law 1): rows that see everything do not ask.
+    (law 1): rows that see everything do not ask, unless gradients are recorded.
 
     Args:
         buffers: Tensors of the layer, of which ``streams`` are the store's own; its own if None.
@@ -68,7 +69,12 @@ class SequenceStore:
                 self._lay_out(begin, *self._buffers.read(self._streams, begin, full), router)
 
     def append(
-        self, keys: torch.Tensor, values: torch.Tensor, since: int, router: PageRouter | None = None
+        self,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        since: int,
+        router: PageRouter | None = None,
+        closed: int | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Add tokens and return the last keys and values in order of position.
 
@@ -77,6 +83,7 @@ class SequenceStore:
             values: (sequences, kv_heads, new, value_dim).
             since: Position from which keys are wanted, a multiple of ``chunk_size``.
             router: The layer's learned corrections, or None.
+            closed: Chunks that are closed for the last row, which need a layout; None for all full ones.
 
         Returns:
             Keys and values (streams, positions since … length - 1, dim).
@@ -88,10 +95,10 @@ class SequenceStore:
         check_finite(keys)
         self.router = router
         keys, values = keys.flatten(0, 1), values.flatten(0, 1)
-        near = self._near(keys, values, since)
         size, stop = self.config.chunk_size, self.length + keys.shape[1]
+        full = (stop // size if closed is None else closed) * size
         if not self.keep:
-            full = stop // size * size
+            near = self._near(keys, values, since)
             self._passing = None
             if full:
                 self._passing = build_layout(keys[:, :full], values[:, :full], self.config, router)
@@ -101,6 +108,11 @@ class SequenceStore:
             self.length = stop
             return near
         buffers = self._reserve(keys)
+        if keys.numel() and not (full or self.laid or buffers.recorded or differentiable(keys, values)):
+            buffers.write(self._streams, self.length, keys, values)
+            self.length = stop
+            return buffers.read(self._streams, since, stop)
+        near = self._near(keys, values, since)
         self.lay_out(router)
         with buffers.recording():
             self._keep_states(keys, values, router)
