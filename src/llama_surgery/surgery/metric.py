@@ -28,10 +28,11 @@ def metric_of(
     """Weights of the keys of every layer, (kv_heads, head_dim) float32, by layer index.
 
     Where a query's channel is large, keys that differ in it get different logits. A channel counts by the
-    root mean square of its queries, averaged over a KV head's group and with the channel half a head away: its
-    rotary partner, so that the metric does not depend on positions, in models that rotate whole heads by
-    halves, as Llama, Mistral, Qwen and Gemma do; in others the metric is a coarser one. There is none, and keys are sorted in their own, where the model's
-    weights are not in memory (``meta`` tensors) or it cannot be run.
+    root mean square of its queries, averaged over a KV head's group and with the channel half a head away.
+    That is its rotary partner, so that the metric does not depend on positions, in models that rotate whole
+    heads by halves, as Llama, Mistral, Qwen and Gemma do; in others the metric is a coarser one. There is
+    none, and keys are sorted in their own, where the model's weights are not in memory (``meta`` tensors) or
+    it cannot be run.
 
     Args:
         model: A dense model, which runs once on ``TOKENS`` tokens.
