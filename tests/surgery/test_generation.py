@@ -301,3 +301,13 @@ def test_eject_leaves_generate_as_it_was():
         assert model.generate() == "mine"
     assert model.__dict__["generate"]() == "mine"
     assert logits(model, tokens(1, 5)).isfinite().all()
+
+
+def test_a_negative_prompt_has_an_end_of_its_own(model):
+    """Guidance reads it with a cache of its own; rows behind either prompt are decode steps."""
+    reset_statistics(model)
+    negative = tokens(1, 101, seed=1)
+    model.generate(tokens(1, 140), negative_prompt_ids=negative, guidance_scale=1.5, **OPTIONS)
+    rows = {tile: part["rows"] for tile, part in statistics(model).by_tile.items()}
+    layers = 2
+    assert rows == {"8": layers * (136 + 96), "1": layers * (4 + 5 + 2 * (NEW - 1))}

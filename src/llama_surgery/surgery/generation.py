@@ -31,13 +31,26 @@ class Running:
     def prepare(self, mask: Any, maximum: int) -> None:
         """Learn what transformers made of the inputs: the prompt's mask, if one is needed, and the length."""
         self.maximum = maximum
-        if isinstance(mask, torch.Tensor) and mask.dim() == 2:
-            self.columns, self.ends = mask.shape[1], mask.bool().sum(1).tolist()
-        elif self.columns is not None:
-            self.ends = [self.columns]
+        if _padded(mask):
+            self.columns = mask.shape[1]
+        if self.columns is not None:
+            self.ends = _ends(mask, self.columns)
+
+    def adopt_another(self, cache: PagedCache, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+        """Have a cache follow that a call of the model begins with.
+
+        It takes the place of that of ``generate()``, which the model's own code has dropped; but where it is
+        to hold less than the prompt, it is another text, such as the negative prompt of classifier-free
+        guidance, and has an end of its own.
+        """
+        columns = _columns(args, kwargs)
+        if columns is None or self.columns is None or columns >= self.columns:
+            self.adopt(cache)
+        else:
+            cache.follow(self.generation, _ends(kwargs.get("attention_mask"), columns))
 
     def adopt(self, cache: PagedCache) -> None:
-        """Have a cache follow: the one that the call began with, or one that takes its place."""
+        """Have the cache follow that the call began with."""
         if self.maximum is not None:
             cache.expect_length(self.maximum)
         if not self.ends or self.columns is None:
@@ -65,6 +78,15 @@ def running_of(owner: object) -> Running | None:
     """The innermost ``generate()`` that runs in this thread, if it is one of ``owner``."""
     running = _running.get()
     return running if running is not None and running.owner is owner else None
+
+
+def _padded(mask: Any) -> bool:
+    return isinstance(mask, torch.Tensor) and mask.dim() == 2
+
+
+def _ends(mask: Any, columns: int) -> list[int]:
+    """Tokens of each sequence of a prompt, or one number for all."""
+    return mask.bool().sum(1).tolist() if _padded(mask) else [columns]
 
 
 def _columns(args: Sequence[Any], kwargs: Mapping[str, Any]) -> int | None:

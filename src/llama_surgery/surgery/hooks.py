@@ -83,7 +83,7 @@ def model_hook(
     if use_cache and given is None and not recomputed:
         given = operation.cache()
         if (running := running_of(operation)) is not None:
-            running.adopt(given)  # the model's own code has dropped the cache that generate() was given
+            running.adopt_another(given, args, kwargs)
         kwargs = with_cache(kwargs, cache_name(model), given)
     if isinstance(given, PagedCache):
         check_fits(operation, given)
