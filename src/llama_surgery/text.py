@@ -231,22 +231,26 @@ def windows(
 def split_texts(texts: Sequence[str]) -> tuple[list[str], list[str]]:
     """Text to set thresholds on, and text to measure on, which have nothing in common.
 
-    Every document is cut at the paragraph after its first quarter.
+    Every document is cut after its first quarter: at the next empty line or, where there is none, at the next
+    line or space. What has none of these is in the first part alone, with a warning.
 
     Raises:
-        TextError: No document has a paragraph there.
+        TextError: No document can be cut.
     """
     first, rest = [], []
     for text in texts:
-        cut = text.find("\n\n", int(CALIBRATION_SHARE * len(text)))
-        if cut >= 0:
-            first.append(text[:cut])
-            rest.append(text[cut:].strip())
-    if not any(first) or not any(rest):
+        cuts = (text.rstrip().find(mark, int(CALIBRATION_SHARE * len(text))) for mark in ("\n\n", "\n", " "))
+        cut = next((cut for cut in cuts if cut >= 0), len(text))
+        first.append(text[:cut].strip())
+        rest.append(text[cut:].strip())
+    whole = sum(not part for part in rest)
+    if whole == len(texts):
         raise TextError(
-            "the text cannot be split: no empty line stands after the first quarter of a document. Give two "
+            "the text cannot be split: no space stands after the first quarter of a document. Give two "
             "texts, one of them for calibration."
         )
+    if whole:
+        _log.warning(f"{whole} of {len(texts)} documents cannot be split: they are left to calibration.")
     return [text for text in first if text], [text for text in rest if text]
 
 

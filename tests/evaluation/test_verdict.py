@@ -40,6 +40,14 @@ def test_needles_go_by_the_interval_of_what_was_lost(lost: int, state: str) -> N
     assert finding.low < finding.loss < finding.high and finding.state == state
 
 
+def test_needles_that_are_gained_do_not_make_up_for_those_that_are_lost() -> None:
+    found = measured(1, 1, lost=30)
+    for needle in found["needles"][100:130]:
+        needle["right"][DENSE] = False
+    (finding,) = find(found, None, Limits(needles=0.05))
+    assert finding.loss == pytest.approx(30 / 200)
+
+
 def result(lost: dict[str, int], samples: int = 200, dense: float = 1.0) -> RulerResult:
     """So many answers of each task lost, half of the samples at either length."""
     settings = {"configs": {"operated": {}}, "tasks": list(lost), "lengths": [1, 2], "samples": samples // 2}
@@ -105,7 +113,15 @@ def test_limits_are_read_from_a_file(tmp_path: Path) -> None:
     file = tmp_path / "limits.json"
     file.write_text(json.dumps({"perplexity": 0.02, "ruler_single": 0.1}), encoding="utf-8")
     assert read_limits(file) == Limits(perplexity=0.02, ruler_single=0.1)
-    for wrong in ("{", "{}", "[1]", '{"speed": 2}', '{"needles": "few"}', '{"needles": -1}'):
+    for wrong in (
+        "{",
+        "{}",
+        "[1]",
+        '{"speed": 2}',
+        '{"needles": "few"}',
+        '{"needles": "0.1"}',
+        '{"needles": -1}',
+    ):
         file.write_text(wrong, encoding="utf-8")
         with pytest.raises(SurgeryError, match="one or more of perplexity, needles, ruler, ruler_single"):
             read_limits(file)

@@ -46,7 +46,8 @@ def read_limits(path: Path) -> Limits:
     names = [field.name for field in dataclasses.fields(Limits)]
     try:
         given = json.loads(path.read_text(encoding="utf-8"))
-        if given and given.keys() <= set(names) and all(float(limit) >= 0 for limit in given.values()):
+        numbers = all(type(limit) in (int, float) and limit >= 0 for limit in given.values())
+        if given and given.keys() <= set(names) and numbers:
             return Limits(**given)
         problem = f"it holds {json.dumps(given)[:200]}"
     except (OSError, ValueError, TypeError, AttributeError) as error:
@@ -105,7 +106,9 @@ def find(results: Mapping[str, Any], ruler: RulerResult | None, limits: Limits) 
         if limits.perplexity is not None:
             found.append(_of_perplexity(form, own, limits.perplexity))
         if limits.needles is not None:
-            rights = [(n["right"][DENSE], n["right"][form]) for n in results.get("needles", []) if own]
+            # What the operated model alone answers does not make up for what it answers no more.
+            answers = [(n["right"][DENSE], n["right"][form]) for n in results.get("needles", []) if own]
+            rights = [(dense, dense and operated) for dense, operated in answers]
             pairs = [tuple([float(right) for right in side] for side in zip(*rights, strict=True))]
             lost = {"": paired_change(pairs)} if rights else {}
             found.append(_worst(form, "needles", lost, limits.needles))
