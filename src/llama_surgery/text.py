@@ -241,7 +241,7 @@ def split_texts(texts: Sequence[str]) -> tuple[list[str], list[str]]:
     for text in texts:
         cuts = (text.rstrip().find(mark, int(CALIBRATION_SHARE * len(text))) for mark in ("\n\n", "\n", " "))
         cut = next((cut for cut in cuts if cut >= 0), len(text))
-        first.append(text[:cut].strip())
+        first.append(text[:cut])
         rest.append(text[cut:].strip())
     whole = sum(not part for part in rest)
     if whole == len(texts):
