@@ -6,7 +6,18 @@ from typing import Any, NamedTuple
 
 from matplotlib.axes import Axes
 
-from llama_surgery.report.style import AMOUNT, BLUE, GREY, OPERATED, PALE, PERCENT, figure, shade_text, to_svg
+from llama_surgery.report.style import (
+    AMOUNT,
+    BLUE,
+    GREY,
+    OPERATED,
+    PALE,
+    PERCENT,
+    SKY,
+    figure,
+    shade_text,
+    to_svg,
+)
 
 #: The ratio axis spans at least this much above 1: a loss of a thousandth must not look like a cliff.
 RATIO_SHOWN = 0.01
@@ -65,17 +76,20 @@ def head_density(by_layer: dict[int, dict[str, Any]]) -> str:
 
 
 def layer_density(by_layer: dict[int, dict[str, Any]]) -> str:
-    """Near and far density of every layer, stacked."""
+    """Near and far density of every layer, and that of summaries, stacked; older results have none of these."""
     layers = sorted(by_layer)
     near = [by_layer[layer]["near_density"] for layer in layers]
     far = [fmean(by_layer[layer]["far_density"]) for layer in layers]
+    means = [by_layer[layer].get("summary_density", 0.0) for layer in layers]
     with figure(5.1, 1.3 + 0.34 * len(layers)) as fig:
         panel = fig.subplots()
         places = range(len(layers))
         panel.barh(places, near, color=PALE, label="near field")
         panel.barh(places, far, left=near, color=BLUE, label="far field")
-        for place, (n, f) in enumerate(zip(near, far, strict=True)):
-            panel.annotate(f"{n + f:.1%}", (n + f, place), (4, 0), textcoords="offset points", va="center")
+        read = [n + f for n, f in zip(near, far, strict=True)]
+        panel.barh(places, means, left=read, color=SKY, label="summaries")
+        for place, total in enumerate(r + m for r, m in zip(read, means, strict=True)):
+            panel.annotate(f"{total:.1%}", (total, place), (4, 0), textcoords="offset points", va="center")
         panel.set_yticks(places, [str(layer) for layer in layers])
         panel.invert_yaxis()
         panel.grid(axis="y", visible=False)
@@ -84,8 +98,8 @@ def layer_density(by_layer: dict[int, dict[str, Any]]) -> str:
         panel.set_ylabel("layer")
         panel.xaxis.set_major_formatter(PERCENT)
         panel.set_title("Density by layer")
-        fig.legend(loc="outside lower right", ncols=2)
-        return to_svg(fig, "Near and far density of every layer")
+        fig.legend(loc="outside lower right", ncols=3)
+        return to_svg(fig, "Near and far density, and that of summaries, of every layer")
 
 
 def position_perplexity(

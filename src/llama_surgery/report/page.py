@@ -92,6 +92,11 @@ def _conditions(results: dict[str, Any]) -> list[tuple[str, str]]:
     listed.append(("versions", ", ".join([*versions, f"Python {environment['python']}"])))
     for measured in results["operated"]:
         config = measured["config"]
+        if gumbel := config.get("gumbel"):
+            arities = " or ".join(str(arity) for arity in gumbel["arities"])
+            told = f"content routers (gumbel), trees whose nodes have {arities} children"
+            listed.append((f"topology, {measured['name']}", told))
+            continue
         decode = (
             f"in decode {config['theta_decode']:.3%}" if config["theta_decode"] else "decode reads everything"
         )

@@ -171,7 +171,8 @@ class Statistics:
             whose query heads read together.
         rows: Query rows, over all layers.
         causal_pairs: Over all layers and KV heads.
-        by_layer: Per layer ``far_density`` and ``pages_read`` (lists over KV heads), ``near_density``.
+        by_layer: Per layer ``far_density`` and ``pages_read`` (lists over KV heads), ``near_density``,
+            ``summary_density``.
         by_tile: Per tile size (as text: "1" for decode) ``far_density``, ``total_density``, ``rows`` and
             ``pages_per_tile_row``, the mean number of far pages a row's tile reads for a head.
     """
@@ -202,6 +203,7 @@ def summarise(layers: dict[int, dict[int, Counters]], page_size: int) -> Statist
             "far_density": [pairs / causal for pairs in sums["far"]],
             "pages_read": sums["pages"],
             "near_density": sums["near"] / causal,
+            "summary_density": sums["summary"] / causal,
         }
     by_tile = {}
     for tile in sorted({tile for tiles in layers.values() for tile in tiles}):
