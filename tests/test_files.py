@@ -8,7 +8,7 @@ import stat
 import pytest
 
 from llama_surgery.errors import SurgeryError
-from llama_surgery.files import write_atomically, write_json
+from llama_surgery.files import write_atomically, write_json, write_together
 
 
 def full_disk(*_arguments, **_keywords):
@@ -101,3 +101,17 @@ def test_a_folder_that_may_not_be_written_is_told(tmp_path):
     tmp_path.chmod(0o500)
     with pytest.raises(SurgeryError, match="Permission denied"):
         write_json(tmp_path / "file", {})
+
+
+def test_what_was_replaced_before_an_error_is_told(tmp_path, monkeypatch):
+    one, two, replace = tmp_path / "one", tmp_path / "two", os.replace
+
+    def failing(source, target):
+        if target == two:
+            full_disk()
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", failing)
+    with pytest.raises(SurgeryError, match=r"could not write .*two: .*one had been replaced before;"):
+        write_together({one: lambda file: file.write_text("1"), two: lambda file: file.write_text("2")})
+    assert [path.name for path in tmp_path.iterdir()] == ["one"]

@@ -34,7 +34,11 @@ def write_together(files: Mapping[Path, Write], *, own: bool = False) -> None:
     """As :func:`write_atomically`, for files that belong together: none is replaced before all are complete.
 
     They are moved into place in the order given.
+
+    Raises:
+        SurgeryError: As there; files that were moved before one that could not be are named.
     """
+    moved: list[str] = []
     filled: list[tuple[Path, Path]] = []
     path = next(iter(files))
     try:
@@ -49,10 +53,11 @@ def write_together(files: Mapping[Path, Write], *, own: bool = False) -> None:
                 os.fsync(file.fileno())
         for temporary, path in filled:
             os.replace(temporary, path)
+            moved.append(str(path))
     except OSError as error:
+        done = f"{', '.join(moved)} had been replaced before" if moved else "Nothing was changed"
         raise SurgeryError(
-            f"could not write {path}: {error.strerror or error}. Nothing was changed; check the disk and "
-            "the permissions."
+            f"could not write {path}: {error.strerror or error}. {done}; check the disk and the permissions."
         ) from error
     finally:
         for temporary, _ in filled:

@@ -335,10 +335,15 @@ def test_a_checkpoint_of_another_run_is_refused(tmp_path: Path) -> None:
     model, ids, file = build("Llama", dtype=torch.float32), tokens(2, 64), tmp_path / "checkpoint.pt"
     short = dataclasses.replace(LEARNING, steps=1)
     learn_gumbel(model, CONFIG, ids, short, checkpoint_file=file)
-    with pytest.raises(SurgeryError, match="settings differ"):
+    with pytest.raises(SurgeryError, match=r"\(settings.seed differ"):
         learn_gumbel(model, CONFIG, ids, dataclasses.replace(short, seed=5), checkpoint_file=file)
     with pytest.raises(SurgeryError, match="windows differ"):
         learn_gumbel(model, CONFIG, ids + 1, short, checkpoint_file=file)
+    with pytest.raises(SurgeryError, match=r"\(model differ"), torch.no_grad():
+        next(model.parameters()).add_(1)
+        learn_gumbel(model, CONFIG, ids, short, checkpoint_file=file)
+    with pytest.raises(SurgeryError, match="rate=-1"):
+        GumbelLearning(rate=-1)
 
 
 def test_levels_and_balance() -> None:

@@ -1,6 +1,7 @@
 """learn(): from text to an operated model."""
 
 import dataclasses
+from pathlib import Path
 
 import pytest
 import torch
@@ -40,6 +41,14 @@ def test_learn_operates_with_what_it_learned() -> None:
     assert config_of(model).dense_until == SPARSE.dense_until
     eject(model)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_a_checkpoint_saves_calibrating_the_first_threshold(tmp_path: Path) -> None:
+    given, stages = {**GIVEN, "steps": 2, "windows": 2, "checkpoint_file": tmp_path / "run.pt"}, list[str]()
+    first = learn(build("Llama"), SPARSE, **given)
+    again = learn(build("Llama"), SPARSE, **given, progress=lambda stage, *_: stages.append(stage))
+    assert stages and not {"first threshold", "learning"} & set(stages)
+    assert config_of(first) == config_of(again)
 
 
 def test_a_model_that_is_operated_or_trained_is_refused() -> None:

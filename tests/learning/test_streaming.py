@@ -55,7 +55,7 @@ def learned_in_memory(seen: list[Step]) -> Corrections:
 
     options = {"checkpoint_file": None, "every_seconds": 0.0, "progress": seen.append}
     with frozen(model):
-        run(measure, state, gates, ids, LOCAL, "local", **options)
+        run(measure, state, gates, ids, LOCAL, "local", "", **options)
     return corrections
 
 
@@ -122,6 +122,12 @@ def test_states_of_other_windows_are_not_used(folder: Path, tmp_path: Path) -> N
     with pytest.raises(SurgeryError, match="another run \\(windows differ"):
         learn_streamed(skeleton(folder), Weights(folder), SPARSE, windows(2), one, Captured(tmp_path), **CPU)
     streamed(folder, tmp_path, dataclasses.replace(one, seed=3))
+    model = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    with torch.no_grad():
+        model.model.layers[1].self_attn.k_proj.weight.mul_(1.5)
+    model.save_pretrained(tmp_path / folder.name)
+    with pytest.raises(SurgeryError, match="another run \\(model differ"):
+        streamed(tmp_path / folder.name, tmp_path, one)
 
 
 def test_what_cannot_be_streamed_is_said(folder: Path, tmp_path: Path) -> None:

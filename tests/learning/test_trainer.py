@@ -107,14 +107,26 @@ def test_a_killed_run_ends_where_an_uninterrupted_one_does(tmp_path: Path) -> No
     assert torch.equal(vector(resumed), vector(whole))
 
 
+def test_a_run_goes_on_whatever_threshold_was_found_anew(tmp_path: Path) -> None:
+    model, ids, file = build("Llama", dtype=torch.float32), windows(), tmp_path / "checkpoint.pt"
+    short, steps = dataclasses.replace(SETTINGS, steps=2), list[Step]()
+    first = vector(learn(model, SPARSE, ids, short, checkpoint_file=file))
+    other = dataclasses.replace(SPARSE, theta=SPARSE.theta * (1 + 1e-7))
+    again = learn(model, other, ids, short, checkpoint_file=file, progress=steps.append)
+    assert not steps and torch.equal(first, vector(again))
+
+
 def test_a_checkpoint_of_another_run_is_refused(tmp_path: Path) -> None:
     model, ids, file = build("Llama", dtype=torch.float32), windows(), tmp_path / "checkpoint.pt"
     short = dataclasses.replace(SETTINGS, steps=1)
     learn(model, SPARSE, ids, short, checkpoint_file=file)
-    with pytest.raises(SurgeryError, match="settings differ"):
+    with pytest.raises(SurgeryError, match=r"\(settings.seed differ"):
         learn(model, SPARSE, ids, dataclasses.replace(short, seed=5), checkpoint_file=file)
     with pytest.raises(SurgeryError, match="windows differ"):
         learn(model, SPARSE, ids + 1, short, checkpoint_file=file)
+    with pytest.raises(SurgeryError, match=r"\(model differ"), torch.no_grad():
+        next(model.parameters()).add_(1)
+        learn(model, SPARSE, ids, short, checkpoint_file=file)
     file.write_bytes(b"not a checkpoint")
     with pytest.raises(SurgeryError, match="damaged"):
         learn(model, SPARSE, ids, short, checkpoint_file=file)

@@ -14,6 +14,7 @@ from llama_surgery.gumbel.router import ContentRouter, routers_for
 from llama_surgery.gumbel.soft import Drawing
 from llama_surgery.learning.state import check_loss, read_checkpoint, write_checkpoint
 from llama_surgery.learning.trainer import digest, frozen
+from llama_surgery.surgery.adapter import weights_digest
 from llama_surgery.surgery.operate import operated
 from llama_surgery.surgery.operation import reset_statistics, statistics, surgery_of
 from llama_surgery.surgery.supported import attention_modules, inner_model
@@ -43,8 +44,8 @@ class GumbelLearning:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.steps < 1:
-            raise SurgeryError(f"steps={self.steps}: must be at least 1.")
+        if self.steps < 1 or not 0 < self.rate < float("inf"):
+            raise SurgeryError(f"steps={self.steps}, rate={self.rate}: must be at least 1 and positive.")
         if not 0 < self.last_temperature <= self.first_temperature:
             raise SurgeryError(
                 f"first_temperature={self.first_temperature}, last_temperature={self.last_temperature}: must "
@@ -96,7 +97,12 @@ def learn_gumbel(
     routers = routers_for(inner, attention_modules(inner), gumbel, settings.seed)
     named = torch.nn.ModuleDict({str(index): router for index, router in routers.items()}).to(inner.device)
     optimiser = torch.optim.Adam(named.parameters(), lr=settings.rate)
-    about = {"settings": dataclasses.asdict(settings), "gumbel": gumbel.to_dict(), "windows": digest(windows)}
+    about = {
+        "settings": dataclasses.asdict(settings),
+        "gumbel": gumbel.to_dict(),
+        "windows": digest(windows),
+        "model": weights_digest(inner),
+    }
     done = 0
     if checkpoint_file is not None and (content := read_checkpoint(checkpoint_file, about)) is not None:
         named.load_state_dict(content["routers"])

@@ -1,5 +1,6 @@
 """From text to a model that is operated with corrections learned on it."""
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -92,10 +93,12 @@ def learn(
         density=density, length=length, steps=steps, parts=tuple(parts), rate=rate, seed=seed
     )
     ids = cut_windows(tokenizer, text, length, windows, seed, usual=WINDOWS)
-    # One threshold for all heads: their budgets are learned.
-    with counted(inner, "first threshold", USUAL * len(few), progress), operated(model, config):
-        config = calibrate(model, few, density)
-    config = processes.agreed(config)  # to the last digit: GPUs may round differently
+    if checkpoint_file is not None and checkpoint_file.exists():
+        first = dataclasses.replace(config, theta=1.0)  # the checkpoint has the θ to go on from
+    else:  # one threshold for all heads: their budgets are learned
+        with counted(inner, "first threshold", USUAL * len(few), progress), operated(model, config):
+            first = calibrate(model, few, density)
+    first = processes.agreed(first)  # to the last digit: GPUs may round differently
     with told_or_shown("learning", steps, progress) as tell:
 
         def each(step: Step) -> None:
@@ -105,7 +108,7 @@ def learn(
 
         corrections = learn_corrections(
             model,
-            config,
+            first,
             ids,
             settings,
             checkpoint_file=checkpoint_file,

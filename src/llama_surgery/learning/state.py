@@ -129,13 +129,22 @@ def read_checkpoint(path: Path, about: dict[str, Any]) -> dict[str, Any] | None:
         raise SurgeryError(f"{path} is damaged ({error}): remove it to start anew.") from error
     if not isinstance(content, dict) or not isinstance(content.get("about"), dict):
         raise SurgeryError(f"{path} is not a checkpoint of learning: name another file.")
-    kept = content["about"]
-    differing = sorted(key for key in about if about[key] != kept.get(key))
+    wanted, kept = _fields(about), _fields(content["about"])
+    differing = sorted(name for name in wanted if wanted[name] != kept.get(name))
     if differing:
         raise SurgeryError(
             f"{path} is of another run ({', '.join(differing)} differ): remove it, or name another."
         )
     return content
+
+
+def _fields(about: dict[str, Any]) -> dict[str, Any]:
+    """What a run is of, parts of it as ``part.field``."""
+    fields: dict[str, Any] = {}
+    for name, value in about.items():
+        own = {f"{name}.{key}": v for key, v in value.items()} if isinstance(value, dict) else {name: value}
+        fields |= own
+    return fields
 
 
 def first_state(

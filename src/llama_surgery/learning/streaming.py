@@ -126,8 +126,7 @@ def capture(
     Raises:
         SurgeryError: The states that are there are of another model or other windows.
     """
-    about = {"model": weights.folder.name, "tensors": len(weights.files), "dtype": str(dtype)}
-    captured.claim(about | {"windows": digest(windows)})
+    captured.claim({"model": weights.digest(), "dtype": str(dtype), "windows": digest(windows)})
     layers = list(attention_modules(model))
     missing = [n for n in range(len(windows)) if not all(captured.file(i, n).exists() for i in layers)]
     for start in range(0, len(missing), TOGETHER):
@@ -269,6 +268,7 @@ def learn_streamed(
         windows,
         settings,
         "local",
+        weights.digest(),
         checkpoint_file=checkpoint_file,
         every_seconds=every_seconds,
         progress=progress,

@@ -19,6 +19,7 @@ from llama_surgery.learning.processes import ALONE, Processes
 from llama_surgery.learning.reading import Reading
 from llama_surgery.learning.settings import LearningSettings, homotopy_at, rate_at
 from llama_surgery.learning.state import LearningState, check_loss, first_state
+from llama_surgery.surgery.adapter import weights_digest
 from llama_surgery.surgery.context import check_far_field
 from llama_surgery.surgery.metric import metric_of
 from llama_surgery.surgery.supported import attention_modules, head_shape, inner_model
@@ -69,7 +70,8 @@ def learn(
 
     Args:
         model: A dense decoder in evaluation mode; dense again afterwards.
-        config: The topology to correct, for its own tile, θ calibrated for the density.
+        config: The topology to correct, for its own tile, θ calibrated for the density; a checkpoint has its
+            own.
         windows: (count, length) int64 training windows, taken in turn, one in a step of every process.
         settings: What to learn and how.
         checkpoint_file: Where the state is kept.
@@ -104,6 +106,7 @@ def learn(
             windows,
             settings,
             "logits",
+            weights_digest(inner),
             checkpoint_file=checkpoint_file,
             every_seconds=every_seconds,
             progress=progress,
@@ -136,6 +139,7 @@ def run(
     windows: torch.Tensor,
     settings: LearningSettings,
     loss: str,
+    model: str,
     *,
     checkpoint_file: Path | None,
     every_seconds: float,
@@ -151,16 +155,19 @@ def run(
         state: Where to begin, unless the checkpoint file says more; changed.
         gates: What ``measure`` reads; set anew for every step.
         loss: Name of the loss, by which checkpoints are told apart.
+        model: Digest of the model's weights, likewise.
 
     Raises:
         SurgeryError: The checkpoint is of another run.
     """
     about = {
         "settings": {**settings.to_dict(), "stage": loss},
-        "config": gates.config.to_dict(),
+        # Without θ, which the state goes on from: calibrating anew finds another last digit.
+        "config": {k: v for k, v in gates.config.to_dict().items() if k not in ("theta", "theta_decode")},
         "windows": digest(windows),
+        "model": model,
+        "processes": processes.count,
     }
-    about["processes"] = processes.count
     if checkpoint_file is not None:
         state.load(checkpoint_file, about)
     begun = saved = time.monotonic()

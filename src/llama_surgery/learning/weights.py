@@ -1,9 +1,11 @@
 """A model whose weights stay on disk: every part is loaded when it computes and dropped after it."""
 
 import contextlib
+import hashlib
 import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -62,12 +64,35 @@ class Weights:
             by_file.setdefault(self.files[name], []).append(name)
         tensors = {}
         for path, wanted in by_file.items():
-            try:
-                with safe_open(self.folder / path, framework="pt") as file:
-                    tensors |= {name: file.get_tensor(name) for name in wanted}
-            except (OSError, SafetensorError) as error:
-                raise SurgeryError(f"{self.folder / path} cannot be read ({error}).") from error
+            with self._opened(path) as file:
+                tensors |= {name: file.get_tensor(name) for name in wanted}
         return tensors
+
+    def digest(self) -> str:
+        """Short fingerprint of the checkpoint: names, shapes and the middle row of all its tensors.
+
+        Raises:
+            SurgeryError: A file is missing or damaged.
+        """
+        found = hashlib.sha256()
+        for path in sorted(set(self.files.values())):
+            with self._opened(path) as file:
+                for name in sorted(file.keys()):
+                    tensor = file.get_slice(name)
+                    shape = tensor.get_shape()
+                    found.update(f"{name} {shape}".encode())
+                    if shape:
+                        row = tensor[shape[0] // 2 : shape[0] // 2 + 1]
+                        found.update(row.float().numpy().tobytes())
+        return found.hexdigest()[:16]
+
+    @contextlib.contextmanager
+    def _opened(self, path: str) -> Iterator[Any]:
+        try:
+            with safe_open(self.folder / path, framework="pt") as file:
+                yield file
+        except (OSError, SafetensorError) as error:
+            raise SurgeryError(f"{self.folder / path} cannot be read ({error}).") from error
 
 
 def skeleton(folder: str | Path) -> PreTrainedModel:
