@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +83,13 @@ def test_what_is_finished_is_kept_and_read_again(
     with (tmp_path / "out" / "results.csv").open(encoding="utf-8") as file:
         assert [row["name"] for row in csv.DictReader(file)] == ["dense", "T = 16"]
     assert isinstance(run(*command, "--seed", "1").exception, TypeError)  # has to be measured
+    assert isinstance(run(*command, "--tf32").exception, TypeError)
+    torch.set_float32_matmul_precision("highest")
+    other = shutil.copytree(given[1], tmp_path / "other" / Path(given[1]).name)  # the same name
+    trained = AutoModelForCausalLM.from_pretrained(other)
+    trained.model.layers[0].mlp.up_proj.weight.data += 1
+    trained.save_pretrained(other)
+    assert isinstance(run("evaluate", other, *command[2:]).exception, TypeError)
 
 
 def test_thresholds_are_set_on_what_is_then_not_measured_on(
@@ -258,3 +266,13 @@ def test_a_local_task_of_the_harness_runs_in_one_line(model: Path, tmp_path: Pat
     found = json.loads((out / "results.json").read_text(encoding="utf-8"))["lm_eval"]
     ((row, *_),) = (one["rows"] for one in found.values())
     assert row["dense"] == row["operated"]
+    run("evaluate", model, *given)
+    (tmp_path / "small.yaml").write_text(
+        json.dumps({**task, "doc_to_text": "So {{context}}"}), encoding="utf-8"
+    )
+    run("evaluate", model, *given)
+    assert len(list((out / "kept").glob("lm-eval-*"))) == 2
+    unknown = run(
+        "evaluate", model, "--ruler", "--ruler-length", "1k", "--ruler-task", "vt", "--lm-eval", "nowhere"
+    )
+    assert unknown.exit_code == 1 and "no such tasks" in unknown.stderr and "vt" not in unknown.stderr

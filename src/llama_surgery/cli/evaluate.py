@@ -218,6 +218,8 @@ def evaluate(
     )
     if ruler:
         parts.prepare_ruler(materials, chat, tasks=tasks, lengths=ruler_lengths, samples=ruler_samples)
+    if lm_eval is not None:
+        parts.prepare_tasks(split_values([lm_eval]), lm_eval_include)
     with progress() as parts.tell:
         if density is not None:
             parts.calibrate(density, decode_density)
@@ -231,7 +233,7 @@ def evaluate(
         if ruler:
             parts.answer_ruler()
         if lm_eval is not None:
-            parts.answer_tasks(lm_eval.split(","), lm_eval_include, lm_eval_limit, lm_eval_shots)
+            parts.answer_tasks(lm_eval_include, lm_eval_limit, lm_eval_shots)
     if limits is not None:
         parts.judge(limits)
     write_and_print(parts, json)

@@ -13,7 +13,7 @@ from llama_surgery.config import SurgeryConfig
 from llama_surgery.evaluation.compare import DENSITIES, Comparison
 from llama_surgery.evaluation.evaluate import evaluate, model_name, named_progress, versions
 from llama_surgery.evaluation.kept import Kept, adapter_digest, digest, found_parts, with_parts
-from llama_surgery.evaluation.lm_eval import compare_on_tasks
+from llama_surgery.evaluation.lm_eval import compare_on_tasks, task_manager, task_sources
 from llama_surgery.evaluation.long_generation import long_generation
 from llama_surgery.evaluation.ruler.materials import Materials
 from llama_surgery.evaluation.ruler.result import RulerResult
@@ -142,12 +142,15 @@ class Parts:
         self.ruler = run_ruler(self.model, self._sampler, **given, **self._forms, **self._asked)
         self.results["ruler"], self.rows["ruler"] = self.ruler.to_dict(), self.ruler.rows()
 
-    def answer_tasks(
-        self, given: Sequence[str], include: Path | None, limit: int | None, shots: int | None
-    ) -> None:
-        """Tasks of lm-evaluation-harness."""
+    def prepare_tasks(self, tasks: list[str], include: Path | None) -> None:
+        """Refuse tasks that lm-evaluation-harness does not have, before anything is measured."""
         logging.getLogger("lm_eval").setLevel(logging.ERROR)
-        tasks = [task.strip() for task in given if task.strip()]
+        task_manager(tasks, include)
+        self._tasks = {"tasks": tasks, **task_sources(tasks, include)}
+
+    def answer_tasks(self, include: Path | None, limit: int | None, shots: int | None) -> None:
+        """Tasks of lm-evaluation-harness."""
+        tasks = self._tasks["tasks"]
         shared = {"limit": limit, "few_shot": shots, "batch_size": self.batch, "seed": self.seed}
         found = self.results["lm_eval"] = {}
         for name, config in self.configs.items():
@@ -155,7 +158,7 @@ class Parts:
             given = {"config": config, "routers": routers, "include": include, **shared}
             answer = functools.partial(compare_on_tasks, self.model, self.tokenizer, tasks, **given)
             topology = adapter_digest(config, routers)
-            found[name] = self.kept.once("lm-eval", answer, tasks=tasks, topology=topology, **shared)
+            found[name] = self.kept.once("lm-eval", answer, **self._tasks, topology=topology, **shared)
 
     def compare(self, adapter: Any, rules: Sequence[str] | None, densities: Sequence[float] | None) -> None:
         """Other selection rules, beside the first topology and an adapter's."""

@@ -117,7 +117,6 @@ class Comparison:
             "model": model_name(model),
             "parameters": sum(p.numel() for p in model.parameters()),
             **machine,
-            "tf32": torch.get_float32_matmul_precision() != "highest",
             "length": length,
             "windows": len(self._ids),
             "needles": needles,

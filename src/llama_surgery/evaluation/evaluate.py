@@ -23,6 +23,7 @@ from llama_surgery.evaluation.needle_facts import PLAIN
 from llama_surgery.evaluation.perplexity import Divergence, Perplexity, perplexity, token_divergence
 from llama_surgery.evaluation.result import DENSE, EvaluationResult, Measurement, OperatedMeasurement
 from llama_surgery.surgery import operation
+from llama_surgery.surgery.adapter import weights_digest
 from llama_surgery.surgery.context import check_length
 from llama_surgery.surgery.operate import operated
 from llama_surgery.surgery.progress import Progress
@@ -182,27 +183,28 @@ def model_name(model: nn.Module) -> str:
     return name or type(inner).__name__
 
 
-def versions(model: nn.Module) -> dict[str, str]:
-    """Versions and precision: what a run that goes on with an earlier one must have in common with it."""
-    return {
-        "llama_surgery": __version__,
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "dtype": str(inner_model(model).dtype).removeprefix("torch."),
-    }
-
-
-def environment(model: nn.Module) -> dict[str, Any]:
-    """Versions, device, precision and threads that a measurement was made with."""
-    inner = inner_model(model)
-    device = inner.device
+def versions(model: nn.Module) -> dict[str, Any]:
+    """Versions, weights, device and precision: what a run that goes on with an earlier one shares with it."""
+    device = inner_model(model).device
     if device.type == "cuda":
         device_name = torch.cuda.get_device_name(device)
     else:
         device_name = platform.processor() or platform.machine()
     return {
+        "llama_surgery": __version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "dtype": str(inner_model(model).dtype).removeprefix("torch."),
+        "tf32": torch.get_float32_matmul_precision() != "highest",
+        "device": f"{device.type}: {device_name}",
+        "weights": weights_digest(model),
+    }
+
+
+def environment(model: nn.Module) -> dict[str, Any]:
+    """Versions, weights, device, precision and threads that a measurement was made with."""
+    return {
         **versions(model),
         "python": platform.python_version(),
-        "device": f"{device.type}: {device_name}",
         "threads": torch.get_num_threads(),
     }

@@ -17,6 +17,7 @@ from llama_surgery.config import SurgeryConfig
 from llama_surgery.errors import SurgeryError
 from llama_surgery.evaluation.evaluate import check_dense, environment, model_name
 from llama_surgery.evaluation.intervals import paired_change
+from llama_surgery.evaluation.kept import digest
 from llama_surgery.evaluation.result import DENSE
 from llama_surgery.surgery import operation
 from llama_surgery.surgery.operate import operated
@@ -61,14 +62,8 @@ def compare_on_tasks(
         SurgeryError: The harness is not installed, a task is unknown or its data cannot be loaded, or the
             model is operated or in training mode.
     """
-    try:
-        import lm_eval.models.huggingface  # noqa: F401
-    except ImportError as error:
-        raise SurgeryError(
-            f"lm-evaluation-harness cannot be imported ({error}): pip install 'llama-surgery[lm-eval]'."
-        ) from error
+    manager = task_manager(tasks, include)
     check_dense(model, {})
-    manager = _manager(tasks, include)
     settings: dict[str, Any] = {"tasks": list(tasks), "num_fewshot": few_shot, "limit": limit, "seed": seed}
     dense = _run(model, tokenizer, manager, settings, batch_size)
     with operated(model, config, routers=routers):
@@ -90,9 +85,19 @@ def compare_on_tasks(
     }
 
 
-def _manager(tasks: Sequence[str], include: str | Path | None) -> Any:
-    """The harness's index of tasks, without its own where none of them is wanted (they take seconds)."""
-    from lm_eval.tasks import TaskManager
+def task_manager(tasks: Sequence[str], include: str | Path | None) -> Any:
+    """The harness's index of tasks, without its own where none of them is wanted (they take seconds).
+
+    Raises:
+        SurgeryError: The harness is not installed, or a task is unknown.
+    """
+    try:
+        import lm_eval.models.huggingface  # noqa: F401
+        from lm_eval.tasks import TaskManager
+    except ImportError as error:
+        raise SurgeryError(
+            f"lm-evaluation-harness cannot be imported ({error}): pip install 'llama-surgery[lm-eval]'."
+        ) from error
 
     unknown = ["none was given"]
     for defaults in (False, True) if tasks else ():
@@ -110,6 +115,15 @@ def _manager(tasks: Sequence[str], include: str | Path | None) -> Any:
         f"no such tasks: {', '.join(unknown)}. Give names that 'lm-eval ls tasks' lists, or the folder of "
         "your own by include."
     )
+
+
+def task_sources(tasks: Sequence[str], include: Path | None) -> dict[str, str]:
+    """The harness's version, and a fingerprint of the tasks' own files: what answers depend on besides."""
+    own = [Path(task) for task in tasks if Path(task).suffix == ".yaml" and Path(task).is_file()]
+    further = [] if include is None else sorted(include.rglob("*"))
+    own += [path for path in further if path.suffix in (".yaml", ".yml", ".py") and path.is_file()]
+    files = [f"{path.name} {path.read_text(encoding='utf-8', errors='replace')}" for path in own]
+    return {"lm_eval": version("lm-eval"), "files": digest(*files)}
 
 
 def _run(

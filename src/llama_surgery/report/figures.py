@@ -76,7 +76,7 @@ def head_density(by_layer: dict[int, dict[str, Any]]) -> str:
 
 
 def layer_density(by_layer: dict[int, dict[str, Any]]) -> str:
-    """Near and far density of every layer, and that of summaries, stacked; older results have none of these."""
+    """Near and far density of every layer, and that of summaries, stacked; older results lack these."""
     layers = sorted(by_layer)
     near = [by_layer[layer]["near_density"] for layer in layers]
     far = [fmean(by_layer[layer]["far_density"]) for layer in layers]
