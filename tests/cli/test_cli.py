@@ -149,6 +149,8 @@ def test_generate_prints_text_and_what_was_read(model: Path, text: Path) -> None
         (["learn", "MODEL", "--out", "OUT", "--text", "TEXT", "--density", "1.5"], "such as 1% or 0.01"),
         (["evaluate", "MODEL", "--text", "TEXT", "--density=-6%"], "such as 1% or 0.01"),
         (["plan", "MODEL", "--density", "100%"], "such as 1% or 0.01"),
+        (["plan", "MODEL", "--theta", "0.1"], "--theta"),
+        (["generate", "MODEL", "--prompt", "a", "--seed", "0"], "--seed: give --sample too"),
         (["operate", "MODEL", "--out", "OUT", "--length", "-5"], "such as 8192 or 8k"),
         (["evaluate", "MODEL", "--text", "TEXT", "--adapter", "a", "--also-tile", "1"], "--adapter"),
         (["evaluate", "MODEL"], "--text"),

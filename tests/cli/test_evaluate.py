@@ -62,10 +62,23 @@ def test_all_variants_can_be_asked_for(given: list[str | Path]) -> None:
     assert len(set(variants)) == 5
 
 
-def test_wrong_extras_are_refused(given: list[str | Path], tmp_path: Path) -> None:
+def test_short_windows_and_texts_have_no_times_and_no_tree(model: Path, text: Path, tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("Short.", encoding="utf-8")
+    (tmp_path / "b.txt").write_text(text.read_text(encoding="utf-8"), encoding="utf-8")
+    few = ["--windows", "1", *SMALL, "--json", "--length"]
+    found = [run("evaluate", model, "--text", tmp_path, *few, length) for length in ("20", "128")]
+    short, long = (json.loads(result.stdout) for result in found)
+    assert not short["decode_ms"] and set(long["decode_ms"]) == {"dense", "T = 16"}
+    assert len(long["trees"]) == 1  # of the longest text
+    (tmp_path / "b.txt").write_text(text.read_text(encoding="utf-8")[:120], encoding="utf-8")
+    assert json.loads(run("evaluate", model, "--text", tmp_path, *few, "20").stdout)["trees"] == []
+
+
+def test_wrong_extras_are_refused(given: list[str | Path], monkeypatch: pytest.MonkeyPatch) -> None:
     assert run(*given, "--needle-variant", "all").exit_code == 2
     unknown = run(*given, "--needles", "1", "--needle-variant", "fifty")
     assert unknown.exit_code == 1 and "sixteen-facts" in unknown.stderr
+    monkeypatch.setattr("llama_surgery.cli.evaluate_parts.evaluate", None)  # nothing is measured before
     long = run(*given, "--continuations", "1", "--continuation-tokens", "512")
     assert long.exit_code == 1 and "512 new tokens of 512" in long.stderr
 
@@ -132,6 +145,21 @@ def test_a_gate_goes_by_limits(given: list[str | Path], tmp_path: Path) -> None:
         (["--text", "TEXT", "--calibration-text", "TEXT"], "--density or --against"),
         (["--text", "TEXT", "--against", "all", "--density", "0.2"], "leave --density"),
         (["--text", "TEXT", "--against", "all", "--gate", "TEXT"], "--gate"),
+        (["--text", "TEXT", "--against", "all", "--needles", "0"], "--needles of 1 or more"),
+        (["--text", "TEXT", "--against", "all", "--adapter", "TEXT", "--ruler"], "two commands"),
+        (
+            ["--text", "TEXT", "--adapter", "TEXT", "--theta", "0.1", "--tile", "64"],
+            "--tile, --theta: --adapter",
+        ),
+        (["--text", "TEXT", "--adapter", "TEXT", "--also-tile", "1"], "--also-tile: --adapter"),
+        (["--text", "TEXT", "--decode-density", "0.1"], "--decode-density: give --density too"),
+        (["--text", "TEXT", "--needle-length", "512"], "--needle-length: give --needles too"),
+        (["--text", "TEXT", "--continuation-tokens", "8"], "give --continuations too"),
+        (["--text", "TEXT", "--ruler-samples", "100"], "--ruler-samples: give --ruler too"),
+        (
+            ["--text", "TEXT", "--topology", "gumbel", "--page-size", "64"],
+            "--page-size: only --topology pages",
+        ),
     ],
 )
 def test_what_does_not_go_together(arguments: list[str], told: str, model: Path, text: Path) -> None:

@@ -12,6 +12,7 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 
 from llama_surgery.cli.console import err, escape, say
+from llama_surgery.cli.options import GIVEN
 from llama_surgery.errors import SurgeryError
 from llama_surgery.folders import check_file, check_folder
 
@@ -64,6 +65,9 @@ class Command(TyperCommand):
     def invoke(self, ctx: Any) -> Any:
         """Run the command; exit with 130 on Ctrl-C. The context may hold how that is to be answered."""
         began = time.time()
+        sources = {str(p.name): ctx.get_parameter_source(str(p.name)) for p in self.params}
+        names = {str(p.name): p.opts[0] for p in self.params}
+        GIVEN.set({n: names[n] for n, source in sources.items() if source and source.name == "COMMANDLINE"})
         named = {p.name for p in self.params if _OUTPUTS & set(p.opts)}
         given = {name: value for name, value in ctx.params.items() if name in named and value is not None}
         # Of what type they are here depends on the release of typer.

@@ -10,7 +10,7 @@ import typer
 from llama_surgery.cli import options
 from llama_surgery.cli.common import Dtype, load_model, topology_of
 from llama_surgery.cli.console import err, progress
-from llama_surgery.cli.options import TOKENS, config_for, split_values, token_counts, topology_options
+from llama_surgery.cli.options import TOKENS, config_for, refuse, split_values, token_counts, topology_options
 
 if TYPE_CHECKING:
     from llama_surgery.evaluation.ruler.materials import Materials
@@ -143,28 +143,33 @@ def evaluate(
     wanting = [n for n, v in (("--needles", needles), ("--against", against)) if v]
     if text is None and (wanting or continuations or (density is not None and calibration_text is None)):
         raise typer.BadParameter(f"{', '.join(wanting) or '--density'}: give --text too.")
-    if calibration_text is not None and density is None and not against:
-        raise typer.BadParameter("--calibration-text is for --density or --against: give one of them.")
-    if adapter is not None and (density is not None or also_tile):
-        raise typer.BadParameter("--adapter holds a topology already: leave --density and --also-tile out.")
-    if needle_variant and not needles and not against:
-        raise typer.BadParameter(
-            "--needle-variant says which needles to ask: give their number by --needles."
-        )
     if against and (density is not None or also_tile or gate or continuations):
         raise typer.BadParameter(
             "--against sets thresholds for every density, and has samples of its own: leave --density, "
             "--also-tile, --gate and --continuations out."
         )
-    for needed, asked, given in (
-        ("--ruler", ruler, {"--ruler-length": ruler_length, "--ruler-task": ruler_task}),
-        ("--ruler", ruler, {"--qa-1": qa_1, "--qa-2": qa_2, "--haystack": haystack, "--chat": chat}),
-        ("--lm-eval", lm_eval, {"--lm-eval-include": lm_eval_include, "--lm-eval-limit": lm_eval_limit}),
-        ("--lm-eval", lm_eval, {"--lm-eval-shots": lm_eval_shots}),
-        ("--against", against, {"--total-density": total_density}),
+    if against and needles == 0:
+        raise typer.BadParameter("--against asks for planted facts too: give --needles of 1 or more.")
+    if against and adapter is not None and (ruler or lm_eval is not None):
+        raise typer.BadParameter(
+            "--against compares an adapter's topology with others, --ruler and --lm-eval answer with it: "
+            "give two commands."
+        )
+    if adapter is not None and not against:
+        topology = (*options.TOPOLOGY, "also_tile", "density", "decode_density", "calibration_text")
+        refuse(topology, "--adapter holds a topology already, leave it out.")
+    of_ruler = ("ruler_length", "ruler_samples", "ruler_task", "qa_1", "qa_2", "haystack", "chat")
+    for needed, asked, idle in (
+        ("--ruler", ruler, of_ruler),
+        ("--lm-eval", lm_eval, ("lm_eval_include", "lm_eval_limit", "lm_eval_shots")),
+        ("--against", against, ("total_density",)),
+        ("--density", density is not None, ("decode_density",)),
+        ("--density or --against", density is not None or against, ("calibration_text",)),
+        ("--needles", needles or against, ("needle_length", "needle_variant")),
+        ("--continuations", continuations, ("continuation_tokens",)),
     ):
-        if idle := [name for name, value in given.items() if value is not None and not asked]:
-            raise typer.BadParameter(f"{', '.join(idle)}: give {needed} too.")
+        if not asked:
+            refuse(idle, f"give {needed} too.")
     from llama_surgery.evaluation.needle_facts import PLAIN, VARIANTS, check_variants
     from llama_surgery.evaluation.verdict import read_limits
     from llama_surgery.text import read_texts, split_texts
@@ -188,6 +193,7 @@ def evaluate(
     longest = max([length, *(needle_length or [])])
     llm, tokenizer = load_model(model, device, dtype, adapter=adapter, longest=longest)
     from llama_surgery.cli.evaluate_parts import Parts, write_and_print
+    from llama_surgery.evaluation.long_generation import check_tokens
 
     learned = None if adapter is None else topology_of(llm, adapter)
     routers: dict[str, Any] = {}
@@ -218,6 +224,8 @@ def evaluate(
     )
     if ruler:
         parts.prepare_ruler(materials, chat, tasks=tasks, lengths=ruler_lengths, samples=ruler_samples)
+    if continuations:
+        check_tokens(continuation_tokens, length)
     if lm_eval is not None:
         parts.prepare_tasks(split_values([lm_eval]), lm_eval_include)
     with progress() as parts.tell:

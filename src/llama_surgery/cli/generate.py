@@ -8,7 +8,7 @@ import typer
 from llama_surgery.cli import options
 from llama_surgery.cli.common import Dtype, load_model
 from llama_surgery.cli.console import out, print_json
-from llama_surgery.cli.options import SEED
+from llama_surgery.cli.options import SEED, refuse
 from llama_surgery.cli.tables import make_table
 from llama_surgery.errors import SurgeryError
 
@@ -34,6 +34,8 @@ def generate(
     Tokens are printed as they come. Without --adapter the documented default topology is used, whose
     thresholds are not calibrated for your model.
     """
+    if not sample:
+        refuse(("temperature", "seed"), "give --sample too.")
     text = _prompt(prompt, prompt_file)
     llm, tokenizer = load_model(model, device, dtype, adapter=adapter)
 

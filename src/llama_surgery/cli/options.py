@@ -2,7 +2,8 @@
 
 import functools
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -37,6 +38,8 @@ def _tokens(given: object) -> int:
 #: What an option that takes a share is declared with, and one that takes a number of tokens, as 8192 or 8k.
 SHARE = {"parser": _share, "metavar": "SHARE"}
 TOKENS = {"parser": _tokens, "metavar": "TOKENS"}
+#: Options that the user gave to the running command, by the names of its parameters.
+GIVEN: ContextVar[dict[str, str]] = ContextVar("given")
 #: What PyTorch and random take.
 SEED = {"min": 0, "max": 2**63 - 1}
 
@@ -53,6 +56,12 @@ def token_counts(given: Sequence[str]) -> list[int]:
     if not counts:
         raise SurgeryError("no length: give a number of tokens, such as 8192 or 8k.")
     return counts
+
+
+def refuse(names: Iterable[str], why: str) -> None:
+    """Wrong usage if the user gave any of these parameters of the running command; defaults are none."""
+    if wrong := [option for name, option in GIVEN.get({}).items() if name in names]:
+        raise typer.BadParameter(f"{', '.join(wrong)}: {why}")
 
 
 def _version(value: bool) -> None:
@@ -162,6 +171,11 @@ _GUMBEL_FIELDS: dict[str, Any] = {
     ),
 }
 
+#: All that makes up a topology; what of it only pages have; and what ``plan`` does not ask.
+TOPOLOGY = (*_FIELDS, *_GUMBEL_FIELDS, "tile")
+_OF_PAGES = _FIELDS.keys() - {"backend"}
+_OF_RUNS = ("theta", "theta_decode", "backend")
+
 #: θ of tiles of one query, for users without calibration text: on the demo model they then read about as much
 #: of a whole text as tiles at their default θ (docs/log.md).
 SINGLE_THETA = 0.0106
@@ -170,13 +184,18 @@ SINGLE_THETA = 0.0106
 _UNSET = ("theta", "theta_decode")
 
 
-def topology_options(command: Callable[..., None], *, gumbel: bool = False) -> Callable[..., None]:
+def topology_options(
+    command: Callable[..., None], *, gumbel: bool = False, runs: bool = True
+) -> Callable[..., None]:
     """Add an option for every field of :data:`_FIELDS` to ``command``, and with ``gumbel`` of that topology.
+
+    Without ``runs`` it has none for what only a model that runs depends on.
 
     ``command`` takes those that were given as one keyword, ``settings``.
     """
     own = inspect.signature(command)
     fields = {**_FIELDS, **_GUMBEL_FIELDS} if gumbel else _FIELDS
+    fields = {name: option for name, option in fields.items() if runs or name not in _OF_RUNS}
     extra = [
         inspect.Parameter(
             name,
@@ -195,6 +214,8 @@ def topology_options(command: Callable[..., None], *, gumbel: bool = False) -> C
     @functools.wraps(command)
     def wrapped(**values: Any) -> None:
         given = {name: values.pop(name) for name in fields}
+        if given.get("topology") == "gumbel":
+            refuse(_OF_PAGES, "only --topology pages has it: leave it out.")
         command(**values, settings={n: v for n, v in given.items() if v is not None and v != []})
 
     wrapped.__signature__ = own.replace(parameters=kept + extra)  # type: ignore[attr-defined]

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 _learning = functools.partial(options.declared, "Learning")
 
 
-@topology_options
+@functools.partial(topology_options, runs=False)
 def plan(
     *,
     model: options.Shape,

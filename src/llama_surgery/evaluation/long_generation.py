@@ -98,6 +98,14 @@ def first_difference(one: Sequence[int], other: Sequence[int]) -> int | None:
     return None if shared == max(len(one), len(other)) else shared
 
 
+def check_tokens(new_tokens: int, length: int) -> None:
+    """Raises SurgeryError where no prompt is left of ``length`` tokens."""
+    if not 1 <= new_tokens <= length - 2:
+        raise SurgeryError(
+            f"{new_tokens} new tokens of {length} in all: at least 1 is written, after a prompt of 2 or more."
+        )
+
+
 def long_generation(
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
@@ -134,10 +142,7 @@ def long_generation(
         TextError: The texts are too short.
     """
     check_dense(model, configs)
-    if not 1 <= new_tokens <= length - 2:
-        raise SurgeryError(
-            f"{new_tokens} new tokens of {length} in all: at least 1 is written, after a prompt of 2 or more."
-        )
+    check_tokens(new_tokens, length)
     prompts = cut_windows(tokenizer, texts, length - new_tokens, count, seed)
     dense = write_on(model, prompts, new_tokens, named_progress(progress, DENSE))
     results = {}

@@ -1,5 +1,6 @@
 """What the report shows beside an evaluation: a tree of an operated model, times of decode steps."""
 
+import contextlib
 import statistics
 from typing import Any
 
@@ -75,20 +76,26 @@ def besides(
     texts: list[str],
     progress: Progress,
 ) -> dict[str, Any]:
-    """What a report shows beside an evaluation's ``result``: times of decode steps, and a head's tree."""
+    """What a report shows beside an evaluation's ``result``: times of decode steps, and a head's tree.
+
+    The times are left out where windows are too short for them, the tree where all texts are.
+    """
     ids = cut_windows(tokenizer, texts, result.length, 1, result.seed)
     progress("decode times", 0, 1 + len(configs))
-    decode, trees = {"dense": decode_ms(model, ids)}, []
+    enough = result.length > STEPS + WARM_UP
+    decode, trees = {"dense": decode_ms(model, ids)} if enough else {}, []
     for number, (name, config) in enumerate(configs.items(), start=1):
         progress("decode times", number, 1 + len(configs))
         with operated(model, config, routers=routers.get(name)):
-            decode[name] = decode_ms(model, ids)
+            if enough:
+                decode[name] = decode_ms(model, ids)
             if number == 1 and config.topology == "pages":
                 by_layer = result.operated[0].density["by_layer"].items()
                 heads = ((d, at, head) for at, v in by_layer for head, d in enumerate(v["far_density"]))
                 _, layer, head = max(heads)  # which reads most
-                tree = head_tree(model, tokenizer, texts[0], layer=layer, kv_head=head)
-                trees.append(tree.to_dict())
+                with contextlib.suppress(TextError):
+                    tree = head_tree(model, tokenizer, max(texts, key=len), layer=layer, kv_head=head)
+                    trees.append(tree.to_dict())
     progress("decode times", 1 + len(configs), 1 + len(configs))
     return {"decode_ms": decode, "trees": trees}
 
