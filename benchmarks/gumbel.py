@@ -156,7 +156,7 @@ def _measured(
                 listen(layer, counter)
         losses = losses_of(model, ids, 1, head)
         read = statistics(model)
-    ratio = perplexity_ratio(dense.per_window, losses.per_window, 0)
+    ratio = perplexity_ratio(dense.per_window, losses.per_window)
     return {
         "total_density": read.near_density + read.visible_far_density,
         **counter.densities(),

@@ -196,7 +196,7 @@ def _measure(bench: Bench, idea: str, tile: int, target: float, seed: int, learn
     if idea == "default":
         bench.defaults[tile, target] = measured
         default = None
-    read, ratio = measured.read, perplexity_ratio(bench.dense.per_window, measured.losses.per_window, seed)
+    read, ratio = measured.read, perplexity_ratio(bench.dense.per_window, measured.losses.per_window)
     row = key | {
         "theta": config.theta,
         "theta_decode": config.theta_decode,

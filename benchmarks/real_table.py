@@ -69,7 +69,7 @@ class Measured:
     def ratio(self) -> RatioInterval | None:
         """Perplexity over the dense model's."""
         dense, own = self._pairs(WINDOW, "loss")
-        return perplexity_ratio(dense, own, self.study["seed"]) if dense else None
+        return perplexity_ratio(dense, own) if dense else None
 
     @functools.cached_property
     def needles(self) -> Change | None:

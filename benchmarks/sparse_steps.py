@@ -118,7 +118,7 @@ def rows_of(
     for name, each in found.items():
         own, divergences = torch.stack([one[0] for one in each]), torch.stack([one[1] for one in each])
         change, count = own - losses, len(ids)
-        ratio = perplexity_ratio(losses.mean(1).tolist(), own.mean(1).tolist(), given.seed)
+        ratio = perplexity_ratio(losses.mean(1).tolist(), own.mean(1).tolist())
         rows.append(
             {
                 **{"model": real.name, "text": text_name(given.text), "prompt": prompt, "steps": given.steps},

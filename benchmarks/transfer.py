@@ -132,7 +132,7 @@ class Bench:
 
     def _keep(self, what: Corrected, name: str, theta_of: str, measured: Measured) -> None:
         options, domain, read = self.options, self.domains[name], measured.read
-        ratio = perplexity_ratio(domain.dense.per_window, measured.losses.per_window, options.seed)
+        ratio = perplexity_ratio(domain.dense.per_window, measured.losses.per_window)
         closed = (None, None, None)
         if measured is not self.defaults[name]:
             closed = gap_closed(domain.dense, self.defaults[name].losses, measured.losses)

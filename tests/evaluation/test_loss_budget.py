@@ -98,7 +98,7 @@ def test_the_loss_is_kept_measured_and_told(
         budgeted = [router.offset is not None for router in routers_of(model).values()]
         assert all(budgeted) if told is searches[1] else not any(budgeted)
         surgery.reset_statistics(model)
-        ratio = perplexity_ratio(dense.per_window, perplexity(model, ids).per_window, 0)
+        ratio = perplexity_ratio(dense.per_window, perplexity(model, ids).per_window)
         assert ratio.ratio - 1 == pytest.approx(told.loss, abs=1e-4)
         read = surgery.statistics(model)
         assert (read.far_density, read.total_density) == (told.far_density, told.total_density)
@@ -128,6 +128,7 @@ def test_budgets_that_were_learned_stay_and_without_gradients_there_are_none(
 
     monkeypatch.setattr(head_budgets, "head_budgets", fail)
     monkeypatch.setattr(loss_budget, "WINDOWS", 1)
+    monkeypatch.setattr(loss_budget, "BLOCK", 32)
     monkeypatch.setattr(loss_budget, "DENSE", 1.0)  # random weights open every page
     given = {"text": texts, "tokenizer": tokenizer, "length": 256, "max_loss": 0.5}
     learned = {0: PageRouter(offset=torch.tensor([[0.5, -0.5], [1.0, 0.0]]))}

@@ -1,11 +1,10 @@
 import math
-from functools import partial
 
 import numpy as np
 import pytest
 
 from llama_surgery.errors import SurgeryError
-from llama_surgery.evaluation.intervals import paired_difference, perplexity_ratio
+from llama_surgery.evaluation.intervals import paired_difference, perplexity_ratio, student_quantile
 
 
 def answers(both: int, lost: int, won: int, neither: int) -> tuple[list[bool], list[bool]]:
@@ -41,25 +40,39 @@ def test_ratio_and_interval() -> None:
     rng = np.random.default_rng(0)
     dense = rng.normal(3.0, 0.4, size=32)
     operated = dense + rng.normal(0.01, 0.004, size=32)
-    result = perplexity_ratio(dense.tolist(), operated.tolist(), seed=1)
+    result = perplexity_ratio(dense.tolist(), operated.tolist())
     change = operated - dense
     assert result.ratio == pytest.approx(math.exp(change.mean()))
     assert result.count == 32
     # Windows differ by far more than the models do: pairing is what makes the interval narrow.
-    half = 1.96 * change.std() / math.sqrt(32)
-    assert result.low == pytest.approx(math.exp(change.mean() - half), abs=3e-4)
-    assert result.high == pytest.approx(math.exp(change.mean() + half), abs=3e-4)
-    assert result == perplexity_ratio(dense.tolist(), operated.tolist(), seed=1)
+    half = 2.0395 * change.std(ddof=1) / math.sqrt(32)
+    assert result.low == pytest.approx(math.exp(change.mean() - half), abs=1e-7)
+    assert result.high == pytest.approx(math.exp(change.mean() + half), abs=1e-7)
 
 
-@pytest.mark.parametrize("compare", [paired_difference, partial(perplexity_ratio, seed=0)])
+@pytest.mark.parametrize(
+    ("freedom", "quantile"),
+    [(1, 12.7062), (2, 4.3027), (3, 3.1824), (7, 2.3646), (15, 2.1314), (4000, 1.9606)],
+)
+def test_quantiles_of_student_are_those_of_tables(freedom: int, quantile: float) -> None:
+    assert student_quantile(0.95, freedom) == pytest.approx(quantile, abs=5e-5)
+
+
+@pytest.mark.parametrize("count", [2, 4, 8])
+def test_intervals_of_few_windows_hold_as_often_as_they_say(count: int) -> None:
+    losses = np.random.default_rng(0).normal(0.01, 0.004, size=(2000, count))
+    intervals = [perplexity_ratio([0.0] * count, row.tolist()) for row in losses]
+    held = sum(found.low <= math.exp(0.01) <= found.high for found in intervals)
+    assert held / 2000 == pytest.approx(0.95, abs=0.015)
+
+
+def test_one_window_has_an_interval_without_end() -> None:
+    found = perplexity_ratio([3.0], [3.1])
+    assert (found.low, found.high) == (0.0, math.inf) and found.ratio == pytest.approx(math.exp(0.1))
+
+
+@pytest.mark.parametrize("compare", [paired_difference, perplexity_ratio])
 @pytest.mark.parametrize(("dense", "operated"), [([], []), ([1, 0], [1])])
 def test_unpaired_samples_are_refused(compare, dense, operated) -> None:
     with pytest.raises(SurgeryError, match=r"same (samples|windows)"):
         compare(dense, operated)
-
-
-def test_a_negative_seed_is_a_seed_like_any_other() -> None:
-    """Windows and prompts are drawn with it before, hours of work ago."""
-    losses = [1.0, 2.0, 3.0], [1.1, 2.0, 3.3]
-    assert perplexity_ratio(*losses, seed=-1) == perplexity_ratio(*losses, seed=-1)

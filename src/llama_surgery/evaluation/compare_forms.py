@@ -229,7 +229,7 @@ def row(
     dense, in closed form, and ``needle_changed`` counts prompts that one of both answered alone.
     """
     setting, answers = cell["setting"], cell["answers"]
-    ratio = perplexity_ratio(dense["per_window"], cell["per_window"], settings["seed"])
+    ratio = perplexity_ratio(dense["per_window"], cell["per_window"])
     paired = paired_difference(dense["answers"], answers)
     kept = [float(after) for before, after in zip(dense["answers"], answers, strict=True) if before]
     variants = dict.fromkeys(prompt.variant for prompt in prompts)

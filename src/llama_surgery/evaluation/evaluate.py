@@ -64,7 +64,7 @@ def evaluate(
         needles: Needle prompts; 0 for none.
         configs: What to measure, by name, thresholds set.
         routers: Learned corrections by layer index, by the configuration's name, where it has any.
-        seed: Of windows, prompts and bootstraps.
+        seed: Of windows and prompts.
         needle_lengths: Context lengths of the prompts; ``(length,)`` if None.
         needle_variants: Keys of :data:`~llama_surgery.evaluation.needle_facts.VARIANTS`.
         needle_batch: Prompts of equal length that are answered together.
@@ -121,7 +121,7 @@ def evaluate(
             OperatedMeasurement(
                 **_measured(name, own, answers, seconds),
                 config=described,
-                ratio=perplexity_ratio(losses.per_window, own.per_window, seed),
+                ratio=perplexity_ratio(losses.per_window, own.per_window),
                 divergence_by_position=divergence.by_position(),
                 kl=divergence.mean_kl,
                 top1=divergence.top1,

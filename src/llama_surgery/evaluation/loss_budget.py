@@ -90,7 +90,7 @@ def config_within(
             def measure(theta: float) -> MeasuredLoss:
                 set_config(model, with_theta(config, theta))
                 reset_statistics(model)
-                ratio = perplexity_ratio(_by_block(dense), _by_block(perplexity(model, ids)), seed=0)
+                ratio = perplexity_ratio(_by_block(dense), _by_block(perplexity(model, ids)))
                 read = statistics(model)
                 return MeasuredLoss(
                     max_loss=max_loss,
@@ -150,6 +150,6 @@ def highest_theta(
 
 
 def _by_block(losses: Perplexity) -> list[float]:
-    """Mean losses of the windows' blocks of about ``BLOCK`` tokens."""
-    blocks = -(-losses.nll.shape[1] // BLOCK)
+    """Mean losses of the windows' blocks of about ``BLOCK`` tokens, at least two of each."""
+    blocks = max(2, -(-losses.nll.shape[1] // BLOCK))
     return [block.mean().item() for window in losses.nll for block in window.tensor_split(blocks)]

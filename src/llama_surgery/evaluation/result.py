@@ -63,7 +63,7 @@ class EvaluationResult:
 
     Attributes:
         length: Tokens of each of the perplexity ``windows``.
-        seed: Of windows, prompts and bootstraps.
+        seed: Of windows and prompts.
         environment: Versions, device, precision, threads.
         operated: In the order they were given.
         needles: The prompts.

@@ -1,6 +1,7 @@
 """Whole runs: self-check, resuming, and full budget against dense."""
 
 import dataclasses
+import json
 import time
 from contextlib import nullcontext
 
@@ -111,6 +112,10 @@ def test_an_interrupted_run_goes_on_without_answering_twice(
     assert run_ruler(tiny_llama, sampler, **settings, **kept).rows() == result.rows() and not asked
     more = run_ruler(tiny_llama, sampler, **{**settings, "samples": 6}, **kept)
     assert more.complete and sorted({index for _, _, index in asked}) == [4, 5]
+    # Without a first turn, what lies behind it is not taken for it.
+    next(f for f in tmp_path.rglob("*.json") if json.loads(f.read_text())["answers"][0][:2] == "0 ").unlink()
+    late = run_ruler(tiny_llama, sampler, **settings, **kept, deadline=time.monotonic() - 1)
+    assert sorted(len(cell.scores) for cell in late.cells) == [0, 4, 4, 4]
 
 
 def test_answers_of_other_settings_are_not_gone_on_with(tiny_llama, sampler, tmp_path, monkeypatch) -> None:

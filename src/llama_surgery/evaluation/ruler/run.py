@@ -112,8 +112,9 @@ def run_ruler(
                 how = (batch_size, config, corrections.get(name))
                 make = functools.partial(_answered, model, sampler, (task, length, indices), *how)
                 found = kept.once("ruler", None if late else make, **decides, topology=topology)
-                if found is not None:
-                    result.cell(name, task, length).add(found)
+                cell = result.cell(name, task, length)
+                if found is not None and len(cell.scores) == start:  # none behind a gap: pairs go by position
+                    cell.add(found)
                 if progress is not None:
                     done = sum(len(cell.scores) for cell in result.cells if cell.name == name)
                     progress(f"{name}: RULER", done, samples * len(tasks) * len(lengths))
