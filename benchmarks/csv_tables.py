@@ -5,6 +5,8 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock
+
 from llama_surgery.files import write_csv
 
 ROOT = Path(__file__).parent.parent
@@ -32,29 +34,32 @@ def rows_of(file: Path) -> list[Row]:
 def merge(
     file: Path,
     rows: Iterable[dict[str, Any]],
-    columns: Sequence[str],
+    columns: Sequence[str] | None,
     keys: Sequence[str],
-    place: Callable[[tuple[str, ...]], Any],
+    place: Callable[[tuple[str, ...]], Any] = lambda key: 0,
 ) -> None:
-    """Puts rows into a CSV, in place of those of the same name; others stay.
+    """Puts rows into a CSV, in place of those of the same name; others stay, other processes' too.
 
     Args:
         file: The CSV; it need not be there.
         rows: With all ``columns``.
-        columns: Of the file.
+        columns: Of the file; those of all its rows if None.
         keys: Columns that tell rows apart.
-        place: What rows are ordered by, from the values of ``keys``.
+        place: What rows are ordered by, from the values of ``keys``; as they come if left out.
     """
 
     def key(row: dict[str, Any]) -> tuple[str, ...]:
-        return tuple(str(row[name]) for name in keys)
+        return tuple(str(row.get(name, "")) for name in keys)
 
-    kept: dict[tuple[str, ...], dict[str, Any]] = {}
-    if file.exists():
-        kept = {key(row): row for row in rows_of(file)}
-    kept |= {key(row): row for row in rows}
-    if kept:
-        write_csv(file, [{name: kept[one][name] for name in columns} for one in sorted(kept, key=place)])
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(file.with_name(f".{file.name}.lock")):
+        kept: dict[tuple[str, ...], dict[str, Any]] = {}
+        if file.exists():
+            kept = {key(row): row for row in rows_of(file)}
+        kept |= {key(row): row for row in rows}
+        if kept:
+            ordered = [kept[one] for one in sorted(kept, key=place)]
+            write_csv(file, [{name: row[name] for name in columns or row} for row in ordered])
 
 
 def markdown(header: Iterable[str], rows: Iterable[Iterable[str]]) -> str:

@@ -7,22 +7,18 @@ the radii asked for, or at all from 0 until the token density reaches ``--total`
 is (row, key) pairs that the mask shows over causal pairs: what sparsity of tokens promises. It is executed by
 plain PyTorch, which masks and skips nothing.
 
-``--blocks`` counts what tiles and blocks of so many rows and keys would read, over the same causal pairs,
-window and diagonal blocks whole: sorted by ball (``tree_64``), and in the order of the text (``text_64``),
-which is all that skipping without sorting could save.
 Rows go to ``--out`` as they are measured and are not measured again; training goes on from its checkpoints in
 ``--checkpoints``.
 """
 
 import argparse
-import csv
 import dataclasses
 import platform
 import time
 from pathlib import Path
 
 import torch
-from benchmarks.ball_blocks import blocks_in_order_of_text, blocks_sorted, listen, window_pairs_read
+from benchmarks.csv_tables import merge, rows_of
 from benchmarks.matching import losses_of
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -30,47 +26,17 @@ from llama_surgery import SurgeryConfig, operated, statistics
 from llama_surgery.evaluation.intervals import perplexity_ratio
 from llama_surgery.evaluation.logits import Head
 from llama_surgery.evaluation.perplexity import Perplexity
-from llama_surgery.files import write_csv
 from llama_surgery.gumbel.learn import GumbelLearning, GumbelStep, learn_gumbel
 from llama_surgery.gumbel.router import ContentRouter
 from llama_surgery.gumbel_config import GumbelConfig
-from llama_surgery.surgery.operation import surgery_of
 from llama_surgery.text import read_texts, windows
 
 RESULTS = Path(__file__).parent / "results" / "gumbel.csv"
 #: What identifies a row.
 KEYS = (
-    *("arity", "radius", "window", "length", "train_length", "steps", "rate", "seed"),
-    *("windows", "evaluation_seed", "text", "blocks"),
+    *("model", "arity", "radius", "window", "length", "train_length", "train_text", "train_windows", "steps"),
+    *("rate", "seed", "tf32", "windows", "evaluation_seed", "text"),
 )
-
-
-class BlockCounter:
-    """Counts, for tiles and blocks of a few sizes, the pairs that whole windows read.
-
-    Args:
-        sizes: Rows of a tile, and keys of a block.
-        window: Of the topology.
-    """
-
-    def __init__(self, sizes: list[int], window: int) -> None:
-        self.sizes, self.window, self.causal = sizes, window, 0
-        self.pairs = {f"{order}_{size}": 0 for size in sizes for order in ("tree", "text")}
-
-    def __call__(self, balls: torch.Tensor) -> None:
-        batch, heads, n = balls.shape
-        self.causal += batch * heads * n * (n + 1) // 2
-        for size in self.sizes:
-            rows = torch.full((-(-n // size),), size, device=balls.device)
-            rows[-1] = n - size * (len(rows) - 1)
-            sorted_pairs = (blocks_sorted(balls, self.window, size, size) * rows).sum() * size
-            near = window_pairs_read(n, self.window, size, size) * batch * heads
-            self.pairs[f"tree_{size}"] += int(sorted_pairs) + near
-            blocks = blocks_in_order_of_text(balls, self.window, size, size)
-            self.pairs[f"text_{size}"] += int((blocks * rows).sum()) * size
-
-    def densities(self) -> dict[str, float]:
-        return {name: pairs / max(1, self.causal) for name, pairs in self.pairs.items()}
 
 
 def main() -> None:
@@ -83,7 +49,6 @@ def main() -> None:
     ids = windows(tokenizer, texts, options.length, options.windows, options.evaluation_seed)
     train_length = options.train_length or options.length
     learned_on = windows(tokenizer, train, train_length, options.train_windows, 100 + options.seed)
-    rows = list(csv.DictReader(options.out.open())) if options.out.exists() else []
     head = Head(model, ids[0])
     dense = losses_of(model, ids, 1, head)
     print(f"dense: perplexity {dense.value:.4f}", flush=True)
@@ -97,16 +62,16 @@ def main() -> None:
         levels = max(levels for router in routers.values() for levels, _ in router.shapes)
         for radius in options.radii or range(levels + 1):
             key = _key(options, arity, radius)
-            row = next((row for row in rows if all(str(row.get(k)) == v for k, v in key.items())), None)
+            rows = rows_of(options.out) if options.out.exists() else []
+            row = next((row for row in rows if all(row.get(k) == v for k, v in key.items())), None)
             if row is None:
                 about = {"levels": levels, "trained_radius": levels // 2, "learning_seconds": seconds, **last}
                 measured = _measured(
                     model, ids, head, routers, dataclasses.replace(config, radius=radius), dense, options
                 )
                 row = key | about | measured
-                rows.append(row)
-                write_csv(options.out, rows)
-            _tell(row, options.blocks)
+                merge(options.out, [row], None, KEYS)
+            _tell(row)
             if not options.radii and float(row["total_density"]) >= options.total:
                 break
 
@@ -147,26 +112,20 @@ def _measured(
     options: argparse.Namespace,
 ) -> dict:
     """Losses and densities at the radius of ``config``."""
-    counter = BlockCounter(options.blocks, options.window)
     surgery = SurgeryConfig(topology="gumbel", gumbel=config)
     begun = time.time()
     with operated(model, surgery, routers=routers):
-        for layer in surgery_of(model).values():
-            if options.blocks:
-                listen(layer, counter)
         losses = losses_of(model, ids, 1, head)
         read = statistics(model)
     ratio = perplexity_ratio(dense.per_window, losses.per_window)
     return {
         "total_density": read.near_density + read.visible_far_density,
-        **counter.densities(),
         "ppl": losses.value,
         "dense_ppl": dense.value,
         "ppl_ratio": ratio.ratio,
         "ratio_low": ratio.low,
         "ratio_high": ratio.high,
         "seconds": round(time.time() - begun, 1),
-        "model": Path(options.model).name,
         "device": torch.cuda.get_device_name() if options.device == "cuda" else platform.machine(),
         "torch": torch.__version__,
     }
@@ -178,21 +137,18 @@ def _key(options: argparse.Namespace, arity: int, radius: int) -> dict[str, str]
         "radius": radius,
         "train_length": options.train_length or options.length,
         "text": options.text.name,
-        "blocks": "-".join(map(str, options.blocks)),
+        "train_text": options.train_text.name,
+        "model": Path(options.model).name,
     }
     return {name: str(values[name]) for name in KEYS}
 
 
-def _tell(row: dict, sizes: list[int]) -> None:
+def _tell(row: dict) -> None:
     def number(name: str) -> str:
         return f"{float(row[name]):.4f}"
 
-    blocks = "".join(
-        f", blocks of {size}: {number(f'tree_{size}')} by ball, {number(f'text_{size}')} by text"
-        for size in sizes
-    )
     print(
-        f"arity {row['arity']} radius {row['radius']}: tokens {number('total_density')}{blocks}; ratio "
+        f"arity {row['arity']} radius {row['radius']}: tokens {number('total_density')}; ratio "
         f"{float(row['ppl_ratio']):.5f}",
         flush=True,
     )
@@ -209,7 +165,6 @@ def _parser() -> argparse.ArgumentParser:
     add("--train-text", required=True, type=Path, help="file or folder of texts that routers learn on")
     add("--text", required=True, type=Path, help="file or folder of texts that are measured")
     add("--device", default="cpu")
-    add("--blocks", type=int, nargs="*", default=[], help="count blocks of these sizes, sorted and not")
     add("--arities", type=int, nargs="+", default=[2], help="children of a node; a router each")
     add("--radii", type=int, nargs="+", help="all from 0 until --total is reached if left out")
     add("--total", type=float, default=0.165, help="token density that is to be reached")

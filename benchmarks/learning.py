@@ -10,22 +10,24 @@ learning goes on from its checkpoints in ``--adapters``.
 """
 
 import argparse
-import csv
 import dataclasses
 import itertools
+import json
 import platform
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
+from benchmarks.csv_tables import merge, rows_of
 from benchmarks.matching import Measured, gap_closed, losses_of, matched
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from llama_surgery import SurgeryConfig, config_of, operated, save_adapter
 from llama_surgery.evaluation.intervals import perplexity_ratio
 from llama_surgery.evaluation.perplexity import Perplexity
-from llama_surgery.files import write_csv
+from llama_surgery.files import write_json
 from llama_surgery.learning.corrections import Corrections, scorer_parameters
 from llama_surgery.learning.settings import LearningSettings
 from llama_surgery.learning.trainer import Step, learn
@@ -33,8 +35,24 @@ from llama_surgery.text import read_texts, windows
 from llama_surgery.topology.geometry import summary_density
 
 RESULTS = Path(__file__).parent / "results" / "learning.csv"
+GEOMETRY = ("chunk_size", "page_size", "window")
 #: What identifies a row.
-KEYS = ("idea", "tile", "target", "length", "steps", "rate", "seed", "windows", "text")
+KEYS = (
+    *(
+        "model",
+        "idea",
+        "tile",
+        "target",
+        "length",
+        "steps",
+        "rate",
+        "seed",
+        "windows",
+        "evaluation_seed",
+        "text",
+    ),
+    *("train_text", "train_windows", "learn_tile", "learn_density", *GEOMETRY),
+)
 #: Name of an idea to the summary of unseen pages that it uses, and what is learned beside budgets; None for
 #: nothing at all.
 IDEAS: dict[str, tuple[str, tuple[str, ...] | None]] = {
@@ -46,7 +64,6 @@ IDEAS: dict[str, tuple[str, tuple[str, ...] | None]] = {
 }
 #: θ to begin the search for a density with, for tiles and for single rows; at 0.06 on the demo model.
 FIRST_THETA = {True: 0.0105, False: 0.046}
-GEOMETRY = ("chunk_size", "page_size", "window")
 #: Steps by which the time of one is measured, the first of them left out.
 TRIAL_STEPS = 4
 
@@ -61,15 +78,8 @@ class Bench:
     train: list[str]
     ids: torch.Tensor
     dense: Perplexity
-    rows: list[dict]
     #: Of the default, by tile and target.
     defaults: dict[tuple[int, float], Measured]
-
-    def keep(self, row: dict) -> None:
-        """Write a row, unless it is there already."""
-        if _named(row) not in {_named(other) for other in self.rows}:
-            self.rows.append(row)
-            write_csv(self.options.out, self.rows)
 
 
 def main() -> None:
@@ -82,7 +92,8 @@ def main() -> None:
     learned: dict[tuple, _Learned] = {}
     for seed, target, idea in itertools.product(options.seeds, options.densities, options.ideas):
         wanted = [_key(bench, idea, tile, target, seed) for tile in options.tiles]
-        if {tuple(key.values()) for key in wanted} <= {_named(row) for row in bench.rows}:
+        rows = rows_of(options.out) if options.out.exists() else []
+        if all(any(key.items() <= row.items() for row in rows) for key in wanted):
             continue
         at = options.learn_density or target
         if IDEAS[idea][1] is not None and (idea, at, seed) not in learned:
@@ -102,8 +113,7 @@ def _open(options: argparse.Namespace) -> Bench:
         texts = read_texts(options.text)
     ids = windows(tokenizer, texts, options.length, options.windows, options.evaluation_seed)
     dense = losses_of(model, ids, 1)
-    rows = list(csv.DictReader(options.out.open())) if options.out.exists() else []
-    return Bench(options, model, tokenizer, train, ids, dense, rows, {})
+    return Bench(options, model, tokenizer, train, ids, dense, {})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,7 +128,7 @@ class _Learned:
 
 def _learned(bench: Bench, idea: str, at: float, seed: int) -> _Learned:
     """Learn one idea at a density on training windows, in tiles of ``--learn-tile``."""
-    options, last = bench.options, {}
+    options, last = bench.options, dict[str, Any]()
     summary, parts = IDEAS[idea]
     assert parts is not None
     length = options.length
@@ -136,13 +146,18 @@ def _learned(bench: Bench, idea: str, at: float, seed: int) -> _Learned:
         rate=options.rate,
         seed=seed,
     )
-    file = None
+    file = told = None
     if options.adapters is not None:
         file = options.adapters / f"{idea}-{at}-{seed}" / "checkpoint-logits.pt"
+        told = file.with_name("last-step.json")
+        if file.exists() and told.exists():  # there may be no step left to tell of
+            last = json.loads(told.read_text(encoding="utf-8"))
     settings = _within(bench, config, ids, settings, options.learn_seconds, file)
 
     def tell(step: Step) -> None:
         last.update(dataclasses.asdict(step))
+        if told is not None:
+            write_json(told, last)
         if step.step % max(1, settings.steps // 10) == 0:
             print(f"  {idea} {step}", flush=True)
 
@@ -215,22 +230,19 @@ def _measure(bench: Bench, idea: str, tile: int, target: float, seed: int, learn
         closed = (other and gap_closed(bench.dense, other.losses, measured.losses)) or (None, None, None)
         row |= dict(zip((f"{name}_closed", f"{name}_low", f"{name}_high"), closed, strict=True))
     row |= {
-        "learn_tile": options.learn_tile if learned else None,
-        "learn_density": (options.learn_density or target) if learned else None,
         "steps_done": learned.last.get("step") if learned else None,
         "learning_seconds": round(learned.seconds, 1) if learned else None,
         "training_loss": learned.last.get("loss") if learned else None,
         "mass_lost": learned.last.get("mass_lost") if learned else None,
     }
-    row |= {"model": Path(options.model).name, "torch": torch.__version__}
+    row |= {"torch": torch.__version__, "transformers": transformers.__version__}
     row |= {"device": torch.cuda.get_device_name() if options.device == "cuda" else platform.processor()}
-    row |= {"transformers": transformers.__version__}
-    bench.keep(row)
+    merge(options.out, [row], None, KEYS)
     print(_line(row), flush=True)
 
 
 def _config(options: argparse.Namespace, tile: int, target: float) -> SurgeryConfig:
-    """The default topology for a tile. One executor for all rows: kernels do not take learned corrections."""
+    """The default topology for a tile. One executor for all rows, that of CPUs too."""
     given = {name: getattr(options, name) for name in GEOMETRY if getattr(options, name) is not None}
     theta = FIRST_THETA[tile == 1] * (0.06 / target) ** 0.8
     return SurgeryConfig(tile=tile, theta=theta, backend="gather", **given)
@@ -238,7 +250,15 @@ def _config(options: argparse.Namespace, tile: int, target: float) -> SurgeryCon
 
 def _key(bench: Bench, idea: str, tile: int, target: float, seed: int) -> dict[str, str]:
     options, learned = bench.options, IDEAS[idea][1] is not None
-    values = {
+    values: dict[str, object] = dict.fromkeys(KEYS, "")
+    if learned:
+        values |= {"train_text": options.train_text.name, "train_windows": options.train_windows}
+        values |= {"learn_tile": options.learn_tile, "learn_density": options.learn_density or target}
+    config = _config(options, tile, target)
+    values |= {name: getattr(config, name) for name in GEOMETRY}
+    values |= {
+        "model": Path(options.model).name,
+        "evaluation_seed": options.evaluation_seed,
         "idea": idea,
         "tile": tile,
         "target": target,
@@ -250,10 +270,6 @@ def _key(bench: Bench, idea: str, tile: int, target: float, seed: int) -> dict[s
         "text": "held-out" if options.text is None else options.text.name,
     }
     return {name: str(values[name]) for name in KEYS}
-
-
-def _named(row: dict) -> tuple[str, ...]:
-    return tuple(str(row[name]) for name in KEYS)
 
 
 def _line(row: dict) -> str:

@@ -28,9 +28,9 @@ from llama_surgery.surgery.supported import inner_model
 from llama_surgery.text import windows
 from llama_surgery.topology.router import PageRouter
 
-#: Oracles, and the peers that they are.
 #: The operated model: heads with budgets of their own, or one threshold for all.
 OPERATED, ONE_THETA = "operated", "one-theta"
+#: Oracles, and the peers that they are.
 ORACLES = {"tokens": "token-oracle", "blocks": "block-oracle"}
 DECODES = ("dense", "sparse")
 ROUNDINGS = ("float32", "bfloat16", "float16", "eager", "sdpa")

@@ -31,6 +31,7 @@ from llama_surgery.learning.corrections import Corrections, scorer_parameters
 from llama_surgery.learning.gates import Homotopy
 from llama_surgery.learning.settings import LearningSettings
 from llama_surgery.learning.trainer import fresh_corrections, learn
+from llama_surgery.surgery.metric import metric_of
 from llama_surgery.surgery.operation import set_config
 from llama_surgery.surgery.supported import inner_model
 from llama_surgery.text import read_texts, windows
@@ -172,9 +173,9 @@ def main() -> None:
     torch.manual_seed(0)
     bench = Bench(options)
     names = list(bench.domains)
-    fresh = fresh_corrections(
-        inner_model(bench.model), LearningSettings(density=options.density, parts=()), {}
-    ).to(options.device)
+    inner = inner_model(bench.model)
+    settings = LearningSettings(density=options.density, parts=())
+    fresh = fresh_corrections(inner, settings, metric_of(inner)).to(options.device)
     thetas = {}
     for name in names:
         first = thetas.get(names[0], options.theta)

@@ -1,8 +1,7 @@
-"""Balls of the gumbel topology: their names, the mask, attention, and blocks counted."""
+"""Balls of the gumbel topology: their names, the mask and attention."""
 
 import pytest
 import torch
-from benchmarks.ball_blocks import blocks_in_order_of_text, blocks_sorted, window_pairs_read
 
 from llama_surgery.gumbel.balls import (
     attend_balls,
@@ -46,46 +45,6 @@ def test_a_ball_holds_what_shares_the_last_digits(arity: int, radius: int) -> No
             near = levels - shared <= radius
             assert near == (balls[i] == balls[j])
             assert bool(mask[i, j]) == (j <= i and (j == 0 or i - j < window or near))
-
-
-@pytest.mark.parametrize(("tile", "block"), [(1, 1), (8, 16), (16, 8)])
-def test_blocks_in_order_of_text_by_a_slow_loop(tile: int, block: int) -> None:
-    count, window = 45, 4
-    balls = random_balls(1, 2, count, balls=9)
-    counts = blocks_in_order_of_text(balls, window, tile, block)
-    mask = ball_mask(balls, torch.arange(count), window)
-    for head in range(2):
-        for number in range(counts.shape[-1]):
-            rows = mask[0, head, number * tile : (number + 1) * tile]
-            assert int(counts[0, head, number]) == sum(bool(part.any()) for part in rows.split(block, 1))
-
-
-@pytest.mark.parametrize(("tile", "block"), [(1, 1), (4, 8), (16, 4), (64, 64)])
-def test_blocks_sorted_by_a_slow_loop(tile: int, block: int) -> None:
-    count, window = 70, 6
-    balls = random_balls(1, 2, count)
-    counts = blocks_sorted(balls, window, tile, block)
-    for head in range(2):
-        own = balls[0, head].tolist()
-        order = sorted(range(count), key=lambda position: (own[position], position))
-        for number, first in enumerate(range(0, count, tile)):
-            blocks = {
-                slot // block
-                for row in order[first : first + tile]
-                for slot, key in enumerate(order)
-                if own[key] == own[row] and 0 < key <= row - window
-            }
-            assert int(counts[0, head, number]) == len(blocks)
-
-
-def test_blocks_of_the_window_by_a_slow_loop() -> None:
-    count, window, tile, block = 90, 13, 16, 8
-    pairs = 0
-    for first in range(0, count, tile):
-        last = min(first + tile, count)
-        keys = {key for row in range(first, last) for key in range(max(1, row - window + 1), row + 1)}
-        pairs += (last - first) * (1 + -(-len(keys) // block) * block)
-    assert window_pairs_read(count, window, tile, block) == pairs
 
 
 @pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (6, 2)])
