@@ -263,12 +263,13 @@ class Maker:
                 perplexity(self._model, self._windows())
                 return {**thetas, **read(), "routers": parts}
 
-        found = self._found(canonical({"form": name, **self._described()}), measure)
+        study = {"form": name, "calibrated_on": digest(*self._texts)}
+        found = self._found(canonical({**study, **self._described()}), measure)
         config = dataclasses.replace(self._config, **{theta: found[theta] for theta in _THETAS})
         return Calibrated(name, config, with_parts(self._routers, found["routers"]), found["total"])
 
     def _described(self) -> dict[str, Any]:
-        """What calibration depends on, beside the study."""
+        """What calibration depends on, beside model, length and text."""
         by_hand = {name: getattr(self._config, name) for name in _THETAS if name in self._given}
         described = {**self._shared, **changes(self._config), **(by_hand or {"density": self._density})}
         if self._routers:

@@ -25,7 +25,7 @@ from real_forms import DTYPE, OPERATED, Form, Maker
 from real_model import real_model, study_folder, text_name
 from real_results import canonical
 from real_samples import split
-from real_speed_table import COLUMNS, FILE, measured, quality_of, update
+from real_speed_table import COLUMNS, FILE, KEYS, measured, quality_of, update
 from timing import model as models
 from timing.in_turns import InTurns, Turns, twin
 from timing.measure import Deadline, environment, say
@@ -138,7 +138,10 @@ class Run:
         """Lengths and parts that the CSV has not."""
         given, real = self._given, self._real
         until = config_of(real.model).dense_until
-        has = set() if given.again else measured(given.out, settings, until, real.name, self._text)
+        wanted = {"settings": settings, "dense_until": until, "model": real.name, "text": self._text}
+        where = environment(inner_model(real.model).device)
+        wanted |= {name: where[name] for name in KEYS if name in where}
+        has = set() if given.again else measured(given.out, wanted)
         cuda = inner_model(real.model).device.type == "cuda"
         possible = [part for part in PARTS if cuda or part != GRAPHED]
         missing = [(n, [part for part in possible if (n, part) not in has]) for n in self._prompts]

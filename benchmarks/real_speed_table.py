@@ -1,7 +1,7 @@
 """The table of benchmarks/real_speed.py: times beside what the same settings lose, by real_quality.csv."""
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ COLUMNS = (
     *("device", "torch", "triton", "transformers", "date"),
 )
 #: What tells rows apart.
-KEYS = (*COLUMNS[:5], "dense_until")
+KEYS = (*COLUMNS[:5], "dense_until", "device", "torch", "triton", "transformers")
 #: What calibration finds, so that it may differ by the length and the state of the code.
 _FOUND = ("theta", "theta_decode", "budgets")
 #: Share by which the far density of other text than θ was set on may miss the one asked for.
@@ -61,17 +61,16 @@ def update(file: Path, rows: Sequence[dict[str, Any]]) -> None:
     """Puts rows into the CSV in place of those of the same name; others stay."""
 
     def place(key: tuple[str, ...]) -> tuple[Any, ...]:
-        model, length, text, part, settings, until = key
-        return model, text, settings, int(length), int(until), PARTS.index(part)
+        model, length, text, part, settings, until, *where = key
+        return model, text, settings, int(length), int(until), PARTS.index(part), where
 
     merge(file, rows, COLUMNS, KEYS, place)
 
 
-def measured(file: Path, settings: str, dense_until: int, model: str, text: str) -> set[tuple[int, str]]:
-    """Length and part of what the CSV has of a model with these settings."""
-    wanted = settings, str(dense_until), model, text
+def measured(file: Path, wanted: Mapping[str, Any]) -> set[tuple[int, str]]:
+    """Length and part of what the CSV has; ``wanted`` are the other :data:`KEYS`."""
     rows = rows_of(file) if file.exists() else []
-    same = [r for r in rows if (r["settings"], r["dense_until"], r["model"], r["text"]) == wanted]
+    same = [row for row in rows if all(row[name] == str(value) for name, value in wanted.items())]
     return {(int(row["length"]), row["part"]) for row in same}
 
 
@@ -152,7 +151,8 @@ def _conditions(rows: list[Row]) -> str:
         return ", ".join(sorted({row[name] for row in rows}))
 
     versions = f"PyTorch {all_of('torch')}, Triton {all_of('triton')}, transformers {all_of('transformers')}"
+    dtypes = ", ".join(sorted({json.loads(row["settings"]).get("dtype", "bfloat16") for row in rows}))
     return (
-        f"{all_of('device')}, bfloat16, batch 1, text of {all_of('text')}, {versions}, "
+        f"{all_of('device')}, {dtypes}, batch 1, text of {all_of('text')}, {versions}, "
         f"until {max(row['date'] for row in rows)}."
     )

@@ -27,9 +27,9 @@ KEYS = COLUMNS[:5]
 #: RULER tasks on which the dense model scores less, of 100, do not count: no loss could show.
 TELLING = 20.0
 
-#: Targets: perplexity over dense, the bound of the needles' difference, RULER points, far density, and total
-#: density by length.
-MOST_RATIO, LEAST_NEEDLES, MOST_POINTS, MOST_FAR = 1.010, -0.05, 3.0, 0.06
+#: Targets: perplexity over dense, the same with learned corrections, the bound of the needles' difference,
+#: RULER points, far density, and total density by length.
+MOST_RATIO, MOST_LEARNED, LEAST_NEEDLES, MOST_POINTS, MOST_FAR = 1.010, 1.005, -0.05, 3.0, 0.06
 MOST_TOTAL = {8192: 0.19, 16384: 0.14, 32768: 0.11}
 _NOTHING = "not measured"
 
@@ -178,9 +178,10 @@ def update(file: Path, rows: Sequence[dict[str, Any]]) -> None:
 def check(found: Measured) -> Iterator[tuple[bool, str]]:
     """Every target of an operated model: whether it is met, and what was found."""
     ratio, needles, tasks, length = found.ratio, found.needles, found.tasks, found.study["length"]
+    most_ratio = MOST_LEARNED if "learned" in found.settings else MOST_RATIO
     yield (
-        ratio is not None and ratio.ratio <= MOST_RATIO,
-        f"perplexity at most {MOST_RATIO:.3f} × dense: "
+        ratio is not None and ratio.ratio <= most_ratio,
+        f"perplexity at most {most_ratio:.3f} × dense: "
         + (f"{ratio.ratio:.4f} ({ratio.low:.4f} … {ratio.high:.4f})" if ratio else _NOTHING),
     )
     yield (

@@ -37,3 +37,16 @@ def test_attention_of_the_defaults(tables: ModuleType, tmp_path: Path) -> None:
     found = tables.attention().splitlines()[2]
     assert found == "| 32,768 | 28 / 4 | 0.050 | 0.093 | 2 | 7.0 × | 12.0 × |"
     assert tables.attention_parts().splitlines()[2] == "| layout | 0.3 |"
+
+
+def test_rows_with_more_columns_join_those_that_are_there(tables: ModuleType, tmp_path: Path) -> None:
+    import csv_tables  # type: ignore[import-not-found]
+
+    file = tmp_path / "rows.csv"
+    for row in (
+        {"seed": 0, "loss": 1},
+        {"seed": 0, "loss": 2, "model": "m"},
+        {"seed": 0, "loss": 3, "model": "m"},
+    ):
+        csv_tables.merge(file, [row], None, ("model", "seed"))
+    assert [(row["model"], row["loss"]) for row in csv_tables.rows_of(file)] == [("", "1"), ("m", "3")]
