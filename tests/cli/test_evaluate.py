@@ -187,6 +187,8 @@ class TestRuler:
             assert told in result.stdout
         read = json.loads((out / "results.json").read_text(encoding="utf-8"))["ruler"]
         assert read["complete"] and read["settings"]["lengths"] == [640, 1024]
+        drawn = run("report", out / "results.json", "--out", tmp_path / "page.html")
+        assert drawn.exit_code == 1 and "evaluate --text" in drawn.stderr
         answers = {(c["name"], c["task"], c["length"]): c["answers"] for c in read["cells"]}
         for task, length in (("vt", 640), ("fwe", 640), ("vt", 1024), ("fwe", 1024)):
             assert answers["T = 16", task, length] == answers["dense", task, length]

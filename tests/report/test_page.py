@@ -86,7 +86,10 @@ def test_results_survive_their_file(results: dict[str, Any], tmp_path: Path) -> 
         ("{", "is not JSON"),
         ("[]", "not a results file"),
         (json.dumps({"format": "llama-surgery results", "format_version": 99}), "Update llama-surgery"),
-        (json.dumps({"format": "llama-surgery results", "format_version": 1}), "damaged: model"),
+        (
+            json.dumps({"format": "llama-surgery results", "format_version": 1}),
+            "lacks model, .*evaluate --text",
+        ),
     ],
 )
 def test_another_file_is_refused(tmp_path: Path, content: str, told: str) -> None:
@@ -94,6 +97,19 @@ def test_another_file_is_refused(tmp_path: Path, content: str, told: str) -> Non
     path.write_text(content, encoding="utf-8")
     with pytest.raises(SurgeryError, match=told):
         read_results(path)
+
+
+@pytest.mark.parametrize("wrong", [{"length": "x"}, {"conditions": []}, {"environment": 3}])
+def test_results_of_another_kind_are_refused(results: dict[str, Any], wrong: dict[str, Any]) -> None:
+    with pytest.raises(SurgeryError, match="damaged"):
+        render({**results, **wrong}, [])
+
+
+def test_layers_are_numbers(results: dict[str, Any]) -> None:
+    by_layer = results["operated"][0]["density"]["by_layer"]
+    by_layer["first"] = by_layer.pop("0")
+    with pytest.raises(SurgeryError, match=r"damaged.*first"):
+        render(results, [])
 
 
 def test_results_that_lack_a_part_are_refused(results: dict[str, Any]) -> None:

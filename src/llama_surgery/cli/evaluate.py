@@ -192,7 +192,7 @@ def evaluate(
         torch.set_float32_matmul_precision("high")
     longest = max([length, *(needle_length or [])])
     llm, tokenizer = load_model(model, device, dtype, adapter=adapter, longest=longest)
-    from llama_surgery.cli.evaluate_parts import Parts, write_and_print
+    from llama_surgery.cli.evaluate_parts import Parts, show
     from llama_surgery.evaluation.long_generation import check_tokens
 
     learned = None if adapter is None else topology_of(llm, adapter)
@@ -244,7 +244,7 @@ def evaluate(
             parts.answer_tasks(lm_eval_include, lm_eval_limit, lm_eval_shots)
     if limits is not None:
         parts.judge(limits)
-    write_and_print(parts, json)
+    show(parts, json)
     if limits is not None and parts.results["gate"]["verdict"] != "kept":
         raise typer.Exit(CLOSED)
 

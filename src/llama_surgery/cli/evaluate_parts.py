@@ -23,7 +23,7 @@ from llama_surgery.evaluation.verdict import Limits, find, verdict
 from llama_surgery.files import write_atomically, write_csv, write_json
 from llama_surgery.report.extract import besides
 from llama_surgery.report.frontier import comparison
-from llama_surgery.report.results import make_results
+from llama_surgery.report.results import header, make_results
 from llama_surgery.surgery.operate import operated
 from llama_surgery.surgery.operation import config_of, routers_of
 from llama_surgery.surgery.progress import Progress
@@ -72,7 +72,7 @@ class Parts:
     conditions: dict[str, str]
     tell: Progress = lambda stage, done, total: None
     ruler: RulerResult | None = None
-    results: dict[str, Any] = dataclasses.field(default_factory=dict)
+    results: dict[str, Any] = dataclasses.field(default_factory=header)
     rows: dict[str, list[dict[str, Any]]] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -116,7 +116,8 @@ class Parts:
 
         decides = {**self._decides(self.texts), **shared}
         kept = self.kept.once("texts", found, **decides, **needles, conditions=self.conditions)
-        self.results, self.rows["results"] = kept["results"] | self.results, kept["rows"]
+        self.results, self.rows["results"] = self.results | kept["results"], kept["rows"]
+        self.write()
 
     def write_on(self, count: int, tokens: int) -> None:
         """Long texts of the models' own."""
@@ -128,6 +129,7 @@ class Parts:
         self.results["continuations"] = self.kept.once(
             "continuations", found, **self._decides(self.texts), **shared
         )
+        self.write()
 
     def prepare_ruler(self, materials: Materials, chat: bool | None, **asked: Any) -> None:
         """Refuse what RULER cannot be asked, before anything is measured."""
@@ -141,6 +143,7 @@ class Parts:
         given = {"batch_size": self.batch, "kept": self.kept, "deadline": self.deadline}
         self.ruler = run_ruler(self.model, self._sampler, **given, **self._forms, **self._asked)
         self.results["ruler"], self.rows["ruler"] = self.ruler.to_dict(), self.ruler.rows()
+        self.write()
 
     def prepare_tasks(self, tasks: list[str], include: Path | None) -> None:
         """Refuse tasks that lm-evaluation-harness does not have, before anything is measured."""
@@ -159,6 +162,7 @@ class Parts:
             answer = functools.partial(compare_on_tasks, self.model, self.tokenizer, tasks, **given)
             topology = adapter_digest(config, routers)
             found[name] = self.kept.once("lm-eval", answer, **self._tasks, topology=topology, **shared)
+            self.write()
 
     def compare(self, adapter: Any, rules: Sequence[str] | None, densities: Sequence[float] | None) -> None:
         """Other selection rules, beside the first topology and an adapter's."""
@@ -184,6 +188,7 @@ class Parts:
         )
         self.results["against"] = comparison.run(self.deadline, self.tell)
         self.rows["comparison"] = self.results["against"]["rows"]
+        self.write()
 
     def judge(self, limits: Limits) -> None:
         """Hold what was found against limits."""
@@ -193,6 +198,20 @@ class Parts:
             "verdict": verdict(findings),
             "findings": [finding.to_dict() for finding in findings],
         }
+        self.write()
+
+    def write(self) -> None:
+        """Write all that was found so far, tables and the figure of a comparison."""
+        if self.folder is None:
+            return
+        write_json(self.folder / "results.json", self.results)
+        for name, rows in self.rows.items():
+            write_csv(self.folder / f"{name}.csv", rows)
+        if "against" in self.results:
+            svg = comparison(self.results["against"]["rows"])
+            write_atomically(
+                self.folder / "comparison.svg", lambda path: path.write_text(svg, encoding="utf-8")
+            )
 
     @property
     def _forms(self) -> dict[str, Any]:
@@ -204,16 +223,9 @@ class Parts:
         return {"text": digest(*texts), "topologies": topologies}
 
 
-def write_and_print(parts: Parts, json: bool) -> None:
-    """Write results, tables and the figure of a comparison, and show them."""
+def show(parts: Parts, json: bool) -> None:
+    """Print what was found."""
     results, folder = parts.results, parts.folder
-    if folder is not None:
-        write_json(folder / "results.json", results)
-        for name, rows in parts.rows.items():
-            write_csv(folder / f"{name}.csv", rows)
-        if "against" in results:
-            svg = comparison(results["against"]["rows"])
-            write_atomically(folder / "comparison.svg", lambda path: path.write_text(svg, encoding="utf-8"))
     if json:
         print_json(results)
         return

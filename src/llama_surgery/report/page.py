@@ -45,7 +45,7 @@ def render(results: dict[str, Any], points: list[FrontierPoint]) -> str:
     )
     try:
         page = _page(results, points)
-    except (KeyError, TypeError, IndexError) as error:
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
         raise SurgeryError(
             f"the results are damaged ({type(error).__name__}: {error}). Write them again with "
             "'llama-surgery evaluate --out'."

@@ -22,9 +22,13 @@ def make_results(result: "EvaluationResult", **more: Any) -> dict[str, Any]:
     ``more`` is what the evaluation itself does not know: ``conditions`` (texts, calibration …), ``decode_ms``
     (milliseconds a token in decode, by name of the measured model), ``trees`` (heads' over a short text).
     """
+    return {**header(), **more, **result.to_dict()}
+
+
+def header() -> dict[str, Any]:
+    """What every results file begins with."""
     created = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-    header = {"format": FORMAT, "format_version": FORMAT_VERSION, "created": created}
-    return {**header, **more, **result.to_dict()}
+    return {"format": FORMAT, "format_version": FORMAT_VERSION, "created": created}
 
 
 def read_results(path: Path) -> dict[str, Any]:
@@ -49,7 +53,8 @@ def read_results(path: Path) -> dict[str, Any]:
     missing = [name for name in _NEEDED if name not in results]
     if missing or not results["operated"]:
         raise SurgeryError(
-            f"{path} is damaged: {', '.join(missing) or 'an operated model'} missing. Write it again."
+            f"{path} lacks {', '.join(missing) or 'an operated model'}: nothing to draw. Write it again, "
+            "with 'evaluate --text … --out'."
         )
     return results
 
