@@ -115,3 +115,8 @@ def test_what_was_replaced_before_an_error_is_told(tmp_path, monkeypatch):
     with pytest.raises(SurgeryError, match=r"could not write .*two: .*one had been replaced before;"):
         write_together({one: lambda file: file.write_text("1"), two: lambda file: file.write_text("2")})
     assert [path.name for path in tmp_path.iterdir()] == ["one"]
+
+
+def test_json_has_no_infinity(tmp_path):
+    write_json(tmp_path / "a.json", {"high": float("inf"), "low": [1.5, float("nan")], "n": 3})
+    assert json.loads((tmp_path / "a.json").read_text()) == {"high": None, "low": [1.5, None], "n": 3}

@@ -6,6 +6,7 @@ Nothing here replaces what belongs to somebody else: see :mod:`llama_surgery.fol
 import contextlib
 import csv
 import json
+import math
 import os
 import secrets
 from collections.abc import Callable, Mapping, Sequence
@@ -70,9 +71,22 @@ def write_json(path: Path, value: Any, *, own: bool = False) -> None:
     write_atomically(path, as_json(value), own=own)
 
 
+def json_text(value: Any, *, sort_keys: bool = False) -> str:
+    """``value`` as indented JSON, null in place of infinity and NaN, for which JSON has no numbers."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return {key: plain(one) for key, one in value.items()}
+        if isinstance(value, list | tuple):
+            return [plain(one) for one in value]
+        return None if isinstance(value, float) and not math.isfinite(value) else value
+
+    return json.dumps(plain(value), indent=2, sort_keys=sort_keys, allow_nan=False) + "\n"
+
+
 def as_json(value: Any) -> Write:
     """What fills a file with ``value`` as indented JSON."""
-    text = json.dumps(value, indent=2, sort_keys=True) + "\n"
+    text = json_text(value, sort_keys=True)
     return lambda file: file.write_text(text, encoding="utf-8")
 
 

@@ -1,6 +1,5 @@
 """What commands print, and where: results, what is going on, progress."""
 
-import json
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -19,6 +18,7 @@ from rich.progress import (
 )
 
 from llama_surgery.config import SurgeryConfig
+from llama_surgery.files import json_text
 
 #: Results go to standard output; progress, hints and errors to standard error.
 out = Console()
@@ -90,7 +90,7 @@ def _lines() -> Callable[[str, int, int], None]:
 
 def print_json(value: Any) -> None:
     """Write ``value`` to standard output as JSON."""
-    sys.stdout.write(json.dumps(value, indent=2) + "\n")
+    sys.stdout.write(json_text(value))
     sys.stdout.flush()
 
 
