@@ -13,7 +13,7 @@ from llama_surgery.config import SurgeryConfig
 from llama_surgery.topology.geometry import query_blocks
 from llama_surgery.topology.layout import Moments, build_layout, moments_of
 from llama_surgery.topology.plan import page_mask
-from llama_surgery.topology.selection import Scorer, log_shares, select
+from llama_surgery.topology.selection import Scorer, row_totals, select
 
 DIM = 8
 SCALE = DIM**-0.5
@@ -240,7 +240,8 @@ def test_a_wide_page_takes_no_share_from_others():
     scores, weights = Scorer(1.0)(query, moments_of(keys, 16))
     exact = keys[0, :, 0].unflatten(0, (2, 16)).logsumexp(-1)
     assert scores[0, 0, 0] - exact[0] > 20
-    shares = log_shares(scores[:, None], weights[:, None], near_lse[:, None], None, Scorer(1.0)).exp()
+    totals = row_totals(weights.logsumexp(-1)[:, None], near_lse[:, None], None, Scorer(1.0))
+    shares = (scores[:, None] - totals[..., None]).exp()
     assert shares[0, 0, 0, 0] > 1  # it is opened in any case
     assert exact.softmax(0)[1].item() <= shares[0, 0, 0, 1].item() <= 1.05 * exact.softmax(0)[1].item()
 
@@ -255,7 +256,8 @@ def test_shares_of_pages_of_equal_keys_are_exact_and_add_up(seed, with_sink):
     near_lse = (SCALE * queries @ near.transpose(1, 2)).logsumexp(-1)
     sink = torch.tensor([[0.7]], dtype=torch.float64) if with_sink else None
     scores, weights = Scorer(SCALE)(queries, moments_of(keys, 4))
-    shares = log_shares(scores[:, None], weights[:, None], near_lse[:, None], sink, Scorer(SCALE)).exp()
+    totals = row_totals(weights.logsumexp(-1)[:, None], near_lse[:, None], sink, Scorer(SCALE))
+    shares = (scores[:, None] - totals[..., None]).exp()
 
     logits = SCALE * queries @ torch.cat((keys, near), 1).transpose(1, 2)
     if with_sink:

@@ -96,9 +96,9 @@ def page_mask(plan: Plan, pages: int) -> torch.Tensor:
     Returns:
         (choosers, rows, pages) bool.
     """
-    choosers = plan.pages.shape[0]
-    first = torch.full((choosers, plan.tiles, pages + 1), plan.tile, device=plan.pages.device)
-    first.scatter_(-1, plan.pages.where(plan.pages >= 0, pages), plan.first_open)
-    row = torch.arange(plan.block.start, plan.block.stop, device=plan.pages.device)
-    tile = row // plan.tile - plan.block.start // plan.tile
-    return first[:, tile, :pages] <= (row % plan.tile)[:, None]
+    first = plan.pages.new_full((*plan.pages.shape[:2], pages + 1), plan.tile, dtype=torch.int16)
+    index = plan.pages.where(plan.pages >= 0, pages)
+    first.scatter_(-1, index, plan.first_open.to(torch.int16))
+    row = torch.arange(plan.tile, dtype=torch.int16, device=first.device)
+    seen = first[:, :, None, :pages] <= row[:, None]  # (choosers, tiles, rows of a tile, pages)
+    return seen.flatten(1, 2)[:, plan.lead : plan.lead + plan.block.stop - plan.block.start]

@@ -85,7 +85,7 @@ class PageRouter:
         return PageRouter(**{name: repeat(part) for name, part in self.tensors().items()})
 
     def weigh(self, queries: torch.Tensor, spread: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Put the channel weights on what multiplies means and variances: scaled queries, half their squares.
+        """Put the channel weights on what multiplies means and variances: scaled queries, their squares.
 
         Both are (streams, heads * rows, head_dim).
         """

@@ -43,55 +43,68 @@ class Scorer:
         ``queries`` are (streams, rows, head_dim), rows of all heads of the group.
         """
         queries = queries.to(moments.mean.dtype) * self.scale
-        spread = queries.square() * 0.5
+        spread = queries.square()
         if self.router is not None:
             queries, spread = self.router.weigh(queries, spread)
         linear = queries @ moments.mean.transpose(1, 2)
-        quadratic = spread @ moments.variance.transpose(1, 2)
+        root = spread @ moments.variance.transpose(1, 2)  # 2t, of which the root is to be made
         if self.softcap is not None:
             capped = torch.tanh(linear / self.softcap)
-            linear, quadratic = self.softcap * capped, quadratic * (1 - capped.square()).square()
-        root = (1 + 2 * quadratic.clamp_min(0)).sqrt()
-        linear, most = linear + math.log(moments.size), math.log(moments.size)
-        reached = most + math.sqrt(2 * most) * (root - math.sqrt(1 + 2 * most))
-        return linear + torch.where(quadratic < most, quadratic, reached), linear + root - 1
+            linear, root = self.softcap * capped, root * (1 - capped.square()).square()
+        # On a CPU every pass over all pages counts, so there are few, and in place. Of the root x, r(t) is
+        # ½·x² − ½ below that of t = m, and rises by √(2m) for every unit beyond.
+        root = root.add_(1).clamp_min_(1).sqrt_()
+        most = math.log(moments.size)
+        below, slope = root.clamp_max(math.sqrt(1 + 2 * most)), math.sqrt(2 * most)
+        linear = linear.add_(most - 1)
+        score = torch.add(linear, root, alpha=slope).addcmul_(below, below, value=0.5)
+        return score.add_(below, alpha=-slope).add_(0.5), linear.add_(root)
+
+
+class Scored(NamedTuple):
+    """What is expected of a block's closed pages.
+
+    Attributes:
+        scores: (streams, heads, rows, pages), logarithms: what decides which pages a row opens.
+        weights: Same shape, logarithms: what the pages weigh unread.
+        lse: (streams, heads, rows), log-sum-exp of the weights.
+    """
+
+    scores: torch.Tensor
+    weights: torch.Tensor
+    lse: torch.Tensor
 
 
 def score_pages(
     queries: torch.Tensor, layout: Layout, block: Block, config: SurgeryConfig, scorer: Scorer
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Scores and weights of a block's closed pages: (streams, heads, rows, pages) each.
-
-    ``queries`` are (streams, heads, rows, head_dim), the block's rows.
-    """
+) -> Scored:
+    """Scores and weights of a block's closed pages for its queries (streams, heads, rows, head_dim)."""
     moments = layout.moments.first(block.closed * config.pages_per_chunk)
-    scores, weights = scorer(queries.flatten(1, 2), moments)
-    return scores.unflatten(1, queries.shape[1:3]), weights.unflatten(1, queries.shape[1:3])
+    scores, weights = (x.unflatten(1, queries.shape[1:3]) for x in scorer(queries.flatten(1, 2), moments))
+    return Scored(scores, weights, weights.logsumexp(-1))
 
 
-def log_shares(
-    scores: torch.Tensor,
-    weights: torch.Tensor,
-    near_lse: torch.Tensor,
-    sink_logit: torch.Tensor | None,
-    scorer: Scorer,
+def row_totals(
+    pages_lse: torch.Tensor, near_lse: torch.Tensor, sink_logit: torch.Tensor | None, scorer: Scorer
 ) -> torch.Tensor:
-    """Log of each page's expected share of the row's whole attention, less the head's learned offset.
+    """Log of what a row's whole attention is expected to weigh, and the head's learned offset.
+
+    A page's score less this total is the log of its expected share.
 
     Args:
-        scores, weights: (streams, heads, rows, pages); weights are what the pages weigh in the row's total.
-        near_lse: (streams, heads, rows), log-sum-exp of the near field's logits.
+        pages_lse: (streams, heads, rows), log-sum-exp of the weights of the closed pages.
+        near_lse: Same shape, log-sum-exp of the near field's logits.
         sink_logit: (streams, heads) attention-sink parameters, or None.
 
     Returns:
-        (streams, heads, rows, pages).
+        (streams, heads, rows).
     """
-    total = torch.logaddexp(weights.logsumexp(-1), near_lse.to(weights.dtype))
+    total = torch.logaddexp(pages_lse, near_lse.to(pages_lse.dtype))
     if sink_logit is not None:
-        total = torch.logaddexp(total, sink_logit.to(scores.dtype)[..., None])
+        total = torch.logaddexp(total, sink_logit.to(total.dtype)[..., None])
     if scorer.router is not None and scorer.router.offset is not None:
         total = total + scorer.router.offset.to(total.dtype)[..., None]
-    return scores - total.unsqueeze(-1)
+    return total
 
 
 def select(
@@ -104,7 +117,7 @@ def select(
     tile: int,
     scorer: Scorer,
     sink_logit: torch.Tensor | None = None,
-    scored: tuple[torch.Tensor, torch.Tensor] | None = None,
+    scored: Scored | None = None,
 ) -> Plan:
     """Plan one block of rows.
 
@@ -126,7 +139,7 @@ def select(
     Returns:
         A plan of as many choosers as there are heads in all, or streams if ``tile`` is 1.
     """
-    streams, heads = queries.shape[:2]
+    heads = queries.shape[1]
     choosers = 1 if tile == 1 else heads
     sinks = layout.sink_pages(config.page_size).long()
     if config.theta_for(tile) == 0:
@@ -136,10 +149,11 @@ def select(
     rows = torch.arange(block.start, block.stop, device=queries.device)
     opening = math.log(config.theta_for(tile))
     whole = _TileRows(rows, block, tile)
-    scores, weights = scored or score_pages(queries, layout, block, config, scorer)
-    shares = log_shares(scores, weights, near_lse, sink_logit, scorer)
-    shares = whole.embed(shares.flatten(0, 1), -math.inf).unflatten(0, (streams, heads))
-    opened = (shares > opening).unflatten(1, (choosers, -1)).any(2).flatten(0, 1)
+    scored = scored or score_pages(queries, layout, block, config, scorer)
+    least = row_totals(scored.lse, near_lse, sink_logit, scorer) + opening
+    opened = (scored.scores > least.unsqueeze(-1)).unflatten(1, (choosers, -1))
+    opened = (opened.any(2) if choosers < heads else opened.squeeze(2)).flatten(0, 1)
+    opened = whole.embed(opened, False)
     place = whole.embed((rows % tile).to(torch.int16)[None, :, None], tile)
     first_open = torch.where(opened, place, tile).amin(2).long()
     sink = sinks.repeat_interleave(choosers)[:, None, None].expand(-1, whole.tiles, 1)
@@ -157,7 +171,7 @@ class _TileRows(NamedTuple):
     def tiles(self) -> int:
         return tiles_of(self.block, self.tile)
 
-    def embed(self, values: torch.Tensor, absent: float) -> torch.Tensor:
+    def embed(self, values: torch.Tensor, absent: int) -> torch.Tensor:
         """(choosers, rows, pages) to (choosers, tiles, rows of a tile, pages)."""
         if values.shape[1] != self.tiles * self.tile:
             place = self.rows - self.block.start // self.tile * self.tile

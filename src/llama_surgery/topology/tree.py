@@ -5,6 +5,8 @@ every split sends half of the keys to each child. The distance of two keys is L 
 leading digits they share, an ultrametric; all keys that share a prefix form a ball.
 """
 
+import math
+
 import torch
 
 #: Steps of the power iteration. A direction only has to separate the keys, not to be exact. The number is a
@@ -33,6 +35,16 @@ def principal_direction(centred: torch.Tensor) -> torch.Tensor:
     return direction.squeeze(-1)
 
 
+def take(states: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """Rows of each group: states (..., rows, dim) and index (..., k) int64 to (..., k, dim).
+
+    Whole rows at a time, where ``gather`` takes every number by itself: several times faster on a CPU.
+    """
+    *lead, rows, dim = states.shape
+    first = torch.arange(math.prod(lead), device=states.device).mul_(rows).view(*lead, 1)
+    return states.reshape(-1, dim).index_select(0, (index + first).flatten()).view(*index.shape, dim)
+
+
 def tree_order(keys: torch.Tensor, page_size: int) -> torch.Tensor:
     """Tree order of each chunk: original offsets in the order of paths, ties by position.
 
@@ -56,7 +68,7 @@ def tree_order(keys: torch.Tensor, page_size: int) -> torch.Tensor:
         child_size = nodes.shape[-2] // 2
         split = projection.argsort(dim=-1, stable=True)
         split = split.unflatten(-1, (2, child_size)).sort(dim=-1).values.flatten(-2)
-        nodes = nodes.gather(-2, split.unsqueeze(-1).expand(nodes.shape))
+        nodes = take(nodes, split)
         order = order.gather(-1, split)
         shape = (*lead, nodes.shape[-3] * 2, child_size)
         nodes, order = nodes.reshape(*shape, keys.shape[-1]), order.reshape(shape)

@@ -37,4 +37,4 @@ def merge(
     total = torch.logaddexp(lse, more_lse)
     share = (lse - total).exp().unsqueeze(-1)
     more_share = (more_lse - total).exp().unsqueeze(-1)
-    return out * share + more_out * more_share, total
+    return torch.addcmul(out * share, more_out, more_share), total

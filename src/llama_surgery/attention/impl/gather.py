@@ -126,7 +126,7 @@ def far_field(
     lse = tiled.new_full(tiled.shape[:2], -torch.inf)
     # In tiles of few rows the gathered keys and values are larger than the logits.
     elements = page_size * max(heads * plan.tile, head_dim, values.shape[-1])
-    fused = plan.tile > 1 and _fuses(queries, keys, values, call.softcap)
+    fused = heads == 1 and plan.tile > 1 and _fuses(queries, keys, values, call.softcap)
     for jobs, most in _groups(plan.counts.flatten(), elements, keys.device):
         index, of = pages[jobs, :most], stream[jobs]
         k = flat_keys.index_select(0, (index + of * key_rows).flatten())
@@ -134,13 +134,12 @@ def far_field(
         k, v = k.view(len(jobs), most * page_size, head_dim), v.view(len(jobs), most * page_size, -1)
         hidden = first_open[jobs, None, :most] > row[:, None]  # (jobs, tile, pages)
         if fused:
-            bias = torch.zeros(hidden.shape, dtype=dtype).masked_fill_(hidden, -torch.inf)
-            bias = bias.repeat(1, heads, 1).repeat_interleave(page_size, -1)
+            # Low but finite: rows that see none of their tile's pages get a log-sum-exp as low, and no NaN.
+            bias = torch.zeros(hidden.shape, dtype=dtype).masked_fill_(hidden, torch.finfo(dtype).min / 2)
+            bias = bias.repeat_interleave(page_size, -1)
             given = [x.to(dtype)[:, None] for x in (tiled[jobs], k, v)]
-            part, part_lse = (x.squeeze(1) for x in _fused(*given, attn_mask=bias[:, None], scale=1.0))
-            blind = hidden.all(-1).repeat(1, heads)  # rows that see none of their tile's pages
-            out[jobs] = part.masked_fill_(blind[..., None], 0)
-            lse[jobs] = part_lse.masked_fill_(blind, -torch.inf)
+            part, part_lse = _fused(*given, attn_mask=bias[:, None], scale=1.0)
+            out[jobs], lse[jobs] = part.squeeze(1), part_lse.squeeze(1)
             continue
         logits = cap(tiled[jobs] @ k.to(dtype).transpose(1, 2), call.softcap)
         if plan.tile > 1 or index.shape[0] > 1:
