@@ -29,7 +29,7 @@ from llama_surgery.topology.layout import build_layout
 
 ROOT = Path(__file__).parent.parent
 HEADS, KV_HEADS, DIM, THREADS = 8, 2, 64, 2
-LENGTHS = 8192, 32768
+LENGTHS = 2048, 4096, 8192, 32768
 #: Executed far pairs over causal pairs.
 DENSITY = 0.05
 PREFILL = """

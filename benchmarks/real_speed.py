@@ -35,7 +35,7 @@ from llama_surgery.errors import SurgeryError, TextError
 from llama_surgery.surgery.calibrate import calibration_windows
 from llama_surgery.surgery.context import USUAL_LENGTH, context_length
 from llama_surgery.surgery.operation import config_of, set_config
-from llama_surgery.surgery.pays import measured_dense_until
+from llama_surgery.surgery.pays import usual_dense_until
 from llama_surgery.surgery.supported import inner_model
 from llama_surgery.text import parse_length, windows
 
@@ -56,7 +56,7 @@ def options() -> argparse.Namespace:
     setting.add_argument("--adapter", type=Path, metavar="FOLDER", help="its θ and corrections instead")
     add("--calibration-length", metavar="TOKENS", help="of a window; the longest prompt's, at most 8k")
     add("--set", nargs="+", default=[], metavar="NAME=VALUE", help="fields of SurgeryConfig")
-    add("--dense-until", type=int, help="position; as operate() finds it if left out: by times on a GPU")
+    add("--dense-until", type=int, help="position; as operate() sets it if left out")
     add("--dtype", choices=("float32", "bfloat16", "float16"), default=DTYPE)
     add("--device", default="auto")
     add("--seconds", type=float, default=600.0, help="begin no part after these")
@@ -151,9 +151,9 @@ class Run:
         """As operate() does by itself, unless it is given."""
         real, until = self._real, self._given.dense_until
         inner = inner_model(real.model)
-        if until is None and inner.device.type == "cuda":
+        if until is None:
             ids = calibration_windows(real.model, real.tokenizer, self._calibration, length, real.config)
-            until = measured_dense_until(inner, ids)
+            until = usual_dense_until(inner, ids)
         if until is not None:
             set_config(real.model, dataclasses.replace(config_of(real.model), dense_until=until))
         say(f"dense below position {config_of(real.model).dense_until:,}, {self._deadline.spent:.0f} s")

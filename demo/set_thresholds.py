@@ -32,6 +32,7 @@ def set_thresholds(case: Case) -> None:
         text=[text],
         tokenizer=tokenizer,
         length=LENGTH,
+        measure_speed=False,  # the demo shows what sparse prompts lose
     )
     save_adapter(llm, folder)
     print(f"{case.name}: θ = {config_of(llm).theta:.4f}", flush=True)

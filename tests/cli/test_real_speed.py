@@ -68,6 +68,7 @@ def test_a_model_is_timed_and_a_second_run_goes_on(
     )
     quality(known, model=model.name, settings=settings, far_density="0.21")
     given = ["--text", texts, "--device", "cpu", "--dtype", "float32", "--set", *SMALL, "--density", "0.2"]
+    given += ["--dense-until", "0"]
     kept = ["--kept", tmp_path / "kept", "--quality", known, "--out", file]
 
     def run(*arguments: str | Path) -> int:

@@ -66,3 +66,12 @@ def test_prompts_are_timed_dense_and_sparse(monkeypatch):
 def test_no_text_to_be_timed_on():
     with pytest.raises(SurgeryError, match="measure_speed=True without text"):
         operate(llama(), CONFIG, measure_speed=True)
+
+
+def test_on_a_cpu_nothing_is_timed(monkeypatch):
+    monkeypatch.setattr(pays, "measured_dense_until", None)
+    model = operate(build("Llama", max_position_embeddings=20_000), CONFIG)
+    ids = torch.randint(3, VOCABULARY, (1, 300), generator=torch.Generator().manual_seed(0))
+    assert pays.usual_dense_until(model, ids) == pays.ON_CPU
+    short = operate(build("Llama", max_position_embeddings=300), CONFIG)
+    assert pays.usual_dense_until(short, ids) == 304  # all of its context, in whole tiles

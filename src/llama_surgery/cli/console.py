@@ -100,7 +100,7 @@ def speed_told(until: int, context: int | None) -> str:
         return "Sparse prompts are read faster here at every length that was timed."
     if context is None or until < context:
         return (
-            f"Prompts are dense below position {until:,}: up to there sparse ones were not read faster here."
+            f"Prompts are dense below position {until:,}: up to there sparse ones are not read faster here."
         )
     return (
         f"On this device sparse prompts are not faster at any length that the model was made for ({context:,}"

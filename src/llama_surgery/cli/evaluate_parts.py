@@ -248,6 +248,11 @@ def show(parts: Parts, json: bool) -> None:
         out.print(table)
     if "gate" in results:
         say(f"[bold]{VERDICTS[results['gate']['verdict']]}[/]")
+    until = max(config.dense_until for config in parts.configs.values())
+    if until:
+        all_dense = "dense" in results and until >= parts.length
+        told = f": all of these {parts.length:,} tokens are read densely"
+        say(f"Dense below position {until:,} by its configuration{told if all_dense else ''}.")
     unfinished = parts.ruler is not None and not parts.ruler.complete
     if unfinished or results.get("against", {}).get("unfinished"):
         err.print("Not everything is finished: run the command again to go on.", highlight=False)

@@ -139,7 +139,7 @@ def learn(
             rate=planned.rate,
             windows=windows,
             seed=seed,
-            measure_speed=llm.device.type == "cuda" and dense_until is None,
+            measure_speed=dense_until is None,
             progress=tell,
             report=report,
             processes=processes,

@@ -79,7 +79,7 @@ def operate(
                 tokenizer=tokenizer,
                 length=length,
                 decode_density=decode_density,
-                measure_speed=llm.device.type == "cuda" and dense_until is None,
+                measure_speed=dense_until is None,
                 progress=tell,
             )
     save_adapter(llm, out_folder)

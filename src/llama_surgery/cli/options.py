@@ -123,8 +123,8 @@ Density = of_topology(
 )
 DenseUntil = of_topology(
     int | None,
-    "Queries below this position see everything. If left out, where thresholds are set on a GPU, the "
-    "position from which on prompts are read faster there; else 0.",
+    "Queries below this position see everything. If left out, where thresholds are set: the position from "
+    "which on prompts are read faster, timed on a GPU, 4,096 on a CPU; else 0.",
     min=0,
 )
 DecodeDensity = of_topology(

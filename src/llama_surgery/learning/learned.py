@@ -78,7 +78,7 @@ def learn(
     """
     inner = inner_model(model)
     if measure_speed is None:
-        measure_speed = config is None and inner.device.type == "cuda"
+        measure_speed = config is None
     config = SurgeryConfig() if config is None else config
     if config.topology != "pages":
         raise SurgeryError(

@@ -28,7 +28,7 @@ from llama_surgery.surgery.operation import (
     operation_of,
     room_of,
 )
-from llama_surgery.surgery.pays import measured_dense_until
+from llama_surgery.surgery.pays import usual_dense_until
 from llama_surgery.surgery.progress import Progress, counted
 from llama_surgery.surgery.replace import check_replaceable, replace
 from llama_surgery.surgery.supported import attention_modules, head_shape, inner_model
@@ -75,10 +75,10 @@ def operate(
             text holds one.
         decode_density: Largest executed far density of decode steps; needs ``density``. Without, their θ
             stays as ``config`` has it: by default they read everything.
-        measure_speed: Read prompts of rising length, dense and sparse, for half a minute at most, and set
-            ``dense_until`` to the position from which on sparse is faster here, so that no prompt is read
-            slower than by the dense model. If None, on a GPU where thresholds are set on text and no
-            ``config`` is given. Needs ``text``.
+        measure_speed: Set ``dense_until`` to the position from which on sparse is faster here, so that no
+            prompt is read slower than by the dense model: prompts of rising length are read, dense and
+            sparse, for half a minute at most, but on a CPU, where that takes too long, it is 4,096. If None,
+            where thresholds are set on text and no ``config`` is given. Needs ``text``.
         progress: With ``text``, whose reading takes seconds to minutes: called as ``progress(stage, done,
             total)`` after each pass of the model. If None, there are bars like transformers' own, on
             terminals and in notebooks alone; ``transformers.utils.logging.disable_progress_bar()`` turns
@@ -92,7 +92,7 @@ def operate(
     """
     inner = inner_model(model)
     if measure_speed is None:
-        measure_speed = config is None and text is not None and inner.device.type == "cuda"
+        measure_speed = config is None and text is not None
     config = SurgeryConfig() if config is None else config
     if is_operated(model):
         raise SurgeryError("the model is operated already: eject(model) first.")
@@ -139,7 +139,7 @@ def operate(
             with counted(inner, "thresholds", USUAL * len(ids), progress):
                 calibrate(model, ids, density, decode_density=decode_density)
         if measure_speed:
-            until = measured_dense_until(inner, ids, progress=progress)
+            until = usual_dense_until(inner, ids, progress)
             operation.use(dataclasses.replace(operation.config, dense_until=until))
     except BaseException:
         eject(model)

@@ -19,8 +19,22 @@ SHORTEST, LONGEST = 2048, 131072
 READINGS = 3
 #: No longer prompt is begun after so many seconds.
 SECONDS = 30.0
+#: ``dense_until`` on a CPU, where timing whole prompts would take many minutes: up to so many tokens dense
+#: attention was as fast with the defaults, whatever the model (docs/performance.md).
+ON_CPU = 4096
 #: ``dense_until`` is a multiple of so many tokens: times are not known more finely.
 UNIT = 1024
+
+
+def usual_dense_until(model: PreTrainedModel, ids: torch.Tensor, progress: Progress | None = None) -> int:
+    """``dense_until`` as ``operate()`` sets it: :data:`ON_CPU`, at most the model's context; timed elsewhere.
+
+    Arguments as :func:`measured_dense_until` takes them.
+    """
+    if model.device.type != "cpu":
+        return measured_dense_until(model, ids, progress=progress)
+    tile = operation_of(model).config.tile
+    return -(-min(ON_CPU, context_length(model) or ON_CPU) // tile) * tile
 
 
 def measured_dense_until(
