@@ -11,9 +11,11 @@ from tests.surgery.tiny import SINGLE, SPARSE, in_pieces, llama, logits, tokens
 from llama_surgery import SurgeryConfig, operated
 from llama_surgery.attention.api import attend
 from llama_surgery.attention.executor import build_layout
+from llama_surgery.attention.summary import summary
 from llama_surgery.learning.corrections import scorer_parameters
+from llama_surgery.topology.geometry import Block
 from llama_surgery.topology.layout import moments_of
-from llama_surgery.topology.plan import page_mask
+from llama_surgery.topology.plan import page_mask, plan_from_first_open
 from llama_surgery.topology.selection import Scorer
 
 CONFIG = SurgeryConfig(chunk_size=16, page_size=8, window=8, tile=4, theta=0.3, theta_decode=0.3)
@@ -63,6 +65,28 @@ def test_weights_are_little_below_what_two_groups_weigh_and_never_above_the_scor
     assert (weights <= scores + 1e-7).all()
 
 
+def test_what_a_page_that_is_read_was_expected_to_weigh_does_not_matter() -> None:
+    """Not even where it was e^200 times too much; rows that read all pages have nothing to stand in for."""
+    config = SurgeryConfig(chunk_size=64, page_size=16, window=16, tile=8)
+    states = torch.randn(2, 1, 64, 4, generator=torch.Generator().manual_seed(0))
+    layout = build_layout(*states, config)
+    weights = torch.randn(1, 1, 16, 4, requires_grad=True)
+    expected = weights.detach().clone()
+    expected[..., 1] += 200
+    opened = torch.tensor([[[8, 0, 8, 8], [0, 0, 0, 0]]])  # page 1 by the first tile, all by the second
+    plan = plan_from_first_open(opened, Block(80, 96, 1), 8)
+    for given in (weights, expected):
+        out, lse = summary(given, layout, plan, Scorer(1.0))
+        unseen = given[0, 0, :8, [0, 2, 3]].detach()
+        torch.testing.assert_close(lse[0, 0, :8], unseen.logsumexp(-1))
+        assert layout.mean_values is not None
+        torch.testing.assert_close(out[0, 0, :8], unseen.softmax(-1) @ layout.mean_values[0, [0, 2, 3]])
+        assert (out[0, 0, 8:] == 0).all() and (lse[0, 0, 8:] < -1e30).all()
+    total = torch.logaddexp(torch.zeros(16), summary(weights, layout, plan, Scorer(1.0))[1][0, 0])
+    total.sum().backward()
+    assert weights.grad is not None and torch.isfinite(weights.grad).all()
+
+
 def test_everything_open_is_dense() -> None:
     model, ids = llama(), tokens(256)
     with operated(model, dataclasses.replace(SPARSE, theta=0.0, theta_decode=0.0)):
@@ -99,8 +123,8 @@ def test_the_summary_brings_attention_closer_to_dense() -> None:
     dense = attend(
         q[:, None], k, v, None, config=dataclasses.replace(CONFIG, dense_until=1 << 20), start=0
     ).out
-    for summary in ("none", "page"):
-        config = dataclasses.replace(CONFIG, summary=summary)
+    for kind in ("none", "page"):
+        config = dataclasses.replace(CONFIG, summary=kind)
         out = attend(q[:, None], k, v, build_layout(k, v, config), config=config, start=0).out
-        errors[summary] = float((out - dense).square().mean())
+        errors[kind] = float((out - dense).square().mean())
     assert errors["page"] < errors["none"]

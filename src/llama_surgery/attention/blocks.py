@@ -101,7 +101,7 @@ def attend(
             far = slice(0, first)
             near = backend.far_field(call, q, layout.keys[:, far], layout.values[:, far], plan, near)
             if scored is not None:
-                near = merge(*near, *summary(scored, layout, plan, scorer))
+                near = merge(*near, *summary(scored.weights, layout, plan, scorer))
         out, lse = near
         if sink_logit is not None:
             # The sink takes its share of the softmax and contributes no value.

@@ -2,12 +2,15 @@
 
 import torch
 
+from llama_surgery.attention.impl.common import softmax_matmul
 from llama_surgery.topology.layout import Layout, Moments
 from llama_surgery.topology.plan import Plan, page_mask
-from llama_surgery.topology.selection import Scored, Scorer
+from llama_surgery.topology.selection import Scorer
 
 
-def summary(scored: Scored, layout: Layout, plan: Plan, scorer: Scorer) -> tuple[torch.Tensor, torch.Tensor]:
+def summary(
+    weights: torch.Tensor, layout: Layout, plan: Plan, scorer: Scorer
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention over the pages that rows do not see, each a single key.
 
     Its logit is the log of what the page weighs, with a head's learned weight of summaries, its value the
@@ -15,7 +18,8 @@ def summary(scored: Scored, layout: Layout, plan: Plan, scorer: Scorer) -> tuple
     log-sum-exp so low that it adds nothing to a row's.
 
     Args:
-        scored: The plan's block, from :func:`~llama_surgery.topology.selection.score_pages`.
+        weights: (streams, heads, rows, pages) of the plan's block, from
+            :func:`~llama_surgery.topology.selection.score_pages`.
         layout: At least the block's closed chunks, with mean values.
         plan: What the rows see.
         scorer: The layer's page score.
@@ -23,17 +27,15 @@ def summary(scored: Scored, layout: Layout, plan: Plan, scorer: Scorer) -> tuple
     Returns:
         Output (streams, heads, rows, value_dim) and log-sum-exp (streams, heads, rows), the weights' dtype.
     """
-    weights, pages = scored.weights, scored.weights.shape[-1]
+    heads, _, pages = weights.shape[1:]
     seen = page_mask(plan, pages).unflatten(0, (len(weights), -1))  # (streams, heads or 1, rows, pages)
-    # Of what all pages weigh together, each one's part: no exponential overflows, and none is computed twice.
-    shares = (weights - scored.lse.unsqueeze(-1)).exp_().masked_fill(seen, 0)
-    unseen = shares.sum(-1).clamp_min(torch.finfo(shares.dtype).tiny)
+    logits = weights.masked_fill(seen, -torch.inf).flatten(1, 2)
     assert layout.mean_values is not None
-    out = shares @ layout.mean_values[:, :pages].to(shares.dtype).unsqueeze(1)
-    lse = scored.lse + unseen.log()
+    found = softmax_matmul(logits, layout.mean_values[:, :pages].to(logits.dtype))
+    out, lse = (x.unflatten(1, (heads, -1)) for x in found)
     if scorer.router is not None and scorer.router.summary is not None:
         lse = lse + scorer.router.summary.to(lse.dtype)[..., None]
-    return out / unseen.unsqueeze(-1), lse
+    return out, lse
 
 
 def summary_logits(queries: torch.Tensor, moments: Moments, scorer: Scorer) -> torch.Tensor:

@@ -22,6 +22,19 @@ def cap(logits: torch.Tensor, softcap: float | None) -> torch.Tensor:
     return logits.div_(softcap).tanh_().mul_(softcap)
 
 
+def softmax_matmul(logits: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Softmax of ``logits`` (batch, rows, keys), consumed, times ``values``; and its log-sum-exp.
+
+    Of a row that sees no key the output is zero and the log-sum-exp the lowest number: it weighs nothing
+    beside other keys, and gradients stay finite.
+    """
+    # The maximum only shifts the exponents, so no gradient passes through it.
+    top = logits.detach().amax(-1, keepdim=True).clamp_min_(torch.finfo(logits.dtype).min)
+    weights = logits.sub_(top).exp_()
+    total = weights.sum(-1, keepdim=True).clamp_min(torch.finfo(logits.dtype).tiny)
+    return (weights @ values).div_(total), (total.log() + top).squeeze(-1)
+
+
 def merge(
     out: torch.Tensor, lse: torch.Tensor, more_out: torch.Tensor, more_lse: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:

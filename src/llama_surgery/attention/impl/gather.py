@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from llama_surgery.attention.call import AttentionCall
-from llama_surgery.attention.impl.common import cap, compute_dtype, differentiable, merge
+from llama_surgery.attention.impl.common import cap, compute_dtype, differentiable, merge, softmax_matmul
 from llama_surgery.topology.plan import Plan
 
 #: Logits of one group of tiles, or its keys where they are more, in elements: about a second-level cache on
@@ -57,7 +57,7 @@ def _attend(
         if causal and length > 1:
             hidden = torch.ones(length, length, dtype=torch.bool, device=logits.device).triu_(1)
             logits[..., seen - length :].masked_fill_(hidden, -torch.inf)
-        out, lse = _softmax_matmul(logits.flatten(1, 2), values[:, :seen])
+        out, lse = softmax_matmul(logits.flatten(1, 2), values[:, :seen])
         outs.append(out.unflatten(1, (heads, length)))
         lses.append(lse.unflatten(1, (heads, length)))
     return torch.cat(outs, 2), torch.cat(lses, 2)
@@ -145,7 +145,7 @@ def far_field(
         if plan.tile > 1 or index.shape[0] > 1:
             by_page = logits.view(len(jobs), heads, plan.tile, most, page_size)
             by_page.masked_fill_(hidden[:, None, :, :, None], -torch.inf)
-        out[jobs], lse[jobs] = _softmax_matmul(logits, v.to(dtype))
+        out[jobs], lse[jobs] = softmax_matmul(logits, v.to(dtype))
     far_out = _from_tiles(out, plan, choosers, heads).reshape(near[0].shape)
     far_lse = _from_tiles(lse.unsqueeze(-1), plan, choosers, heads).reshape(near[1].shape)
     return merge(*near, far_out, far_lse)
@@ -180,17 +180,6 @@ def _groups(
         groups.append((order[start:stop], most))
         start = stop
     return groups
-
-
-def _softmax_matmul(logits: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Softmax of ``logits`` (batch, rows, keys), consumed, times ``values``; and its log-sum-exp."""
-    # A row that sees nothing keeps a finite maximum: its weights are zero, not NaN.
-    # It only shifts the exponents, so no gradient passes through it.
-    top = logits.detach().amax(-1, keepdim=True).clamp_min_(torch.finfo(logits.dtype).min)
-    weights = logits.sub_(top).exp_()
-    total = weights.sum(-1, keepdim=True)
-    out = (weights @ values).div_(total.clamp_min(torch.finfo(logits.dtype).tiny))
-    return out, (total.log() + top).squeeze(-1)
 
 
 def _to_tiles(states: torch.Tensor, plan: Plan) -> torch.Tensor:
