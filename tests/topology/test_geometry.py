@@ -40,7 +40,7 @@ def test_blocks_cover_the_rows_once_with_equal_closed_chunks(case):
     rows = [row for block in blocks for row in range(block.start, block.stop)]
     assert rows == list(range(start, stop))
     for block in blocks:
-        assert 0 < block.stop - block.start <= (config.chunk_size if block.closed else stop - start)
+        assert 0 < block.stop - block.start <= config.chunk_size
         assert block.start % tile == 0 or block.start == start
         for row in range(block.start, block.stop):
             assert closed_chunks(row, config, tile) == block.closed

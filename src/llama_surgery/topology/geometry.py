@@ -43,18 +43,15 @@ def first_far(config: SurgeryConfig) -> int:
 def query_blocks(start: int, stop: int, config: SurgeryConfig, tile: int) -> Iterator[Block]:
     """Cut rows ``start … stop - 1`` into blocks of equal closed chunks.
 
-    Blocks hold at most ``chunk_size`` rows where these choose pages, so that what a block needs in memory
-    grows with the length of the text but not with its square. They begin at multiples of ``tile`` but for the
-    first.
+    Blocks hold at most ``chunk_size`` rows, so that what a block needs in memory grows with the
+    length of the text but not with its square, and begin at multiples of ``tile`` but for the first.
     """
     while start < stop:
         closed = closed_chunks(start, config, tile)
         next_change = (closed + 1) * config.chunk_size + config.window
         if start < config.dense_until:
             next_change = config.dense_until
-        limit = min(stop, next_change)
-        if closed:
-            limit = min(limit, start - start % tile + config.chunk_size)
+        limit = min(stop, start - start % tile + config.chunk_size, next_change)
         yield Block(start, limit, closed)
         start = limit
 
