@@ -20,7 +20,7 @@ READINGS = 3
 #: No longer prompt is begun after so many seconds.
 SECONDS = 30.0
 #: ``dense_until`` on a CPU, where timing whole prompts would take many minutes: up to so many tokens dense
-#: attention was as fast with the defaults, whatever the model (docs/performance.md).
+#: attention was about as fast with the defaults, on random states (docs/performance.md).
 ON_CPU = 4096
 #: ``dense_until`` is a multiple of so many tokens: times are not known more finely.
 UNIT = 1024
