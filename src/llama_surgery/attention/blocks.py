@@ -11,7 +11,7 @@ from llama_surgery.attention.summary import summary
 from llama_surgery.topology.geometry import query_blocks
 from llama_surgery.topology.layout import Layout
 from llama_surgery.topology.plan import Plan
-from llama_surgery.topology.selection import Scored, Scorer, score_pages, select
+from llama_surgery.topology.selection import Scorer, score_pages, select
 
 
 class Backend(Protocol):
@@ -95,13 +95,13 @@ def attend(
                 tile=call.tile,
                 scorer=scorer,
                 sink_logit=sink_logit,
-                scored=None if scored is None else Scored(*(part.detach() for part in scored)),
+                scored=None if scored is None else (scored[0].detach(), scored[1].detach()),
             )
             plans.append(plan)
             far = slice(0, first)
             near = backend.far_field(call, q, layout.keys[:, far], layout.values[:, far], plan, near)
             if scored is not None:
-                near = merge(*near, *summary(scored.weights, layout, plan, scorer))
+                near = merge(*near, *summary(scored[1], layout, plan, scorer))
         out, lse = near
         if sink_logit is not None:
             # The sink takes its share of the softmax and contributes no value.

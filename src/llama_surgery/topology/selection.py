@@ -61,27 +61,16 @@ class Scorer:
         return score.add_(below, alpha=-slope).add_(0.5), linear.add_(root)
 
 
-class Scored(NamedTuple):
-    """What is expected of a block's closed pages.
-
-    Attributes:
-        scores: (streams, heads, rows, pages), logarithms: what decides which pages a row opens.
-        weights: Same shape, logarithms: what the pages weigh unread.
-        lse: (streams, heads, rows), log-sum-exp of the weights.
-    """
-
-    scores: torch.Tensor
-    weights: torch.Tensor
-    lse: torch.Tensor
-
-
 def score_pages(
     queries: torch.Tensor, layout: Layout, block: Block, config: SurgeryConfig, scorer: Scorer
-) -> Scored:
-    """Scores and weights of a block's closed pages for its queries (streams, heads, rows, head_dim)."""
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scores and weights of a block's closed pages: (streams, heads, rows, pages) each.
+
+    ``queries`` are (streams, heads, rows, head_dim), the block's rows.
+    """
     moments = layout.moments.first(block.closed * config.pages_per_chunk)
-    scores, weights = (x.unflatten(1, queries.shape[1:3]) for x in scorer(queries.flatten(1, 2), moments))
-    return Scored(scores, weights, weights.logsumexp(-1))
+    scores, weights = scorer(queries.flatten(1, 2), moments)
+    return scores.unflatten(1, queries.shape[1:3]), weights.unflatten(1, queries.shape[1:3])
 
 
 def row_totals(
@@ -117,7 +106,7 @@ def select(
     tile: int,
     scorer: Scorer,
     sink_logit: torch.Tensor | None = None,
-    scored: Scored | None = None,
+    scored: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> Plan:
     """Plan one block of rows.
 
@@ -149,9 +138,9 @@ def select(
     rows = torch.arange(block.start, block.stop, device=queries.device)
     opening = math.log(config.theta_for(tile))
     whole = _TileRows(rows, block, tile)
-    scored = scored or score_pages(queries, layout, block, config, scorer)
-    least = row_totals(scored.lse, near_lse, sink_logit, scorer) + opening
-    opened = (scored.scores > least.unsqueeze(-1)).unflatten(1, (choosers, -1))
+    scores, weights = scored or score_pages(queries, layout, block, config, scorer)
+    least = row_totals(weights.logsumexp(-1), near_lse, sink_logit, scorer) + opening
+    opened = (scores > least.unsqueeze(-1)).unflatten(1, (choosers, -1))
     opened = (opened.any(2) if choosers < heads else opened.squeeze(2)).flatten(0, 1)
     opened = whole.embed(opened, False)
     place = whole.embed((rows % tile).to(torch.int16)[None, :, None], tile)
