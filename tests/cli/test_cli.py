@@ -116,6 +116,25 @@ def test_operate_evaluate_report(model: Path, text: Path, tmp_path: Path) -> Non
     assert str(page) in drawn.stdout and "One head’s tree" in page.read_text(encoding="utf-8")
 
 
+def test_operate_sets_the_thresholds_of_an_adapter_anew(model: Path, text: Path, tmp_path: Path) -> None:
+    """What was learned and the topology stay; the first adapter does too."""
+    learned, again = tmp_path / "learned", tmp_path / "again"
+    given = ["--text", text, "--length", "512"]
+    made = run("learn", model, "--out", learned, *given, "--density", "30%", "--steps", "1", *SMALL)
+    assert made.exit_code == 0, made.output
+    files = [folder / "adapter_model.safetensors" for folder in (learned, again)]
+    before = files[0].read_bytes()
+    for wanted in (["--density", "20%", "--dense-until", "320"], ["--max-loss", "50%"]):
+        made = run("operate", model, "--adapter", learned, "--out", again, *given, *wanted)
+        assert made.exit_code == 0, made.output
+        old, new = (
+            json.loads((folder / "adapter_config.json").read_text())["surgery"] for folder in (learned, again)
+        )
+        assert files[1].read_bytes() == before == files[0].read_bytes()
+        assert new["theta"] != old["theta"] and new["page_size"] == old["page_size"] == 16
+        assert ("--density" in wanted) == (new.get("dense_until") == 320)
+
+
 def test_several_tiles_share_one_dense_run(model: Path, text: Path) -> None:
     samples = ["--length", "256", "--windows", "1", "--json"]
     result = run("evaluate", model, "--text", text, *samples, *SMALL, "--also-tile", "1")
@@ -152,6 +171,8 @@ def test_generate_prints_text_and_what_was_read(model: Path, text: Path) -> None
         (["plan", "MODEL", "--theta", "0.1"], "--theta"),
         (["generate", "MODEL", "--prompt", "a", "--seed", "0"], "--seed: give --sample too"),
         (["operate", "MODEL", "--out", "OUT", "--length", "-5"], "such as 8192 or 8k"),
+        (["operate", "MODEL", "--out", "OUT", "--adapter", "OUT"], "to set thresholds"),
+        (["operate", "MODEL", "--out", "OUT", "--adapter", "OUT", "--page-size", "16"], "a topology already"),
         (["evaluate", "MODEL", "--text", "TEXT", "--adapter", "a", "--also-tile", "1"], "--adapter"),
         (["evaluate", "MODEL"], "--text"),
         (["report"], "RESULTS"),

@@ -8,9 +8,9 @@ from typing import Any
 import typer
 
 from llama_surgery.cli import options
-from llama_surgery.cli.common import Dtype, load_model
+from llama_surgery.cli.common import Dtype, load_model, topology_of
 from llama_surgery.cli.console import out, print_json, progress, say, speed_told, thresholds
-from llama_surgery.cli.options import SHARE, TOKENS, config_for, topology_options
+from llama_surgery.cli.options import SHARE, TOKENS, TOPOLOGY, config_for, refuse, topology_options
 
 
 @functools.partial(topology_options, gumbel=True)
@@ -21,6 +21,10 @@ def operate(
     text: options.own(
         Path | None,
         "Text like what the model will read: a .txt file or a folder. Needs --density or --max-loss.",
+    ) = None,
+    adapter: options.of_topology(
+        Path | None,
+        "Adapter to begin with: topology and what was learned stay, thresholds are set anew on --text.",
     ) = None,
     density: options.Density = None,
     max_loss: options.of_topology(
@@ -45,8 +49,9 @@ def operate(
 
     The adapter holds the topology and its thresholds, no weights. With --text and --density the thresholds
     are set on the text so that no more than that share is read from the far field, with --max-loss instead of
-    --density so that as little is read as that loss allows; without, the documented defaults are saved. Use
-    it with 'evaluate --adapter', 'generate --adapter' or load_adapter() in Python.
+    --density so that as little is read as that loss allows; without, the documented defaults are saved. What
+    was learned on one kind of text serves others, thresholds do not: --adapter sets them anew. Use the result
+    with 'evaluate --adapter', 'generate --adapter' or load_adapter() in Python.
     """
     if density is not None and max_loss is not None:
         raise typer.BadParameter("--density and --max-loss both set the threshold: give one of them.")
@@ -56,16 +61,26 @@ def operate(
         )
     if decode_density is not None and density is None:
         raise typer.BadParameter("--decode-density needs --density and --text.")
+    if adapter is not None:
+        refuse(TOPOLOGY, "--adapter holds a topology already, leave it out.")
+        if text is None:
+            raise typer.BadParameter(
+                "--adapter needs --text with --density or --max-loss: to set thresholds."
+            )
     config = config_for({**settings, "dense_until": dense_until or 0}, tile)
     from llama_surgery.text import read_texts
 
     texts = None if text is None else read_texts(text)
-    llm, tokenizer = load_model(model, device, dtype, longest=length)
+    llm, tokenizer = load_model(model, device, dtype, adapter=adapter, longest=length)
     from llama_surgery.surgery.adapter import save_adapter
     from llama_surgery.surgery.context import context_length
     from llama_surgery.surgery.operate import operate as operate_on
     from llama_surgery.surgery.operation import config_of, measured_loss
 
+    routers = None
+    if adapter is not None:
+        config, routers = topology_of(llm, adapter)
+        config = dataclasses.replace(config, dense_until=dense_until or 0)
     if texts is None:
         operate_on(llm, config)
     else:
@@ -73,6 +88,7 @@ def operate(
             operate_on(
                 llm,
                 config,
+                routers=routers,
                 density=density,
                 max_loss=max_loss,
                 text=texts,
