@@ -14,7 +14,7 @@ from llama_surgery.evaluation.kept import adapter_digest
 from llama_surgery.topology.router import PageRouter
 
 #: Far density below which a row is of a smaller budget than the usual one, and a row of its own.
-SPARSER = 0.04
+SPARSER = 0.045
 #: Forms of benchmarks/real.py that are shown, and what they are called.
 REAL = {"operated": "operated", "tokens": "oracle of keys", "blocks": "oracle of blocks of 64 × 64"}
 

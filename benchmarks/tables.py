@@ -15,10 +15,12 @@ from collections.abc import Callable
 import quality_tables
 import real_speed_table
 import speed_tables
+import steps_table
 from csv_tables import ROOT
 
 TABLES: dict[str, Callable[[], str]] = {
     "real": quality_tables.real,
+    "sparse-steps": steps_table.table,
     "lost-and-won": real_speed_table.lost_and_won,
     "real-speed": real_speed_table.real_speed,
     "serving": speed_tables.serving,

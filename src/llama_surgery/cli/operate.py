@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import time
 from pathlib import Path
 from typing import Any
 
@@ -81,6 +82,7 @@ def operate(
     if adapter is not None:
         config, routers = topology_of(llm, adapter)
         config = dataclasses.replace(config, dense_until=dense_until or 0)
+    began = time.monotonic()
     if texts is None:
         operate_on(llm, config)
     else:
@@ -105,7 +107,8 @@ def operate(
         print_json({"adapter": str(out_folder), "config": config.to_dict(), **told})
         return
     if config.topology == "pages":
-        out.print(f"Thresholds: {thresholds(config)}.")
+        took = "" if texts is None else f", set in {time.monotonic() - began:.0f} s"
+        out.print(f"Thresholds: {thresholds(config)}{took}.")
         if config.dense_until:
             say(speed_told(config.dense_until, context_length(llm)))
     if measured is not None:

@@ -1,0 +1,29 @@
+"""The table of long runs of decode steps."""
+
+from csv_tables import markdown, percent, read, tokens
+
+
+def table() -> str:
+    """A text read token by token behind a prompt: benchmarks/sparse_steps.py."""
+    rows, cells = read("sparse_steps.csv"), []
+    for row in rows:
+        ratio, low, high = (float(row[name]) for name in ("ratio", "ratio_low", "ratio_high"))
+        parts = [[float(row[f"{what}_{n}"]) for n in range(1, 5)] for what in ("ratio", "divergence")]
+        cells.append(
+            [
+                row["model"].removesuffix(".gguf"), row["text"], tokens(row["prompt"]), row["decode"],
+                percent(row["far_density"]), f"{ratio:.4f} ({low:.4f} … {high:.4f})",
+                ", ".join(f"{part:.3f}" for part in parts[0]),
+                ", ".join(f"{part:.4f}" for part in parts[1]), row["windows"],
+            ]
+        )  # fmt: skip
+    names = (
+        "model",
+        "text",
+        "tokens of the prompt",
+        "steps",
+        "far density of steps",
+        "÷ dense (95% interval)",
+    )
+    names += ("by quarters of the steps", "KL in nats, by quarters", "windows")
+    return markdown(names, cells) + f"\n\n{rows[0]['steps']} steps, {rows[0]['dtype']}, {rows[0]['device']}."
