@@ -46,6 +46,8 @@ COLUMNS = (*COLUMNS, "torch", "triton", "transformers", "date")
 
 #: What the slower state may take of the faster one's time.
 ALLOWED = 1.03
+#: Ratios of turns that differ by more than this factor come from a machine with other work.
+BUSY = 1.2
 #: Decode steps of a turn.
 STEPS = 8
 PARTS = ("prompt", "steps", "sparse steps", "gradients")
@@ -262,7 +264,8 @@ def main() -> int:
             print(
                 f"{part}: after ÷ before {row['ratio']:.3f} ({low:.3f} … {high:.3f}, "
                 f"{given.turns} turns), {row['after_ms']:.1f} ms, answers apart by {row['apart']:.1e}"
-                + (f": MORE THAN {ALLOWED - 1:.0%} SLOWER" if row["ratio"] > ALLOWED else ""),
+                + (f": MORE THAN {ALLOWED - 1:.0%} SLOWER" if row["ratio"] > ALLOWED else "")
+                + (" (turns differ much: is the machine busy?)" if high > BUSY * low else ""),
                 flush=True,
             )
         for side in sides.values():
