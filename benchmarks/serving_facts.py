@@ -29,6 +29,7 @@ from real_samples import split
 import llama_surgery
 from llama_surgery.config import SurgeryConfig
 from llama_surgery.errors import SurgeryError
+from llama_surgery.evaluation.evaluate import environment
 from llama_surgery.evaluation.generation import continue_greedily
 from llama_surgery.evaluation.kept import adapter_digest
 from llama_surgery.evaluation.needle import NeedlePrompt, needle_prompts
@@ -56,10 +57,10 @@ class Server:
 
     def __init__(self, url: str) -> None:
         self._url = url.rstrip("/")
-        self.version = "vllm " + self._get("/version")["version"]
-        self._model = self._get("/v1/models")["data"][0]["id"]
+        self.version = "vllm " + self._ask("/version")["version"]
+        self._model = self._ask("/v1/models")["data"][0]["id"]
 
-    def _get(self, path: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
+    def _ask(self, path: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
         data = None if body is None else json.dumps(body).encode()
         request = urllib.request.Request(
             self._url + path, data=data, headers={"Content-Type": "application/json"}
@@ -77,7 +78,7 @@ class Server:
             **{"temperature": 0, "ignore_eos": True, "return_token_ids": True},
             "vllm_xargs": {"llama_surgery_dense": int(dense)},
         }
-        return tuple(self._get("/v1/completions", asked)["choices"][0]["token_ids"])
+        return tuple(self._ask("/v1/completions", asked)["choices"][0]["token_ids"])
 
 
 @torch.no_grad()
@@ -157,7 +158,7 @@ def main() -> int:
                     "theta": real.config.theta,
                 },
                 **{"length": length, "dtype": given.dtype, "seed": given.seed, **found},
-                **{"device": _device(real), "date": time.strftime("%Y-%m-%d")},
+                **{"device": environment(real.model)["device"], "date": time.strftime("%Y-%m-%d")},
             }
             merge(given.out, [row], COLUMNS, KEYS, lambda key: key)
             print(
@@ -170,11 +171,6 @@ def main() -> int:
         print(f"Error: {error}", file=sys.stderr)
         return 1
     return int(wide > 0)
-
-
-def _device(real: RealModel) -> str:
-    device = inner_model(real.model).device
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
 
 
 if __name__ == "__main__":

@@ -18,12 +18,9 @@ def table() -> str:
             ]
         )  # fmt: skip
     names = (
-        "model",
-        "text",
-        "tokens of the prompt",
-        "steps",
-        "far density of steps",
-        "÷ dense (95% interval)",
-    )
-    names += ("by quarters of the steps", "KL in nats, by quarters", "windows")
-    return markdown(names, cells) + f"\n\n{rows[0]['steps']} steps, {rows[0]['dtype']}, {rows[0]['device']}."
+        "model", "text", "tokens of the prompt", "steps", "far density of steps", "÷ dense (95% interval)",
+        "by quarters of the steps", "KL in nats, by quarters", "windows",
+    )  # fmt: skip
+    first = rows[0]
+    conditions = f"{first['steps']} steps, {first['dtype']}, seed {first['seed']}, {first['device']}."
+    return markdown(names, cells) + f"\n\n{conditions}"
