@@ -13,52 +13,67 @@ from llama_surgery.config import SurgeryConfig
 from llama_surgery.evaluation.kept import adapter_digest
 from llama_surgery.topology.router import PageRouter
 
-#: Far density below which a row is of a smaller budget than the usual one, and a row of its own.
-SPARSER = 0.045
+#: Far densities of the usual budget. Others are points of loss_by_density.py, unless a loss set them.
+USUAL = (0.045, 0.07)
 #: Forms of benchmarks/real.py that are shown, and what they are called.
 REAL = {"operated": "operated", "tokens": "oracle of keys", "blocks": "oracle of blocks of 64 × 64"}
+#: What sets a row's density where a loss was given.
+LOSS = "thresholds of `max_loss`"
 
 
 def real_rows() -> list[tuple[str, Row]]:
     """Real models: of every form, way to decode, kind of threshold and adapter the newest row, and its form.
 
-    Of those of one day the one of most windows, and with budgets by head, which is the default. Rows of a
-    smaller budget than the usual one stand beside those of the usual one. Of learned corrections those in
-    the repository are shown, others only of lengths and texts that these were not measured on.
+    Of those of one day the one of most windows and samples, and with budgets by head, which is the default.
+    Rows of other budgets than the usual one are left to ``loss_by_density.py``.
     """
     newest: dict[tuple[str, ...], tuple[str, Row]] = {}
 
-    def age(row: Row) -> tuple[str, int, bool]:
-        return row["date"], int(row["windows"]), "budgets" in json.loads(row["settings"])
-
-    rows = [row for row in read("real_quality.csv") if row["form"] in REAL]
-    told = {_cell(row) for row in rows if _adapter(row) in shipped()}
-    for row in rows:
-        settings = json.loads(row["settings"])
-        if _adapter(row) not in {None, *shipped()} and _cell(row) in told:
+    for form, row in all_rows():
+        least, most = USUAL
+        if row["far_density"] and not least <= float(row["far_density"]) <= most and LOSS not in form:
             continue
-        form = ", ".join([REAL[row["form"]], *_apart(settings)])
-        if row["far_density"] and float(row["far_density"]) < SPARSER:
-            form += ", fewer pages"
         key = row["model"], row["length"], row["text"], form
         if key not in newest or age(row) >= age(newest[key][1]):
             newest[key] = form, row
     return list(newest.values())
 
 
+def all_rows() -> Iterator[tuple[str, Row]]:
+    """Rows of operated models and oracles, each with its form in words.
+
+    Of learned corrections those in the repository, others only of lengths and texts that these were not
+    measured on.
+    """
+    rows = [row for row in read("real_quality.csv") if row["form"] in REAL]
+    told = {cell_of(row) for row in rows if _adapter(row) in shipped()}
+    for row in rows:
+        if _adapter(row) in {None, *shipped()} or cell_of(row) not in told:
+            yield ", ".join([REAL[row["form"]], *_apart(json.loads(row["settings"]))]), row
+
+
+def ratio_told(row: Row) -> str:
+    """Perplexity over dense and its interval."""
+    if not row["ratio"]:
+        return "–"
+    ratio, low, high = (float(row[name]) for name in ("ratio", "ratio_low", "ratio_high"))
+    return f"{ratio:.4f} ({low:.4f} … {high:.4f})"
+
+
+def age(row: Row) -> tuple[str, int, int, bool]:
+    """What a row is preferred by to others of its name."""
+    return row["date"], int(row["windows"]), int(row["samples"]), "budgets" in json.loads(row["settings"])
+
+
 def real() -> str:
     """What real models lose: :func:`real_rows`."""
     cells = []
     for form, row in real_rows():
-        lost = "–"
-        if row["ratio"]:
-            ratio, low, high = (float(row[name]) for name in ("ratio", "ratio_low", "ratio_high"))
-            lost = f"{ratio:.4f} ({low:.4f} … {high:.4f})"
         ruler = f"{float(row['ruler_dense']):.1f} → {float(row['ruler']):.1f}" if row["ruler"] else "–"
         cells.append(
             [
                 row["model"].removesuffix(".gguf"), tokens(row["length"]), row["text"], form,
-                percent(row["far_density"]), percent(row["total_density"]), lost,
+                percent(row["far_density"]), percent(row["total_density"]), ratio_told(row),
                 percent(row["needles_dense"]), percent(row["needles_kept"]), ruler, row["windows"],
             ]
         )  # fmt: skip
@@ -73,7 +88,7 @@ def real() -> str:
     return markdown(names, cells) + f"\n\nSeed {seeds}, {devices}, until {max(row['date'] for row in shown)}."
 
 
-def _cell(row: Row) -> tuple[str, ...]:
+def cell_of(row: Row) -> tuple[str, ...]:
     """Where a row was measured."""
     return row["model"].removesuffix(".gguf"), row["length"], row["text"]
 
@@ -104,7 +119,7 @@ def _apart(settings: dict[str, Any]) -> Iterator[str]:
     if "learned" in settings:
         yield "learned" + ("" if settings["adapter"] in shipped() else f" ({settings['adapter'][:8]})")
     elif "adapter" in settings:
-        yield "thresholds of `max_loss`"
+        yield LOSS
     if "page_size" in settings:
         yield f"pages of {settings['page_size']}"
     if "tile" in settings:

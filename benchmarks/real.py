@@ -29,7 +29,7 @@ from real_measure import Measure
 from real_model import RealModel, name_of, real_model, study_folder, text_name
 from real_results import FORMS, NEEDLE, RULER, WINDOW, Results, canonical, studies
 from real_samples import RULER_TASKS, Samples, split
-from real_table import check, measured, update
+from real_table import check, measured, ruler_of_all, update
 
 from llama_surgery.cli.common import load_tokenizer
 from llama_surgery.errors import SurgeryError
@@ -198,14 +198,16 @@ def table(given: argparse.Namespace) -> None:
 
 def targets(given: argparse.Namespace) -> bool:
     """Shows what every operated model meets and misses. Returns whether there is one and all is met."""
-    met = []
+    met, operated = [], []
     for results in studies(given.out):
         for found in measured(results):
             if found.form == "operated":
+                operated.append(found)
                 print(f"\n{results.title}: {canonical(found.settings)}")
                 for good, told in check(found):
                     print(f"  {'met' if good else 'MISSED'}  {told}")
                     met.append(good)
+    print(f"\n{ruler_of_all(operated)}")
     return bool(met) and all(met)
 
 

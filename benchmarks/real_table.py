@@ -78,16 +78,21 @@ class Measured:
         return paired_difference(dense, own) if dense else None
 
     @functools.cached_property
-    def tasks(self) -> dict[str, Change]:
-        """RULER by task, where the dense model scores enough for a loss to show."""
-        changes = {}
+    def scores(self) -> dict[str, tuple[list[float], list[float]]]:
+        """RULER scores by task, the dense model's and these, where dense scores enough for a loss to show."""
+        found = {}
         names = dict.fromkeys(item.split()[1] for item in self._dense if item.startswith(f"{RULER} "))
         for name in names:
             dense, own = self._pairs(f"{RULER} {name}", "score")
             scores = [f["score"] for item, f in self._dense.items() if item.startswith(f"{RULER} {name} ")]
             if dense and 100 * math.fsum(scores) / len(scores) >= TELLING:
-                changes[name] = paired_change([(dense, own)])
-        return changes
+                found[name] = dense, own
+        return found
+
+    @functools.cached_property
+    def tasks(self) -> dict[str, Change]:
+        """RULER by task."""
+        return {name: paired_change([both]) for name, both in self.scores.items()}
 
     @property
     def about(self) -> tuple[str, str]:
@@ -206,6 +211,27 @@ def check(found: Measured) -> Iterator[tuple[bool, str]]:
                 density is not None and density <= most,
                 f"{what} density at most {most}: {_NOTHING if density is None else f'{density:.4f}'}",
             )
+
+
+def ruler_of_all(found: Sequence[Measured]) -> str:
+    """RULER of several models with learned corrections together, every task alike.
+
+    Of a model the longest length counts, and of its budgets the largest far density that is allowed.
+    """
+    last: dict[str, Measured] = {}
+    for one in sorted(found, key=lambda one: (one.study["length"], one.density("far") or 0.0)):
+        right = "learned" in one.settings and one.settings.get("decode") == "dense" and one.scores
+        if right and (one.density("far") or 1.0) <= MOST_FAR:
+            last[one.study["model"]] = one
+    groups = [both for one in last.values() for both in one.scores.values()]
+    if not groups:
+        return f"RULER of all models together, learned: {_NOTHING}"
+    change = paired_change(groups)
+    low, points, high = (100 * value for value in (change.low, change.difference, change.high))
+    return (
+        f"RULER of {', '.join(last)} together, learned: {points:+.1f} points ({low:+.1f} … {high:+.1f}), "
+        f"{len(groups)} tasks, {change.count} samples"
+    )
 
 
 def _answered(needles: Change) -> int:

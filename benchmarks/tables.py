@@ -12,6 +12,7 @@ import re
 import sys
 from collections.abc import Callable
 
+import loss_by_density
 import quality_tables
 import real_speed_table
 import speed_tables
@@ -20,6 +21,7 @@ from csv_tables import ROOT
 
 TABLES: dict[str, Callable[[], str]] = {
     "real": quality_tables.real,
+    "frontier": loss_by_density.table,
     "sparse-steps": steps_table.table,
     "lost-and-won": real_speed_table.lost_and_won,
     "real-speed": real_speed_table.real_speed,
