@@ -73,7 +73,7 @@ def by_decode(config: SurgeryConfig) -> dict[str, SurgeryConfig]:
 
 def changes(config: SurgeryConfig) -> dict[str, Any]:
     """What a configuration has that the default has not, without θ."""
-    found = {name: getattr(config, name) for name in FIELDS if name not in _THETAS}
+    found = {name: getattr(config, name) for name in FIELDS if not name.startswith("theta")}
     return {name: value for name, value in found.items() if value != getattr(SurgeryConfig(), name)}
 
 

@@ -36,6 +36,8 @@ from llama_surgery.config import CONFIG_VERSION, REMOVED
         ({"theta": float("inf")}, "theta=inf: must be a finite number"),
         ({"theta": "0.1"}, "theta='0.1': must be a finite number"),
         ({"theta": None}, "theta=None: must be a finite number"),
+        ({"theta_length": -1}, "theta_length=-1: must be a whole number of at least 0"),
+        ({"theta_length": 2**31}, "theta_length=2147483648: at most 2147483647"),
         ({"theta_decode": -1}, "theta_decode=-1: must be a finite number of at least 0"),
         ({"theta_decode": "x"}, "theta_decode='x': must be a finite number"),
         (
@@ -195,6 +197,7 @@ def configs(draw):
         tile=tile,
         theta=theta,
         theta_decode=theta if tile == 1 else draw(st.none() | st.floats(0, 2)),
+        theta_length=draw(st.sampled_from([0, 1, 8192])),
         dense_until=32 * draw(st.integers(0, 4)),
     )
 
@@ -204,6 +207,11 @@ def test_json_and_back(config):
     told = json.loads(json.dumps(config.to_dict()))
     assert told["version"] == CONFIG_VERSION
     assert SurgeryConfig.from_dict(told) == config
+
+
+def test_a_theta_that_never_falls_is_stored_as_earlier_releases_read_it():
+    assert "theta_length" not in SurgeryConfig().to_dict()
+    assert SurgeryConfig(theta_length=8192).to_dict()["theta_length"] == 8192
 
 
 def test_fields_left_out_take_their_defaults():

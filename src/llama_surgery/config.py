@@ -13,6 +13,9 @@ Summary = Literal["none", "page"]
 Backend = Literal["auto", "reference", "gather", "triton"]
 
 CONFIG_VERSION = 1
+#: Power of the position by which θ falls beyond ``theta_length``: about what real models need for one density
+#: at several lengths (docs/evaluation.md).
+FALL = 0.75
 #: Fields of earlier versions, and the value at which a stored configuration means the same without them.
 REMOVED: dict[str, Any] = {
     "arity": 2,
@@ -71,6 +74,9 @@ class SurgeryConfig:
         theta_decode: The same for tiles of one query: decode steps, and the rows that end a prompt in
             ``generate()``. 0 unless given, so that they read everything: sparse rows there lose most of what
             real models look up. With ``tile=1`` it must equal ``theta``, and does unless given.
+        theta_length: Tokens of the texts that thresholds were set on, as ``operate()`` and ``learn()`` note.
+            At positions beyond θ is smaller, by ``(theta_length / position) ** 0.75``, so that a longer text
+            is read at about the same density: shares fall as pages become more. 0 keeps one θ everywhere.
         summary: What stands in for the pages that a row does not see: a single key for each ``page``, with
             its expected weight and its mean value, or nothing (``none``).
         dense_until: Queries at positions below this see everything; a multiple of ``tile``. From the length
@@ -95,6 +101,7 @@ class SurgeryConfig:
     tile: int = 64
     theta: float = 0.1
     theta_decode: _ThetaDecode = _ThetaDecode()
+    theta_length: int = 0
     summary: Summary = "page"
     dense_until: int = 0
     backend: Backend = "auto"
@@ -147,6 +154,7 @@ class SurgeryConfig:
             ("window", 0),
             ("tile", 1),
             ("dense_until", 0),
+            ("theta_length", 0),
         ):
             value = self.__dict__[name]
             if not whole(value, low):
@@ -171,10 +179,11 @@ class SurgeryConfig:
             raise SurgeryError(
                 f"chunk_size={self.chunk_size}: at most {2**15}, since offsets are kept in 16 bits."
             )
-        if self.dense_until >= 2**31:
-            raise SurgeryError(
-                f"dense_until={self.dense_until}: at most {2**31 - 1}, since positions are kept in 32 bits."
-            )
+        for name in ("dense_until", "theta_length"):
+            if getattr(self, name) >= 2**31:
+                raise SurgeryError(
+                    f"{name}={getattr(self, name)}: at most {2**31 - 1}, since positions are kept in 32 bits."
+                )
         if self.page_size * 2**self.depth != self.chunk_size:
             raise SurgeryError(
                 f"chunk_size={self.chunk_size} is not page_size={self.page_size} times a power of "
@@ -210,6 +219,8 @@ class SurgeryConfig:
         """
         values = {"version": CONFIG_VERSION, **{name: getattr(self, name) for name in FIELDS}}
         gumbel = values.pop("gumbel")  # older releases read all other topologies
+        if not self.theta_length:
+            del values["theta_length"]  # and all other thresholds
         return values if gumbel is None else {**values, "gumbel": gumbel.to_dict()}
 
     @classmethod

@@ -52,6 +52,7 @@ def cases(draw, max_length=130, summaries=("none", "page")):
         window=draw(st.sampled_from([0, 16, 32])),
         theta=theta,
         theta_decode=theta,
+        theta_length=draw(st.sampled_from([0, 0, 1, 70])),
         dense_until=draw(st.sampled_from([0] * 4 + [64] * 2 + [256])),
         summary=draw(st.sampled_from(summaries)),
     )

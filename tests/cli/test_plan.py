@@ -16,12 +16,12 @@ SHAPE = Shape(1_000_000, 100_000, 64, 256, {0: (2, 2, 16), 3: (2, 2, 16)}, 2)
 def test_densities_are_those_of_a_loop() -> None:
     config = SurgeryConfig(summary="page")
     length = 1500
-    text = at_length(SHAPE, config, 0.05, 1000, length)
+    text = at_length(SHAPE, config, 0.05, length)
     seen = [closed_chunks(p, config, config.tile) * config.chunk_size for p in range(length)]
     causal = length * (length + 1) / 2
     closed = sum(seen) / causal
     assert text.near_density == pytest.approx(1 - closed)
-    assert text.far_density == pytest.approx(min(closed, 0.05 * 1000 / 1500))
+    assert text.far_density == pytest.approx(min(closed, 0.05))
     # Pages once, and the near fields of rows with pages once more.
     near = sum(p + 1 - keys for p, keys in enumerate(seen) if keys) / causal
     assert text.scoring == pytest.approx(closed / config.page_size + near / 2)
@@ -35,7 +35,7 @@ def test_densities_are_those_of_a_loop() -> None:
 
 
 def test_a_short_text_is_dense() -> None:
-    text = at_length(SHAPE, SurgeryConfig(), 0.05, 8192, 512)
+    text = at_length(SHAPE, SurgeryConfig(), 0.05, 512)
     assert text.near_density == 1 and text.far_density == text.scoring == 0 and text.attention_speedup == 1
 
 

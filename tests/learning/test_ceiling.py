@@ -22,13 +22,13 @@ def test_features_and_summaries_are_small_beside_keys_and_values() -> None:
     buffers.write(slice(None), 0, states, states)
     keys, values, features, _, mean_values = (part.nbytes for part in buffers.read_by_kernels())
     assert (features + mean_values) / (keys + values) <= BYTES
-    text = at_length(shape_of(build("Llama")), config, 0.06, 8192, LENGTH)
+    text = at_length(shape_of(build("Llama")), config, 0.06, LENGTH)
     assert text.feature_bytes / text.cache_bytes == (features + mean_values) / (keys + values)
 
 
 def test_what_choosing_pages_multiplies_is_known() -> None:
     """The default misses the ceiling, by means of values and variances of every channel (docs/log.md)."""
-    text = at_length(shape_of(build("Llama")), SurgeryConfig(), 0.06, 8192, LENGTH)
+    text = at_length(shape_of(build("Llama")), SurgeryConfig(), 0.06, LENGTH)
     assert MULTIPLY_ADDS < text.scoring + text.summary <= 0.0505
 
 

@@ -16,7 +16,7 @@ from llama_surgery import SurgeryConfig, SurgeryError
 from llama_surgery.surgery import head_budgets
 from llama_surgery.surgery.calibrate import calibrate, threshold
 from llama_surgery.surgery.compat import CACHE_NAME
-from llama_surgery.surgery.operation import routers_of, surgery_of
+from llama_surgery.surgery.operation import routers_of, set_config, surgery_of
 from llama_surgery.topology.router import PageRouter
 
 LENGTH = 256
@@ -45,6 +45,20 @@ def test_the_density_is_kept_on_the_text(backend: str) -> None:
         with torch.no_grad():
             model(ids)
         assert 0.05 < surgery.statistics(model).far_density < 0.25
+
+
+def test_longer_texts_are_read_at_about_the_density_too() -> None:
+    model, longer, read = build("Llama"), tokens(1, 4 * LENGTH), []
+    given = {"text": TEXT, "tokenizer": Letters(), "length": LENGTH, "density": 0.2}
+    surgery.operate(model, SPARSE, **given)
+    assert surgery.config_of(model).theta_length == LENGTH
+    for length in (LENGTH, 0):
+        set_config(model, dataclasses.replace(surgery.config_of(model), theta_length=length))
+        surgery.reset_statistics(model)
+        with torch.no_grad():
+            model(longer)
+        read.append(surgery.statistics(model).far_density)
+    assert read[0] > 1.5 * read[1]
 
 
 @pytest.mark.parametrize("backend", ["gather", "auto"])

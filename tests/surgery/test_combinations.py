@@ -34,6 +34,7 @@ def test_backends_agree(sizes: tuple[int, ...], rule: tuple[Any, ...]) -> None:
         window=window * tile,
         theta=theta,
         theta_decode=None if tile == 1 else decode,
+        theta_length=tile * 3 if summary == "page" else 0,
         summary=summary,
         dense_until=dense * tile,
     )

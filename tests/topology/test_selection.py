@@ -13,7 +13,7 @@ from llama_surgery.config import SurgeryConfig
 from llama_surgery.topology.geometry import query_blocks
 from llama_surgery.topology.layout import Moments, build_layout, moments_of
 from llama_surgery.topology.plan import page_mask
-from llama_surgery.topology.selection import Scorer, row_totals, select
+from llama_surgery.topology.selection import Scorer, log_theta, row_totals, select
 
 DIM = 8
 SCALE = DIM**-0.5
@@ -267,12 +267,20 @@ def test_shares_of_pages_of_equal_keys_are_exact_and_add_up(seed, with_sink):
     assert (shares.sum(-1) <= 1).all()
 
 
+def test_theta_falls_with_the_position_beyond_its_length():
+    config = dataclasses.replace(CONFIG, theta=0.5, theta_length=64)
+    positions = torch.tensor([0, 63, 64, 128, 1024])
+    found = log_theta(config, CONFIG.tile, positions).exp()
+    torch.testing.assert_close(found, 0.5 * torch.tensor([1, 1, 1, 2**-0.75, 2**-3]))
+    assert log_theta(dataclasses.replace(config, theta_length=0), CONFIG.tile, positions) == math.log(0.5)
+
+
 def test_a_decode_step_uses_its_own_theta():
-    config = dataclasses.replace(CONFIG, theta=1.0, theta_decode=0.0)
+    config = dataclasses.replace(CONFIG, theta=100.0, theta_decode=0.0)
     generator = torch.Generator().manual_seed(0)
     layout = build_layout(*torch.randn(2, 1, 32, DIM, generator=generator), config)
     (block,) = query_blocks(40, 41, config, 1)
-    arguments = (torch.randn(1, 2, 1, DIM), layout, torch.zeros(1, 2, 1), block)
+    arguments = (torch.randn(1, 2, 1, DIM, generator=generator), layout, torch.zeros(1, 2, 1), block)
     scorer = Scorer(SCALE)
     assert select(*arguments, config=config, tile=1, scorer=scorer).counts.tolist() == [[8]]
     assert select(*arguments, config=config, tile=8, scorer=scorer).counts.tolist() == [[1], [1]]

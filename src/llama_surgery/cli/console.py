@@ -111,4 +111,5 @@ def speed_told(until: int, context: int | None) -> str:
 def thresholds(config: SurgeryConfig) -> str:
     """The thresholds in words."""
     decode = f"{config.theta_decode:.3%} in decode" if config.theta_decode else "decode steps read everything"
-    return f"θ = {config.theta:.3%} in prefill, {decode}"
+    beyond = f", less beyond {config.theta_length:,} tokens" if config.theta_length else ""
+    return f"θ = {config.theta:.3%} in prefill{beyond}, {decode}"

@@ -223,7 +223,7 @@ def _streamed(asked: Asked, texts: list[str], planned: "LearningSettings") -> tu
             progress=report,
             **asked.keeping("local"),
         )
-    config = dataclasses.replace(config, theta=theta, theta_decode=None)
+    config = dataclasses.replace(config, theta=theta, theta_decode=None, theta_length=length)
     first = next(iter(attention_modules(bones).values()))
     name = next(name for name, module in bones.named_modules() if module is first)
     with loaded(first, name, weights, torch.device("cpu"), wanted):

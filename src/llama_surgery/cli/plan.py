@@ -61,7 +61,7 @@ def plan(
     bones = skeleton(model)
     check_length(bones, lengths[-1], read=False)
     shape = shape_of(bones)
-    texts = [at_length(shape, config, density, window, tokens) for tokens in lengths]
+    texts = [at_length(shape, config, density, tokens) for tokens in lengths]
     learned = learning_of(
         shape,
         config,
@@ -99,9 +99,9 @@ def _print(
     out.print(make_table(title, columns, rows))
     out.print(
         "Shares are of attention over all causal pairs. ÷: multiplications of the dense prefill over those "
-        f"of the operated one, not measured time. Far density {asked.density:g} is taken to hold up to "
-        f"{asked.length:,} tokens, where θ is set, and to fall as 1 / tokens beyond, as if a row opened as "
-        "many pages at any length. Every weight is taken to be used by every token (experts are not)."
+        f"of the operated one, not measured time. Far density {asked.density:g} is taken to hold at every "
+        f"length: beyond {asked.length:,} tokens, where θ is set, θ falls with the position. Every weight is "
+        "taken to be used by every token (experts are not)."
     )
     out.print(
         f"\nlearn: {learned.corrections:,} corrections, {learned.corrections_share:.4%} of the model; "

@@ -1,5 +1,6 @@
 """Thresholds for a loss: the highest θ at which a model loses no more than that, found on a little text."""
 
+import dataclasses
 import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -78,6 +79,7 @@ def config_within(
         raise SurgeryError(f"max_loss={max_loss}: must lie between 0 and 1; 0.01 is one per cent.")
     check_dense(model, {})
     ids = calibration_windows(model, tokenizer, text, length, config, WINDOWS)
+    config = dataclasses.replace(config, theta_length=ids.shape[1])
     with counted(inner_model(model), "dense model", len(ids), progress):
         dense = perplexity(model, ids)
 

@@ -116,24 +116,23 @@ def shape_of(model: PreTrainedModel) -> Shape:
     )
 
 
-def at_length(shape: Shape, config: SurgeryConfig, density: float, calibrated: int, length: int) -> Length:
+def at_length(shape: Shape, config: SurgeryConfig, density: float, length: int) -> Length:
     """Costs of one text.
 
-    The far density at a length N that θ was not calibrated at is taken as ``density · calibrated / N`` above
-    it, as if a row opened as many pages with one θ whatever the length, and as ``density`` below.
-    A score takes 1 / page_size of the score products of dense attention for means and as many for variances;
-    each is half of what attention multiplies for a pair. Kernels make it once; for the few pages that may be
-    opened once more, which is not counted.
+    The far density is taken as ``density`` at all lengths: θ falls with the position beyond the length it was
+    set on (``theta_length``), and shorter texts read somewhat more of their closed chunks. A score takes
+    1 / page_size of the score products of dense attention for means and as many for variances; each is half
+    of what attention multiplies for a pair. Kernels make it once; for the few pages that may be opened once
+    more, which is not counted.
 
     Args:
-        density: Executed far density at ``calibrated`` tokens.
-        calibrated: Tokens of the windows that θ is set on.
+        density: Executed far density that θ is set for.
         length: Tokens of the text.
     """
     causal = causal_pairs(0, length)
     near = near_pairs(0, length, config, config.tile) / causal
     closed = 1 - near
-    far = min(closed, density * min(1.0, calibrated / length))
+    far = min(closed, density)
     scoring = closed / config.page_size
     sparse_from = min(length, first_far(config))
     scoring += near_pairs(sparse_from, length, config, config.tile) / causal / 2

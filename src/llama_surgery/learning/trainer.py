@@ -163,7 +163,7 @@ def run(
     about = {
         "settings": {**settings.to_dict(), "stage": loss},
         # Without θ, which the state goes on from: calibrating anew finds another last digit.
-        "config": {k: v for k, v in gates.config.to_dict().items() if k not in ("theta", "theta_decode")},
+        "config": {k: v for k, v in gates.config.to_dict().items() if not k.startswith("theta")},
         "windows": digest(windows),
         "model": model,
         "processes": processes.count,

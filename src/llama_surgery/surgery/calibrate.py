@@ -35,9 +35,10 @@ def calibrate(
 ) -> SurgeryConfig:
     """Set θ of an operated model for an executed far density; returns its new configuration.
 
-    What is executed is counted, by whoever will execute it, with no row dense. Tiles and decode steps see
-    different shares, so each has its own θ: that of decode steps is set on the last rows of the windows, read
-    behind the others as steps are.
+    What is executed is counted, by whoever will execute it, with no row dense. In texts longer than the
+    windows θ falls with the position (``theta_length``), so that about as much is read. Tiles and decode
+    steps see different shares, so each has its own θ: that of decode steps is set on the last rows of the
+    windows, read behind the others as steps are.
 
     Args:
         model: An operated model.
@@ -49,11 +50,12 @@ def calibrate(
     Raises:
         SurgeryError: ``density`` is out of reach. The model keeps its configuration.
     """
-    given = config = config_of(model)
+    given = config_of(model)
+    config = dataclasses.replace(given, theta_length=ids.shape[1])
     ids = ids.to(inner_model(model).device)
 
     def prompts(theta: float) -> float:
-        set_config(model, dataclasses.replace(with_theta(given, theta), dense_until=0))
+        set_config(model, dataclasses.replace(with_theta(config, theta), dense_until=0))
         return _prompt_density(model, ids)
 
     def steps(theta: float) -> float:
@@ -62,7 +64,7 @@ def calibrate(
 
     try:
         theta = threshold(prompts, density, given.theta)
-        config = with_theta(given, theta)
+        config = with_theta(config, theta)
         if given.tile != 1 and decode_density is not None:
             theta = threshold(steps, decode_density, given.theta_decode or theta)
             config = dataclasses.replace(config, theta_decode=theta)

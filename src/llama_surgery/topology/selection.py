@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import torch
 
-from llama_surgery.config import SurgeryConfig
+from llama_surgery.config import FALL, SurgeryConfig
 from llama_surgery.topology.geometry import Block
 from llama_surgery.topology.layout import Layout, Moments
 from llama_surgery.topology.plan import Plan, plan_from_first_open, plan_of_everything, tiles_of
@@ -96,6 +96,14 @@ def row_totals(
     return total
 
 
+def log_theta(config: SurgeryConfig, tile: int, positions: torch.Tensor) -> torch.Tensor | float:
+    """Log θ of rows at ``positions``, in their shape, float32; a number where it is the same for all."""
+    theta = math.log(config.theta_for(tile))
+    if not config.theta_length:
+        return theta
+    return theta - FALL * (positions.float() / config.theta_length).clamp_min(1).log()
+
+
 def select(
     queries: torch.Tensor,
     layout: Layout,
@@ -136,7 +144,7 @@ def select(
         pages = block.closed * config.pages_per_chunk
         return plan_of_everything(block, tile, pages, sinks.repeat_interleave(choosers))
     rows = torch.arange(block.start, block.stop, device=queries.device)
-    opening = math.log(config.theta_for(tile))
+    opening = log_theta(config, tile, rows)
     whole = _TileRows(rows, block, tile)
     scores, weights = scored or score_pages(queries, layout, block, config, scorer)
     least = row_totals(weights.logsumexp(-1), near_lse, sink_logit, scorer) + opening

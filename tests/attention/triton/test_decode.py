@@ -205,6 +205,15 @@ class TestAgainstReference:
     def test_caps_and_sinks(self, sink: bool, softcap: float | None, device: torch.device) -> None:
         check(Case((300, 20), 3, softcap=softcap, sink=sink), CONFIG, device)
 
+    def test_a_threshold_that_falls(self, device: torch.device) -> None:
+        config = dataclasses.replace(CONFIG, theta_decode=0.3, theta_length=320)
+        case = Case((300, 316, 511, 1000), 3)
+        read = [
+            check(case, dataclasses.replace(config, theta_length=length), device).opened.sum()
+            for length in (320, 0)
+        ]
+        assert read[0] > read[1]
+
     def test_rows_on_both_sides_of_dense_until(self, device: torch.device) -> None:
         check(Case((300, 316, 320), 4), dataclasses.replace(CONFIG, dense_until=320), device)
 

@@ -243,6 +243,16 @@ class TestAgainstReference:
     def test_tiles_of_one_query(self, device: torch.device) -> None:
         check(Case(3, 197, 4, tile=1), CONFIG, device)
 
+    @pytest.mark.parametrize("past", [0, 121])
+    def test_a_threshold_that_falls(self, past: int, device: torch.device) -> None:
+        """θ = 0.3 opens little until it falls; rows of other sequences are counted from their own start."""
+        config = dataclasses.replace(CONFIG, theta=0.3, theta_decode=0.3, theta_length=110)
+        found = check(Case(203 - past, past), config, device)
+        one = check(Case(203 - past, past), dataclasses.replace(config, theta_length=0), device)
+        pairs = [sum(int(p.executed_pairs(config.page_size).sum()) for p in f.plans) for f in (found, one)]
+        assert pairs[0] > pairs[1]
+        check_pieces([Case(83, 121), Case(64, 0), Case(200, 128)], config, device, 2e-5)
+
     def test_dense_until(self, device: torch.device) -> None:
         check(Case(200), dataclasses.replace(CONFIG, dense_until=144), device)
 

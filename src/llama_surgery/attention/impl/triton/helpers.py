@@ -1,5 +1,6 @@
 """Small pieces that the kernels share. Logits and log-sum-exps inside kernels are in log2 units."""
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -9,6 +10,7 @@ import triton
 import triton.language as tl
 from triton.runtime.errors import OutOfResources
 
+from llama_surgery.config import FALL, SurgeryConfig
 from llama_surgery.errors import SurgeryError
 
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -16,6 +18,8 @@ LN2 = tl.constexpr(0.6931471805599453)
 
 #: float32 products of layout and gradients, whatever PyTorch allows: an order of keys should not hang on it.
 EXACT = tl.constexpr("ieee")
+
+_FALL = tl.constexpr(FALL)
 
 #: Stands for "nothing seen yet" in running maxima: finite, so that differences never give NaN.
 FLOOR = tl.constexpr(-1.0e30)
@@ -70,6 +74,19 @@ def closed_chunks(first_position, CHUNK: tl.constexpr, WINDOW: tl.constexpr, den
     """Closed chunks of tiles whose first queries are at ``first_position``."""
     closed = tl.maximum(first_position - WINDOW, 0) // CHUNK
     return tl.where(first_position < dense_until, 0, closed)
+
+
+def bar_of(config: SurgeryConfig, tile: int) -> tuple[float, float]:
+    """What :func:`bar_at` takes: log2 of θ, and of the position where it begins to fall, inf if nowhere."""
+    theta, length = config.theta_for(tile), config.theta_length
+    return math.log2(theta) if theta > 0 else -math.inf, math.log2(length) if length else math.inf
+
+
+@triton.jit
+def bar_at(position, log2_bar, log2_from):
+    """log2 of θ for rows at ``position``: :func:`~llama_surgery.topology.selection.log_theta`."""
+    beyond = tl.log2(tl.maximum(position, 1).to(tl.float32)) - log2_from
+    return log2_bar - _FALL * tl.maximum(beyond, 0.0)
 
 
 @triton.jit

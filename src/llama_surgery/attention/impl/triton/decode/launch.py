@@ -1,7 +1,6 @@
 """Attention of the newest tokens over a preallocated cache: three launches, static shapes, no host sync."""
 
 import dataclasses
-import math
 
 import torch
 import triton
@@ -14,7 +13,7 @@ from llama_surgery.attention.impl.triton.decode.open_kernel import open_kernel
 from llama_surgery.attention.impl.triton.decode.score_kernels import score_kernel
 from llama_surgery.attention.impl.triton.decode.shape import Shape
 from llama_surgery.attention.impl.triton.decode.tuning import DecodeTuning, decode_tuning_for
-from llama_surgery.attention.impl.triton.helpers import launching
+from llama_surgery.attention.impl.triton.helpers import bar_of, launching
 from llama_surgery.attention.impl.triton.tuning import family_of
 from llama_surgery.config import SurgeryConfig
 from llama_surgery.errors import SurgeryError
@@ -137,7 +136,6 @@ def decode(
         )
         if shape.far_splits:
             assert cache.sink_page is not None
-            theta = config.theta_for(1)
             open_kernel[(shape.far_splits, blocks)](
                 queries,
                 cache.keys,
@@ -163,7 +161,7 @@ def decode(
                 cache.dense_until,
                 factor,
                 cap,
-                math.log2(theta) if theta > 0 else -math.inf,
+                *bar_of(config, 1),
                 **shape.constants(queries, cache, capped=softcap is not None),
                 **shape.open_constants(config),
                 SINK=sink_logit is not None,

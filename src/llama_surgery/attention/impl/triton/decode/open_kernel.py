@@ -8,6 +8,7 @@ from llama_surgery.attention.impl.triton.decode.score_kernels import rows_of, st
 from llama_surgery.attention.impl.triton.helpers import (
     FLOOR,
     LOG2E,
+    bar_at,
     cap_logits,
     closed_chunks,
     load_rows,
@@ -61,6 +62,7 @@ def open_kernel(
     scale,
     softcap,
     log2_bar,
+    log2_from,
     KV_HEADS: tl.constexpr,
     HEADS: tl.constexpr,
     HEADS_PAD: tl.constexpr,
@@ -136,12 +138,13 @@ def open_kernel(
             means_base = means_ptr + sequence * means_sequence + kv_head * means_head
         far = closed_chunks(length + first + query, CHUNK, WINDOW, dense_until) * per_chunk
         far = tl.where(is_query & (length + first + query < capacity), far, 0)
+        bar = bar_at(length + first + query, log2_bar, log2_from)
         bit = tl.full([WORD], 1, tl.int64) << place.to(tl.int64)
         pieces: tl.constexpr = (PAGE + BLOCK_KEYS - 1) // BLOCK_KEYS
         mine = (pages - split + far_splits - 1) // far_splits
         for word in range(0, mine, WORD):
             share = tl.reshape(score - row_total[None, :], [WORD, ROWS_PAD, HEADS_PAD])
-            opened = (tl.max(share, 2) > log2_bar) | (page == sink_page)[:, None]
+            opened = (tl.max(share, 2) > bar[None, :]) | (page == sink_page)[:, None]
             opened = (opened & (page[:, None] < far[None, :])).to(tl.int64)
             some = tl.max(opened, 1)
             count = tl.sum(some, 0).to(tl.int32)

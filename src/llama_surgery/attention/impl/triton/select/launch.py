@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 import triton
 
-from llama_surgery.attention.impl.triton.helpers import product_options
+from llama_surgery.attention.impl.triton.helpers import bar_of, product_options
 from llama_surgery.attention.impl.triton.job import Job, Strip
 from llama_surgery.attention.impl.triton.launch import described, placed_rows
 from llama_surgery.attention.impl.triton.select.scan_kernel import scan_kernel
@@ -35,7 +35,6 @@ def select(job: Job, strip: Strip, out: torch.Tensor, lse: torch.Tensor) -> Tile
     size = job.queries.element_size()
     room = job.tuning.shared - shape.rows * 2 * dim_pad * size
     ahead = room // (block * (2 * dim_pad + (0 if means is None else value_pad)) * size)
-    theta = job.config.theta_for(job.tile)
     scan_kernel[(shape.blocks, choosers)](
         job.queries,
         described(job.near_keys, job.tuning.block_near, dim_pad),
@@ -67,7 +66,7 @@ def select(job: Job, strip: Strip, out: torch.Tensor, lse: torch.Tensor) -> Tile
         *placed_rows(job, strip),
         job.scale,
         job.cap,
-        math.log2(theta) if theta > 0 else -math.inf,
+        *bar_of(job.config, job.tile),
         HEADS_BLOCK=shape.heads_block,
         TILES_BLOCK=shape.tiles_block,
         LOG2_PAGE=math.log2(job.config.page_size),

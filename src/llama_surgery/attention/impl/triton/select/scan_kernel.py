@@ -12,7 +12,15 @@ totals are known.
 import triton
 import triton.language as tl
 
-from llama_surgery.attention.impl.triton.helpers import ENTRY, LN2, LOG2E, closed_chunks, load_rows, of_piece
+from llama_surgery.attention.impl.triton.helpers import (
+    ENTRY,
+    LN2,
+    LOG2E,
+    bar_at,
+    closed_chunks,
+    load_rows,
+    of_piece,
+)
 from llama_surgery.attention.impl.triton.select.near_total import BOOST, near_total, rows_of_tiles
 from llama_surgery.attention.impl.triton.select.page_scores import page_scores, page_terms, score_factors
 
@@ -99,7 +107,7 @@ def scan_kernel(
     variance_weight_ptr, summary_ptr, sink_page_ptr, found_ptr, candidates_ptr, entries_ptr, counts_ptr,
     seen_ptr, out_ptr, lse_ptr, q_chooser, q_head, q_row, feature_stream, feature_row, value_stream,
     value_row, out_chooser, out_head, out_row, lse_chooser, lse_head, tiles, capacity, pieces_ptr, start,
-    stop, near_start, first_tile, dense_until, scale, softcap, log2_bar,
+    stop, near_start, first_tile, dense_until, scale, softcap, log2_bar, log2_from,
     GROUP: tl.constexpr, HEADS: tl.constexpr, HEADS_BLOCK: tl.constexpr, TILES_BLOCK: tl.constexpr,
     TILE: tl.constexpr, TILE_PAD: tl.constexpr, DIM: tl.constexpr, DIM_PAD: tl.constexpr,
     VALUE_DIM: tl.constexpr, VALUE_PAD: tl.constexpr, CHUNK: tl.constexpr, WINDOW: tl.constexpr,
@@ -110,7 +118,7 @@ def scan_kernel(
 
     A row's total is the exact near field, attention sinks, and closed pages by what they would weigh in place
     of their keys. A page is opened from the first row on in which its score exceeds the total by
-    ``log2_bar``, the log2 of θ, and by ``offset_ptr`` (choosers, HEADS) float32, if not None. Weights of
+    the log2 of θ, :func:`bar_at`, and by ``offset_ptr`` (choosers, HEADS) float32, if not None. Weights of
     channels are those of ``score_factors``, and ``summary_ptr`` (choosers, HEADS) float32, if not None, is
     added to a head's summaries.
 
@@ -171,7 +179,7 @@ def scan_kernel(
             q, scale, mean_weight_ptr, variance_weight_ptr, chooser, 0, HEADS, HEADS_BLOCK, True,
             DIM, DIM_PAD,
         )  # fmt: skip
-        raised = tl.full([rows], 0.0, tl.float32) + log2_bar
+        raised = bar_at(position, log2_bar, log2_from)
         if offset_ptr is not None:
             raised += tl.load(offset_ptr + chooser * HEADS + head, mask=live, other=0.0) * LOG2E
         raised = tl.where(live, raised, float("inf"))
