@@ -196,6 +196,22 @@ def test_a_mask_that_forgets_the_padding_is_refused():
         llama()(tokens(2, 1), **{CACHE_NAME: cache})
 
 
+@pytest.mark.parametrize("hidden", [slice(0, 5), slice(10, 20), slice(45, 50)])
+@pytest.mark.parametrize("cropped", [0, 4])
+@pytest.mark.parametrize("new", [1, 9])
+def test_a_mask_that_hides_tokens_of_earlier_calls_is_refused(hidden, cropped, new):
+    """It would forget the last tokens in their place."""
+    _, cache = in_pieces(llama(), tokens(2, 50 + cropped), [])
+    cache.crop(-cropped)
+    mask = torch.ones(2, 50 + new, dtype=torch.int64)
+    mask[:, hidden] = 0
+    with pytest.raises(
+        SurgeryError,
+        match=f"a sequence of 50 cached tokens, but the .* counts {50 - (hidden.stop - hidden.start)}",
+    ):
+        logits(llama(), tokens(2, new), attention_mask=mask, **{CACHE_NAME: cache})
+
+
 def test_a_mask_of_too_few_columns_is_refused():
     ids, mask = pad([tokens(20), tokens(12)], [0, 8], 20)
     _, cache = in_pieces(llama(), ids, [], mask=mask)

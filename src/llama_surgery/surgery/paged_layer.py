@@ -32,7 +32,7 @@ class PagedLayer(CacheLayerMixin):
         self.config = config
         self.keep = keep
         self.slots = 0  # columns seen, padding included: what transformers calls the length
-        self.cropped = False  # are there tokens of columns that are gone? The next call's mask tells which
+        self.cropped = 0  # columns that are gone: the next call's mask tells how many of them were tokens
         self.maximum: int | None = None  # columns there will ever be, as far as is known
         self.stores: list[SequenceStore] = []
         self.buffers: PageBuffers | None = None
@@ -162,7 +162,7 @@ class PagedLayer(CacheLayerMixin):
             self.buffers.reserve(max(lengths) + new)
         for store, length in zip(self.stores, lengths, strict=False):
             self._expect(store, length, given=mask is not None)
-        self.cropped = False
+        self.cropped = 0
         self.slots += new
         if len(self.stores) == 1:
             return [(self.stores[0], slice(None), columns[0])]
@@ -183,8 +183,11 @@ class PagedLayer(CacheLayerMixin):
             )
 
     def _expect(self, store: SequenceStore, length: int, *, given: bool) -> None:
-        """Apply a pending crop: real tokens left in a cropped sequence are known from the mask alone."""
-        store.truncate(length)
+        """Apply a pending crop: real tokens left in a cropped sequence are known from the mask alone.
+
+        A mask that lacks more than was cropped hides others, which pages cannot leave out.
+        """
+        store.truncate(max(length, store.length - self.cropped))
         if store.length != length:
             raise SurgeryError(
                 f"a sequence of {store.length} cached tokens, but "
@@ -253,13 +256,13 @@ class PagedLayer(CacheLayerMixin):
 
     def reset(self) -> None:
         self.slots, self.batch, self.stores, self.buffers = 0, 0, [], None
-        self.is_initialized, self.cropped, self._device_lengths, self.calls = False, False, None, {}
+        self.is_initialized, self.cropped, self._device_lengths, self.calls = False, 0, None, {}
 
     def crop(self, tokens: int) -> None:
         """Remove ``-tokens`` columns; a positive number is the length to keep (older transformers)."""
         tokens = int(tokens)  # assisted generation of older transformers gives a tensor
         kept = max(0, self.slots + tokens) if tokens <= 0 else min(self.slots, tokens)
-        self.cropped = self.cropped or kept < self.slots
+        self.cropped += self.slots - kept
         self.slots = kept
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:

@@ -128,7 +128,7 @@ class GraphedSteps:
                 raise SurgeryError("the cache was reset: run a prompt through the model first.")
             if len(paged.stores) == 1:
                 paged.stores[0].truncate(paged.slots)
-                paged.cropped = False
+                paged.cropped = 0
             elif paged.cropped:
                 raise SurgeryError(
                     "a cropped cache of sequences of several lengths: which tokens are left is known from "
