@@ -17,7 +17,7 @@ from tests.surgery.tiny import (
     positions,
     tokens,
 )
-from transformers import DynamicCache, StaticCache
+from transformers import DynamicCache, GenerationConfig, StaticCache
 
 from llama_surgery import (
     PagedCache,
@@ -204,6 +204,14 @@ def test_a_cache_of_the_users_own_kind_in_generate(model):
 def test_other_cache_implementations_are_refused(model, kind):
     with pytest.raises(UnsupportedModelError, match=f"cache_implementation='{kind}'.*Leave it unset"):
         model.generate(tokens(1, 5), cache_implementation=kind, **OPTIONS)
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "hybrid"])
+def test_a_cache_that_grows_may_be_asked_for(model, kind):
+    """Checkpoints say so in their generation configuration; what is given stays as it was."""
+    wanted = GenerationConfig(**{**OPTIONS, "cache_implementation": kind, "max_new_tokens": 5})
+    out = model.generate(tokens(1, 80), generation_config=wanted)
+    assert type(out[CACHE_NAME]) is PagedCache and wanted.cache_implementation == kind
 
 
 def test_a_cache_of_fixed_size_is_refused(model):

@@ -129,6 +129,7 @@ def prepare_cache(
         )
     if given_cache(model_kwargs) is None and generation_config.use_cache is not False:
         model_kwargs[CACHE_NAME] = operation.cache()
+        generation_config.cache_implementation = None  # beside a cache transformers takes no name of one
     prepare(generation_config, model_kwargs, generation_mode, batch_size, max_cache_length)
     cache, running = given_cache(model_kwargs), running_of(operation)
     if running is not None:
