@@ -30,6 +30,11 @@ def changed(folder: Path, change: Callable[[str, torch.Tensor], torch.Tensor | N
     save_file({name: value for name, value in new.items() if value is not None}, file, {"format": "pt"})
 
 
+def fewer_tokens(folder: Path) -> None:
+    rewrite(folder, vocab_size=32)
+    changed(folder, lambda name, value: value[:32] if "embed" in name or "lm_head" in name else value)
+
+
 DAMAGES: dict[str, Callable[[Path], object]] = {
     "configuration cut off": lambda folder: (folder / "config.json").write_text("{"),
     "configuration of something else": lambda folder: (folder / "config.json").write_text("[1]"),
@@ -40,6 +45,7 @@ DAMAGES: dict[str, Callable[[Path], object]] = {
     "other shapes": lambda folder: rewrite(folder, hidden_size=64),
     "tokenizer cut off": lambda folder: (folder / "tokenizer.json").write_text("{"),
     "no tokenizer": no_tokenizer,
+    "tokenizer of a larger model": fewer_tokens,
     "no configuration": lambda folder: (folder / "config.json").unlink(),
     "weights missing": lambda folder: changed(folder, lambda name, value: None if "1.mlp" in name else value),
     "weights that are NaN": lambda folder: changed(

@@ -165,6 +165,10 @@ def test_wrong_state_of_the_model_is_refused(tiny_llama, tokenizer, texts) -> No
         run(windows=1000)
     with llama_surgery.operated(tiny_llama, TILED), pytest.raises(SurgeryError, match="eject"):
         run()
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(tiny_llama.config, "vocab_size", 32)
+        with pytest.raises(SurgeryError, match=r"the model knows 32 \(vocab_size\)"):
+            run()
     tiny_llama.train()
     with pytest.raises(SurgeryError, match=r"model\.eval\(\)"):
         run()

@@ -130,6 +130,14 @@ def test_no_row_is_dense_while_a_density_is_measured() -> None:
     assert found[1] == dataclasses.replace(found[0], dense_until=128)
 
 
+def test_the_tokenizer_of_another_model_is_refused() -> None:
+    """Looked up on a GPU, such a token would end the process."""
+    model = build("Llama", vocab_size=VOCABULARY - 1)
+    with pytest.raises(SurgeryError, match=f"token {VOCABULARY - 1}, but the model knows {VOCABULARY - 1} "):
+        surgery.operate(model, SPARSE, density=0.2, text=TEXT, tokenizer=Letters(), length=LENGTH)
+    assert not surgery.is_operated(model)
+
+
 def test_models_without_a_head_are_calibrated() -> None:
     given = {"text": TEXT, "tokenizer": Letters(), "length": LENGTH, "density": 0.2}
     with surgery.operated(build("Llama").model, SPARSE, **given) as model:

@@ -71,12 +71,13 @@ def export_topology(
 
     from llama_surgery.export.file import describe, write_topology
     from llama_surgery.export.record import record_topology
-    from llama_surgery.surgery.context import check_length
+    from llama_surgery.surgery.context import check_length, check_vocabulary
     from llama_surgery.surgery.operate import operated
 
     config, routers = topology_of(llm, adapter)
     ids = [*leading_tokens(tokenizer), *encode(tokenizer, document)][:length]
     check_length(llm, len(ids))
+    check_vocabulary(llm, torch.tensor(ids))
     with status(f"Reading {len(ids):,} tokens …"), operated(llm, config, routers=routers):
         topology = record_topology(llm, torch.tensor(ids))
     write_topology(out_file, topology)

@@ -43,7 +43,7 @@ def generate(
     from transformers import LogitsProcessorList, TextStreamer
 
     from llama_surgery.surgery.adapter import load_adapter
-    from llama_surgery.surgery.context import check_length
+    from llama_surgery.surgery.context import check_length, check_vocabulary
     from llama_surgery.surgery.operate import operate
     from llama_surgery.surgery.operation import statistics
 
@@ -52,6 +52,7 @@ def generate(
     prompt_tokens = inputs["input_ids"].shape[1]
     if prompt_tokens == 0:
         raise SurgeryError("the prompt holds no token: give some text.")
+    check_vocabulary(llm, inputs["input_ids"])
     check_length(llm, prompt_tokens + max_new_tokens)
     torch.manual_seed(seed)
     streamer = None if json else TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)

@@ -167,7 +167,7 @@ def _routers(asked: Asked) -> None:
     from llama_surgery.gumbel.learn import GumbelLearning, learn_gumbel
     from llama_surgery.learning.learned import WINDOWS
     from llama_surgery.surgery.adapter import save_adapter
-    from llama_surgery.surgery.context import usual_length
+    from llama_surgery.surgery.context import check_vocabulary, usual_length
     from llama_surgery.surgery.operate import operated
     from llama_surgery.text import windows as cut_windows
 
@@ -175,6 +175,7 @@ def _routers(asked: Asked) -> None:
     settings = GumbelLearning(steps=asked.steps, rate=rate, seed=asked.seed)
     length = usual_length(llm) if asked.length is None else asked.length
     ids = cut_windows(tokenizer, texts, length, asked.windows, asked.seed, usual=WINDOWS)
+    check_vocabulary(llm, ids)
     with progress() as tell:
         report, seen = reporter("gumbel", asked.steps, tell)
         routers = learn_gumbel(llm, asked.config, ids, settings, report, **asked.keeping("gumbel"))
@@ -195,7 +196,7 @@ def _streamed(asked: Asked, texts: list[str], planned: "LearningSettings") -> tu
     from llama_surgery.learning.streaming import Captured, learn_streamed
     from llama_surgery.learning.weights import Weights, loaded, skeleton
     from llama_surgery.surgery.adapter import write_adapter
-    from llama_surgery.surgery.context import check_length, usual_length
+    from llama_surgery.surgery.context import check_length, check_vocabulary, usual_length
     from llama_surgery.surgery.supported import attention_modules
     from llama_surgery.text import windows as cut_windows
 
@@ -208,6 +209,7 @@ def _streamed(asked: Asked, texts: list[str], planned: "LearningSettings") -> tu
     planned = dataclasses.replace(planned, length=length)
     tokenizer = load_tokenizer(asked.model)
     ids = cut_windows(tokenizer, texts, length, asked.windows, planned.seed, usual=STREAMED_WINDOWS)
+    check_vocabulary(bones, ids)
     with progress() as tell:
         report, seen = reporter("local", planned.steps, tell)
         corrections, theta = learn_streamed(

@@ -20,6 +20,7 @@ from llama_surgery.evaluation.needle_facts import VARIANTS
 from llama_surgery.evaluation.peers.registry import PEERS
 from llama_surgery.evaluation.perplexity import perplexity
 from llama_surgery.evaluation.result import DENSE
+from llama_surgery.surgery.context import check_vocabulary
 from llama_surgery.surgery.progress import Progress
 from llama_surgery.text import windows as cut_windows
 from llama_surgery.topology.router import PageRouter
@@ -89,6 +90,7 @@ class Comparison:
             raise SurgeryError(f"rules {', '.join(unknown)}: there are {', '.join(there)}.{wanting}")
         self._model, self._kept, self._batch, self._densities = model, kept, needle_batch, list(densities)
         self._ids = cut_windows(tokenizer, texts, length, windows, seed, usual=WINDOWS)
+        check_vocabulary(model, self._ids)
         self._head = Head(model, self._ids[0])
         self._prompts = needle_prompts(
             tokenizer, texts, count=needles, lengths=needle_lengths, variants=needle_variants, seed=seed

@@ -24,7 +24,7 @@ from llama_surgery.evaluation.perplexity import Divergence, Perplexity, perplexi
 from llama_surgery.evaluation.result import DENSE, EvaluationResult, Measurement, OperatedMeasurement
 from llama_surgery.surgery import operation
 from llama_surgery.surgery.adapter import weights_digest
-from llama_surgery.surgery.context import check_length
+from llama_surgery.surgery.context import check_length, check_vocabulary
 from llama_surgery.surgery.operate import operated
 from llama_surgery.surgery.progress import Progress
 from llama_surgery.surgery.supported import inner_model
@@ -80,6 +80,7 @@ def evaluate(
     lengths = (length,) if needle_lengths is None else needle_lengths
     check_length(model, max(length, *lengths) if needles else length)
     ids = cut_windows(tokenizer, eval_texts, length, windows, seed, usual=WINDOWS)
+    check_vocabulary(model, ids)
     prompts = []
     if needles:
         prompts = needle_prompts(

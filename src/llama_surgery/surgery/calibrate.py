@@ -11,7 +11,7 @@ import torch
 from llama_surgery.config import SurgeryConfig
 from llama_surgery.errors import SurgeryError, TextError
 from llama_surgery.surgery.compat import cache_name
-from llama_surgery.surgery.context import check_far_field, check_length, usual_length
+from llama_surgery.surgery.context import check_far_field, check_length, check_vocabulary, usual_length
 from llama_surgery.surgery.operation import config_of, paged_cache, reset_statistics, set_config, statistics
 from llama_surgery.surgery.search import Search
 from llama_surgery.surgery.supported import inner_model
@@ -191,6 +191,7 @@ def calibration_windows(
         except TextError as error:
             errors.append(error)
             continue
+        check_vocabulary(model, found)
         if errors:
             _log.warning(
                 f"no document holds {lengths[0]:,} tokens: thresholds are set on windows of {length:,}. Give "

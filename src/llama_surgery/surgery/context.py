@@ -2,6 +2,7 @@
 
 import logging
 
+import torch
 from torch import nn
 
 from llama_surgery.config import SurgeryConfig
@@ -51,6 +52,18 @@ def check_length(model: nn.Module, longest: int, *, read: bool = True) -> None:
     if read and _has_table(model):
         raise SurgeryError(f"{told} and knows no others. Ask for shorter texts.")
     _log.warning(f"{told}. Beyond them the dense model itself may fail, and what is measured says little.")
+
+
+def check_vocabulary(model: nn.Module, ids: torch.Tensor) -> None:
+    """Raise SurgeryError where a tokenizer made tokens that the model does not know: on a GPU, to look one up
+    would end all work there."""
+    known = getattr(inner_model(model).config.get_text_config(), "vocab_size", None)
+    if known is not None and (last := int(ids.max())) >= known:
+        raise SurgeryError(
+            f"the tokenizer gives token {last}, but the model knows {known:,} (vocab_size): they do not "
+            "belong together. Give the model's own tokenizer, or call resize_token_embeddings for tokens "
+            "that were added."
+        )
 
 
 def check_far_field(length: int, config: SurgeryConfig) -> None:
