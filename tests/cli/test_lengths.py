@@ -61,6 +61,11 @@ def test_a_length_beyond_the_context_is_remarked_on_once(
     assert len(told) == 1
 
 
+def test_the_length_of_windows_is_not_remarked_on_where_none_are_read(model: Path) -> None:
+    asked = ["--ruler", "--ruler-task", "niah_single_1", "--ruler-length", "512", "--ruler-samples", "1"]
+    assert not notes(run("evaluate", model, *asked, *SMALL))
+
+
 def test_models_whose_positions_are_a_table_are_refused(caplog: pytest.LogCaptureFixture) -> None:
     config = GPT2Config(
         n_embd=16, n_head=2, n_layer=1, vocab_size=97, n_positions=128, bos_token_id=1, eos_token_id=2

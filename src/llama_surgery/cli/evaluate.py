@@ -190,7 +190,8 @@ def evaluate(
         import torch
 
         torch.set_float32_matmul_precision("high")
-    longest = max([length, *(needle_length or [])])
+    # RULER and the harness have lengths of their own.
+    longest = max([0 if text is None else length, *(needle_length or [])])
     llm, tokenizer = load_model(model, device, dtype, adapter=adapter, longest=longest)
     from llama_surgery.cli.evaluate_parts import Parts, show
     from llama_surgery.evaluation.long_generation import check_tokens
