@@ -178,9 +178,10 @@ def windows(
         TextError: ``texts`` is no list of strings, ``length`` or ``count`` is too small, or the documents
             hold fewer whole windows.
     """
-    if isinstance(texts, str) or not all(isinstance(text, str) for text in texts):
-        kind = "one string" if isinstance(texts, str) else "a list with something else than strings"
-        raise TextError(f"text is {kind}: give a list of documents, each a string, such as [text].")
+    if isinstance(texts, str) or not hasattr(texts, "__len__"):
+        raise TextError(f"text is a {type(texts).__name__}: give a list of documents, such as [text].")
+    if not all(isinstance(text, str) for text in texts):
+        raise TextError("text is a list with something else than strings: give documents, each a string.")
     exact, count = count is not None, usual if count is None else count
     lead = leading_tokens(tokenizer)
     body = length - len(lead)

@@ -130,6 +130,33 @@ def test_no_row_is_dense_while_a_density_is_measured() -> None:
     assert found[1] == dataclasses.replace(found[0], dense_until=128)
 
 
+@pytest.mark.parametrize(
+    ("wrong", "told"),
+    [
+        ({"density": "6%"}, "density='6%': must lie between 0 and 1"),
+        ({"density": None, "max_loss": "1%"}, "max_loss='1%': must lie between 0 and 1"),
+        ({"length": "8k"}, "length='8k': must be a whole number of tokens"),
+        ({"length": 128.5}, "length=128.5: must be a whole number of tokens"),
+        ({"text": iter(TEXT)}, "text is a list_iterator: give a list of documents"),
+        ({"text": Path("books.txt")}, "text is a PosixPath: give a list of documents"),
+        ({"config": {"theta": 0.1}}, "give a SurgeryConfig"),
+    ],
+)
+def test_what_the_command_takes_is_refused_in_words(wrong: dict[str, Any], told: str) -> None:
+    given = {
+        "config": SPARSE,
+        "density": 0.2,
+        "text": TEXT,
+        "tokenizer": Letters(),
+        "length": LENGTH,
+        **wrong,
+    }
+    model = build("Llama")
+    with pytest.raises(SurgeryError, match=told):
+        surgery.operate(model, given.pop("config"), **given)
+    assert not surgery.is_operated(model)
+
+
 def test_the_tokenizer_of_another_model_is_refused() -> None:
     """Looked up on a GPU, such a token would end the process."""
     model = build("Llama", vocab_size=VOCABULARY - 1)

@@ -75,8 +75,8 @@ def config_within(
         SurgeryError: ``max_loss`` is out of range, or the model cannot be made sparse within it.
         TextError: The text is too short.
     """
-    if not 0 < max_loss < 1:
-        raise SurgeryError(f"max_loss={max_loss}: must lie between 0 and 1; 0.01 is one per cent.")
+    if isinstance(max_loss, str) or not 0 < max_loss < 1:
+        raise SurgeryError(f"max_loss={max_loss!r}: must lie between 0 and 1; 0.01 is one per cent.")
     check_dense(model, {})
     ids = calibration_windows(model, tokenizer, text, length, config, WINDOWS)
     config = dataclasses.replace(config, theta_length=ids.shape[1])

@@ -36,8 +36,8 @@ class LearningSettings:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "parts", tuple(self.parts))
-        if not 0 < self.density < 1:
-            raise SurgeryError(f"density={self.density}: must lie between 0 and 1.")
+        if isinstance(self.density, str) or not 0 < self.density < 1:
+            raise SurgeryError(f"density={self.density!r}: must lie between 0 and 1.")
         for name in ("length", "steps", "sampled_tiles"):
             if getattr(self, name) < 1:
                 raise SurgeryError(f"{name}={getattr(self, name)}: must be at least 1.")

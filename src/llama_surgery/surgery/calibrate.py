@@ -142,8 +142,8 @@ def _check(output: Any) -> None:
 def check_densities(config: SurgeryConfig, density: float, decode_density: float | None) -> None:
     """Raise SurgeryError where a density is out of range, or there is one too many."""
     for name, value in (("density", density), ("decode_density", decode_density)):
-        if value is not None and not 0 < value < 1:
-            raise SurgeryError(f"{name}={value}: must lie between 0 and 1.")
+        if value is not None and (isinstance(value, str) or not 0 < value < 1):
+            raise SurgeryError(f"{name}={value!r}: must lie between 0 and 1; 0.06 is six per cent.")
     if config.tile == 1 and decode_density not in (None, density):
         raise SurgeryError(
             f"decode_density={decode_density} with tile=1: one threshold serves prompts and decode steps. "
@@ -180,6 +180,8 @@ def calibration_windows(
         raise SurgeryError("tokenizer=None: calibration text needs the model's tokenizer.")
     usual = length is None
     length = usual_length(model) if length is None else length
+    if isinstance(length, str | float):
+        raise SurgeryError(f"length={length!r}: must be a whole number of tokens, such as 8192.")
     check_length(model, length)
     check_far_field(length, config)
     shorter = [length >> halved for halved in range(1, length.bit_length())] if usual else []

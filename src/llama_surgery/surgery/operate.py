@@ -94,6 +94,8 @@ def operate(
     if measure_speed is None:
         measure_speed = config is None and text is not None
     config = SurgeryConfig() if config is None else config
+    if not isinstance(config, SurgeryConfig):
+        raise SurgeryError(f"config={config!r}: give a SurgeryConfig, such as SurgeryConfig(theta=0.1).")
     if is_operated(model):
         raise SurgeryError("the model is operated already: eject(model) first.")
     if max_loss is not None and (density is not None or decode_density is not None):
