@@ -6,11 +6,11 @@ python benchmarks/loss_by_density.py      # benchmarks/results/loss-by-density.s
 import collections
 import sys
 
-from csv_tables import RESULTS, Row, markdown, percent, tokens
+from csv_tables import Row, markdown, percent, tokens
+from figures import write_figure
 from quality_tables import REAL, age, all_rows, cell_of, ratio_told
 
-from llama_surgery.files import write_atomically
-from llama_surgery.report.style import BLUE, GREY, PERCENT, PURPLE, VERMILION, figure, to_svg
+from llama_surgery.report.style import BLUE, GREY, PERCENT, PURPLE, VERMILION, figure
 
 #: Forms that are shown, each with its colour and mark.
 FORMS = {
@@ -86,9 +86,7 @@ def main() -> int:
         panels[0].minorticks_off()
         panels[0].yaxis.set_major_formatter(PERCENT)
         panels[-1].legend(loc="lower right", fontsize=8)
-        svg = to_svg(fig, "Perplexity lost against the density of attention. " + "; ".join(told))
-    write_atomically(RESULTS / "loss-by-density.svg", lambda file: file.write_text(svg, encoding="utf-8"))
-    print("\n".join(told))
+        write_figure(fig, "loss-by-density.svg", "Perplexity lost against the density of attention", told)
     return 0
 
 

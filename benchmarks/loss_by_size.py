@@ -5,11 +5,10 @@ python benchmarks/loss_by_size.py      # benchmarks/results/loss-by-size.svg
 
 import sys
 
-from csv_tables import RESULTS
+from figures import write_figure
 from quality_tables import real_rows
 
-from llama_surgery.files import write_atomically
-from llama_surgery.report.style import BLUE, PERCENT, VERMILION, figure, to_svg
+from llama_surgery.report.style import BLUE, PERCENT, VERMILION, figure
 
 #: Parameters of the models, embeddings included, in thousands of millions.
 SIZES = {"smollm2-135m": 0.135, "qwen2.5-coder-0.5b": 0.494, "qwen2.5-coder-1.5b": 1.544}
@@ -42,9 +41,7 @@ def main() -> int:
         panel.set_yticks([0.005, 0.01, 0.02, 0.05, 0.1])
         labels = dict(zip(*reversed(panel.get_legend_handles_labels()), strict=True))
         panel.legend(labels.values(), labels.keys(), loc="upper right", fontsize=8.5)
-        svg = to_svg(fig, "Perplexity lost against the size of the model. " + "; ".join(told))
-    write_atomically(RESULTS / "loss-by-size.svg", lambda file: file.write_text(svg, encoding="utf-8"))
-    print("\n".join(told))
+        write_figure(fig, "loss-by-size.svg", "Perplexity lost against the size of the model", told)
     return 0
 
 
