@@ -7,7 +7,15 @@ import torch
 from tests.surgery.tiny import SPARSE, build, logits, tokens
 from torch import nn
 
-from llama_surgery import SurgeryError, eject, is_operated, operate, operated, statistics
+from llama_surgery import (
+    SurgeryError,
+    UnsupportedModelError,
+    eject,
+    is_operated,
+    operate,
+    operated,
+    statistics,
+)
 
 Compile = Callable[[nn.Module], nn.Module]
 
@@ -93,3 +101,21 @@ def test_one_graph_is_refused_with_the_reason() -> None:
         logits(compiled, ids)
     eject(model)
     torch.testing.assert_close(logits(compiled, ids), logits(model, ids))
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        lambda model, ids: torch.export.export(model, (ids,), {"use_cache": False}),
+        lambda model, ids: torch.jit.trace(lambda given: model(given, use_cache=False).logits, (ids,)),
+    ],
+    ids=["export", "trace"],
+)
+def test_a_call_is_not_recorded(record: Callable[[nn.Module, torch.Tensor], object]) -> None:
+    """It would be repeated with the pages of other inputs."""
+    model, ids = build("Llama"), tokens(1, 100)
+    dense = logits(model, ids)
+    operate(model, SPARSE)
+    with torch.no_grad(), pytest.raises(UnsupportedModelError, match=r"choose other pages.*eject\(model\)"):
+        record(model, ids)
+    assert torch.equal(logits(eject(model), ids), dense)

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import PretrainedConfig
 
+from llama_surgery.errors import UnsupportedModelError
+
 if TYPE_CHECKING:
     from llama_surgery.surgery.cache import PagedCache
     from llama_surgery.surgery.paged_layer import PagedLayer
@@ -87,7 +89,16 @@ def current_call() -> Call | None:
 
 @untraced
 def enter(model: torch.nn.Module, owner: object, text: PretrainedConfig) -> None:
-    """Begin a call of ``model``, or go on with the call that it is a part of."""
+    """Begin a call of ``model``, or go on with the call that it is a part of.
+
+    Raises:
+        UnsupportedModelError: The call is recorded, to be repeated with other inputs.
+    """
+    if torch.compiler.is_exporting() or torch.jit.is_tracing():
+        raise UnsupportedModelError(
+            "torch.export, torch.onnx and torch.jit.trace record one call, but operated layers choose other "
+            "pages in every one: eject(model) first."
+        )
     call = _current.get()
     # A call of the same model is one that was interrupted: no model calls itself.
     if call is None or call.owner is not owner or call.model is model:
