@@ -207,7 +207,8 @@ def targets(given: argparse.Namespace) -> bool:
                 for good, told in check(found):
                     print(f"  {'met' if good else 'MISSED'}  {told}")
                     met.append(good)
-    print(f"\n{ruler_of_all(operated)}")
+    if (together := ruler_of_all(operated)) is not None:
+        print(f"\n{together}")
     return bool(met) and all(met)
 
 

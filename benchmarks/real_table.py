@@ -213,10 +213,11 @@ def check(found: Measured) -> Iterator[tuple[bool, str]]:
             )
 
 
-def ruler_of_all(found: Sequence[Measured]) -> str:
+def ruler_of_all(found: Sequence[Measured]) -> str | None:
     """RULER of several models with learned corrections together, every task alike.
 
-    Of a model the longest length counts, and of its budgets the largest far density that is allowed.
+    Of a model the longest length counts, and of its budgets the largest far density that is allowed. None
+    where there is no such model.
     """
     last: dict[str, Measured] = {}
     for one in sorted(found, key=lambda one: (one.study["length"], one.density("far") or 0.0)):
@@ -225,7 +226,7 @@ def ruler_of_all(found: Sequence[Measured]) -> str:
             last[one.study["model"]] = one
     groups = [both for one in last.values() for both in one.scores.values()]
     if not groups:
-        return f"RULER of all models together, learned: {_NOTHING}"
+        return None
     change = paired_change(groups)
     low, points, high = (100 * value for value in (change.low, change.difference, change.high))
     return (

@@ -156,6 +156,15 @@ def test_the_table_and_the_targets(
     assert run("--check") == 1
     told = [line.split()[0] for line in capsys.readouterr().out.splitlines() if line.startswith("  ")]
     assert told == ["MISSED", "met", "MISSED", "met", "MISSED"]
+    # Models with learned corrections together: here one, which loses a tenth of one of two tasks.
+    learned = {"decode": "dense", "theta": 0.2, "learned": ["summary"]}
+    study.begin("operated", learned)
+    study.add("operated", learned, "window 0", {"loss": 2.0, "far": 0.05, "total": 0.2, **about})
+    for number in range(10):
+        for task, own in (("vt", 0.9), ("cwe", 0.5)):
+            study.add("operated", learned, f"ruler {task} {number}", {"score": own, "answer": "", **about})
+    assert run("--check") == 1
+    assert "together, learned: -5.0 points" in capsys.readouterr().out.splitlines()[-1]
     # What nobody measured is not met.
     shutil.rmtree(tmp_path / "out")
     study_of(real_results, tmp_path / "out" / "study", length=5000)
