@@ -84,6 +84,14 @@ def times(value: str | None) -> str:
     return f"{float(value):.1f} ×" if value else "–"
 
 
+def ratio_told(row: Row, column: str = "ratio") -> str:
+    """Perplexity over dense, of ``column``, and its interval."""
+    if not row[column]:
+        return "–"
+    ratio, low, high = (float(row[name]) for name in (column, "ratio_low", "ratio_high"))
+    return f"{ratio:.4f} ({low:.4f} … {high:.4f})"
+
+
 def tokens(value: str) -> str:
     return f"{int(value):,}"
 

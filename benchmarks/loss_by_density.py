@@ -6,9 +6,9 @@ python benchmarks/loss_by_density.py      # benchmarks/results/loss-by-density.s
 import collections
 import sys
 
-from csv_tables import Row, markdown, percent, tokens
+from csv_tables import Row, markdown, percent, ratio_told, tokens
 from figures import write_figure
-from quality_tables import REAL, age, all_rows, cell_of, ratio_told
+from quality_tables import REAL, age, all_rows, cell_of
 
 from llama_surgery.report.style import BLUE, GREY, PERCENT, PURPLE, VERMILION, figure
 

@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
-from csv_tables import ROOT, Row, markdown, percent, read, tokens
+from csv_tables import ROOT, Row, markdown, percent, ratio_told, read, tokens
 from safetensors.torch import load_file
 
 from llama_surgery.config import SurgeryConfig
@@ -50,14 +50,6 @@ def all_rows() -> Iterator[tuple[str, Row]]:
     for row in rows:
         if _adapter(row) in {None, *shipped()} or cell_of(row) not in told:
             yield ", ".join([REAL[row["form"]], *_apart(json.loads(row["settings"]))]), row
-
-
-def ratio_told(row: Row) -> str:
-    """Perplexity over dense and its interval."""
-    if not row["ratio"]:
-        return "–"
-    ratio, low, high = (float(row[name]) for name in ("ratio", "ratio_low", "ratio_high"))
-    return f"{ratio:.4f} ({low:.4f} … {high:.4f})"
 
 
 def age(row: Row) -> tuple[str, int, int, bool]:
@@ -140,8 +132,7 @@ def quality() -> str:
             line += ["–", percent(row["needle_accuracy"]), "–", "100%"]
         else:
             line[0] = f"operated, {row['name']}"
-            ratio, low, high = (float(row[name]) for name in ("perplexity_ratio", "ratio_low", "ratio_high"))
-            line.append(f"{ratio:.4f} ({low:.4f} … {high:.4f})")
+            line.append(ratio_told(row, "perplexity_ratio"))
             line += [percent(row[name]) for name in ("needle_accuracy", "far_density", "total_density")]
         cells.append(line)
     first = rows[0]
@@ -210,9 +201,8 @@ def rules() -> str:
         line = [measured[0]["title"] + (" *" if measured[0]["ahead"] == "True" else "")]
         for wanted in (0.18, 0.3):
             row = min(measured, key=lambda row, wanted=wanted: abs(density(row) - wanted))  # type: ignore[misc]
-            ratio, low, high = (float(row[name]) for name in ("perplexity_ratio", "ratio_low", "ratio_high"))
             line += [
-                f"{density(row):.2f}", f"{ratio:.4f} ({low:.4f} … {high:.4f})", percent(row["needle_kept"]),
+                f"{density(row):.2f}", ratio_told(row, "perplexity_ratio"), percent(row["needle_kept"]),
             ]  # fmt: skip
         cells.append(line)
     first = rows[0]

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from csv_tables import RESULTS, Row, markdown, merge, milliseconds, percent, rows_of, tokens
+from csv_tables import RESULTS, Row, markdown, merge, milliseconds, percent, ratio_told, rows_of, tokens
 from timing.parts import FIRST, GRAPHED, PARTS, STEP
 
 COLUMNS = (
@@ -130,11 +130,10 @@ def _line(row: Row, rows: list[Row], quality: list[Row]) -> list[str]:
     for one in quality:
         if [one["model"], one["length"], one["settings"], one["text"]] != [*wanted, row["text"]]:
             continue
-        ratio, low, high = (f"{float(one[name]):.4f}" for name in ("ratio", "ratio_low", "ratio_high"))
         at = "" if one["length"] == row["length"] else f", at {tokens(one['length'])} tokens"
         at += ", no row dense" if until else ""
         points = f"{float(one['ruler']) - float(one['ruler_dense']):+.1f}" if one["ruler"] else "–"
-        kept = [f"{ratio} ({low} … {high}){at}", percent(one["needles_kept"]), points]
+        kept = [f"{ratio_told(one)}{at}", percent(one["needles_kept"]), points]
     return [*shown, *kept, *times]
 
 

@@ -1,18 +1,17 @@
 """The table of long runs of decode steps."""
 
-from csv_tables import markdown, percent, read, tokens
+from csv_tables import markdown, percent, ratio_told, read, tokens
 
 
 def table() -> str:
     """A text read token by token behind a prompt: benchmarks/sparse_steps.py."""
     rows, cells = read("sparse_steps.csv"), []
     for row in rows:
-        ratio, low, high = (float(row[name]) for name in ("ratio", "ratio_low", "ratio_high"))
         parts = [[float(row[f"{what}_{n}"]) for n in range(1, 5)] for what in ("ratio", "divergence")]
         cells.append(
             [
                 row["model"].removesuffix(".gguf"), row["text"], tokens(row["prompt"]), row["decode"],
-                percent(row["far_density"]), f"{ratio:.4f} ({low:.4f} … {high:.4f})",
+                percent(row["far_density"]), ratio_told(row),
                 ", ".join(f"{part:.3f}" for part in parts[0]),
                 ", ".join(f"{part:.4f}" for part in parts[1]), row["windows"],
             ]
