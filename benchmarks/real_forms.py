@@ -73,7 +73,7 @@ def by_decode(config: SurgeryConfig) -> dict[str, SurgeryConfig]:
 
 def changes(config: SurgeryConfig) -> dict[str, Any]:
     """What a configuration has that the default has not, without θ."""
-    found = {name: getattr(config, name) for name in FIELDS if not name.startswith("theta")}
+    found = {name: getattr(config, name) for name in FIELDS if name not in _THETAS}
     return {name: value for name, value in found.items() if value != getattr(SurgeryConfig(), name)}
 
 
@@ -222,7 +222,9 @@ class Maker:
     ) -> None:
         self._model, self._tokenizer, self._texts = model, tokenizer, list(calibration)
         self._length, self._density, self._folder = length, density, folder
-        self._config, self._given, self._routers = config, given, routers
+        free = not set(given) & set(_THETAS)  # then θ is set for this very length
+        self._config = dataclasses.replace(config, theta_length=0) if free else config
+        self._given, self._routers, self._free = given, routers, free
         self._rounding = rounding
         self._shared = {} if dtype == DTYPE else {"dtype": dtype}
         self._ids: torch.Tensor | None = None
@@ -246,7 +248,7 @@ class Maker:
 
         def measure() -> dict[str, Any]:
             given = (self._model, self._tokenizer, self._texts, self._length)
-            free, asked = not set(self._given) & set(_THETAS), dict[str, Any]()
+            free, asked = self._free, dict[str, Any]()
             if free and name == OPERATED:
                 asked = {"density": self._density, "decode_density": self._density}
                 asked |= dict(zip(("tokenizer", "text", "length"), given[1:], strict=True))

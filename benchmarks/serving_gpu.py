@@ -2,13 +2,15 @@
 
     python benchmarks/serving_gpu.py --mode dense --out out/serving.csv
     python benchmarks/serving_gpu.py --mode operated --part first --lengths 2k 32k --out out/serving.csv
+    python benchmarks/serving_gpu.py --mode sparse --lengths 32k 128k --out out/serving.csv
 
-The model has the shapes of a ``config.json`` and random weights, the same in both modes: times, no answers.
-Dense is the engine as it comes, with CUDA graphs for decode steps. Parts: ``first``, the time to the first
-token of a prompt that is not cached; ``decode``, the time of a step and that to the first tokens of prompts
-that are cached; ``load``, tokens written per second of 16 requests at once, none of them cached. θ is set
-such that the executed far density of a prompt is what was asked for; each row has that which came out. Rows
-are appended.
+The model has the shapes of a ``config.json`` and random weights, the same in all modes: times, no answers.
+Dense is the engine as it comes, with CUDA graphs for decode steps; operated reads prompts sparsely and
+decodes densely, sparse does both sparsely. Parts: ``first``, the time to the first token of a prompt that is
+not cached; ``decode``, the time of a step and that to the first tokens of prompts that are cached; ``load``,
+tokens written per second of 16 requests at once, none of them cached. θ is set such that the executed far
+density of a prompt is what was asked for, and that of decode steps alike, before their graphs are captured
+anew; each row has the density that came out. Rows are appended.
 """
 
 import argparse
@@ -44,8 +46,9 @@ def write_folder(shapes: Path, folder: Path, mode: str, dense_until: int) -> Non
         "bos_token_id": 0,
         "eos_token_id": 1,
     }
-    if mode == "operated":
-        surgery = SurgeryConfig(theta=0.01, dense_until=dense_until)
+    if mode != "dense":
+        theta_decode = 0.01 if mode == "sparse" else 0.0
+        surgery = SurgeryConfig(theta=0.01, theta_decode=theta_decode, dense_until=dense_until)
         config["architectures"] = [exported_architecture(config, str(shapes))]
         config[BLOCK] = {"version": BLOCK_VERSION, "config": surgery.to_dict(), "routers": {}}
     folder.mkdir(parents=True)
@@ -100,11 +103,12 @@ class Bench:
         self.count(False)
         cache = self.engine.llm_engine.vllm_config.cache_config
         self.theta = self.density = 0.0
+        self.step_density: float | None = None
         self.theta_length = 0
         self.row = {
             "engine": "vllm", "version": __version__, "model": given.config.stem, "mode": given.mode,
             "kv_tokens": cache.num_gpu_blocks * cache.block_size, "device": device_name(),
-            "dense_until": given.dense_until if given.mode == "operated" else "",
+            "dense_until": given.dense_until if given.mode != "dense" else "",
         }  # fmt: skip
         say(f"engine up, {self.spent():.0f} s; {self.row['kv_tokens']} tokens of KV cache")
 
@@ -130,18 +134,20 @@ class Bench:
 
         Or none, while times are taken: to count takes the host as long as to launch a layer's attention.
         """
-        for layer in self._layers() if self.given.mode == "operated" else []:
+        for layer in self._layers():
             layer.engine.next_turn = lambda: None
             layer.counters.resting = not on
             layer.counters.reset()  # the engine counts its own trial steps as it starts
 
-    def read(self) -> float:
-        """Executed far density since the last time."""
+    def read(self, tile: int | None = None) -> float:
+        """Executed far density since the last time, of rows in tiles of so many queries alone if given."""
         from llama_surgery.surgery.statistics import summarise
 
         layers = self._layers()
+        layers[0].engine.settle()
         counted = {index: layer.counters.reset()[0] for index, layer in enumerate(layers)}
-        return summarise(counted, layers[0].executor.config.page_size).far_density
+        found = summarise(counted, layers[0].executor.config.page_size)
+        return found.far_density if tile is None else found.by_tile[str(tile)]["far_density"]
 
     def _layers(self) -> list[Any]:
         context = self.engine.llm_engine.vllm_config.compilation_config.static_forward_context
@@ -172,6 +178,32 @@ class Bench:
             low, high = (math.log(self.theta), high) if self.density > wanted else (low, math.log(self.theta))
         self.count(False)
 
+    def set_theta_decode(self, length: int, prompt: dict[str, list[int]]) -> None:
+        """Find θ for decode steps behind a prompt, step by step without graphs; then capture them with it."""
+        self.step_density = None
+        if self.given.mode != "sparse" or length <= self.given.dense_until:
+            return
+        runners: list[Any] = []
+        self.engine.collective_rpc(lambda worker: runners.append(worker.model_runner))
+        graphs = runners[0].cudagraph_manager
+        graphs._graphs_captured = False
+        low, high = math.log(self.theta / 256), math.log(self.theta * 4)
+        self.write([prompt], 1)
+        for _ in range(self.given.halvings):
+            theta = math.exp((low + high) / 2)
+            for layer in self._layers():
+                object.__setattr__(layer.executor.config, "theta_decode", theta)
+            self.read()
+            self.write([prompt], 9)
+            self.step_density = self.read(1)
+            say(f"{length} tokens, θ of steps {theta:.3e}: far density {self.step_density:.4f}")
+            if abs(self.step_density - self.given.density) < 0.1 * self.given.density:
+                break
+            more = self.step_density > self.given.density
+            low, high = (math.log(theta), high) if more else (low, math.log(theta))
+        graphs.graphs.clear()
+        runners[0].capture_model()
+
     def measure(self, length: int, parts: list[str], batches: list[int]) -> None:
         """Time to the first token of prompts that are not cached, then the steps that go on from there."""
         samples = self.given.samples if length <= 32768 else 1
@@ -182,6 +214,8 @@ class Bench:
         say(f"first token, {length} tokens: {', '.join(f'{1000 * x:.1f}' for x in times)} ms")
         if "first" in parts:
             self.add(length, 1, ttft_ms=1000 * statistics.median(times))
+        if "decode" in parts:
+            self.set_theta_decode(length, prompts[0])
         for batch in batches if "decode" in parts else []:
             self.decode(length, prompts[:batch])
 
@@ -205,8 +239,10 @@ class Bench:
         """Append a row."""
         row = dict.fromkeys(COLUMNS, "") | self.row | {"length": length, "batch": batch}
         row |= {name: f"{value:.5g}" for name, value in measured.items()}
-        if self.given.mode == "operated":
-            row |= {"far_density": f"{self.density:.4f}", "theta": f"{self.theta:.3e}"}
+        if self.given.mode != "dense":
+            steps = self.step_density if "tpot_ms" in measured else None
+            density = self.density if steps is None else steps
+            row |= {"far_density": f"{density:.4f}", "theta": f"{self.theta:.3e}"}
         say(
             f"{self.spent():.0f} s "
             + " ".join(f"{name}={value}" for name, value in row.items() if value != "")
@@ -237,7 +273,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--config", type=Path, default=SHAPES, help="config.json of the shapes")
-    parser.add_argument("--mode", choices=["dense", "operated"], required=True)
+    parser.add_argument("--mode", choices=["dense", "operated", "sparse"], required=True)
     parser.add_argument("--part", nargs="+", choices=["first", "decode", "load"], default=["first", "decode"])
     parser.add_argument("--lengths", nargs="+", type=parse_length, default=[2048, 8192, 32768, 131072])
     parser.add_argument("--batch", nargs="+", type=int, default=[1, 4], help="sequences of a decode step")

@@ -87,3 +87,20 @@ def test_other_ranks_count_nothing() -> None:
     quiet.add_parts([Part(128, 136, 8)], part())
     quiet.add_rows(RowCount(1, 1, 1, 1))
     assert quiet.tally(torch.device("cpu")) is None and quiet.reset() == ({}, 0)
+
+
+def test_steps_that_a_graph_replays() -> None:
+    """Every layer's pages lie in a tensor that stays; rows are the same for all of them."""
+    made, layers = engine(2)
+    tallies = [layer.steady_tally(torch.device("cpu")) for layer in layers]
+    for _ in range(3):
+        made.add_steps(RowCount.of([200, 40], CONFIG))
+        for place, tally in enumerate(tallies):
+            tally += torch.tensor([[1], [2 + place]])
+    told = made.take(0.0)
+    assert told is not None and told.startswith("rows 12,")
+    assert f"pages read {3 * (2 + 3) * KV_HEADS}, dense fallbacks 50.0%" in told
+    assert [
+        layer.steady_tally(torch.device("cpu")) is tally for layer, tally in zip(layers, tallies, strict=True)
+    ]
+    assert not any(tally.any() for tally in tallies) and made.take(0.0) is None

@@ -200,13 +200,20 @@ def test_dense_requests(model: Subject, engine: Any) -> None:
 
 
 def test_sparse_decode_steps(demo_model_path: Path, tmp_path: Path, summary: list[str]) -> None:
+    """In CUDA graphs, one request dense among them; then steps that fill chunks and read these."""
     config = dataclasses.replace(RANDOM, theta_decode=10)
     model = subject("random", demo_model_path, tmp_path, summary, config)
     reference, engine = model.reference, model.start("float32")
+    assert engine.llm_engine.vllm_config.compilation_config.cudagraph_mode.name == "FULL_DECODE_ONLY"
     prompts = reference.prompts(16, 50, model.longest // 3)
     got = tokens(ask(engine, prompts, dense=[True, *[False] * 15]))
     want = [*reference.write(prompts[:1], None), *reference.write(prompts[1:], config)]
     reference.assert_equal("on a GPU, sparse decode steps, 16 at once", prompts, want, got)
+    reference.summary.append(f"on a GPU, sparse decode steps, {operated_layers(engine)[0].engine.take(0)}")
+    new, few = 2 * config.chunk_size, prompts[5:7]
+    got = tokens(ask(engine, few, new))
+    want = reference.write(few, config, new)
+    reference.assert_equal(f"on a GPU, {new} sparse decode steps", few, want, got)
 
 
 def first_token(model: Any, reference: Reference, prompt: list[int], config: SurgeryConfig) -> torch.Tensor:

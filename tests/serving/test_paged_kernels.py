@@ -138,6 +138,26 @@ class TestDecodeRows:
         got = decode_rows(queries_for(served), served.cache, tables, positions)
         assert not got[1].any() and got[0].isfinite().all() and got[0].any()
 
+    def test_sequences_that_see_everything(self) -> None:
+        """Beside others, whatever the order of their chunks; their pages are not counted."""
+        config, lengths = dataclasses.replace(CONFIG, theta_decode=0.5), [300, 460, 1]
+        served, dense = serve(config, lengths), dataclasses.replace(config, theta=0.0, theta_decode=0.0)
+        queries, positions = queries_for(served), positions_of(served)
+        tally = torch.zeros(2, KV_HEADS, dtype=torch.int64, device=DEVICE)
+        whole = torch.tensor([0, 1, 1], dtype=torch.int32, device=DEVICE)
+        given = {"scale": SCALE, "tally": tally, "whole": whole}
+        got = decode_rows(queries, served.cache, served.tables, positions, **given)
+        everything = dataclasses.replace(served, cache=dataclasses.replace(served.cache, config=dense))
+        for index, asked in enumerate((served, everything, everything)):
+            torch.testing.assert_close(got[index], asked.oracle(queries, index), rtol=3e-5, atol=3e-5)
+        assert (got[1] - served.oracle(queries, 1)).abs().max() > 1e-3
+        alone = torch.zeros_like(tally)
+        first = queries[:1], served.cache, served.tables[:1], positions[:1]
+        decode_rows(*first, scale=SCALE, tally=alone)
+        assert torch.equal(tally, alone)
+        with pytest.raises(SurgeryError, match=r"whole \(2,\) torch.int32"):
+            decode_rows(queries, served.cache, served.tables, positions, whole=whole[:2])
+
     def test_what_does_not_fit_is_refused(self) -> None:
         served = serve(CONFIG, [70])
         queries, positions = queries_for(served), positions_of(served)

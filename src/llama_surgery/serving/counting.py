@@ -39,6 +39,10 @@ class RowCount:
         summaries = sum(summary_pairs(position, position + 1, config, 1) for position in positions)
         return cls(len(positions), near, causal, closed.count(0), summaries)
 
+    def __add__(self, other: "RowCount") -> "RowCount":
+        mine, its = dataclasses.astuple(self), dataclasses.astuple(other)
+        return RowCount(*(a + b for a, b in zip(mine, its, strict=True)))
+
 
 class LayerCounters:
     """Counts of one layer since the last reset.
@@ -57,6 +61,7 @@ class LayerCounters:
         self.resting = quiet  # another layer's turn, or another rank's
         self.by_tile: dict[int, Counters] = {}
         self.dense_rows = 0
+        self._steady: torch.Tensor | None = None
 
     def reset(self) -> tuple[dict[int, Counters], int]:
         """Start anew. Returns what was counted: :attr:`by_tile` and :attr:`dense_rows`."""
@@ -91,6 +96,23 @@ class LayerCounters:
             return None
         return self._of(1).tally(self.kv_heads, self.config.page_size, device)
 
+    def steady_tally(self, device: torch.device) -> torch.Tensor:
+        """:meth:`tally` of steps that are captured in a graph: it stays where it is."""
+        if self._steady is None:
+            self._steady = torch.zeros(2, self.kv_heads, dtype=torch.int64, device=device)
+        return self._steady
+
+    def take_steps(self, count: RowCount) -> None:
+        """Count rows of steps whose pages lie in :meth:`steady_tally`, which begins anew."""
+        held = self._steady
+        if held is None or self.quiet or not count.rows:
+            return
+        with COUNTING:
+            self._of(1).tally(self.kv_heads, self.config.page_size, held.device).add_(held)
+            held.zero_()
+            self._of(1).count(count.rows, count.near_pairs, count.causal_pairs, count.summary_pairs)
+            self.dense_rows += count.dense_rows
+
     def _of(self, tile: int) -> Counters:
         return self.by_tile.setdefault(tile, Counters())
 
@@ -107,6 +129,7 @@ class EngineCounters:
         self._layers: dict[int, LayerCounters] = {}
         self._told = time.monotonic()
         self._turn = -1
+        self._steps = RowCount(0, 0, 0, 0)
 
     def next_turn(self) -> None:
         """A step begins. Layers take turns: one counts for all, since to count takes the host as long as to
@@ -119,6 +142,16 @@ class EngineCounters:
         """Let :meth:`take` speak of layer ``index`` too."""
         self._layers[index] = counters
 
+    def add_steps(self, count: RowCount) -> None:
+        """Count rows of a step that every layer computes in a graph."""
+        self._steps += count
+
+    def settle(self) -> None:
+        """Let layers count what steps have read since the last time."""
+        steps, self._steps = self._steps, RowCount(0, 0, 0, 0)
+        for layer in self._layers.values():
+            layer.take_steps(steps)
+
     def take(self, interval: float) -> str | None:
         """What was read since the last time, in a line, and start anew.
 
@@ -126,9 +159,12 @@ class EngineCounters:
             None if nothing was counted, or the last time is less than ``interval`` seconds ago.
         """
         now = time.monotonic()
+        if now - self._told < interval:
+            return None
+        self.settle()
         with COUNTING:
             counted = {index: layer for index, layer in self._layers.items() if layer.by_tile}
-            if not counted or now - self._told < interval:
+            if not counted:
                 return None
             self._told = now
             taken = {index: layer.reset() for index, layer in counted.items()}

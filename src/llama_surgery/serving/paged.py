@@ -33,6 +33,7 @@ class Scheduled:
         row: Index of its first row in the batch.
         prefilling: The rows belong to the prompt: tiles of ``config.tile``. Else they are decode steps.
         blocks: (chunks,) int64, the cache block of every chunk up to ``stop``.
+        whole: It asks for dense attention: all rows see everything.
     """
 
     start: int
@@ -40,6 +41,7 @@ class Scheduled:
     row: int
     prefilling: bool
     blocks: torch.Tensor
+    whole: bool = False
 
     def parts(self, config: SurgeryConfig) -> list[Part]:
         """Runs of rows with one tile size. A piece of a prompt that is not its end must end at a multiple of
@@ -49,7 +51,7 @@ class Scheduled:
 
     def sparse(self, config: SurgeryConfig) -> list[Part]:
         """Of :meth:`parts`, the rows that have a far field and do not read all of it."""
-        return sparse_parts(self.parts(config), config)
+        return [] if self.whole else sparse_parts(self.parts(config), config)
 
     def far_chunks(self, config: SurgeryConfig) -> int:
         """Chunks that :meth:`sparse` rows have in their far fields: those that must be laid out for them."""

@@ -4,6 +4,7 @@ Decode rows read keys, values and features where the engine put them, through bl
 host synchronisation, so that a step can be captured in a CUDA graph.
 """
 
+import dataclasses
 from typing import TYPE_CHECKING
 
 import torch
@@ -49,6 +50,7 @@ def decode_rows(
     softcap: float | None = None,
     router: PageRouter | None = None,
     tally: torch.Tensor | None = None,
+    whole: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Attention of the decode rows of a scheduled batch, one of each sequence, in three launches.
 
@@ -67,6 +69,7 @@ def decode_rows(
         softcap: Cap of the logits, or None.
         router: Learned corrections of the layer, one for every KV head, or None.
         tally: (2, kv_heads) int64, to which pages opened and pages read are added, or None.
+        whole: (sequences,) int32, not 0 for rows that see everything; None where none does.
 
     Returns:
         (sequences, heads, head_dim), contiguous, the queries' dtype.
@@ -89,7 +92,7 @@ def decode_rows(
             )
     if heads % kv_heads:
         raise SurgeryError(f"{heads} query heads for {kv_heads} KV heads: not a multiple.")
-    view = kernel_view(cache, tables, positions)
+    view = dataclasses.replace(kernel_view(cache, tables, positions), whole=whole)
     grouped = queries.reshape(sequences * kv_heads, heads // kv_heads, 1, dim)
     result = decode(grouped, view, scale=scale, softcap=softcap, router=router, tally=tally)
     return result.out.view(sequences, heads, dim)

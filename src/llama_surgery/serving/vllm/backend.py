@@ -11,11 +11,12 @@ from vllm.v1.attention.backend import AttentionBackend, AttentionMetadata, Atten
 from llama_surgery.errors import UnsupportedModelError
 from llama_surgery.serving.counting import LayerCounters
 from llama_surgery.serving.execution import Batch, warm_up
-from llama_surgery.serving.families import read_block
+from llama_surgery.serving.order import BlockOrder
 from llama_surgery.serving.paged import PagedStates, Scheduled, filled_blocks
 from llama_surgery.serving.vllm import compat
 from llama_surgery.serving.vllm.counters import report
 from llama_surgery.serving.vllm.plain import PlainBackend
+from llama_surgery.serving.vllm.steps import StepMetadata, Steps
 
 
 @dataclasses.dataclass
@@ -35,19 +36,19 @@ class SurgeryMetadata(AttentionMetadata):
     whole: Batch | None = None
 
 
-def backend_for(layer: Any, *, dense_decode: bool) -> type[AttentionBackend]:
+def backend_for(layer: Any, *, alone: bool) -> type[AttentionBackend]:
     """The backend of an operated layer.
 
     Args:
         layer: The dense layer. The backend that the engine chose for it keeps keys and values, and computes
-            all rows that see everything: decode steps among them, in CUDA graphs where it supports them.
-        dense_decode: Do decode steps see everything? If not, nothing is left to the engine.
+            all rows that see everything. Decode steps are in CUDA graphs where it supports them.
+        alone: Leave nothing to the engine: decode steps read pages, and plain PyTorch executes them.
 
     Raises:
         UnsupportedModelError: It is not known how that backend lays out its cache.
     """
     dense = layer.attn_backend
-    if not dense_decode or not compat.readable(dense, layer):
+    if alone or not compat.readable(dense, layer):
         return _operated(PlainBackend)
     if dense.get_name() not in compat.KNOWN_BACKENDS:
         raise UnsupportedModelError(
@@ -80,11 +81,14 @@ def _operated(base: type[AttentionBackend]) -> type[AttentionBackend]:
             scales = output_scale, output_block_scale
             if attn_metadata is None:  # memory is being measured
                 warm_up(layer.surgery.executor, self.num_heads, self.num_kv_heads, query.device)
-            if not isinstance(attn_metadata, SurgeryMetadata):
+            if not isinstance(attn_metadata, SurgeryMetadata | StepMetadata):
                 return super().forward(layer, query, key, value, kv_cache, attn_metadata, output, *scales)
             if output_scale is not None or output_block_scale is not None:
                 raise UnsupportedModelError("quantised attention output is not served.")
-            surgery, batch, rows = layer.surgery, attn_metadata.batch, attn_metadata.rows
+            surgery = layer.surgery
+            if isinstance(attn_metadata, StepMetadata):
+                return self._step(surgery, query, kv_cache, attn_metadata, output)
+            batch, rows = attn_metadata.batch, attn_metadata.rows
             if rows is not None:
                 # Before chunks are laid out: the engine masks by the place of a key in its block.
                 parts = query[rows], key[rows], value[rows], kv_cache, attn_metadata.dense
@@ -93,7 +97,7 @@ def _operated(base: type[AttentionBackend]) -> type[AttentionBackend]:
                 else:
                     output[rows] = super().forward(layer, *parts, torch.empty_like(output[: len(rows)]))
                 surgery.counters.add_rows(batch.dense_rows, batch.config.tile)
-            cache = self._caches(surgery, kv_cache)
+            cache = self.surgery_states(surgery, kv_cache)
             given = {"scale": self.scale, "router": surgery.shard.router()}
             states = query, key, value, cache
             surgery.executor.attend(*states, batch, output, counters=surgery.counters, **given)
@@ -102,7 +106,27 @@ def _operated(base: type[AttentionBackend]) -> type[AttentionBackend]:
                 surgery.executor.attend(*states, attn_metadata.whole, output, counters=quiet, **given)
             return output
 
-        def _caches(self, surgery: Any, kv_cache: torch.Tensor) -> PagedStates:
+        def _step(
+            self, surgery: Any, query: torch.Tensor, kv_cache: torch.Tensor, step: StepMetadata,
+            output: torch.Tensor,
+        ) -> torch.Tensor:  # fmt: skip
+            """One row of every sequence, in a graph or outside."""
+            from llama_surgery.serving.paged_kernels import decode_rows
+
+            rows = len(step.positions)
+            output[:rows] = decode_rows(
+                query[:rows],
+                self.surgery_states(surgery, kv_cache),
+                step.tables,
+                step.positions,
+                scale=self.scale,
+                router=surgery.shard.router(),
+                tally=surgery.counters.steady_tally(query.device),
+                whole=step.whole,
+            )
+            return output
+
+        def surgery_states(self, surgery: Any, kv_cache: torch.Tensor) -> PagedStates:
             """The layer's caches, put together once for as long as they stay in place."""
             side = surgery.side.kv_cache
             place = [(x.data_ptr(), x.shape, x.stride(), x.dtype) for x in (kv_cache, side)]
@@ -121,13 +145,17 @@ def _operated(base: type[AttentionBackend]) -> type[AttentionBackend]:
             self, kv_cache_spec: Any, layer_names: list[str], vllm_config: Any, device: torch.device
         ) -> None:
             super().__init__(kv_cache_spec, layer_names, vllm_config, device)
-            self.surgery, _ = read_block(vllm_config.model_config.hf_config.surgery)
             layers = vllm_config.compilation_config.static_forward_context
-            self.operated = layers[layer_names[0]].surgery
+            self.layers = [layers[name] for name in layer_names]
+            self.operated = self.layers[0].surgery
+            self.surgery = config = self.operated.executor.config
             # Parts of a batch, which are computed outside of graphs, must not use what graphs replay with.
             eager = (kv_cache_spec, layer_names, compat.without_graphs(vllm_config), device)
             self.beside = base.get_builder_cls()(*eager) if own else None
-            self.unsorted: torch.Tensor | None = None  # (blocks,) bool: full, in order of position
+            self.order = BlockOrder(config.chunk_size, lambda: len(self.operated.side.kv_cache), device)
+            self.steps: Steps | None = None
+            if own and config.theta_decode:
+                self.steps = Steps(config, compat.most_sequences(vllm_config), device)
 
         @classmethod
         def get_cudagraph_support(cls, vllm_config: Any, kv_cache_spec: Any) -> Any:
@@ -137,12 +165,17 @@ def _operated(base: type[AttentionBackend]) -> type[AttentionBackend]:
             """See the engine's builder."""
             common, config = common_attn_metadata, self.surgery
             lengths = compat.sequence_lengths(common)
-            if own and (common.max_query_len <= 1 or not config.theta):
-                self._note_decoded(common, lengths)
+            if own and common.max_query_len <= 1:
+                self.order.note_steps(lengths, common.block_table_tensor)
+                if self.steps is not None:
+                    return self._step(common, lengths.tolist(), self.steps)
                 return super().build(common_prefix_len, common, fast_build)
+            if self.steps is not None:
+                self.steps.interrupt()
             sequences = self._scheduled(common, lengths)
             tables = common.block_table_tensor[: len(sequences)]
-            filled = self._to_lay_out(sequences)
+            size = config.chunk_size
+            filled = self.order.due(sequences, config) if own else filled_blocks(sequences, size)
             if own and not any(s.sparse(config) for s in sequences):
                 return super().build(common_prefix_len, common, fast_build)
             self.operated.engine.next_turn()
@@ -157,51 +190,38 @@ def _operated(base: type[AttentionBackend]) -> type[AttentionBackend]:
             whole = batch.some(lambda place: place in asked, everything)
             return SurgeryMetadata(batch.some(lambda place: place not in asked, config), whole=whole)
 
+        def build_for_cudagraph_capture(self, common_attn_metadata: Any) -> Any:
+            """See the engine's builder, which may change what it built itself."""
+            if self.steps is not None:
+                return self.build(0, common_attn_metadata)
+            return super().build_for_cudagraph_capture(common_attn_metadata)
+
+        def _step(self, common: Any, lengths: list[int], steps: Steps) -> StepMetadata:
+            """What every layer's kernels read in a step of single rows, chunks in tree order before it."""
+            closed, engine = steps.unread(lengths), self.operated.engine
+            if closed is not None and any(closed):
+                tables = common.block_table_tensor
+                earlier = torch.cat([tables[i, :count] for i, count in enumerate(closed) if count]).long()
+                blocks = self.order.take(earlier)
+                for layer in self.layers if len(blocks) else ():
+                    states = layer.impl.surgery_states(layer.surgery, layer.kv_cache)
+                    states.fill(blocks, layer.surgery.shard.router())
+            report(engine)
+            steps.count(lengths, engine)
+            return steps.metadata(common, engine)
+
         def _scheduled(self, common: Any, lengths: torch.Tensor) -> list[Scheduled]:
             rows, tables = common.query_start_loc_cpu.tolist(), common.block_table_tensor.long()
             prefilling, size, found = common.is_prefilling.tolist(), self.surgery.chunk_size, []
-            if own:  # rows that no prompt has see everything
-                prefilling = [p and i not in self.operated.engine.dense for i, p in enumerate(prefilling)]
+            whole = self.operated.engine.dense if own else frozenset[int]()
             for index, stop in enumerate(lengths.tolist()):
                 count = rows[index + 1] - rows[index]
                 if count <= 0:  # what only pads the batch comes last
                     break
                 blocks = tables[index, : -(-stop // size)]
-                found.append(Scheduled(stop - count, stop, rows[index], prefilling[index], blocks))
+                prompt, dense = prefilling[index] and index not in whole, index in whole
+                found.append(Scheduled(stop - count, stop, rows[index], prompt, blocks, dense))
             return found
-
-        def _note_decoded(self, common: Any, lengths: torch.Tensor) -> None:
-            """Remember chunks that decode steps fill. They are laid out when somebody reads them sparsely."""
-            size = self.surgery.chunk_size
-            full = ((lengths > 0) & (lengths % size == 0)).nonzero()[:, 0]
-            if len(full) and self.surgery.theta:
-                chunks = (lengths[full] // size - 1).to(self.device, non_blocking=True)
-                rows = full.to(self.device, non_blocking=True)
-                self._mark(common.block_table_tensor[rows, chunks].long(), unsorted=True)
-
-        def _mark(self, blocks: torch.Tensor, *, unsorted: bool) -> None:
-            if self.unsorted is None:
-                count = self.operated.side.kv_cache.shape[0]
-                self.unsorted = torch.zeros(count, dtype=torch.bool, device=self.device)
-            self.unsorted.index_fill_(0, blocks, unsorted)
-
-        def _to_lay_out(self, sequences: list[Scheduled]) -> torch.Tensor:
-            """(n,) int64: blocks that are read sparsely in this step and are not in tree order yet."""
-            config, size = self.surgery, self.surgery.chunk_size
-            if not own:
-                return filled_blocks(sequences, size)
-            first = [min(s.start // size, s.far_chunks(config)) for s in sequences]
-            now = [s.blocks[s.start // size : s.far_chunks(config)] for s in sequences]
-            later = [s.blocks[max(s.start // size, s.far_chunks(config)) : s.stop // size] for s in sequences]
-            self._mark(torch.cat(later), unsorted=True)
-            self._mark(torch.cat(now), unsorted=False)
-            if not any(first):
-                return torch.cat(now)
-            earlier = torch.cat([s.blocks[:count] for s, count in zip(sequences, first, strict=True)])
-            read = torch.zeros_like(self.unsorted).index_fill_(0, earlier, True)  # type: ignore[arg-type]
-            left = (read & self.unsorted).nonzero()[:, 0]  # waits for the device
-            self._mark(left, unsorted=False)
-            return torch.cat((*now, left))
 
         def _dense(self, common: Any, sequences: list[Scheduled]) -> tuple[torch.Tensor | slice | None, Any]:
             """Rows that see everything, and the engine's metadata for them alone."""

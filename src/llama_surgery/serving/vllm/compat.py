@@ -103,6 +103,12 @@ def side_cache_spec(block_size: int, kv_heads: int, bytes_per_head: int) -> Any:
     return FullAttentionSpec(head_size=1, **shape, **sizes)
 
 
+def most_sequences(vllm_config: Any) -> int:
+    """Most sequences of a step, with those that pad it to the size of a CUDA graph."""
+    sizes = vllm_config.compilation_config.cudagraph_capture_sizes or [0]
+    return max(vllm_config.scheduler_config.max_num_seqs, *sizes)
+
+
 def sequence_lengths(common: Any) -> torch.Tensor:
     """Tokens of every sequence after the step, on the host: exact without speculative decoding."""
     lengths = common.seq_lens_cpu_upper_bound

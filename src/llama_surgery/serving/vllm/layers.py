@@ -74,6 +74,13 @@ def operate_layers(model: torch.nn.Module, vllm_config: Any) -> None:
             raise UnsupportedModelError(f"{dense.layer_name} has a sliding window: not served.")
         index = extract_layer_index(dense.layer_name)
         del context[dense.layer_name]
+        executor = executor_for(
+            config,
+            dense.head_size,
+            device=vllm_config.device_config.device,
+            dtype=vllm_config.model_config.dtype,
+            cache_dtype=dense.kv_cache_torch_dtype,
+        )
         layer = Attention(
             dense.num_heads,
             dense.head_size,
@@ -82,19 +89,12 @@ def operate_layers(model: torch.nn.Module, vllm_config: Any) -> None:
             cache_config=vllm_config.cache_config,
             quant_config=dense.quant_config,
             prefix=dense.layer_name,
-            attn_backend=backend_for(dense, dense_decode=not config.theta_decode),
+            attn_backend=backend_for(dense, alone=config.theta_decode > 0 and not executor.kernels),
         )
         # A checkpoint may ask for it layer by layer, whatever the engine's option says.
         check_cache_dtype(layer.kv_cache_dtype, f"{dense.layer_name}.kv_cache_dtype")
         group, heads = dense.num_heads // dense.num_kv_heads, dense.num_kv_heads
         shard = RouterShard(routers.get(index, []), heads * ranks, group, dense.head_size, rank, ranks)
-        executor = executor_for(
-            config,
-            dense.head_size,
-            device=vllm_config.device_config.device,
-            dtype=vllm_config.model_config.dtype,
-            cache_dtype=layer.kv_cache_torch_dtype,
-        )
         side = SideCache(f"{dense.layer_name}.side", heads, executor.side_bytes())
         counted = LayerCounters(config, heads, quiet=rank > 0)
         engine.register(index, counted)

@@ -39,6 +39,7 @@ class DecodeCache:
             None where the blocks are the chunks.
         mean_values: (sequences, kv_heads, blocks, pages of a chunk, value_dim), the values' dtype, where the
             configuration asks for summaries; else None.
+        whole: (sequences,) int32, not 0 for sequences that see everything; None where none does.
 
     Raises:
         SurgeryError: Tensors that do not fit together.
@@ -52,6 +53,7 @@ class DecodeCache:
     sink_page: torch.Tensor | None = None
     table: torch.Tensor | None = None
     mean_values: torch.Tensor | None = None
+    whole: torch.Tensor | None = None
 
     def __post_init__(self) -> None:
         check_cache(self)

@@ -53,8 +53,11 @@ def check_cache(cache: "DecodeCache") -> None:
         rows.append(cache.mean_values)
     if any(tensor.stride(-1) != 1 and tensor.shape[-1] > 1 for tensor in rows):
         raise SurgeryError("keys, values, what is known of them and the table: the last stride must be 1.")
-    if not cache.lengths.is_contiguous():
-        raise SurgeryError("lengths must be contiguous.")
+    if cache.whole is not None:
+        expect("whole", cache.whole, (outer[0],), torch.int32, keys.device)
+    for name, each in (("lengths", cache.lengths), ("whole", cache.whole)):
+        if each is not None and not each.is_contiguous():
+            raise SurgeryError(f"{name} must be contiguous.")
 
 
 def check_tokens(cache: "DecodeCache", keys: torch.Tensor, values: torch.Tensor, longest: int | None) -> None:

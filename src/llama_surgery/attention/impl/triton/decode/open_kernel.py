@@ -25,6 +25,7 @@ def open_kernel(
     k_ptr,
     v_ptr,
     lengths_ptr,
+    whole_ptr,
     table_ptr,
     sink_page_ptr,
     sink_ptr,
@@ -93,8 +94,8 @@ def open_kernel(
     ``splits`` programs, and counts (streams, far_splits, queries, 2) int32: pages that the query opened,
     and pages that its program read. ``offset_ptr`` (KV_HEADS, HEADS) float32, or None, is added to log θ.
     """
-    stream, first, length, row, head, closed, live = rows_of(
-        lengths_ptr, capacity, dense_until,
+    stream, first, length, dense_until, row, head, closed, live = rows_of(
+        lengths_ptr, whole_ptr, capacity, dense_until,
         KV_HEADS, HEADS, HEADS_PAD, ROWS, ROWS_PAD, ROWS_BLOCK, CHUNK, WINDOW,
     )  # fmt: skip
     sequence, kv_head = stream // KV_HEADS, stream % KV_HEADS

@@ -30,6 +30,7 @@ LOOKUP = tl.constexpr(128)
 @triton.jit
 def rows_of(
     lengths_ptr,
+    whole_ptr,
     capacity,
     dense_until,
     KV_HEADS: tl.constexpr,
@@ -41,7 +42,8 @@ def rows_of(
     CHUNK: tl.constexpr,
     WINDOW: tl.constexpr,
 ):
-    """Stream, first query, length; per row of the tile: query, head, closed chunks, is it real.
+    """Stream, first query, length, and the position below which the sequence sees everything; per row of the
+    tile: query, head, closed chunks, is it real.
 
     Rows beyond the capacity have no closed chunks, so that none are looked for that do not exist.
     """
@@ -49,11 +51,14 @@ def rows_of(
     stream = (tl.program_id(1) // blocks).to(tl.int64)
     first = (tl.program_id(1) % blocks) * ROWS_BLOCK
     length = tl.load(lengths_ptr + stream // KV_HEADS)
+    if whole_ptr is not None:
+        dense_until = tl.where(tl.load(whole_ptr + stream // KV_HEADS) != 0, capacity, dense_until)
     m = tl.arange(0, ROWS_PAD * HEADS_PAD)
     row, head = first + m // HEADS_PAD, m % HEADS_PAD
     live = (m // HEADS_PAD < ROWS_BLOCK) & (row < ROWS) & (head < HEADS)
     closed = closed_chunks(length + row, CHUNK, WINDOW, dense_until)
-    return stream, first, length, row, head, tl.where(live & (length + row < capacity), closed, 0), live
+    closed = tl.where(live & (length + row < capacity), closed, 0)
+    return stream, first, length, dense_until, row, head, closed, live
 
 
 @triton.jit
@@ -81,6 +86,7 @@ def score_kernel(
     variance_weight_ptr,
     summary_ptr,
     lengths_ptr,
+    whole_ptr,
     table_ptr,
     scores_ptr,
     weights_ptr,
@@ -139,8 +145,8 @@ def score_kernel(
     logits, weights shaped as scores: what pages weigh, to which ``summary_ptr`` (KV_HEADS, HEADS) is added if
     not None.
     """
-    stream, _, length, row, head, closed, live = rows_of(
-        lengths_ptr, capacity, dense_until,
+    stream, _, length, _, row, head, closed, live = rows_of(
+        lengths_ptr, whole_ptr, capacity, dense_until,
         KV_HEADS, HEADS, HEADS_PAD, ROWS, ROWS_PAD, ROWS_BLOCK, CHUNK, WINDOW,
     )  # fmt: skip
     sequence, kv_head = stream // KV_HEADS, stream % KV_HEADS
