@@ -132,16 +132,17 @@ def serving() -> str:
     cells = []
     for row in rows:
         for part, name in SERVED.items():
-            if row["mode"] != "dense" and row[part]:
-                rival = dense[row["length"], row["batch"], part]
+            rival = dense.get((row["length"], row["batch"], part))
+            if row["mode"] != "dense" and row[part] and rival:
+                steps = "sparse" if row["mode"] == "sparse" else "dense"
                 cells.append(
                     [
-                        name, tokens(row["length"]), row["batch"], percent(row["far_density"]),
+                        name, steps, tokens(row["length"]), row["batch"], percent(row["far_density"]),
                         milliseconds(rival), milliseconds(row[part]),
                         f"{float(row[part]) / float(rival):.2f}",
                     ]
                 )  # fmt: skip
-    names = ("", "tokens", "batch", "far density", "dense", "operated", "÷ dense")
+    names = ("", "decode steps", "tokens", "batch", "far density", "dense", "operated", "÷ dense")
     room = {row["mode"]: int(row["kv_tokens"]) for row in rows}
     kept = f"{room['operated'] / room['dense']:.3f} of dense's room for keys and values"
     first = rows[0]

@@ -15,10 +15,10 @@ def test_help_needs_no_engine(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Ca
     monkeypatch.setitem(sys.modules, "vllm", None)
     with pytest.raises(SystemExit) as ended:
         serving_gpu.main()
-    assert not ended.value.code and "--mode {dense,operated}" in capsys.readouterr().out
+    assert not ended.value.code and "--mode {dense,operated,sparse}" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("mode", ["dense", "operated"])
+@pytest.mark.parametrize("mode", ["dense", "operated", "sparse"])
 def test_folders(mode: str, tmp_path: Path) -> None:
     serving_gpu.write_folder(serving_gpu.SHAPES, tmp_path / "out", mode, 4096)
     written = json.loads((tmp_path / "out" / "config.json").read_text())
@@ -28,4 +28,5 @@ def test_folders(mode: str, tmp_path: Path) -> None:
     else:
         config, routers = read_block(written["surgery"])
         assert written["architectures"] == ["SurgeryLlamaForCausalLM"]
-        assert config.dense_until == 4096 and config.theta > 0 and not config.theta_decode and not routers
+        assert config.dense_until == 4096 and config.theta > 0 and not routers
+        assert (config.theta_decode > 0) is (mode == "sparse")

@@ -21,6 +21,11 @@ PACKAGE = str(Path(surgery.__file__).parent)
 #: Kernels of a step; a prompt's are all others but those that lay chunks out.
 DECODE = {"append_kernel", "score_kernel", "open_kernel", "merge_kernel"}
 PREFILL = {"scan_kernel", "attend_kernel"}
+NEEDS_KERNELS = pytest.mark.skipif(
+    importlib.util.find_spec("triton") is None
+    or not (torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") == "1"),
+    reason="needs triton, and a GPU or its interpreter",
+)
 
 
 def frames() -> int:
@@ -62,11 +67,7 @@ def test_plain_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
     assert seen.keys() == {"near_field", "far_field"} and max(seen.values()) <= 4
 
 
-@pytest.mark.skipif(
-    importlib.util.find_spec("triton") is None
-    or not (torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") == "1"),
-    reason="needs triton, and a GPU or its interpreter",
-)
+@NEEDS_KERNELS
 def test_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     from triton.runtime.jit import KernelInterface
 
@@ -97,3 +98,29 @@ def test_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
         call()
     assert seen.keys() == DECODE and max(seen.values()) <= 4
     assert len(asked) == 3
+
+
+@NEEDS_KERNELS
+def test_what_the_host_does_for_a_prompt(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Small models wait for it up to some thousand tokens: one launch less is worth more than its kernel."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+    from triton.runtime.jit import KernelInterface
+
+    launched, asked = [], []
+
+    def counted(kernel: Any, grid: Any) -> Callable[..., None]:
+        launched.append(kernel.fn.__name__)
+        return lambda *args, **options: None
+
+    class Operations(TorchDispatchMode):
+        def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            asked.append(str(operation))
+            return operation(*args, **(kwargs or {}))
+
+    call = calls("triton", "cuda" if torch.cuda.is_available() else "cpu")
+    monkeypatch.setattr(KernelInterface, "__getitem__", counted)
+    with Operations():
+        call()
+    levels = (SPARSE.chunk_size // SPARSE.page_size).bit_length() - 1
+    assert len(launched) == 2 * levels + 3  # a tree's levels, sorting, choosing, attending
+    assert len(asked) <= 180, sorted(asked)

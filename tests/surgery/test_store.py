@@ -8,6 +8,7 @@ import torch
 from tests.surgery.tiny import SINGLE, SPARSE
 
 from llama_surgery.attention.api import attend
+from llama_surgery.surgery import buffers as buffers_module
 from llama_surgery.surgery import store as store_module
 from llama_surgery.surgery.buffers import GROWTH, PageBuffers
 from llama_surgery.surgery.store import SequenceStore
@@ -30,7 +31,7 @@ def grow(store: SequenceStore, keys: torch.Tensor, pieces: list[int]) -> None:
 @torch.no_grad()
 def test_every_chunk_is_laid_out_once() -> None:
     keys, store = states(300), SequenceStore(SPARSE)
-    with mock.patch.object(store_module, "build_layout", wraps=store_module.build_layout) as built:
+    with mock.patch.object(buffers_module, "build_layout", wraps=buffers_module.build_layout) as built:
         grow(store, keys, [70] + [1] * 230)
     assert [call.args[0].shape[1] for call in built.call_args_list] == [CHUNK] * 4
     whole = SequenceStore(SPARSE)

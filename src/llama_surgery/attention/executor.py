@@ -148,6 +148,7 @@ def build_layout(
     router: PageRouter | None = None,
     *,
     kernels: bool | None = None,
+    into: Layout | None = None,
 ) -> Layout:
     """Lay out full chunks; see :func:`llama_surgery.topology.layout.build_layout`.
 
@@ -156,11 +157,14 @@ def build_layout(
         values: (streams, chunks * chunk_size, value_dim).
         router: Learned corrections, or None.
         kernels: :func:`kernels_serve`, where it is known.
+        into: What the kernels write and return, see their ``build_layout``; new tensors where None.
     """
     if not (kernels_serve(config, keys, values) if kernels is None else kernels):
         return plain_layout(keys, values, config, router)
     way = "backward" if differentiable(keys, values) else "layout"
-    return importlib.import_module(f"{_IMPL}triton.{way}.launch").build_layout(keys, values, config, router)
+    room = {} if into is None else {"into": into}
+    build = importlib.import_module(f"{_IMPL}triton.{way}.launch").build_layout
+    return build(keys, values, config, router, **room)
 
 
 def kernel_features(moments: Moments, dtype: torch.dtype) -> torch.Tensor:

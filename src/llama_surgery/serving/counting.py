@@ -99,7 +99,8 @@ class LayerCounters:
     def steady_tally(self, device: torch.device) -> torch.Tensor:
         """:meth:`tally` of steps that are captured in a graph: it stays where it is."""
         if self._steady is None:
-            self._steady = torch.zeros(2, self.kv_heads, dtype=torch.int64, device=device)
+            with torch.inference_mode(False):  # it may be read outside
+                self._steady = torch.zeros(2, self.kv_heads, dtype=torch.int64, device=device)
         return self._steady
 
     def take_steps(self, count: RowCount) -> None:

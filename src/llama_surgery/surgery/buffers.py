@@ -2,13 +2,15 @@
 
 import contextlib
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 
-from llama_surgery.attention.executor import kernel_features, kernel_moments, kernels_serve
+from llama_surgery.attention.executor import build_layout, kernel_features, kernel_moments, kernels_serve
+from llama_surgery.attention.impl.common import differentiable
 from llama_surgery.config import SurgeryConfig
+from llama_surgery.surgery.written import Written, writable
 from llama_surgery.topology.layout import Layout, Moments
+from llama_surgery.topology.router import PageRouter
 
 #: What is added when the tensors grow: this part of the length, so that a token is copied a bounded number of
 #: times however long the text becomes.
@@ -19,36 +21,6 @@ FEATURES = "features"
 
 #: Name of the pages' mean values.
 MEAN_VALUES = "mean values"
-
-
-def writable(tensor: torch.Tensor) -> bool:
-    """Can it be written in place here? What was made in inference mode cannot be outside of it."""
-    return torch.is_inference_mode_enabled() or not tensor.is_inference()
-
-
-class _Written(torch.autograd.Function):
-    """A tensor after a write in place, as a new tensor on the same memory, for the sake of gradients.
-
-    Those of the written part go to what was written, all others to the tensor as it was. Nothing is copied
-    but what is written: autograd's own in-place copy would not let an earlier call keep a view of the rest.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, held: torch.Tensor, new: torch.Tensor, streams: slice, start: int) -> torch.Tensor:
-        ctx.streams, ctx.start, ctx.length = streams, start, new.shape[-2]
-        memory = held.data
-        memory[streams].narrow(-2, start, ctx.length).copy_(new)
-        return memory
-
-    @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        held = new = None
-        if ctx.needs_input_grad[1]:
-            new = gradient[ctx.streams].narrow(-2, ctx.start, ctx.length)
-        if ctx.needs_input_grad[0]:
-            held = gradient.clone()
-            held[ctx.streams].narrow(-2, ctx.start, ctx.length).zero_()
-        return held, new, None, None
 
 
 class PageBuffers:
@@ -207,13 +179,47 @@ class PageBuffers:
         self._put("keys", streams, start, keys.shape[1], keys)
         self._put("values", streams, start, keys.shape[1], values)
 
+    def lay_out(
+        self, streams: slice, start: int, keys: torch.Tensor, values: torch.Tensor, router: PageRouter | None
+    ) -> None:
+        """Write whole chunks (streams, n, dim) in tree order from slot ``start`` on, which begins a chunk."""
+        kernels = self.decide(keys, values)
+        into = self._room(streams, start, keys, values) if kernels else None
+        if into is not None and into.keys.untyped_storage().data_ptr() == keys.untyped_storage().data_ptr():
+            keys, values = keys.clone(), values.clone()  # what is written must not be what is read
+        layout = build_layout(keys, values, self.config, router, kernels=kernels, into=into)
+        if into is None:
+            self.write_chunks(streams, start, layout)
+
+    def _room(self, streams: slice, start: int, keys: torch.Tensor, values: torch.Tensor) -> Layout | None:
+        """Where the kernels may write a layout of keys and values; None where gradients are recorded."""
+        config, stop = self.config, start + keys.shape[1]
+        if differentiable(keys, values) or self.recorded or not all(map(writable, self._tensors.values())):
+            return None
+        self._held("order", config.chunk_size, keys.new_empty(0, dtype=torch.int16), config.chunk_size)
+        page, dim, value_dim = config.page_size, keys.shape[-1], values.shape[-1]
+        self._held("keys", 1, keys, dim)
+        self._held("values", 1, values, value_dim)
+        self._held(FEATURES, page, keys, 2 * dim)
+        if config.summary != "none":
+            self._held(MEAN_VALUES, page, values, value_dim)
+        room = {
+            name: held.data[streams, start // self._units[name] : stop // self._units[name]]
+            for name, held in self._tensors.items()
+        }
+        kept = room[FEATURES], room.get(MEAN_VALUES), None if start else self.sink_page[streams]
+        moments = kernel_moments(room[FEATURES], page)
+        return Layout(room["keys"], room["values"], room["order"], moments, *kept)
+
     def write_chunks(self, streams: slice, start: int, layout: Layout) -> None:
-        """Write full chunks from slot ``start`` on, a multiple of ``chunk_size``."""
+        """Write chunks that are laid out from slot ``start`` on, a multiple of ``chunk_size``."""
         tokens = layout.keys.shape[1]
         self.write(streams, start, layout.keys, layout.values)
         self._put("order", streams, start, tokens, layout.order)
         if self.kernels:
-            features = kernel_features(layout.moments, layout.keys.dtype)
+            features = layout.features
+            if features is None:
+                features = kernel_features(layout.moments, layout.keys.dtype)
             self._put(FEATURES, streams, start, tokens, features)
         else:
             self._put("mean", streams, start, tokens, layout.moments.mean)
@@ -242,14 +248,14 @@ class PageBuffers:
             first = -(-start // self._units[name])
             if held.requires_grad and first < held.shape[-2]:
                 stale = held.data[streams].narrow(-2, first, held.shape[-2] - first)
-                self._set(name, _Written.apply(held, stale, streams, first))
+                self._set(name, Written.apply(held, stale, streams, first))
 
     def layout(self, streams: slice, chunks: int) -> Layout:
         """The first ``chunks`` chunks, views."""
         stop = chunks * self.config.chunk_size
         if torch.is_grad_enabled():
             self._lent = max(self._lent, stop)
-        read = {n: self._span(n, streams, stop) for n in self._tensors}
+        read = {name: held[streams, : stop // self._units[name]] for name, held in self._tensors.items()}
         if self.kernels:
             moments = kernel_moments(read[FEATURES], self.config.page_size)
         else:
@@ -284,14 +290,11 @@ class PageBuffers:
         if not writable(held):
             held = held.clone()
         if held.requires_grad or (torch.is_grad_enabled() and new.requires_grad):
-            held = _Written.apply(held, new, streams, start)
+            held = Written.apply(held, new, streams, start)
         else:
             held.data[streams].narrow(-2, start, new.shape[-2]).copy_(new)
         if held is not self._tensors[name]:
             self._set(name, held)
-
-    def _span(self, name: str, streams: slice, stop: int) -> torch.Tensor:
-        return self._tensors[name][streams].narrow(-2, 0, stop // self._units[name])
 
     def _empty(self, name: str, like: torch.Tensor, width: int) -> torch.Tensor:
         return like.new_empty(self.streams, self.capacity // self._units[name], width)

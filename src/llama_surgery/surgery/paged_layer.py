@@ -6,9 +6,10 @@ from transformers.cache_utils import CacheLayerMixin
 from llama_surgery.attention.call import AttentionCall
 from llama_surgery.config import SurgeryConfig
 from llama_surgery.errors import SurgeryError, UnsupportedModelError
-from llama_surgery.surgery.buffers import PageBuffers, writable
+from llama_surgery.surgery.buffers import PageBuffers
 from llama_surgery.surgery.rows import columns_of
 from llama_surgery.surgery.store import SequenceStore, check_finite
+from llama_surgery.surgery.written import writable
 from llama_surgery.topology.router import PageRouter
 
 

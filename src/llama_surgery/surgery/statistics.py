@@ -10,8 +10,8 @@ import torch
 
 from llama_surgery.attention.result import AttentionResult
 from llama_surgery.config import SurgeryConfig
-from llama_surgery.surgery.buffers import writable
 from llama_surgery.surgery.rows import Part
+from llama_surgery.surgery.written import writable
 from llama_surgery.topology.geometry import causal_pairs, near_pairs, query_blocks, summary_pairs
 
 #: Held while counts are changed, by whatever thread: for additions alone, on the host. One for all counters,

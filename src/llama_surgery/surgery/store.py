@@ -145,9 +145,7 @@ class SequenceStore:
         self, start: int, keys: torch.Tensor, values: torch.Tensor, router: PageRouter | None
     ) -> None:
         assert self._buffers is not None
-        kernels = self._buffers.decide(keys, values)
-        layout = build_layout(keys, values, self.config, router, kernels=kernels)
-        self._buffers.write_chunks(self._streams, start, layout)
+        self._buffers.lay_out(self._streams, start, keys, values, router)
         if keys.device.type not in CHECKED_DEVICES:
             self._buffers.taint(self._streams, nan_where_not_finite(keys))
         self.laid = start + keys.shape[1]

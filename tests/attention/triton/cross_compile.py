@@ -78,7 +78,6 @@ KERNELS = {
         "split_kernel",
         "arrange_kernel",
     ),
-    job: ("feature_kernel",),
     backward_pass: (
         "query_gradient_kernel",
         "near_gradient_kernel",

@@ -37,7 +37,6 @@ KERNELS = {
     "project_kernel",
     "split_kernel",
     "arrange_kernel",
-    "feature_kernel",
     "query_gradient_kernel",
     "near_gradient_kernel",
     "far_gradient_kernel",
@@ -59,7 +58,6 @@ HOPPER = {"hopper_attend_kernel"}
 WITHOUT_PRODUCTS = {
     "project_kernel",
     "split_kernel",
-    "feature_kernel",
     "arrange_kernel",
     "place_kernel",
     "reader_kernel",

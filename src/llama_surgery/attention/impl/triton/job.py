@@ -9,10 +9,8 @@ import torch
 import triton
 
 from llama_surgery.attention.call import AttentionCall
-from llama_surgery.attention.impl.common import differentiable
 from llama_surgery.attention.impl.triton import LARGEST_SQUARE
-from llama_surgery.attention.impl.triton.helpers import exact_products, launching, pad_to_power
-from llama_surgery.attention.impl.triton.layout.feature_kernel import feature_kernel
+from llama_surgery.attention.impl.triton.helpers import exact_products, pad_to_power
 from llama_surgery.attention.impl.triton.pieces import PieceTable
 from llama_surgery.attention.impl.triton.tuning import Tuning, family_of, tuning_for
 from llama_surgery.config import SurgeryConfig
@@ -23,9 +21,6 @@ from llama_surgery.topology.router import PageRouter
 #: Most bytes that the page lists of one strip of tiles take. A list has room for every closed page, so
 #: that none is ever lost; long calls run in strips to keep that cheap.
 STRIP_BYTES = 1 << 28
-
-#: Pages of a program that makes features.
-FEATURE_PAGES = 16
 
 
 class Strip(NamedTuple):
@@ -238,25 +233,8 @@ def page_features(moments: Moments, dtype: torch.dtype) -> torch.Tensor:
 
     Of the pages of ``moments`` (float32), by which there are gradients where these are asked for.
     """
-    means, variances = moments.mean.contiguous(), moments.variance.contiguous()
-    streams, pages, dim = means.shape
-    if differentiable(means, variances):
-        return torch.cat((means, (0.5 * variances).clamp_max(LARGEST_SQUARE)), -1).to(dtype)
-    features = means.new_empty(streams, pages, 2 * dim, dtype=dtype)
-    with launching(means):
-        feature_kernel[(triton.cdiv(pages, FEATURE_PAGES), streams)](
-            means,
-            variances,
-            features,
-            means.stride(0),
-            *features.stride()[:2],
-            pages,
-            LARGEST_SQUARE,
-            DIM=dim,
-            DIM_PAD=pad_to_power(dim),
-            PAGES=FEATURE_PAGES,
-        )
-    return features
+    spread = (0.5 * moments.variance).clamp_max(LARGEST_SQUARE)
+    return torch.cat((moments.mean, spread), -1).to(dtype)
 
 
 class KeptMoments(Moments):

@@ -18,6 +18,8 @@ class Tuning:
         score_rows: Most rows of a matrix tile in selection.
         block_pages: Pages of a step of selection.
         score_warps, score_stages: Of the selection kernel.
+        score_registers: Most registers of a thread of it, so that more programs fit a processor; 0 leaves it
+            to the compiler.
         shared: Bytes of shared memory that a program may take: pages are loaded ahead where there is room.
         specialised: Take the kernels whose warps share loading and computing (``hopper``) where they can run.
     """
@@ -31,6 +33,7 @@ class Tuning:
     block_pages: int = 64
     score_warps: int = 8
     score_stages: int = 2
+    score_registers: int = 0
     shared: int = 160 << 10
     specialised: bool = False
 

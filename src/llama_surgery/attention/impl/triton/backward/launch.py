@@ -38,7 +38,7 @@ def build_layout(
     means = mean_values(values, config, values.dtype)
     mean, variance = _Moments.apply(keys, built.moments.mean, built.moments.variance)
     moments = Moments(mean, variance, config.page_size)
-    return dataclasses.replace(built, moments=moments, mean_values=means)
+    return dataclasses.replace(built, moments=moments, features=None, mean_values=means)
 
 
 def attend(

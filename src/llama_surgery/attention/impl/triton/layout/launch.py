@@ -1,11 +1,9 @@
-"""Layout on a GPU: tree order, reordered keys and values, moments."""
-
-import dataclasses
+"""Layout on a GPU: tree order, reordered keys and values, what is known of pages."""
 
 import torch
 import triton
 
-from llama_surgery.attention.impl.triton import WIDEST_GRAM
+from llama_surgery.attention.impl.triton import LARGEST_SQUARE, WIDEST_GRAM
 from llama_surgery.attention.impl.triton.helpers import launching, pad_to_power
 from llama_surgery.attention.impl.triton.layout.map_kernel import map_kernel
 from llama_surgery.attention.impl.triton.layout.sort_kernels import (
@@ -15,7 +13,7 @@ from llama_surgery.attention.impl.triton.layout.sort_kernels import (
 )
 from llama_surgery.config import SurgeryConfig
 from llama_surgery.errors import SurgeryError
-from llama_surgery.topology.layout import Layout, Moments, check_chunks, mean_values
+from llama_surgery.topology.layout import Layout, Moments, check_chunks
 from llama_surgery.topology.router import PageRouter
 from llama_surgery.topology.tree import POWER_STEPS
 
@@ -33,17 +31,23 @@ ARRANGED = 16
 
 
 def build_layout(
-    keys: torch.Tensor, values: torch.Tensor, config: SurgeryConfig, router: PageRouter | None = None
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    config: SurgeryConfig,
+    router: PageRouter | None = None,
+    into: Layout | None = None,
 ) -> Layout:
     """Lay out full chunks; see :func:`llama_surgery.topology.layout.build_layout`, which it equals.
 
     Orders may differ from it where projections tie to rounding. A chunk's layout depends on that chunk
-    alone, and nothing is read back to the host. Mean values are in the values' dtype.
+    alone, and nothing is read back to the host. Features and mean values are in the keys' and values' dtype.
 
     Args:
         keys: (streams, n * chunk_size, head_dim), float32, float16 or bfloat16.
         values: (streams, n * chunk_size, value_dim).
         router: Learned corrections, one for every KV head, or None.
+        into: What is written and returned, rows contiguous, keys and values elsewhere than those given; its
+            moments are not. New tensors where None.
 
     Raises:
         SurgeryError: Keys and values of another shape, or on different devices.
@@ -52,42 +56,62 @@ def build_layout(
     streams, slots, dim = keys.shape
     value_dim = values.shape[-1]
     keys, values = (x if x.stride(-1) == 1 else x.contiguous() for x in (keys.detach(), values))
-    dim_pad, value_pad = (pad_to_power(d) for d in (dim, value_dim))
     with launching(keys):
         order = _order(keys, config, router)
-        page = config.page_size
-        page_pad = triton.next_power_of_2(page)
+        page_pad = triton.next_power_of_2(config.page_size)
         pages = max(1, ARRANGED // page_pad)
-        mean, variance = (keys.new_empty(streams, slots // page, dim, dtype=torch.float32) for _ in range(2))
-        layout = Layout(
-            torch.empty_like(keys, memory_format=torch.contiguous_format),
-            torch.empty_like(values, memory_format=torch.contiguous_format),
-            order.new_empty(streams, slots // config.chunk_size, config.chunk_size, dtype=torch.int16),
-            Moments(mean, variance, page),
-        )
-        arrange_kernel[(triton.cdiv(slots // page, pages), streams)](
+        made = into or _empty(keys, values, config)
+        assert made.features is not None
+        means, moments = made.mean_values, (None, None)
+        if into is None:
+            moments = made.moments.mean, made.moments.variance
+        arrange_kernel[(triton.cdiv(slots // config.page_size, pages), streams)](
             keys,
             values,
             order,
-            layout.keys,
-            layout.values,
-            layout.order,
-            layout.moments.mean,
-            layout.moments.variance,
+            made.keys,
+            made.values,
+            made.order,
+            *moments,
+            made.features,
+            means,
+            made.sink_page,
             *keys.stride()[:2],
             *values.stride()[:2],
+            made.keys.stride(0),
+            made.values.stride(0),
+            made.order.stride(0),
+            made.features.stride(0),
+            0 if means is None else means.stride(0),
             slots,
+            LARGEST_SQUARE,
             CHUNK=config.chunk_size,
-            PAGE=page,
+            PAGE=config.page_size,
             PAGE_PAD=page_pad,
             PAGES=pages,
             DIM=dim,
-            DIM_PAD=dim_pad,
+            DIM_PAD=pad_to_power(dim),
             VALUE_DIM=value_dim,
-            VALUE_PAD=value_pad,
+            VALUE_PAD=pad_to_power(value_dim),
             num_warps=min(4, max(1, page_pad // ARRANGED)),
         )
-    return dataclasses.replace(layout, mean_values=mean_values(layout.values, config, values.dtype))
+    return made
+
+
+def _empty(keys: torch.Tensor, values: torch.Tensor, config: SurgeryConfig) -> Layout:
+    """A layout to be written, its moments too."""
+    (streams, slots, dim), value_dim, page = keys.shape, values.shape[-1], config.page_size
+    mean, variance = (keys.new_empty(streams, slots // page, dim, dtype=torch.float32) for _ in range(2))
+    summarised = config.summary != "none"
+    return Layout(
+        torch.empty_like(keys, memory_format=torch.contiguous_format),
+        torch.empty_like(values, memory_format=torch.contiguous_format),
+        keys.new_empty(streams, slots // config.chunk_size, config.chunk_size, dtype=torch.int16),
+        Moments(mean, variance, page),
+        keys.new_empty(streams, slots // page, 2 * dim),
+        values.new_empty(streams, slots // page, value_dim) if summarised else None,
+        keys.new_empty(streams, dtype=torch.int32),
+    )
 
 
 def _order(keys: torch.Tensor, config: SurgeryConfig, router: PageRouter | None) -> torch.Tensor:

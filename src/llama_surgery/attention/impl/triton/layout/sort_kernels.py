@@ -159,11 +159,20 @@ def arrange_kernel(
     order_out_ptr,
     mean_ptr,
     variance_ptr,
+    features_ptr,
+    mean_values_ptr,
+    sink_page_ptr,
     key_stream,
     key_row,
     value_stream,
     value_row,
+    key_out_stream,
+    value_out_stream,
+    order_out_stream,
+    feature_stream,
+    mean_value_stream,
     slots,
+    largest,
     CHUNK: tl.constexpr,
     PAGE: tl.constexpr,
     PAGE_PAD: tl.constexpr,
@@ -173,9 +182,11 @@ def arrange_kernel(
     VALUE_DIM: tl.constexpr,
     VALUE_PAD: tl.constexpr,
 ):
-    """Write keys and values in tree order, the order in 16 bits, and the moments of pages.
+    """Write keys and values in tree order, the order in 16 bits, and what is known of pages.
 
-    Outputs are contiguous: (streams, slots, dim), (streams, slots) int16, (streams, pages, dim) float32.
+    That is, where pointers are not None: mean and variance, contiguous (streams, pages, dim) float32; μ and
+    ½·σ² at most ``largest`` side by side, as selection scores pages by; mean values; and the page of each
+    stream that holds the first chunk's first key, (streams,) int32. Rows of outputs are contiguous.
     Grid: (pages of a stream / PAGES rounded up, streams).
     """
     stream = tl.program_id(1).to(tl.int64)
@@ -188,16 +199,15 @@ def arrange_kernel(
     k = load_rows(keys_ptr + stream * key_stream, source, key_row, present, DIM, DIM_PAD, True)
     v = load_rows(values_ptr + stream * value_stream, source, value_row, present, VALUE_DIM, VALUE_PAD, True)
     column, value_column = tl.arange(0, DIM_PAD), tl.arange(0, VALUE_PAD)
-    target = (stream * slots + slot)[:, None]
-    tl.store(
-        keys_out_ptr + target * DIM + column[None, :], k, mask=present[:, None] & (column < DIM)[None, :]
-    )
-    tl.store(
-        values_out_ptr + target * VALUE_DIM + value_column[None, :],
-        v,
-        mask=present[:, None] & (value_column < VALUE_DIM)[None, :],
-    )
-    tl.store(order_out_ptr + stream * slots + slot, offset.to(tl.int16), mask=present)
+    here = present[:, None] & (column < DIM)[None, :]
+    tl.store(keys_out_ptr + stream * key_out_stream + slot[:, None] * DIM + column[None, :], k, mask=here)
+    there = present[:, None] & (value_column < VALUE_DIM)[None, :]
+    values_out = values_out_ptr + stream * value_out_stream
+    tl.store(values_out + slot[:, None] * VALUE_DIM + value_column[None, :], v, mask=there)
+    tl.store(order_out_ptr + stream * order_out_stream + slot, offset.to(tl.int16), mask=present)
+    if sink_page_ptr is not None:
+        first = present & (slot < CHUNK) & (offset == 0)
+        tl.store(sink_page_ptr + stream + 0 * slot, page, mask=first)
     x = tl.reshape(k.to(tl.float32), [PAGES, PAGE_PAD, DIM_PAD])
     real = tl.reshape(present, [PAGES, PAGE_PAD])[:, :, None]
     mean = tl.sum(x, 1) / PAGE
@@ -205,7 +215,18 @@ def arrange_kernel(
     variance = tl.sum(x * x, 1) / PAGE
     pages = slots // PAGE
     index = tl.program_id(0) * PAGES + tl.arange(0, PAGES)
-    cell = (stream * pages + index)[:, None] * DIM + column[None, :]
     keep = (index < pages)[:, None] & (column < DIM)[None, :]
-    tl.store(mean_ptr + cell, mean, mask=keep)
-    tl.store(variance_ptr + cell, variance, mask=keep)
+    if mean_ptr is not None:
+        cell = (stream * pages + index)[:, None] * DIM + column[None, :]
+        tl.store(mean_ptr + cell, mean, mask=keep)
+        tl.store(variance_ptr + cell, variance, mask=keep)
+    features = features_ptr + stream * feature_stream + index[:, None] * (2 * DIM) + column[None, :]
+    dtype = features_ptr.dtype.element_ty
+    tl.store(features, mean.to(dtype), mask=keep)
+    tl.store(features + DIM, tl.minimum(variance * 0.5, largest).to(dtype), mask=keep)
+    if mean_values_ptr is not None:
+        held = tl.reshape(v.to(tl.float32), [PAGES, PAGE_PAD, VALUE_PAD])
+        cells = mean_values_ptr + stream * mean_value_stream + index[:, None] * VALUE_DIM
+        keep = (index < pages)[:, None] & (value_column < VALUE_DIM)[None, :]
+        mean_value = (tl.sum(held, 1) / PAGE).to(mean_values_ptr.dtype.element_ty)
+        tl.store(cells + value_column[None, :], mean_value, mask=keep)

@@ -35,6 +35,7 @@ def select(job: Job, strip: Strip, out: torch.Tensor, lse: torch.Tensor) -> Tile
     size = job.queries.element_size()
     room = job.tuning.shared - shape.rows * 2 * dim_pad * size
     ahead = room // (block * (2 * dim_pad + (0 if means is None else value_pad)) * size)
+    registers = {"maxnreg": job.tuning.score_registers} if job.tuning.score_registers else {}
     scan_kernel[(shape.blocks, choosers)](
         job.queries,
         described(job.near_keys, job.tuning.block_near, dim_pad),
@@ -76,6 +77,7 @@ def select(job: Job, strip: Strip, out: torch.Tensor, lse: torch.Tensor) -> Tile
         # A matrix tile longer than what was tuned for: threads hold as many of its rows as they did.
         num_warps=min(8, job.tuning.score_warps * max(1, shape.rows // job.tuning.score_rows)),
         num_stages=max(1, min(job.tuning.score_stages, ahead)),
+        **registers,
         **constants,
         **product_options(job.queries),
     )
