@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch.nn.attention import SDPBackend
 
-from llama_surgery.attention.impl.triton.job import Job, make_job, page_features
+from llama_surgery.attention.impl.triton.job import Job, make_job
 from llama_surgery.attention.impl.triton.layout.launch import build_layout
 from llama_surgery.attention.impl.triton.prefill import launch as prefill
 from llama_surgery.attention.impl.triton.select import launch as selection
@@ -180,12 +180,11 @@ class _Timed:
         return measured["p50_ms"]
 
     def time_parts(self, near_pairs: int) -> None:
-        """Layout, features, selection with summaries, near field, each alone, and what far pages add."""
+        """Layout, selection with summaries, near field, each alone, and what far pages add."""
         data, job, bare, config = self.data, self.job, self.bare, self.config
         strips = list(job.strips())
         out, lse = case.outputs_of(job)
         assert job.layout is not None
-        moments = job.layout.moments
 
         def select() -> list[TiledPlan]:
             return [selection.select(job, strip, out, lse) for strip in strips if strip.pages]
@@ -201,7 +200,6 @@ class _Timed:
         case.check_tiles(job, plans, out)
         far_pairs = case.executed_pairs(plans, config.page_size)
         self.add("layout", lambda: build_layout(data.keys, data.values, config))
-        self.add("features", lambda: page_features(moments, data.keys.dtype))
         self.add("selection", select)
         near = self.add("near field", lambda: attention(bare, plans, pages=False), near_pairs)
         attention(bare, plans)

@@ -9,6 +9,7 @@ from tests.surgery.tiny import SPARSE, build, in_pieces, llama, logits, pad, pos
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from llama_surgery import operate, operated, paged_cache, statistics
+from llama_surgery.surgery import buffers as buffers_module
 from llama_surgery.surgery import store as store_module
 from llama_surgery.surgery.compat import CACHE_NAME
 from llama_surgery.surgery.cudnn import without_cudnn
@@ -134,9 +135,9 @@ def test_counts(config):
 
 def test_nothing_is_laid_out_for_rows_that_see_everything(monkeypatch):
     asked = []
-    plain = store_module.build_layout
+    plain = buffers_module.build_layout
     monkeypatch.setattr(
-        store_module, "build_layout", lambda *a, **k: asked.append(a[0].shape) or plain(*a, **k)
+        buffers_module, "build_layout", lambda *a, **k: asked.append(a[0].shape) or plain(*a, **k)
     )
     with operated(llama(), dataclasses.replace(OWN, dense_until=256)) as model:
         _, cache = in_pieces(model, tokens(300)[:250], [240, 241, 242])
@@ -248,7 +249,8 @@ def test_padded_batches_that_see_everything_are_never_laid_out(monkeypatch) -> N
     def broken(*_: object, **__: object) -> None:
         raise AssertionError("a layout was made")
 
-    monkeypatch.setattr("llama_surgery.surgery.store.build_layout", broken)
+    for room in ("store", "buffers"):
+        monkeypatch.setattr(f"llama_surgery.surgery.{room}.build_layout", broken)
     model, width = llama(), 200
     ids, mask = pad([tokens(width - 30), tokens(width, seed=1)], [30, 0], width)
     told = {"attention_mask": mask, "max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False}

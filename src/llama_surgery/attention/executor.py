@@ -167,11 +167,11 @@ def build_layout(
     return build(keys, values, config, router, **room)
 
 
-def kernel_features(moments: Moments, dtype: torch.dtype) -> torch.Tensor:
-    """What the Triton kernels score pages by: ``Layout.features``."""
-    from llama_surgery.attention.impl.triton.job import page_features
+def kernel_features(layout: Layout, dtype: torch.dtype) -> torch.Tensor:
+    """What the Triton kernels score pages by: ``Layout.features``, made of moments where it was not kept."""
+    from llama_surgery.attention.impl.triton.job import features_of
 
-    return page_features(moments, dtype)
+    return features_of(layout, dtype)
 
 
 def kernel_moments(features: torch.Tensor, page_size: int) -> Moments:

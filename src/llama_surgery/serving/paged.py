@@ -12,7 +12,7 @@ import torch
 
 from llama_surgery.attention import api
 from llama_surgery.attention.call import AttentionCall
-from llama_surgery.attention.executor import build_layout
+from llama_surgery.attention.executor import build_layout, kernel_features
 from llama_surgery.attention.result import AttentionResult
 from llama_surgery.config import SurgeryConfig
 from llama_surgery.serving.launches import Launch
@@ -204,7 +204,7 @@ class PagedStates:
         keys, values = take(self.keys, blocks).flatten(0, 1), take(self.values, blocks).flatten(0, 1)
         layout = build_layout(keys, values, self.config, router)
         if self.kernels:
-            scores = layout.features
+            scores = kernel_features(layout, self.keys.dtype)
         else:
             scores = torch.cat((layout.moments.mean, layout.moments.variance), -1)
         for held, found in (

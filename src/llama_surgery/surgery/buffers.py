@@ -217,10 +217,7 @@ class PageBuffers:
         self.write(streams, start, layout.keys, layout.values)
         self._put("order", streams, start, tokens, layout.order)
         if self.kernels:
-            features = layout.features
-            if features is None:
-                features = kernel_features(layout.moments, layout.keys.dtype)
-            self._put(FEATURES, streams, start, tokens, features)
+            self._put(FEATURES, streams, start, tokens, kernel_features(layout, layout.keys.dtype))
         else:
             self._put("mean", streams, start, tokens, layout.moments.mean)
             self._put("variance", streams, start, tokens, layout.moments.variance)

@@ -14,11 +14,12 @@ from tests.attention.triton.test_decode_model import CONFIG, tiny, tokens
 
 import llama_surgery as surgery
 from llama_surgery.attention import executor
+from llama_surgery.attention.impl.triton.layout.launch import build_layout as kernel_layout
 from llama_surgery.config import SurgeryConfig
 from llama_surgery.errors import SurgeryError
 from llama_surgery.surgery.buffers import PageBuffers
 from llama_surgery.surgery.compat import CACHE_NAME
-from llama_surgery.topology.layout import Moments
+from llama_surgery.topology.layout import Moments, mean_values
 
 SUMMARISED = dataclasses.replace(CONFIG, summary="page", backend="auto")
 START, STOP = 54, 57
@@ -92,13 +93,19 @@ def test_gradients_reach_a_prompt_through_summaries_that_kernels_read(device: to
     torch.testing.assert_close(found["auto"], found["gather"], rtol=1e-3, atol=1e-4)
 
 
-def test_differentiable_features_are_those_of_the_kernel(device: torch.device) -> None:
-    mean, variance = torch.randn(2, 2, 16, 16, device=device)
-    expected = executor.kernel_features(Moments(mean, variance.square(), 8), torch.float32)
-    mean.requires_grad_()
-    got = executor.kernel_features(Moments(mean, variance.square(), 8), torch.float32)
-    assert got.requires_grad
-    torch.testing.assert_close(got.detach(), expected, rtol=1e-5, atol=1e-5)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_what_is_written_while_chunks_are_sorted_is_what_pytorch_makes_of_them(device, dtype) -> None:
+    keys, values = torch.randn(2, 2, 4 * CONFIG.chunk_size, 16, device=device).to(dtype)
+    config = dataclasses.replace(CONFIG, summary="page")
+    layout = kernel_layout(keys, values, config)
+    moments = Moments(layout.moments.mean.requires_grad_(), layout.moments.variance, config.page_size)
+    plain = dataclasses.replace(layout, features=None, moments=moments)
+    made = executor.kernel_features(plain, dtype)
+    assert made.requires_grad and torch.equal(made, executor.kernel_features(layout, dtype))
+    want = mean_values(layout.values, config, dtype)
+    torch.testing.assert_close(layout.mean_values, want)
+    first = (layout.order[:, 0] == 0).int().argmax(-1) // config.page_size
+    assert torch.equal(layout.sink_page, first.int())
 
 
 def test_decode_kernels_leave_gradients_of_a_recorded_prompt_alone(device: torch.device) -> None:

@@ -47,7 +47,16 @@ TABLE = {
     "sm86": _SMALL,
     "sm89": _SMALL,
     "sm120": _SMALL,
-    "sm90": Tuning(keys_per_step=32, attend_warps=4, shared=227 << 10, specialised=True),
+    "sm90": Tuning(
+        keys_per_step=32,
+        attend_warps=4,
+        score_rows=64,
+        score_warps=4,
+        score_stages=3,
+        block_pages=32,
+        shared=227 << 10,
+        specialised=True,
+    ),
     "sm100": Tuning(attend_stages=3, score_stages=3, shared=227 << 10),
     "gfx942": Tuning(attend_stages=1, score_stages=1, shared=64 << 10),
     "gfx950": Tuning(attend_stages=2, score_stages=1),
@@ -82,6 +91,8 @@ def tuning_for(family: str, head_dim: int, element_size: int, exact: bool = Fals
     """
     tuning = TABLE.get(family, Tuning())
     bytes_per_row = head_dim * element_size
+    if family == "sm90" and bytes_per_row <= 128:
+        tuning = dataclasses.replace(tuning, score_registers=168)  # three programs to a processor
     if bytes_per_row > 256:
         tuning = dataclasses.replace(
             tuning,

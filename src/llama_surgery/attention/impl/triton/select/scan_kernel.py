@@ -63,11 +63,12 @@ def _visit(
         far = (block + tl.arange(0, BLOCK_PAGES))[None, :] < closed[:, None]
         scores = tl.where(far, scores, float("-inf"))
         logits = tl.where(far, logits, float("-inf"))
+    # The total before this block: a lower bar may find a page more, but is not waited for.
+    bar = top + tl.log2(total) + raised
     new_top = tl.maximum(top, tl.max(logits, 1) - BOOST)
     weights = tl.exp2(logits - new_top[:, None])
     decay = tl.exp2(top - new_top)
     total = total * decay + tl.sum(weights, 1)
-    bar = new_top + tl.log2(total) + raised
     bits = 2 * tl.arange(0, BLOCK_PAGES // 8)[:, None, None] + tl.arange(0, 2)[None, None, :]
     above = tl.reshape(scores > bar[:, None], [rows, BLOCK_PAGES // 8, 4, 2])
     words = tl.reduce(tl.reduce(tl.where(above, 1 << bits[None], 0), 3, _or), 1, _or)
