@@ -62,9 +62,7 @@ def build_layout(
         pages = max(1, ARRANGED // page_pad)
         made = into or _empty(keys, values, config)
         assert made.features is not None
-        means, moments = made.mean_values, (None, None)
-        if into is None:
-            moments = made.moments.mean, made.moments.variance
+        means, new = made.mean_values, into is None
         arrange_kernel[(triton.cdiv(slots // config.page_size, pages), streams)](
             keys,
             values,
@@ -72,7 +70,8 @@ def build_layout(
             made.keys,
             made.values,
             made.order,
-            *moments,
+            made.moments.mean if new else None,
+            made.moments.variance if new else None,
             made.features,
             means,
             made.sink_page,
