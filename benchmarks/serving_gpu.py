@@ -15,6 +15,7 @@ anew; each row has the density that came out. Rows are appended.
 
 import argparse
 import csv
+import datetime
 import json
 import math
 import os
@@ -27,7 +28,7 @@ from typing import Any
 
 COLUMNS = (
     "engine", "version", "model", "mode", "length", "batch", "far_density", "ttft_ms", "cached_ms",
-    "tpot_ms", "tokens_per_s", "kv_tokens", "theta", "dense_until", "device",
+    "tpot_ms", "tokens_per_s", "kv_tokens", "theta", "dense_until", "device", "date",
 )  # fmt: skip
 #: Tokens that a decode step's time is taken from.
 STEPS = 128
@@ -104,10 +105,12 @@ class Bench:
         cache = self.engine.llm_engine.vllm_config.cache_config
         self.theta = self.density = 0.0
         self.step_density: float | None = None
+        self.replaced: list[Any] = []
         self.theta_length = 0
         self.row = {
             "engine": "vllm", "version": __version__, "model": given.config.stem, "mode": given.mode,
             "kv_tokens": cache.num_gpu_blocks * cache.block_size, "device": device_name(),
+            "date": datetime.date.today().isoformat(),
             "dense_until": given.dense_until if given.mode != "dense" else "",
         }  # fmt: skip
         say(f"engine up, {self.spent():.0f} s; {self.row['kv_tokens']} tokens of KV cache")
@@ -201,6 +204,7 @@ class Bench:
                 break
             more = self.step_density > self.given.density
             low, high = (math.log(theta), high) if more else (low, math.log(theta))
+        self.replaced.append(dict(graphs.graphs))  # new graphs go into the memory that these hold
         graphs.graphs.clear()
         runners[0].capture_model()
 

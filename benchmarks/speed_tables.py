@@ -128,11 +128,12 @@ def serving() -> str:
     """A server's first token, time per token and load, beside the dense engine's of the same shapes."""
     rows = [row | ({"tokens_per_s": ""} if row["tpot_ms"] else {}) for row in read("serving_gpu.csv")]
     beside = [row for row in rows if row["mode"] == "dense"]
-    dense = {(row["length"], row["batch"], part): row[part] for part in SERVED for row in beside if row[part]}
+    where = ("length", "batch", "date")
+    dense = {(*(row[n] for n in where), part): row[part] for part in SERVED for row in beside if row[part]}
     cells = []
     for row in rows:
         for part, name in SERVED.items():
-            rival = dense.get((row["length"], row["batch"], part))
+            rival = dense.get((*(row[n] for n in where), part))
             if row["mode"] != "dense" and row[part] and rival:
                 steps = "sparse" if row["mode"] == "sparse" else "dense"
                 cells.append(
