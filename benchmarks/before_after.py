@@ -3,7 +3,7 @@
     python benchmarks/before_after.py MODEL --before COMMIT --adapter ADAPTER --text books-val --length 32k
 
 Each state works in a process of its own, with the same model, text and thresholds. In every turn both measure
-a part several times, one after the other, and the fastest of each counts: a machine that slows down, or has
+a part several times, call by call in turns, and the fastest of each counts: a machine that slows down, or has
 other work for a moment, does not. The median of the turns' ratios, after ÷ before, goes to
 results/before_after.csv.
 Parts: a prompt, decode steps that read everything and that read pages, and a prompt a quarter as long
@@ -51,7 +51,7 @@ ALLOWED = 1.03
 BUSY = 1.2
 #: Decode steps of a call.
 STEPS = 8
-#: Calls of each state in a turn, of which the fastest counts.
+#: Calls of each state in a turn, in turns, of which the fastest counts.
 CALLS = 4
 PARTS = ("prompt", "steps", "sparse steps", "gradients")
 
@@ -78,6 +78,7 @@ def work(given: argparse.Namespace) -> None:
     behind = given.length - STEPS
     takes = inspect.signature(model.forward).parameters
     cache_name = "cache" if "cache" in takes else "past_key_values"
+    cached: list[Any] = []  # behind the prompt, for steps of the part that is measured
 
     @torch.inference_mode()
     def prompt() -> tuple[float, torch.Tensor]:
@@ -85,10 +86,13 @@ def work(given: argparse.Namespace) -> None:
 
     @torch.inference_mode()
     def steps() -> tuple[float, torch.Tensor]:
-        cache = surgery.paged_cache(model)
-        held: dict[str, Any] = {cache_name: cache, "use_cache": True}
-        with cache.prompt(behind):
-            model(input_ids=ids[:, :behind], logits_to_keep=1, **held)
+        if cached:
+            cached[0].crop(behind)
+        else:
+            cached.append(surgery.paged_cache(model))
+            with cached[0].prompt(behind):
+                model(input_ids=ids[:, :behind], logits_to_keep=1, use_cache=True, **{cache_name: cached[0]})
+        held: dict[str, Any] = {cache_name: cached[0], "use_cache": True}
         ms, end = timed(
             lambda: [
                 model(input_ids=ids[:, n : n + 1], **held).logits[0, -1] for n in range(behind, given.length)
@@ -114,12 +118,16 @@ def work(given: argparse.Namespace) -> None:
     measured = {"prompt": prompt, "steps": steps, "sparse steps": steps, "gradients": gradients}
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what libraries print is no answer
+    loaded = None
     for line in sys.stdin:
-        part = line.strip()
-        surgery.load_adapter(model, given.adapter / part)
-        ms, end = min((measured[part]() for _ in range(CALLS)), key=lambda call: call[0])
+        if (part := line.strip()) != loaded:
+            if loaded:
+                surgery.eject(model)
+            cached.clear()
+            surgery.load_adapter(model, given.adapter / part)
+            loaded = part
+        ms, end = measured[part]()
         far = surgery.statistics(model).far_density
-        surgery.eject(model)
         print(json.dumps({"ms": ms, "far": far, "end": end.tolist()}), file=answers, flush=True)
 
 
@@ -151,7 +159,7 @@ class Side:
         )
 
     def measure(self, part: str) -> dict[str, Any]:
-        """Milliseconds of a part, what it read and the end of its answer."""
+        """Milliseconds of one call of a part, what was read since it was begun and the end of its answer."""
         print(part, file=self._process.stdin, flush=True)
         line = cast(Any, self._process.stdout).readline()
         if not line:
@@ -184,10 +192,13 @@ def in_turns(sides: dict[str, Side], part: str, turns: int) -> dict[str, Any]:
     times: dict[str, list[float]] = {name: [] for name in sides}
     last: dict[str, dict[str, Any]] = {}
     for turn in range(turns + 1):
-        for name in sides if turn % 2 else reversed(sides):  # neither is always the first
-            last[name] = sides[name].measure(part)
-            if turn:
-                times[name].append(last[name]["ms"])
+        calls: dict[str, list[float]] = {name: [] for name in sides}
+        for call in range(CALLS):
+            for name in sides if (turn + call) % 2 else reversed(sides):  # neither is always the first
+                last[name] = sides[name].measure(part)
+                calls[name].append(last[name]["ms"])
+        for name in sides if turn else ():
+            times[name].append(min(calls[name]))
     ratios = sorted(after / before for before, after in zip(times["before"], times["after"], strict=True))
     ends = [last[name]["end"] for name in sides]
     return {
@@ -215,7 +226,7 @@ def arguments() -> argparse.Namespace:
     add("--text", type=Path, required=True, nargs="+", metavar="FILE")
     add("--length", type=int, default=32768, help="tokens of the prompt")
     add("--parts", nargs="+", choices=PARTS, default=list(PARTS))
-    add("--turns", type=int, default=9)
+    add("--turns", type=int, default=15)
     add("--dtype", choices=("float32", "bfloat16", "float16"), default="bfloat16")
     add("--device", default="cuda")
     add("--out", type=Path, default=RESULTS)

@@ -36,13 +36,14 @@ def test_tensors_stay_and_say_what_the_engine_says() -> None:
 
 def test_the_device_is_asked_only_where_a_chunk_may_be_unsorted() -> None:
     steps = Steps(CONFIG, 4, torch.device("cpu"))
-    assert steps.unread([FIRST - 2, 0]) == [0, 0]
-    assert steps.unread([FIRST - 1, 0]) is None
-    assert steps.unread([FIRST, 0]) == [1, 0]
-    assert steps.unread([FIRST + 1, 0]) is None
-    assert steps.unread([FIRST + 2, 9]) == [1, 0]  # another sequence
+    assert steps.unread([FIRST - 2, 0], 1) == [0, 0]
+    assert steps.unread([FIRST - 1, 0], 1) is None
+    assert steps.unread([FIRST, 0], 1) == [1, 0]
+    assert steps.unread([FIRST + 1, 0], 1) is None
+    assert steps.unread([FIRST + 2, 9], 1) == [1, 0]  # another sequence
+    assert steps.unread([FIRST + 3, 10], 2) == [1, 0]  # one in the place of another, of just that length
     steps.interrupt()
-    assert steps.unread([FIRST + 3, 10]) == [1, 0]
+    assert steps.unread([FIRST + 4, 11], 2) == [1, 0]
 
 
 def test_rows_that_see_everything_are_not_counted() -> None:

@@ -123,10 +123,12 @@ class EngineCounters:
 
     Attributes:
         dense: Places in the step's batch of requests that ask for dense attention.
+        joined: How often requests have come into the batch.
     """
 
     def __init__(self) -> None:
         self.dense: frozenset[int] = frozenset()
+        self.joined = 0
         self._layers: dict[int, LayerCounters] = {}
         self._told = time.monotonic()
         self._turn = -1

@@ -198,7 +198,8 @@ def _operated(base: type[AttentionBackend]) -> type[AttentionBackend]:
 
         def _step(self, common: Any, lengths: list[int], steps: Steps) -> StepMetadata:
             """What every layer's kernels read in a step of single rows, chunks in tree order before it."""
-            closed, engine = steps.unread(lengths), self.operated.engine
+            engine = self.operated.engine
+            closed = steps.unread(lengths, engine.joined)
             if closed is not None and any(closed):
                 tables = common.block_table_tensor
                 earlier = torch.cat([tables[i, :count] for i, count in enumerate(closed) if count]).long()

@@ -20,6 +20,7 @@ class SurgeryModelState(DefaultModelState):
     def add_request(self, req_index: int, new_req_data: Any) -> None:
         """Keep the length of the prompt, and whether it is dense."""
         super().add_request(req_index, new_req_data)
+        engine_of(self.vllm_config).joined += 1
         self._dense[req_index] = asks_for_dense(new_req_data.sampling_params)
         self._prompts[req_index] = len(new_req_data.prompt_token_ids or new_req_data.prefill_token_ids)
 

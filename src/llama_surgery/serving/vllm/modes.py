@@ -34,6 +34,8 @@ class BatchModes(LogitsProcessor):
 
     def update_state(self, batch_update: Any) -> None:
         """See the engine's; called before each step's metadata are built."""
+        if batch_update is not None:
+            engine_of(self._config).joined += 1
         if process_dict_updates(self._dense, batch_update, lambda params, *_: asks_for_dense(params) or None):
             engine_of(self._config).dense = frozenset(self._dense)
 

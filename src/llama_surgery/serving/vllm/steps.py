@@ -41,12 +41,13 @@ class Steps:
         self._whole = torch.zeros_like(self._positions)
         self._dense: frozenset[int] = frozenset()
         self._lengths: list[int] = []
+        self._joined = -1
 
     def interrupt(self) -> None:
         """A step of another kind begins: sequences may come and go in it."""
         self._lengths = []
 
-    def unread(self, lengths: list[int]) -> list[int] | None:
+    def unread(self, lengths: list[int], joined: int) -> list[int] | None:
         """Closed chunks of every sequence, if some may not be in tree order yet, and else None.
 
         A chunk is laid out in the first step that has it in its far field, ``window`` tokens after the one
@@ -54,11 +55,15 @@ class Steps:
 
         Args:
             lengths: Tokens of every sequence after the step; 0 for what only pads the batch.
+            joined: How often requests have come so far.
         """
         before, self._lengths = self._lengths, lengths
+        last, self._joined = self._joined, joined
         closed = [self._closed(length) for length in lengths]
-        same = len(before) == len(lengths) and all(
-            now == then + (now > 0) for now, then in zip(lengths, before, strict=True)
+        same = (
+            last == joined
+            and len(before) == len(lengths)
+            and all(now == then + (now > 0) for now, then in zip(lengths, before, strict=True))
         )
         return None if same and closed == [self._closed(length) for length in before] else closed
 
