@@ -17,6 +17,7 @@ import psutil
 import pytest
 from tests.cli.runner import SMALL, run
 
+from llama_surgery.cli.console import status
 from llama_surgery.learning import trainer
 
 
@@ -251,6 +252,22 @@ def test_ctrl_c_at_the_first_line_which_comes_soon(
     assert "Traceback" not in output and output.strip().splitlines()[-1].startswith("Interrupted")
     # Of this process, whatever else runs beside it.
     assert spent.user + spent.system < 3
+
+
+@pytest.mark.parametrize("becomes", [None, ImportError("no such library")])
+def test_ctrl_c_that_a_library_loses(becomes: Exception | None) -> None:
+    def load() -> None:
+        try:
+            signal.raise_signal(signal.SIGINT)
+        except KeyboardInterrupt:
+            if becomes is not None:
+                raise becomes from None
+
+    with pytest.raises(KeyboardInterrupt), status("Loading …"):
+        load()
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    with pytest.raises(ImportError, match="another"), status("Loading …"):
+        raise ImportError("another")
 
 
 #: Starts the command line and sends Ctrl-C where a module begins to be imported.

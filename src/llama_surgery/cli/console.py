@@ -1,9 +1,11 @@
 """What commands print, and where: results, what is going on, progress."""
 
+import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 from rich.console import Console
@@ -32,10 +34,36 @@ def status(what: str) -> Iterator[None]:
     """Says what is going on: a spinner on a terminal, a line elsewhere, on standard error."""
     if not err.is_terminal:
         say(what, err)
+    with _interrupted(), err.status(what) if err.is_terminal else nullcontext():
+        yield
+
+
+@contextmanager
+def _interrupted() -> Iterator[None]:
+    """Ctrl-C ends the block whatever becomes of its exception: libraries lose it in what imports run, or
+    take it for a failure of these."""
+    usual = signal.default_int_handler
+    if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGINT) != usual:
         yield
         return
-    with err.status(what):
+    heard = []
+
+    def hear(*given: Any) -> None:
+        heard.append(True)
+        usual(*given)
+
+    signal.signal(signal.SIGINT, hear)
+    try:
         yield
+    except Exception as error:
+        if heard:
+            raise KeyboardInterrupt from error
+        raise
+    finally:
+        if signal.getsignal(signal.SIGINT) is hear:
+            signal.signal(signal.SIGINT, usual)
+    if heard:
+        raise KeyboardInterrupt
 
 
 def say(text: str, to: Console = out) -> None:
