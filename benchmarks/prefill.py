@@ -92,7 +92,12 @@ def tune(length: int, seconds: float) -> None:
             say(f"layout, pages of {config.page_size}: {milliseconds:.3f} ms with {warps} warps")
         layout_module.PROJECT_WARPS = kept
     grids: dict[tuple[str, ...], dict[str, tuple[int, ...]]] = {
-        ("selection",): {"score_stages": (2, 3), "score_warps": (4, 8), "score_rows": (64, 128)},
+        ("selection",): {
+            "score_stages": (2, 3),
+            "score_warps": (4, 8),
+            "score_rows": (64, 128),
+            "block_pages": (32, 64),
+        },
         ("near", "near and far"): {
             "attend_stages": (2, 3),
             "block_near": (64, 128),

@@ -184,7 +184,6 @@ class _Timed:
         data, job, bare, config = self.data, self.job, self.bare, self.config
         strips = list(job.strips())
         out, lse = case.outputs_of(job)
-        assert job.layout is not None
 
         def select() -> list[TiledPlan]:
             return [selection.select(job, strip, out, lse) for strip in strips if strip.pages]

@@ -37,12 +37,10 @@ class BlockOrder:
     def due(self, sequences: list[Scheduled], config: SurgeryConfig) -> torch.Tensor:
         """(n,) int64: blocks that are read sparsely in this step and are not in tree order yet. They count as
         sorted from now on; what else the step fills as unsorted."""
-        first = [min(s.start // self._size, s.far_chunks(config)) for s in sequences]
-        now = [s.blocks[s.start // self._size : s.far_chunks(config)] for s in sequences]
-        later = [
-            s.blocks[max(s.start // self._size, s.far_chunks(config)) : s.stop // self._size]
-            for s in sequences
-        ]
+        each = [(s, s.start // self._size, s.far_chunks(config)) for s in sequences]
+        first = [min(begin, far) for _, begin, far in each]
+        now = [s.blocks[begin:far] for s, begin, far in each]
+        later = [s.blocks[max(begin, far) : s.stop // self._size] for s, begin, far in each]
         self._mark(torch.cat(later), unsorted=True)
         self._mark(torch.cat(now), unsorted=False)
         if not any(first):

@@ -4,7 +4,6 @@ Decode rows read keys, values and features where the engine put them, through bl
 host synchronisation, so that a step can be captured in a CUDA graph.
 """
 
-import dataclasses
 from typing import TYPE_CHECKING
 
 import torch
@@ -92,13 +91,15 @@ def decode_rows(
             )
     if heads % kv_heads:
         raise SurgeryError(f"{heads} query heads for {kv_heads} KV heads: not a multiple.")
-    view = dataclasses.replace(kernel_view(cache, tables, positions), whole=whole)
+    view = kernel_view(cache, tables, positions, whole)
     grouped = queries.reshape(sequences * kv_heads, heads // kv_heads, 1, dim)
     result = decode(grouped, view, scale=scale, softcap=softcap, router=router, tally=tally)
     return result.out.view(sequences, heads, dim)
 
 
-def kernel_view(cache: "PagedStates", tables: torch.Tensor, positions: torch.Tensor) -> "DecodeCache":
+def kernel_view(
+    cache: "PagedStates", tables: torch.Tensor, positions: torch.Tensor, whole: torch.Tensor | None = None
+) -> "DecodeCache":
     """The caches as the decode kernels take them, copied nowhere; arguments as in :func:`decode_rows`."""
     from llama_surgery.attention.impl.triton.decode.cache import DecodeCache
 
@@ -116,4 +117,5 @@ def kernel_view(cache: "PagedStates", tables: torch.Tensor, positions: torch.Ten
         everyone(cache.first_pages),
         tables,
         None if cache.mean_values is None else everyone(cache.mean_values),
+        whole,
     )
