@@ -9,6 +9,7 @@ import itertools
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -290,3 +291,16 @@ def test_ctrl_c_while_python_imports(module: str) -> None:
     done = subprocess.run([sys.executable, "-c", AT_IMPORT, module], capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (130, "")
     assert done.stderr == "Interrupted: nothing was written.\n"
+
+
+def test_ctrl_c_that_python_loses(capfd: pytest.CaptureFixture[str]) -> None:
+    class Finalized:
+        def __del__(self) -> None:
+            signal.raise_signal(signal.SIGINT)
+
+    began = time.monotonic()
+    with pytest.raises(KeyboardInterrupt), status("Loading …"):
+        Finalized()
+        while time.monotonic() < began + 30:
+            pass
+    assert time.monotonic() < began + 10 and "Traceback" not in capfd.readouterr().err

@@ -1,5 +1,6 @@
 """What commands print, and where: results, what is going on, progress."""
 
+import _thread
 import signal
 import sys
 import threading
@@ -40,19 +41,29 @@ def status(what: str) -> Iterator[None]:
 
 @contextmanager
 def _interrupted() -> Iterator[None]:
-    """Ctrl-C ends the block whatever becomes of its exception: libraries lose it in what imports run, or
-    take it for a failure of these."""
-    usual = signal.default_int_handler
+    """Ctrl-C ends the block whatever becomes of its exception: libraries lose it in what imports run, or take
+    it for a failure of these, and Python only prints one that a finalizer raised: then it is raised anew."""
+    usual, report = signal.default_int_handler, sys.unraisablehook
     if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGINT) != usual:
         yield
         return
-    heard = []
+    heard: list[bool] = []
+    again: list[threading.Timer] = []
 
     def hear(*given: Any) -> None:
         heard.append(True)
         usual(*given)
 
+    def lost(what: Any) -> None:
+        if what.exc_type is not KeyboardInterrupt:
+            report(what)
+            return
+        # Not from here: Python drops what a hook raises as well.
+        again.append(threading.Timer(0.01, _thread.interrupt_main))
+        again[-1].start()
+
     signal.signal(signal.SIGINT, hear)
+    sys.unraisablehook = lost
     try:
         yield
     except Exception as error:
@@ -60,6 +71,9 @@ def _interrupted() -> Iterator[None]:
             raise KeyboardInterrupt from error
         raise
     finally:
+        sys.unraisablehook = report
+        for timer in again:
+            timer.cancel()
         if signal.getsignal(signal.SIGINT) is hear:
             signal.signal(signal.SIGINT, usual)
     if heard:
